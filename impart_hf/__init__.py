@@ -1,0 +1,25 @@
+"""impart-hf: fine-tuned language models as small compressed deltas against their base.
+
+Importing this package registers the configuration and model classes with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .compress import compress
+from .methods import DareConfig, ImPartConfig, LowRankConfig
+from .modeling.configuration_delta_compressed import DeltaCompressedConfig
+from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM
+
+AutoConfig.register("delta_compressed", DeltaCompressedConfig, exist_ok=True)
+AutoModelForCausalLM.register(DeltaCompressedConfig, DeltaCompressedForCausalLM, exist_ok=True)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DareConfig",
+    "DeltaCompressedConfig",
+    "DeltaCompressedForCausalLM",
+    "ImPartConfig",
+    "LowRankConfig",
+    "compress",
+]

@@ -1,0 +1,104 @@
+"""What a compression method is: a configuration that can encode one matrix's delta into a given number of bytes."""
+
+import abc
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+_METHODS: dict[str, type["MethodConfig"]] = {}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A record's bytes, and what the user should be told about how they came to be."""
+
+    data: bytes
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class MethodConfig(abc.ABC):
+    """Settings that every method has.
+
+    Attributes:
+        compression_ratio: bytes of the fine-tuned checkpoint over bytes of the delta repository; above 1.
+        seed: seed of the masks, 0 to 2**32 - 1. Same inputs and seed, same bytes.
+        embeddings: how changed embeddings and output projection are compressed, to the same ratio: "lowrank" by their
+            leading singular components, "method" by the method itself. The papers leave them uncompressed; masks on
+            them hit single tokens instead of averaging out, and cost several times the quality (docs/benchmarks.md).
+    """
+
+    name: ClassVar[str]
+
+    compression_ratio: float = 32.0
+    seed: int = 0
+    embeddings: str = "lowrank"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            _METHODS[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: naming the field, its value and what is allowed.
+        """
+        if isinstance(self.compression_ratio, bool) or not isinstance(self.compression_ratio, (int, float)):
+            raise ValueError(f"compression_ratio must be a number, got {self.compression_ratio!r}")
+        if not 1 < self.compression_ratio < float("inf"):
+            raise ValueError(f"compression_ratio must be above 1, got {self.compression_ratio}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {self.seed!r}")
+        if self.embeddings not in ("lowrank", "method"):
+            raise ValueError(f'embeddings must be "lowrank" or "method", got {self.embeddings!r}')
+
+    @abc.abstractmethod
+    def encode(self, delta: torch.Tensor, max_bytes: int, mask_seed: int) -> Encoded:
+        """Encode one matrix's delta into a record of at most `max_bytes` bytes.
+
+        Args:
+            delta: float32 of shape (m, n), finite and not all zero, on the device where the work is to be done.
+            max_bytes: at least `least_bytes(m, n)`.
+            mask_seed: the record's 32-bit mask seed.
+        """
+
+    @abc.abstractmethod
+    def least_bytes(self, rows: int, columns: int) -> int:
+        """The size of the smallest record that makes sense for a matrix of this shape."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method's name and all its settings, as config.json keeps them."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+
+def method_names() -> list[str]:
+    """Names of all methods, as used in config files and on the command line."""
+    return sorted(_METHODS)
+
+
+def method_class(name: str) -> type[MethodConfig]:
+    """The configuration class of a method.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in _METHODS:
+        raise ValueError(f"unknown method '{name}'; known are {', '.join(method_names())}")
+    return _METHODS[name]
+
+
+def method_fields() -> Iterator[tuple[str, dataclasses.Field, list[str]]]:
+    """Every setting of any method beyond the shared ones: name, field, and the methods that have it."""
+    shared = {f.name for f in dataclasses.fields(MethodConfig)}
+    owners: dict[str, tuple[dataclasses.Field, list[str]]] = {}
+    for name in method_names():
+        for field in dataclasses.fields(_METHODS[name]):
+            if field.name not in shared:
+                owners.setdefault(field.name, (field, []))[1].append(name)
+    for field_name, (field, methods) in owners.items():
+        yield field_name, field, methods

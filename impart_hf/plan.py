@@ -1,0 +1,234 @@
+"""Deciding, before any work, what becomes of every tensor and how many bytes each may take."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .methods import MethodConfig, method_for
+from .modeling.checkpoints import DTYPE_NAMES, Checkpoint
+from .modeling.checksums import tensor_checksum
+from .progress import Progress
+
+# Matrices of fewer entries than this are kept as they are: a record of them would be mostly header.
+_SMALL_MATRIX = 4096
+# Bytes of a safetensors header for one entry, beside its name: dtype, shape and two offsets of ten digits.
+_ENTRY_BYTES = 96
+# A matrix may be compressed beyond the ratio asked for, to make up for what cannot be, by up to this factor.
+_MOST_EXTRA = 1.5
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class IncompatibleModelsError(ValueError):
+    """Base and fine-tuned model are not a pair that a delta can be made of."""
+
+
+@dataclass
+class TensorPlan:
+    """What becomes of one fine-tuned tensor.
+
+    Attributes:
+        kind: "equal" (to the base; costs nothing), "kept" (stored as it is) or "encoded".
+        shape: of the part that base and fine-tune share.
+        dtype: of the fine-tuned tensor.
+        vocabulary: whether it has a row for every token: an embedding or output projection.
+        added_rows: rows that the fine-tune has beyond the base's.
+        max_bytes: budget of the tensor's records, for "encoded".
+        base_checksum, checksum: of the base's and of the fine-tuned tensor.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    vocabulary: bool = False
+    added_rows: int = 0
+    max_bytes: int = 0
+    base_checksum: int = 0
+    checksum: int = 0
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the shared part in the fine-tuned checkpoint."""
+        return _numel(self.shape) * self.dtype.itemsize
+
+    @property
+    def added_bytes(self) -> int:
+        return self.added_rows * _numel(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it is a stack of."""
+        return _numel(self.shape[:-2])
+
+
+@dataclass
+class CompressionPlan:
+    """The plan of a whole repository.
+
+    Attributes:
+        tensors: by name, sorted.
+        checkpoint_bytes: size on disk of the fine-tuned checkpoint's weight files.
+        allowed_bytes: what the repository may take at the requested ratio.
+        fixed_bytes: what it takes whatever the method does: kept tensors, added rows, headers, config and card.
+        shortfall: why and by how much the requested ratio will be missed; empty if it will not.
+    """
+
+    tensors: list[TensorPlan]
+    checkpoint_bytes: int
+    allowed_bytes: int
+    fixed_bytes: int
+    shortfall: str
+
+    def fingerprint(self, method: MethodConfig) -> str:
+        """Hash of everything that the result depends on; a resumed run must have the same."""
+        parts: list[Any] = [method.to_dict(), self.checkpoint_bytes]
+        parts += [
+            [t.name, t.kind, t.shape, str(t.dtype), t.max_bytes, t.base_checksum, t.checksum] for t in self.tensors
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def check_pair(base: Checkpoint, finetuned: Checkpoint) -> None:
+    """Compare architectures, names and shapes; only headers are read.
+
+    Raises:
+        IncompatibleModelsError: naming the first difference.
+    """
+    types = base.config.get("model_type"), finetuned.config.get("model_type")
+    if types[0] != types[1]:
+        raise IncompatibleModelsError(f"the base is a '{types[0]}' model, the fine-tune a '{types[1]}' model")
+    base_names, names = set(base.names()), set(finetuned.names())
+    if base_names != names:
+        lost, extra = sorted(base_names - names), sorted(names - base_names)
+        what = f"lacks {lost[0]}" if lost else f"has {extra[0]}, which the base lacks"
+        raise IncompatibleModelsError(
+            f"'{finetuned.source}' is not a fine-tune of '{base.source}': it {what} "
+            f"({len(lost)} tensors missing, {len(extra)} extra)"
+        )
+    for name in finetuned.names():
+        for checkpoint in (base, finetuned):
+            dtype = checkpoint.dtype(name)
+            if dtype not in DTYPE_NAMES or (dtype.is_floating_point and dtype not in _FLOAT_DTYPES):
+                raise IncompatibleModelsError(f"'{checkpoint.source}': {name} has the unsupported dtype {dtype}")
+        ours, theirs = finetuned.shape(name), base.shape(name)
+        if ours != theirs and not _grew(finetuned, name, ours, theirs):
+            raise IncompatibleModelsError(
+                f"{name} has shape {list(ours)} in '{finetuned.source}' and {list(theirs)} in '{base.source}'; only "
+                "embeddings and output projection may differ, by rows added to the vocabulary"
+            )
+
+
+def _grew(finetuned: Checkpoint, name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """Whether the tensor's first axis is a vocabulary that has grown."""
+    vocabulary = finetuned.config.get("vocab_size")
+    return len(ours) == len(theirs) == 2 and ours[1] == theirs[1] and theirs[0] < ours[0] == vocabulary
+
+
+def scan(base: Checkpoint, finetuned: Checkpoint, progress: Progress) -> list[TensorPlan]:
+    """Read both checkpoints once: find what is equal, take checksums, refuse what is not finite.
+
+    Raises:
+        IncompatibleModelsError: if a tensor holds NaN or infinity.
+    """
+    plans = []
+    names = finetuned.names()
+    for name in progress.track(names, "Scanning"):
+        before, after = base.tensor(name), finetuned.tensor(name)
+        for source, tensor in ((base.source, before), (finetuned.source, after)):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise IncompatibleModelsError(f"{name} of '{source}' holds NaN or infinity")
+        shared = after[: before.shape[0]] if before.dim() else after
+        equal = torch.equal(before.to(after.dtype), shared)
+        plans.append(
+            TensorPlan(
+                name=name,
+                kind="equal" if equal else "encoded" if _is_matrix(before) else "kept",
+                shape=tuple(before.shape),
+                dtype=after.dtype,
+                vocabulary=after.dim() == 2 and after.shape[0] == finetuned.config.get("vocab_size"),
+                added_rows=after.shape[0] - before.shape[0] if before.dim() else 0,
+                base_checksum=tensor_checksum(before),
+                checksum=tensor_checksum(after),
+            )
+        )
+    return plans
+
+
+def _is_matrix(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a matrix, or a stack of matrices, large enough to be encoded."""
+    if tensor.dim() not in (2, 3) or not tensor.is_floating_point():
+        return False
+    return tensor.shape[-1] * tensor.shape[-2] >= _SMALL_MATRIX
+
+
+def make_plan(
+    tensors: list[TensorPlan], method: MethodConfig, checkpoint_bytes: int, other_bytes: int
+) -> CompressionPlan:
+    """Give every encoded tensor its budget, in proportion to its size.
+
+    Args:
+        tensors: from `scan`.
+        checkpoint_bytes: size on disk of the fine-tuned checkpoint's weight files.
+        other_bytes: of config.json and model card.
+
+    Raises:
+        ValueError: if the ratio leaves no matrix enough for the smallest record.
+    """
+    allowed = int(checkpoint_bytes / method.compression_ratio)
+    while True:
+        encoded = [t for t in tensors if t.kind == "encoded"]
+        fixed = other_bytes + _fixed_bytes(tensors)
+        dense = sum(t.dense_bytes for t in encoded)
+        nominal = dense / method.compression_ratio
+        share = max(allowed - fixed, nominal / _MOST_EXTRA) / dense if dense else 0.0
+        for t in encoded:
+            t.max_bytes = int(t.dense_bytes * share)
+        unreachable = [t for t in encoded if t.max_bytes < _least_bytes(t, method)]
+        if not unreachable:
+            break
+        # A few small matrices (a router, a projection to few heads) are kept; if they are more than that, the ratio
+        # itself is out of reach.
+        if sum(t.dense_bytes for t in unreachable) > 0.1 * allowed:
+            worst = min(unreachable, key=lambda t: t.dense_bytes)
+            raise ValueError(
+                f"compression_ratio={method.compression_ratio:g} cannot be reached: {worst.name} "
+                f"({'x'.join(map(str, worst.shape))}) would get {worst.max_bytes} bytes, and the smallest record of "
+                f"'{method.name}' takes {_least_bytes(worst, method)}; ask for at most {_reachable(encoded, method):.3g}"
+            )
+        for t in unreachable:
+            t.kind, t.max_bytes = "kept", 0
+    expected = fixed + sum(t.max_bytes for t in encoded)
+    shortfall = ""
+    if expected > allowed:
+        added = sum(t.added_bytes for t in tensors)
+        shortfall = (
+            f"ratio {method.compression_ratio:g} allows {allowed} bytes, but {fixed} are fixed (added vocabulary rows "
+            f"{added}, norms, headers, config.json and model card the rest); the matrices are compressed "
+            f"{_MOST_EXTRA:g} times further to make up for it, and {expected - allowed} bytes remain over"
+        )
+    return CompressionPlan(tensors, checkpoint_bytes, allowed, fixed, shortfall)
+
+
+def _reachable(encoded: list[TensorPlan], method: MethodConfig) -> float:
+    return min(t.dense_bytes / _least_bytes(t, method) for t in encoded) / _MOST_EXTRA
+
+
+def _least_bytes(tensor: TensorPlan, method: MethodConfig) -> int:
+    rows, columns = tensor.shape[-2:]
+    return tensor.matrices * method_for(method, tensor.vocabulary).least_bytes(rows, columns)
+
+
+def _fixed_bytes(tensors: list[TensorPlan]) -> int:
+    total = 8 * (len(tensors) + 1) + 3 * _ENTRY_BYTES  # checksum tables, file metadata
+    for t in tensors:
+        entries = (t.kind != "equal") + (t.added_rows > 0)
+        total += entries * (len(t.name) + _ENTRY_BYTES + 4)  # and a CRC each
+        total += t.added_bytes + (t.dense_bytes if t.kind == "kept" else 0)
+    return total

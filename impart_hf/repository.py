@@ -1,0 +1,250 @@
+"""Writing a delta repository: its files, its configuration and its card."""
+
+import json
+import os
+import shutil
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from .cards import delta_card, inherited_card_data
+from .methods import MethodConfig
+from .modeling import __file__ as _reader_init
+from .modeling.checkpoints import DTYPE_NAMES, Checkpoint, HubOptions, fetch_file
+from .modeling.checksums import tensor_bytes
+from .modeling.configuration_delta_compressed import FORMAT_VERSION
+from .modeling.delta_repository import (
+    BASE_CHECKSUMS,
+    CRC_ENTRY,
+    DELTA_FILE,
+    DELTA_INDEX,
+    RECORD_SUFFIX,
+    ROWS_SUFFIX,
+    names_checksum,
+)
+from .plan import CompressionPlan, IncompatibleModelsError, TensorPlan
+from .report import CompressionReport, read_reports
+from .safetensors_writer import Entry, shard_entries, write_json, write_safetensors
+from .workspace import Workspace
+
+_READER = Path(_reader_init).parent
+# Copied from the fine-tune unchanged, where it has them.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
+_METADATA = {"format": "pt", "impart_hf_format": str(FORMAT_VERSION)}
+# The card is written when its numbers are known; they may be longer than those it was measured with by this much.
+_CARD_SLACK = 64
+
+
+def reader_files() -> list[Path]:
+    """The Python files that travel in every repository."""
+    return sorted(p for p in _READER.glob("*.py") if p.name != "__init__.py")
+
+
+def describe_base(base: str, options: HubOptions, base_name: str | None) -> tuple[str, str | None]:
+    """What config.json records of the base: Hub id and commit, or the absolute path of a local folder."""
+    if os.path.isdir(base):
+        return (base_name, options.revision) if base_name else (os.path.abspath(base), None)
+    config = fetch_file(base, "config.json", options)
+    # The cache keeps files under snapshots/COMMIT, which also answers without a network.
+    return base_name or base, config.parent.name if config is not None else options.revision
+
+
+class RepositoryWriter:
+    """Puts together the files of one repository."""
+
+    def __init__(
+        self,
+        base: tuple[str, str | None],
+        finetuned: str,
+        finetuned_options: HubOptions,
+        model: Checkpoint,
+        method: MethodConfig,
+        tensors: list[TensorPlan],
+        max_shard_size: int | str,
+    ):
+        """Collect what goes into the repository beside the deltas.
+
+        Args:
+            base: from `describe_base`.
+            finetuned: folder or Hub id as the user gave it, and how to read it.
+            model: the fine-tuned checkpoint.
+            tensors: what becomes of each tensor.
+            max_shard_size: a delta file larger than this is split.
+
+        Raises:
+            IncompatibleModelsError: if transformers knows no causal language model of this type.
+        """
+        self.base, self.finetuned, self.model, self.method = base, finetuned, model, method
+        self.tensors, self.max_shard_size = tensors, max_shard_size
+        found = [fetch_file(finetuned, name, finetuned_options) for name in _COMPANIONS]
+        self.companions = [path for path in found if path is not None]
+        self.inherited = inherited_card_data(fetch_file(finetuned, "README.md", finetuned_options))
+        self.config = self._config()
+
+    def _config(self) -> dict[str, Any]:
+        text_config = dict(self.model.config)
+        model_type = text_config.get("model_type")
+        if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
+            raise IncompatibleModelsError(
+                f"'{self.finetuned}' has model_type '{model_type}', which transformers loads as no causal language model"
+            )
+        floats = {t.name: str(t.dtype).removeprefix("torch.") for t in self.tensors if t.dtype.is_floating_point}
+        usual = Counter(floats.values()).most_common(1)[0][0]
+        if "dtype" not in text_config and "torch_dtype" not in text_config:
+            text_config["dtype"] = usual
+        name, revision = self.base
+        config: dict[str, Any] = {
+            "architectures": ["DeltaCompressedForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_delta_compressed.DeltaCompressedConfig",
+                "AutoModelForCausalLM": "modeling_delta_compressed.DeltaCompressedForCausalLM",
+            },
+            "base_model_name_or_path": name,
+            "base_model_revision": revision,
+            "dtype": usual,
+            "format_version": FORMAT_VERSION,
+            "method": self.method.to_dict(),
+            "model_type": "delta_compressed",
+            "tensor_dtype": usual,
+            "text_config": text_config,
+        }
+        if exceptions := {name: dtype for name, dtype in floats.items() if dtype != usual}:
+            config["tensor_dtype_exceptions"] = exceptions
+        return config
+
+    def text_bytes(self) -> int:
+        """Bytes of config.json and, nearly, of the model card."""
+        sizes = dict.fromkeys(("ratio", "repository", "checkpoint", "error", "tensors"), "0" * 20)
+        return len(json.dumps(self.config, indent=2)) + 1 + len(self._card(sizes, "").encode()) + _CARD_SLACK
+
+    def _card(self, sizes: dict[str, str], shortfall: str) -> str:
+        name, revision = self.base
+        return delta_card(
+            base=name,
+            base_revision=revision,
+            finetuned=self.finetuned,
+            method=self.method.to_dict(),
+            inherited=self.inherited,
+            sizes=sizes,
+            shortfall=shortfall,
+        )
+
+    def write(self, workspace: Workspace, plan: CompressionPlan, seconds: float) -> CompressionReport:
+        """Write every file of the repository into the workspace, and report from what was written."""
+        folder = workspace.repository
+        counted = self._write_deltas(workspace)
+        write_json(folder / "config.json", self.config)
+        counted.append(folder / "config.json")
+        for path in [*self.companions, *reader_files()]:
+            shutil.copyfile(path, folder / path.name)
+        report = self._report(workspace, plan, counted, seconds)
+        card = self._card(_sizes(report), report.shortfall)
+        (folder / "README.md").write_text(card, "utf-8")
+        report.repository_bytes += len(card.encode())
+        return report
+
+    def _write_deltas(self, workspace: Workspace) -> list[Path]:
+        files, index = shard_entries(self._entries(workspace), DELTA_FILE, self.max_shard_size)
+        paths = []
+        for filename, entries in files.items():
+            by_name = sorted(entries, key=lambda entry: entry.name)
+            crcs = np.array([zlib.crc32(entry.data()) for entry in by_name], "<u4").tobytes()
+            entries = [*entries, Entry(CRC_ENTRY, "U32", (len(by_name),), len(crcs), lambda data=crcs: data)]
+            # Wide numbers first keeps every entry aligned, as readers of safetensors expect.
+            entries.sort(key=lambda entry: -_width(entry.dtype))
+            write_safetensors(workspace.repository / filename, entries, _METADATA)
+            paths.append(workspace.repository / filename)
+        if index is not None:
+            write_json(workspace.repository / DELTA_INDEX, index)
+            paths.append(workspace.repository / DELTA_INDEX)
+        return paths
+
+    def _entries(self, workspace: Workspace) -> list[Entry]:
+        names = [t.name for t in self.tensors]
+        table = np.array([t.base_checksum for t in self.tensors] + [names_checksum(names)], "<u8").tobytes()
+        entries = [Entry(BASE_CHECKSUMS, "U64", (len(names) + 1,), len(table), lambda: table)]
+        for t in self.tensors:
+            dtype = DTYPE_NAMES[t.dtype]
+            if t.kind == "encoded":
+                path = workspace.record_path(t.name)
+                size = path.stat().st_size
+                entries.append(Entry(t.name + RECORD_SUFFIX, "U8", (size,), size, path.read_bytes))
+            elif t.kind == "kept":
+                entries.append(Entry(t.name, dtype, t.shape, t.dense_bytes, lambda t=t: self._rows(t, 0, t.shape[0])))
+            if t.added_rows:
+                start, stop = t.shape[0], t.shape[0] + t.added_rows
+                entries.append(
+                    Entry(
+                        t.name + ROWS_SUFFIX,
+                        dtype,
+                        (t.added_rows, *t.shape[1:]),
+                        t.added_bytes,
+                        lambda t=t, a=start, b=stop: self._rows(t, a, b),
+                    )
+                )
+        return entries
+
+    def _rows(self, tensor: TensorPlan, start: int, stop: int) -> bytes:
+        return tensor_bytes(self.model.tensor(tensor.name)[start:stop]).tobytes()
+
+    def _report(
+        self, workspace: Workspace, plan: CompressionPlan, counted: list[Path], seconds: float
+    ) -> CompressionReport:
+        reports, _ = read_reports(p for p in counted if p.suffix == ".safetensors")
+        for report in reports:
+            if report.kind == "encoded":
+                report.notes = workspace.notes(report.name)
+        return CompressionReport(
+            method=self.method.to_dict(),
+            checkpoint_bytes=plan.checkpoint_bytes,
+            repository_bytes=sum(p.stat().st_size for p in counted),
+            companion_bytes=sum(p.stat().st_size for p in self.companions),
+            reader_bytes=sum(p.stat().st_size for p in reader_files()),
+            shortfall=plan.shortfall,
+            tensors=reports,
+            equal_tensors=sum(t.kind == "equal" for t in plan.tensors),
+            seconds=seconds,
+        )
+
+
+def _width(dtype: str) -> int:
+    digits = "".join(c for c in dtype if c.isdigit())
+    return int(digits) if digits else 8
+
+
+def human_bytes(count: float) -> str:
+    """A size as people write it: 1.5 MB is 1,500,000 bytes."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _sizes(report: CompressionReport) -> dict[str, str]:
+    errors = [t.relative_error for t in report.tensors if t.relative_error is not None]
+    return {
+        "ratio": f"{report.ratio:.2f}",
+        "repository": human_bytes(report.repository_bytes),
+        "checkpoint": human_bytes(report.checkpoint_bytes),
+        "error": f"{sum(errors) / len(errors):.3f}" if errors else "none",
+        "tensors": f"{len(report.tensors)} of {len(report.tensors) + report.equal_tensors}",
+    }

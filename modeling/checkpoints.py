@@ -1,0 +1,268 @@
+"""Lazy access to the tensors of a checkpoint: a local folder or a Hub repository, safetensors or pytorch_model.bin.
+
+Nothing is read before it is asked for, and files are mapped, not loaded: the model is never in memory as a whole.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+TIED_OUTPUT = "lm_head.weight"
+# Buffers that old LLaMA checkpoints carry and no model loads any more.
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+class CheckpointError(OSError):
+    """A checkpoint that is missing, cannot be reached, or cannot be read."""
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """What huggingface_hub needs to find and fetch a file; the names are `from_pretrained`'s."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    subfolder: str = ""
+
+
+def fetch_file(repo: str, filename: str, options: HubOptions) -> Path | None:
+    """Path of one file of a local folder or Hub repository; None if the repository does not have it.
+
+    Raises:
+        CheckpointError: if the repository, revision or network is the problem, saying which and what to do.
+    """
+    if os.path.isdir(repo):
+        path = Path(repo, options.subfolder, filename)
+        return path if path.is_file() else None
+    revision = options.revision or "main"
+    try:
+        return Path(
+            hf_hub_download(
+                repo,
+                filename,
+                subfolder=options.subfolder or None,
+                revision=options.revision,
+                token=options.token,
+                cache_dir=options.cache_dir,
+                local_files_only=options.local_files_only,
+                force_download=options.force_download,
+            )
+        )
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"'{repo}' is gated: accept its terms on the Hub and log in (`hf auth login`), or pass token="
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"'{repo}' is neither a local folder nor a repository that can be read on the Hub; if it is private, "
+            "log in (`hf auth login`) or pass token="
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"'{repo}' has no revision '{revision}'") from error
+    except LocalEntryNotFoundError as error:
+        if options.local_files_only:
+            return None
+        raise CheckpointError(f"'{filename}' of '{repo}' is not in the local cache, and the Hub is offline") from error
+    except EntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise CheckpointError(f"'{repo}' is neither a local folder nor a valid Hub id (owner/name)") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"'{filename}' of '{repo}' could not be fetched: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object.
+
+    Raises:
+        CheckpointError: if it does not.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value
+
+
+class Checkpoint:
+    """The tensors of one checkpoint, by name.
+
+    Attributes:
+        source: the folder or Hub id it was opened from.
+        config: its config.json.
+        tied: whether the output projection shares the input embeddings.
+        weight_bytes: size on disk of its weight files, in bytes.
+    """
+
+    def __init__(self, source: str, options: HubOptions, tied: bool | None = None):
+        """Open a checkpoint; only JSON files and headers are read.
+
+        Args:
+            source: local folder or Hub id.
+            options: revision, token and cache.
+            tied: whether the output projection shares the input embeddings, in which case a stored copy of it is
+                passed over; None takes it from config.json.
+
+        Raises:
+            CheckpointError: if it cannot be reached or read, or holds no weights.
+        """
+        self.source, self._options = source, options
+        config_path = fetch_file(source, "config.json", options)
+        if config_path is None:
+            raise CheckpointError(f"'{source}' has no config.json: it is not a transformers checkpoint")
+        self.config = read_json(config_path)
+        if self.config.get("model_type") == "delta_compressed":
+            raise CheckpointError(f"'{source}' is a delta repository; make it dense with `impart-hf reconstruct` first")
+        if self.config.get("quantization_config"):
+            raise CheckpointError(f"'{source}' is a quantised checkpoint; only float weights have a delta")
+        self._files, self._index = self._find_weights()
+        self._handles: dict[Path, Any] = {}
+        self._lock = threading.Lock()
+        self.tied = bool(self.config.get("tie_word_embeddings", False)) if tied is None else tied
+        self._locations = {
+            name: path
+            for name, path in self._list_tensors().items()
+            if not name.endswith(_IGNORED_SUFFIX) and not (self.tied and name == TIED_OUTPUT)
+        }
+        self.weight_bytes = sum(path.stat().st_size for path in self._files)
+
+    def _fetch(self, filename: str) -> Path:
+        path = fetch_file(self.source, filename, self._options)
+        if path is None:
+            raise CheckpointError(f"'{self.source}' names the weight file {filename}, but does not have it")
+        return path
+
+    def _find_weights(self) -> tuple[list[Path], dict[str, str]]:
+        for filename in WEIGHT_FILES:
+            path = fetch_file(self.source, filename, self._options)
+            if path is None:
+                continue
+            if not filename.endswith(".index.json"):
+                return [path], {}
+            index = read_json(path).get("weight_map")
+            if not isinstance(index, dict) or not all(_is_plain_name(v) for v in index.values()):
+                raise CheckpointError(f"{path} holds no valid weight_map")
+            return [self._fetch(name) for name in sorted(set(index.values()))], index
+        raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}")
+
+    def _list_tensors(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for path in self._files:
+            for name in self._open(path).keys():
+                if name in found:
+                    raise CheckpointError(f"'{self.source}': tensor {name} stands in two weight files")
+                found[name] = path
+        if lost := sorted(set(self._index) - set(found)):
+            raise CheckpointError(f"'{self.source}': the index names {lost[0]}, which no weight file holds")
+        return found
+
+    def _open(self, path: Path) -> Any:
+        with self._lock:
+            if path not in self._handles:
+                try:
+                    if path.suffix == ".safetensors":
+                        self._handles[path] = safe_open(str(path), framework="pt")
+                    else:
+                        self._handles[path] = _open_bin(path)
+                except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+                    raise CheckpointError(f"{path} cannot be read as a weight file: {error}") from error
+            return self._handles[path]
+
+    def names(self) -> list[str]:
+        """The tensors' names, sorted."""
+        return sorted(self._locations)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._locations
+
+    def _look_up(self, name: str, on_slice: Callable[[Any], Any], on_tensor: Callable[[torch.Tensor], Any]) -> Any:
+        handle = self._open(self._locations[name])
+        return on_tensor(handle[name]) if isinstance(handle, dict) else on_slice(handle.get_slice(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return tuple(self._look_up(name, lambda s: s.get_shape(), lambda t: t.shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, from the header alone.
+
+        Raises:
+            CheckpointError: if it is none that a delta can be made of.
+        """
+
+        def from_slice(view: Any) -> torch.dtype:
+            if view.get_dtype() not in SAFETENSORS_DTYPES:
+                raise CheckpointError(f"'{self.source}': {name} has the unsupported dtype {view.get_dtype()}")
+            return SAFETENSORS_DTYPES[view.get_dtype()]
+
+        return self._look_up(name, from_slice, lambda t: t.dtype)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, mapped from the file where the format allows.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        try:
+            return self._look_up(name, lambda s: s[...], lambda t: t)
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"'{self.source}': {name} cannot be read: {error}") from error
+
+
+def _is_plain_name(value: object) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and os.path.basename(value) == value
+
+
+def _open_bin(path: Path) -> dict[str, torch.Tensor]:
+    """A pytorch_model*.bin as a dict of mapped tensors; nothing in it can execute (weights_only)."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        # Files from before torch 1.6 are not zip archives and cannot be mapped: this one shard is read whole.
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ValueError("it does not hold a dictionary of tensors")
+    return tensors

@@ -1,0 +1,43 @@
+"""The checksum by which a wrong base model is recognised while it streams past."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+_ROW_WORDS = 1024  # 64-bit words in a row of the checksum's table
+_BLOCK_ROWS = 128  # rows summed at a time: 1 MiB, so that the second sum finds the words still in cache
+
+
+def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's bytes as they would stand in a file, as a uint8 array (no copy for contiguous CPU tensors)."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def tensor_checksum(tensor: torch.Tensor) -> int:
+    """64-bit checksum of a tensor's bytes (docs/FORMAT.md, "Checksums of the base"), for finding a wrong base.
+
+    The bytes, zero-padded, are a table of little-endian 64-bit words with 1024 words a row. The sums of its rows and
+    of its columns, modulo 2**64, are hashed together with the byte length. Two sums a word keep this at the speed of
+    memory; it guards against mistakes, not against forgery.
+    """
+    data = tensor_bytes(tensor)
+    row_bytes = 8 * _ROW_WORDS
+    whole = len(data) // row_bytes * row_bytes
+    table = data[:whole].view("<u8") if data.ctypes.data % 8 == 0 else np.frombuffer(data[:whole].tobytes(), "<u8")
+    table = table.reshape(-1, _ROW_WORDS)
+    tail = np.zeros(row_bytes, np.uint8)
+    tail[: len(data) - whole] = data[whole:]
+    tail_words = tail.view("<u8")
+    rows = [np.zeros(0, np.uint64)]
+    columns = tail_words.copy()
+    for start in range(0, len(table), _BLOCK_ROWS):
+        part = table[start : start + _BLOCK_ROWS]
+        rows.append(part.sum(axis=1, dtype=np.uint64))
+        columns += part.sum(axis=0, dtype=np.uint64)
+    if len(data) > whole:
+        rows.append(tail_words.sum(dtype=np.uint64, keepdims=True))
+    digest = hashlib.sha256(
+        len(data).to_bytes(8, "little") + np.concatenate(rows).astype("<u8").tobytes() + columns.astype("<u8").tobytes()
+    )
+    return int.from_bytes(digest.digest()[:8], "little")

@@ -1,0 +1,174 @@
+"""From a record's bytes to the delta it stands for: unpacking, planes, and the product U diag(sigma) V^T.
+
+All arithmetic is float32. On a CPU the product spends its time where the entries are: columns that are kept densely go
+through one dense matrix product, the thin ones (most of them, at the ratios in use) through a sparse one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .delta_record import BFLOAT16, FACTORED, FLOAT16, DeltaFormatError, Record, Segment, code_bytes, parse_record
+from .seeded_mask import keep_mask
+
+# A column kept with a ratio under this goes through the sparse product on a CPU: a gathered multiply-add costs about
+# ten times one of a dense product (scripts/benchmark_load.py prints both).
+_SPARSE_BELOW = 0.1
+
+
+@dataclass
+class Plane:
+    """The kept entries of U, V or a direct plane, column by column, rows ascending within a column.
+
+    Attributes:
+        columns, rows: the plane's shape; column c holds `rows` entries when nothing is dropped.
+        positions: int64, shape (kept,): column * rows + row of every kept entry.
+        values: float32, shape (kept,).
+    """
+
+    columns: int
+    rows: int
+    positions: torch.Tensor
+    values: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        """float32, shape (columns, rows), zeros where entries were dropped."""
+        out = torch.zeros(self.columns * self.rows, dtype=torch.float32, device=self.values.device)
+        out[self.positions] = self.values
+        return out.view(self.columns, self.rows)
+
+    def by_row(self) -> torch.Tensor:
+        """Sparse CSR float32 tensor of shape (rows, columns): the transposed plane."""
+        column = torch.div(self.positions, self.rows, rounding_mode="floor")
+        row = self.positions - column * self.rows
+        order = torch.argsort(row, stable=True)
+        starts = torch.zeros(self.rows + 1, dtype=torch.int64)
+        torch.cumsum(torch.bincount(row, minlength=self.rows), 0, out=starts[1:])
+        return torch.sparse_csr_tensor(
+            starts.to(torch.int32),
+            column[order].to(torch.int32),
+            self.values[order],
+            (self.rows, self.columns),
+            check_invariants=False,
+        )
+
+    def select(self, columns: slice) -> "Plane":
+        """The plane of a contiguous range of columns."""
+        start, stop, _ = columns.indices(self.columns)
+        bounds = torch.tensor([start * self.rows, stop * self.rows], device=self.positions.device)
+        first, last = torch.searchsorted(self.positions, bounds).tolist()
+        return Plane(stop - start, self.rows, self.positions[first:last] - start * self.rows, self.values[first:last])
+
+
+def unpack_levels(packed: torch.Tensor, width: int, count: int) -> torch.Tensor:
+    """`count` unsigned codes of `width` bits (1 to 8), packed least significant bit first, as int64."""
+    groups = -(-count // 8)  # eight codes fill exactly `width` bytes
+    padded = torch.zeros(groups * width, dtype=torch.uint8, device=packed.device)
+    padded[: len(packed)] = packed
+    lanes = torch.zeros(groups, 8, dtype=torch.uint8, device=packed.device)
+    lanes[:, :width] = padded.view(groups, width)
+    shifts = width * torch.arange(8, device=packed.device)
+    return ((lanes.view(torch.int64) >> shifts) & ((1 << width) - 1)).view(-1)[:count]
+
+
+def _segment_values(
+    packed: torch.Tensor, width: int, per_column: torch.Tensor, scales: np.ndarray | None
+) -> torch.Tensor:
+    """float32 values of one side of one segment; `per_column` is the number kept in each column."""
+    if width in (FLOAT16, BFLOAT16):
+        # `clone` moves the codes to an address that 16-bit loads allow
+        return packed.clone().view(torch.float16 if width == FLOAT16 else torch.bfloat16).float()
+    top = (1 << width) - 1
+    levels = unpack_levels(packed, width, int(per_column.sum())).float() * (2.0 / top) - 1.0
+    assert scales is not None  # parse_record reads scales for every segment of levels
+    return levels * torch.from_numpy(scales.astype(np.float32)).to(packed.device).repeat_interleave(per_column)
+
+
+def _segment_width(segment: Segment, side: int) -> int:
+    return segment.widths()[side]
+
+
+def decode_planes(record: Record, name: str, device: torch.device | str = "cpu") -> list[Plane]:
+    """The planes of a record: [U, V] of a factored one, [P] of a direct one, on `device`.
+
+    Raises:
+        DeltaFormatError: if the codes are not exactly as many as the masks keep, or a value is not finite.
+    """
+    masks = [
+        keep_mask(record.mask_seed, side, record.thresholds, record.plane_rows(side), device)
+        for side in range(record.sides)
+    ]
+    counts = [mask.sum(1) for mask in masks]
+    codes = torch.from_numpy(np.ascontiguousarray(record.codes)).to(device)
+    parts: list[list[torch.Tensor]] = [[] for _ in masks]
+    at, column = 0, 0
+    for segment, scales in zip(record.segments, record.column_scales, strict=True):
+        for side in range(record.sides):
+            width = _segment_width(segment, side)
+            per_column = counts[side][column : column + segment.columns]
+            size = code_bytes(int(per_column.sum()), width)
+            if at + size > len(codes):
+                raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are fewer than the masks keep")
+            side_scales = None if scales is None else scales[side]
+            parts[side].append(_segment_values(codes[at : at + size], width, per_column, side_scales))
+            at += size
+        column += segment.columns
+    if at != len(codes):
+        raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are more than the masks keep ({at})")
+    planes = []
+    for mask, values in zip(masks, parts, strict=True):
+        joined = torch.cat(values) if values else torch.empty(0, device=device)
+        if not torch.isfinite(joined).all():
+            raise DeltaFormatError(f"{name}: a stored value is not finite")
+        planes.append(Plane(mask.shape[0], mask.shape[1], mask.view(-1).nonzero().view(-1), joined))
+    return planes
+
+
+def _product(u: Plane, v: Plane, sigma: torch.Tensor, thin: np.ndarray) -> torch.Tensor:
+    """U diag(sigma) V^T, float32 of shape (u.rows, v.rows); `thin` marks the columns kept with a low ratio."""
+    v_dense = v.dense() * sigma[:, None]
+    # Columns come with falling importance, so the thin ones are a tail; where they are not, dense is still right.
+    split = len(thin) if u.values.device.type != "cpu" else int(np.flatnonzero(~thin).max(initial=-1)) + 1
+    if split == len(thin):
+        return u.dense().t() @ v_dense
+    sparse = u.select(slice(split, None)).by_row() @ v_dense[split:]
+    return sparse if split == 0 else sparse.addmm_(u.select(slice(0, split)).dense().t(), v_dense[:split])
+
+
+def decode_record(record: Record, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The matrix that a record stands for: float32, shape (rows, columns), on `device`."""
+    planes = decode_planes(record, name, device)
+    if record.layout != FACTORED:
+        return planes[0].dense().mul_(record.scale)
+    if record.rank == 0:
+        return torch.zeros(record.rows, record.columns, device=device)
+    sigma = torch.from_numpy(record.sigma.astype(np.float32) * np.float32(record.scale)).to(device)
+    return _product(planes[0], planes[1], sigma, record.keep_ratios() < _SPARSE_BELOW)
+
+
+def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Base plus decoded delta, summed in float32 and rounded once to `dtype`.
+
+    Args:
+        base: shape (m, n), or (s, m, n) for a stack of s matrices, on the device where the work is to be done.
+        data: uint8: the tensor's record, or its s records one after the other.
+        name: the tensor's name, for messages.
+        dtype: the fine-tuned tensor's dtype.
+
+    Raises:
+        DeltaFormatError: if the records do not fit the base's shape or do not end where the data ends.
+    """
+    out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    at = 0
+    for target, matrix in zip(_matrices(out), _matrices(base), strict=True):
+        record, length = parse_record(data[at:], (matrix.shape[0], matrix.shape[1]), name)
+        target.copy_(decode_record(record, name, base.device).add_(matrix))
+        at += length
+    if at != len(data):
+        raise DeltaFormatError(f"{name}: {len(data) - at} bytes follow the last record")
+    return out
+
+
+def _matrices(tensor: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor] if tensor.dim() == 2 else list(tensor.flatten(0, -3))

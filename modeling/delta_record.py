@@ -1,0 +1,237 @@
+"""The record: the bytes that hold the compressed delta of one matrix (docs/FORMAT.md, "Records").
+
+This module knows the byte layout and checks it; what the numbers mean is in `delta_decode`. Every number is taken for
+hostile until it has been compared with the shape that the record must have.
+"""
+
+import struct
+from dataclasses import dataclass, field
+
+import numpy as np
+
+FACTORED, DIRECT = 1, 2  # layouts
+KEEP_ALL, KEEP_SHARED, KEEP_PER_COLUMN = 0, 1, 2  # how a segment states its thresholds
+FLOAT16, BFLOAT16 = 16, 17  # width codes of 16-bit floats; 1 to 8 are levels of that many bits
+MAX_THRESHOLD = 0xFFFF
+
+_HEADER = struct.Struct("<BBHIIIIffI")
+_SEGMENT = struct.Struct("<IBBBB")
+HEADER_BYTES = _HEADER.size
+SEGMENT_BYTES = _SEGMENT.size
+
+
+class DeltaFormatError(ValueError):
+    """A delta file that is damaged, hostile, or written by a newer version of the format."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of consecutive columns that are stored in the same way.
+
+    Attributes:
+        columns: how many columns.
+        width_u: width code of U's values (of the only plane's values in a direct record).
+        width_v: width code of V's values; 0 in a direct record.
+        keep: KEEP_ALL, KEEP_SHARED (one threshold for the segment) or KEEP_PER_COLUMN.
+    """
+
+    columns: int
+    width_u: int
+    width_v: int = 0
+    keep: int = KEEP_ALL
+
+    def widths(self) -> tuple[int, ...]:
+        return (self.width_u, self.width_v) if self.width_v else (self.width_u,)
+
+
+@dataclass
+class Record:
+    """One matrix's delta, parsed but not decoded.
+
+    Factored: delta = scale * U diag(sigma) V^T, U of shape (rows, rank), V of shape (columns, rank).
+    Direct: delta^T = scale * P, P of shape (columns, rows): plane column c is row c of the matrix.
+
+    Attributes:
+        sigma: float16, shape (rank,); empty in a direct record. 1/q rescale factors are already in it.
+        thresholds: uint16, shape (plane columns,), for every column, shared and keep-all ones written out.
+        column_scales: for each segment, a float16 array of shape (sides, segment columns) or None for float widths.
+        codes: the packed codes of all segments and sides, uint8.
+        relative_error: ||delta - decoded|| / ||delta|| that the writer measured (Frobenius norm); information only.
+    """
+
+    layout: int
+    rows: int
+    columns: int
+    rank: int
+    mask_seed: int
+    scale: float
+    relative_error: float
+    segments: list[Segment]
+    sigma: np.ndarray
+    thresholds: np.ndarray
+    column_scales: list[np.ndarray | None]
+    codes: np.ndarray = field(repr=False)
+
+    @property
+    def plane_columns(self) -> int:
+        return self.rank if self.layout == FACTORED else self.rows
+
+    def plane_rows(self, side: int) -> int:
+        """Entries per column of U (side 0) or V (side 1), or of the direct plane (side 0)."""
+        return self.rows if self.layout == FACTORED and side == 0 else self.columns
+
+    @property
+    def sides(self) -> int:
+        return 2 if self.layout == FACTORED else 1
+
+    def keep_ratios(self) -> np.ndarray:
+        """float64, shape (plane columns,): the probability with which an entry of the column is kept."""
+        return (self.thresholds.astype(np.float64) + 1) / (MAX_THRESHOLD + 1)
+
+    def singular_values(self) -> np.ndarray:
+        """float64, shape (rank,): the delta's singular values, the rescale factors 1/q^2 taken out again."""
+        return self.scale * self.sigma.astype(np.float64) * self.keep_ratios() ** 2
+
+
+def code_bytes(values: int, width: int) -> int:
+    """Bytes that `values` codes of one width take: packed densely, padded to whole bytes at the end."""
+    return (values * min(width, 16) + 7) // 8
+
+
+def pack_record(record: Record) -> bytes:
+    """The bytes of a record; `parse_record` is its inverse."""
+    thresholds, scales, start = [], [], 0
+    for segment, column_scale in zip(record.segments, record.column_scales, strict=True):
+        stop = start + segment.columns
+        if segment.keep == KEEP_SHARED:
+            thresholds.append(record.thresholds[start : start + 1])
+        elif segment.keep == KEEP_PER_COLUMN:
+            thresholds.append(record.thresholds[start:stop])
+        if column_scale is not None:
+            scales.append(column_scale)
+        start = stop
+    body = b"".join(
+        [_SEGMENT.pack(s.columns, s.width_u, s.width_v, s.keep, 0) for s in record.segments]
+        + [record.sigma.astype("<f2").tobytes()]
+        + [t.astype("<u2").tobytes() for t in thresholds]
+        + [s.astype("<f2").tobytes() for s in scales]
+        + [record.codes.tobytes()]
+    )
+    header = _HEADER.pack(
+        record.layout,
+        0,
+        len(record.segments),
+        record.rows,
+        record.columns,
+        record.rank,
+        record.mask_seed,
+        record.scale,
+        record.relative_error,
+        HEADER_BYTES + len(body),
+    )
+    return header + body
+
+
+class _Cursor:
+    """Takes typed arrays off the front of a buffer and refuses to run past its end."""
+
+    def __init__(self, data: np.ndarray, name: str):
+        self.data, self.name, self.at = data, name, 0
+
+    def take(self, dtype: str, count: int) -> np.ndarray:
+        stop = self.at + count * np.dtype(dtype).itemsize
+        if stop > len(self.data):
+            raise DeltaFormatError(f"{self.name}: the record ends at byte {len(self.data)}, but needs {stop}")
+        array = np.frombuffer(self.data[self.at : stop].tobytes(), dtype)
+        self.at = stop
+        return array
+
+
+def _check_header(name: str, fields: tuple, shape: tuple[int, int], available: int) -> None:
+    layout, reserved, _, rows, columns, rank, _, scale, _, length = fields
+    if layout not in (FACTORED, DIRECT) or reserved != 0:
+        raise DeltaFormatError(f"{name}: unknown record layout {layout}; a newer impart-hf may be needed")
+    if (rows, columns) != tuple(shape):
+        raise DeltaFormatError(f"{name}: the record is for a {rows}x{columns} matrix, the base has {tuple(shape)}")
+    if rank > (min(rows, columns) if layout == FACTORED else 0):
+        raise DeltaFormatError(f"{name}: rank {rank} is impossible for a {rows}x{columns} matrix")
+    if not np.isfinite(scale):
+        raise DeltaFormatError(f"{name}: the record's scale is {scale}")
+    if length < HEADER_BYTES or length > available:
+        raise DeltaFormatError(f"{name}: the record claims {length} bytes of {available}")
+
+
+def _check_segments(name: str, segments: list[Segment], reserved: list[int], layout: int, plane_columns: int) -> None:
+    valid = {*range(1, 9), FLOAT16, BFLOAT16}
+    for segment, extra in zip(segments, reserved, strict=True):
+        v_ok = segment.width_v in valid if layout == FACTORED else segment.width_v == 0
+        if segment.width_u not in valid or not v_ok or segment.keep > KEEP_PER_COLUMN or extra != 0:
+            raise DeltaFormatError(f"{name}: unknown storage of a column segment: {segment}")
+    if sum(s.columns for s in segments) != plane_columns:
+        raise DeltaFormatError(f"{name}: the segments do not add up to {plane_columns} columns")
+
+
+def parse_record(data: np.ndarray, shape: tuple[int, int], name: str) -> tuple[Record, int]:
+    """Parse and check the record at the front of `data`.
+
+    Args:
+        data: uint8, one-dimensional; may go on after the record (stacks of matrices).
+        shape: (rows, columns) that the base says the matrix has.
+        name: the tensor's name, for messages.
+
+    Returns:
+        The record and the bytes it took.
+
+    Raises:
+        DeltaFormatError: if any number in it does not fit.
+    """
+    if len(data) < HEADER_BYTES:
+        raise DeltaFormatError(f"{name}: {len(data)} bytes are too few for a record")
+    fields = _HEADER.unpack(data[:HEADER_BYTES].tobytes())
+    _check_header(name, fields, shape, len(data))
+    layout, _, segment_count, rows, columns, rank, mask_seed, scale, relative_error, length = fields
+    plane_columns = rank if layout == FACTORED else rows
+    cursor = _Cursor(data[:length], name)
+    cursor.at = HEADER_BYTES
+    raw = [_SEGMENT.unpack(chunk.tobytes()) for chunk in cursor.take("V8", segment_count)]
+    segments = [Segment(*fields[:4]) for fields in raw]
+    _check_segments(name, segments, [fields[4] for fields in raw], layout, plane_columns)
+    sigma = cursor.take("<f2", rank)
+    thresholds = [
+        cursor.take("<u2", s.columns)
+        if s.keep == KEEP_PER_COLUMN
+        else np.repeat(cursor.take("<u2", 1) if s.keep == KEEP_SHARED else np.uint16(MAX_THRESHOLD), s.columns)
+        for s in segments
+    ]
+    scales: list[np.ndarray | None] = []
+    for segment in segments:
+        level_sides = [w for w in segment.widths() if w <= 8]
+        if len(level_sides) not in (0, len(segment.widths())):
+            raise DeltaFormatError(f"{name}: a segment mixes float and level codes")
+        count = len(level_sides) * segment.columns
+        scales.append(cursor.take("<f2", count).reshape(len(level_sides), -1) if level_sides else None)
+    if not all(np.isfinite(a).all() for a in [sigma, *(s for s in scales if s is not None)]):
+        raise DeltaFormatError(f"{name}: a singular value or scale is not finite")
+    record = Record(
+        layout=layout,
+        rows=rows,
+        columns=columns,
+        rank=rank,
+        mask_seed=mask_seed,
+        scale=scale,
+        relative_error=relative_error,
+        segments=segments,
+        sigma=sigma,
+        thresholds=np.concatenate(thresholds) if thresholds else np.empty(0, np.uint16),
+        column_scales=scales,
+        codes=cursor.data[cursor.at :],
+    )
+    return record, length
+
+
+def record_shape(data: np.ndarray, name: str) -> tuple[int, int]:
+    """The (rows, columns) that the record at the front of `data` claims, for looking at it without its base."""
+    if len(data) < HEADER_BYTES:
+        raise DeltaFormatError(f"{name}: {len(data)} bytes are too few for a record")
+    fields = _HEADER.unpack(data[:HEADER_BYTES].tobytes())
+    return fields[3], fields[4]

@@ -1,0 +1,288 @@
+"""The model of a delta repository: it comes back as the fine-tuned model's own class, with its weights reconstructed."""
+
+import copy
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .checkpoints import CheckpointError, HubOptions, fetch_file
+from .configuration_delta_compressed import DeltaCompressedConfig
+from .delta_repository import DeltaRepository, find_delta_files
+
+logger = logging.get_logger(__name__)
+
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+_SAMPLES = 4096  # entries of a parameter that are remembered to notice training
+
+
+class DeltaCompressedForCausalLM(PreTrainedModel):
+    """A fine-tuned causal language model, kept as a compressed delta against its base model.
+
+    `from_pretrained` returns an object whose class derives from this one and from the fine-tuned model's own (for
+    instance `LlamaForCausalLM`): its modules, parameter names and `config` are those of the fine-tuned model, so that
+    generate, pipelines, PEFT, Trainer and torch.compile treat it as such. What it has beyond that is this class:
+    saving writes the compressed repository again, and `merge_and_unload` lets go of it.
+
+    Attributes:
+        delta_config: the repository's `DeltaCompressedConfig`.
+    """
+
+    config_class = DeltaCompressedConfig
+    delta_config: DeltaCompressedConfig
+    _inner_class: type[PreTrainedModel]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base_model=None, **kwargs):
+        """Load a delta repository as the fine-tuned model.
+
+        Args:
+            pretrained_model_name_or_path: local folder or Hub id of the delta repository.
+            config: its configuration, if it has been read already.
+            base_model: local folder or Hub id to take the base model from, instead of the recorded id and commit.
+                Its tensors are compared with the recorded checksums in any case.
+            kwargs: as for any model: dtype, device_map, max_memory, attn_implementation, quantization_config, …
+
+        Raises:
+            CheckpointError: if repository or base is missing, private or gated.
+            DeltaFormatError: if the delta file is damaged.
+            WrongBaseError: if the base is not the one that the delta was made against.
+        """
+        if kwargs.get("state_dict") is not None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        source = os.fspath(pretrained_model_name_or_path)
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        hub = {name: value for name, value in hub.items() if value is not None}
+        kwargs.pop("adapter_kwargs", None)
+        if not isinstance(config, DeltaCompressedConfig):
+            config, kwargs = DeltaCompressedConfig.from_pretrained(
+                config or source, return_unused_kwargs=True, **hub, **kwargs
+            )
+        options = HubOptions(**{**hub, "revision": getattr(config, "_commit_hash", None) or hub.get("revision")})
+        repository = DeltaRepository(source, config, options, base_model)
+        model_class = _delta_class(_inner_class(config.text_config))
+        loaded = model_class.from_pretrained(
+            None,
+            *model_args,
+            config=config.text_config,
+            state_dict=repository.lazy_state_dict(_decoding_device(kwargs.get("device_map"))),
+            **kwargs,
+        )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config._name_or_path = source
+        if kwargs.get("generation_config") is None and fetch_file(source, "generation_config.json", options):
+            model.generation_config = GenerationConfig.from_pretrained(source, **{**hub, "revision": options.revision})
+        model.delta_config = config
+        model._delta_source = (source, options)
+        model._delta_samples = {name: _sample(parameter) for name, parameter in model.named_parameters()}
+        return loaded
+
+    def weights_changed(self) -> bool:
+        """Whether the parameters have been trained, merged into or resized since they were loaded.
+
+        Moving the model to another device or dtype is no change.
+        """
+        now = dict(self.named_parameters())
+        if now.keys() != self._delta_samples.keys():
+            return True
+        return any(_differs(self._delta_samples[name], parameter) for name, parameter in now.items())
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Write the compressed repository again, byte for byte.
+
+        Weights that were trained since they were loaded are no longer what the delta stands for: then the dense model
+        is saved instead, with a warning. With adapters attached, the adapters are saved, as transformers does.
+
+        Args:
+            save_directory: folder to write to; made if missing.
+            args, kwargs: as for any model; `push_to_hub=True` and `repo_id` push what was written. Sharding and
+                variants apply to a dense model only.
+
+        Raises:
+            CheckpointError: if the repository that the model was loaded from is gone.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("state_dict") is not None or self.weights_changed():
+            logger.warning(
+                "The weights have changed since this model was loaded from a delta repository, so the dense model is "
+                "saved. `impart-hf compress` makes a delta repository of it again."
+            )
+            return _forget_delta(copy.copy(self)).save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            copy_repository(*self._delta_source, Path(save_directory))
+        if kwargs.get("push_to_hub", False):
+            self.push_to_hub(
+                kwargs.get("repo_id") or Path(save_directory).name,
+                **{k: kwargs[k] for k in ("commit_message", "private", "token", "create_pr") if k in kwargs},
+            )
+
+    def push_to_hub(self, repo_id, *, commit_message=None, commit_description=None, private=None, token=None,
+                    revision=None, create_pr=False, max_shard_size="50GB", tags=None):  # fmt: skip
+        """Upload the compressed repository, its model card included; arguments as for any model.
+
+        Returns:
+            The commit's URL.
+        """
+        if self.weights_changed() or getattr(self, "_hf_peft_config_loaded", False):
+            return _forget_delta(copy.copy(self)).push_to_hub(
+                repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
+                token=token, revision=revision, create_pr=create_pr, max_shard_size=max_shard_size, tags=tags,
+            )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            copy_repository(*self._delta_source, Path(folder))
+            if tags:
+                card = ModelCard.load(Path(folder, "README.md"))
+                card.data.tags = sorted({*(card.data.tags or []), *tags})
+                card.save(Path(folder, "README.md"))
+            return push_folder(
+                Path(folder), repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
+                commit_message=commit_message, commit_description=commit_description,
+            )  # fmt: skip
+
+    def __reduce__(self):
+        return _restore, (self._inner_class,), self.__dict__
+
+    def merge_and_unload(self):
+        """The plain fine-tuned model, for instance a `LlamaForCausalLM`: the same parameters, no longer a delta.
+
+        Like PEFT's, this changes the object in place and returns it.
+        """
+        _forget_delta(self)
+        return self
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> str:
+    """Upload a delta repository's folder to the Hub, as one commit; what is there already is not sent again.
+
+    Returns:
+        The commit's URL.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message or "Upload delta repository",
+        commit_description=commit_description,
+    )
+
+
+def copy_repository(source: str, options: HubOptions, target: Path) -> None:
+    """Copy a delta repository's files (those in its top folder that are not hidden) to `target`, each atomically.
+
+    Raises:
+        CheckpointError: if the source is gone.
+    """
+    if os.path.isdir(source):
+        folder = Path(source, options.subfolder)
+    else:
+        find_delta_files(source, options)  # the clear error of a repository that cannot be read
+        prefix = f"{options.subfolder}/" if options.subfolder else ""
+        snapshot = snapshot_download(
+            source,
+            revision=options.revision,
+            token=options.token,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+            allow_patterns=f"{prefix}*",
+        )
+        folder = Path(snapshot, options.subfolder)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")) if folder.exists() else []
+    if not any(p.name == "config.json" for p in files):
+        raise CheckpointError(f"the delta repository '{source}' that this model was loaded from is gone")
+    target.mkdir(parents=True, exist_ok=True)
+    if target.resolve() == folder.resolve():
+        return
+    for path in files:
+        with tempfile.NamedTemporaryFile(dir=target, prefix=".", delete=False) as temporary:
+            with path.open("rb") as original:
+                shutil.copyfileobj(original, temporary)
+            temporary.flush()
+            os.fsync(temporary.fileno())
+        os.chmod(temporary.name, 0o644)
+        os.replace(temporary.name, target / path.name)
+
+
+def _inner_class(text_config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model class that the fine-tuned model's own configuration names."""
+    known = AutoModelForCausalLM._model_mapping.get(type(text_config), None)
+    if known is None:
+        raise ValueError(f"transformers has no causal language model for model_type '{text_config.model_type}'")
+    candidates = known if isinstance(known, (list, tuple)) else [known]
+    wanted = getattr(text_config, "architectures", None) or []
+    return next((c for c in candidates if c.__name__ in wanted), candidates[0])
+
+
+@functools.cache
+def _delta_class(inner: type[PreTrainedModel]) -> type:
+    """The class that is both; one for each inner class, so that two loads give objects of one type."""
+    members = {"config_class": inner.config_class, "_inner_class": inner, "__module__": __name__}
+    return type(DeltaCompressedForCausalLM.__name__, (DeltaCompressedForCausalLM, inner), members)
+
+
+def _restore(inner: type[PreTrainedModel]) -> PreTrainedModel:
+    """An empty object of the class that is both, for pickle, which cannot find a class made at run time."""
+    cls = _delta_class(inner)
+    return cls.__new__(cls)
+
+
+def _forget_delta(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn the object into one of its plain inner class."""
+    for name in ("delta_config", "_delta_source", "_delta_samples"):
+        model.__dict__.pop(name, None)
+    model.__class__ = model._inner_class
+    return model
+
+
+def _decoding_device(device_map: Any) -> torch.device:
+    """Where tensors are decoded: an accelerator if the model is to use one (transformers then moves each tensor)."""
+    targets = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    for target in targets:
+        if isinstance(target, int) or target in ("auto", "balanced", "balanced_low_0", "sequential"):
+            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            return torch.device("cpu") if accelerator is None else accelerator
+        if target is not None and target != "disk" and torch.device(target).type not in ("cpu", "meta"):
+            return torch.device(target)
+    return torch.device("cpu")
+
+
+def _sample(parameter: torch.Tensor) -> tuple[torch.Size, int, torch.Tensor | None]:
+    """What is remembered of a parameter to notice that it was changed: shape, version, evenly spaced entries."""
+    if parameter.device.type == "meta" or not parameter.is_floating_point() or type(parameter.data) is not torch.Tensor:
+        return parameter.shape, parameter._version, None  # offloaded or quantised: its entries are not at hand
+    flat = parameter.detach().reshape(-1)
+    return parameter.shape, parameter._version, flat[:: max(1, flat.numel() // _SAMPLES)].cpu().clone()
+
+
+def _differs(before: tuple[torch.Size, int, torch.Tensor | None], parameter: torch.Tensor) -> bool:
+    shape, version, entries = _sample(parameter)
+    if shape != before[0] or version > before[1]:
+        return True
+    if entries is None or before[2] is None:
+        return False
+    return not torch.equal(before[2].to(entries.dtype), entries)
+
+
+__all__ = ["DeltaCompressedForCausalLM"]

@@ -1,0 +1,231 @@
+"""Text for the models of `train_pair`: where it comes from, how it is split, how it becomes tokens.
+
+A *document* is one string: a source file, a topic of the language reference, a question with its answer.
+Nothing here downloads anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+BOS, EOS = "<s>", "</s>"
+SMALLEST_VOCABULARY = 258  # 256 bytes and the two special tokens
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".jsonl"}
+GSM8K_HINT = "GSM8K's train.jsonl is in https://github.com/openai/grade-school-math (MIT licence)"
+
+# Not code that reads like code: installed packages, test data, tables of code points, and the prose of the fine-tune.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "encodings", "pydoc_data"}
+_LONGEST_DOCUMENT = 20_000  # characters; longer files are cut, or one big file would leave nothing to hold out
+_LONGEST_PASSAGE = 3_000  # characters; the same for the language reference, of which there is little
+_SHORTEST_REPEAT = 60  # characters; shorter paragraphs ("For example:") may repeat
+
+
+class PairError(ValueError):
+    """Bad input, told in one line."""
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def standard_library(max_characters: int = 4_000_000) -> list[str]:
+    """Source files of this Python's standard library in sorted order, about `max_characters` of them in all."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (p for p in sorted(root.rglob("*.py")) if not _SKIPPED_FOLDERS.intersection(p.relative_to(root).parts))
+    documents: list[str] = []
+    total = 0
+    for text in filter(str.strip, map(_read, files)):
+        documents.append(text)
+        total += len(text)
+        if total >= max_characters:
+            break
+    if not documents:
+        raise PairError(f"{root} holds no source files of the standard library; give text of your own (--base-text)")
+    return documents
+
+
+def language_reference() -> list[str]:
+    """Passages of the topics of Python's `help()`, in sorted order. Paragraphs that several topics share are kept
+    once, so that what is held out is not also trained on."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise PairError(
+            "this Python comes without pydoc_data.topics; give text of your own (--finetune-text)"
+        ) from None
+    seen: set[str] = set()
+    documents: list[str] = []
+    for name in sorted(topics):
+        kept = []
+        for paragraph in topics[name].split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key not in seen:
+                kept.append(paragraph)
+            if len(key) >= _SHORTEST_REPEAT:
+                seen.add(key)
+        documents += _cut("\n\n".join(kept).strip("\n"), _LONGEST_PASSAGE)
+    # What is left of a topic that others repeat can be a mere title.
+    return [text for text in documents if len(text) >= 2 * _SHORTEST_REPEAT]
+
+
+def read_documents(paths: Iterable[Path]) -> list[str]:
+    """Documents of files and folders, in the order given (what is in a folder: sorted by name).
+
+    Lines of a .jsonl file are objects with `question` and `answer`, or with `text`. A text file of
+    `Question: …` paragraphs gives one document for each; any other file is one document, cut if it is long.
+    """
+    documents = [text for path in paths for text in _documents_of(Path(path)) if text.strip()]
+    if not documents:
+        raise PairError("the text given is empty")
+    return documents
+
+
+def _documents_of(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TEXT_SUFFIXES and p.is_file()]
+        if not files:
+            raise PairError(f"{path}: no text in this folder (looked for {', '.join(sorted(TEXT_SUFFIXES))})")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise PairError(f"{path}: no such file or folder")
+    for file in files:
+        if file.suffix.lower() == ".jsonl":
+            yield from _json_lines(file)
+        else:
+            text = _read(file)
+            if text.startswith("Question: "):
+                yield from (part.strip() for part in re.split(r"\n\n+(?=Question: )", text))
+            else:
+                yield from _cut(text, _LONGEST_DOCUMENT)
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    # split("\n"), not splitlines(): JSON allows U+2028 and its like inside a string.
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            yield row["text"] if "text" in row else f"Question: {row['question']}\nAnswer: {row['answer']}"
+        except (ValueError, KeyError, TypeError):
+            raise PairError(f"{path}, line {number}: not an object with `question` and `answer`, or `text`") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise PairError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _cut(text: str, longest: int) -> Iterator[str]:
+    """`text` in parts of about `longest` characters, cut at blank lines."""
+    part: list[str] = []
+    length = 0
+    for paragraph in text.split("\n\n"):
+        part.append(paragraph)
+        length += len(paragraph) + 2
+        if length >= longest:
+            yield "\n\n".join(part)
+            part, length = [], 0
+    if part:
+        yield "\n\n".join(part)
+
+
+# ---- splitting -----------------------------------------------------------------------------------------------------
+
+
+def hold_out(documents: Sequence[str], every: int, max_characters: int = 300_000) -> tuple[list[str], list[str]]:
+    """(training documents, held-out documents): one document in `every` is held out, or fewer if that would be more
+    than about `max_characters`, evenly over the whole. The split depends on nothing but the order."""
+    if len(documents) < 2:
+        raise PairError("the text is a single short document; at least two are needed, one of them held out")
+    every = min(max(every, sum(map(len, documents)) // max_characters), len(documents))
+    train = [text for index, text in enumerate(documents) if index % every != every // 2]
+    held = documents[every // 2 :: every]
+    return train, list(held)
+
+
+def join(documents: Iterable[str]) -> str:
+    """Documents as one text file: a blank line between them."""
+    return "\n\n".join(text.strip("\n") for text in documents) + "\n"
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `vocab_size` tokens that puts `<s>` before a text, as LLaMA's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise PairError(
+            f"the base text is too small for a vocabulary of {vocab_size} tokens (it gives "
+            f"{tokenizer.get_vocab_size()}); give more text or a smaller --vocab-size"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Iterator[list[int]]:
+    # In groups: an Encoding takes far more memory than its ids.
+    for start in range(0, len(documents), 256):
+        group = list(documents[start : start + 256])
+        for encoding in tokenizer.backend_tokenizer.encode_batch(group, add_special_tokens=False):
+            yield encoding.ids
+
+
+def training_blocks(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], length: int, at_least: int
+) -> torch.Tensor:
+    """int32 [blocks, length]: `<s> document </s>` one after another, cut into blocks; the rest is dropped.
+    Fewer than `at_least` blocks are an error."""
+    ids: list[int] = []
+    for document in _encode(tokenizer, documents):
+        ids += [tokenizer.bos_token_id, *document, tokenizer.eos_token_id]
+    count = len(ids) // length
+    if count < at_least:
+        raise PairError(
+            f"a training text holds {len(ids)} tokens, less than one step of {at_least} sequences of {length}; "
+            "give more text"
+        )
+    return torch.tensor(ids[: count * length], dtype=torch.int32).reshape(count, length)
+
+
+def evaluation_blocks(tokenizer: PreTrainedTokenizerFast, text: str, length: int, max_tokens: int) -> torch.Tensor:
+    """int32 [blocks, length]: `<s>` and `length - 1` tokens of `text` in each block, so that the numbers can be
+    repeated from the text file alone. At most about `max_tokens` tokens, blocks taken evenly from the whole text."""
+    ids = next(_encode(tokenizer, [text]))
+    count = len(ids) // (length - 1)
+    if not count:
+        raise PairError(f"the held-out text holds {len(ids)} tokens, less than a sequence of {length}; give more text")
+    blocks = torch.tensor(ids[: count * (length - 1)], dtype=torch.int32).reshape(count, length - 1)
+    wanted = max(1, max_tokens // length)
+    if count > wanted:
+        blocks = blocks[torch.arange(wanted) * count // wanted]
+    return torch.cat([torch.full((len(blocks), 1), tokenizer.bos_token_id, dtype=torch.int32), blocks], dim=1)

@@ -1,0 +1,342 @@
+"""Train a small LLaMA and a full fine-tune of it, from scratch, on public text: a real pair without any download.
+
+    python scripts/train_pair.py PAIR                                   # a minute or so, text of this Python
+    python scripts/train_pair.py PAIR --preset full --base-text books/ code/ --finetune-text train.jsonl   # an hour
+
+`demo` trains the base on the standard library's source code and the fine-tune on the language reference, so the
+numbers depend on the Python version. `full` is the shape of the pair behind the project's measurements; its text is
+given by the reader. With step counts (not minutes) the same seed, versions, processor and number of threads give the
+same bytes. PAIR then holds
+
+    base/, finetuned/                        LlamaForCausalLM in bfloat16, tokenizer, generation_config
+    base_heldout.txt, finetune_heldout.txt   text that neither model was trained on
+    finetune_train.txt                       the fine-tune's text, for calibration
+    pair.json                                settings, versions, perplexities, size of the delta
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # OpenMP reads this when torch is loaded. Threads that spin while they wait make a run several times slower as
+    # soon as another program keeps one of the cores busy; threads that sleep cost nothing measurable here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pair_text
+import pair_training
+import torch
+import transformers
+from pair_text import PairError
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BASE_HELDOUT, FINETUNE_HELDOUT, FINETUNE_TRAIN = "base_heldout.txt", "finetune_heldout.txt", "finetune_train.txt"
+RECORD = "pair.json"
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_PAIR_FILES = tuple(f"{model}/{name}" for model in ("base", "finetuned") for name in _MODEL_FILES) + (
+    BASE_HELDOUT,
+    FINETUNE_HELDOUT,
+    FINETUNE_TRAIN,
+)
+_ENTRIES = {"base", "finetuned", BASE_HELDOUT, FINETUNE_HELDOUT, FINETUNE_TRAIN, RECORD}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSettings:
+    """What to train. The defaults are the `demo` preset.
+
+    Of `*_steps` and `*_minutes` exactly one is given for each stage; minutes are wall-clock time and give another
+    pair on every machine.
+    """
+
+    base_text: tuple[Path, ...] | None = None  # files and folders; None: this Python's standard library
+    finetune_text: tuple[Path, ...] | None = None  # files and folders; None: this Python's language reference
+    hidden_size: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 4
+    intermediate_size: int = 704
+    vocab_size: int = 2048
+    tied: bool = True  # input and output embeddings are one matrix
+    base_steps: int | None = 520
+    base_minutes: float | None = None
+    finetune_steps: int | None = 160
+    finetune_minutes: float | None = None
+    lr: float = 1.5e-3
+    finetune_lr: float = 5e-4
+    batch_size: int = 4  # sequences in a step
+    sequence_length: int = 128  # tokens
+    hold_out_every: int = 10  # one document in so many is held out
+    evaluation_tokens: int = 16_384  # tokens of each held-out text that the perplexities are taken from
+    seed: int = 0
+
+    @classmethod
+    def full(cls, base_text: Sequence[Path], finetune_text: Sequence[Path]) -> PairSettings:
+        """The shape and the training time of the pair behind the project's measurements."""
+        return cls(
+            base_text=tuple(base_text),
+            finetune_text=tuple(finetune_text),
+            hidden_size=320,
+            layers=8,
+            heads=10,
+            kv_heads=5,
+            intermediate_size=864,
+            vocab_size=4096,
+            base_steps=None,
+            base_minutes=45.0,
+            finetune_steps=None,
+            finetune_minutes=15.0,
+            lr=1.5e-3,
+            finetune_lr=3e-4,
+            batch_size=8,
+            sequence_length=256,
+            evaluation_tokens=65_536,
+        )
+
+    def check(self) -> None:
+        """Raise `PairError` for settings that no model can have."""
+        for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise PairError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden_size % (2 * self.heads):
+            raise PairError(f"hidden_size {self.hidden_size} is not an even multiple of {self.heads} heads")
+        if self.heads % self.kv_heads:
+            raise PairError(f"{self.heads} heads cannot share {self.kv_heads} kv_heads evenly")
+        if self.vocab_size < pair_text.SMALLEST_VOCABULARY:
+            raise PairError(f"vocab_size {self.vocab_size} is less than {pair_text.SMALLEST_VOCABULARY}")
+        if self.sequence_length < 2 or self.hold_out_every < 2:
+            raise PairError("sequence_length and hold_out_every must be at least 2")
+        for stage in ("base", "finetune"):
+            steps, minutes = getattr(self, f"{stage}_steps"), getattr(self, f"{stage}_minutes")
+            if (steps is None) == (minutes is None):
+                raise PairError(f"give either {stage}_steps or {stage}_minutes")
+            if (steps if minutes is None else minutes) <= 0:
+                raise PairError(f"{stage}_steps or {stage}_minutes must be more than 0")
+        if self.lr <= 0 or self.finetune_lr <= 0:
+            raise PairError("lr and finetune_lr must be more than 0")
+
+
+def train_pair(output_dir: Path, settings: PairSettings, *, force: bool = False) -> None:
+    """Train the pair of `settings` and write it to `output_dir`, all of it or nothing.
+
+    A finished pair that is there already is kept, whatever it was trained with, unless `force` is given. A folder
+    that holds anything else is never replaced. Bad input raises `PairError`.
+    """
+    settings.check()
+    output_dir = Path(output_dir)
+    if _is_pair(output_dir):
+        if not force:
+            same = _recorded_settings(output_dir) == _as_json(settings)
+            note = "" if same else " (trained with other settings; --force trains it anew)"
+            print(f"{output_dir}: a finished pair is there and is used{note}")
+            return
+        others = sorted({entry.name for entry in output_dir.iterdir()} - _ENTRIES)
+        if others:
+            raise PairError(f"{output_dir} holds more than the pair ({others[0]}), which --force would delete; move it")
+    elif output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise PairError(f"{output_dir} exists and is not a pair of models; choose another folder")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        with pair_training.quiet():
+            _write_pair(new, settings)
+        if output_dir.exists():
+            output_dir.rename(Path(scratch, "old"))
+        new.rename(output_dir)
+
+
+def _write_pair(folder: Path, settings: PairSettings) -> None:
+    started = time.perf_counter()
+    base_train, base_held = pair_text.hold_out(
+        pair_text.standard_library() if settings.base_text is None else pair_text.read_documents(settings.base_text),
+        settings.hold_out_every,
+    )
+    finetune_train, finetune_held = pair_text.hold_out(
+        pair_text.language_reference()
+        if settings.finetune_text is None
+        else pair_text.read_documents(settings.finetune_text),
+        settings.hold_out_every,
+    )
+    length = settings.sequence_length
+    tokenizer = pair_text.train_tokenizer(base_train, settings.vocab_size, max(512, length))
+    # All the text is looked at before any training: an error after 45 minutes would be a pity.
+    evaluation: dict[str, torch.Tensor] = {}
+    for name, documents in ((BASE_HELDOUT, base_held), (FINETUNE_HELDOUT, finetune_held)):
+        text = pair_text.join(documents)
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        evaluation[name] = pair_text.evaluation_blocks(tokenizer, text, length, settings.evaluation_tokens)
+    (folder / FINETUNE_TRAIN).write_text(pair_text.join(finetune_train), encoding="utf-8", newline="\n")
+    base_blocks = pair_text.training_blocks(tokenizer, base_train, length, settings.batch_size)
+    finetune_blocks = pair_text.training_blocks(tokenizer, finetune_train, length, settings.batch_size)
+
+    model = _new_model(settings, tokenizer)
+    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {torch.get_num_threads()} threads", flush=True)
+    stages = (
+        ("base", base_blocks, settings.base_steps, settings.base_minutes, settings.lr),
+        ("finetuned", finetune_blocks, settings.finetune_steps, settings.finetune_minutes, settings.finetune_lr),
+    )
+    perplexities: dict[str, dict[str, float]] = {}
+    base_weights: dict[str, torch.Tensor] = {}
+    for name, blocks, steps, minutes, lr in stages:
+        pair_training.train(
+            model, blocks, name, steps=steps, minutes=minutes, lr=lr, batch_size=settings.batch_size, seed=settings.seed
+        )
+        # Saved in bfloat16, and the fine-tune starts from the saved weights: the delta is the difference of the files.
+        model.to(torch.bfloat16).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        model.float()
+        perplexities[name] = {text: pair_training.perplexity(model, ids) for text, ids in evaluation.items()}
+        if name == "base":
+            base_weights = {key: weight.detach().clone() for key, weight in model.named_parameters()}
+    delta = pair_training.delta_size(base_weights, dict(model.named_parameters()))
+
+    print(f"{'perplexity':<12}{BASE_HELDOUT:>22}{FINETUNE_HELDOUT:>22}")
+    for name, row in perplexities.items():
+        print(f"{name:<12}{row[BASE_HELDOUT]:>22.2f}{row[FINETUNE_HELDOUT]:>22.2f}")
+    seconds = time.perf_counter() - started
+    print(f"mean |dW|/|W| of the linear layers {delta:.3f}; {seconds:.0f} s in all")
+    record = {
+        "settings": _as_json(settings),
+        "parameters": model.num_parameters(),
+        "perplexity": perplexities,
+        "mean_relative_delta": delta,
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _new_model(settings: PairSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The untrained base, float32; the same weights for the same seed."""
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=settings.vocab_size,
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.kv_heads,
+            head_dim=settings.hidden_size // settings.heads,
+            tie_word_embeddings=settings.tied,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            # At these sizes PyTorch's fused attention on a CPU takes 1.7 times as long as the plain one where
+            # bfloat16 products are fast, and nine tenths of it elsewhere.
+            attn_implementation="eager",
+        )
+    )
+    # What pads a batch of prompts. Not the model configuration's: that takes the token's embedding out of training.
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
+    return model
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def _is_pair(folder: Path) -> bool:
+    # The folder appears under its name only when everything is in it, so names are enough.
+    return all((folder / name).is_file() for name in _PAIR_FILES)
+
+
+def _as_json(settings: PairSettings) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+
+
+def _recorded_settings(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train_pair.py",
+        description="Train a small LLaMA and a full fine-tune of it, from scratch, on public text.",
+        epilog="Options that are not given come from the preset. Nothing is downloaded.",
+    )
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder for the pair")
+    parser.add_argument("--preset", choices=("demo", "full"), default="demo", help="default: demo")
+    parser.add_argument("--force", action="store_true", help="train anew although a finished pair is there")
+    texts = parser.add_argument_group("text (default of demo: the standard library, the language reference)")
+    texts.add_argument("--base-text", type=Path, nargs="+", metavar="PATH", help="files and folders of text")
+    texts.add_argument(
+        "--finetune-text", type=Path, nargs="+", metavar="PATH", help=f"text or jsonl; {pair_text.GSM8K_HINT}"
+    )
+    shape = parser.add_argument_group("shape of the models")
+    for name in ("hidden-size", "layers", "heads", "kv-heads", "intermediate-size", "vocab-size"):
+        shape.add_argument(f"--{name}", type=int, metavar="N")
+    tied = shape.add_mutually_exclusive_group()
+    tied.add_argument("--tied", action="store_true", default=None, help="one matrix for both embeddings (default)")
+    tied.add_argument("--untied", action="store_false", dest="tied", default=None)
+    training = parser.add_argument_group("training")
+    for stage in ("base", "finetune"):
+        length = training.add_mutually_exclusive_group()
+        length.add_argument(f"--{stage}-steps", type=int, metavar="N")
+        length.add_argument(f"--{stage}-minutes", type=float, metavar="M", help="wall-clock; not repeatable exactly")
+    training.add_argument("--lr", type=float, help="of the base, at its peak")
+    training.add_argument("--finetune-lr", type=float)
+    training.add_argument("--batch-size", type=int, metavar="N", help="sequences in a step")
+    training.add_argument("--sequence-length", type=int, metavar="N", help="tokens")
+    training.add_argument("--seed", type=int, metavar="N")
+    return parser
+
+
+def _settings_of(options: argparse.Namespace) -> PairSettings:
+    if options.preset == "full":
+        if options.base_text is None:
+            raise PairError("the full preset needs --base-text: files or folders of plain text, some 20 MB of it")
+        if options.finetune_text is None:
+            raise PairError(f"the full preset needs --finetune-text; {pair_text.GSM8K_HINT}")
+        preset = PairSettings.full(options.base_text, options.finetune_text)
+    else:
+        preset = PairSettings()
+    names = {field.name for field in dataclasses.fields(PairSettings)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    for name, value in list(given.items()):
+        if isinstance(value, list):
+            given[name] = tuple(value)
+    for stage in ("base", "finetune"):  # steps replace the preset's minutes, and minutes its steps
+        if f"{stage}_steps" in given:
+            given[f"{stage}_minutes"] = None
+        elif f"{stage}_minutes" in given:
+            given[f"{stage}_steps"] = None
+    return dataclasses.replace(preset, **given)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        train_pair(options.output, _settings_of(options), force=options.force)
+    except (PairError, OSError) as error:
+        print(f"train_pair.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
