@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .methods import MethodConfig, method_for
-from .modeling.checkpoints import DTYPE_NAMES, Checkpoint
+from .modeling.checkpoints import DTYPE_NAMES, TIED_OUTPUT, Checkpoint, all_finite
 from .modeling.checksums import tensor_checksum
+from .modeling.configuration_delta_compressed import FORMAT_VERSION
+from .modeling.delta_repository import BASE_CHECKSUMS, CRC_ENTRY, RECORD_SUFFIX, ROWS_SUFFIX
 from .progress import Progress
 
 # Matrices of fewer entries than this are kept as they are: a record of them would be mostly header.
@@ -84,7 +87,7 @@ class CompressionPlan:
 
     def fingerprint(self, method: MethodConfig) -> str:
         """Hash of everything that the result depends on; a resumed run must have the same."""
-        parts: list[Any] = [method.to_dict(), self.checkpoint_bytes]
+        parts: list[Any] = [FORMAT_VERSION, method.to_dict(), self.checkpoint_bytes]
         parts += [
             [t.name, t.kind, t.shape, str(t.dtype), t.max_bytes, t.base_checksum, t.checksum] for t in self.tensors
         ]
@@ -112,17 +115,34 @@ def check_pair(base: Checkpoint, finetuned: Checkpoint) -> None:
             f"'{finetuned.source}' is not a fine-tune of '{base.source}': it {what} "
             f"({len(lost)} tensors missing, {len(extra)} extra)"
         )
+    _check_names(finetuned)
     for name in finetuned.names():
         for checkpoint in (base, finetuned):
             dtype = checkpoint.dtype(name)
             if dtype not in DTYPE_NAMES or (dtype.is_floating_point and dtype not in _FLOAT_DTYPES):
                 raise IncompatibleModelsError(f"'{checkpoint.source}': {name} has the unsupported dtype {dtype}")
+        if base.dtype(name).is_floating_point != finetuned.dtype(name).is_floating_point:
+            raise IncompatibleModelsError(
+                f"{name} has dtype {finetuned.dtype(name)} in '{finetuned.source}' and {base.dtype(name)} in "
+                f"'{base.source}'"
+            )
         ours, theirs = finetuned.shape(name), base.shape(name)
         if ours != theirs and not _grew(finetuned, name, ours, theirs):
             raise IncompatibleModelsError(
                 f"{name} has shape {list(ours)} in '{finetuned.source}' and {list(theirs)} in '{base.source}'; only "
                 "embeddings and output projection may differ, by rows added to the vocabulary"
             )
+
+
+def _check_names(checkpoint: Checkpoint) -> None:
+    names = checkpoint.names()
+    if not any(checkpoint.dtype(name).is_floating_point for name in names):
+        raise IncompatibleModelsError(f"'{checkpoint.source}' holds no weights")
+    reserved = {BASE_CHECKSUMS, CRC_ENTRY, *(n + suffix for n in names for suffix in (RECORD_SUFFIX, ROWS_SUFFIX))}
+    if taken := sorted(reserved & set(names)):
+        raise IncompatibleModelsError(
+            f"'{checkpoint.source}' has a tensor named {taken[0]}, which the delta format uses itself"
+        )
 
 
 def _grew(finetuned: Checkpoint, name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
@@ -135,17 +155,24 @@ def scan(base: Checkpoint, finetuned: Checkpoint, progress: Progress) -> list[Te
     """Read both checkpoints once: find what is equal, take checksums, refuse what is not finite.
 
     Raises:
-        IncompatibleModelsError: if a tensor holds NaN or infinity.
+        IncompatibleModelsError: if a tensor holds NaN or infinity, or a stored output projection would be lost.
     """
+    if finetuned.has_untied_output():
+        raise IncompatibleModelsError(
+            f"config.json of '{finetuned.source}' ties the output projection to the input embeddings, but the {TIED_OUTPUT} "
+            "that it stores is another matrix: set tie_word_embeddings to false there"
+        )
     plans = []
     names = finetuned.names()
     for name in progress.track(names, "Scanning"):
         before, after = base.tensor(name), finetuned.tensor(name)
         for source, tensor in ((base.source, before), (finetuned.source, after)):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise IncompatibleModelsError(f"{name} of '{source}' holds NaN or infinity")
         shared = after[: before.shape[0]] if before.dim() else after
-        equal = torch.equal(before.to(after.dtype), shared)
+        # Readers convert floats to the fine-tune's dtype, and leave whole numbers as they are.
+        comparable = after.is_floating_point() or before.dtype == after.dtype
+        equal = comparable and torch.equal(before.to(after.dtype), shared)
         plans.append(
             TensorPlan(
                 name=name,

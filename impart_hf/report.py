@@ -10,6 +10,15 @@ from .modeling.delta_record import FACTORED, Record, parse_record, record_shape
 from .modeling.delta_repository import BASE_CHECKSUMS, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
 
 
+def human_bytes(count: float) -> str:
+    """A size as people write it: 1.5 MB is 1,500,000 bytes."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
 @dataclass
 class TensorReport:
     """One changed tensor.
@@ -33,6 +42,9 @@ class TensorReport:
     keep_ratio: float | None = None
     relative_error: float | None = None
     notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass

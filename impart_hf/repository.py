@@ -5,6 +5,7 @@ import os
 import shutil
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ from .modeling.delta_repository import (
     names_checksum,
 )
 from .plan import CompressionPlan, IncompatibleModelsError, TensorPlan
-from .report import CompressionReport, read_reports
+from .report import CompressionReport, human_bytes, read_reports
 from .safetensors_writer import Entry, shard_entries, write_json, write_safetensors
 from .workspace import Workspace
 
 _READER = Path(_reader_init).parent
 # Copied from the fine-tune unchanged, where it has them.
-_COMPANIONS = (
+COMPANION_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -94,17 +95,17 @@ class RepositoryWriter:
         """
         self.base, self.finetuned, self.model, self.method = base, finetuned, model, method
         self.tensors, self.max_shard_size = tensors, max_shard_size
-        found = [fetch_file(finetuned, name, finetuned_options) for name in _COMPANIONS]
+        found = [fetch_file(finetuned, name, finetuned_options) for name in COMPANION_FILES]
         self.companions = [path for path in found if path is not None]
         self.inherited = inherited_card_data(fetch_file(finetuned, "README.md", finetuned_options))
         self.config = self._config()
 
     def _config(self) -> dict[str, Any]:
         text_config = dict(self.model.config)
-        model_type = text_config.get("model_type")
+        model_type = str(text_config.get("model_type"))
         if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
             raise IncompatibleModelsError(
-                f"'{self.finetuned}' has model_type '{model_type}', which transformers loads as no causal language model"
+                f"transformers loads no causal language model from '{self.finetuned}', whose model_type is '{model_type}'"
             )
         floats = {t.name: str(t.dtype).removeprefix("torch.") for t in self.tensors if t.dtype.is_floating_point}
         usual = Counter(floats.values()).most_common(1)[0][0]
@@ -167,7 +168,7 @@ class RepositoryWriter:
         for filename, entries in files.items():
             by_name = sorted(entries, key=lambda entry: entry.name)
             crcs = np.array([zlib.crc32(entry.data()) for entry in by_name], "<u4").tobytes()
-            entries = [*entries, Entry(CRC_ENTRY, "U32", (len(by_name),), len(crcs), lambda data=crcs: data)]
+            entries = [*entries, Entry(CRC_ENTRY, "U32", (len(by_name),), len(crcs), partial(bytes, crcs))]
             # Wide numbers first keeps every entry aligned, as readers of safetensors expect.
             entries.sort(key=lambda entry: -_width(entry.dtype))
             write_safetensors(workspace.repository / filename, entries, _METADATA)
@@ -180,7 +181,7 @@ class RepositoryWriter:
     def _entries(self, workspace: Workspace) -> list[Entry]:
         names = [t.name for t in self.tensors]
         table = np.array([t.base_checksum for t in self.tensors] + [names_checksum(names)], "<u8").tobytes()
-        entries = [Entry(BASE_CHECKSUMS, "U64", (len(names) + 1,), len(table), lambda: table)]
+        entries = [Entry(BASE_CHECKSUMS, "U64", (len(names) + 1,), len(table), partial(bytes, table))]
         for t in self.tensors:
             dtype = DTYPE_NAMES[t.dtype]
             if t.kind == "encoded":
@@ -188,22 +189,18 @@ class RepositoryWriter:
                 size = path.stat().st_size
                 entries.append(Entry(t.name + RECORD_SUFFIX, "U8", (size,), size, path.read_bytes))
             elif t.kind == "kept":
-                entries.append(Entry(t.name, dtype, t.shape, t.dense_bytes, lambda t=t: self._rows(t, 0, t.shape[0])))
+                entries.append(Entry(t.name, dtype, t.shape, t.dense_bytes, partial(self._rows, t)))
             if t.added_rows:
-                start, stop = t.shape[0], t.shape[0] + t.added_rows
-                entries.append(
-                    Entry(
-                        t.name + ROWS_SUFFIX,
-                        dtype,
-                        (t.added_rows, *t.shape[1:]),
-                        t.added_bytes,
-                        lambda t=t, a=start, b=stop: self._rows(t, a, b),
-                    )
-                )
+                shape = (t.added_rows, *t.shape[1:])
+                entries.append(Entry(t.name + ROWS_SUFFIX, dtype, shape, t.added_bytes, partial(self._rows, t, True)))
         return entries
 
-    def _rows(self, tensor: TensorPlan, start: int, stop: int) -> bytes:
-        return tensor_bytes(self.model.tensor(tensor.name)[start:stop]).tobytes()
+    def _rows(self, plan: TensorPlan, added: bool = False) -> bytes:
+        """The bytes of a fine-tuned tensor, or of the rows that it has beyond the base's."""
+        tensor = self.model.tensor(plan.name)
+        if plan.added_rows:
+            tensor = tensor[plan.shape[0] :] if added else tensor[: plan.shape[0]]
+        return tensor_bytes(tensor).tobytes()
 
     def _report(
         self, workspace: Workspace, plan: CompressionPlan, counted: list[Path], seconds: float
@@ -228,15 +225,6 @@ class RepositoryWriter:
 def _width(dtype: str) -> int:
     digits = "".join(c for c in dtype if c.isdigit())
     return int(digits) if digits else 8
-
-
-def human_bytes(count: float) -> str:
-    """A size as people write it: 1.5 MB is 1,500,000 bytes."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def _sizes(report: CompressionReport) -> dict[str, str]:

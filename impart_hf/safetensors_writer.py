@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +77,25 @@ def shard_entries(
         by_name,
         get_storage_size=lambda entry: entry.size,
         filename_pattern=f"{stem}{{suffix}}{suffix}",
-        max_shard_size=max_shard_size,
+        max_shard_size=shard_bytes(max_shard_size),
     )
     files = {name: [by_name[n] for n in members] for name, members in split.filename_to_tensors.items()}
     if not split.is_sharded:
         return files, None
     return files, {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+
+
+def shard_bytes(max_shard_size: int | str) -> int:
+    """The largest size of a file, in bytes.
+
+    Raises:
+        ValueError: if it is neither a number of bytes above 0 nor a string such as "5GB" or "500MB".
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(max_shard_size).strip().upper())
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if size < 1:
+        raise ValueError(f'max_shard_size must be a number of bytes or a string such as "5GB", got {max_shard_size!r}')
+    return size
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,5 +1,7 @@
 """The hidden folder in which a repository grows: resumable, locked, and published by one rename."""
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,7 +12,7 @@ from typing import IO
 
 from .safetensors_writer import write_json
 
-_PLAN = "plan.json"
+_PLAN, _LOCK = "plan.json", "lock"
 # Beyond the records and the file made of them, a file system wants some room to breathe.
 _SPARE_BYTES = 16 << 20
 
@@ -36,6 +38,8 @@ def check_output(output: Path) -> None:
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output} exists and is not a folder")
+    if output.is_mount():
+        raise OutputError(f"{output} is a mount point, which cannot be renamed; choose a folder inside it")
     if not output.exists() or not any(output.iterdir()):
         return
     try:
@@ -44,6 +48,16 @@ def check_output(output: Path) -> None:
         ours = False
     if not ours:
         raise OutputError(f"{output} exists and holds something that is not a delta repository; choose another folder")
+    if foreign := sorted(p.name for p in output.iterdir() if p.is_dir()):
+        raise OutputError(f"{output} would be replaced, but holds the folder {foreign[0]}; choose another folder")
+
+
+def _fingerprint(plan: Path) -> str | None:
+    """Of the work that a workspace was made for; None if it has no plan, or half of one."""
+    try:
+        return json.loads(plan.read_text("utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class Workspace:
@@ -64,18 +78,63 @@ class Workspace:
             OutputError: if it holds something that is not ours.
         """
         output = Path(os.path.abspath(output))
-        check_output(output)
         self.output = output
         self.folder = output.parent / f".{output.name}.partial"
         self.repository = self.folder / "repository"
         self._lock: IO[str] | None = None
+        try:
+            check_output(output)
+            self._check_folder()
+        except OutputError:
+            raise
+        except OSError as error:  # a name too long for the file system, a folder that cannot be read
+            raise OutputError(f"{output} cannot be written: {error.strerror}") from error
+
+    def _ground(self) -> Path:
+        """The nearest folder that is there already."""
+        return next(p for p in self.folder.parents if p.exists())
+
+    def _check_folder(self) -> None:
+        """See that the workspace can be made, or is one of ours that no other process is at work in."""
+        ground = self._ground()
+        if not ground.is_dir() or not os.access(ground, os.W_OK | os.X_OK):
+            raise OutputError(f"{self.output} cannot be written: {ground} is not a folder that you may write to")
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise OutputError(f"{self.folder} is in the way: it is not a folder")
+        if self.folder.exists() and any(self.folder.iterdir()):
+            if not (self.folder / _LOCK).is_file():
+                raise OutputError(f"{self.folder} is in the way: it holds something that is no unfinished work of ours")
+            self._take_lock()
+            self._release_lock()
 
     def __enter__(self) -> "Workspace":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: object, __: object) -> None:
+        self._release_lock()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"the disk of {self.output.parent} is full; what is finished is kept in {self.folder}, and the same "
+                "command goes on from there once there is room"
+            ) from error
+
+    def _take_lock(self) -> None:
+        path = self.folder / _LOCK
+        self._lock = path.open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The other run may have published, and removed the file, between the two calls.
+            held = path.exists() and os.path.samestat(os.fstat(self._lock.fileno()), path.stat())
+        except BlockingIOError:
+            held = False
+        if not held:
+            self._release_lock()
+            raise OutputError(f"another process is writing {self.output}")
+
+    def _release_lock(self) -> None:
         if self._lock is not None:
             self._lock.close()
+            self._lock = None
 
     def begin(self, fingerprint: str, expected_bytes: int) -> bool:
         """Make the workspace, or take up the one that an earlier run of the same work left.
@@ -90,40 +149,44 @@ class Workspace:
         Raises:
             OutputError: if another process is at work there, or the disk has not enough room.
         """
+        if not self.folder.exists():
+            self._check_room(expected_bytes)
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except OutputError:
+            raise
         except OSError as error:
             raise OutputError(f"{self.output} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"another process is writing {self.output}") from error
         plan = self.folder / _PLAN
-        resumes = plan.exists() and json.loads(plan.read_text("utf-8")).get("fingerprint") == fingerprint
+        resumes = _fingerprint(plan) == fingerprint
         if not resumes:
             self._clear()
-            needed = 2 * expected_bytes + _SPARE_BYTES
-            free = shutil.disk_usage(self.folder).free
-            if free < needed:
-                self.discard()
-                raise OutputError(f"{self.output.parent} has {free} bytes free, {needed} are needed")
+            self._check_room(expected_bytes)
             write_json(plan, {"fingerprint": fingerprint})
         (self.folder / "records").mkdir(exist_ok=True)
         shutil.rmtree(self.repository, ignore_errors=True)
         self.repository.mkdir()
         return resumes
 
+    def _check_room(self, expected_bytes: int) -> None:
+        needed = 2 * expected_bytes + _SPARE_BYTES
+        free = shutil.disk_usage(self._ground()).free
+        if free < needed:
+            self.discard()
+            raise OutputError(f"{self.output.parent} has {free} bytes free, {needed} are needed")
+
     def _clear(self) -> None:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != "lock":
+            elif path.name != _LOCK:
                 path.unlink()
 
     def discard(self) -> None:
-        """Remove the workspace."""
+        """Remove the workspace, the lock last: by it the rest of an interrupted removal is known to be ours."""
+        with contextlib.suppress(OSError):
+            self._clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def record_path(self, name: str) -> Path:
@@ -149,7 +212,12 @@ class Workspace:
         return json.loads(self.record_path(name).with_suffix(".notes").read_text("utf-8"))
 
     def publish(self) -> None:
-        """Let the repository appear at the output folder, replacing an older one, and remove the workspace."""
+        """Let the repository appear at the output folder, replacing an older one, and remove the workspace.
+
+        Raises:
+            OutputError: if something that is not ours has come to the output folder meanwhile.
+        """
+        check_output(self.output)
         sync_folder(self.repository)
         if self.output.exists():
             old = self.folder / "replaced"

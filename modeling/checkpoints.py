@@ -6,6 +6,7 @@ Nothing is read before it is asked for, and files are mapped, not loaded: the mo
 import json
 import os
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -62,6 +64,14 @@ class HubOptions:
     local_files_only: bool = False
     force_download: bool = False
     subfolder: str = ""
+
+    def __deepcopy__(self, memo: dict) -> "HubOptions":
+        return self
+
+    def __reduce__(self) -> tuple:
+        """A pickle may travel, a token must not: it is left out."""
+        fields = (self.revision, None, self.cache_dir, self.local_files_only, self.force_download, self.subfolder)
+        return HubOptions, fields
 
 
 def fetch_file(repo: str, filename: str, options: HubOptions) -> Path | None:
@@ -118,11 +128,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return value
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    # `aminmax` hands NaN on, and takes a tenth of the time of `isfinite().all()`.
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())
 
 
 class Checkpoint:
@@ -150,7 +166,8 @@ class Checkpoint:
         self.source, self._options = source, options
         config_path = fetch_file(source, "config.json", options)
         if config_path is None:
-            raise CheckpointError(f"'{source}' has no config.json: it is not a transformers checkpoint")
+            cached = " in the local cache" if options.local_files_only and not os.path.isdir(source) else ""
+            raise CheckpointError(f"'{source}' has no config.json{cached}: it is not a transformers checkpoint")
         self.config = read_json(config_path)
         if self.config.get("model_type") == "delta_compressed":
             raise CheckpointError(f"'{source}' is a delta repository; make it dense with `impart-hf reconstruct` first")
@@ -159,12 +176,13 @@ class Checkpoint:
         self._files, self._index = self._find_weights()
         self._handles: dict[Path, Any] = {}
         self._lock = threading.Lock()
-        self.tied = bool(self.config.get("tie_word_embeddings", False)) if tied is None else tied
-        self._locations = {
-            name: path
-            for name, path in self._list_tensors().items()
+        self.tied = _ties_embeddings(self.config) if tied is None else tied
+        self._locations = self._list_tensors()
+        self._names = sorted(
+            name
+            for name in self._locations
             if not name.endswith(_IGNORED_SUFFIX) and not (self.tied and name == TIED_OUTPUT)
-        }
+        )
         self.weight_bytes = sum(path.stat().st_size for path in self._files)
 
     def _fetch(self, filename: str) -> Path:
@@ -181,7 +199,7 @@ class Checkpoint:
             if not filename.endswith(".index.json"):
                 return [path], {}
             index = read_json(path).get("weight_map")
-            if not isinstance(index, dict) or not all(_is_plain_name(v) for v in index.values()):
+            if not index or not isinstance(index, dict) or not all(is_plain_name(v) for v in index.values()):
                 raise CheckpointError(f"{path} holds no valid weight_map")
             return [self._fetch(name) for name in sorted(set(index.values()))], index
         raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}")
@@ -205,16 +223,20 @@ class Checkpoint:
                         self._handles[path] = safe_open(str(path), framework="pt")
                     else:
                         self._handles[path] = _open_bin(path)
-                except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+                except (SafetensorError, OSError, ValueError) as error:
                     raise CheckpointError(f"{path} cannot be read as a weight file: {error}") from error
             return self._handles[path]
 
     def names(self) -> list[str]:
         """The tensors' names, sorted."""
-        return sorted(self._locations)
+        return list(self._names)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._locations
+    def has_untied_output(self) -> bool:
+        """Whether the output projection that a tied checkpoint stores is none of its other tensors after all."""
+        if not self.tied or TIED_OUTPUT not in self._locations:
+            return False
+        stored, shape = self.tensor(TIED_OUTPUT), self.shape(TIED_OUTPUT)
+        return not any(self.shape(name) == shape and torch.equal(self.tensor(name), stored) for name in self._names)
 
     def _look_up(self, name: str, on_slice: Callable[[Any], Any], on_tensor: Callable[[torch.Tensor], Any]) -> Any:
         handle = self._open(self._locations[name])
@@ -250,19 +272,28 @@ class Checkpoint:
             raise CheckpointError(f"'{self.source}': {name} cannot be read: {error}") from error
 
 
-def _is_plain_name(value: object) -> bool:
+def _ties_embeddings(config: dict[str, Any]) -> bool:
+    # Some architectures tie them unless config.json says otherwise, and then it says nothing.
+    model_type = str(config.get("model_type"))
+    default = CONFIG_MAPPING[model_type].tie_word_embeddings if model_type in CONFIG_MAPPING else False
+    return bool(config.get("tie_word_embeddings", default))
+
+
+def is_plain_name(value: object) -> bool:
+    """Whether a value from a JSON file is the name of a file in the same folder."""
     return isinstance(value, str) and value not in ("", ".", "..") and os.path.basename(value) == value
 
 
 def _open_bin(path: Path) -> dict[str, torch.Tensor]:
     """A pytorch_model*.bin as a dict of mapped tensors; nothing in it can execute (weights_only)."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        # Files from before torch 1.6 are not zip archives and cannot be mapped: this one shard is read whole.
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ValueError("it does not hold a dictionary of tensors")
-    return tensors
+        # Files from before torch 1.6 are not zip archives and cannot be mapped: such a shard is read whole.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a pickle that is damaged or refused can raise anything
+        raise ValueError(str(error).split("\n")[0]) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        for name, tensor in tensors.items()
+    ):
+        raise ValueError("it does not hold a dictionary of dense tensors")
+    return {name: tensor.detach() for name, tensor in tensors.items()}

@@ -11,7 +11,9 @@ _BLOCK_ROWS = 128  # rows summed at a time: 1 MiB, so that the second sum finds 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's bytes as they would stand in a file, as a uint8 array (no copy for contiguous CPU tensors)."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    dense = tensor.detach().cpu().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # unlike view, never the stride 0 that single elements may have
+    return flat.view(torch.uint8).numpy()
 
 
 def tensor_checksum(tensor: torch.Tensor) -> int:

@@ -52,5 +52,16 @@ class DeltaCompressedConfig(PreTrainedConfig):
             self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As for any configuration; arguments about the model, such as use_cache=False, reach its own configuration."""
+        return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        for name, value in kwargs.items():
+            if name not in cls.__annotations__ and hasattr(config.text_config, name) and value != "auto":
+                setattr(config.text_config, name, value)
+                unused.pop(name, None)
+        return (config, unused) if return_unused_kwargs else config
+
 
 __all__ = ["DeltaCompressedConfig"]

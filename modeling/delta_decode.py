@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .checkpoints import all_finite
 from .delta_record import BFLOAT16, FACTORED, FLOAT16, DeltaFormatError, Record, Segment, code_bytes, parse_record
 from .seeded_mask import keep_mask
 
@@ -119,7 +120,7 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
     planes = []
     for mask, values in zip(masks, parts, strict=True):
         joined = torch.cat(values) if values else torch.empty(0, device=device)
-        if not torch.isfinite(joined).all():
+        if not all_finite(joined):
             raise DeltaFormatError(f"{name}: a stored value is not finite")
         planes.append(Plane(mask.shape[0], mask.shape[1], mask.view(-1).nonzero().view(-1), joined))
     return planes
@@ -157,13 +158,16 @@ def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtyp
         dtype: the fine-tuned tensor's dtype.
 
     Raises:
-        DeltaFormatError: if the records do not fit the base's shape or do not end where the data ends.
+        DeltaFormatError: if the records do not fit the base's shape, do not end where the data ends, or give a number
+            that is not finite.
     """
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
     at = 0
     for target, matrix in zip(_matrices(out), _matrices(base), strict=True):
         record, length = parse_record(data[at:], (matrix.shape[0], matrix.shape[1]), name)
         target.copy_(decode_record(record, name, base.device).add_(matrix))
+        if not all_finite(target):
+            raise DeltaFormatError(f"{name} decodes to NaN or infinity in {dtype}")
         at += length
     if at != len(data):
         raise DeltaFormatError(f"{name}: {len(data) - at} bytes follow the last record")

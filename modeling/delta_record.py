@@ -148,15 +148,15 @@ class _Cursor:
 
 
 def _check_header(name: str, fields: tuple, shape: tuple[int, int], available: int) -> None:
-    layout, reserved, _, rows, columns, rank, _, scale, _, length = fields
+    layout, reserved, _, rows, columns, rank, _, scale, error, length = fields
     if layout not in (FACTORED, DIRECT) or reserved != 0:
         raise DeltaFormatError(f"{name}: unknown record layout {layout}; a newer impart-hf may be needed")
     if (rows, columns) != tuple(shape):
         raise DeltaFormatError(f"{name}: the record is for a {rows}x{columns} matrix, the base has {tuple(shape)}")
     if rank > (min(rows, columns) if layout == FACTORED else 0):
         raise DeltaFormatError(f"{name}: rank {rank} is impossible for a {rows}x{columns} matrix")
-    if not np.isfinite(scale):
-        raise DeltaFormatError(f"{name}: the record's scale is {scale}")
+    if not np.isfinite([scale, error]).all():
+        raise DeltaFormatError(f"{name}: the record's scale is {scale}, its relative error {error}")
     if length < HEADER_BYTES or length > available:
         raise DeltaFormatError(f"{name}: the record claims {length} bytes of {available}")
 
@@ -165,7 +165,8 @@ def _check_segments(name: str, segments: list[Segment], reserved: list[int], lay
     valid = {*range(1, 9), FLOAT16, BFLOAT16}
     for segment, extra in zip(segments, reserved, strict=True):
         v_ok = segment.width_v in valid if layout == FACTORED else segment.width_v == 0
-        if segment.width_u not in valid or not v_ok or segment.keep > KEEP_PER_COLUMN or extra != 0:
+        known = segment.width_u in valid and v_ok and segment.keep <= KEEP_PER_COLUMN and extra == 0
+        if not known or segment.columns == 0:
             raise DeltaFormatError(f"{name}: unknown storage of a column segment: {segment}")
     if sum(s.columns for s in segments) != plane_columns:
         raise DeltaFormatError(f"{name}: the segments do not add up to {plane_columns} columns")

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, Checkpoint, CheckpointError, HubOptions, fetch_file, read_json
+from .checkpoints import (
+    DTYPE_NAMES,
+    SAFETENSORS_DTYPES,
+    Checkpoint,
+    CheckpointError,
+    HubOptions,
+    fetch_file,
+    is_plain_name,
+    read_json,
+)
 from .checksums import tensor_bytes, tensor_checksum
 from .configuration_delta_compressed import DeltaCompressedConfig
 from .delta_decode import add_delta
@@ -54,12 +63,12 @@ class DeltaFile:
             try:
                 handle = safe_open(str(path), framework="pt")
                 names = sorted(handle.keys())
-            except (SafetensorError, OSError) as error:
+                if CRC_ENTRY not in names:
+                    raise DeltaFormatError(f"{path} has no '{CRC_ENTRY}' table: it is not a delta file of impart-hf")
+                names.remove(CRC_ENTRY)
+                crcs = handle.get_tensor(CRC_ENTRY)
+            except (SafetensorError, OSError, RuntimeError) as error:
                 raise DeltaFormatError(f"{path} is damaged or not a safetensors file: {error}") from error
-            if CRC_ENTRY not in names:
-                raise DeltaFormatError(f"{path} has no '{CRC_ENTRY}' table: it is not a delta file of impart-hf")
-            names.remove(CRC_ENTRY)
-            crcs = handle.get_tensor(CRC_ENTRY)
             if crcs.dtype != torch.uint32 or crcs.shape != (len(names),):
                 raise DeltaFormatError(f"{path}: the '{CRC_ENTRY}' table does not cover the file's entries")
             for name, crc in zip(names, crcs.tolist(), strict=True):
@@ -109,14 +118,20 @@ def find_delta_files(repo: str, options: HubOptions) -> tuple[list[Path], Path |
     index_path = fetch_file(repo, DELTA_INDEX, options)
     if index_path is None:
         raise CheckpointError(f"'{repo}' has no {DELTA_FILE}: it is not a delta repository")
+    paths = []
+    for name in sorted(set(_weight_map(index_path).values())):
+        path = fetch_file(repo, name, options)
+        if path is None:
+            raise CheckpointError(f"'{repo}' lacks {name}, which {DELTA_INDEX} names")
+        paths.append(path)
+    return paths, index_path
+
+
+def _weight_map(index_path: Path) -> dict[str, str]:
     weight_map = read_json(index_path).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
+    if not weight_map or not isinstance(weight_map, dict) or not all(is_plain_name(n) for n in weight_map.values()):
         raise DeltaFormatError(f"{index_path} holds no valid weight_map")
-    paths = [fetch_file(repo, name, options) for name in sorted(names)]
-    if None in paths:
-        raise CheckpointError(f"'{repo}' lacks a file that {DELTA_INDEX} names")
-    return [path for path in paths if path is not None], index_path
+    return weight_map
 
 
 class DeltaRepository:
@@ -125,6 +140,7 @@ class DeltaRepository:
     Attributes:
         source: folder or Hub id of the delta repository.
         config: its configuration.
+        options: how its files are found on the Hub.
         base: the base checkpoint.
         file: the delta entries.
     """
@@ -149,13 +165,20 @@ class DeltaRepository:
             DeltaFormatError: if the delta file is damaged or does not fit the base's tensors.
             WrongBaseError: if the base has other tensors than the delta was made against.
         """
-        self.source, self.config = source, config
+        self.source, self.config, self.options = source, config, options
+        if config.text_config is None or config.text_config.model_type == config.model_type:
+            raise DeltaFormatError(f"config.json of '{source}' has no text_config of a fine-tuned model")
         paths, index = find_delta_files(source, options)
         self.file = DeltaFile(paths)
+        if index and sorted(_weight_map(index)) != self.file.names():
+            # An entry that is lost would pass for a tensor that equals the base's.
+            raise DeltaFormatError(f"{index} names other entries than its files hold: they are not of one repository")
         self.weight_files = paths + ([index] if index else [])
         self.base = self._open_base(base_model, options)
-        self.parts = self._match_entries()
         self._checksums = self._read_checksums()
+        self.parts = self._match_entries()
+        for name, part in self.parts.items():
+            self._check_parts(name, part)
 
     def _open_base(self, base_model: str | None, options: HubOptions) -> Checkpoint:
         recorded = self.config.base_model_name_or_path
@@ -184,14 +207,14 @@ class DeltaRepository:
                 raise DeltaFormatError(f"delta entry {entry} should be a row of bytes")
             if kind != "records" and dtype not in SAFETENSORS_DTYPES:
                 raise DeltaFormatError(f"delta entry {entry} has the unknown dtype {dtype}")
+            if self.base.dtype(name).is_floating_point != (kind == "records" or _is_float(dtype)):
+                raise DeltaFormatError(f"delta entry {entry} does not go with {self.base.dtype(name)} of the base")
             parts[name] = replace(parts[name], **{kind: entry})
-        for name, part in parts.items():
-            self._check_shapes(name, part)
         return parts
 
-    def _check_shapes(self, name: str, part: TensorParts) -> None:
-        base_shape = self.base.shape(name)
-        if part.replacement and (part.records or part.added_rows):
+    def _check_parts(self, name: str, part: TensorParts) -> None:
+        base_shape, dtype = self.base.shape(name), self.dtype(name)
+        if part.replacement and part.records:
             raise DeltaFormatError(f"{name} is both replaced and changed by the delta file")
         if part.replacement and self.file.shape(part.replacement) != base_shape:
             raise DeltaFormatError(f"{name} has shape {self.file.shape(part.replacement)}, the base has {base_shape}")
@@ -199,12 +222,18 @@ class DeltaRepository:
             raise DeltaFormatError(f"{name} has records, but its shape is {base_shape}")
         if part.added_rows:
             rows = self.file.shape(part.added_rows)
+            if self.file.dtype_name(part.added_rows) != DTYPE_NAMES[dtype]:
+                raise DeltaFormatError(f"the rows added to {name} have another dtype than {dtype}, the tensor's own")
             if len(base_shape) != 2 or len(rows) != 2 or rows[1] != base_shape[1]:
                 raise DeltaFormatError(f"{name} cannot grow by rows of shape {rows}, the base has {base_shape}")
 
     def _read_checksums(self) -> dict[str, int]:
         names = self.base.names()
-        if BASE_CHECKSUMS not in self.file or self.file.dtype_name(BASE_CHECKSUMS) != "U64":
+        if (
+            BASE_CHECKSUMS not in self.file
+            or self.file.dtype_name(BASE_CHECKSUMS) != "U64"
+            or len(self.file.shape(BASE_CHECKSUMS)) != 1
+        ):
             raise DeltaFormatError(f"the delta file of '{self.source}' has no checksums of its base")
         table = self.file.read(BASE_CHECKSUMS).tolist()
         if len(table) != len(names) + 1 or table[-1] != names_checksum(names):
@@ -260,11 +289,10 @@ class DeltaRepository:
             DeltaFormatError: if the delta's bytes are damaged or do not fit.
         """
         part, dtype = self.parts[name], self.dtype(name)
+        tensor = self.base_tensor(name).to(device)  # read in any case: a wrong base is to be noticed everywhere
         if part.replacement:
-            self.base_tensor(name)  # a wrong base is to be noticed wherever it differs
-            return self.file.read(part.replacement).to(device)
-        tensor = self.base_tensor(name).to(device)
-        if part.records:
+            tensor = self.file.read(part.replacement).to(device)
+        elif part.records:
             tensor = add_delta(tensor, self.file.read_records(name), name, dtype)
         else:
             tensor = tensor.to(dtype)
@@ -300,6 +328,10 @@ class LazyTensor:
 def names_checksum(names: list[str]) -> int:
     """64-bit checksum of a sorted list of tensor names, the last number of the checksum table."""
     return int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:8], "little")
+
+
+def _is_float(dtype_name: str) -> bool:
+    return SAFETENSORS_DTYPES[dtype_name].is_floating_point
 
 
 def _entry_kind(entry: str, names: Container[str]) -> tuple[str, str]:

@@ -20,7 +20,11 @@ from .delta_repository import DeltaRepository, find_delta_files
 logger = logging.get_logger(__name__)
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+_NOT_FOR_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code")
+_PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 _SAMPLES = 4096  # entries of a parameter that are remembered to notice training
+# Half the smallest positive float16: what a trip through float16 can take from a bfloat16 number.
+_ROUNDING = 2.0**-25
 
 
 class DeltaCompressedForCausalLM(PreTrainedModel):
@@ -60,11 +64,15 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         source = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         hub = {name: value for name, value in hub.items() if value is not None}
-        kwargs.pop("adapter_kwargs", None)
+        adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
+        adapter_path, adapter_name = adapter.pop("_adapter_model_path", None), kwargs.pop("adapter_name", "default")
         if not isinstance(config, DeltaCompressedConfig):
+            # The configuration would keep these to itself, or complain of them.
+            loading = {name: kwargs.pop(name) for name in _NOT_FOR_THE_CONFIG if name in kwargs}
             config, kwargs = DeltaCompressedConfig.from_pretrained(
                 config or source, return_unused_kwargs=True, **hub, **kwargs
             )
+            kwargs |= loading
         options = HubOptions(**{**hub, "revision": getattr(config, "_commit_hash", None) or hub.get("revision")})
         repository = DeltaRepository(source, config, options, base_model)
         model_class = _delta_class(_inner_class(config.text_config))
@@ -82,6 +90,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         model.delta_config = config
         model._delta_source = (source, options)
         model._delta_samples = {name: _sample(parameter) for name, parameter in model.named_parameters()}
+        if adapter_path is not None:  # the Auto classes were given an adapter whose base model this is
+            model.load_adapter(adapter_path, adapter_name=adapter_name, adapter_kwargs=adapter)
         return loaded
 
     def weights_changed(self) -> bool:
@@ -94,7 +104,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             return True
         return any(_differs(self._delta_samples[name], parameter) for name, parameter in now.items())
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """Write the compressed repository again, byte for byte.
 
         Weights that were trained since they were loaded are no longer what the delta stands for: then the dense model
@@ -102,26 +112,28 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
 
         Args:
             save_directory: folder to write to; made if missing.
-            args, kwargs: as for any model; `push_to_hub=True` and `repo_id` push what was written. Sharding and
-                variants apply to a dense model only.
+            is_main_process, state_dict, push_to_hub, kwargs: as for any model; `push_to_hub=True` and `repo_id` push
+                what was written. Sharding and variants apply to a dense model only.
 
         Raises:
             CheckpointError: if the repository that the model was loaded from is gone.
         """
+        dense = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         if getattr(self, "_hf_peft_config_loaded", False):
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("state_dict") is not None or self.weights_changed():
+            return super().save_pretrained(save_directory, **dense)
+        if state_dict is not None or self.weights_changed():
             logger.warning(
                 "The weights have changed since this model was loaded from a delta repository, so the dense model is "
                 "saved. `impart-hf compress` makes a delta repository of it again."
             )
-            return _forget_delta(copy.copy(self)).save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            copy_repository(*self._delta_source, Path(save_directory))
-        if kwargs.get("push_to_hub", False):
+            return _forget_delta(copy.copy(self)).save_pretrained(save_directory, **dense)
+        if not is_main_process:
+            return
+        copy_repository(*self._delta_source, Path(save_directory))
+        if push_to_hub:
             self.push_to_hub(
                 kwargs.get("repo_id") or Path(save_directory).name,
-                **{k: kwargs[k] for k in ("commit_message", "private", "token", "create_pr") if k in kwargs},
+                **{name: kwargs[name] for name in _PUSH_ARGUMENTS if name in kwargs},
             )
 
     def push_to_hub(self, repo_id, *, commit_message=None, commit_description=None, private=None, token=None,
@@ -148,7 +160,17 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             )  # fmt: skip
 
     def __reduce__(self):
-        return _restore, (self._inner_class,), self.__dict__
+        # A copy counts its parameters' versions anew, so what is known of changes so far must be said now.
+        state = {**self.__dict__, "_delta_samples": {}} if self.weights_changed() else self.__dict__
+        return _restore, (self._inner_class,), state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        parameters = dict(self.named_parameters())
+        self._delta_samples = {
+            name: (shape, _version(parameters[name]), entries)
+            for name, (shape, _, entries) in self._delta_samples.items()
+        }
 
     def merge_and_unload(self):
         """The plain fine-tuned model, for instance a `LlamaForCausalLM`: the same parameters, no longer a delta.
@@ -268,12 +290,18 @@ def _decoding_device(device_map: Any) -> torch.device:
     return torch.device("cpu")
 
 
+def _version(parameter: torch.Tensor) -> int:
+    """A number that grows when the tensor is written to in place, where torch counts."""
+    return 0 if parameter.is_inference() else parameter._version
+
+
 def _sample(parameter: torch.Tensor) -> tuple[torch.Size, int, torch.Tensor | None]:
     """What is remembered of a parameter to notice that it was changed: shape, version, evenly spaced entries."""
+    version = _version(parameter)
     if parameter.device.type == "meta" or not parameter.is_floating_point() or type(parameter.data) is not torch.Tensor:
-        return parameter.shape, parameter._version, None  # offloaded or quantised: its entries are not at hand
+        return parameter.shape, version, None  # offloaded or quantised: its entries are not at hand
     flat = parameter.detach().reshape(-1)
-    return parameter.shape, parameter._version, flat[:: max(1, flat.numel() // _SAMPLES)].cpu().clone()
+    return parameter.shape, version, flat[:: max(1, flat.numel() // _SAMPLES)].cpu().clone()
 
 
 def _differs(before: tuple[torch.Size, int, torch.Tensor | None], parameter: torch.Tensor) -> bool:
@@ -282,7 +310,7 @@ def _differs(before: tuple[torch.Size, int, torch.Tensor | None], parameter: tor
         return True
     if entries is None or before[2] is None:
         return False
-    return not torch.equal(before[2].to(entries.dtype), entries)
+    return not torch.allclose(before[2].to(entries.dtype), entries, rtol=0, atol=_ROUNDING)
 
 
 __all__ = ["DeltaCompressedForCausalLM"]

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from ..modeling.checksums import tensor_bytes
 from ..modeling.delta_decode import decode_record
 from ..modeling.delta_record import (
     BFLOAT16,
@@ -42,7 +43,7 @@ def check_value_dtype(value_dtype: str) -> None:
 
 
 def _codes(values: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
-    return values.to(dtype).view(torch.uint8).cpu().numpy()
+    return tensor_bytes(values.to(dtype))
 
 
 def factored_record(

@@ -1,0 +1,222 @@
+"""The command `impart-hf`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError
+
+from . import hub
+from .compress import compress, usable_device
+from .inspection import Inspection
+from .methods import MethodConfig, method_class, method_fields, method_names
+from .modeling.checkpoints import HubOptions
+from .progress import Progress
+from .reconstruct import open_repository, reconstruct, verify
+from .report import CompressionReport, human_bytes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 1 with one line on standard error."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (ValueError, OSError, ModuleNotFoundError, HfHubHTTPError) as error:
+        print(f"impart-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="impart-hf", description="Keep fine-tuned language models as small compressed deltas against their base."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_compress(commands)
+    _add_inspect(commands)
+    _add_verify(commands)
+    _add_reconstruct(commands)
+    _add_push(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_repository(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("repo", metavar="REPO", help="delta repository: local folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    _add_repository(parser)
+    parser.add_argument("--base-model", help="take the base from this folder or Hub id instead of the recorded one")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_compress(commands: Any) -> None:
+    parser = _command(commands, "compress", _compress, "make a delta repository of a fine-tuned model")
+    parser.add_argument("base", metavar="BASE", help="base model: local folder or Hub id")
+    parser.add_argument("finetuned", metavar="FINETUNED", help="fine-tuned model: local folder or Hub id")
+    parser.add_argument("output", metavar="OUT", help="folder of the new repository")
+    parser.add_argument("--method", choices=method_names(), default="impart", help="default: impart")
+    parser.add_argument(
+        "--ratio", type=float, default=32.0, help="checkpoint bytes over repository bytes (default: 32)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default: 0)")
+    parser.add_argument("--embeddings", choices=("lowrank", "method"), help="how embeddings are compressed")
+    for name, field, methods in method_fields():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(field.default),
+            help=f"of {', '.join(methods)} (default: {field.default})",
+        )
+    parser.add_argument("--device", default="cpu", help="where matrices are decomposed (default: cpu)")
+    parser.add_argument("--revision", help="branch, tag or commit of the fine-tuned model")
+    parser.add_argument("--base-revision", help="branch, tag or commit of the base model")
+    parser.add_argument("--base-name", help="Hub id to record for a base that was given as a local folder")
+    parser.add_argument("--max-shard-size", default="5GB", help="split larger delta files (default: 5GB)")
+    parser.add_argument("--push", metavar="REPO", help="push the result to this Hub repository")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new Hub repository private")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def method_config(options: argparse.Namespace) -> MethodConfig:
+    """The method that the command line asks for.
+
+    Raises:
+        ValueError: if a setting is out of range, or belongs to another method.
+    """
+    chosen = method_class(options.method)
+    settings = {"compression_ratio": options.ratio, "seed": options.seed}
+    if options.embeddings is not None:
+        settings["embeddings"] = options.embeddings
+    for name, _, methods in method_fields():
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if options.method not in methods:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to {', '.join(methods)}, not to {options.method}")
+        settings[name] = value
+    return chosen(**settings)
+
+
+def _compress(options: argparse.Namespace) -> None:
+    method = method_config(options)
+    if options.push and Path(options.base).is_dir() and not options.base_name:
+        raise ValueError("--push needs --base-name, the Hub id of the base: others do not have your local folder")
+    report = compress(
+        options.base,
+        options.finetuned,
+        options.output,
+        method,
+        device=options.device,
+        base_revision=options.base_revision,
+        finetuned_revision=options.revision,
+        base_name=options.base_name,
+        max_shard_size=options.max_shard_size,
+        progress=not options.quiet,
+    )
+    print(json.dumps(report.to_dict(), indent=2) if options.json else _summary(report, options.output))
+    if options.push:
+        url = hub.push(options.output, options.push, private=options.private)
+        print(url, file=sys.stderr if options.json else sys.stdout)
+
+
+def _summary(report: CompressionReport, output: str) -> str:
+    lines = [
+        f"{output}: {human_bytes(report.repository_bytes)} instead of {human_bytes(report.checkpoint_bytes)}, "
+        f"ratio {report.ratio:.2f} (requested {report.requested_ratio:g}), in {report.seconds:.0f} s",
+        f"{len(report.tensors)} tensors changed, {report.equal_tensors} equal to the base's; not counted: tokenizer "
+        f"and other unchanged files {human_bytes(report.companion_bytes)}, reader {human_bytes(report.reader_bytes)}",
+    ]
+    if report.shortfall:
+        lines.append(f"ratio missed: {report.shortfall}")
+    noted = [(t.name, note) for t in report.tensors for note in t.notes]
+    if noted:
+        lines.append(f"notes on {len(noted)} tensors, the first: {noted[0][0]}: {noted[0][1]}")
+    return "\n".join(lines)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(commands, "inspect", _inspect, "show what a delta repository holds, tensor by tensor")
+    _add_repository(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw spectra, keep ratios and bytes by layer")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    inspection = Inspection(options.repo, HubOptions(options.revision))
+    if options.plot:
+        inspection.plot(options.plot)
+    print(json.dumps(inspection.to_dict(), indent=2) if options.json else inspection.table())
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(commands, "verify", _verify, "check a delta repository against its base, decoding every tensor")
+    _add_reading(parser)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    repository = open_repository(options.repo, HubOptions(options.revision), options.base_model)
+    verify(repository, Progress(not options.quiet))
+    print(f"{options.repo}: {len(repository.names())} tensors are sound, the base is {repository.base.source}")
+
+
+def _add_reconstruct(commands: Any) -> None:
+    parser = _command(commands, "reconstruct", _reconstruct, "write the dense fine-tuned checkpoint again")
+    _add_reading(parser)
+    parser.add_argument("output", metavar="OUT", help="folder of the dense checkpoint")
+    parser.add_argument("--device", default="cpu", help="where tensors are decoded (default: cpu)")
+    parser.add_argument("--max-shard-size", default="5GB", help="split larger weight files (default: 5GB)")
+
+
+def _reconstruct(options: argparse.Namespace) -> None:
+    device = usable_device(options.device)
+    repository = open_repository(options.repo, HubOptions(options.revision), options.base_model)
+    reconstruct(
+        repository,
+        options.output,
+        device=device,
+        max_shard_size=options.max_shard_size,
+        progress=Progress(not options.quiet),
+    )
+    print(f"{options.output}: the dense checkpoint of {options.repo}")
+
+
+def _add_push(commands: Any) -> None:
+    parser = _command(commands, "push", _push, "upload a delta repository to the Hub")
+    parser.add_argument("folder", metavar="DIR", help="folder of a delta repository")
+    parser.add_argument("repo", metavar="REPO", help="Hub repository, created if missing")
+    parser.add_argument("--revision", help="branch to push to, created if missing")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--message", help="commit message")
+
+
+def _push(options: argparse.Namespace) -> None:
+    print(
+        hub.push(
+            options.folder,
+            options.repo,
+            private=options.private,
+            revision=options.revision,
+            commit_message=options.message,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

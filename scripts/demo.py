@@ -1,0 +1,84 @@
+"""The main job on an embedded default: a tiny base and fine-tune, compressed, inspected, loaded and compared.
+
+    python scripts/demo.py FOLDER
+
+Everything is made in FOLDER: the pair (trained on first use, under two minutes on two cores), the delta repository,
+and a picture of it.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from impart_hf.cli import main as impart_hf
+
+RATIO = "16"
+PROMPT = "The statement"
+TOKENS = 6144
+WINDOW = 128
+
+
+def step(title: str, command: list[str]) -> None:
+    """Run one command of impart-hf, shown as a user would type it."""
+    print(f"\n== {title}\n$ impart-hf {' '.join(command)}", flush=True)
+    if impart_hf(command) != 0:
+        sys.exit(1)
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
+    """float32 of shape (windows, WINDOW, vocabulary)."""
+    return torch.cat([torch.log_softmax(model(part).logits.float(), -1) for part in windows.split(8)])
+
+
+def compare(models: dict[str, PreTrainedModel], windows: torch.Tensor) -> None:
+    """Print perplexity on held-out text, and the divergence from the fine-tune, of every model."""
+    reference = log_probabilities(models["fine-tune"], windows)
+    print(f"{'model':<24}{'perplexity':>12}{'KL(fine-tune || model), nats/token':>38}")
+    for name, model in models.items():
+        found = log_probabilities(model, windows)
+        perplexity = (-found[:, :-1].gather(-1, windows[:, 1:, None]).mean()).exp().item()
+        divergence = (reference.exp() * (reference - found)).sum(-1).mean().item()
+        print(f"{name:<24}{perplexity:>12.1f}{max(0.0, divergence):>38.4f}")
+
+
+def main() -> int:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    logging.disable_progress_bar()
+    pair, delta, picture = folder / "pair", folder / "delta", folder / "delta.png"
+    print("== A tiny base and a fine-tune of it, trained on text that comes with Python", flush=True)
+    subprocess.run([sys.executable, Path(__file__).with_name("train_pair.py"), pair, "--preset", "demo"], check=True)
+    base, finetuned = str(pair / "base"), str(pair / "finetuned")
+
+    step("Compress", ["compress", base, finetuned, str(delta), "--ratio", RATIO, "--quiet"])
+    step("Inspect", ["inspect", str(delta), "--plot", str(picture)])
+    step("Verify", ["verify", str(delta), "--quiet"])
+
+    print("\n== Load it like any other model, and compare it with the fine-tune on text neither has seen")
+    tokenizer = AutoTokenizer.from_pretrained(delta)
+    models = {
+        "base": AutoModelForCausalLM.from_pretrained(base),
+        "fine-tune": AutoModelForCausalLM.from_pretrained(finetuned),
+        f"delta repository {RATIO}x": AutoModelForCausalLM.from_pretrained(delta),
+    }
+    text = (pair / "finetune_heldout.txt").read_text("utf-8")
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    count = min(len(ids), TOKENS) // WINDOW
+    compare(models, ids[: count * WINDOW].view(count, WINDOW))
+
+    print(f"\n== Generate, greedily, from {json.dumps(PROMPT)}")
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    for name, model in models.items():
+        tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        print(f"{name:<24}{json.dumps(tokenizer.decode(tokens[0], skip_special_tokens=True))}")
+    print(f"\nThe repository is {delta}, its picture {picture}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Settings that must stand before torch and huggingface_hub are imported, and the models that many tests share."""
+
+from __future__ import annotations
+
+import os
+
+# OpenMP reads this when torch is loaded. On cores shared with other programs, threads that spin while they wait make
+# models this small many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Nothing here may depend on the network. Clients of the loopback Hub run in processes with an environment of their own.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+from tiny_models import Pair, save_pair, tiny_config
+
+from impart_hf import LowRankConfig, compress
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A tiny LLaMA and its fine-tune; not to be written to."""
+    return save_pair(tmp_path_factory.mktemp("pair"), tiny_config("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The delta repository of `tiny_pair`, nearly lossless; not to be written to."""
+    folder = tmp_path_factory.mktemp("repository") / "delta"
+    compress(str(tiny_pair.base), str(tiny_pair.finetuned), folder, LowRankConfig(compression_ratio=3))
+    return folder
