@@ -1,6 +1,7 @@
 """The pipeline: base and fine-tuned model in, delta repository out, one tensor at a time."""
 
 import hashlib
+import os
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .plan import TensorPlan, check_pair, make_plan, scan
 from .progress import Progress
 from .report import CompressionReport
 from .repository import RepositoryWriter, describe_base
+from .safetensors_writer import shard_bytes
 from .workspace import Workspace
 
 
@@ -56,10 +58,13 @@ def compress(
     Raises:
         CheckpointError: if one of the models cannot be read.
         IncompatibleModelsError: if they are not a pair, or hold NaN or infinity.
-        ValueError: if the method's ratio cannot be reached.
+        ValueError: if the method's ratio cannot be reached, or a device or size is none that can be used.
         OutputError: if `output_dir` holds something else, is being written by another process, or the disk is full.
     """
     method = method if method is not None else ImPartConfig()
+    if not isinstance(method, MethodConfig):
+        raise TypeError(f"method must be a method's configuration such as ImPartConfig(), got {method!r}")
+    base, finetuned, shard_size = os.fspath(base), os.fspath(finetuned), shard_bytes(max_shard_size)
     started = time.perf_counter()
     device = usable_device(device)
     bars = Progress(progress)
@@ -78,13 +83,13 @@ def compress(
             model=model,
             method=method,
             tensors=tensors,
-            max_shard_size=max_shard_size,
+            max_shard_size=shard_size,
         )
-        plan = make_plan(tensors, method, model.weight_bytes, writer.text_bytes())
+        plan = make_plan(tensors, method, model.weight_bytes, writer.text_bytes(), shard_size)
         workspace.begin(plan.fingerprint(method), plan.allowed_bytes + plan.fixed_bytes)
         encoded = [t for t in plan.tensors if t.kind == "encoded"]
+        done, written = 0, 0
         with bars.bar(sum(t.dense_bytes for t in encoded), "Compressing") as bar:
-            done, written = 0, 0
             for tensor in encoded:
                 bar.set_postfix_str(f"{tensor.name} {done / written:.1f}x" if written else tensor.name)
                 if not workspace.has_record(tensor.name):
@@ -93,6 +98,7 @@ def compress(
                 done += tensor.dense_bytes
                 written += workspace.record_path(tensor.name).stat().st_size
                 bar.update(tensor.dense_bytes)
+        plan.settle(written, method.compression_ratio)
         report = writer.write(workspace, plan, time.perf_counter() - started)
         workspace.publish()
     return report

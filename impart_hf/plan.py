@@ -21,6 +21,10 @@ _SMALL_MATRIX = 4096
 _ENTRY_BYTES = 96
 # A matrix may be compressed beyond the ratio asked for, to make up for what cannot be, by up to this factor.
 _MOST_EXTRA = 1.5
+# What a stated shortfall adds to the model card.
+_SHORTFALL_BYTES = 384
+# Squares of larger numbers, summed over a column, leave float32's range.
+_LARGEST = 1e15
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -83,7 +87,25 @@ class CompressionPlan:
     checkpoint_bytes: int
     allowed_bytes: int
     fixed_bytes: int
-    shortfall: str
+    shortfall: str = ""
+
+    def settle(self, record_bytes: int, ratio: float) -> None:
+        """State, now that the records' size is known, whether the requested ratio is missed.
+
+        Args:
+            record_bytes: what all records take.
+            ratio: the one that was asked for.
+        """
+        if self.fixed_bytes + record_bytes <= self.allowed_bytes:
+            return
+        fixed = self.fixed_bytes + _SHORTFALL_BYTES
+        added = sum(t.added_bytes for t in self.tensors)
+        self.shortfall = (
+            f"ratio {ratio:g} allows {self.allowed_bytes} bytes, but {fixed} are fixed (added vocabulary rows {added}, "
+            "norms, headers, config.json and model card the rest); the matrices are compressed up to "
+            f"{_MOST_EXTRA:g} times further to make up for it, and about {fixed + record_bytes - self.allowed_bytes} "
+            "bytes remain over"
+        )
 
     def fingerprint(self, method: MethodConfig) -> str:
         """Hash of everything that the result depends on; a resumed run must have the same."""
@@ -159,16 +181,15 @@ def scan(base: Checkpoint, finetuned: Checkpoint, progress: Progress) -> list[Te
     """
     if finetuned.has_untied_output():
         raise IncompatibleModelsError(
-            f"config.json of '{finetuned.source}' ties the output projection to the input embeddings, but the {TIED_OUTPUT} "
-            "that it stores is another matrix: set tie_word_embeddings to false there"
+            f"config.json of '{finetuned.source}' ties the output projection to the input embeddings, but its "
+            f"{TIED_OUTPUT} is another matrix: set tie_word_embeddings to false there"
         )
     plans = []
     names = finetuned.names()
     for name in progress.track(names, "Scanning"):
         before, after = base.tensor(name), finetuned.tensor(name)
         for source, tensor in ((base.source, before), (finetuned.source, after)):
-            if tensor.is_floating_point() and not all_finite(tensor):
-                raise IncompatibleModelsError(f"{name} of '{source}' holds NaN or infinity")
+            _check_numbers(tensor, f"{name} of '{source}'")
         shared = after[: before.shape[0]] if before.dim() else after
         # Readers convert floats to the fine-tune's dtype, and leave whole numbers as they are.
         comparable = after.is_floating_point() or before.dtype == after.dtype
@@ -188,6 +209,15 @@ def scan(base: Checkpoint, finetuned: Checkpoint, progress: Progress) -> list[Te
     return plans
 
 
+def _check_numbers(tensor: torch.Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        return
+    if not all_finite(tensor):
+        raise IncompatibleModelsError(f"{name} holds NaN or infinity")
+    if _is_matrix(tensor) and max(map(abs, torch.stack(tensor.aminmax()).tolist())) > _LARGEST:
+        raise IncompatibleModelsError(f"{name} holds numbers beyond {_LARGEST:g}, of which no delta can be taken")
+
+
 def _is_matrix(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a matrix, or a stack of matrices, large enough to be encoded."""
     if tensor.dim() not in (2, 3) or not tensor.is_floating_point():
@@ -196,7 +226,7 @@ def _is_matrix(tensor: torch.Tensor) -> bool:
 
 
 def make_plan(
-    tensors: list[TensorPlan], method: MethodConfig, checkpoint_bytes: int, other_bytes: int
+    tensors: list[TensorPlan], method: MethodConfig, checkpoint_bytes: int, other_bytes: int, max_shard_size: int
 ) -> CompressionPlan:
     """Give every encoded tensor its budget, in proportion to its size.
 
@@ -204,47 +234,47 @@ def make_plan(
         tensors: from `scan`.
         checkpoint_bytes: size on disk of the fine-tuned checkpoint's weight files.
         other_bytes: of config.json and model card.
+        max_shard_size: a delta file larger than this, in bytes, will be split.
 
     Raises:
-        ValueError: if the ratio leaves no matrix enough for the smallest record.
+        ValueError: if the ratio leaves a matrix too little for the smallest record, naming a ratio that does not.
     """
     allowed = int(checkpoint_bytes / method.compression_ratio)
+    for t in tensors:
+        if t.kind == "encoded" and _most_ratio(t, method) <= 1:
+            t.kind = "kept"
     while True:
         encoded = [t for t in tensors if t.kind == "encoded"]
-        fixed = other_bytes + _fixed_bytes(tensors)
         dense = sum(t.dense_bytes for t in encoded)
         nominal = dense / method.compression_ratio
+        fixed = other_bytes + _fixed_bytes(tensors)
+        fixed += _split_bytes(tensors, max(allowed, fixed + nominal / _MOST_EXTRA), max_shard_size)
         share = max(allowed - fixed, nominal / _MOST_EXTRA) / dense if dense else 0.0
         for t in encoded:
             t.max_bytes = int(t.dense_bytes * share)
-        unreachable = [t for t in encoded if t.max_bytes < _least_bytes(t, method)]
+        # Where little was changed there may be room for all of it as it is, which no method betters.
+        unreachable = [t for t in encoded if t.max_bytes < _least_bytes(t, method)] if share < 1 else encoded
         if not unreachable:
             break
         # A few small matrices (a router, a projection to few heads) are kept; if they are more than that, the ratio
         # itself is out of reach.
-        if sum(t.dense_bytes for t in unreachable) > 0.1 * allowed:
-            worst = min(unreachable, key=lambda t: t.dense_bytes)
+        if share < 1 and sum(t.dense_bytes for t in unreachable) > 0.1 * allowed:
+            worst = min(unreachable, key=lambda t: _most_ratio(t, method))
+            # Rounded down: the ratio that the message names is to be reachable.
+            reachable = math.floor(100 * min(_most_ratio(t, method) for t in encoded) - 0.5) / 100
             raise ValueError(
                 f"compression_ratio={method.compression_ratio:g} cannot be reached: {worst.name} "
                 f"({'x'.join(map(str, worst.shape))}) would get {worst.max_bytes} bytes, and the smallest record of "
-                f"'{method.name}' takes {_least_bytes(worst, method)}; ask for at most {_reachable(encoded, method):.3g}"
+                f"'{method.name}' takes {_least_bytes(worst, method)}; ask for at most {reachable:.2f}"
             )
         for t in unreachable:
             t.kind, t.max_bytes = "kept", 0
-    expected = fixed + sum(t.max_bytes for t in encoded)
-    shortfall = ""
-    if expected > allowed:
-        added = sum(t.added_bytes for t in tensors)
-        shortfall = (
-            f"ratio {method.compression_ratio:g} allows {allowed} bytes, but {fixed} are fixed (added vocabulary rows "
-            f"{added}, norms, headers, config.json and model card the rest); the matrices are compressed "
-            f"{_MOST_EXTRA:g} times further to make up for it, and {expected - allowed} bytes remain over"
-        )
-    return CompressionPlan(tensors, checkpoint_bytes, allowed, fixed, shortfall)
+    return CompressionPlan(tensors, checkpoint_bytes, allowed, fixed)
 
 
-def _reachable(encoded: list[TensorPlan], method: MethodConfig) -> float:
-    return min(t.dense_bytes / _least_bytes(t, method) for t in encoded) / _MOST_EXTRA
+def _most_ratio(tensor: TensorPlan, method: MethodConfig) -> float:
+    """The ratio up to which a tensor's budget holds its smallest record in any case."""
+    return tensor.dense_bytes / _least_bytes(tensor, method) / _MOST_EXTRA
 
 
 def _least_bytes(tensor: TensorPlan, method: MethodConfig) -> int:
@@ -255,7 +285,23 @@ def _least_bytes(tensor: TensorPlan, method: MethodConfig) -> int:
 def _fixed_bytes(tensors: list[TensorPlan]) -> int:
     total = 8 * (len(tensors) + 1) + 3 * _ENTRY_BYTES  # checksum tables, file metadata
     for t in tensors:
-        entries = (t.kind != "equal") + (t.added_rows > 0)
-        total += entries * (len(t.name) + _ENTRY_BYTES + 4)  # and a CRC each
+        total += _entries(t) * (_name_bytes(t) + _ENTRY_BYTES + 4)  # and a CRC each
         total += t.added_bytes + (t.dense_bytes if t.kind == "kept" else 0)
     return total
+
+
+def _split_bytes(tensors: list[TensorPlan], total: float, max_shard_size: int) -> int:
+    """What splitting costs: the index, and header and checksum table of each further file."""
+    if total <= max_shard_size:
+        return 0
+    # Two files that follow each other are together larger than one may be.
+    files = min(1 + sum(map(_entries, tensors)), 2 * math.ceil(total / max_shard_size))
+    return (files + 1) * 2 * _ENTRY_BYTES + sum(_entries(t) * (_name_bytes(t) + _ENTRY_BYTES) for t in tensors)
+
+
+def _entries(tensor: TensorPlan) -> int:
+    return (tensor.kind != "equal") + (tensor.added_rows > 0)
+
+
+def _name_bytes(tensor: TensorPlan) -> int:
+    return len(json.dumps(tensor.name))  # JSON spells out what is not ASCII

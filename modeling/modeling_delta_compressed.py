@@ -66,7 +66,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         hub = {name: value for name, value in hub.items() if value is not None}
         adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter_path, adapter_name = adapter.pop("_adapter_model_path", None), kwargs.pop("adapter_name", "default")
-        if not isinstance(config, DeltaCompressedConfig):
+        # Not isinstance: of a local folder's remote code, transformers imports this class twice.
+        if getattr(config, "model_type", None) != DeltaCompressedConfig.model_type:
             # The configuration would keep these to itself, or complain of them.
             loading = {name: kwargs.pop(name) for name in _NOT_FOR_THE_CONFIG if name in kwargs}
             config, kwargs = DeltaCompressedConfig.from_pretrained(
@@ -88,7 +89,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         if kwargs.get("generation_config") is None and fetch_file(source, "generation_config.json", options):
             model.generation_config = GenerationConfig.from_pretrained(source, **{**hub, "revision": options.revision})
         model.delta_config = config
-        model._delta_source = (source, options)
+        model._delta_source = (os.path.abspath(source) if os.path.isdir(source) else source, options)
         model._delta_samples = {name: _sample(parameter) for name, parameter in model.named_parameters()}
         if adapter_path is not None:  # the Auto classes were given an adapter whose base model this is
             model.load_adapter(adapter_path, adapter_name=adapter_name, adapter_kwargs=adapter)
@@ -217,7 +218,7 @@ def copy_repository(source: str, options: HubOptions, target: Path) -> None:
     Raises:
         CheckpointError: if the source is gone.
     """
-    if os.path.isdir(source):
+    if os.path.isabs(source):
         folder = Path(source, options.subfolder)
     else:
         find_delta_files(source, options)  # the clear error of a repository that cannot be read

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,7 +175,18 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     edit(tensors)
-    save_file(tensors, path, {"format": "pt"})
+    save_file(tensors, path.with_suffix(".new"), {"format": "pt"})
+    os.replace(path.with_suffix(".new"), path)
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """Give a file new contents, leaving the old file to those who have it mapped.
+
+    transformers does not wait for its loading threads when one of them fails; they would crash on a truncated file.
+    """
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(data)
+    os.replace(new, path)
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 
 Wanted = Callable[[np.ndarray], int]
 
-_SMALL = 512  # a shorter side under this is decomposed whole: faster than any iteration
+_SMALL = 1024  # a shorter side under this is decomposed whole: faster than any iteration
 _BLOCK = 64  # vectors multiplied at a time: fewer need fewer of them in all, more use the processor better
 _MOST_WANTED = 1 / 12  # of the shorter side; where more is wanted, the whole decomposition takes no longer
 _LARGEST_SPACE = 1 / 2  # of the shorter side
