@@ -21,10 +21,9 @@ from .report import CompressionReport, human_bytes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 with one line on standard error."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
-        options.run(options)
+        options.command(options)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -49,9 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, command: Any, help: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help)
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=command)
     return parser
 
 

@@ -17,6 +17,9 @@ from .repository import RepositoryWriter, describe_base
 from .safetensors_writer import shard_bytes
 from .workspace import Workspace
 
+# Squares of smaller numbers vanish in float32: such a delta has no norm, and moves no model.
+_NOTHING = 1e-15
+
 
 def compress(
     base: str,
@@ -112,7 +115,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     """
     try:
         usable = torch.device(device)
-        torch.empty(1, device=usable)
+        torch.zeros(1, device=usable).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
     return usable
@@ -133,7 +136,7 @@ def encode_tensor(
     for number, (old, new) in enumerate(zip(before.reshape(stack), after.reshape(stack), strict=True)):
         delta = new.to(device, torch.float32) - old.to(device, torch.float32)
         seed = mask_seed(method.seed, tensor.name, number)
-        if delta.any():
+        if delta.abs().max() > _NOTHING:
             encoded = encoder.encode(delta, tensor.max_bytes // tensor.matrices, seed)
         else:
             encoded = Encoded(empty_record(*tensor.shape[-2:]))

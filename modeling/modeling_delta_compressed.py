@@ -218,7 +218,7 @@ def copy_repository(source: str, options: HubOptions, target: Path) -> None:
     Raises:
         CheckpointError: if the source is gone.
     """
-    if os.path.isabs(source):
+    if os.path.isabs(source) or os.path.isdir(source):
         folder = Path(source, options.subfolder)
     else:
         find_delta_files(source, options)  # the clear error of a repository that cannot be read

@@ -116,3 +116,12 @@ def test_the_command_is_installed(repository: Path) -> None:
     assert "base model" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
     wrong = subprocess.run([*command[:1], "inspect", "/nowhere/at all"], capture_output=True, text=True)
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "neither a local folder" in wrong.stderr
+
+
+def test_optimum_cli_has_the_same_commands(repository: Path) -> None:
+    optimum = str(Path(sys.executable).with_name("optimum-cli"))
+    command = [optimum, "impart", "inspect", str(repository), "--json"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert json.loads(found.stdout)["method"]["name"] == "impart"
+    wrong = subprocess.run([optimum, "impart", "verify", "/nowhere/at all"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "impart-hf: error: " in wrong.stderr
