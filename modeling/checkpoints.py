@@ -74,8 +74,11 @@ class HubOptions:
         return HubOptions, fields
 
 
-def fetch_file(repo: str, filename: str, options: HubOptions) -> Path | None:
+def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = False) -> Path | None:
     """Path of one file of a local folder or Hub repository; None if the repository does not have it.
+
+    Where the Hub is offline, a file that is not in the cache is taken for missing if others of the repository are
+    there: nothing tells a file that was not downloaded from one that does not exist. With `required`, it is an error.
 
     Raises:
         CheckpointError: if the repository, revision or network is the problem, saying which and what to do.
@@ -109,7 +112,7 @@ def fetch_file(repo: str, filename: str, options: HubOptions) -> Path | None:
     except RevisionNotFoundError as error:
         raise CheckpointError(f"'{repo}' has no revision '{revision}'") from error
     except LocalEntryNotFoundError as error:
-        if options.local_files_only:
+        if not required and filename != "config.json" and fetch_file(repo, "config.json", options):
             return None
         raise CheckpointError(f"'{filename}' of '{repo}' is not in the local cache, and the Hub is offline") from error
     except EntryNotFoundError:
@@ -166,8 +169,7 @@ class Checkpoint:
         self.source, self._options = source, options
         config_path = fetch_file(source, "config.json", options)
         if config_path is None:
-            cached = " in the local cache" if options.local_files_only and not os.path.isdir(source) else ""
-            raise CheckpointError(f"'{source}' has no config.json{cached}: it is not a transformers checkpoint")
+            raise CheckpointError(f"'{source}' has no config.json: it is not a transformers checkpoint")
         self.config = read_json(config_path)
         if self.config.get("model_type") == "delta_compressed":
             raise CheckpointError(f"'{source}' is a delta repository; make it dense with `impart-hf reconstruct` first")
@@ -202,6 +204,7 @@ class Checkpoint:
             if not index or not isinstance(index, dict) or not all(is_plain_name(v) for v in index.values()):
                 raise CheckpointError(f"{path} holds no valid weight_map")
             return [self._fetch(name) for name in sorted(set(index.values()))], index
+        fetch_file(self.source, "model.safetensors", self._options, required=True)  # for its error, if offline
         raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}")
 
     def _list_tensors(self) -> dict[str, Path]:

@@ -17,6 +17,7 @@ from .checkpoints import (
     Checkpoint,
     CheckpointError,
     HubOptions,
+    all_finite,
     fetch_file,
     is_plain_name,
     read_json,
@@ -102,6 +103,13 @@ class DeltaFile:
             raise DeltaFormatError(f"delta entry {name} is damaged (its CRC-32 differs); download the file again")
         return tensor
 
+    def read_finite(self, name: str) -> torch.Tensor:
+        """One entry, as `read` gives it, that must hold neither NaN nor infinity."""
+        tensor = self.read(name)
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise DeltaFormatError(f"delta entry {name} holds NaN or infinity")
+        return tensor
+
     def read_records(self, name: str) -> np.ndarray:
         return tensor_bytes(self.read(name + RECORD_SUFFIX))
 
@@ -117,6 +125,7 @@ def find_delta_files(repo: str, options: HubOptions) -> tuple[list[Path], Path |
         return [single], None
     index_path = fetch_file(repo, DELTA_INDEX, options)
     if index_path is None:
+        fetch_file(repo, DELTA_FILE, options, required=True)  # for its error, if the Hub is offline
         raise CheckpointError(f"'{repo}' has no {DELTA_FILE}: it is not a delta repository")
     paths = []
     for name in sorted(set(_weight_map(index_path).values())):
@@ -291,13 +300,13 @@ class DeltaRepository:
         part, dtype = self.parts[name], self.dtype(name)
         tensor = self.base_tensor(name).to(device)  # read in any case: a wrong base is to be noticed everywhere
         if part.replacement:
-            tensor = self.file.read(part.replacement).to(device)
+            tensor = self.file.read_finite(part.replacement).to(device)
         elif part.records:
             tensor = add_delta(tensor, self.file.read_records(name), name, dtype)
         else:
             tensor = tensor.to(dtype)
         if part.added_rows:
-            tensor = torch.cat([tensor, self.file.read(part.added_rows).to(device, dtype)])
+            tensor = torch.cat([tensor, self.file.read_finite(part.added_rows).to(device)])
         return tensor
 
     def lazy_state_dict(self, device: torch.device | str = "cpu") -> "dict[str, LazyTensor]":

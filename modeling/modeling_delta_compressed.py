@@ -1,15 +1,16 @@
-"""The model of a delta repository: it comes back as the fine-tuned model's own class, with its weights reconstructed."""
+"""The model of a delta repository: it comes back as the fine-tuned model's own class, its weights reconstructed."""
 
 import copy
 import functools
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub import HfApi, ModelCard, is_offline_mode, snapshot_download
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -44,6 +45,12 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
     _inner_class: type[PreTrainedModel]
 
     @classmethod
+    def _from_config(cls, config, **kwargs):
+        """What AutoModelForCausalLM.from_config makes: the plain inner model with random weights."""
+        inner = config.text_config if config.model_type == DeltaCompressedConfig.model_type else config
+        return _inner_class(inner)._from_config(inner, **kwargs)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base_model=None, **kwargs):
         """Load a delta repository as the fine-tuned model.
 
@@ -64,6 +71,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         source = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         hub = {name: value for name, value in hub.items() if value is not None}
+        options = _pinned(source, HubOptions(**hub))
+        hub |= {"revision": options.revision} if options.revision else {}
         adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter_path, adapter_name = adapter.pop("_adapter_model_path", None), kwargs.pop("adapter_name", "default")
         # Not isinstance: of a local folder's remote code, transformers imports this class twice.
@@ -74,7 +83,6 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
                 config or source, return_unused_kwargs=True, **hub, **kwargs
             )
             kwargs |= loading
-        options = HubOptions(**{**hub, "revision": getattr(config, "_commit_hash", None) or hub.get("revision")})
         repository = DeltaRepository(source, config, options, base_model)
         model_class = _delta_class(_inner_class(config.text_config))
         loaded = model_class.from_pretrained(
@@ -87,7 +95,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = source
         if kwargs.get("generation_config") is None and fetch_file(source, "generation_config.json", options):
-            model.generation_config = GenerationConfig.from_pretrained(source, **{**hub, "revision": options.revision})
+            model.generation_config = GenerationConfig.from_pretrained(source, **hub)
         model.delta_config = config
         model._delta_source = (os.path.abspath(source) if os.path.isdir(source) else source, options)
         model._delta_samples = {name: _sample(parameter) for name, parameter in model.named_parameters()}
@@ -222,6 +230,8 @@ def copy_repository(source: str, options: HubOptions, target: Path) -> None:
         folder = Path(source, options.subfolder)
     else:
         find_delta_files(source, options)  # the clear error of a repository that cannot be read
+        if options.local_files_only or is_offline_mode():
+            logger.warning(f"The Hub is offline: only those files of '{source}' are saved that are in the local cache.")
         prefix = f"{options.subfolder}/" if options.subfolder else ""
         snapshot = snapshot_download(
             source,
@@ -248,6 +258,15 @@ def copy_repository(source: str, options: HubOptions, target: Path) -> None:
         os.replace(temporary.name, target / path.name)
 
 
+def _pinned(source: str, options: HubOptions) -> HubOptions:
+    """The options with the commit that their revision stands for now, so that all files are of the same one."""
+    config = None if os.path.isdir(source) else fetch_file(source, "config.json", options)
+    if config is None:
+        return options
+    # The cache keeps files under snapshots/COMMIT, which also answers without a network.
+    return replace(options, revision=config.parents[len(Path(options.subfolder).parts)].name)
+
+
 def _inner_class(text_config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The model class that the fine-tuned model's own configuration names."""
     known = AutoModelForCausalLM._model_mapping.get(type(text_config), None)
@@ -260,9 +279,18 @@ def _inner_class(text_config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 @functools.cache
 def _delta_class(inner: type[PreTrainedModel]) -> type:
-    """The class that is both; one for each inner class, so that two loads give objects of one type."""
-    members = {"config_class": inner.config_class, "_inner_class": inner, "__module__": __name__}
-    return type(DeltaCompressedForCausalLM.__name__, (DeltaCompressedForCausalLM, inner), members)
+    """The class that is both; one for each inner class, so that two loads give objects of one type.
+
+    It goes by the inner class's name and module: transformers looks at them, for instance to rename or merge weights
+    (GPT-NeoX), to choose a cache (Mamba), and to tell custom code from its own.
+    """
+    members = {
+        "config_class": inner.config_class,
+        "_auto_class": inner._auto_class,
+        "_inner_class": inner,
+        "__module__": inner.__module__,
+    }
+    return type(inner.__name__, (DeltaCompressedForCausalLM, inner), members)
 
 
 def _restore(inner: type[PreTrainedModel]) -> PreTrainedModel:

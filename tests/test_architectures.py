@@ -33,7 +33,7 @@ from impart_hf import DareConfig, DeltaCompressedConfig, ImPartConfig, LowRankCo
 
 NEARLY_LOSSLESS = LowRankConfig(compression_ratio=3)
 METHODS = [ImPartConfig(compression_ratio=4), DareConfig(compression_ratio=4), LowRankConfig(compression_ratio=4)]
-KINDS = ["llama", "llama-tied", "mistral", "qwen2", "gemma2", "mixtral", "gpt-oss"]
+KINDS = ["llama", "llama-tied", "mistral", "qwen2", "gemma2", "mixtral", "gpt-oss", "gpt-neox", "mamba"]
 IDS = torch.arange(5, 45).view(2, 20)
 
 
@@ -123,17 +123,18 @@ def test_nearly_lossless_is_near_the_finetune(pairs: Callable[[str], Pair], tmp_
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unchanged_tensors_are_the_bases(tmp_path: Path, kind: str) -> None:
-    pair = save_pair(tmp_path, tiny_config(kind), only=lambda name: ".layers.1.self_attn." in name)
+    changes = {"gpt-neox": ".layers.1.attention.", "mamba": ".layers.1.mixer."}.get(kind, ".layers.1.self_attn.")
+    pair = save_pair(tmp_path, tiny_config(kind), only=lambda name: changes in name)
     repository = make_repository(pair, tmp_path / "delta", ImPartConfig(compression_ratio=8))
     base, tensors = load_tensors(pair.base), decoded(repository)
     changed = {name for name in base if not torch.equal(base[name], load_tensors(pair.finetuned)[name])}
-    assert changed and all(".layers.1.self_attn." in name for name in changed)
+    assert changed and all(changes in name for name in changed)
     assert all(torch.equal(tensors[name], base[name]) for name in base if name not in changed)
     stored = set(load_tensors(repository)) - {"base_checksums", "crc32"}
     assert {name.removesuffix(".delta") for name in stored} == changed, "the rest takes no bytes"
     plain = state(pair.base)
     for name, tensor in state(repository).items():
-        assert ".layers.1.self_attn." in name or torch.equal(tensor, plain[name])
+        assert changes in name or torch.equal(tensor, plain[name])
 
 
 def test_tied_output_is_tied(pairs: Callable[[str], Pair], tmp_path: Path) -> None:

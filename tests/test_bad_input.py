@@ -664,7 +664,7 @@ def test_a_delta_repository_is_no_fine_tune(pair: Pair, tiny_repository: Path) -
 
 
 def test_offline_and_not_in_the_cache(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="'someone/else' has no config.json in the local cache"):
+    with pytest.raises(CheckpointError, match="'config.json' of 'someone/else' is not in the local cache"):
         Checkpoint("someone/else", HubOptions(cache_dir=str(tmp_path), local_files_only=True))
 
 

@@ -86,6 +86,12 @@ def dense_folder(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory
     return save_model(model, folder)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Adapters, sampling and Trainer draw from torch's own generator."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def model(tiny_repository: Path) -> PreTrainedModel:
     return load(tiny_repository)
@@ -118,6 +124,7 @@ def test_auto_classes(tiny_repository: Path, tiny_pair: Pair, model: PreTrainedM
     assert config.base_model_name_or_path == str(tiny_pair.base) and config.base_model_revision is None
     assert isinstance(model, DeltaCompressedForCausalLM) and isinstance(model, LlamaForCausalLM)
     assert type(model) is type(load(tiny_repository)), "two loads give one class"
+    assert type(model).__name__ == "LlamaForCausalLM" and not model.is_custom_code()
     assert model.config.model_type == "llama" and model.config.architectures == ["LlamaForCausalLM"]
     assert model.name_or_path == model.config.name_or_path == str(tiny_repository)
     assert model.delta_config.method["name"] == "lowrank"
@@ -228,6 +235,30 @@ def test_config_object_and_path_object(tiny_repository: Path) -> None:
     given = AutoModelForCausalLM.from_pretrained(str(tiny_repository), config=config)
     assert given.config.attention_dropout == 0.5
     assert torch.equal(given.lm_head.weight, load(tiny_repository).lm_head.weight)
+
+
+def test_configuration_survives_being_saved(tiny_repository: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_repository)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again.text_config) is transformers.LlamaConfig
+    fields = [each.to_dict() for each in (config, again)]
+    assert [each.pop("_name_or_path") for each in fields] == [str(tiny_repository), str(tmp_path)]
+    assert fields[0] == fields[1]
+
+
+def test_random_weights_from_the_configuration(tiny_repository: Path) -> None:
+    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_repository))
+    assert type(made) is LlamaForCausalLM and made.model.embed_tokens.weight.shape == (VOCABULARY, 64)
+
+
+def test_subfolder(tiny_repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_repository, tmp_path / "runs" / "delta")
+    loaded = load(tmp_path / "runs", subfolder="delta")
+    assert torch.equal(logits(loaded), logits(load(tiny_repository)))
+    assert loaded.generation_config.eos_token_id == 2
+    loaded.save_pretrained(tmp_path / "again")
+    assert same_files(tiny_repository, tmp_path / "again")
 
 
 def test_base_moved(tiny_pair: Pair, tmp_path: Path) -> None:
@@ -414,10 +445,9 @@ def train_step(model: torch.nn.Module) -> float:
     return loss.item()
 
 
-def test_peft_without_target_modules(
-    model: PreTrainedModel, tiny_repository: Path, dense_folder: Path, tmp_path: Path
-) -> None:
+def test_peft_without_target_modules(tiny_repository: Path, dense_folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
+    model = load(tiny_repository, dtype=torch.float32)
     before = logits(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4))
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 4, "query and value of two layers"
@@ -429,14 +459,14 @@ def test_peft_without_target_modules(
     assert peft.PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(tiny_repository)
     for cls in (AutoModelForCausalLM, peft.AutoPeftModelForCausalLM):
         edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(tiny_repository))
-        ours = logits(cls.from_pretrained(tmp_path / "adapter"))
+        ours = logits(cls.from_pretrained(tmp_path / "adapter", dtype=torch.float32))
         edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(dense_folder))
-        assert torch.equal(ours, logits(cls.from_pretrained(tmp_path / "adapter"))), cls
-        assert torch.allclose(ours, trained, atol=0.1), cls
+        assert torch.equal(ours, logits(cls.from_pretrained(tmp_path / "adapter", dtype=torch.float32))), cls
+        assert torch.allclose(ours, trained, atol=1e-3), cls
 
     merged = adapted.merge_and_unload()
     assert merged is model and merged.weights_changed()
-    assert torch.allclose(logits(merged), trained, atol=0.1) and not torch.allclose(logits(merged), before, atol=0.1)
+    assert torch.allclose(logits(merged), trained, atol=1e-3) and not torch.allclose(trained, before, atol=1e-2)
     with captured_log() as lines:
         merged.save_pretrained(tmp_path / "merged")
     assert len(lines) == 1 and "dense model is saved" in lines[0]
@@ -708,7 +738,9 @@ try:
 except ValueError as error:
     assert "trust_remote_code" in str(error), error
 model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
-assert isinstance(model, LlamaForCausalLM) and type(model).__name__ == "DeltaCompressedForCausalLM"
+assert isinstance(model, LlamaForCausalLM) and type(model) is not LlamaForCausalLM
+assert type(model).__name__ == "LlamaForCausalLM" and not model.is_custom_code()
+assert "DeltaCompressedForCausalLM" in [cls.__name__ for cls in type(model).__mro__]
 torch.save(model.state_dict(), out + "/state.pt")
 model.save_pretrained(out + "/again")
 assert type(pickle.loads(pickle.dumps(model))) is type(copy.deepcopy(model)) is type(model)

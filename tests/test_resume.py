@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Pair, edit_tensors, same_files, save_pair, tiny_config
+from tiny_models import Pair, edit_tensors, save_pair, tiny_config
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.methods import MethodConfig
@@ -27,13 +27,13 @@ import sys
 from impart_hf import ImPartConfig, compress
 compress(*sys.argv[1:4], ImPartConfig(compression_ratio=4, seed=int(sys.argv[4])))
 """
-UP = "model.layers.0.mlp.up_proj.weight"
+LAST = "model.layers.1.self_attn.v_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def slow_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A pair with enough matrices to be caught in the middle of."""
-    config = tiny_config("llama", num_hidden_layers=24, hidden_size=128, intermediate_size=256)
+    config = tiny_config("llama", num_hidden_layers=16, hidden_size=128, intermediate_size=256)
     return save_pair(tmp_path_factory.mktemp("slow"), config)
 
 
@@ -54,9 +54,20 @@ def children() -> Iterator[list[subprocess.Popen[bytes]]]:
         child.wait()
 
 
-def start(pair: Pair, output: Path, seed: int = 7, **kwargs: Any) -> subprocess.Popen[bytes]:
+def start(pair: Pair, output: Path, seed: int = 7) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", CHILD, str(pair.base), str(pair.finetuned), str(output), str(seed)]
-    return subprocess.Popen(command, **kwargs)
+    return subprocess.Popen(command)
+
+
+def finish(pair: Pair, output: Path) -> None:
+    compress(str(pair.base), str(pair.finetuned), output, METHOD)
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Names of the files that are not the same in both folders."""
+    names = {p.name for folder in (one, other) for p in folder.iterdir()}
+    read = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (one, other)]
+    return sorted(name for name in names if read[0].get(name) != read[1].get(name))
 
 
 def hidden(output: Path) -> Path:
@@ -79,7 +90,7 @@ def kill_when(child: subprocess.Popen[bytes], moment: Callable[[], bool]) -> Non
     assert child.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("records", [0, 1, 40, 120])
+@pytest.mark.parametrize("records", [0, 50])
 def test_a_killed_run_goes_on_where_it_stopped(
     slow_pair: Pair, unbroken: Path, tmp_path: Path, children: list[Any], records: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,24 +104,24 @@ def test_a_killed_run_goes_on_where_it_stopped(
     pipeline = importlib.import_module("impart_hf.compress")
     encode, redone = pipeline.encode_tensor, []
     monkeypatch.setattr(pipeline, "encode_tensor", lambda t, *args: redone.append(t.name) or encode(t, *args))
-    compress(str(slow_pair.base), str(slow_pair.finetuned), output, METHOD)
+    finish(slow_pair, output)
     assert not {Workspace(tmp_path / "any").record_path(name).name for name in redone} & set(kept)
-    assert len(redone) + len(kept) == 24 * 7 + 2
-    assert same_files(output, unbroken)
+    assert len(redone) + len(kept) == 16 * 7 + 2
+    assert differing(output, unbroken) == []
     assert [p.name for p in tmp_path.iterdir()] == ["delta"]
 
 
 def test_killed_again_and_again(slow_pair: Pair, unbroken: Path, tmp_path: Path, children: list[Any]) -> None:
     """In a new process each time: what is finished only ever grows."""
     output, before = tmp_path / "delta", {}
-    for goal in (30, 60, 90):
+    for goal in (20, 60):
         children.append(start(slow_pair, output))
         kill_when(children[-1], lambda goal=goal: len(finished(output)) >= goal)
         after = finished(output)
         assert after.items() >= before.items(), "a finished tensor was done again"
         before = after
-    assert start(slow_pair, output).wait() == 0
-    assert same_files(output, unbroken)
+    finish(slow_pair, output)
+    assert differing(output, unbroken) == []
 
 
 def test_killed_during_assembly(slow_pair: Pair, unbroken: Path, tmp_path: Path, children: list[Any]) -> None:
@@ -118,8 +129,8 @@ def test_killed_during_assembly(slow_pair: Pair, unbroken: Path, tmp_path: Path,
     children.append(start(slow_pair, output))
     kill_when(children[0], lambda: any((hidden(output) / "repository").glob("*")))
     assert not output.exists()
-    assert start(slow_pair, output).wait() == 0
-    assert same_files(output, unbroken)
+    finish(slow_pair, output)
+    assert differing(output, unbroken) == []
 
 
 def test_killed_while_an_older_repository_is_replaced(
@@ -132,9 +143,9 @@ def test_killed_while_an_older_repository_is_replaced(
     shutil.copytree(old, output)
     children.append(start(slow_pair, output))
     kill_when(children[0], lambda: (hidden(output) / "repository" / "README.md").exists())
-    assert not output.exists() or same_files(output, old) or same_files(output, unbroken)
-    assert start(slow_pair, output).wait() == 0
-    assert same_files(output, unbroken) and sorted(p.name for p in tmp_path.iterdir()) == ["delta", "old"]
+    assert not output.exists() or not differing(output, old) or not differing(output, unbroken)
+    finish(slow_pair, output)
+    assert differing(output, unbroken) == [] and sorted(p.name for p in tmp_path.iterdir()) == ["delta", "old"]
 
 
 def break_off(pair: Pair, output: Path, method: MethodConfig = METHOD, after: int = 5) -> dict[str, int]:
@@ -167,7 +178,7 @@ def test_other_settings_discard_the_work(tiny_pair: Pair, tmp_path: Path, other:
     break_off(tiny_pair, tmp_path / "delta")
     for name in ("delta", "fresh"):
         compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / name, other)
-    assert same_files(tmp_path / "delta", tmp_path / "fresh")
+    assert differing(tmp_path / "delta", tmp_path / "fresh") == []
 
 
 @pytest.mark.parametrize("side", ["base", "finetuned"])
@@ -181,7 +192,7 @@ def test_input_that_changed_meanwhile_is_noticed(tiny_pair: Pair, tmp_path: Path
     edit_tensors(getattr(pair, side), lambda t: t[name].view(torch.int16).view(-1)[77].bitwise_xor_(1))
     for output in ("delta", "fresh"):
         compress(str(pair.base), str(pair.finetuned), tmp_path / output, METHOD)
-    assert same_files(tmp_path / "delta", tmp_path / "fresh")
+    assert differing(tmp_path / "delta", tmp_path / "fresh") == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprint": null}', "null"])
@@ -190,7 +201,7 @@ def test_a_plan_cut_off_by_a_kill(tiny_pair: Pair, tmp_path: Path, content: str)
     (hidden(tmp_path / "delta") / "plan.json").write_text(content)
     for output in ("delta", "fresh"):
         compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / output, METHOD)
-    assert same_files(tmp_path / "delta", tmp_path / "fresh")
+    assert differing(tmp_path / "delta", tmp_path / "fresh") == []
 
 
 def test_half_written_and_removed_leftovers(tiny_pair: Pair, tmp_path: Path) -> None:
@@ -198,17 +209,17 @@ def test_half_written_and_removed_leftovers(tiny_pair: Pair, tmp_path: Path) -> 
     output = tmp_path / "delta"
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "fresh", METHOD)
     break_off(tiny_pair, output)
-    victim = Workspace(output).record_path(UP)
+    victim = Workspace(output).record_path(LAST)
     victim.with_suffix(".writing").write_bytes(b"half")
     victim.with_suffix(".notes").write_text("[")
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), output, METHOD)
-    assert same_files(output, tmp_path / "fresh")
+    assert differing(output, tmp_path / "fresh") == []
     for leftovers in ([], ["lock"]):
         hidden(output).mkdir()
         for name in leftovers:
             (hidden(output) / name).touch()
         compress(str(tiny_pair.base), str(tiny_pair.finetuned), output, METHOD)
-        assert same_files(output, tmp_path / "fresh") and not hidden(output).exists()
+        assert differing(output, tmp_path / "fresh") == [] and not hidden(output).exists()
 
 
 def test_two_runs_at_once(slow_pair: Pair, unbroken: Path, tmp_path: Path, children: list[Any]) -> None:
@@ -222,11 +233,9 @@ def test_two_runs_at_once(slow_pair: Pair, unbroken: Path, tmp_path: Path, child
     for method in (METHOD, LowRankConfig(compression_ratio=4)):
         with pytest.raises(OutputError, match="another process is writing .*delta"):
             compress("/not/even/looked/at", "/neither", output, method)
-    second = start(slow_pair, output, stderr=subprocess.PIPE)
-    assert second.wait() == 1 and b"OutputError: another process is writing" in second.stderr.read()
     children[0].send_signal(signal.SIGCONT)
     assert children[0].wait() == 0
-    assert same_files(output, unbroken)
+    assert differing(output, unbroken) == []
 
 
 def test_a_run_that_starts_while_another_publishes(tmp_path: Path) -> None:
@@ -249,6 +258,6 @@ def test_a_run_that_starts_while_another_publishes(tmp_path: Path) -> None:
 def test_same_inputs_and_seed_same_bytes(tiny_pair: Pair, tmp_path: Path, config: type[MethodConfig]) -> None:
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / name, config(compression_ratio=4, seed=seed))
-    assert same_files(tmp_path / "one", tmp_path / "two")
+    assert differing(tmp_path / "one", tmp_path / "two") == []
     files = [(tmp_path / name / "delta_model.safetensors").read_bytes() for name in ("one", "other")]
     assert files[0] != files[1]

@@ -25,8 +25,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     PreTrainedConfig,
@@ -63,6 +65,8 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "gemma2": (Gemma2Config, {"tie_word_embeddings": True, "head_dim": 32, "sliding_window": 16}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt-oss": (GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16}),
+    "gpt-neox": (GPTNeoXConfig, {}),  # transformers renames its output projection
+    "mamba": (MambaConfig, {"state_size": 8}),  # no attention
 }
 
 

@@ -47,9 +47,16 @@ class ImPartConfig(MethodConfig):
     def encode(self, delta: torch.Tensor, max_bytes: int, mask_seed: int) -> Encoded:
         rows, columns = delta.shape
         full_rank = min(rows, columns)
-        u, sigma, v = leading_svd(delta, full_rank)
-        spectrum = sigma.double().cpu().numpy()
         budget = float(max_bytes)
+
+        def wanted(spectrum: np.ndarray) -> int:
+            sparsity = self._sparsity_for(spectrum, rows, columns, budget)
+            kept = len(keep_ratios(spectrum, full_rank, sparsity, self.beta, self.c))
+            # The values are estimates, and the boundary is where the first component is left out
+            return kept + 1 + kept // 16
+
+        u, sigma, v = leading_svd(delta, wanted)
+        spectrum = sigma.double().cpu().numpy()
         for _ in range(_MAX_FITS):
             sparsity = self._sparsity_for(spectrum, rows, columns, budget)
             thresholds = thresholds_of(keep_ratios(spectrum, full_rank, sparsity, self.beta, self.c))
@@ -71,11 +78,16 @@ class ImPartConfig(MethodConfig):
         return Encoded(data, notes)
 
     def _sparsity_for(self, spectrum: np.ndarray, rows: int, columns: int, budget: float) -> float:
-        """The least alpha_uv whose expected record fits the budget, by bisection (as algorithm 3 does)."""
+        """The least alpha_uv whose expected record fits the budget, by bisection (as algorithm 3 does).
+
+        Args:
+            spectrum: the leading singular values, more of them than the record is going to keep.
+        """
+        full_rank = min(rows, columns)
         low, high = 0.0, 1.0
         for _ in range(50):
             middle = (low + high) / 2
-            ratios = kept_ratios(thresholds_of(keep_ratios(spectrum, len(spectrum), middle, self.beta, self.c)))
+            ratios = kept_ratios(thresholds_of(keep_ratios(spectrum, full_rank, middle, self.beta, self.c)))
             size = OVERHEAD_BYTES + _COLUMN_BYTES * len(ratios) + VALUE_BYTES * (rows + columns) * ratios.sum()
             low, high = (low, middle) if size <= budget else (middle, high)
         return high
@@ -88,7 +100,7 @@ def keep_ratios(sigma: np.ndarray, full_rank: int, sparsity: float, beta: float,
     gamma ("shifting the boundary"). That leaves the longest prefix whose ratios sum to no more than the budget.
 
     Args:
-        sigma: float64, the leading singular values in falling order.
+        sigma: float64, the leading singular values in falling order; more of them than are kept, or all.
         full_rank: min(m, n).
         sparsity: alpha_uv, the mean of p over all components.
         beta: share pruned beforehand; lowered to `sparsity` where it exceeds that.

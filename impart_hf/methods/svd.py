@@ -63,7 +63,7 @@ def _tall_svd(
 
     v = _krylov_vectors(matrix, count) if matrix.shape[1] >= _SMALL else None
     u, sigma, v = _components(matrix, _all_vectors(matrix, count) if v is None else v)
-    clear = int((sigma > _TRUSTED * sigma[0]).sum())
+    clear = int((sigma >= _TRUSTED * sigma[0]).sum())
     if clear == len(sigma) or len(sigma) > side // 2:
         return u, sigma, v
     rest = torch.addmm(matrix, u[:, :clear] * sigma[:clear], v[:, :clear].t(), alpha=-1)

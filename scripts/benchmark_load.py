@@ -1,0 +1,201 @@
+"""How long loading a delta repository takes, against loading the dense fine-tune; and where the time goes.
+
+Every load is timed in a process of its own, imports not counted, up to the moment when every page of every parameter
+has been read: files are mapped, and a dense load that touched nothing would have read nothing. "cold": the pages of
+all weight files are dropped from the page cache before (posix_fadvise DONTNEED); "warm": they are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from impart_hf.modeling import delta_decode
+from impart_hf.modeling.checkpoints import HubOptions
+from impart_hf.modeling.checksums import tensor_checksum
+from impart_hf.modeling.configuration_delta_compressed import DeltaCompressedConfig
+from impart_hf.modeling.delta_record import FACTORED, parse_record
+from impart_hf.modeling.delta_repository import DeltaRepository
+from impart_hf.modeling.seeded_mask import keep_mask
+from transformers import AutoModelForCausalLM
+
+from impart_hf import compress
+from impart_hf.methods import method_class, method_names
+
+_PAGE = 4096
+
+
+def timed_load(source: str, device: str) -> dict[str, float]:
+    """Load a model and touch all of it: seconds, and the peak of anonymous memory beyond the model itself."""
+    from transformers import LlamaForCausalLM  # noqa: F401  (the class is imported lazily; that is not to be timed)
+
+    options = {} if device == "cpu" else {"device_map": device}
+    with measure.PeakMemory() as memory:
+        started = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options)
+        total = 0.0
+        for parameter in model.parameters():
+            total += float(parameter.detach().view(-1)[:: _PAGE // parameter.element_size()].float().sum())
+        measure.synchronize(device)
+        seconds = time.perf_counter() - started
+        size = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type == "cpu")
+    # A dense model's parameters are mapped files and no anonymous memory at all; a decoded one's are.
+    return {"seconds": seconds, "peak": memory.bytes - min(size, max(0, memory.grown)), "checksum": total}
+
+
+def compare_loads(sources: dict[str, list[Path]], device: str, repeats: int) -> list[dict[str, Any]]:
+    """Median load times; the first source is the one that the others are compared with.
+
+    Args:
+        sources: for each name, the folder to load and the folders of files that are read for it.
+    """
+    rows: list[dict[str, Any]] = []
+    for cache in ("cold", "warm"):
+        times: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
+        for _ in range(repeats):
+            for name, folders in sources.items():
+                if cache == "cold":
+                    measure.drop_page_cache(folders)
+                # The last cold loads leave all files in the page cache for the first warm ones
+                times[name].append(measure.in_fresh_process(__file__, {"load": str(folders[0]), "device": device}))
+        medians = {name: statistics.median(t["seconds"] for t in found) for name, found in times.items()}
+        dense = next(iter(medians.values()))
+        for name, found in times.items():
+            rows.append(
+                {
+                    "page cache": cache,
+                    "loaded": name,
+                    "seconds (median)": medians[name],
+                    "fastest": min(t["seconds"] for t in found),
+                    "of the dense load": medians[name] / dense,
+                    "peak": max(t["peak"] for t in found),
+                }
+            )
+    return rows
+
+
+def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds of each step of decoding, for some tensors of a repository."""
+    delta = DeltaRepository(str(repository), DeltaCompressedConfig.from_pretrained(repository), HubOptions())
+    rows = []
+    for name in names:
+        on_disk = delta.base.tensor(name)
+        base = on_disk.to(device)
+        data = delta.file.read_records(name)
+        record, _ = parse_record(data, tuple(base.shape), name)
+        decoded = delta_decode.decode_record(record, name, device)
+        out = torch.empty_like(base)
+
+        def best(work: Any) -> float:
+            return 1000 * measure.best_seconds(work, repeats, device)
+
+        def masks(record: Any = record) -> None:
+            for side in range(record.sides):
+                keep_mask(record.mask_seed, side, record.thresholds, record.plane_rows(side), device)
+
+        mask_time = best(masks)
+        plane_time = best(lambda r=record, n=name: delta_decode.decode_planes(r, n, device))
+        decode_time = best(lambda r=record, n=name: delta_decode.decode_record(r, n, device))
+        usual, delta_decode._SPARSE_BELOW = delta_decode._SPARSE_BELOW, 0
+        try:
+            dense_time = best(lambda r=record, n=name: delta_decode.decode_record(r, n, device))
+        finally:
+            delta_decode._SPARSE_BELOW = usual
+        whole = best(lambda n=name: delta.tensor(n, device))
+        row = {
+            "tensor": name.removeprefix("model.").removesuffix(".weight"),
+            "rank": record.rank if record.layout == FACTORED else "direct",
+            "kept": float(record.keep_ratios().mean()) if record.plane_columns else 0.0,
+            "masks": mask_time,
+            "unpacking": plane_time - mask_time,
+            "product": decode_time - plane_time,
+            "dense product": dense_time - plane_time,
+            "base checksum": best(lambda b=on_disk: tensor_checksum(b)),
+            "CRC of the delta": best(lambda n=name: delta.file.read_records(n)),
+            "add and cast": best(lambda o=out, d=decoded, b=base: o.copy_(d.add_(b))),
+            "whole": whole,
+        }
+        rows.append({key: round(v, 3 if key == "kept" else 1) if isinstance(v, float) else v for key, v in row.items()})
+    return rows
+
+
+def multiply_add_cost(size: int, repeats: int) -> float:
+    """Time of a multiply-add of a sparse product (2 % kept) over that of a dense one, on this processor."""
+    rank = max(1, size // 8)
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(size, rank, generator=generator)
+    other = torch.randn(rank, size, generator=generator)
+    thin = torch.where(torch.rand(size, rank, generator=generator) < 0.02, dense, torch.zeros(()))
+    sparse = thin.to_sparse_csr()
+    times = [measure.best_seconds(lambda left=left: left @ other, repeats) for left in (dense, sparse)]
+    return times[1] / sparse.values().numel() / (times[0] / dense.numel())
+
+
+def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    config = measure.llama_config(arguments.layers, tiny=arguments.tiny)
+    base, finetuned, largest = measure.write_synthetic_pair(folder, config)
+    sources = {"dense fine-tune": [finetuned]}
+    for method in arguments.methods:
+        output = folder / method
+        settings = method_class(method)(compression_ratio=arguments.ratio)
+        compress(str(base), str(finetuned), output, settings, device=arguments.device)
+        sources[f"{method} delta"] = [output, base]
+        print(f"made the {method} delta", file=sys.stderr)
+    loads = compare_loads(sources, arguments.device, arguments.repeats)
+    for row in loads:
+        row["peak, of the largest tensor in float32"] = round(row.pop("peak") / (4 * largest), 2)
+    names = [f"model.layers.0.{part}.weight" for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+    names.append("lm_head.weight")
+    return {
+        "machine": measure.machine(arguments.device),
+        "ratio": arguments.ratio,
+        "layers": arguments.layers,
+        "loads": loads,
+        "decoding": {m: breakdown(folder / m, names, arguments.device, arguments.repeats) for m in arguments.methods},
+        "sparse multiply-add": multiply_add_cost(config.hidden_size, arguments.repeats),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmark_load.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers of the synthetic model (default: 2)")
+    parser.add_argument("--ratio", type=float, default=32.0, help="default: 32")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=["impart", "lowrank", "dare"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5, help="of every measurement (default: 5)")
+    parser.add_argument("--work", type=Path, help="folder for the models, a few GB (default: a temporary one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--tiny", action="store_true", help="tiny matrices: to try the script out")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.worker:
+        task = json.loads(arguments.worker)
+        measure.report_result(timed_load(task["load"], task["device"]))
+        return 0
+    if unknown := sorted(set(arguments.methods) - set(method_names())):
+        parser.error(f"unknown method {unknown[0]}; there are {', '.join(method_names())}")
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        results = benchmark(Path(folder), arguments)
+    print(measure.machine_line(arguments.device))
+    print(f"\nLoading, LLaMA-7B shapes, {arguments.layers} layers, ratio {arguments.ratio:g}\n")
+    print(measure.table(results["loads"]))
+    for method, rows in results["decoding"].items():
+        print(f"\nDecoding, {method}, milliseconds\n")
+        print(measure.table(rows))
+    print(f"\nA sparse multiply-add costs {results['sparse multiply-add']:.1f} times a dense one.")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

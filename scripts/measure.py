@@ -1,0 +1,204 @@
+"""What the benchmarks share: the machine's description, peak memory, fresh processes, tables, deltas like real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# OpenMP reads this when torch is loaded: on cores shared with other programs, threads that spin while they wait make
+# timings many times longer.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+_RESULT = "RESULT "  # what marks a worker's result among its output
+_SPIKES = 512  # components of a synthetic delta that rise above its noise
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What timings depend on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    found = {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load average": round(os.getloadavg()[0], 2),
+    }
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(torch.device(device))
+    return found
+
+
+def machine_line(device: str = "cpu") -> str:
+    return "Machine: " + ", ".join(f"{name} {value}" for name, value in machine(device).items())
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A markdown table; the first row's keys are the columns."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def synchronize(device: str | torch.device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_seconds(work: Callable[[], Any], repeats: int, device: str | torch.device = "cpu") -> float:
+    """The shortest of several runs: other programs only ever make a run longer."""
+    best = float("inf")
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no mapped file (RssAnon): mapped weights are page cache and can be dropped."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon: peak memory can be measured on Linux only")
+
+
+class PeakMemory:
+    """Context manager: `bytes` is the largest growth of anonymous memory within it, sampled every few milliseconds."""
+
+    def __init__(self, interval: float = 0.003):
+        self.bytes, self._interval, self._done = 0, interval, threading.Event()
+
+    def __enter__(self) -> PeakMemory:
+        self._start = anonymous_bytes()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval):
+            self.bytes = max(self.bytes, anonymous_bytes() - self._start)
+
+    def __exit__(self, *_: object) -> None:
+        self.grown = anonymous_bytes() - self._start  # what is still held at the end
+        self._done.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, self.grown)
+
+
+def in_fresh_process(script: str, task: Mapping[str, Any]) -> dict[str, Any]:
+    """Run `script --worker TASK` in a process of its own and return what it passed to `report_result`.
+
+    Raises:
+        RuntimeError: with the end of its output, if it failed.
+    """
+    # Give back memory to the system at once, so that the peak is what was needed and not what malloc kept
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, str(Path(script).resolve()), "--worker", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    results = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
+    if done.returncode or not results:
+        raise RuntimeError(f"{Path(script).name} failed on {dict(task)}:\n{done.stderr[-3000:]}")
+    return json.loads(results[-1][len(_RESULT) :])
+
+
+def report_result(result: Mapping[str, Any]) -> None:
+    print(_RESULT + json.dumps(result), flush=True)
+
+
+def drop_page_cache(folders: Iterable[Path]) -> None:
+    """Let go of the cached pages of all files in the folders, so that the next reader reads them from the disk."""
+    for folder in folders:
+        for path in (p for p in folder.iterdir() if p.is_file()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # pages that are still to be written cannot be dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def synthetic_delta(rows: int, columns: int, seed: int, device: str | torch.device = "cpu") -> torch.Tensor:
+    """A delta with a spectrum like that of a fine-tuned model's, float32, of spectral norm about 1.
+
+    Singular values fall as k^-0.5 into a floor of noise that reaches a tenth of the largest.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(_SPIKES, rows, columns)
+    u = torch.randn(rows, rank, generator=generator).to(device) / rows**0.5
+    v = torch.randn(columns, rank, generator=generator).to(device) / columns**0.5
+    delta = torch.randn(rows, columns, generator=generator).to(device).mul_(0.1 / (rows**0.5 + columns**0.5))
+    return delta.addmm_(u * torch.arange(1, rank + 1, device=device) ** -0.5, v.t())
+
+
+def write_synthetic_pair(folder: Path, config: LlamaConfig, seed: int = 0) -> tuple[Path, Path, int]:
+    """A LLaMA base model and a fine-tune of it, bfloat16, one file a layer; every matrix has a `synthetic_delta`.
+
+    Returns:
+        The two folders, and the entries of the largest tensor.
+    """
+    hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    kv = config.num_key_value_heads * hidden // config.num_attention_heads
+    shards: list[dict[str, tuple[int, ...]]] = [
+        {"model.embed_tokens.weight": (vocabulary, hidden)},
+        {"lm_head.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)},
+    ]
+    for layer in range(config.num_hidden_layers):
+        attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+        mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        names = {f"self_attn.{n}_proj": s for n, s in attention.items()} | {f"mlp.{n}_proj": s for n, s in mlp.items()}
+        norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+        shards.append({f"model.layers.{layer}.{name}.weight": shape for name, shape in (names | norms).items()})
+    folders = folder / "base", folder / "finetuned"
+    generator = torch.Generator().manual_seed(seed)
+    weight_map: dict[str, str] = {}
+    for target in folders:
+        target.mkdir(parents=True)
+        config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+        config.save_pretrained(target)
+    for number, shard in enumerate(shards):
+        filename = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        pair: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = {}, {}
+        for name, shape in shard.items():
+            weight_map[name] = filename
+            if len(shape) == 1:
+                weight, delta = torch.ones(shape), torch.randn(shape, generator=generator) * 1e-3
+            else:
+                weight = torch.randn(shape, generator=generator) * 0.02
+                delta = synthetic_delta(*shape, seed=seed + len(weight_map))
+            pair[0][name] = weight.bfloat16()
+            pair[1][name] = (pair[0][name].float() + delta).bfloat16()
+        for target, tensors in zip(folders, pair, strict=True):
+            save_file(tensors, target / filename, metadata={"format": "pt"})
+    for target in folders:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    return *folders, max(vocabulary * hidden, inner * hidden)
+
+
+def llama_config(layers: int, *, tiny: bool = False) -> LlamaConfig:
+    """LLaMA-7B's shapes with a given number of layers; `tiny` shapes are for trying a benchmark out."""
+    shape = (64, 160, 4, 256) if tiny else (4096, 11008, 32, 32000)
+    return LlamaConfig(
+        hidden_size=shape[0], intermediate_size=shape[1], num_attention_heads=shape[2], num_key_value_heads=shape[2],
+        vocab_size=shape[3], num_hidden_layers=layers,
+    )  # fmt: skip
