@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .modeling.checkpoints import CheckpointError, HubOptions
 from .modeling.delta_repository import DeltaFile, find_delta_files
-from .modeling.modeling_delta_compressed import push_folder
+from .modeling.repository_files import push_folder
 from .reconstruct import read_config
 
 

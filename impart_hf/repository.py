@@ -105,7 +105,7 @@ class RepositoryWriter:
         model_type = str(text_config.get("model_type"))
         if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
             raise IncompatibleModelsError(
-                f"transformers loads no causal language model from '{self.finetuned}', whose model_type is '{model_type}'"
+                f"'{self.finetuned}' is of model_type '{model_type}', of which transformers loads no causal language model"
             )
         floats = {t.name: str(t.dtype).removeprefix("torch.") for t in self.tensors if t.dtype.is_floating_point}
         usual = Counter(floats.values()).most_common(1)[0][0]

@@ -278,7 +278,9 @@ class Checkpoint:
 def _ties_embeddings(config: dict[str, Any]) -> bool:
     # Some architectures tie them unless config.json says otherwise, and then it says nothing.
     model_type = str(config.get("model_type"))
-    default = CONFIG_MAPPING[model_type].tie_word_embeddings if model_type in CONFIG_MAPPING else False
+    default = (
+        getattr(CONFIG_MAPPING[model_type], "tie_word_embeddings", False) if model_type in CONFIG_MAPPING else False
+    )
     return bool(config.get("tie_word_embeddings", default))
 
 

@@ -26,7 +26,7 @@ class DeltaCompressedConfig(PreTrainedConfig):
     """
 
     model_type = "delta_compressed"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs = {"text_config": AutoConfig}  # type: ignore[dict-item]
 
     text_config: dict | PreTrainedConfig | None = None
     base_model_name_or_path: str = ""
@@ -57,8 +57,9 @@ class DeltaCompressedConfig(PreTrainedConfig):
         """As for any configuration; arguments about the model, such as use_cache=False, reach its own configuration."""
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        own = {*cls.__annotations__, "name_or_path"}
         for name, value in kwargs.items():
-            if name not in cls.__annotations__ and hasattr(config.text_config, name) and value != "auto":
+            if name not in own and hasattr(config.text_config, name) and value != "auto":
                 setattr(config.text_config, name, value)
                 unused.pop(name, None)
         return (config, unused) if return_unused_kwargs else config

@@ -1,9 +1,11 @@
 """From a record's bytes to the delta it stands for: unpacking, planes, and the product U diag(sigma) V^T.
 
-All arithmetic is float32. On a CPU the product spends its time where the entries are: columns that are kept densely go
-through one dense matrix product, the thin ones (most of them, at the ratios in use) through a sparse one.
+All arithmetic is float32. The product is a dense one though most entries of U and V are zeros: a sparse product's
+multiply-adds cost 15 to 30 times as much, which pays only where fewer than about 4 % are kept
+(scripts/benchmark_load.py prints the factor).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +15,9 @@ from .checkpoints import all_finite
 from .delta_record import BFLOAT16, FACTORED, FLOAT16, DeltaFormatError, Record, Segment, code_bytes, parse_record
 from .seeded_mask import keep_mask
 
-# A column kept with a ratio under this goes through the sparse product on a CPU: a gathered multiply-add costs about
-# ten times one of a dense product (scripts/benchmark_load.py prints both).
-_SPARSE_BELOW = 0.1
+# Entries of a matrix that are decoded and added to the base at once on a CPU: 2 MiB in float32, which stay in a core's
+# cache, where whole float32 matrices would spend more time on being allocated than on being computed.
+_TILE_ENTRIES = 1 << 19
 
 
 @dataclass
@@ -38,21 +40,6 @@ class Plane:
         out = torch.zeros(self.columns * self.rows, dtype=torch.float32, device=self.values.device)
         out[self.positions] = self.values
         return out.view(self.columns, self.rows)
-
-    def by_row(self) -> torch.Tensor:
-        """Sparse CSR float32 tensor of shape (rows, columns): the transposed plane."""
-        column = torch.div(self.positions, self.rows, rounding_mode="floor")
-        row = self.positions - column * self.rows
-        order = torch.argsort(row, stable=True)
-        starts = torch.zeros(self.rows + 1, dtype=torch.int64)
-        torch.cumsum(torch.bincount(row, minlength=self.rows), 0, out=starts[1:])
-        return torch.sparse_csr_tensor(
-            starts.to(torch.int32),
-            column[order].to(torch.int32),
-            self.values[order],
-            (self.rows, self.columns),
-            check_invariants=False,
-        )
 
     def select(self, columns: slice) -> "Plane":
         """The plane of a contiguous range of columns."""
@@ -126,26 +113,21 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
     return planes
 
 
-def _product(u: Plane, v: Plane, sigma: torch.Tensor, thin: np.ndarray) -> torch.Tensor:
-    """U diag(sigma) V^T, float32 of shape (u.rows, v.rows); `thin` marks the columns kept with a low ratio."""
-    v_dense = v.dense() * sigma[:, None]
-    # Columns come with falling importance, so the thin ones are a tail; where they are not, dense is still right.
-    split = len(thin) if u.values.device.type != "cpu" else int(np.flatnonzero(~thin).max(initial=-1)) + 1
-    if split == len(thin):
-        return u.dense().t() @ v_dense
-    sparse = u.select(slice(split, None)).by_row() @ v_dense[split:]
-    return sparse if split == 0 else sparse.addmm_(u.select(slice(0, split)).dense().t(), v_dense[:split])
+def _row_adder(record: Record, name: str, device: torch.device | str) -> Callable[[torch.Tensor, slice], object]:
+    """A function that adds a range of rows of the matrix a record stands for to a float32 tensor on `device`."""
+    planes = decode_planes(record, name, device)
+    if record.layout != FACTORED:
+        return lambda tile, rows: tile.add_(planes[0].select(rows).dense(), alpha=record.scale)
+    sigma = torch.from_numpy(record.sigma.astype(np.float32) * np.float32(record.scale)).to(device)
+    u, v = planes[0].dense().mul_(sigma[:, None]).t(), planes[1].dense()
+    return lambda tile, rows: tile.addmm_(u[rows], v)
 
 
 def decode_record(record: Record, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The matrix that a record stands for: float32, shape (rows, columns), on `device`."""
-    planes = decode_planes(record, name, device)
-    if record.layout != FACTORED:
-        return planes[0].dense().mul_(record.scale)
-    if record.rank == 0:
-        return torch.zeros(record.rows, record.columns, device=device)
-    sigma = torch.from_numpy(record.sigma.astype(np.float32) * np.float32(record.scale)).to(device)
-    return _product(planes[0], planes[1], sigma, record.keep_ratios() < _SPARSE_BELOW)
+    decoded = torch.zeros(record.rows, record.columns, device=device)
+    _row_adder(record, name, device)(decoded, slice(0, record.rows))
+    return decoded
 
 
 def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -165,9 +147,16 @@ def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtyp
     at = 0
     for target, matrix in zip(_matrices(out), _matrices(base), strict=True):
         record, length = parse_record(data[at:], (matrix.shape[0], matrix.shape[1]), name)
-        target.copy_(decode_record(record, name, base.device).add_(matrix))
-        if not all_finite(target):
-            raise DeltaFormatError(f"{name} decodes to NaN or infinity in {dtype}")
+        add_rows = _row_adder(record, name, base.device)
+        # On an accelerator one launch over everything is best
+        step = record.rows if base.device.type != "cpu" else max(1, _TILE_ENTRIES // max(1, record.columns))
+        for start in range(0, record.rows, max(1, step)):
+            rows = slice(start, min(start + step, record.rows))
+            tile = matrix[rows].to(torch.float32, copy=True)
+            add_rows(tile, rows)
+            target[rows].copy_(tile)
+            if not all_finite(target[rows]):
+                raise DeltaFormatError(f"{name} decodes to NaN or infinity in {dtype}")
         at += length
     if at != len(data):
         raise DeltaFormatError(f"{name}: {len(data) - at} bytes follow the last record")

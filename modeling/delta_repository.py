@@ -99,7 +99,7 @@ class DeltaFile:
             tensor = self._handles[name].get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
             raise DeltaFormatError(f"delta entry {name} cannot be read: {error}") from error
-        if zlib.crc32(tensor_bytes(tensor)) != self._crcs[name]:
+        if zlib.crc32(tensor_bytes(tensor).data) != self._crcs[name]:
             raise DeltaFormatError(f"delta entry {name} is damaged (its CRC-32 differs); download the file again")
         return tensor
 
@@ -175,7 +175,7 @@ class DeltaRepository:
             WrongBaseError: if the base has other tensors than the delta was made against.
         """
         self.source, self.config, self.options = source, config, options
-        if config.text_config is None or config.text_config.model_type == config.model_type:
+        if getattr(config.text_config, "model_type", config.model_type) == config.model_type:
             raise DeltaFormatError(f"config.json of '{source}' has no text_config of a fine-tuned model")
         paths, index = find_delta_files(source, options)
         self.file = DeltaFile(paths)

@@ -3,20 +3,20 @@
 import copy
 import functools
 import os
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, is_offline_mode, snapshot_download
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .checkpoints import CheckpointError, HubOptions, fetch_file
+from .checkpoints import HubOptions, fetch_file
 from .configuration_delta_compressed import DeltaCompressedConfig
-from .delta_repository import DeltaRepository, find_delta_files
+from .delta_repository import DeltaRepository
+from .repository_files import copy_repository, push_folder
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +43,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
     config_class = DeltaCompressedConfig
     delta_config: DeltaCompressedConfig
     _inner_class: type[PreTrainedModel]
+    _delta_source: tuple[str, HubOptions]
+    _delta_samples: dict[str, tuple[torch.Size, int, torch.Tensor | None]]
 
     @classmethod
     def _from_config(cls, config, **kwargs):
@@ -113,7 +115,9 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             return True
         return any(_differs(self._delta_samples[name], parameter) for name, parameter in now.items())
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs
+    ):
         """Write the compressed repository again, byte for byte.
 
         Weights that were trained since they were loaded are no longer what the delta stands for: then the dense model
@@ -145,28 +149,28 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
                 **{name: kwargs[name] for name in _PUSH_ARGUMENTS if name in kwargs},
             )
 
-    def push_to_hub(self, repo_id, *, commit_message=None, commit_description=None, private=None, token=None,
-                    revision=None, create_pr=False, max_shard_size="50GB", tags=None):  # fmt: skip
+    def push_to_hub(self, repo_id, *, max_shard_size="50GB", tags=None, **kwargs):  # type: ignore[override]
         """Upload the compressed repository, its model card included; arguments as for any model.
+
+        Args:
+            repo_id: repository on the Hub, created if missing.
+            max_shard_size: of a dense model, which is pushed if the weights were trained.
+            tags: added to those of the model card.
+            kwargs: commit_message, commit_description, private, token, revision, create_pr.
 
         Returns:
             The commit's URL.
         """
         if self.weights_changed() or getattr(self, "_hf_peft_config_loaded", False):
-            return _forget_delta(copy.copy(self)).push_to_hub(
-                repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
-                token=token, revision=revision, create_pr=create_pr, max_shard_size=max_shard_size, tags=tags,
-            )  # fmt: skip
+            dense = _forget_delta(copy.copy(self))
+            return dense.push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
             copy_repository(*self._delta_source, Path(folder))
             if tags:
                 card = ModelCard.load(Path(folder, "README.md"))
                 card.data.tags = sorted({*(card.data.tags or []), *tags})
                 card.save(Path(folder, "README.md"))
-            return push_folder(
-                Path(folder), repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
-                commit_message=commit_message, commit_description=commit_description,
-            )  # fmt: skip
+            return push_folder(Path(folder), repo_id, **kwargs)
 
     def __reduce__(self):
         # A copy counts its parameters' versions anew, so what is known of changes so far must be said now.
@@ -190,74 +194,6 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         return self
 
 
-def push_folder(
-    folder: Path,
-    repo_id: str,
-    *,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-) -> str:
-    """Upload a delta repository's folder to the Hub, as one commit; what is there already is not sent again.
-
-    Returns:
-        The commit's URL.
-    """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message or "Upload delta repository",
-        commit_description=commit_description,
-    )
-
-
-def copy_repository(source: str, options: HubOptions, target: Path) -> None:
-    """Copy a delta repository's files (those in its top folder that are not hidden) to `target`, each atomically.
-
-    Raises:
-        CheckpointError: if the source is gone.
-    """
-    if os.path.isabs(source) or os.path.isdir(source):
-        folder = Path(source, options.subfolder)
-    else:
-        find_delta_files(source, options)  # the clear error of a repository that cannot be read
-        if options.local_files_only or is_offline_mode():
-            logger.warning(f"The Hub is offline: only those files of '{source}' are saved that are in the local cache.")
-        prefix = f"{options.subfolder}/" if options.subfolder else ""
-        snapshot = snapshot_download(
-            source,
-            revision=options.revision,
-            token=options.token,
-            cache_dir=options.cache_dir,
-            local_files_only=options.local_files_only,
-            allow_patterns=f"{prefix}*",
-        )
-        folder = Path(snapshot, options.subfolder)
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")) if folder.exists() else []
-    if not any(p.name == "config.json" for p in files):
-        raise CheckpointError(f"the delta repository '{source}' that this model was loaded from is gone")
-    target.mkdir(parents=True, exist_ok=True)
-    if target.resolve() == folder.resolve():
-        return
-    for path in files:
-        with tempfile.NamedTemporaryFile(dir=target, prefix=".", delete=False) as temporary:
-            with path.open("rb") as original:
-                shutil.copyfileobj(original, temporary)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-        os.chmod(temporary.name, 0o644)
-        os.replace(temporary.name, target / path.name)
-
-
 def _pinned(source: str, options: HubOptions) -> HubOptions:
     """The options with the commit that their revision stands for now, so that all files are of the same one."""
     config = None if os.path.isdir(source) else fetch_file(source, "config.json", options)
@@ -267,18 +203,18 @@ def _pinned(source: str, options: HubOptions) -> HubOptions:
     return replace(options, revision=config.parents[len(Path(options.subfolder).parts)].name)
 
 
-def _inner_class(text_config: PreTrainedConfig) -> type[PreTrainedModel]:
+def _inner_class(text_config: PreTrainedConfig) -> Any:
     """The model class that the fine-tuned model's own configuration names."""
     known = AutoModelForCausalLM._model_mapping.get(type(text_config), None)
     if known is None:
         raise ValueError(f"transformers has no causal language model for model_type '{text_config.model_type}'")
-    candidates = known if isinstance(known, (list, tuple)) else [known]
+    candidates: list[Any] = list(known) if isinstance(known, (list, tuple)) else [known]
     wanted = getattr(text_config, "architectures", None) or []
     return next((c for c in candidates if c.__name__ in wanted), candidates[0])
 
 
 @functools.cache
-def _delta_class(inner: type[PreTrainedModel]) -> type:
+def _delta_class(inner: Any) -> Any:
     """The class that is both; one for each inner class, so that two loads give objects of one type.
 
     It goes by the inner class's name and module: transformers looks at them, for instance to rename or merge weights
@@ -293,17 +229,17 @@ def _delta_class(inner: type[PreTrainedModel]) -> type:
     return type(inner.__name__, (DeltaCompressedForCausalLM, inner), members)
 
 
-def _restore(inner: type[PreTrainedModel]) -> PreTrainedModel:
+def _restore(inner: Any) -> PreTrainedModel:
     """An empty object of the class that is both, for pickle, which cannot find a class made at run time."""
     cls = _delta_class(inner)
     return cls.__new__(cls)
 
 
-def _forget_delta(model: PreTrainedModel) -> PreTrainedModel:
+def _forget_delta(model: DeltaCompressedForCausalLM) -> PreTrainedModel:
     """Turn the object into one of its plain inner class."""
     for name in ("delta_config", "_delta_source", "_delta_samples"):
         model.__dict__.pop(name, None)
-    model.__class__ = model._inner_class
+    model.__class__ = model._inner_class  # type: ignore[assignment]
     return model
 
 

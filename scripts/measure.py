@@ -114,10 +114,8 @@ def in_fresh_process(script: str, task: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RuntimeError: with the end of its output, if it failed.
     """
-    # Give back memory to the system at once, so that the peak is what was needed and not what malloc kept
-    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, str(Path(script).resolve()), "--worker", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True)
     results = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
     if done.returncode or not results:
         raise RuntimeError(f"{Path(script).name} failed on {dict(task)}:\n{done.stderr[-3000:]}")

@@ -25,7 +25,7 @@ import torch
 import transformers
 from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
 from impart_hf.modeling.delta_record import DeltaFormatError
-from impart_hf.modeling.delta_repository import DeltaRepository, WrongBaseError
+from impart_hf.modeling.delta_repository import DeltaFile, DeltaRepository, WrongBaseError
 from tiny_models import (
     VOCABULARY,
     Pair,
@@ -36,6 +36,7 @@ from tiny_models import (
     rewrite,
     same_files,
     save_model,
+    save_pair,
     tiny_config,
     tiny_tokenizer,
 )
@@ -51,7 +52,8 @@ from transformers import (
     pipeline,
 )
 
-from impart_hf import DeltaCompressedConfig, DeltaCompressedForCausalLM, LowRankConfig, compress
+from impart_hf import DeltaCompressedConfig, DeltaCompressedForCausalLM, ImPartConfig, LowRankConfig, compress
+from impart_hf.report import parse_stack
 
 CONFIG = LowRankConfig(compression_ratio=3)
 IDS = torch.arange(5, 45).view(2, 20)
@@ -430,6 +432,35 @@ def test_no_warning_that_the_dense_model_does_not_give(tiny_repository: Path, de
         logs.append((lines, [str(w.message) for w in warned]))
     assert logs[0] == logs[1]
     assert logs[0][0] == []
+
+
+LOAD_AND_LISTEN = """
+import json, logging, sys, warnings
+import impart_hf
+from transformers import AutoModelForCausalLM
+
+lines = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger().addHandler(handler)
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(json.dumps(lines + [str(warning.message) for warning in warned]))
+"""
+
+
+def test_no_warning_from_the_decoder(tmp_path: Path) -> None:
+    """Thin columns go through sparse tensors, of which torch warns; once in a process, hence one of its own."""
+    pair = save_pair(tmp_path, tiny_config("llama", hidden_size=256, intermediate_size=512))
+    compress(str(pair.base), str(pair.finetuned), tmp_path / "delta", ImPartConfig(compression_ratio=24))
+    name = "model.layers.0.mlp.up_proj.weight"
+    (record,) = parse_stack(DeltaFile([tmp_path / "delta" / "delta_model.safetensors"]).read_records(name), name)
+    assert record.keep_ratios().min() < 0.1, "some columns are thin"
+    command = [sys.executable, "-c", LOAD_AND_LISTEN, str(tmp_path / "delta")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
 # Training -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""A delta repository's files as files: copied to another folder, uploaded to the Hub."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from transformers.utils import logging
+
+from .checkpoints import CheckpointError, HubOptions
+from .delta_repository import find_delta_files
+
+logger = logging.get_logger(__name__)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> str:
+    """Upload a delta repository's folder to the Hub, as one commit; what is there already is not sent again.
+
+    Returns:
+        The commit's URL.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message or "Upload delta repository",
+        commit_description=commit_description,
+    )
+
+
+def copy_repository(source: str, options: HubOptions, target: Path) -> None:
+    """Copy a delta repository's files (those in its top folder that are not hidden) to `target`, each atomically.
+
+    Raises:
+        CheckpointError: if the source is gone.
+    """
+    if os.path.isabs(source) or os.path.isdir(source):
+        folder = Path(source, options.subfolder)
+    else:
+        find_delta_files(source, options)  # the clear error of a repository that cannot be read
+        if options.local_files_only or is_offline_mode():
+            logger.warning(f"The Hub is offline: only those files of '{source}' are saved that are in the local cache.")
+        prefix = f"{options.subfolder}/" if options.subfolder else ""
+        snapshot = snapshot_download(
+            source,
+            revision=options.revision,
+            token=options.token,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+            allow_patterns=f"{prefix}*",
+        )
+        folder = Path(snapshot, options.subfolder)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")) if folder.exists() else []
+    if not any(p.name == "config.json" for p in files):
+        raise CheckpointError(f"the delta repository '{source}' that this model was loaded from is gone")
+    target.mkdir(parents=True, exist_ok=True)
+    if target.resolve() == folder.resolve():
+        return
+    for path in files:
+        with tempfile.NamedTemporaryFile(dir=target, prefix=".", delete=False) as temporary:
+            with path.open("rb") as original:
+                shutil.copyfileobj(original, temporary)
+            temporary.flush()
+            os.fsync(temporary.fileno())
+        os.chmod(temporary.name, 0o644)
+        os.replace(temporary.name, target / path.name)
