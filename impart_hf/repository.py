@@ -105,7 +105,7 @@ class RepositoryWriter:
         model_type = str(text_config.get("model_type"))
         if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
             raise IncompatibleModelsError(
-                f"'{self.finetuned}' is of model_type '{model_type}', of which transformers loads no causal language model"
+                f"'{self.finetuned}' has model_type '{model_type}': transformers knows no causal language model of it"
             )
         floats = {t.name: str(t.dtype).removeprefix("torch.") for t in self.tensors if t.dtype.is_floating_point}
         usual = Counter(floats.values()).most_common(1)[0][0]

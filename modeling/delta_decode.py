@@ -15,9 +15,9 @@ from .checkpoints import all_finite
 from .delta_record import BFLOAT16, FACTORED, FLOAT16, DeltaFormatError, Record, Segment, code_bytes, parse_record
 from .seeded_mask import keep_mask
 
-# Entries of a matrix that are decoded and added to the base at once on a CPU: 2 MiB in float32, which stay in a core's
-# cache, where whole float32 matrices would spend more time on being allocated than on being computed.
-_TILE_ENTRIES = 1 << 19
+# Rows of a matrix that are decoded and added to the base at once on a CPU. A whole matrix in float32 would take longer to
+# be allocated than to be computed, and needs the memory; the product with fewer rows is slower.
+_TILE_ROWS = 128
 
 
 @dataclass
@@ -149,8 +149,8 @@ def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtyp
         record, length = parse_record(data[at:], (matrix.shape[0], matrix.shape[1]), name)
         add_rows = _row_adder(record, name, base.device)
         # On an accelerator one launch over everything is best
-        step = record.rows if base.device.type != "cpu" else max(1, _TILE_ENTRIES // max(1, record.columns))
-        for start in range(0, record.rows, max(1, step)):
+        step = _TILE_ROWS if base.device.type == "cpu" else max(1, record.rows)
+        for start in range(0, record.rows, step):
             rows = slice(start, min(start + step, record.rows))
             tile = matrix[rows].to(torch.float32, copy=True)
             add_rows(tile, rows)

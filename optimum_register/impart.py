@@ -15,7 +15,7 @@ class ImpartCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as for impart-hf; see `optimum-cli impart help`")
+        parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `optimum-cli impart help`")
 
     def run(self) -> None:
         from impart_hf.cli import main

@@ -114,7 +114,8 @@ def test_record_vectors(heading: str, shape: tuple[int, int], rows: list[list[fl
 def test_level_codes_unpack_for_every_width_and_length(width: int, codes: list[int]) -> None:
     codes = [code & ((1 << width) - 1) for code in codes]
     stream = sum(code << (width * position) for position, code in enumerate(codes))
-    packed = torch.frombuffer(bytearray(stream.to_bytes(code_bytes(len(codes), width) + 1, "little")), dtype=torch.uint8)
+    data = bytearray(stream.to_bytes(code_bytes(len(codes), width) + 1, "little"))
+    packed = torch.frombuffer(data, dtype=torch.uint8)
     assert unpack_levels(packed[:-1], width, len(codes)).tolist() == codes
 
 
