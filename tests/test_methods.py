@@ -61,6 +61,16 @@ def test_records_fit_and_use_their_budget(name: str, shape: tuple[int, int], rat
     )
 
 
+def test_impart_uses_every_budget() -> None:
+    """Masks keep more or fewer entries than expected; whatever the budget, at most one component of it stays unused."""
+    delta = make_delta(48, 72)
+    component = 2 * (48 + 72) + 4
+    for budget in range(500, 6000, 53):
+        for seed in range(3):
+            size = len(ImPartConfig(compression_ratio=4).encode(delta, budget, seed).data)
+            assert budget - 1.5 * component < size <= budget, (budget, seed)
+
+
 def test_impart_is_unbiased_over_seeds() -> None:
     """Equations 4 and 5: rescaling by 1/q makes the expectation the un-dropped leading part."""
     delta = make_delta(64, 64)

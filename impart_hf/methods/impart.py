@@ -67,8 +67,8 @@ class ImPartConfig(MethodConfig):
             excess = OVERHEAD_BYTES + _COLUMN_BYTES * len(thresholds) + VALUE_BYTES * kept - max_bytes
             if excess <= 0:
                 break
-            # The masks kept a few more than expected: aim lower by that much.
-            budget -= excess
+            # The masks kept a few more than expected: aim lower than what was expected by that much.
+            budget = _expected_bytes(kept_ratios(thresholds), rows, columns) - excess
         else:
             thresholds = thresholds[:1]
         rank = len(thresholds)
@@ -88,9 +88,13 @@ class ImPartConfig(MethodConfig):
         for _ in range(50):
             middle = (low + high) / 2
             ratios = kept_ratios(thresholds_of(keep_ratios(spectrum, full_rank, middle, self.beta, self.c)))
-            size = OVERHEAD_BYTES + _COLUMN_BYTES * len(ratios) + VALUE_BYTES * (rows + columns) * ratios.sum()
-            low, high = (low, middle) if size <= budget else (middle, high)
+            low, high = (low, middle) if _expected_bytes(ratios, rows, columns) <= budget else (middle, high)
         return high
+
+
+def _expected_bytes(ratios: np.ndarray, rows: int, columns: int) -> float:
+    """Size of a record whose columns keep their entries with these probabilities."""
+    return OVERHEAD_BYTES + _COLUMN_BYTES * len(ratios) + VALUE_BYTES * (rows + columns) * float(ratios.sum())
 
 
 def keep_ratios(sigma: np.ndarray, full_rank: int, sparsity: float, beta: float, c: float) -> np.ndarray:

@@ -32,7 +32,7 @@ def leading_svd(matrix: torch.Tensor, rank: int | Wanted) -> tuple[torch.Tensor,
 
     Args:
         matrix: float32 of shape (m, n), finite, on any device.
-        rank: how many; at most min(m, n). Where the number follows from the values themselves, a function that takes
+        rank: how many; 1 to min(m, n). Where the number follows from the values themselves, a function that takes
             the leading singular values (float64, falling; as yet a little too small, or only a few of them) and
             returns how many are wanted, or more than it was given if it has to see more of them. It must not want
             more when the values it is given are larger.

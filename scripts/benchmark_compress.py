@@ -1,0 +1,158 @@
+"""How long compressing takes, how exact the singular value decomposition behind it is, and how much memory it needs.
+
+The decomposition of a synthetic delta (singular values falling as k^-0.5 into a floor of noise at a tenth of the
+largest), for as many components as each method wants, against `torch.linalg.svd` of the same matrix; the time to encode
+it by each method; and the peak of anonymous memory of a whole compression of LLaMA-7B-shaped layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import torch
+
+from impart_hf import compress
+from impart_hf.methods import method_class, method_names
+from impart_hf.methods.impart import ImPartConfig, keep_ratios
+from impart_hf.methods.svd import leading_svd
+
+
+def wanted_ranks(sigma: torch.Tensor, rows: int, columns: int, ratio: float) -> dict[str, int]:
+    """How many components LowRank and ImPart store of a matrix of 16-bit numbers at a ratio."""
+    budget = 2 * rows * columns / ratio
+    method = ImPartConfig(compression_ratio=ratio)
+    spectrum = sigma.double().cpu().numpy()
+    sparsity = method._sparsity_for(spectrum, rows, columns, budget)
+    impart = len(keep_ratios(spectrum, len(spectrum), sparsity, method.beta, method.c))
+    return {"lowrank": max(1, int(budget / 2 / (rows + columns))), "impart": max(1, impart)}
+
+
+def accuracy(delta: torch.Tensor, parts: Sequence[torch.Tensor], exact: torch.Tensor) -> dict[str, float]:
+    """Errors of the leading components against the exact singular values."""
+    u, sigma, v = parts
+    rank = len(sigma)
+    remains = float((delta - (u * sigma) @ v.t()).double().norm())
+    optimum = float(exact[rank:].double().norm())
+    eye = torch.eye(rank, device=delta.device)
+    return {
+        "excess error": remains / optimum - 1,
+        "singular values": float((sigma / exact[:rank] - 1).abs().max()),
+        "orthogonality": float(torch.stack([(w.t() @ w - eye).abs().max() for w in (u, v)]).max()),
+    }
+
+
+def decompositions(shape: tuple[int, int], ratios: Sequence[float], device: str, repeats: int) -> list[dict[str, Any]]:
+    """`leading_svd` against `torch.linalg.svd`: seconds (best of several) and accuracy."""
+    delta = measure.synthetic_delta(*shape, seed=0, device=device)
+    exact = torch.linalg.svdvals(delta.double())
+    name = f"{shape[0]}x{shape[1]}"
+    full = measure.best_seconds(lambda: torch.linalg.svd(delta, full_matrices=False), repeats, device)
+    rows = [
+        {"matrix": name, "for": "torch.linalg.svd", "components": min(shape), "seconds": full, "times as fast": 1.0}
+    ]
+    for ratio in ratios:
+        for method, rank in wanted_ranks(exact, *shape, ratio).items():
+            seconds = measure.best_seconds(lambda rank=rank: leading_svd(delta, rank), repeats, device)
+            row = {"matrix": name, "for": f"{method} at {ratio:g}", "components": rank, "seconds": seconds}
+            row["times as fast"] = full / seconds
+            rows.append(row | accuracy(delta, leading_svd(delta, rank), exact.float()))
+    return rows
+
+
+def encodings(shape: tuple[int, int], ratio: float, device: str, repeats: int) -> list[dict[str, Any]]:
+    """Seconds to encode one matrix by each method (best of several), and the error of what comes back."""
+    delta = measure.synthetic_delta(*shape, seed=0, device=device)
+    rows = []
+    for name in method_names():
+        config = method_class(name)(compression_ratio=ratio)
+        budget = max(int(2 * delta.numel() / ratio), config.least_bytes(*shape))
+        seconds = measure.best_seconds(lambda c=config, b=budget: c.encode(delta, b, 1), repeats, device)
+        size = len(config.encode(delta, budget, 1).data)
+        rows.append({"method": name, "matrix": f"{shape[0]}x{shape[1]}", "seconds": seconds, "bytes": size})
+    return rows
+
+
+def whole_compression(task: dict[str, Any]) -> dict[str, Any]:
+    """Compress a pair on disk in this process: seconds, and peak anonymous memory."""
+    method = method_class(task["method"])(compression_ratio=task["ratio"])
+    # What the first use of a device or a library allocates once is no part of it
+    leading_svd(torch.from_numpy(np.eye(8, dtype=np.float32)).to(task["device"]), 1)
+    with measure.PeakMemory() as memory:
+        report = compress(task["base"], task["finetuned"], task["output"], method, device=task["device"])
+    return {"seconds": report.seconds, "peak": memory.bytes, "ratio": report.ratio}
+
+
+def memory_of_compression(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory(dir=arguments.work) as name:
+        folder = Path(name)
+        config = measure.llama_config(arguments.layers, tiny=arguments.tiny)
+        base, finetuned, largest = measure.write_synthetic_pair(folder, config)
+        for method in arguments.methods:
+            task = {"base": str(base), "finetuned": str(finetuned), "output": str(folder / method), "method": method}
+            task |= {"ratio": arguments.ratios[-1], "device": arguments.device}
+            result = measure.in_fresh_process(__file__, task)
+            row = {"method": method, "layers": arguments.layers, "seconds": result["seconds"], "ratio": result["ratio"]}
+            row["peak bytes"] = result["peak"]
+            row["of the largest tensor in float32"] = result["peak"] / (4 * largest)
+            rows.append(row)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmark_compress.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=4096, help="side of the square matrix (default: 4096)")
+    parser.add_argument("--wide", type=int, help="columns of the wide matrix (default: 11008/4096 of the side)")
+    parser.add_argument(
+        "--ratios", type=lambda text: [float(part) for part in text.split(",")], default=[16.0, 32.0, 64.0],
+        help="comma-separated (default: 16,32,64); the last is that of encoding and of the whole compression",
+    )  # fmt: skip
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=["impart", "lowrank", "dare"])
+    parser.add_argument("--layers", type=int, default=1, help="of the compression whose memory is measured; 0: none")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, help="folder for the models, a few GB (default: a temporary one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--tiny", action="store_true", help="tiny layers: to try the script out")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.worker:
+        measure.report_result(whole_compression(json.loads(arguments.worker)))
+        return 0
+    if unknown := sorted(set(arguments.methods) - set(method_names())):
+        parser.error(f"unknown method {unknown[0]}; there are {', '.join(method_names())}")
+    square = (arguments.size, arguments.size)
+    wide = (arguments.size, arguments.wide or round(arguments.size * 11008 / 4096))
+    device, repeats, ratios = arguments.device, arguments.repeats, arguments.ratios
+    results: dict[str, Any] = {
+        "machine": measure.machine(device),
+        "decomposition": [row for shape in (square, wide) for row in decompositions(shape, ratios, device, repeats)],
+        "encoding": encodings(square, ratios[-1], device, repeats),
+        "memory": memory_of_compression(arguments) if arguments.layers else [],
+    }
+    titles = {
+        "decomposition": "Leading singular components: seconds, and errors relative to exact values",
+        "encoding": f"Encoding one matrix at ratio {ratios[-1]:g}",
+        "memory": f"A whole compression at ratio {ratios[-1]:g}: peak anonymous memory",
+    }
+    print(measure.machine_line(device))
+    for key, title in titles.items():
+        if results[key]:
+            # The row of torch.linalg.svd has no accuracy, but stands first
+            columns = dict.fromkeys(column for row in results[key] for column in row)
+            print(f"\n{title}\n\n{measure.table([dict.fromkeys(columns, '') | row for row in results[key]])}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
