@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from .modeling.delta_repository import (
     DELTA_INDEX,
     RECORD_SUFFIX,
     ROWS_SUFFIX,
+    entry_crc,
     names_checksum,
 )
 from .plan import CompressionPlan, IncompatibleModelsError, TensorPlan
@@ -167,7 +167,7 @@ class RepositoryWriter:
         paths = []
         for filename, entries in files.items():
             by_name = sorted(entries, key=lambda entry: entry.name)
-            crcs = np.array([zlib.crc32(entry.data()) for entry in by_name], "<u4").tobytes()
+            crcs = np.array([entry_crc(e.name, e.dtype, e.shape, e.data()) for e in by_name], "<u4").tobytes()
             entries = [*entries, Entry(CRC_ENTRY, "U32", (len(by_name),), len(crcs), partial(bytes, crcs))]
             # Wide numbers first keeps every entry aligned, as readers of safetensors expect.
             entries.sort(key=lambda entry: -_width(entry.dtype))

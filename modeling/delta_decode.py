@@ -91,7 +91,7 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
         ends = torch.searchsorted(kept, rows * torch.arange(record.plane_columns + 1, device=device))
         positions.append(kept)
         counts.append(ends.diff())
-    codes = torch.from_numpy(np.ascontiguousarray(record.codes)).to(device)
+    codes = torch.from_numpy(np.array(record.codes)).to(device)
     parts: list[list[torch.Tensor]] = [[] for _ in positions]
     at, column = 0, 0
     for segment, scales in zip(record.segments, record.column_scales, strict=True):

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,8 +35,17 @@ BASE_CHECKSUMS = "base_checksums"
 CRC_ENTRY = "crc32"
 
 
+Buffer: TypeAlias = bytes | memoryview
+
+
 class WrongBaseError(ValueError):
     """The base model is not the one that the delta was made against."""
+
+
+def entry_crc(name: str, dtype: str, shape: tuple[int, ...], data: Buffer) -> int:
+    """CRC-32 of an entry: of its name, safetensors dtype and shape, and of its data."""
+    line = f"{name} {dtype} {'x'.join(map(str, shape))}\n"
+    return zlib.crc32(data, zlib.crc32(line.encode()))
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,8 @@ class DeltaFile:
             tensor = self._handles[name].get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
             raise DeltaFormatError(f"delta entry {name} cannot be read: {error}") from error
-        if zlib.crc32(tensor_bytes(tensor).data) != self._crcs[name]:
+        crc = entry_crc(name, self.dtype_name(name), self.shape(name), tensor_bytes(tensor).data)
+        if crc != self._crcs[name]:
             raise DeltaFormatError(f"delta entry {name} is damaged (its CRC-32 differs); download the file again")
         return tensor
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .checkpoints import HubOptions, fetch_file
 from .configuration_delta_compressed import DeltaCompressedConfig
+from .delta_record import DeltaFormatError
 from .delta_repository import DeltaRepository
 from .repository_files import copy_repository, push_folder
 
@@ -87,14 +88,20 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             kwargs |= loading
         repository = DeltaRepository(source, config, options, base_model)
         model_class = _delta_class(_inner_class(config.text_config))
-        loaded = model_class.from_pretrained(
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = model_class.from_pretrained(
             None,
             *model_args,
             config=config.text_config,
             state_dict=repository.lazy_state_dict(_decoding_device(kwargs.get("device_map"))),
+            output_loading_info=True,
             **kwargs,
         )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if info["missing_keys"]:  # transformers would go on with random numbers
+            raise DeltaFormatError(
+                f"text_config of '{source}' describes a model with {len(info['missing_keys'])} tensors that its base "
+                f"lacks, such as {min(info['missing_keys'])}"
+            )
         model.name_or_path = model.config._name_or_path = source
         if kwargs.get("generation_config") is None and fetch_file(source, "generation_config.json", options):
             model.generation_config = GenerationConfig.from_pretrained(source, **hub)
@@ -103,7 +110,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         model._delta_samples = {name: _sample(parameter) for name, parameter in model.named_parameters()}
         if adapter_path is not None:  # the Auto classes were given an adapter whose base model this is
             model.load_adapter(adapter_path, adapter_name=adapter_name, adapter_kwargs=adapter)
-        return loaded
+        return (model, info) if with_info else model
 
     def weights_changed(self) -> bool:
         """Whether the parameters have been trained, merged into or resized since they were loaded.

@@ -134,7 +134,8 @@ def read_repository(folder: Path, base: Path) -> dict[str, np.ndarray]:
     )
     entries = sorted(n for n in delta if n != "crc32")
     crcs = np.frombuffer(delta["crc32"][2], "<u4").tolist()
-    assert crcs == [zlib.crc32(delta[n][2]) for n in entries]
+    described = [f"{n} {delta[n][0]} {'x'.join(map(str, delta[n][1]))}\n".encode() + delta[n][2] for n in entries]
+    assert crcs == [zlib.crc32(entry) for entry in described]
     table = np.frombuffer(delta["base_checksums"][2], "<u8").tolist()
     assert table[:-1] == [checksum(originals[n][2]) for n in names]
     assert table[-1] == int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:8], "little")

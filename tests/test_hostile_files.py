@@ -123,7 +123,11 @@ def read_entries(path: Path) -> Entries:
 
 def with_checksums(entries: Entries) -> Entries:
     covered = sorted(name for name in entries if name != "crc32")
-    table = b"".join(zlib.crc32(entries[name][2]).to_bytes(4, "little") for name in covered)
+    described = [
+        f"{name} {entries[name][0]} {'x'.join(map(str, entries[name][1]))}\n".encode() + entries[name][2]
+        for name in covered
+    ]
+    table = b"".join(zlib.crc32(entry).to_bytes(4, "little") for entry in described)
     return {**{n: entries[n] for n in covered}, "crc32": ("U32", [len(covered)], table)}
 
 
@@ -816,3 +820,15 @@ def test_bfloat16_codes_that_are_not_finite(tiny_pair: Pair, tmp_path: Path) -> 
     assert record[SEGMENT + 4] == BFLOAT16
     forge_record(tmp_path / "d", lambda data: data[:-2] + b"\x80\xff")
     refuses(tmp_path / "d", f"{UP}: a stored value is not finite")
+
+
+def test_a_renamed_entry_is_noticed(repository: Path) -> None:
+    """One flipped bit in the header can turn one layer's name into another's, and leave all data as it was."""
+    path = repository / DELTA
+    data = path.read_bytes()
+    first, second = b"layers.0.mlp.up_proj.weight.delta", b"layers.1.mlp.up_proj.weight.delta"
+    assert data.count(first) == 1 and data.count(second) == 1
+    swapped = data.replace(first, b"SWAP").replace(second, first).replace(b"SWAP", second)
+    assert len(swapped) == len(data)
+    replace(path, swapped)
+    refuses(repository, "mlp.up_proj.weight.delta is damaged")

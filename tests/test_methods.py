@@ -156,6 +156,12 @@ def test_ratio_must_be_above_one(ratio: object) -> None:
         ImPartConfig(compression_ratio=ratio)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("setting", [{"beta": "x"}, {"beta": 1.0}, {"beta": -0.1}, {"c": 0}, {"c": True}, {"c": "x"}])
+def test_impart_settings_are_checked(setting: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        ImPartConfig(**setting)
+
+
 def test_unknown_method() -> None:
     with pytest.raises(ValueError, match="unknown method 'dart'; known are .*dare"):
         method_class("dart")

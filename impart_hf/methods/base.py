@@ -48,8 +48,7 @@ class MethodConfig(abc.ABC):
         Raises:
             ValueError: naming the field, its value and what is allowed.
         """
-        if isinstance(self.compression_ratio, bool) or not isinstance(self.compression_ratio, (int, float)):
-            raise ValueError(f"compression_ratio must be a number, got {self.compression_ratio!r}")
+        check_number("compression_ratio", self.compression_ratio)
         if not 1 < self.compression_ratio < float("inf"):
             raise ValueError(f"compression_ratio must be above 1, got {self.compression_ratio}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 32:
@@ -74,6 +73,16 @@ class MethodConfig(abc.ABC):
     def to_dict(self) -> dict[str, Any]:
         """The method's name and all its settings, as config.json keeps them."""
         return {"name": self.name, **dataclasses.asdict(self)}
+
+
+def check_number(name: str, value: object) -> None:
+    """See that a setting is a number.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def method_names() -> list[str]:

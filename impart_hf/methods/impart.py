@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..modeling.seeded_mask import keep_mask
-from .base import Encoded, MethodConfig
+from .base import Encoded, MethodConfig, check_number
 from .records import OVERHEAD_BYTES, VALUE_BYTES, check_value_dtype, factored_record, kept_ratios, thresholds_of
 from .svd import leading_svd
 
@@ -34,6 +34,8 @@ class ImPartConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("beta", self.beta)
+        check_number("c", self.c)
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta must lie in [0, 1), got {self.beta}")
         if not 0 < self.c < float("inf"):
