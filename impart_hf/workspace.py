@@ -81,6 +81,7 @@ class Workspace:
         self.output = output
         self.folder = output.parent / f".{output.name}.partial"
         self.repository = self.folder / "repository"
+        self._replaced = self.folder / "replaced"
         self._lock: IO[str] | None = None
         try:
             check_output(output)
@@ -158,6 +159,8 @@ class Workspace:
             raise
         except OSError as error:
             raise OutputError(f"{self.output} cannot be written: {error.strerror}") from error
+        if self._replaced.exists() and not self.output.exists():
+            os.rename(self._replaced, self.output)  # killed between the two renames of `publish`
         plan = self.folder / _PLAN
         resumes = _fingerprint(plan) == fingerprint
         if not resumes:
@@ -220,8 +223,7 @@ class Workspace:
         check_output(self.output)
         sync_folder(self.repository)
         if self.output.exists():
-            old = self.folder / "replaced"
-            os.rename(self.output, old)
+            os.rename(self.output, self._replaced)
         os.rename(self.repository, self.output)
         sync_folder(self.output.parent)
         self.discard()

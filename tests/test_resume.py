@@ -262,3 +262,15 @@ def test_same_inputs_and_seed_same_bytes(tiny_pair: Pair, tmp_path: Path, config
     assert differing(tmp_path / "one", tmp_path / "two") == []
     files = [(tmp_path / name / "delta_model.safetensors").read_bytes() for name in ("one", "other")]
     assert files[0] != files[1]
+
+
+def test_killed_between_the_renames_of_publishing(tiny_pair: Pair, tmp_path: Path) -> None:
+    """The older repository has gone into the workspace already: other work must not throw it away."""
+    output = tmp_path / "delta"
+    finish(tiny_pair, output)
+    hidden(output).mkdir()
+    (hidden(output) / "lock").touch()
+    output.rename(hidden(output) / "replaced")
+    with Workspace(output) as workspace:
+        assert not workspace.begin("other work", 1)
+        assert (output / "config.json").exists()
