@@ -20,6 +20,10 @@ from typing import Any
 
 import measure
 import torch
+from transformers import AutoModelForCausalLM
+
+from impart_hf import compress
+from impart_hf.methods import method_class, method_names
 from impart_hf.modeling import delta_decode
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.checksums import tensor_checksum
@@ -27,10 +31,6 @@ from impart_hf.modeling.configuration_delta_compressed import DeltaCompressedCon
 from impart_hf.modeling.delta_record import FACTORED, parse_record
 from impart_hf.modeling.delta_repository import DeltaRepository
 from impart_hf.modeling.seeded_mask import keep_mask
-from transformers import AutoModelForCausalLM
-
-from impart_hf import compress
-from impart_hf.methods import method_class, method_names
 
 _PAGE = 4096
 

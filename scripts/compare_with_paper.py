@@ -14,11 +14,11 @@ from pathlib import Path
 import measure
 import torch
 from benchmark_quality import blocks_of, evaluate, load
-from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from impart_hf import ImPartConfig, compress
+from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import naive_impart

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
-from impart_hf.modeling.delta_repository import DeltaRepository
 from safetensors.torch import save_file
 from tiny_models import (
     VOCABULARY,
@@ -30,6 +28,8 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from impart_hf import DareConfig, DeltaCompressedConfig, ImPartConfig, LowRankConfig, compress
+from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
+from impart_hf.modeling.delta_repository import DeltaRepository
 
 NEARLY_LOSSLESS = LowRankConfig(compression_ratio=3)
 METHODS = [ImPartConfig(compression_ratio=4), DareConfig(compression_ratio=4), LowRankConfig(compression_ratio=4)]

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from impart_hf.modeling.checkpoints import Checkpoint, CheckpointError, HubOptions
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     Pair,
@@ -33,6 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.methods import MethodConfig
+from impart_hf.modeling.checkpoints import Checkpoint, CheckpointError, HubOptions
 from impart_hf.plan import IncompatibleModelsError
 from impart_hf.workspace import OutputError
 

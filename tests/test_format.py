@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import Pair
+
+from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
+from impart_hf.compress import mask_seed
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.checksums import tensor_bytes, tensor_checksum
 from impart_hf.modeling.delta_decode import decode_record, unpack_levels
@@ -28,10 +32,6 @@ from impart_hf.modeling.delta_record import (
 )
 from impart_hf.modeling.delta_repository import names_checksum
 from impart_hf.modeling.seeded_mask import column_keys, keep_mask, mix32
-from tiny_models import Pair
-
-from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
-from impart_hf.compress import mask_seed
 from impart_hf.reconstruct import open_repository
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "FORMAT.md").read_text("utf-8")

@@ -23,6 +23,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import Pair, edit_json, edit_tensors, load_tensors
+from transformers import AutoModelForCausalLM
+
+from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
 from impart_hf.modeling.delta_decode import add_delta, decode_record
 from impart_hf.modeling.delta_record import (
@@ -40,10 +44,6 @@ from impart_hf.modeling.delta_record import (
     parse_record,
 )
 from impart_hf.modeling.delta_repository import WrongBaseError
-from tiny_models import Pair, edit_json, edit_tensors, load_tensors
-from transformers import AutoModelForCausalLM
-
-from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.reconstruct import open_repository
 
 ERRORS = (DeltaFormatError, CheckpointError, WrongBaseError)

@@ -23,9 +23,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
-from impart_hf.modeling.delta_record import DeltaFormatError
-from impart_hf.modeling.delta_repository import DeltaFile, DeltaRepository, WrongBaseError
 from tiny_models import (
     VOCABULARY,
     Pair,
@@ -53,6 +50,9 @@ from transformers import (
 )
 
 from impart_hf import DeltaCompressedConfig, DeltaCompressedForCausalLM, ImPartConfig, LowRankConfig, compress
+from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
+from impart_hf.modeling.delta_record import DeltaFormatError
+from impart_hf.modeling.delta_repository import DeltaFile, DeltaRepository, WrongBaseError
 from impart_hf.report import parse_stack
 
 CONFIG = LowRankConfig(compression_ratio=3)

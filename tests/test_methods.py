@@ -4,12 +4,12 @@ import naive_impart
 import numpy as np
 import pytest
 import torch
-from impart_hf.modeling.delta_decode import decode_planes, decode_record
-from impart_hf.modeling.delta_record import Record, parse_record
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig
 from impart_hf.methods import MethodConfig, method_class, method_names
 from impart_hf.methods.impart import keep_ratios
+from impart_hf.modeling.delta_decode import decode_planes, decode_record
+from impart_hf.modeling.delta_record import Record, parse_record
 
 SHAPES = [(96, 96), (48, 128), (128, 48), (400, 64)]
 

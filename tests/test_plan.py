@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from impart_hf.modeling.checkpoints import HubOptions
-from impart_hf.modeling.delta_repository import DELTA_INDEX
 from tiny_models import (
     Pair,
     edit_json,
@@ -25,6 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.methods import MethodConfig
+from impart_hf.modeling.checkpoints import HubOptions
+from impart_hf.modeling.delta_repository import DELTA_INDEX
 from impart_hf.plan import TensorPlan, make_plan
 from impart_hf.reconstruct import open_repository
 from impart_hf.report import CompressionReport
