@@ -65,8 +65,9 @@ def _segment_values(
 ) -> torch.Tensor:
     """float32 values of one side of one segment; `per_column` is the number kept in each column."""
     if width in (FLOAT16, BFLOAT16):
-        # `clone` moves the codes to an address that 16-bit loads allow
-        return packed.clone().view(torch.float16 if width == FLOAT16 else torch.bfloat16).float()
+        # A copy is at an address that 16-bit loads allow; contiguous, since numpy gives an empty array the stride 0
+        aligned = packed.clone(memory_format=torch.contiguous_format)
+        return aligned.view(torch.float16 if width == FLOAT16 else torch.bfloat16).float()
     top = (1 << width) - 1
     levels = unpack_levels(packed, width, int(per_column.sum())).float() * (2.0 / top) - 1.0
     assert scales is not None  # parse_record reads scales for every segment of levels
