@@ -448,7 +448,7 @@ print(json.dumps(lines + [str(warning.message) for warning in warned]))
 
 
 def test_no_warning_from_the_decoder(tmp_path: Path) -> None:
-    """Thin columns go through sparse tensors, of which torch warns; once in a process, hence one of its own."""
+    """torch warns once in a process, hence one of its own; thin columns are the unusual case."""
     pair = save_pair(tmp_path, tiny_config("llama", hidden_size=256, intermediate_size=512))
     compress(str(pair.base), str(pair.finetuned), tmp_path / "delta", ImPartConfig(compression_ratio=24))
     name = "model.layers.0.mlp.up_proj.weight"
