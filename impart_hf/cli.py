@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from .progress import Progress
 from .reconstruct import open_repository, reconstruct, verify
 from .report import CompressionReport, human_bytes
 
+_SETTINGS = {
+    "beta": "share of the singular components pruned beforehand, in [0, 1)",
+    "c": "exponent of a component's importance, above 0",
+    "value_dtype": "storage of kept values, float16 or bfloat16",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 with one line on standard error."""
@@ -25,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except KeyboardInterrupt:
+        print("impart-hf: stopped; a compression goes on from here if the same command is run again", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
@@ -39,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="impart-hf", description="Keep fine-tuned language models as small compressed deltas against their base."
     )
+    parser.add_argument("--version", action="version", version=f"impart-hf {version('impart-hf')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_compress(commands)
     _add_inspect(commands)
@@ -80,7 +89,7 @@ def _add_compress(commands: Any) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=type(field.default),
-            help=f"of {', '.join(methods)} (default: {field.default})",
+            help=f"{_SETTINGS.get(name, name)}; for {', '.join(methods)} (default: {field.default})",
         )
     parser.add_argument("--device", default="cpu", help="where matrices are decomposed (default: cpu)")
     parser.add_argument("--revision", help="branch, tag or commit of the fine-tuned model")
@@ -142,11 +151,13 @@ def _summary(report: CompressionReport, output: str) -> str:
         f"{len(report.tensors)} tensors changed, {report.equal_tensors} equal to the base's; not counted: tokenizer "
         f"and other unchanged files {human_bytes(report.companion_bytes)}, reader {human_bytes(report.reader_bytes)}",
     ]
+    if not report.tensors:
+        lines.append("the fine-tuned model equals the base: are BASE and FINETUNED the right ones?")
     if report.shortfall:
         lines.append(f"ratio missed: {report.shortfall}")
     noted = [(t.name, note) for t in report.tensors for note in t.notes]
     if noted:
-        lines.append(f"notes on {len(noted)} tensors, the first: {noted[0][0]}: {noted[0][1]}")
+        lines.append(f"notes on {len(noted)} tensors (--json has all), the first: {noted[0][0]}: {noted[0][1]}")
     return "\n".join(lines)
 
 

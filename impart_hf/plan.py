@@ -265,7 +265,7 @@ def make_plan(
             raise ValueError(
                 f"compression_ratio={method.compression_ratio:g} cannot be reached: {worst.name} "
                 f"({'x'.join(map(str, worst.shape))}) would get {worst.max_bytes} bytes, and the smallest record of "
-                f"'{method.name}' takes {_least_bytes(worst, method)}; ask for at most {reachable:.2f}"
+                f"'{method.name}' takes {_least_bytes(worst, method)}; {reachable:.2f} is certain to work"
             )
         for t in unreachable:
             t.kind, t.max_bytes = "kept", 0

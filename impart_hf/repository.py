@@ -157,9 +157,12 @@ class RepositoryWriter:
         for path in [*self.companions, *reader_files()]:
             shutil.copyfile(path, folder / path.name)
         report = self._report(workspace, plan, counted, seconds)
-        card = self._card(_sizes(report), report.shortfall)
+        others, card = report.repository_bytes, ""
+        for _ in range(2):  # the card states a size that it is part of
+            report.repository_bytes = others + len(card.encode())
+            card = self._card(_sizes(report), report.shortfall)
         (folder / "README.md").write_text(card, "utf-8")
-        report.repository_bytes += len(card.encode())
+        report.repository_bytes = others + len(card.encode())
         return report
 
     def _write_deltas(self, workspace: Workspace) -> list[Path]:

@@ -209,7 +209,7 @@ class DeltaRepository:
             where = f" at commit {revision}" if revision else ""
             raise CheckpointError(
                 f"the base model of '{self.source}' ('{base_model or recorded}'{where}) cannot be opened: {error}. "
-                "A local copy can be given with base_model="
+                "A local copy can be given with base_model= (--base-model)"
             ) from error
 
     def _match_entries(self) -> dict[str, TensorParts]:

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from .checkpoints import CheckpointError, HubOptions
@@ -29,19 +30,30 @@ def push_folder(
 
     Returns:
         The commit's URL.
+
+    Raises:
+        CheckpointError: if the Hub cannot be reached.
+        HfHubHTTPError: if it refuses.
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message or "Upload delta repository",
-        commit_description=commit_description,
-    )
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload delta repository",
+            commit_description=commit_description,
+        )
+    except HfHubHTTPError:  # the Hub's own answer says what is wrong
+        raise
+    except Exception as error:  # which HTTP library raises is the client's affair
+        if not type(error).__module__.startswith("http"):
+            raise
+        raise CheckpointError(f"the Hub cannot be reached, nothing was published: {error}") from error
 
 
 def copy_repository(source: str, options: HubOptions, target: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line, as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,18 @@ def test_bad_input_is_one_line(
     # a base that only this machine has makes a repository that nobody can load
     assert "--base-name" in failure(capsys, "push", repository, "user/delta")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_push_without_a_network_is_one_line(tiny_pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "delta"
+    arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), str(out), "--ratio", "4", "--base-name", "user/base"]
+    assert main(["compress", *arguments, "--quiet"]) == 0
+    # nothing listens on the discard port
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
+    command = [str(Path(sys.executable).with_name("impart-hf")), "push", str(out), "user/delta"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the Hub cannot be reached, nothing was published" in done.stderr.splitlines()[-1]
 
 
 def test_the_command_is_installed(repository: Path) -> None:
