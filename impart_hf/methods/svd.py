@@ -15,7 +15,7 @@ Wanted = Callable[[np.ndarray], int]
 
 _SMALL = 1024  # a shorter side under this is decomposed whole: faster than any iteration
 _BLOCK = 64  # vectors multiplied at a time: fewer need a smaller space, more use the processor better
-_MOST_WANTED = 1 / 12  # of the shorter side; where more is wanted, the whole decomposition takes no longer
+_MOST_WANTED = 1 / 8  # of the shorter side; where more is wanted, the whole decomposition takes no longer
 _LARGEST_SPACE = 0.45  # of the shorter side
 _GROWTH = 1.3  # of the Krylov space from one test of convergence to the next
 # Residuals ||A^T A v - theta v||, relative to theta. The error of theta is of second order in them: singular values
