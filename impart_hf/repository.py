@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from .cards import delta_card, inherited_card_data
 from .methods import MethodConfig
 from .modeling import __file__ as _reader_init
-from .modeling.checkpoints import DTYPE_NAMES, Checkpoint, HubOptions, fetch_file
+from .modeling.checkpoints import DTYPE_NAMES, Checkpoint, HubOptions, fetch_file, pinned
 from .modeling.checksums import tensor_bytes
 from .modeling.configuration_delta_compressed import FORMAT_VERSION
 from .modeling.delta_repository import (
@@ -63,9 +63,7 @@ def describe_base(base: str, options: HubOptions, base_name: str | None) -> tupl
     """What config.json records of the base: Hub id and commit, or the absolute path of a local folder."""
     if os.path.isdir(base):
         return (base_name, options.revision) if base_name else (os.path.abspath(base), None)
-    config = fetch_file(base, "config.json", options)
-    # The cache keeps files under snapshots/COMMIT, which also answers without a network.
-    return base_name or base, config.parent.name if config is not None else options.revision
+    return base_name or base, pinned(base, options).revision
 
 
 class RepositoryWriter:

@@ -8,7 +8,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,18 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
         raise CheckpointError(f"'{repo}' is neither a local folder nor a valid Hub id (owner/name)") from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"'{filename}' of '{repo}' could not be fetched: {error}") from error
+
+
+def pinned(repo: str, options: HubOptions) -> HubOptions:
+    """The options with the commit that their revision stands for now, so that all files are of the same one.
+
+    A local folder has none, and neither has a repository without a config.json: the options come back as they are.
+    """
+    config = None if os.path.isdir(repo) else fetch_file(repo, "config.json", options)
+    if config is None:
+        return options
+    # The cache keeps files under snapshots/COMMIT, which also answers without a network.
+    return replace(options, revision=config.parents[len(Path(options.subfolder).parts)].name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

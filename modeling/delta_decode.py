@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .checkpoints import all_finite
-from .delta_record import BFLOAT16, FACTORED, FLOAT16, DeltaFormatError, Record, Segment, code_bytes, parse_record
+from .delta_record import BFLOAT16, FACTORED, FLOAT16, DeltaFormatError, Record, code_bytes, parse_record
 from .seeded_mask import keep_mask
 
 # Rows of a matrix that are decoded and added to the base at once on a CPU. A whole matrix in float32 would take as long
@@ -74,10 +74,6 @@ def _segment_values(
     return levels * torch.from_numpy(scales.astype(np.float32)).to(packed.device).repeat_interleave(per_column)
 
 
-def _segment_width(segment: Segment, side: int) -> int:
-    return segment.widths()[side]
-
-
 def decode_planes(record: Record, name: str, device: torch.device | str = "cpu") -> list[Plane]:
     """The planes of a record: [U, V] of a factored one, [P] of a direct one, on `device`.
 
@@ -97,7 +93,7 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
     at, column = 0, 0
     for segment, scales in zip(record.segments, record.column_scales, strict=True):
         for side in range(record.sides):
-            width = _segment_width(segment, side)
+            width = segment.widths()[side]
             per_column = counts[side][column : column + segment.columns]
             size = code_bytes(int(per_column.sum()), width)
             if at + size > len(codes):

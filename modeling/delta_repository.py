@@ -66,7 +66,6 @@ class DeltaFile:
         Raises:
             DeltaFormatError: if a file is truncated, has duplicate or overlapping entries, or no checksum table.
         """
-        self.paths = paths
         self._handles: dict[str, Any] = {}
         self._crcs: dict[str, int] = {}
         for path in paths:
@@ -192,7 +191,6 @@ class DeltaRepository:
         if index and sorted(_weight_map(index)) != self.file.names():
             # An entry that is lost would pass for a tensor that equals the base's.
             raise DeltaFormatError(f"{index} names other entries than its files hold: they are not of one repository")
-        self.weight_files = paths + ([index] if index else [])
         self.base = self._open_base(base_model, options)
         self._checksums = self._read_checksums()
         self.parts = self._match_entries()

@@ -4,7 +4,6 @@ import copy
 import functools
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .checkpoints import HubOptions, fetch_file
+from .checkpoints import HubOptions, fetch_file, pinned
 from .configuration_delta_compressed import DeltaCompressedConfig
 from .delta_record import DeltaFormatError
 from .delta_repository import DeltaRepository
@@ -74,7 +73,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         source = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         hub = {name: value for name, value in hub.items() if value is not None}
-        options = _pinned(source, HubOptions(**hub))
+        options = pinned(source, HubOptions(**hub))
         hub |= {"revision": options.revision} if options.revision else {}
         adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter_path, adapter_name = adapter.pop("_adapter_model_path", None), kwargs.pop("adapter_name", "default")
@@ -199,15 +198,6 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         """
         _forget_delta(self)
         return self
-
-
-def _pinned(source: str, options: HubOptions) -> HubOptions:
-    """The options with the commit that their revision stands for now, so that all files are of the same one."""
-    config = None if os.path.isdir(source) else fetch_file(source, "config.json", options)
-    if config is None:
-        return options
-    # The cache keeps files under snapshots/COMMIT, which also answers without a network.
-    return replace(options, revision=config.parents[len(Path(options.subfolder).parts)].name)
 
 
 def _inner_class(text_config: PreTrainedConfig) -> Any:

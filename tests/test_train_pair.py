@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 pytest.importorskip("accelerate")
 
+from load_script import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
-
-def load_script(name: str) -> ModuleType:
-    """The script `name` as a module; scripts import each other by bare name, as they do when they are run."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
 
 script = load_script("train_pair")
 pair_text = load_script("pair_text")
