@@ -6,9 +6,18 @@ Importing this package registers the configuration and model classes with transf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .compress import compress
-from .methods import DareConfig, ImPartConfig, LowRankConfig
+from .methods import (
+    BitDeltaConfig,
+    DareConfig,
+    DareQtConfig,
+    DeltaComeConfig,
+    ImPartConfig,
+    ImPartQtConfig,
+    LowRankConfig,
+)
 from .modeling.configuration_delta_compressed import DeltaCompressedConfig
 from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM
+from .tune import tune
 
 AutoConfig.register("delta_compressed", DeltaCompressedConfig, exist_ok=True)
 AutoModelForCausalLM.register(DeltaCompressedConfig, DeltaCompressedForCausalLM, exist_ok=True)
@@ -16,10 +25,15 @@ AutoModelForCausalLM.register(DeltaCompressedConfig, DeltaCompressedForCausalLM,
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitDeltaConfig",
     "DareConfig",
+    "DareQtConfig",
+    "DeltaComeConfig",
     "DeltaCompressedConfig",
     "DeltaCompressedForCausalLM",
     "ImPartConfig",
+    "ImPartQtConfig",
     "LowRankConfig",
     "compress",
+    "tune",
 ]

@@ -28,7 +28,7 @@ def delta_card(
     base_revision: str | None,
     finetuned: str,
     method: dict[str, Any],
-    inherited: dict[str, Any],
+    metadata: dict[str, Any],
     sizes: dict[str, str],
     shortfall: str,
 ) -> str:
@@ -38,7 +38,7 @@ def delta_card(
         base, base_revision: as recorded in config.json.
         finetuned: the fine-tuned model as the user named it.
         method: name and settings.
-        inherited: from `inherited_card_data`.
+        metadata: more entries of the card's data, such as `inherited_card_data` finds.
         sizes: the measured numbers, already written out: ratio, repository, checkpoint, error, tensors.
         shortfall: why the requested ratio was missed, or "".
     """
@@ -49,7 +49,7 @@ def delta_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["delta-compressed", "impart-hf", method["name"]],
-        **inherited,
+        **metadata,
     )
     template = resources.files("impart_hf.model_cards").joinpath("delta_repository.md").read_text("utf-8")
     settings = ", ".join(f"{k} {v}" for k, v in method.items() if k not in ("name", "compression_ratio"))

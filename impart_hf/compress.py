@@ -3,13 +3,24 @@
 import hashlib
 import os
 import time
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .methods import Encoded, ImPartConfig, MethodConfig, method_for
+from .calibration_text import CalibrationSource, calibration_tokens
+from .distillation import DistillSettings, distill_scales
+from .evaluate import load
+from .layer_stream import stream_layers
+from .methods import Encoded, ImPartConfig, MethodConfig, Svd, method_for
 from .methods.records import empty_record
-from .modeling.checkpoints import Checkpoint, HubOptions
+from .methods.svd import leading_svd
+from .modeling.checkpoints import Checkpoint, HubOptions, pinned
+from .modeling.delta_decode import add_delta
 from .plan import TensorPlan, check_pair, make_plan, scan
 from .progress import Progress
 from .report import CompressionReport
@@ -20,6 +31,12 @@ from .workspace import Workspace
 # Squares of smaller numbers vanish in float32: such a delta has no norm, and moves no model.
 _NOTHING = 1e-15
 
+SvdOf = Callable[[str, int], Svd]
+
+
+def _leading_svd_of(name: str, number: int) -> Svd:
+    return leading_svd
+
 
 def compress(
     base: str,
@@ -27,6 +44,11 @@ def compress(
     output_dir: str | Path,
     method: MethodConfig | None = None,
     *,
+    calibration: CalibrationSource | None = None,
+    distill: CalibrationSource | None = None,
+    calibration_samples: int = 128,
+    calibration_length: int = 2048,
+    distill_steps: int | None = None,
     device: str | torch.device = "cpu",
     base_revision: str | None = None,
     finetuned_revision: str | None = None,
@@ -38,15 +60,23 @@ def compress(
 ) -> CompressionReport:
     """Compress a fine-tuned model to a delta repository against its base.
 
-    Both models are read tensor by tensor and never held as a whole. Work in progress is kept in a hidden folder beside
-    `output_dir`, one file a tensor: a run that was killed goes on where it stopped and gives the same bytes as an
-    unbroken one. `output_dir` appears, complete, at the end.
+    Both models are read tensor by tensor and never held as a whole (but for distillation). Work in progress is kept in
+    a hidden folder beside `output_dir`, one file a tensor: a run that was killed goes on where it stopped and gives
+    the same bytes as an unbroken one. `output_dir` appears, complete, at the end.
 
     Args:
         base: local folder or Hub id of the base model.
         finetuned: local folder or Hub id of the fine-tuned model.
         output_dir: where the repository goes; must not exist, be empty, or hold a delta repository, which is replaced.
         method: a method's configuration; ImPart at ratio 32 if None.
+        calibration: text for the methods that quantise: a .txt, .json or .jsonl file, the name of a dataset, or a list
+            of strings. Without it they round to the nearest level. With it, one decoder layer at a time is run over
+            the text, fed by the layers compressed before it.
+        distill: text of the same kinds on which the scales of the finished records (a direct record's scale, a
+            factored one's sigma) are trained towards the fine-tune's logits. Needs room for both models.
+        calibration_samples: sequences of text taken at most, for either purpose.
+        calibration_length: tokens of a sequence; not more than the model's positions.
+        distill_steps: steps of that training; a default that fits most if None.
         device: where matrices are decomposed, such as "cuda".
         base_revision: branch, tag or commit of the base on the Hub.
         finetuned_revision: the same of the fine-tuned model.
@@ -61,50 +91,206 @@ def compress(
     Raises:
         CheckpointError: if one of the models cannot be read.
         IncompatibleModelsError: if they are not a pair, or hold NaN or infinity.
-        ValueError: if the method's ratio cannot be reached, or a device or size is none that can be used.
+        ValueError: if the method's ratio cannot be reached, a device or size is none that can be used, or a text is
+            too short.
         OutputError: if `output_dir` holds something else, is being written by another process, or the disk is full.
     """
     method = method if method is not None else ImPartConfig()
     if not isinstance(method, MethodConfig):
         raise TypeError(f"method must be a method's configuration such as ImPartConfig(), got {method!r}")
-    base, finetuned, shard_size = os.fspath(base), os.fspath(finetuned), shard_bytes(max_shard_size)
-    started = time.perf_counter()
-    device = usable_device(device)
-    bars = Progress(progress)
-    output = Path(output_dir)
-    with Workspace(output) as workspace:
-        base_options = HubOptions(base_revision, token, cache_dir)
-        model_options = HubOptions(finetuned_revision, token, cache_dir)
-        model = Checkpoint(finetuned, model_options)
-        base_model = Checkpoint(base, base_options, tied=model.tied)
-        check_pair(base_model, model)
-        tensors = scan(base_model, model, bars)
-        writer = RepositoryWriter(
-            base=describe_base(base, base_options, base_name),
-            finetuned=finetuned,
-            finetuned_options=model_options,
-            model=model,
-            method=method,
-            tensors=tensors,
-            max_shard_size=shard_size,
+    if calibration is not None and not method.quantises:
+        raise ValueError(f"calibration is for the methods that quantise; '{method.name}' does not")
+    shard_size, device = shard_bytes(max_shard_size), usable_device(device)
+    with Workspace(Path(output_dir)) as workspace:
+        pair = ModelPair(
+            base,
+            finetuned,
+            HubOptions(base_revision, token, cache_dir),
+            HubOptions(finetuned_revision, token, cache_dir),
+            base_name=base_name,
+            device=device,
+            progress=Progress(progress),
         )
-        plan = make_plan(tensors, method, model.weight_bytes, writer.text_bytes(), shard_size)
-        workspace.begin(plan.fingerprint(method), plan.allowed_bytes + plan.fixed_bytes)
-        encoded = [t for t in plan.tensors if t.kind == "encoded"]
-        done, written = 0, 0
-        with bars.bar(sum(t.dense_bytes for t in encoded), "Compressing") as bar:
-            for tensor in encoded:
-                bar.set_postfix_str(f"{tensor.name} {done / written:.1f}x" if written else tensor.name)
-                if not workspace.has_record(tensor.name):
-                    data, notes = encode_tensor(tensor, base_model, model, method, device)
-                    workspace.put_record(tensor.name, data, notes)
-                done += tensor.dense_bytes
-                written += workspace.record_path(tensor.name).stat().st_size
-                bar.update(tensor.dense_bytes)
-        plan.settle(written, method.compression_ratio)
-        report = writer.write(workspace, plan, time.perf_counter() - started)
+        texts = {
+            purpose: pair.tokens(source, calibration_samples, calibration_length)
+            for purpose, source in (("calibration", calibration), ("distillation", distill))
+            if source is not None
+        }
+        return pair.compress(
+            workspace, method, texts.get("calibration"), texts.get("distillation"), distill_steps, shard_size
+        )
+
+
+class ModelPair:
+    """A base and a fine-tune of it, read through once however often they are compressed.
+
+    Attributes:
+        model: the fine-tuned checkpoint.
+        base_model: the base.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        finetuned: str,
+        base_options: HubOptions,
+        model_options: HubOptions,
+        *,
+        base_name: str | None = None,
+        device: torch.device,
+        progress: Progress,
+    ):
+        """Open both checkpoints; only headers are read.
+
+        Raises:
+            CheckpointError: if one of them cannot be read.
+            IncompatibleModelsError: if they are not a pair.
+        """
+        self._finetuned, self._model_options = os.fspath(finetuned), pinned(os.fspath(finetuned), model_options)
+        base_options = pinned(os.fspath(base), base_options)
+        self.device, self._progress = device, progress
+        self.model = Checkpoint(self._finetuned, self._model_options)
+        self.base_model = Checkpoint(os.fspath(base), base_options, tied=self.model.tied)
+        check_pair(self.base_model, self.model)
+        self._base = describe_base(os.fspath(base), base_options, base_name)
+        self._base_options = base_options
+
+    @cached_property
+    def tensors(self) -> list[TensorPlan]:
+        """What is to become of every tensor, before any method has a say."""
+        return scan(self.base_model, self.model, self._progress)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The fine-tune's."""
+        options = self._model_options
+        return AutoTokenizer.from_pretrained(
+            self._finetuned, revision=options.revision, token=options.token, cache_dir=options.cache_dir
+        )
+
+    def load(self, repository: Path | None = None) -> PreTrainedModel:
+        """A delta repository of this pair, or the fine-tune itself, in float32 on the device, to be judged."""
+        if repository is None:
+            options = self._model_options
+            return load(
+                self._finetuned, torch.float32, self.device,
+                revision=options.revision, token=options.token, cache_dir=options.cache_dir,
+            )  # fmt: skip
+        options = self._base_options
+        source = self.base_model.source
+        return load(
+            str(repository), torch.float32, self.device,
+            # The name recorded for a folder is for others, and need not exist yet
+            base_model=source if os.path.isdir(source) else None, token=options.token, cache_dir=options.cache_dir,
+        )  # fmt: skip
+
+    def tokens(self, source: CalibrationSource, samples: int, length: int) -> torch.Tensor:
+        """int64 (at most `samples`, `length` or as many positions as the model has): sequences of a text."""
+        positions = self.model.config.get("max_position_embeddings") or length
+        return calibration_tokens(source, self.tokenizer(), samples=samples, length=min(length, positions))
+
+    def compress(
+        self,
+        workspace: Workspace,
+        method: MethodConfig,
+        calibration: torch.Tensor | None = None,
+        distillation: torch.Tensor | None = None,
+        distill_steps: int | None = None,
+        max_shard_size: int = 5 * 10**9,
+        *,
+        svd_of: SvdOf = _leading_svd_of,
+        card_data: dict[str, Any] | None = None,
+    ) -> CompressionReport:
+        """Compress the fine-tune into the workspace and publish it.
+
+        Args:
+            method: a method's configuration.
+            calibration, distillation: int64 (sequences, length), or None.
+            distill_steps: steps of distillation; None for the default.
+            max_shard_size: in bytes.
+            svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components.
+            card_data: more entries for the model card's metadata.
+        """
+        started = time.perf_counter()
+        settings = DistillSettings() if distill_steps is None else DistillSettings(steps=distill_steps)
+        training = {}
+        if method.quantises:
+            training["calibration"] = _text_size(calibration) or "none: rounded"
+        if distillation is not None:
+            training["distillation"] = f"{settings.steps} steps, {_text_size(distillation)}"
+        writer = RepositoryWriter(
+            base=self._base,
+            finetuned=self._finetuned,
+            finetuned_options=self._model_options,
+            model=self.model,
+            method={**method.to_dict(), **training},
+            tensors=self.tensors,
+            max_shard_size=max_shard_size,
+            card_data=card_data or {},
+        )
+        plan = make_plan(self.tensors, method, self.model.weight_bytes, writer.text_bytes(), max_shard_size)
+        inputs = [None if ids is None else ids.tolist() for ids in (calibration, distillation)]
+        workspace.begin(plan.fingerprint(method, [*inputs, distill_steps]), plan.allowed_bytes + plan.fixed_bytes)
+        work = _Encoding(self, plan.encoded, method, workspace, svd_of)
+        with self._progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing") as work.bar:
+            if calibration is not None:
+                stream_layers(self.model, calibration, work.compressed, device=self.device, progress=Progress(False))
+            for tensor in plan.encoded:
+                work.encode(tensor)
+        distilled = None
+        if distillation is not None:
+            records = {t.name: workspace.record_path(t.name).read_bytes() for t in plan.encoded}
+            changed, distilled = distill_scales(
+                self.base_model, self.model, records, distillation, settings,
+                device=self.device, progress=self._progress,
+            )  # fmt: skip
+            for name, data in changed.items():
+                workspace.put_distilled(name, data)
+        plan.settle(sum(workspace.record_path(t.name).stat().st_size for t in plan.encoded), method.compression_ratio)
+        report = writer.write(workspace, plan, time.perf_counter() - started, distilled)
         workspace.publish()
-    return report
+        return report
+
+
+class _Encoding:
+    """The encoding of a pair's tensors into a workspace, each once, in whatever order they come."""
+
+    def __init__(
+        self, pair: ModelPair, encoded: list[TensorPlan], method: MethodConfig, workspace: Workspace, svd_of: SvdOf
+    ):
+        self.pair, self.method, self.workspace, self.svd_of = pair, method, workspace, svd_of
+        self.bar: Any = None
+        self._waiting = {t.name: t for t in encoded}
+        self._by_name = dict(self._waiting)
+        self._done = self._written = 0
+
+    def encode(self, tensor: TensorPlan, hessian: torch.Tensor | None = None) -> None:
+        """Make the tensor's records, unless that has been done."""
+        if self._waiting.pop(tensor.name, None) is None:
+            return
+        self.bar.set_postfix_str(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
+        if not self.workspace.has_record(tensor.name):
+            data, notes = encode_tensor(
+                tensor, self.pair.base_model, self.pair.model, self.method, self.pair.device, hessian, self.svd_of
+            )
+            self.workspace.put_record(tensor.name, data, notes)
+        self._done += tensor.dense_bytes
+        self._written += self.workspace.record_path(tensor.name).stat().st_size
+        self.bar.update(tensor.dense_bytes)
+
+    def compressed(self, name: str, hessian: torch.Tensor | None) -> torch.Tensor:
+        """The tensor as a reader will see it, encoded with the second moments of its inputs if need be."""
+        dense = self.pair.model.tensor(name)
+        tensor = self._by_name.get(name)
+        if tensor is None:
+            return dense
+        self.encode(tensor, hessian)
+        data = np.frombuffer(self.workspace.record_path(name).read_bytes(), np.uint8)
+        shared = add_delta(self.pair.base_model.tensor(name), data, name, tensor.dtype)
+        return torch.cat([shared, dense[tensor.shape[0] :]]) if tensor.added_rows else shared
+
+
+def _text_size(tokens: torch.Tensor | None) -> str:
+    return "" if tokens is None else f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -122,7 +308,13 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def encode_tensor(
-    tensor: TensorPlan, base: Checkpoint, finetuned: Checkpoint, method: MethodConfig, device: torch.device
+    tensor: TensorPlan,
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    method: MethodConfig,
+    device: torch.device,
+    hessian: torch.Tensor | None = None,
+    svd_of: SvdOf = _leading_svd_of,
 ) -> tuple[bytes, list[str]]:
     """The records of one tensor, and the notes of its method.
 
@@ -137,7 +329,8 @@ def encode_tensor(
         delta = new.to(device, torch.float32) - old.to(device, torch.float32)
         seed = mask_seed(method.seed, tensor.name, number)
         if delta.abs().max() > _NOTHING:
-            encoded = encoder.encode(delta, tensor.max_bytes // tensor.matrices, seed)
+            svd = svd_of(tensor.name, number)
+            encoded = encoder.encode(delta, tensor.max_bytes // tensor.matrices, seed, hessian=hessian, svd=svd)
         else:
             encoded = Encoded(empty_record(*tensor.shape[-2:]))
         records.append(encoded.data)

@@ -4,14 +4,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .modeling.checkpoints import HubOptions
 from .modeling.configuration_delta_compressed import DeltaCompressedConfig
-from .modeling.delta_record import FACTORED, Record
+from .modeling.delta_decode import decode_planes
+from .modeling.delta_record import FACTORED, Record, parse_stack
 from .modeling.delta_repository import RECORD_SUFFIX, DeltaFile, find_delta_files
 from .reconstruct import read_config
-from .report import TensorReport, human_bytes, parse_stack, read_reports
+from .report import TensorReport, human_bytes, read_reports
 
-_HEADINGS = ("tensor", "shape", "rank", "keep ratio", "bytes", "relative error")
+_HEADINGS = ("tensor", "shape", "rank", "bits", "keep ratio", "bytes", "relative error")
 
 
 class Inspection:
@@ -105,6 +108,7 @@ def _row(t: TensorReport) -> tuple[str, ...]:
         t.name if t.kind != "added rows" else f"{t.name} (added rows)",
         "x".join(map(str, t.shape)),
         "as it is" if t.kind != "encoded" else rank,
+        "/".join(map(str, t.bits)) or "-",
         "-" if t.keep_ratio is None else f"{t.keep_ratio:.4f}",
         str(t.bytes),
         "-" if t.relative_error is None else f"{t.relative_error:.4f}",
@@ -131,6 +135,15 @@ def _colours(tensors: list[TensorReport]) -> dict[str, str]:
     return {**{kind: f"C{i % 10}" for i, kind in enumerate(encoded)}, _SMALL: "black"}
 
 
+def singular_values(record: Record, name: str) -> np.ndarray:
+    """float64, shape (rank,): the delta's singular values, estimated from what is left of a factored record's vectors.
+
+    Of a unit vector's squared norm a share q is kept, and sigma carries 1/q^2 and the scales of levels.
+    """
+    norms = [plane.dense().norm(dim=1).double().numpy() for plane in decode_planes(record, name)]
+    return record.scale * record.sigma.astype(np.float64) * norms[0] * norms[1] * record.keep_ratios()
+
+
 def _draw_components(spectrum: Any, ratios: Any, inspection: Inspection, kinds: dict[str, str]) -> None:
     shown: set[str] = set()
     kind_of = {t.name: _kind(t) for t in inspection.tensors if t.kind == "encoded"}
@@ -140,7 +153,7 @@ def _draw_components(spectrum: Any, ratios: Any, inspection: Inspection, kinds: 
         for record in stack[:1]:
             if record.layout == FACTORED and record.rank:
                 steps = range(1, record.rank + 1)
-                sigma = record.singular_values()
+                sigma = singular_values(record, name)
                 spectrum.plot(
                     steps, sigma, color=kinds[kind], lw=0.8, marker="." if record.rank < 3 else None, label=label
                 )

@@ -1,5 +1,6 @@
 """Deciding, before any work, what becomes of every tensor and how many bytes each may take."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -89,6 +90,10 @@ class CompressionPlan:
     fixed_bytes: int
     shortfall: str = ""
 
+    @property
+    def encoded(self) -> list[TensorPlan]:
+        return [t for t in self.tensors if t.kind == "encoded"]
+
     def settle(self, record_bytes: int, ratio: float) -> None:
         """State, now that the records' size is known, whether the requested ratio is missed.
 
@@ -107,9 +112,14 @@ class CompressionPlan:
             "bytes remain over"
         )
 
-    def fingerprint(self, method: MethodConfig) -> str:
-        """Hash of everything that the result depends on; a resumed run must have the same."""
-        parts: list[Any] = [FORMAT_VERSION, method.to_dict(), self.checkpoint_bytes]
+    def fingerprint(self, method: MethodConfig, inputs: Any = None) -> str:
+        """Hash of everything that the result depends on; a resumed run must have the same.
+
+        Args:
+            method: its settings are.
+            inputs: and whatever else there is that JSON can hold.
+        """
+        parts: list[Any] = [FORMAT_VERSION, method.to_dict(), inputs, self.checkpoint_bytes]
         parts += [
             [t.name, t.kind, t.shape, str(t.dtype), t.max_bytes, t.base_checksum, t.checksum] for t in self.tensors
         ]
@@ -237,8 +247,11 @@ def make_plan(
         max_shard_size: a delta file larger than this, in bytes, will be split.
 
     Raises:
-        ValueError: if the ratio leaves a matrix too little for the smallest record, naming a ratio that does not.
+        ValueError: if the ratio leaves a matrix too little for the smallest record, naming a ratio that does not; or
+            if the method's settings do not fit the matrices.
     """
+    tensors = [dataclasses.replace(t) for t in tensors]
+    method.check_shapes([(t.shape[-2], t.shape[-1]) for t in tensors if t.kind == "encoded"])
     allowed = int(checkpoint_bytes / method.compression_ratio)
     for t in tensors:
         if t.kind == "encoded" and _most_ratio(t, method) <= 1:

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .modeling.delta_record import FACTORED, Record, parse_record, record_shape
+from .distillation import DistillReport
+from .modeling.delta_record import BFLOAT16, FACTORED, FLOAT16, parse_stack
 from .modeling.delta_repository import BASE_CHECKSUMS, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
 
 
@@ -29,6 +30,7 @@ class TensorReport:
         bytes: size of its data in the file.
         rank: singular components stored, the mean over a stack; None for a direct or kept tensor.
         full_rank: min(m, n).
+        bits: of a stored value, one number for each segment of columns, the first matrix's in a stack.
         keep_ratio: share of entries kept in the stored columns, the mean over a stack.
         relative_error: ||delta - decoded|| / ||delta||, over the whole stack the root mean square.
     """
@@ -39,6 +41,7 @@ class TensorReport:
     bytes: int
     rank: float | None = None
     full_rank: int | None = None
+    bits: tuple[int, ...] = ()
     keep_ratio: float | None = None
     relative_error: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -61,6 +64,7 @@ class CompressionReport:
         tensors: the changed tensors.
         equal_tensors: how many are equal to the base's.
         seconds: duration of the run that finished it.
+        distilled: what distillation changed, if it was asked for.
     """
 
     method: dict[str, Any]
@@ -72,6 +76,7 @@ class CompressionReport:
     tensors: list[TensorReport]
     equal_tensors: int
     seconds: float
+    distilled: DistillReport | None = None
 
     @property
     def requested_ratio(self) -> float:
@@ -84,16 +89,6 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio, "requested_ratio": self.requested_ratio}
-
-
-def parse_stack(data: Any, name: str) -> list[Record]:
-    """All records of a tensor, each taken at its own word for its shape."""
-    records, at = [], 0
-    while at < len(data):
-        record, length = parse_record(data[at:], record_shape(data[at:], name), name)
-        records.append(record)
-        at += length
-    return records
 
 
 def tensor_report(name: str, data: Any) -> TensorReport:
@@ -109,6 +104,7 @@ def tensor_report(name: str, data: Any) -> TensorReport:
         bytes=len(data),
         rank=sum(r.rank for r in records) / len(records) if first.layout == FACTORED else None,
         full_rank=min(first.rows, first.columns),
+        bits=tuple(16 if s.width_u in (FLOAT16, BFLOAT16) else s.width_u for s in first.segments),
         keep_ratio=sum(ratios) / len(ratios) if ratios else None,
         relative_error=math.sqrt(sum(r.relative_error**2 for r in records) / len(records)),
     )

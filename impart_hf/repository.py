@@ -12,9 +12,9 @@ import numpy as np
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from .cards import delta_card, inherited_card_data
-from .methods import MethodConfig
+from .distillation import DistillReport
 from .modeling import __file__ as _reader_init
-from .modeling.checkpoints import DTYPE_NAMES, Checkpoint, HubOptions, fetch_file, pinned
+from .modeling.checkpoints import DTYPE_NAMES, Checkpoint, HubOptions, fetch_file
 from .modeling.checksums import tensor_bytes
 from .modeling.configuration_delta_compressed import FORMAT_VERSION
 from .modeling.delta_repository import (
@@ -60,10 +60,16 @@ def reader_files() -> list[Path]:
 
 
 def describe_base(base: str, options: HubOptions, base_name: str | None) -> tuple[str, str | None]:
-    """What config.json records of the base: Hub id and commit, or the absolute path of a local folder."""
+    """What config.json records of the base: Hub id and commit, or the absolute path of a local folder.
+
+    Args:
+        base: local folder or Hub id.
+        options: pinned to a commit, if it is on the Hub.
+        base_name: the id to record instead of a folder.
+    """
     if os.path.isdir(base):
         return (base_name, options.revision) if base_name else (os.path.abspath(base), None)
-    return base_name or base, pinned(base, options).revision
+    return base_name or base, options.revision
 
 
 class RepositoryWriter:
@@ -75,9 +81,10 @@ class RepositoryWriter:
         finetuned: str,
         finetuned_options: HubOptions,
         model: Checkpoint,
-        method: MethodConfig,
+        method: dict[str, Any],
         tensors: list[TensorPlan],
         max_shard_size: int | str,
+        card_data: dict[str, Any],
     ):
         """Collect what goes into the repository beside the deltas.
 
@@ -85,8 +92,10 @@ class RepositoryWriter:
             base: from `describe_base`.
             finetuned: folder or Hub id as the user gave it, and how to read it.
             model: the fine-tuned checkpoint.
-            tensors: what becomes of each tensor.
+            method: its name and settings, as config.json is to have them.
+            tensors: of the fine-tune.
             max_shard_size: a delta file larger than this is split.
+            card_data: more entries for the card's metadata.
 
         Raises:
             IncompatibleModelsError: if transformers knows no causal language model of this type.
@@ -95,7 +104,7 @@ class RepositoryWriter:
         self.tensors, self.max_shard_size = tensors, max_shard_size
         found = [fetch_file(finetuned, name, finetuned_options) for name in COMPANION_FILES]
         self.companions = [path for path in found if path is not None]
-        self.inherited = inherited_card_data(fetch_file(finetuned, "README.md", finetuned_options))
+        self.card_data = inherited_card_data(fetch_file(finetuned, "README.md", finetuned_options)) | card_data
         self.config = self._config()
 
     def _config(self) -> dict[str, Any]:
@@ -120,7 +129,7 @@ class RepositoryWriter:
             "base_model_revision": revision,
             "dtype": usual,
             "format_version": FORMAT_VERSION,
-            "method": self.method.to_dict(),
+            "method": self.method,
             "model_type": "delta_compressed",
             "tensor_dtype": usual,
             "text_config": text_config,
@@ -131,7 +140,7 @@ class RepositoryWriter:
 
     def text_bytes(self) -> int:
         """Bytes of config.json and, nearly, of the model card."""
-        sizes = dict.fromkeys(("ratio", "repository", "checkpoint", "error", "tensors"), "0" * 20)
+        sizes = dict.fromkeys(("ratio", "repository", "checkpoint", "error", "tensors", "distilled"), "0" * 20)
         return len(json.dumps(self.config, indent=2)) + 1 + len(self._card(sizes, "").encode()) + _CARD_SLACK
 
     def _card(self, sizes: dict[str, str], shortfall: str) -> str:
@@ -140,21 +149,23 @@ class RepositoryWriter:
             base=name,
             base_revision=revision,
             finetuned=self.finetuned,
-            method=self.method.to_dict(),
-            inherited=self.inherited,
+            method=self.method,
+            metadata=self.card_data,
             sizes=sizes,
             shortfall=shortfall,
         )
 
-    def write(self, workspace: Workspace, plan: CompressionPlan, seconds: float) -> CompressionReport:
+    def write(
+        self, workspace: Workspace, plan: CompressionPlan, seconds: float, distilled: DistillReport | None
+    ) -> CompressionReport:
         """Write every file of the repository into the workspace, and report from what was written."""
         folder = workspace.repository
-        counted = self._write_deltas(workspace)
+        counted = self._write_deltas(workspace, plan.tensors)
         write_json(folder / "config.json", self.config)
         counted.append(folder / "config.json")
         for path in [*self.companions, *reader_files()]:
             shutil.copyfile(path, folder / path.name)
-        report = self._report(workspace, plan, counted, seconds)
+        report = self._report(workspace, plan, counted, seconds, distilled)
         others, card = report.repository_bytes, ""
         for _ in range(2):  # the card states a size that it is part of
             report.repository_bytes = others + len(card.encode())
@@ -163,8 +174,8 @@ class RepositoryWriter:
         report.repository_bytes = others + len(card.encode())
         return report
 
-    def _write_deltas(self, workspace: Workspace) -> list[Path]:
-        files, index = shard_entries(self._entries(workspace), DELTA_FILE, self.max_shard_size)
+    def _write_deltas(self, workspace: Workspace, tensors: list[TensorPlan]) -> list[Path]:
+        files, index = shard_entries(self._entries(workspace, tensors), DELTA_FILE, self.max_shard_size)
         paths = []
         for filename, entries in files.items():
             by_name = sorted(entries, key=lambda entry: entry.name)
@@ -179,11 +190,11 @@ class RepositoryWriter:
             paths.append(workspace.repository / DELTA_INDEX)
         return paths
 
-    def _entries(self, workspace: Workspace) -> list[Entry]:
-        names = [t.name for t in self.tensors]
-        table = np.array([t.base_checksum for t in self.tensors] + [names_checksum(names)], "<u8").tobytes()
+    def _entries(self, workspace: Workspace, tensors: list[TensorPlan]) -> list[Entry]:
+        names = [t.name for t in tensors]
+        table = np.array([t.base_checksum for t in tensors] + [names_checksum(names)], "<u8").tobytes()
         entries = [Entry(BASE_CHECKSUMS, "U64", (len(names) + 1,), len(table), partial(bytes, table))]
-        for t in self.tensors:
+        for t in tensors:
             dtype = DTYPE_NAMES[t.dtype]
             if t.kind == "encoded":
                 path = workspace.record_path(t.name)
@@ -204,14 +215,19 @@ class RepositoryWriter:
         return tensor_bytes(tensor).tobytes()
 
     def _report(
-        self, workspace: Workspace, plan: CompressionPlan, counted: list[Path], seconds: float
+        self,
+        workspace: Workspace,
+        plan: CompressionPlan,
+        counted: list[Path],
+        seconds: float,
+        distilled: DistillReport | None,
     ) -> CompressionReport:
         reports, _ = read_reports(p for p in counted if p.suffix == ".safetensors")
         for report in reports:
             if report.kind == "encoded":
                 report.notes = workspace.notes(report.name)
         return CompressionReport(
-            method=self.method.to_dict(),
+            method=self.method,
             checkpoint_bytes=plan.checkpoint_bytes,
             repository_bytes=sum(p.stat().st_size for p in counted),
             companion_bytes=sum(p.stat().st_size for p in self.companions),
@@ -220,6 +236,7 @@ class RepositoryWriter:
             tensors=reports,
             equal_tensors=sum(t.kind == "equal" for t in plan.tensors),
             seconds=seconds,
+            distilled=distilled,
         )
 
 
@@ -231,6 +248,7 @@ def _width(dtype: str) -> int:
 def _sizes(report: CompressionReport) -> dict[str, str]:
     errors = [t.relative_error for t in report.tensors if t.relative_error is not None]
     return {
+        "distilled": f"{report.distilled.before:.4f}, {report.distilled.after:.4f}" if report.distilled else "",
         "ratio": f"{report.ratio:.2f}",
         "repository": human_bytes(report.repository_bytes),
         "checkpoint": human_bytes(report.checkpoint_bytes),

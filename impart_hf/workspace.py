@@ -82,6 +82,7 @@ class Workspace:
         self.folder = output.parent / f".{output.name}.partial"
         self.repository = self.folder / "repository"
         self._replaced = self.folder / "replaced"
+        self._distilled = self.folder / "distilled"
         self._lock: IO[str] | None = None
         try:
             check_output(output)
@@ -168,6 +169,8 @@ class Workspace:
             self._check_room(expected_bytes)
             write_json(plan, {"fingerprint": fingerprint})
         (self.folder / "records").mkdir(exist_ok=True)
+        shutil.rmtree(self._distilled, ignore_errors=True)  # made from all records at once: not resumed
+        self._distilled.mkdir()
         shutil.rmtree(self.repository, ignore_errors=True)
         self.repository.mkdir()
         return resumes
@@ -192,16 +195,22 @@ class Workspace:
             self._clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def record_path(self, name: str) -> Path:
+    def _record_path(self, name: str) -> Path:
         """The file of a tensor's records; its name is a hash, for tensor names may be longer than file names."""
         return self.folder / "records" / hashlib.sha256(name.encode()).hexdigest()[:32]
 
+    def record_path(self, name: str) -> Path:
+        """The file of a tensor's records, the distilled ones if there are."""
+        path = self._record_path(name)
+        distilled = self._distilled / path.name
+        return distilled if distilled.exists() else path
+
     def has_record(self, name: str) -> bool:
-        return self.record_path(name).exists()
+        return self._record_path(name).exists()
 
     def put_record(self, name: str, data: bytes, notes: list[str]) -> None:
         """Keep a tensor's records, so that they are there as a whole or not at all."""
-        path = self.record_path(name)
+        path = self._record_path(name)
         write_json(path.with_suffix(".notes"), notes)
         temporary = path.with_suffix(".writing")
         with temporary.open("wb") as file:
@@ -210,9 +219,13 @@ class Workspace:
             os.fsync(file.fileno())
         os.replace(temporary, path)
 
+    def put_distilled(self, name: str, data: bytes) -> None:
+        """Let other records stand for a tensor in this run; a later one begins from the first again."""
+        (self._distilled / self._record_path(name).name).write_bytes(data)
+
     def notes(self, name: str) -> list[str]:
         """What the method said of a tensor."""
-        return json.loads(self.record_path(name).with_suffix(".notes").read_text("utf-8"))
+        return json.loads(self._record_path(name).with_suffix(".notes").read_text("utf-8"))
 
     def publish(self) -> None:
         """Let the repository appear at the output folder, replacing an older one, and remove the workspace.

@@ -67,11 +67,12 @@ def _segment_values(
     if width in (FLOAT16, BFLOAT16):
         # A copy is at an address that 16-bit loads allow; contiguous, since numpy gives an empty array the stride 0
         aligned = packed.clone(memory_format=torch.contiguous_format)
-        return aligned.view(torch.float16 if width == FLOAT16 else torch.bfloat16).float()
-    top = (1 << width) - 1
-    levels = unpack_levels(packed, width, int(per_column.sum())).float() * (2.0 / top) - 1.0
-    assert scales is not None  # parse_record reads scales for every segment of levels
-    return levels * torch.from_numpy(scales.astype(np.float32)).to(packed.device).repeat_interleave(per_column)
+        values = aligned.view(torch.float16 if width == FLOAT16 else torch.bfloat16).float()
+    else:
+        values = unpack_levels(packed, width, int(per_column.sum())).float() * (2.0 / ((1 << width) - 1)) - 1.0
+    if scales is None:
+        return values
+    return values * torch.from_numpy(scales.astype(np.float32)).to(packed.device).repeat_interleave(per_column)
 
 
 def decode_planes(record: Record, name: str, device: torch.device | str = "cpu") -> list[Plane]:

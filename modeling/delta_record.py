@@ -33,12 +33,14 @@ class Segment:
         width_u: width code of U's values (of the only plane's values in a direct record).
         width_v: width code of V's values; 0 in a direct record.
         keep: KEEP_ALL, KEEP_SHARED (one threshold for the segment) or KEEP_PER_COLUMN.
+        scaled: 1 if every column of each side has a scale of its own, 0 if none has.
     """
 
     columns: int
     width_u: int
     width_v: int = 0
     keep: int = KEEP_ALL
+    scaled: int = 0
 
     def widths(self) -> tuple[int, ...]:
         return (self.width_u, self.width_v) if self.width_v else (self.width_u,)
@@ -52,9 +54,10 @@ class Record:
     Direct: delta^T = scale * P, P of shape (columns, rows): plane column c is row c of the matrix.
 
     Attributes:
-        sigma: float16, shape (rank,); empty in a direct record. 1/q rescale factors are already in it.
+        sigma: float16, shape (rank,); empty in a direct record. 1/q rescale factors, and the scales of levels, are
+            already in it.
         thresholds: uint16, shape (plane columns,), for every column, shared and keep-all ones written out.
-        column_scales: for each segment, a float16 array of shape (sides, segment columns) or None for float widths.
+        column_scales: for each segment, a float16 array of shape (sides, segment columns), or None if it has none.
         codes: the packed codes of all segments and sides, uint8.
         relative_error: ||delta - decoded|| / ||delta|| that the writer measured (Frobenius norm); information only.
     """
@@ -88,10 +91,6 @@ class Record:
         """float64, shape (plane columns,): the probability with which an entry of the column is kept."""
         return (self.thresholds.astype(np.float64) + 1) / (MAX_THRESHOLD + 1)
 
-    def singular_values(self) -> np.ndarray:
-        """float64, shape (rank,): the delta's singular values, the rescale factors 1/q^2 taken out again."""
-        return self.scale * self.sigma.astype(np.float64) * self.keep_ratios() ** 2
-
 
 def code_bytes(values: int, width: int) -> int:
     """Bytes that `values` codes of one width take: packed densely, padded to whole bytes at the end."""
@@ -111,7 +110,7 @@ def pack_record(record: Record) -> bytes:
             scales.append(column_scale)
         start = stop
     body = b"".join(
-        [_SEGMENT.pack(s.columns, s.width_u, s.width_v, s.keep, 0) for s in record.segments]
+        [_SEGMENT.pack(s.columns, s.width_u, s.width_v, s.keep, s.scaled) for s in record.segments]
         + [record.sigma.astype("<f2").tobytes()]
         + [t.astype("<u2").tobytes() for t in thresholds]
         + [s.astype("<f2").tobytes() for s in scales]
@@ -161,11 +160,11 @@ def _check_header(name: str, fields: tuple, shape: tuple[int, int], available: i
         raise DeltaFormatError(f"{name}: the record claims {length} bytes of {available}")
 
 
-def _check_segments(name: str, segments: list[Segment], reserved: list[int], layout: int, plane_columns: int) -> None:
+def _check_segments(name: str, segments: list[Segment], layout: int, plane_columns: int) -> None:
     valid = {*range(1, 9), FLOAT16, BFLOAT16}
-    for segment, extra in zip(segments, reserved, strict=True):
+    for segment in segments:
         v_ok = segment.width_v in valid if layout == FACTORED else segment.width_v == 0
-        known = segment.width_u in valid and v_ok and segment.keep <= KEEP_PER_COLUMN and extra == 0
+        known = segment.width_u in valid and v_ok and segment.keep <= KEEP_PER_COLUMN and segment.scaled <= 1
         if not known or segment.columns == 0:
             raise DeltaFormatError(f"{name}: unknown storage of a column segment: {segment}")
     if sum(s.columns for s in segments) != plane_columns:
@@ -194,9 +193,8 @@ def parse_record(data: np.ndarray, shape: tuple[int, int], name: str) -> tuple[R
     plane_columns = rank if layout == FACTORED else rows
     cursor = _Cursor(data[:length], name)
     cursor.at = HEADER_BYTES
-    raw = [_SEGMENT.unpack(chunk.tobytes()) for chunk in cursor.take("V8", segment_count)]
-    segments = [Segment(*fields[:4]) for fields in raw]
-    _check_segments(name, segments, [fields[4] for fields in raw], layout, plane_columns)
+    segments = [Segment(*_SEGMENT.unpack(chunk.tobytes())) for chunk in cursor.take("V8", segment_count)]
+    _check_segments(name, segments, layout, plane_columns)
     sigma = cursor.take("<f2", rank)
     thresholds = [
         cursor.take("<u2", s.columns)
@@ -204,13 +202,9 @@ def parse_record(data: np.ndarray, shape: tuple[int, int], name: str) -> tuple[R
         else np.repeat(cursor.take("<u2", 1) if s.keep == KEEP_SHARED else np.uint16(MAX_THRESHOLD), s.columns)
         for s in segments
     ]
-    scales: list[np.ndarray | None] = []
-    for segment in segments:
-        level_sides = [w for w in segment.widths() if w <= 8]
-        if len(level_sides) not in (0, len(segment.widths())):
-            raise DeltaFormatError(f"{name}: a segment mixes float and level codes")
-        count = len(level_sides) * segment.columns
-        scales.append(cursor.take("<f2", count).reshape(len(level_sides), -1) if level_sides else None)
+    scales = [
+        cursor.take("<f2", len(s.widths()) * s.columns).reshape(-1, s.columns) if s.scaled else None for s in segments
+    ]
     if not all(np.isfinite(a).all() for a in [sigma, *(s for s in scales if s is not None)]):
         raise DeltaFormatError(f"{name}: a singular value or scale is not finite")
     record = Record(
@@ -236,3 +230,13 @@ def record_shape(data: np.ndarray, name: str) -> tuple[int, int]:
         raise DeltaFormatError(f"{name}: {len(data)} bytes are too few for a record")
     fields = _HEADER.unpack(data[:HEADER_BYTES].tobytes())
     return fields[3], fields[4]
+
+
+def parse_stack(data: np.ndarray, name: str) -> list[Record]:
+    """All records of a tensor, each taken at its own word for its shape."""
+    records, at = [], 0
+    while at < len(data):
+        record, length = parse_record(data[at:], record_shape(data[at:], name), name)
+        records.append(record)
+        at += length
+    return records

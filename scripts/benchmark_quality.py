@@ -19,66 +19,15 @@ from typing import Any
 
 import measure
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from impart_hf import compress
-from impart_hf.methods import MethodConfig, method_class, method_names
+from impart_hf.calibration_text import calibration_tokens
+from impart_hf.evaluate import evaluate, load
+from impart_hf.methods import MethodConfig, method_class, method_names, parse_setting
 
-_CHUNK_ENTRIES = 1 << 25  # logits compared at a time: 128 MiB in float32
-
-
-def blocks_of(tokenizer: Any, text: str, length: int, tokens: int) -> torch.Tensor:
-    """int64 (blocks, length): the text cut into sequences, evenly over the whole of it if it has more than `tokens`.
-
-    Every sequence begins with the tokenizer's begin-of-sequence token, if it has one.
-
-    Raises:
-        ValueError: if the text is shorter than one sequence.
-    """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    inner = length - len(begin)
-    count = len(ids) // inner
-    if count == 0:
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than a sequence of {length}")
-    blocks = torch.tensor(ids[: count * inner]).view(count, inner)
-    wanted = max(1, tokens // length)
-    if count > wanted:
-        blocks = blocks[torch.arange(wanted) * count // wanted]
-    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(len(blocks), -1), blocks], 1)
-
-
-def load(source: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
-
-
-@torch.inference_mode()
-def evaluate(
-    model: PreTrainedModel, reference: PreTrainedModel, blocks: torch.Tensor, batch_size: int
-) -> tuple[float, float]:
-    """Perplexity of the blocks' tokens but the first, and mean KL(reference || model) in nats per token.
-
-    The KL is NaN if the vocabularies differ in size.
-    """
-    loss, divergence, tokens = 0.0, 0.0, 0
-    for rows in blocks.split(batch_size):
-        rows = rows.to(model.device)
-        targets = rows[:, 1:].reshape(-1)
-        logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-        expected = logits if model is reference else reference(input_ids=rows, use_cache=False).logits[:, :-1]
-        expected = expected.reshape(len(targets), -1)
-        chunk = max(1, _CHUNK_ENTRIES // logits.shape[1])
-        for part, other, target in zip(*(t.split(chunk) for t in (logits, expected, targets)), strict=True):
-            found = part.float().log_softmax(-1)
-            loss -= found.gather(1, target[:, None]).double().sum().item()
-            if part.shape == other.shape:
-                wanted = other.float().log_softmax(-1)
-                divergence += (wanted.exp() * (wanted - found)).sum(-1).double().sum().item()
-            else:
-                divergence = math.nan
-        tokens += len(targets)
-    return math.exp(loss / tokens), divergence / tokens
+_TRAINING = ("calibration", "distill")
 
 
 def settings_of(method: str, ratio: float, seed: int, options: dict[str, str]) -> MethodConfig:
@@ -87,9 +36,7 @@ def settings_of(method: str, ratio: float, seed: int, options: dict[str, str]) -
     values: dict[str, Any] = {"compression_ratio": ratio, "seed": seed}
     for field in dataclasses.fields(config):
         if field.name in options:
-            text = options[field.name]
-            kind = type(field.default)
-            values[field.name] = text == "true" if kind is bool else kind(text) if kind in (int, float) else text
+            values[field.name] = parse_setting(config, field.name, options[field.name])
     return config(**values)
 
 
@@ -99,8 +46,8 @@ def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[st
     dtype = getattr(torch, arguments.dtype)
     reference = load(arguments.finetuned, dtype, arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.finetuned)
-    text = arguments.text.read_text(encoding="utf-8")
-    blocks = blocks_of(tokenizer, text, arguments.sequence_length, arguments.tokens)
+    samples = max(1, arguments.tokens // arguments.sequence_length)
+    blocks = calibration_tokens(arguments.text, tokenizer, samples=samples, length=arguments.sequence_length)
 
     def measured(source: str) -> dict[str, float]:
         model = load(source, dtype, arguments.device)
@@ -119,15 +66,19 @@ def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[st
         "runs": runs,
     }
     for method in arguments.methods:
+        name, *training = method.split("+")
+        texts = {kind: getattr(arguments, kind) for kind in training}
         for ratio in arguments.ratios:
             for seed in arguments.seeds:
-                config = settings_of(method, ratio, seed, options)
+                config = settings_of(name, ratio, seed, options)
                 run: dict[str, Any] = {"method": method, "asked": ratio, "seed": seed, "settings": config.to_dict()}
                 with tempfile.TemporaryDirectory() as folder:
                     try:
                         report = compress(
-                            arguments.base, arguments.finetuned, Path(folder, "delta"), config, device=arguments.device
-                        )
+                            arguments.base, arguments.finetuned, Path(folder, "delta"), config, device=arguments.device,
+                            calibration_samples=arguments.calibration_samples,
+                            calibration_length=arguments.sequence_length, **texts,
+                        )  # fmt: skip
                     except ValueError as error:  # such a ratio is out of this method's reach
                         print(f"{method} at {ratio:g}: {error}", file=sys.stderr)
                         break
@@ -246,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=16_384, help="at most so many (default: 16384)")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time")
+    parser.add_argument("--calibration", type=Path, help="text for the methods written as METHOD+calibration")
+    parser.add_argument("--distill", type=Path, help="text for the methods written as METHOD+distill")
+    parser.add_argument("--calibration-samples", type=int, default=128, help="sequences of either text")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("quality"), metavar="FOLDER")
@@ -253,10 +207,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--method-option", action="append", default=[], metavar="NAME=VALUE", help="a setting of those that have it"
     )
     arguments = parser.parse_args(argv)
-    if unknown := sorted(set(arguments.methods) - set(method_names())):
-        parser.error(f"unknown method {unknown[0]}; there are {', '.join(method_names())}")
+    for method in arguments.methods:
+        name, *training = method.split("+")
+        if name not in method_names():
+            parser.error(f"unknown method {name}; there are {', '.join(method_names())}")
+        for kind in training:
+            if kind not in _TRAINING or getattr(arguments, kind) is None:
+                parser.error(f"{method}: after + comes {' or '.join(_TRAINING)}, and --{kind} must name a text")
     options = dict(option.partition("=")[::2] for option in arguments.method_option)
-    known = {field.name for method in arguments.methods for field in dataclasses.fields(method_class(method))}
+    classes = [method_class(method.split("+")[0]) for method in arguments.methods]
+    known = {field.name for config in classes for field in dataclasses.fields(config)}
     if strange := sorted(set(options) - known):
         parser.error(f"none of the methods has a setting '{strange[0]}'")
     try:

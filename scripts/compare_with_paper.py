@@ -13,11 +13,12 @@ from pathlib import Path
 
 import measure
 import torch
-from benchmark_quality import blocks_of, evaluate, load
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from impart_hf import ImPartConfig, compress
+from impart_hf.calibration_text import calibration_tokens
+from impart_hf.evaluate import evaluate, load
 from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -55,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     base, finetuned = arguments.base, arguments.finetuned
     reference = load(finetuned, torch.float32, "cpu")
-    text = arguments.text.read_text("utf-8")
-    blocks = blocks_of(AutoTokenizer.from_pretrained(finetuned), text, arguments.sequence_length, arguments.tokens)
+    tokenizer = AutoTokenizer.from_pretrained(finetuned)
+    samples, length = max(1, arguments.tokens // arguments.sequence_length), arguments.sequence_length
+    blocks = calibration_tokens(arguments.text, tokenizer, samples=samples, length=length)
 
     def divergence(model: PreTrainedModel) -> float:
         return evaluate(model, reference, blocks, BATCH_SIZE)[1]

@@ -89,11 +89,12 @@ def decode_record(data: bytes) -> tuple[np.ndarray, int]:
             thresholds += struct.unpack_from(f"<{width}H", data, at)
             at += 2 * width
     scales: list[list[list[float]]] = []
-    for width, width_u, width_v, _, _ in segments:
+    for width, _, _, _, scaled in segments:
         of_segment = []
-        for bits in (width_u, width_v)[:sides]:
-            if bits <= 8:
-                of_segment.append(list(struct.unpack_from(f"<{width}e", data, at)))
+        for _ in range(sides):
+            of_segment.append([1.0] * width)
+            if scaled:
+                of_segment[-1] = list(struct.unpack_from(f"<{width}e", data, at))
                 at += 2 * width
         scales.append(of_segment)
     planes = [np.zeros((columns, height)) for height in heights]
@@ -113,8 +114,8 @@ def decode_record(data: bytes) -> tuple[np.ndarray, int]:
                         elif bits == 17:
                             value = bfloat16(code)
                         else:
-                            value = (2 * code / (2**bits - 1) - 1) * of_segment[side][column - first]
-                        planes[side][column, entry] = value
+                            value = 2 * code / (2**bits - 1) - 1
+                        planes[side][column, entry] = value * of_segment[side][column - first]
             at += (position + 7) // 8
         first += width
     assert at == length

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import Pair
 
-from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
+from impart_hf import compress
 from impart_hf.compress import mask_seed
+from impart_hf.methods import method_class, method_names
+from impart_hf.methods.records import pack_levels
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.checksums import tensor_bytes, tensor_checksum
 from impart_hf.modeling.delta_decode import decode_record, unpack_levels
@@ -133,23 +135,22 @@ def records(draw: st.DrawFn) -> Record:
     start = 0
     while start < plane_columns:
         count = draw(st.integers(1, plane_columns - start))
-        levels = draw(st.booleans())
-        width = st.integers(1, 8) if levels else st.sampled_from([FLOAT16, BFLOAT16])
-        widths = [draw(width) for _ in heights]
+        widths = [draw(st.sampled_from([*range(1, 9), FLOAT16, BFLOAT16])) for _ in heights]
         keep = draw(st.sampled_from([KEEP_ALL, KEEP_SHARED, KEEP_PER_COLUMN]))
         limits = generator.integers(0, 65536, count).astype(np.uint16)
         if keep != KEEP_PER_COLUMN:
             limits[:] = 65535 if keep == KEEP_ALL else limits[0]
-        segments.append(Segment(count, widths[0], widths[1] if layout == FACTORED else 0, keep))
+        scaled = draw(st.booleans())
+        segments.append(Segment(count, widths[0], widths[1] if layout == FACTORED else 0, keep, int(scaled)))
         thresholds.append(limits)
-        scales.append(generator.normal(size=(len(heights), count)).astype(np.float16) if levels else None)
+        scales.append(generator.normal(size=(len(heights), count)).astype(np.float16) if scaled else None)
         for side, (height, bits_) in enumerate(zip(heights, widths, strict=True)):
             kept = sum(
                 naive_reader.kept(seed, side, start + column, entry, int(limits[column]))
                 for column in range(count)
                 for entry in range(height)
             )
-            if levels:
+            if bits_ <= 8:
                 stream = sum(int(c) << (bits_ * i) for i, c in enumerate(generator.integers(0, 1 << bits_, kept)))
                 codes.append(np.frombuffer(stream.to_bytes(code_bytes(kept, bits_), "little"), np.uint8))
             else:
@@ -184,9 +185,21 @@ def test_every_record_round_trips_and_means_the_same_to_both_readers(record: Rec
     np.testing.assert_allclose(decoded, naive, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(naive).max(initial=0))))
 
 
-@pytest.mark.parametrize("method", [ImPartConfig, DareConfig, LowRankConfig])
-def test_naive_reader_reads_a_repository(method: type, tiny_pair: Pair, tmp_path: Path) -> None:
-    compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "delta", method(compression_ratio=4))
+@settings(max_examples=300, deadline=None)
+@given(codes=st.lists(st.integers(0, 255), max_size=70), width=st.integers(1, 8))
+def test_levels_are_packed_densely_and_come_back(codes: list[int], width: int) -> None:
+    values = torch.tensor(codes, dtype=torch.uint8) & ((1 << width) - 1)
+    packed = pack_levels(values, width)
+    assert len(packed) == -(-len(codes) * width // 8) == code_bytes(len(codes), width)
+    assert unpack_levels(torch.from_numpy(packed), width, len(codes)).tolist() == values.tolist()
+    stream = int.from_bytes(packed.tobytes(), "little")
+    assert [stream >> (width * i) & ((1 << width) - 1) for i in range(len(codes))] == values.tolist()
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_naive_reader_reads_a_repository(name: str, tiny_pair: Pair, tmp_path: Path) -> None:
+    method = method_class(name)(compression_ratio=6)
+    compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "delta", method)
     naive = naive_reader.read_repository(tmp_path / "delta", tiny_pair.base)
     repository = open_repository(str(tmp_path / "delta"), HubOptions())
     assert sorted(naive) == repository.names()

@@ -349,7 +349,7 @@ HOSTILE_RECORDS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "levels with scales that are not finite": (
         rewritten(
-            segments=lambda r: [Segment(r.rank, 4, 4)],
+            segments=lambda r: [Segment(r.rank, 4, 4, KEEP_ALL, 1)],
             column_scales=lambda r: [np.full((2, r.rank), np.inf, np.float16)],
             codes=lambda r: np.zeros(-(-r.rank * 128 // 2) + -(-r.rank * 64 // 2), np.uint8),
         ),

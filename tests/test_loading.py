@@ -51,9 +51,8 @@ from transformers import (
 
 from impart_hf import DeltaCompressedConfig, DeltaCompressedForCausalLM, ImPartConfig, LowRankConfig, compress
 from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
-from impart_hf.modeling.delta_record import DeltaFormatError
+from impart_hf.modeling.delta_record import DeltaFormatError, parse_stack
 from impart_hf.modeling.delta_repository import DeltaFile, DeltaRepository, WrongBaseError
-from impart_hf.report import parse_stack
 
 CONFIG = LowRankConfig(compression_ratio=3)
 IDS = torch.arange(5, 45).view(2, 20)

@@ -2,11 +2,16 @@
 
 import abc
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+
+from .svd import Wanted, leading_svd
+
+Svd = Callable[[torch.Tensor, Wanted], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 _METHODS: dict[str, type["MethodConfig"]] = {}
 
@@ -27,11 +32,14 @@ class MethodConfig(abc.ABC):
         compression_ratio: bytes of the fine-tuned checkpoint over bytes of the delta repository; above 1.
         seed: seed of the masks, 0 to 2**32 - 1. Same inputs and seed, same bytes.
         embeddings: how changed embeddings and output projection are compressed, to the same ratio: "lowrank" by their
-            leading singular components, "method" by the method itself. The papers leave them uncompressed; masks on
-            them hit single tokens instead of averaging out, and cost several times the quality (docs/benchmarks.md).
+            leading singular components at 8 to 2 bits, "method" by the method itself. The papers leave them
+            uncompressed; masks on them hit single tokens instead of averaging out, and cost several times the quality
+            (docs/benchmarks.md).
     """
 
     name: ClassVar[str]
+    quantises: ClassVar[bool] = False  # whether it can use the second moments of a layer's inputs
+    factored: ClassVar[bool] = False  # whether it works on the singular components
 
     compression_ratio: float = 32.0
     seed: int = 0
@@ -57,18 +65,41 @@ class MethodConfig(abc.ABC):
             raise ValueError(f'embeddings must be "lowrank" or "method", got {self.embeddings!r}')
 
     @abc.abstractmethod
-    def encode(self, delta: torch.Tensor, max_bytes: int, mask_seed: int) -> Encoded:
+    def encode(
+        self,
+        delta: torch.Tensor,
+        max_bytes: int,
+        mask_seed: int,
+        *,
+        hessian: torch.Tensor | None = None,
+        svd: Svd = leading_svd,
+    ) -> Encoded:
         """Encode one matrix's delta into a record of at most `max_bytes` bytes.
 
         Args:
             delta: float32 of shape (m, n), finite and not all zero, on the device where the work is to be done.
             max_bytes: at least `least_bytes(m, n)`.
             mask_seed: the record's 32-bit mask seed.
+            hessian: float32 (n, n), the second moments X X^T / tokens of the layer's inputs, or None; methods that
+                do not quantise have no use for it.
+            svd: gives the delta's leading singular components, as `leading_svd` does.
         """
 
     @abc.abstractmethod
     def least_bytes(self, rows: int, columns: int) -> int:
         """The size of the smallest record that makes sense for a matrix of this shape."""
+
+    def wanted(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
+        """How many components a factored method stores, estimated from the leading singular values (see `Wanted`)."""
+        raise NotImplementedError(f"{self.name} does not work on singular components")
+
+    def check_shapes(self, shapes: list[tuple[int, int]]) -> None:
+        """See that the settings make sense for matrices of these shapes.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        return None  # most methods fit any matrix
 
     def to_dict(self) -> dict[str, Any]:
         """The method's name and all its settings, as config.json keeps them."""
@@ -101,13 +132,31 @@ def method_class(name: str) -> type[MethodConfig]:
     return _METHODS[name]
 
 
-def method_fields() -> Iterator[tuple[str, dataclasses.Field, list[str]]]:
-    """Every setting of any method beyond the shared ones: name, field, and the methods that have it."""
+def method_fields() -> Iterator[tuple[str, list[dataclasses.Field], list[str]]]:
+    """Every setting of any method beyond the shared ones: name, and fields and names of the methods that have it."""
     shared = {f.name for f in dataclasses.fields(MethodConfig)}
-    owners: dict[str, tuple[dataclasses.Field, list[str]]] = {}
+    owners: dict[str, tuple[list[dataclasses.Field], list[str]]] = {}
     for name in method_names():
         for field in dataclasses.fields(_METHODS[name]):
             if field.name not in shared:
-                owners.setdefault(field.name, (field, []))[1].append(name)
-    for field_name, (field, methods) in owners.items():
-        yield field_name, field, methods
+                fields, names = owners.setdefault(field.name, ([], []))
+                fields.append(field)
+                names.append(name)
+    for field_name, (fields, names) in owners.items():
+        yield field_name, fields, names
+
+
+def parse_setting(method: type[MethodConfig], name: str, text: str) -> Any:
+    """A setting's value from the command line, by the type of its default; several numbers are separated by commas.
+
+    Raises:
+        ValueError: if the text does not stand for such a value.
+    """
+    default: Any = next(f.default for f in dataclasses.fields(method) if f.name == name)
+    try:
+        if isinstance(default, tuple):
+            return tuple(int(part) for part in text.split(",") if part.strip())
+        return text if isinstance(default, str) else type(default)(text)
+    except ValueError as error:
+        kind = "whole numbers separated by commas" if isinstance(default, tuple) else f"a {type(default).__name__}"
+        raise ValueError(f"{name} must be {kind}, got {text!r}") from error

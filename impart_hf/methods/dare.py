@@ -6,9 +6,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..modeling.seeded_mask import keep_mask
-from .base import Encoded, MethodConfig
-from .records import OVERHEAD_BYTES, VALUE_BYTES, check_value_dtype, direct_record, thresholds_of
+from .base import Encoded, MethodConfig, Svd
+from .records import (
+    OVERHEAD_BYTES,
+    VALUE_BYTES,
+    VALUE_WIDTHS,
+    check_value_dtype,
+    direct_record,
+    fit_threshold,
+    kept_ratios,
+)
+from .svd import leading_svd
 
 _FIXED_BYTES = OVERHEAD_BYTES + 2  # one threshold for the whole matrix
 
@@ -32,14 +40,19 @@ class DareConfig(MethodConfig):
     def least_bytes(self, rows: int, columns: int) -> int:
         return _FIXED_BYTES + VALUE_BYTES * 16
 
-    def encode(self, delta: torch.Tensor, max_bytes: int, mask_seed: int) -> Encoded:
+    def encode(
+        self,
+        delta: torch.Tensor,
+        max_bytes: int,
+        mask_seed: int,
+        *,
+        hessian: torch.Tensor | None = None,
+        svd: Svd = leading_svd,
+    ) -> Encoded:
         rows, columns = delta.shape
-        allowed = (max_bytes - _FIXED_BYTES) // VALUE_BYTES
-        threshold = int(thresholds_of(np.array([min(1.0, allowed / delta.numel())]))[0])
-        while threshold > 0:
-            mask = keep_mask(mask_seed, 0, np.full(rows, threshold, np.uint16), columns, delta.device)
-            excess = int(mask.sum()) - allowed
-            if excess <= 0:
-                break
-            threshold -= max(1, int(excess / delta.numel() * 65536))
-        return Encoded(direct_record(delta, max(0, threshold), mask_seed, self.value_dtype))
+        threshold = fit_threshold(rows, columns, (max_bytes - _FIXED_BYTES) // VALUE_BYTES, mask_seed, delta.device)
+        # Deltas are small numbers: relative to the largest they stay clear of float16's subnormal range.
+        largest = float(delta.abs().max())
+        scale = largest / float(kept_ratios(np.array([threshold]))[0])
+        width = VALUE_WIDTHS[self.value_dtype]
+        return Encoded(direct_record(delta, delta / largest, scale, threshold, width, mask_seed))

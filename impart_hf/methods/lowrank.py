@@ -7,11 +7,9 @@ import numpy as np
 import torch
 
 from ..modeling.delta_record import MAX_THRESHOLD
-from .base import Encoded, MethodConfig
-from .records import OVERHEAD_BYTES, VALUE_BYTES, check_value_dtype, factored_record
+from .base import Encoded, MethodConfig, Svd
+from .records import COMPONENT_BYTES, OVERHEAD_BYTES, VALUE_BYTES, VALUE_WIDTHS, check_value_dtype, factored_record
 from .svd import leading_svd
-
-_SIGMA_BYTES = 2
 
 
 @dataclass
@@ -23,6 +21,7 @@ class LowRankConfig(MethodConfig):
     """
 
     name: ClassVar[str] = "lowrank"
+    factored = True
 
     value_dtype: str = "float16"
 
@@ -31,22 +30,24 @@ class LowRankConfig(MethodConfig):
         check_value_dtype(self.value_dtype)
 
     def least_bytes(self, rows: int, columns: int) -> int:
-        return OVERHEAD_BYTES + _SIGMA_BYTES + VALUE_BYTES * (rows + columns)
+        return OVERHEAD_BYTES + COMPONENT_BYTES + VALUE_BYTES * (rows + columns)
 
-    def encode(self, delta: torch.Tensor, max_bytes: int, mask_seed: int) -> Encoded:
+    def wanted(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
+        # No mask: of a component's bytes, the threshold's are saved
+        component = COMPONENT_BYTES - 2 + VALUE_BYTES * (rows + columns)
+        return min(rows, columns, (max_bytes - OVERHEAD_BYTES) // component)
+
+    def encode(
+        self,
+        delta: torch.Tensor,
+        max_bytes: int,
+        mask_seed: int,
+        *,
+        hessian: torch.Tensor | None = None,
+        svd: Svd = leading_svd,
+    ) -> Encoded:
         rows, columns = delta.shape
-        rank = min(rows, columns, (max_bytes - OVERHEAD_BYTES) // (_SIGMA_BYTES + VALUE_BYTES * (rows + columns)))
-        u, sigma, v = leading_svd(delta, rank)
-        keep_all = np.full(rank, MAX_THRESHOLD, np.uint16)
-        return Encoded(factored_record(delta, u, sigma, v, keep_all, mask_seed, self.value_dtype))
-
-
-def method_for(method: MethodConfig, vocabulary: bool) -> MethodConfig:
-    """The method that encodes a matrix: the user's, or LowRank for embeddings and output projection.
-
-    Args:
-        vocabulary: whether the matrix has a row for every token.
-    """
-    if not vocabulary or method.embeddings == "method":
-        return method
-    return LowRankConfig(compression_ratio=method.compression_ratio, seed=method.seed)
+        rank = self.wanted(np.empty(0), rows, columns, max_bytes)
+        u, sigma, v = (part[..., :rank] for part in svd(delta, lambda _: rank))
+        keep_all, widths = np.full(rank, MAX_THRESHOLD, np.uint16), np.full(rank, VALUE_WIDTHS[self.value_dtype])
+        return Encoded(factored_record(delta, u, sigma.double().cpu().numpy(), v, keep_all, widths, mask_seed))

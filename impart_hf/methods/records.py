@@ -1,4 +1,6 @@
-"""Building records from planes of numbers, for the methods that store 16-bit values."""
+"""Building records from planes of numbers."""
+
+import itertools
 
 import numpy as np
 import torch
@@ -18,13 +20,15 @@ from ..modeling.delta_record import (
     SEGMENT_BYTES,
     Record,
     Segment,
+    code_bytes,
     pack_record,
 )
 from ..modeling.seeded_mask import keep_mask
 
-VALUE_DTYPES = {"float16": (FLOAT16, torch.float16), "bfloat16": (BFLOAT16, torch.bfloat16)}
+VALUE_WIDTHS = {"float16": FLOAT16, "bfloat16": BFLOAT16}
 VALUE_BYTES = 2
 OVERHEAD_BYTES = HEADER_BYTES + SEGMENT_BYTES
+COMPONENT_BYTES = 4  # sigma and threshold of a singular component
 
 
 def thresholds_of(keep_ratios: np.ndarray) -> np.ndarray:
@@ -38,93 +42,163 @@ def kept_ratios(thresholds: np.ndarray) -> np.ndarray:
 
 
 def check_value_dtype(value_dtype: str) -> None:
-    if value_dtype not in VALUE_DTYPES:
-        raise ValueError(f"value_dtype must be one of {', '.join(VALUE_DTYPES)}, got {value_dtype!r}")
+    if value_dtype not in VALUE_WIDTHS:
+        raise ValueError(f"value_dtype must be one of {', '.join(VALUE_WIDTHS)}, got {value_dtype!r}")
 
 
-def _codes(values: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
-    return tensor_bytes(values.to(dtype))
+def runs(widths: np.ndarray) -> list[tuple[int, slice]]:
+    """The runs of equal numbers, each with its place: what becomes a segment."""
+    found, start = [], 0
+    for width, group in itertools.groupby(widths.tolist()):
+        stop = start + len(list(group))
+        found.append((width, slice(start, stop)))
+        start = stop
+    return found
+
+
+def factored_bytes(widths: np.ndarray, *kept: np.ndarray) -> int:
+    """Size at most of a factored record.
+
+    Args:
+        widths: of each component's values, shape (r,).
+        kept: for U and for V, how many entries of each component are kept.
+    """
+    size = HEADER_BYTES + COMPONENT_BYTES * len(widths)
+    for width, part in runs(widths):
+        size += SEGMENT_BYTES + sum(code_bytes(int(np.ceil(side[part].sum())), width) for side in kept)
+    return size
+
+
+def pack_levels(codes: torch.Tensor, width: int) -> np.ndarray:
+    """Codes (uint8, one-dimensional) of `width` bits packed densely, least significant bit first, as uint8.
+
+    The inverse of the reader's `unpack_levels`.
+    """
+    groups = -(-len(codes) // 8)  # eight codes fill exactly `width` bytes
+    lanes = torch.zeros(groups * 8, dtype=torch.int64, device=codes.device)
+    lanes[: len(codes)] = codes
+    shifts = width * torch.arange(8, device=codes.device)
+    words = (lanes.view(groups, 8) << shifts).sum(1)
+    packed = words.view(torch.uint8).view(groups, 8)[:, :width].reshape(-1)
+    return packed[: code_bytes(len(codes), width)].cpu().numpy()
+
+
+def _codes(values: torch.Tensor, width: int) -> np.ndarray:
+    """The codes of kept values: floats, or levels between -1 and 1."""
+    if width == FLOAT16:
+        return tensor_bytes(values.to(torch.float16))
+    if width == BFLOAT16:
+        return tensor_bytes(values.to(torch.bfloat16))
+    top = (1 << width) - 1
+    return pack_levels(((values + 1) * (top / 2)).round().to(torch.uint8), width)
+
+
+def _keep(thresholds: np.ndarray) -> int:
+    if (thresholds == MAX_THRESHOLD).all():
+        return KEEP_ALL
+    return KEEP_SHARED if (thresholds == thresholds[0]).all() else KEEP_PER_COLUMN
+
+
+def _planes_codes(planes: list[torch.Tensor], thresholds: np.ndarray, widths: np.ndarray, seed: int) -> np.ndarray:
+    masks = [keep_mask(seed, side, thresholds, plane.shape[1], plane.device) for side, plane in enumerate(planes)]
+    codes = [
+        _codes(plane[part][mask[part]], width)
+        for width, part in runs(widths)
+        for plane, mask in zip(planes, masks, strict=True)
+    ]
+    return np.concatenate(codes) if codes else np.empty(0, np.uint8)
 
 
 def factored_record(
     delta: torch.Tensor,
     u: torch.Tensor,
-    sigma: torch.Tensor,
+    weights: np.ndarray,
     v: torch.Tensor,
     thresholds: np.ndarray,
+    widths: np.ndarray,
     mask_seed: int,
-    value_dtype: str,
 ) -> bytes:
-    """A record of U diag(sigma) V^T with entries of U and V dropped by seeded masks and the rest rescaled by 1/q.
+    """A record of the sum of weights_k u_k v_k^T over all components k, entries of u_k and v_k dropped by seeded masks.
 
     Args:
         delta: float32 (m, n), what the record stands for; for the measured error.
-        u, sigma, v: float32 of shapes (m, r), (r,), (n, r).
+        u, v: float32 of shapes (m, r), (n, r): values to be stored as floats, or levels between -1 and 1.
+        weights: float64 (r,), not negative: singular values times the 1/q^2 of both masks (eq. 4 and 5), and times
+            the scales of the levels. The decoder needs no knowledge of the method then.
         thresholds: uint16 of shape (r,), the same for U and V.
+        widths: width codes of the components, shape (r,).
         mask_seed: the record's 32-bit mask seed.
-        value_dtype: a key of VALUE_DTYPES.
     """
-    width, dtype = VALUE_DTYPES[value_dtype]
-    rows, columns, rank = u.shape[0], v.shape[0], len(thresholds)
-    ratios = kept_ratios(thresholds)
-    # Both 1/q factors (eq. 4 and 5) go into sigma: the decoder then needs no knowledge of the method.
-    rescaled = sigma.double().cpu().numpy() / ratios**2
-    scale = float(rescaled.max(initial=0.0))
-    keep = KEEP_ALL if (thresholds == MAX_THRESHOLD).all() else KEEP_PER_COLUMN
-    codes = [
-        _codes(side.t()[keep_mask(mask_seed, number, thresholds, side.shape[0], side.device)], dtype)
-        for number, side in enumerate((u, v))
-    ]
+    scale = float(weights.max(initial=0.0))
     record = Record(
         layout=FACTORED,
-        rows=rows,
-        columns=columns,
-        rank=rank,
+        rows=u.shape[0],
+        columns=v.shape[0],
+        rank=len(weights),
         mask_seed=mask_seed,
         scale=scale,
         relative_error=0.0,
-        segments=[Segment(rank, width, width, keep)] if rank else [],
-        sigma=(rescaled / (scale or 1.0)).astype(np.float16),
+        segments=[Segment(p.stop - p.start, width, width, _keep(thresholds[p])) for width, p in runs(widths)],
+        sigma=(weights / (scale or 1.0)).astype(np.float16),
         thresholds=thresholds,
-        column_scales=[None] if rank else [],
-        codes=np.concatenate(codes),
+        column_scales=[None for _ in runs(widths)],
+        codes=_planes_codes([u.t(), v.t()], thresholds, widths, mask_seed),
     )
-    return _measured(record, delta)
+    return measured(record, delta)
 
 
-def direct_record(delta: torch.Tensor, threshold: int, mask_seed: int, value_dtype: str) -> bytes:
-    """A record of the delta's own entries, dropped by a seeded mask with one threshold and the rest rescaled by 1/q.
+def direct_record(
+    delta: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    threshold: int,
+    width: int,
+    mask_seed: int,
+    row_scales: np.ndarray | None = None,
+) -> bytes:
+    """A record of a matrix's own entries, dropped by a seeded mask with one threshold.
 
     Args:
-        delta: float32 (m, n).
-        threshold: 0 to 65535, for all columns of the plane.
+        delta: float32 (m, n), what the record stands for; for the measured error.
+        values: float32 (m, n): values to be stored as floats, or levels between -1 and 1.
+        scale: what all values are multiplied by, 1/q included.
+        threshold: 0 to 65535.
+        width: width code.
         mask_seed: the record's 32-bit mask seed.
-        value_dtype: a key of VALUE_DTYPES.
+        row_scales: float16 (m,), a further factor of each row, or None.
     """
-    width, dtype = VALUE_DTYPES[value_dtype]
     rows, columns = delta.shape
     thresholds = np.full(rows, threshold, np.uint16)
-    kept = delta[keep_mask(mask_seed, 0, thresholds, columns, delta.device)]
-    # Deltas are small numbers: relative to the largest they stay clear of float16's subnormal range.
-    largest = float(delta.abs().max())
     record = Record(
         layout=DIRECT,
         rows=rows,
         columns=columns,
         rank=0,
         mask_seed=mask_seed,
-        scale=largest / float(kept_ratios(thresholds[:1])[0]),
+        scale=scale,
         relative_error=0.0,
-        segments=[Segment(rows, width, 0, KEEP_SHARED)],
+        segments=[Segment(rows, width, 0, _keep(thresholds), int(row_scales is not None))],
         sigma=np.empty(0, np.float16),
         thresholds=thresholds,
-        column_scales=[None],
-        codes=_codes(kept / largest, dtype),
+        column_scales=[None if row_scales is None else row_scales[None]],
+        codes=_planes_codes([values], thresholds, np.full(rows, width), mask_seed),
     )
-    return _measured(record, delta)
+    return measured(record, delta)
 
 
-def _measured(record: Record, delta: torch.Tensor) -> bytes:
+def fit_threshold(rows: int, columns: int, most_values: int, mask_seed: int, device: torch.device) -> int:
+    """The largest threshold, nearly, with which a direct record's mask keeps no more than so many entries."""
+    threshold = int(thresholds_of(np.array([min(1.0, most_values / (rows * columns))]))[0])
+    while threshold > 0:
+        mask = keep_mask(mask_seed, 0, np.full(rows, threshold, np.uint16), columns, device)
+        excess = int(mask.sum()) - most_values
+        if excess <= 0:
+            break
+        threshold -= max(1, int(excess / (rows * columns) * (MAX_THRESHOLD + 1)))
+    return max(0, threshold)
+
+
+def measured(record: Record, delta: torch.Tensor) -> bytes:
     """The record's bytes, the error measured by decoding it as a reader would."""
     record.scale = float(np.float32(record.scale))
     decoded = decode_record(record, "encoded matrix", delta.device)

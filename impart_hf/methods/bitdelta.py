@@ -1,0 +1,38 @@
+"""BitDelta: the delta's signs and one scale (arXiv 2402.10193), beyond 16x thinned out as DARE does."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from .base import Encoded, MethodConfig, Svd
+from .records import OVERHEAD_BYTES, direct_record, fit_threshold, kept_ratios
+from .svd import leading_svd
+
+_FIXED_BYTES = OVERHEAD_BYTES + 2  # one threshold for the whole matrix
+
+
+@dataclass
+class BitDeltaConfig(MethodConfig):
+    """BitDelta's settings: none of its own. Ratios under 16 leave bytes unused, for there is one bit to an entry."""
+
+    name: ClassVar[str] = "bitdelta"
+
+    def least_bytes(self, rows: int, columns: int) -> int:
+        return _FIXED_BYTES + 16
+
+    def encode(
+        self,
+        delta: torch.Tensor,
+        max_bytes: int,
+        mask_seed: int,
+        *,
+        hessian: torch.Tensor | None = None,
+        svd: Svd = leading_svd,
+    ) -> Encoded:
+        rows, columns = delta.shape
+        threshold = fit_threshold(rows, columns, (max_bytes - _FIXED_BYTES) * 8, mask_seed, delta.device)
+        signs = torch.where(delta < 0, -1.0, 1.0)
+        scale = float(delta.abs().mean()) / float(kept_ratios(np.array([threshold]))[0])
+        return Encoded(direct_record(delta, signs, scale, threshold, 1, mask_seed))

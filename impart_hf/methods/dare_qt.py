@@ -1,0 +1,67 @@
+"""DARE-Qt: DARE, the kept entries quantised by sparse GPTQ (compared with in arXiv 2504.13237, section 4.1)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from ..modeling.seeded_mask import keep_mask
+from .base import Encoded, MethodConfig, Svd
+from .gptq import Grid, best_scale, quantise
+from .mixed_precision import check_bits, unbiased
+from .records import OVERHEAD_BYTES, direct_record, fit_threshold, kept_ratios
+from .svd import leading_svd
+
+_SCALE_BYTES = 2
+
+
+@dataclass
+class DareQtConfig(MethodConfig):
+    """DARE-Qt's settings.
+
+    Attributes:
+        value_bits: bits of a kept value, 2 to 8; every row of the matrix has a scale.
+    """
+
+    name: ClassVar[str] = "dare-qt"
+    quantises = True
+
+    value_bits: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bits("value_bits", self.value_bits)
+
+    def _fixed_bytes(self, rows: int) -> int:
+        return OVERHEAD_BYTES + 2 + _SCALE_BYTES * rows  # one threshold for the whole matrix
+
+    def least_bytes(self, rows: int, columns: int) -> int:
+        return self._fixed_bytes(rows) + rows
+
+    def encode(
+        self,
+        delta: torch.Tensor,
+        max_bytes: int,
+        mask_seed: int,
+        *,
+        hessian: torch.Tensor | None = None,
+        svd: Svd = leading_svd,
+    ) -> Encoded:
+        rows, columns = delta.shape
+        most_values = (max_bytes - self._fixed_bytes(rows)) * 8 // self.value_bits
+        threshold = fit_threshold(rows, columns, most_values, mask_seed, delta.device)
+        thresholds = np.full(rows, threshold, np.uint16)
+        mask = keep_mask(mask_seed, 0, thresholds, columns, delta.device)
+        scales = best_scale(delta, mask, self.value_bits)
+        largest = float(scales.max())
+        stored = (scales / largest).half().clamp_min(torch.finfo(torch.float16).smallest_normal)
+        grid = Grid((stored.float() * largest)[:, None], torch.full_like(scales, 2.0**self.value_bits - 1)[:, None])
+        found = quantise(delta, mask, hessian, grid)
+        levels = found.values / grid.scale
+        scale = largest / float(kept_ratios(thresholds[:1])[0])
+        row_scales = stored.float() * unbiased(delta, found.values, mask)
+        record = direct_record(
+            delta, levels, scale, threshold, self.value_bits, mask_seed, row_scales.half().cpu().numpy()
+        )
+        return Encoded(record, found.notes)

@@ -1,0 +1,51 @@
+"""Delta-CoMe: leading singular components at mixed precision, none of their entries dropped (arXiv 2406.08903)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from ..modeling.delta_record import MAX_THRESHOLD
+from .base import Encoded, Svd
+from .mixed_precision import MixedPrecision
+from .records import COMPONENT_BYTES, OVERHEAD_BYTES, factored_bytes, factored_record
+from .svd import leading_svd
+
+
+@dataclass
+class DeltaComeConfig(MixedPrecision):
+    """Delta-CoMe's settings; the number of components of each matrix follows from the ratio."""
+
+    name: ClassVar[str] = "delta-come"
+
+    def least_bytes(self, rows: int, columns: int) -> int:
+        return OVERHEAD_BYTES + COMPONENT_BYTES + 2 + self.bits[0] * (rows + columns) // 8
+
+    def wanted(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
+        def fits(rank: int) -> bool:
+            # No mask: of a component's bytes, the threshold's are saved
+            size = factored_bytes(self.widths(rank), np.full(rank, rows), np.full(rank, columns))
+            return size - 2 * rank <= max_bytes
+
+        low, high = 1, min(rows, columns) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def encode(
+        self,
+        delta: torch.Tensor,
+        max_bytes: int,
+        mask_seed: int,
+        *,
+        hessian: torch.Tensor | None = None,
+        svd: Svd = leading_svd,
+    ) -> Encoded:
+        rows, columns = delta.shape
+        rank = self.wanted(np.empty(0), rows, columns, max_bytes)
+        u, sigma, v = (part[..., :rank] for part in svd(delta, lambda _: rank))
+        keep_all = np.full(rank, MAX_THRESHOLD, np.uint16)
+        u, weights, v, notes = self.quantised(u, sigma, v, keep_all, mask_seed, hessian)
+        return Encoded(factored_record(delta, u, weights, v, keep_all, self.widths(rank), mask_seed), notes)

@@ -1,0 +1,122 @@
+"""Singular components at mixed precision, many bits for the first and few for the rest (Delta-CoMe, arXiv 2406.08903).
+
+The quantisation is ImPart's algorithm 2 (arXiv 2504.13237): V against the layer's inputs, then U against the inputs as
+the quantised V passes them on. Without masks it is GPTQ, without a Hessian rounding.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..modeling.seeded_mask import keep_mask
+from .base import MethodConfig
+from .gptq import Grid, best_scale, quantise
+from .records import kept_ratios, runs
+
+_LEAST_BITS, _MOST_BITS = 2, 8
+
+
+@dataclass
+class MixedPrecision(MethodConfig):
+    """Settings of the methods that quantise singular components.
+
+    Attributes:
+        bits: bits of a value in each group of components, from the first component on; 2 to 8 each.
+        groups: how many components each group has but the last, which has the rest; one number fewer than `bits`.
+    """
+
+    quantises = True
+    factored = True
+
+    bits: tuple[int, ...] = (8, 3, 2)
+    groups: tuple[int, ...] = (2, 32)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.bits = tuple(check_bits("bits", bits) for bits in self.bits)
+        self.groups = tuple(self.groups)
+        if len(self.bits) != len(self.groups) + 1:
+            raise ValueError(
+                f"groups must have one number fewer than bits, since the last group is the rest; got bits "
+                f"{self.bits} and groups {self.groups}"
+            )
+        if any(isinstance(g, bool) or not isinstance(g, int) or g < 1 for g in self.groups):
+            raise ValueError(f"groups must be whole numbers above 0, got {self.groups}")
+
+    def check_shapes(self, shapes: list[tuple[int, int]]) -> None:
+        most = max((min(shape) for shape in shapes), default=0)
+        if shapes and sum(self.groups) > most:
+            raise ValueError(
+                f"groups {self.groups} have {sum(self.groups)} components, more than the rank of any matrix "
+                f"({most}): make them smaller"
+            )
+
+    def widths(self, count: int) -> np.ndarray:
+        """Bits of the first `count` components' values, shape (count,)."""
+        return np.repeat(self.bits, [*self.groups, max(count, 1)])[:count]
+
+    def quantised(
+        self,
+        u: torch.Tensor,
+        sigma: torch.Tensor,
+        v: torch.Tensor,
+        thresholds: np.ndarray,
+        mask_seed: int,
+        hessian: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, tuple[str, ...]]:
+        """Levels between -1 and 1 for U and V, masked and quantised (algorithm 2).
+
+        Args:
+            u, sigma, v: float32 of shapes (m, r), (r,), (n, r).
+            thresholds: uint16 (r,), of the masks of both.
+            mask_seed: the record's.
+            hessian: float32 (n, n), or None.
+
+        Returns:
+            U's levels (m, r), the weights of the components as `factored_record` wants them, V's levels (n, r), notes.
+        """
+        widths = self.widths(len(thresholds))
+        tops = torch.from_numpy(2.0**widths - 1).to(u)
+        mask_u, mask_v = (
+            keep_mask(mask_seed, side, thresholds, len(part), part.device) for side, part in enumerate((u, v))
+        )
+        scale_u, scale_v = (_scales(part.t(), mask, widths) for part, mask in ((u, mask_u), (v, mask_v)))
+        rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
+        grid = Grid(scale_v[:, None], tops[:, None])
+        found_v = quantise(v.t(), mask_v, hessian, grid)
+        weights = sigma * rescale * unbiased(v.t(), found_v.values, mask_v)
+        passed = None
+        if hessian is not None:
+            factor = found_v.values * weights[:, None]
+            passed = factor @ hessian @ factor.t()
+        found_u = quantise(u, mask_u.t(), passed, Grid(scale_u[None], tops[None]))
+        weights *= unbiased(u.t(), found_u.values.t(), mask_u) * scale_u * scale_v
+        notes = tuple(dict.fromkeys((*found_v.notes, *found_u.notes)))
+        return found_u.values / scale_u, weights.double().cpu().numpy(), (found_v.values / scale_v[:, None]).t(), notes
+
+
+def check_bits(name: str, bits: object) -> int:
+    """A number of bits that levels can have.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not _LEAST_BITS <= bits <= _MOST_BITS:
+        raise ValueError(f"{name} must be whole numbers from {_LEAST_BITS} to {_MOST_BITS}, got {bits!r}")
+    return bits
+
+
+def unbiased(plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Factors ||x||^2 / <x, Q(x)> by which the rows of a quantised plane become right on average, shape (rows,).
+
+    The levels with the least error lie closer to zero than the values they stand for (2 bits: 12 % of the squared
+    norm). Such a bias adds up over a model where noise averages out, and taking it out again costs no byte.
+    """
+    kept = plane * mask
+    return kept.square().sum(1) / (kept * quantised).sum(1).clamp_min(torch.finfo(plane.dtype).tiny)
+
+
+def _scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
+    """The scale of each component's levels, (r,), for a plane (r, length)."""
+    return torch.cat([best_scale(plane[part], mask[part], width) for width, part in runs(widths)])

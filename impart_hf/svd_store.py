@@ -1,0 +1,45 @@
+"""Singular components on disk, so that several compressions of one pair decompose each matrix once."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .methods import Svd
+from .methods.base import Wanted
+from .methods.svd import leading_svd
+
+
+class SvdStore:
+    """Gives singular components as `leading_svd` does, and remembers them.
+
+    A matrix is decomposed again only if more of its components are wanted than ever before.
+    """
+
+    def __init__(self, folder: Path):
+        """Keep the components in a folder that is made if need be: float32, about (m + n) numbers for each."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def of(self, name: str, number: int) -> Svd:
+        """What decomposes one matrix.
+
+        Args:
+            name: the tensor's.
+            number: of the matrix in its stack.
+        """
+        key = hashlib.sha256(f"{name}:{number}".encode()).hexdigest()[:32]
+        path = self._folder / f"{key}.safetensors"
+
+        def svd(matrix: torch.Tensor, wanted: Wanted) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            if path.exists():
+                stored = load_file(path, device=str(matrix.device))
+                count, have = wanted(stored["sigma"].double().cpu().numpy()), len(stored["sigma"])
+                if count <= have or have == min(matrix.shape):
+                    return stored["u"][:, :count], stored["sigma"][:count], stored["v"][:, :count]
+            u, sigma, v = leading_svd(matrix, wanted)
+            save_file({"u": u.contiguous(), "sigma": sigma.contiguous(), "v": v.contiguous()}, path)
+            return u, sigma, v
+
+        return svd

@@ -1,0 +1,297 @@
+"""Scale distillation against the formula, written out densely with the real transformers models."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import Pair, edit_tensors, fine_tune, load_tensors, make_model, save_model, save_pair, tiny_config
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+from impart_hf import DareConfig, LowRankConfig, distillation
+from impart_hf.distillation import DistillReport, DistillSettings, distill_scales
+from impart_hf.methods import MethodConfig
+from impart_hf.methods.records import empty_record
+from impart_hf.modeling.checkpoints import Checkpoint, CheckpointError, HubOptions
+from impart_hf.modeling.delta_decode import decode_planes, decode_record
+from impart_hf.modeling.delta_record import FACTORED, pack_record, parse_stack
+
+TOKENS = torch.randint(4, 320, (16, 24), generator=torch.Generator().manual_seed(0))
+HELD_OUT = TOKENS[-2:]
+SETTINGS = DistillSettings(steps=16, learning_rate=0.05, batch_size=4)
+METHODS = {"factored": LowRankConfig(), "direct": DareConfig()}
+EVERYTHING = 1e-6  # a ratio at which nothing needs to be left out
+
+
+def encode(pair: Pair, method: MethodConfig, ratio: float) -> dict[str, bytes]:
+    """Records of all matrices and stacks that are not too small for it, each of 16-bit size over `ratio`."""
+    before, after = load_tensors(pair.base), load_tensors(pair.finetuned)
+    records = {}
+    for name, old in before.items():
+        budget = int(np.prod(old.shape[-2:]) * 2 / ratio)
+        if old.dim() >= 2 and budget >= method.least_bytes(*old.shape[-2:]):
+            delta = (after[name][: len(old)].float() - old.float()).view(-1, *old.shape[-2:])
+            records[name] = b"".join(method.encode(matrix, budget, 7).data for matrix in delta)
+    return records
+
+
+def parsed(records: dict[str, bytes]) -> dict[str, list[Any]]:
+    return {name: parse_stack(np.frombuffer(data, np.uint8), name) for name, data in records.items()}
+
+
+def spoiled(records: dict[str, bytes]) -> dict[str, bytes]:
+    """The records with a scale that is half again too large, so that there is something to learn."""
+    return {
+        name: b"".join(pack_record(dataclasses.replace(record, scale=1.5 * record.scale)) for record in stack)
+        for name, stack in parsed(records).items()
+    }
+
+
+def distill(
+    pair: Pair, records: dict[str, bytes], settings: DistillSettings = SETTINGS, tokens: torch.Tensor = TOKENS
+) -> tuple[dict[str, bytes], DistillReport]:
+    options = HubOptions()
+    return distill_scales(
+        Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options), records, tokens, settings
+    )
+
+
+def load(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) of logits, in nats a token."""
+    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+@torch.no_grad()
+def held_out_divergence(pair: Pair, records: dict[str, bytes], folder: Path) -> float:
+    """The same of the dense checkpoint that the records stand for, on the sequences that are held out."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(pair.finetuned, folder)
+
+    def put_records(tensors: dict[str, torch.Tensor]) -> None:
+        before = load_tensors(pair.base)
+        for name, stack in parsed(records).items():
+            delta = torch.stack([decode_record(record, name) for record in stack])
+            rows = len(before[name])
+            tensors[name] = tensors[name].float()
+            tensors[name][:rows] = before[name].float() + delta.view(before[name].shape)
+
+    edit_tensors(folder, put_records)
+    return divergence(load(pair.finetuned)(HELD_OUT).logits, load(folder)(HELD_OUT).logits).item()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return save_pair(tmp_path_factory.mktemp("llama"), tiny_config("llama"))
+
+
+@pytest.mark.parametrize("layout", METHODS)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt-oss"])
+def test_gradients_are_those_of_the_dense_formula(kind: str, layout: str, tmp_path: Path) -> None:
+    pair = save_pair(tmp_path, tiny_config(kind))
+    options = HubOptions()
+    base, finetuned = Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options)
+    records = {n: np.frombuffer(d, np.uint8) for n, d in encode(pair, METHODS[layout], 6).items() if "layers" in n}
+    teacher, names = load(pair.finetuned), list(records)
+    student = distillation._student(base, finetuned, records, names)
+    deltas = {name: distillation._attach(student, name, parse_stack(records[name], name)) for name in names}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for delta in deltas.values():
+            for factors in delta.log_factors:
+                factors.copy_(0.3 * torch.randn(factors.shape, generator=generator))
+    distillation._divergence(teacher, student, TOKENS).backward()
+
+    weights, variables = {}, {}
+    for name in names:
+        variables[name] = [f.detach().double().requires_grad_() for f in deltas[name].log_factors]
+        matrices = []
+        for record, factors in zip(parse_stack(records[name], name), variables[name], strict=True):
+            planes = [plane.dense().double() for plane in decode_planes(record, name)]
+            if record.layout == FACTORED:
+                sigma = torch.from_numpy(record.sigma.astype(np.float64)) * factors.exp()
+                matrices.append(record.scale * planes[0].t() @ torch.diag(sigma) @ planes[1])
+            else:
+                matrices.append(record.scale * factors.exp() * planes[0])
+        before = base.tensor(name).double()
+        weights[name] = before + torch.stack(matrices).view(before.shape)
+    # The rotary embedding makes float32 of everything: the rest of the model is in float64
+    dense = teacher.double()
+    if kind == "gpt-oss":
+        dense.set_experts_implementation("eager")  # the default one knows no float64
+    wanted = dense(TOKENS).logits.detach()
+    divergence(wanted, functional_call(dense, weights, (TOKENS,)).logits).backward()
+    assert len(names) >= 8
+    for name in names:
+        for ours, theirs in zip(deltas[name].log_factors, variables[name], strict=True):
+            assert ours.grad is not None and theirs.grad is not None and theirs.grad.abs().max() > 0
+            assert (ours.grad - theirs.grad).norm() < 1e-3 * theirs.grad.norm(), name
+    trained = {p for delta in deltas.values() for p in delta.log_factors}
+    assert {p for p in student.parameters() if p.grad is not None} == trained
+
+
+@pytest.mark.parametrize("layout", METHODS)
+def test_spoiled_scales_come_back(pair: Pair, layout: str, tmp_path: Path) -> None:
+    right = encode(pair, METHODS[layout], EVERYTHING)
+    embeddings = "model.embed_tokens.weight"
+    wrong = {**spoiled(right), embeddings: right[embeddings]}
+    result, report = distill(pair, wrong, DistillSettings(steps=60, learning_rate=0.05, batch_size=8))
+    assert report.after < 0.05 * report.before
+    for name, (record,) in parsed(result).items():
+        (wanted,) = parsed(right)[name]
+        # Of the singular values the first: those that stand for noise say too little to be learned
+        ours, theirs = (float(r.scale * (r.sigma[0] if r.layout == FACTORED else 1)) for r in (record, wanted))
+        assert ours == pytest.approx(theirs, rel=0.1), name
+        assert record.relative_error < 0.2, name
+    assert report.untrained == (embeddings,)
+
+
+@pytest.mark.parametrize("layout", METHODS)
+@pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gemma2", "mixtral", "gpt-oss", "gpt-neox", "mamba"])
+def test_report_is_true_for_the_records_as_stored(kind: str, layout: str, tmp_path: Path) -> None:
+    pair = save_pair(tmp_path / "pair", tiny_config(kind))
+    records = spoiled(encode(pair, METHODS[layout], 8))
+    result, report = distill(pair, records)
+    assert 0 < report.best_step <= report.steps == SETTINGS.steps
+    assert report.after < report.before
+    assert report.before == pytest.approx(held_out_divergence(pair, records, tmp_path / "dense"), rel=1e-3)
+    assert report.after == pytest.approx(held_out_divergence(pair, result, tmp_path / "dense"), rel=1e-3)
+    embeddings = {name for name in records if "embed" in name and name != "embed_out.weight"}
+    renamed = {name for name in records if ".experts." in name and kind == "mixtral" or name == "embed_out.weight"}
+    assert set(report.untrained) == embeddings | renamed
+    assert all((result[name] == records[name]) == (name in report.untrained) for name in records)
+
+
+@pytest.mark.parametrize("layout", METHODS)
+def test_only_the_numbers_that_are_trained_change(pair: Pair, layout: str) -> None:
+    records = spoiled(encode(pair, METHODS[layout], 8))
+    result, report = distill(pair, records)
+    assert result.keys() == records.keys()
+    before, after = load_tensors(pair.base), load_tensors(pair.finetuned)
+    for name, data in result.items():
+        assert len(data) == len(records[name])
+        (old,), (new,) = parsed(records)[name], parsed(result)[name]
+        changed = {
+            field.name
+            for field in dataclasses.fields(old)
+            if not np.array_equal(getattr(old, field.name), getattr(new, field.name))
+        }
+        trained = {"scale", "relative_error"} | ({"sigma"} if layout == "factored" else set())
+        assert changed == (set() if name in report.untrained else trained)
+        if old.layout == FACTORED:
+            assert np.abs(new.sigma).max() == 1
+        if name in report.untrained:
+            continue
+        delta = after[name].float() - before[name].float()
+        error = (decode_record(new, name) - delta).norm() / delta.norm()
+        assert new.relative_error == pytest.approx(error.item(), rel=1e-5)
+
+
+def test_the_same_settings_give_the_same_bytes_and_another_seed_others(pair: Pair) -> None:
+    records = spoiled(encode(pair, LowRankConfig(), 8))
+    with torch.no_grad():
+        first = distill(pair, records)
+    torch.manual_seed(1)
+    assert distill(pair, records) == first
+    assert distill(pair, records, dataclasses.replace(SETTINGS, seed=1))[0] != first[0]
+
+
+@pytest.mark.parametrize("layout", METHODS)
+def test_never_worse_than_the_start(pair: Pair, layout: str) -> None:
+    records = encode(pair, METHODS[layout], EVERYTHING)
+    result, report = distill(pair, records, DistillSettings(steps=24, learning_rate=1, batch_size=4))
+    assert (report.steps, report.best_step, report.after) == (9, 0, report.before)
+    assert result == records
+
+
+def test_held_out_sequences_are_not_trained_on(pair: Pair) -> None:
+    records = encode(pair, DareConfig(), 4)
+    settings = DistillSettings(steps=1, batch_size=14)
+    one = distill(pair, records, settings)
+    other_tokens = torch.cat([TOKENS[:-2], TOKENS[-2:].flip(0, 1)])
+    other = distill(pair, records, settings, other_tokens)
+    assert one[0] == other[0] and one[1] != other[1]
+
+
+def test_fewer_sequences_than_a_batch(pair: Pair) -> None:
+    records = encode(pair, DareConfig(), 8)
+    for count in (2, 3):
+        _, report = distill(pair, records, DistillSettings(steps=3, validation_share=0.9), TOKENS[:count, :8])
+        assert report.after <= report.before
+
+
+def test_empty_records_in_a_stack_and_records_that_cannot_be_trained(tmp_path: Path) -> None:
+    pair = save_pair(tmp_path, tiny_config("gpt-oss"))
+    name = "model.layers.0.mlp.experts.down_proj"
+    stack = parsed(spoiled(encode(pair, LowRankConfig(), 8)))[name]
+    empty = empty_record(stack[0].rows, stack[0].columns)
+    data = empty + b"".join(map(pack_record, stack[1:]))
+    result, report = distill(pair, {name: data})
+    assert report.after < report.before and len(result[name]) == len(data)
+    first, *others = parsed(result)[name]
+    assert (first.rank, first.scale) == (0, 0) and all(r.relative_error < 1 for r in others)
+
+    embeddings = {"model.embed_tokens.weight": encode(pair, LowRankConfig(), 8)["model.embed_tokens.weight"]}
+    result, report = distill(pair, embeddings)
+    assert result == embeddings
+    assert (report.steps, report.best_step, report.before) == (0, 0, report.after)
+    assert distill(pair, {})[1].before == 0
+
+
+def test_rows_added_to_the_vocabulary(tmp_path: Path) -> None:
+    base = make_model(tiny_config("llama"))
+    model = fine_tune(base)
+    model.resize_token_embeddings(324, mean_resizing=False)
+    pair = Pair(save_model(base, tmp_path / "base"), save_model(model, tmp_path / "finetuned"))
+    records = spoiled(encode(pair, LowRankConfig(), 8))
+    tokens = TOKENS.clone()
+    tokens[:-2, 0] = 323
+    result, report = distill(pair, records, tokens=tokens)
+    assert report.untrained == ("lm_head.weight", "model.embed_tokens.weight")
+    assert report.after == pytest.approx(held_out_divergence(pair, result, tmp_path / "dense"), rel=1e-3)
+    assert report.after < report.before
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [TOKENS[:1], TOKENS[0], TOKENS[:, :0], TOKENS.int(), TOKENS.float(), TOKENS - 10, TOKENS + 10],
+    ids=["one sequence", "one axis", "no tokens", "int32", "float", "negative", "beyond the vocabulary"],
+)
+def test_tokens_that_will_not_do(pair: Pair, tokens: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="tokens must be"):
+        distill(pair, encode(pair, DareConfig(), 8), tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("steps", 0), ("steps", 1.5), ("batch_size", 0), ("batch_size", True), ("seed", -1), ("learning_rate", 0)]
+    + [("learning_rate", float("nan")), ("learning_rate", 1.1), ("learning_rate", "fast")]
+    + [("validation_share", 0), ("validation_share", 1), ("validation_share", None)],
+)
+def test_settings_out_of_range(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be"):
+        DistillSettings(**{field: value})
+
+
+def test_a_loss_that_is_not_finite(pair: Pair) -> None:
+    records = encode(pair, DareConfig(), 8)
+    name = "model.layers.1.mlp.up_proj.weight"
+    (record,) = parsed(records)[name]
+    records[name] = pack_record(dataclasses.replace(record, scale=3e38))
+    with pytest.raises(ValueError, match="loss of step 1 is not finite"):
+        distill(pair, records)
+
+
+def test_a_checkpoint_that_lacks_a_tensor(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.finetuned, tmp_path / "finetuned")
+    edit_tensors(tmp_path / "finetuned", lambda tensors: tensors.__delitem__("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks the tensor model\.norm\.weight"):
+        distill(Pair(pair.base, tmp_path / "finetuned"), encode(pair, DareConfig(), 8))
