@@ -54,14 +54,12 @@ class DareQtConfig(MethodConfig):
         thresholds = np.full(rows, threshold, np.uint16)
         mask = keep_mask(mask_seed, 0, thresholds, columns, delta.device)
         scales = best_scale(delta, mask, self.value_bits)
-        largest = float(scales.max())
-        stored = (scales / largest).half().clamp_min(torch.finfo(torch.float16).smallest_normal)
-        grid = Grid((stored.float() * largest)[:, None], torch.full_like(scales, 2.0**self.value_bits - 1)[:, None])
+        grid = Grid(scales[:, None], torch.full_like(scales, 2.0**self.value_bits - 1)[:, None])
         found = quantise(delta, mask, hessian, grid)
         levels = found.values / grid.scale
+        scales = scales * unbiased(delta, found.values, mask, hessian)
+        largest = float(scales.max()) or 1.0  # nothing was kept
         scale = largest / float(kept_ratios(thresholds[:1])[0])
-        row_scales = stored.float() * unbiased(delta, found.values, mask)
-        record = direct_record(
-            delta, levels, scale, threshold, self.value_bits, mask_seed, row_scales.half().cpu().numpy()
-        )
+        row_scales = (scales / largest).half().cpu().numpy()
+        record = direct_record(delta, levels, scale, threshold, self.value_bits, mask_seed, row_scales)
         return Encoded(record, found.notes)

@@ -14,9 +14,14 @@ from .svd import leading_svd
 
 @dataclass
 class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
-    """ImPart-Qt's settings: those of ImPart's allocation and of the mixed precision."""
+    """ImPart-Qt's settings: those of ImPart's allocation and of the mixed precision.
+
+    The default C is lower than ImPart's: cheap values are better spread over more components (docs/benchmarks.md).
+    """
 
     name: ClassVar[str] = "impart-qt"
+
+    c: float = 0.5
 
     def least_bytes(self, rows: int, columns: int) -> int:
         # The first component is always kept whole: its importance is 1.

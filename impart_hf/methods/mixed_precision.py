@@ -15,6 +15,7 @@ from .gptq import Grid, best_scale, quantise
 from .records import kept_ratios, runs
 
 _LEAST_BITS, _MOST_BITS = 2, 8
+_MOST_CORRECTION = 2.0  # more than the bias of any levels: a row of rounding errors alone must not be blown up
 
 
 @dataclass
@@ -85,7 +86,7 @@ class MixedPrecision(MethodConfig):
         rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
         grid = Grid(scale_v[:, None], tops[:, None])
         found_v = quantise(v.t(), mask_v, hessian, grid)
-        weights = sigma * rescale * unbiased(v.t(), found_v.values, mask_v)
+        weights = sigma * rescale * unbiased(v.t(), found_v.values, mask_v, hessian)
         passed = None
         if hessian is not None:
             factor = found_v.values * weights[:, None]
@@ -107,14 +108,23 @@ def check_bits(name: str, bits: object) -> int:
     return bits
 
 
-def unbiased(plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Factors ||x||^2 / <x, Q(x)> by which the rows of a quantised plane become right on average, shape (rows,).
+def unbiased(
+    plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Factors <x, x> / <x, Q(x)> by which the rows of a quantised plane become right on average, shape (rows,).
 
     The levels with the least error lie closer to zero than the values they stand for (2 bits: 12 % of the squared
     norm). Such a bias adds up over a model where noise averages out, and taking it out again costs no byte.
+
+    Args:
+        plane, quantised: float32 (rows, length), what was quantised, and to what.
+        mask: bool (rows, length), what is kept.
+        hessian: float32 (length, length): the inner products are then those of outputs on the calibration text.
     """
     kept = plane * mask
-    return kept.square().sum(1) / (kept * quantised).sum(1).clamp_min(torch.finfo(plane.dtype).tiny)
+    image = kept if hessian is None else kept @ hessian
+    factors = (image * kept).sum(1) / (image * quantised).sum(1).clamp_min(torch.finfo(plane.dtype).tiny)
+    return factors.clamp_max(_MOST_CORRECTION)
 
 
 def _scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
