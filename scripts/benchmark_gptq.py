@@ -18,7 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from impart_hf.methods.gptq import Grid, best_scale, descend, inverse_factor, quantise, sparse_gptq
+from impart_hf.methods.gptq import Grid, best_scale, inverse_factor, quantise, sparse_gptq
 
 _BLOCK = 128
 _MEAN_KEPT = 0.25  # of the entries of the components that are kept at all
@@ -66,14 +66,10 @@ def bare_algebra(rows: int, columns: int, hessian: torch.Tensor) -> dict[str, Ca
             stop = start + _BLOCK
             torch.mm(lower[start:stop, stop:].t(), weight[start:stop])
 
-    def sweep() -> None:
-        for start in range(0, columns, _BLOCK):
-            torch.mm(hessian[start : start + _BLOCK], weight)
-
     def choice() -> None:
         torch.mm(weight.t(), hessian)
 
-    return {"factor": factor, "sparse GPTQ": gptq, "choice": choice, "coordinate descent": sweep}
+    return {"factor": factor, "sparse GPTQ": gptq, "choice": choice}
 
 
 def share_outside_kernels(work: Callable[[], Any], device: str) -> float:
@@ -106,18 +102,14 @@ def one_side(
     exact, rounded = weight * mask, quantise(weight, mask, None, grid).values
     once = grid.values(codes) * mask
     plain, sparse = (output_error(exact - values, hessian) for values in (rounded, once))
-    chosen = torch.where((sparse < plain)[:, None], codes, grid.codes(weight) * mask)
-    refined = grid.values(descend(weight, mask, hessian, grid, chosen)) * mask
 
     def choice() -> None:
         ((rounded - once) @ hessian).mul_(rounded + once - 2 * exact).sum(1)
 
-    descended = output_error(exact - refined, hessian)
     steps: dict[str, tuple[Callable[[], Any], torch.Tensor | None]] = {
         "factor": (lambda: inverse_factor(hessian), None),
         "sparse GPTQ": (lambda: sparse_gptq(weight, mask, factor, grid), sparse),
         "choice": (choice, torch.minimum(sparse, plain)),
-        "coordinate descent": (lambda: descend(weight, mask, hessian, grid, chosen), descended),
     }
     bare = bare_algebra(len(weight), len(hessian), hessian)
     rows = []

@@ -1,4 +1,4 @@
-"""Algorithm 2 of ImPart (sparse GPTQ) in plain loops, from METHODS.md alone: what the fast version is held against.
+"""Algorithm 2 of ImPart (sparse GPTQ) in plain loops, from the paper alone: what the fast version is held against.
 
 An explicit inverse of the damped Hessian, its Cholesky factor, one column after another, no blocks, float64.
 """
@@ -35,32 +35,3 @@ def sparse_gptq(
             for later in range(k, columns):
                 left[i, later] -= error * factor[k, later]
     return codes, values
-
-
-def descend(
-    weight: np.ndarray,
-    mask: np.ndarray,
-    hessian: np.ndarray,
-    scales: np.ndarray,
-    widths: np.ndarray,
-    codes: np.ndarray,
-) -> np.ndarray:
-    """Coordinate descent: each kept code in turn becomes the one, of all there are, with the least output error."""
-    rows, columns = weight.shape
-    codes = codes.copy()
-
-    def value(i: int, j: int, code: int) -> float:
-        return (2 * code / (2 ** widths[i, j] - 1) - 1) * scales[i, j] if mask[i, j] else 0.0
-
-    for i in range(rows):
-        error = np.array([weight[i, j] * mask[i, j] - value(i, j, int(codes[i, j])) for j in range(columns)])
-        for j in range(columns):
-            if not mask[i, j]:
-                continue
-            losses = []
-            for code in range(2 ** widths[i, j]):
-                error[j] = weight[i, j] - value(i, j, code)
-                losses.append(error @ hessian @ error)
-            codes[i, j] = np.argmin(losses)
-            error[j] = weight[i, j] - value(i, j, int(codes[i, j]))
-    return codes

@@ -1,4 +1,4 @@
-"""Quantising a matrix with dropped entries so that the layer's output changes least: ImPart's sparse GPTQ, and more.
+"""Quantising a matrix with dropped entries so that the layer's output changes least: ImPart's sparse GPTQ.
 
 GPTQ (arXiv 2210.17323) rounds a matrix column by column, and the columns still to come make up for each one's error as
 far as the layer's inputs are correlated. ImPart's algorithm 2 (arXiv 2504.13237) does so under a mask: dropped entries
@@ -112,32 +112,10 @@ def sparse_gptq(weight: Tensor, mask: Tensor | None, factor: Factor, grid: Grid,
         here = slice(start, start + block)
         ahead = upper[here, start:] if grid.scale.shape[1] == 1 else upper[here, start:] * unit[start:, 0]
         passed_on = share[here] if kept is None else kept[here] * share[here]
-        found, errors = _one_block(left[here], left[here], passed_on, ahead, most[here])
+        found, errors = _one_block(left[here], passed_on, ahead, most[here])
         codes[order[here]] = found.to(torch.uint8) if kept is None else found.to(torch.uint8).mul_(kept[here])
         left[start + block :].addmm_(ahead[:, block:].t(), errors, alpha=-1)
     return codes.t().contiguous()
-
-
-def descend(
-    weight: Tensor, mask: Tensor | None, hessian: Tensor, grid: Grid, codes: Tensor, block: int = _BLOCK
-) -> Tensor:
-    """Once through all columns, replace each code by the best one, all others being what they are.
-
-    No row's output error grows. Codes, given and returned, are as `sparse_gptq` returns them.
-    """
-    left, unit, most = _in_codes(weight, grid)
-    kept = torch.ones_like(left[:, :1]) if mask is None else mask.t().contiguous().to(left.dtype)
-    current, diagonal = codes.t().contiguous().to(left.dtype), hessian.diagonal()
-    errors = left.sub_(current).mul_(kept).div_(unit)
-    # The codes to move for a gradient of 1; inputs that are always zero have none
-    pace = torch.where(diagonal > _TINY * diagonal.max(), 1 / diagonal, 0)[:, None] * unit
-    for start in range(0, len(left), block):
-        here = slice(start, start + block)
-        target = torch.addcmul(current[here], hessian[here] @ errors, pace[here])
-        ahead = hessian[here, here] * -pace[here, 0]
-        current[here], moved = _one_block(target, current[here], kept[here] / unit[here], ahead, most[here])
-        errors[here] += moved
-    return current.mul_(kept).to(torch.uint8).t().contiguous()
 
 
 def _in_codes(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,37 +129,32 @@ def _in_codes(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     return left, unit.expand(len(left), 1), grid.top.t().expand(len(left), -1)
 
 
-def _one_block(left: Tensor, base: Tensor, share: Tensor, ahead: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a block of columns, of shape (block, rows): codes, and errors, which are (base - codes) times share.
+def _one_block(left: Tensor, share: Tensor, ahead: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a block of columns, of shape (block, rows): codes, and errors, which are (value - code) times share.
 
-    `left`, maybe `base` itself, is used up: row j of `ahead` times the error of column j is taken from later columns.
+    `left` is used up: row j of `ahead` times the error of column j is taken from later columns.
     """
     size = len(left)
     codes, errors, zero = torch.empty_like(left), torch.empty_like(left), torch.zeros_like(most[0])
-    columns = list(zip(*(part.unbind() for part in (left, base, codes, errors, share, most)), strict=True))
+    columns = list(zip(*(part.unbind() for part in (left, codes, errors, share, most)), strict=True))
     for start in range(0, size, _INNER):
         stop = min(size, start + _INNER)
         for j in range(start, stop):
-            column, before, code, error, part, top = columns[j]
+            column, code, error, part, top = columns[j]
             torch.clamp(column, zero, top, out=code).round_()
-            torch.sub(before, code, out=error).mul_(part)
+            torch.sub(column, code, out=error).mul_(part)
             left[j + 1 : stop].addr_(ahead[j, j + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(ahead[start:stop, stop:size].t(), errors[start:stop], alpha=-1)
     return codes, errors
 
 
-def quantise(
-    weight: Tensor, mask: Tensor | None, hessian: Tensor | None, grid: Grid, sweeps: int = 1,
-    factor: Factor | None = None,
-) -> Quantised:  # fmt: skip
+def quantise(weight: Tensor, mask: Tensor | None, hessian: Tensor | None, grid: Grid) -> Quantised:
     """Quantise a matrix so that no row's output on the calibration inputs changes more than by rounding.
 
-    Each row by sparse GPTQ or by rounding, whichever has the smaller output error e H e^T, then coordinate descent.
+    Each row by sparse GPTQ or by rounding, whichever has the smaller output error e H e^T.
 
     Args:
         hessian: None where there is no calibration: plain rounding.
-        sweeps: of coordinate descent; 0 for the paper's method.
-        factor: `inverse_factor` of the Hessian, where several matrices share it.
 
     Raises:
         ValueError: as `inverse_factor`.
@@ -193,14 +166,12 @@ def quantise(
     codes = grid.codes(weight) if mask is None else grid.codes(weight).mul_(mask)
     if hessian is None:
         return Quantised(codes, values(codes))
-    factor = factor or inverse_factor(hessian)
+    factor = inverse_factor(hessian)
     other = sparse_gptq(weight, mask, factor, grid)
     one, two, exact = values(codes), values(other), weight if mask is None else weight * mask
     # e H e^T - f H f^T in a single product: (e - f) H (e + f)^T
     gain = ((one - two) @ hessian).mul_(one.add_(two).sub_(exact, alpha=2)).sum(1, keepdim=True)
     codes = torch.where(gain > 0, other, codes)
-    for _ in range(sweeps):
-        codes = descend(weight, mask, hessian, grid, codes)
     return Quantised(codes, values(codes), factor.notes)
 
 
