@@ -21,18 +21,15 @@ import torch
 
 from impart_hf import compress
 from impart_hf.methods import method_class, method_names
-from impart_hf.methods.impart import ImPartConfig, keep_ratios
 from impart_hf.methods.svd import leading_svd
 
 
 def wanted_ranks(sigma: torch.Tensor, rows: int, columns: int, ratio: float) -> dict[str, int]:
-    """How many components LowRank and ImPart store of a matrix of 16-bit numbers at a ratio."""
-    budget = 2 * rows * columns / ratio
-    method = ImPartConfig(compression_ratio=ratio)
+    """How many components each factored method asks for of a matrix of 16-bit numbers at a ratio."""
     spectrum = sigma.double().cpu().numpy()
-    sparsity = method._sparsity_for(spectrum, rows, columns, budget)
-    impart = len(keep_ratios(spectrum, len(spectrum), sparsity, method.beta, method.c))
-    return {"lowrank": max(1, int(budget / 2 / (rows + columns))), "impart": max(1, impart)}
+    methods = [method_class(name)(compression_ratio=ratio) for name in method_names() if method_class(name).factored]
+    budget = int(2 * rows * columns / ratio)
+    return {m.name: max(1, min(len(spectrum), m.wanted(spectrum, rows, columns, budget))) for m in methods}
 
 
 def accuracy(delta: torch.Tensor, parts: Sequence[torch.Tensor], exact: torch.Tensor) -> dict[str, float]:

@@ -69,7 +69,7 @@ def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[st
         name, *training = method.split("+")
         texts = {kind: getattr(arguments, kind) for kind in training}
         for ratio in arguments.ratios:
-            for seed in arguments.seeds:
+            for seed in arguments.seeds if method_class(name).random else arguments.seeds[:1]:
                 config = settings_of(name, ratio, seed, options)
                 run: dict[str, Any] = {"method": method, "asked": ratio, "seed": seed, "settings": config.to_dict()}
                 with tempfile.TemporaryDirectory() as folder:
@@ -214,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind in training:
             if kind not in _TRAINING or getattr(arguments, kind) is None:
                 parser.error(f"{method}: after + comes {' or '.join(_TRAINING)}, and --{kind} must name a text")
+            if kind == "calibration" and not method_class(name).quantises:
+                parser.error(f"{method}: {name} does not quantise, and has no use for calibration text")
     options = dict(option.partition("=")[::2] for option in arguments.method_option)
     classes = [method_class(method.split("+")[0]) for method in arguments.methods]
     known = {field.name for config in classes for field in dataclasses.fields(config)}

@@ -10,6 +10,8 @@ import torch
 from load_script import load_script
 from tiny_models import Pair
 
+from impart_hf import evaluate
+
 measure = load_script("measure")
 linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
 
@@ -33,13 +35,12 @@ def test_quality_numbers(quality: Path) -> None:
     assert results["base"]["kl"] > 0.01
     assert results["tokens"] == 8 * 31
     runs = {(run["method"], run["asked"], run["seed"]): run for run in results["runs"]}
-    assert len(runs) == 12
+    assert len(runs) == 10, "lowrank draws nothing at random, and runs with one seed"
     for (method, _, _), run in runs.items():
         assert 0 < run["kl"] and 1 < run["perplexity"] and run["bytes"] > 0
         assert run["ratio"] == pytest.approx(run["checkpoint_bytes"] / run["bytes"])
         assert run["settings"].get("beta") == (0.5 if method == "impart" else None)
     assert runs["lowrank", 2.5, 0]["kl"] < runs["lowrank", 5, 0]["kl"]
-    assert runs["lowrank", 5, 0]["kl"] == runs["lowrank", 5, 1]["kl"], "nothing is drawn at random"
     assert runs["dare", 5, 0]["kl"] != runs["dare", 5, 1]["kl"]
 
 
@@ -54,11 +55,10 @@ def test_quality_files(quality: Path) -> None:
 
 def test_quality_is_that_of_the_whole_distribution(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches and chunks make no difference, and the numbers are what a plain computation gives."""
-    script = load_script("benchmark_quality")
-    base, finetuned = (script.load(str(path), torch.float32, "cpu") for path in (tiny_pair.base, tiny_pair.finetuned))
+    base, finetuned = (evaluate.load(str(path), torch.float32, "cpu") for path in (tiny_pair.base, tiny_pair.finetuned))
     blocks = torch.randint(5, 300, (5, 16), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(script, "_CHUNK_ENTRIES", 320 * 7)
-    perplexity, divergence = script.evaluate(base, finetuned, blocks, 2)
+    monkeypatch.setattr(evaluate, "_CHUNK_ENTRIES", 320 * 7)
+    perplexity, divergence = evaluate.evaluate(base, finetuned, blocks, 2)
     with torch.no_grad():
         found, wanted = (m(input_ids=blocks).logits[:, :-1].log_softmax(-1) for m in (base, finetuned))
     expected = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
@@ -71,6 +71,11 @@ def test_quality_is_that_of_the_whole_distribution(tiny_pair: Pair, monkeypatch:
     "arguments, message",
     [
         (["--methods", "zip"], "unknown method zip"),
+        (
+            ["--methods", "impart+calibration"],
+            "after + comes calibration or distill, and --calibration must name a text",
+        ),
+        (["--methods", "impart+magic"], "after + comes calibration or distill"),
         (["--method-option", "zeta=1"], "none of the methods has a setting 'zeta'"),
     ],
 )

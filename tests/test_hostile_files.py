@@ -307,10 +307,11 @@ HOSTILE_RECORDS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "width 9": (patched(SEGMENT + 4, "<BB", 9, 9), "unknown storage of a column segment"),
     "width 18": (patched(SEGMENT + 4, "<BB", 18, 18), "unknown storage of a column segment"),
     "width of V missing": (patched(SEGMENT + 5, "<B", 0), "unknown storage of a column segment"),
-    "floats and levels mixed": (patched(SEGMENT + 4, "<BB", FLOAT16, 4), "mixes float and level codes"),
+    "floats and levels mixed": (patched(SEGMENT + 4, "<BB", FLOAT16, 4), "codes are more than the masks keep"),
     "levels without scales": (patched(SEGMENT + 4, "<BB", 8, 8), UP),
     "keep 3": (patched(SEGMENT + 6, "<B", 3), "unknown storage of a column segment"),
-    "segment's reserved byte": (patched(SEGMENT + 7, "<B", 1), "unknown storage of a column segment"),
+    "scales that are not there": (patched(SEGMENT + 7, "<B", 1), "codes are fewer than the masks keep"),
+    "a flag that is neither": (patched(SEGMENT + 7, "<B", 2), "unknown storage of a column segment"),
     "thresholds that are not there": (patched(SEGMENT + 6, "<B", KEEP_PER_COLUMN), "codes are (fewer|more) than"),
     "shared threshold not there": (patched(SEGMENT + 6, "<B", KEEP_SHARED), "codes are (fewer|more) than"),
     "direct in name": (patched(LAYOUT, "<B", DIRECT), "rank .* is impossible"),
@@ -474,10 +475,9 @@ def test_the_largest_record_that_is_allowed_takes_memory_like_its_base() -> None
     """One bit a value, everything kept, full rank: the most memory for the fewest bytes in the file."""
     side = 512
     codes = np.zeros(2 * side * side // 8, np.uint8)
-    scales = np.ones((2, side), np.float16)
     record = Record(
         FACTORED, side, side, side, 0, 1.0, 0.0, [Segment(side, 1, 1, KEEP_ALL)], np.ones(side, np.float16),
-        np.full(side, 0xFFFF, np.uint16), [scales], codes,
+        np.full(side, 0xFFFF, np.uint16), [None], codes,
     )  # fmt: skip
     assert parse_and_decode(pack_record(record), (side, side)) is not None  # in ROOM, as everything here
 

@@ -40,6 +40,7 @@ class MethodConfig(abc.ABC):
     name: ClassVar[str]
     quantises: ClassVar[bool] = False  # whether it can use the second moments of a layer's inputs
     factored: ClassVar[bool] = False  # whether it works on the singular components
+    random: ClassVar[bool] = True  # whether the seed makes a difference: whether entries are dropped
 
     compression_ratio: float = 32.0
     seed: int = 0

@@ -18,6 +18,7 @@ class DeltaComeConfig(MixedPrecision):
     """Delta-CoMe's settings; the number of components of each matrix follows from the ratio."""
 
     name: ClassVar[str] = "delta-come"
+    random = False
 
     def least_bytes(self, rows: int, columns: int) -> int:
         return OVERHEAD_BYTES + COMPONENT_BYTES + 2 + self.bits[0] * (rows + columns) // 8

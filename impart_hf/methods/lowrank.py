@@ -22,6 +22,7 @@ class LowRankConfig(MethodConfig):
 
     name: ClassVar[str] = "lowrank"
     factored = True
+    random = False
 
     value_dtype: str = "float16"
 
