@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .report import settings_text
+
 # What a fine-tune's own card says of itself holds for its delta as well.
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 
@@ -52,7 +54,6 @@ def delta_card(
         **metadata,
     )
     template = resources.files("impart_hf.model_cards").joinpath("delta_repository.md").read_text("utf-8")
-    settings = ", ".join(f"{k} {v}" for k, v in method.items() if k not in ("name", "compression_ratio"))
     card = ModelCard.from_template(
         data,
         template_str=template,
@@ -61,7 +62,7 @@ def delta_card(
         finetuned=finetuned if not os.path.isdir(finetuned) else Path(finetuned).name,
         method=method["name"],
         requested=f"{method['compression_ratio']:g}",
-        settings=settings,
+        settings=settings_text({k: v for k, v in method.items() if k not in ("name", "compression_ratio")}),
         shortfall=shortfall,
         **sizes,
     )

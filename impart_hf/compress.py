@@ -13,9 +13,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .calibration_text import CalibrationSource, calibration_tokens
-from .distillation import DistillSettings, distill_scales
+from .distillation import DistillSettings, check_tokens, distill_scales
 from .evaluate import load
-from .layer_stream import stream_layers
+from .layer_stream import stream_layers, streamed_model
 from .methods import Encoded, ImPartConfig, MethodConfig, Svd, method_for
 from .methods.records import empty_record
 from .methods.svd import leading_svd
@@ -228,12 +228,15 @@ class ModelPair:
             card_data=card_data or {},
         )
         plan = make_plan(self.tensors, method, self.model.weight_bytes, writer.text_bytes(), max_shard_size)
+        stream = None if calibration is None else streamed_model(self.model, calibration, self.device)
+        if distillation is not None:
+            check_tokens(distillation, self.model.config.get("vocab_size"))
         inputs = [None if ids is None else ids.tolist() for ids in (calibration, distillation)]
         workspace.begin(plan.fingerprint(method, [*inputs, distill_steps]), plan.allowed_bytes + plan.fixed_bytes)
         work = _Encoding(self, plan.encoded, method, workspace, svd_of)
         with self._progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing") as work.bar:
-            if calibration is not None:
-                stream_layers(self.model, calibration, work.compressed, device=self.device, progress=Progress(False))
+            if stream is not None and calibration is not None:
+                stream_layers(stream, calibration, work.compressed, progress=Progress(False))
             for tensor in plan.encoded:
                 work.encode(tensor)
         distilled = None

@@ -125,21 +125,16 @@ def distill_scales(
         CheckpointError: if the fine-tune lacks tensors of its architecture.
     """
     settings = settings or DistillSettings()
-    shape = tuple(tokens.shape)
-    if tokens.dtype != torch.int64 or len(shape) != 2 or shape[0] < 2 or shape[1] < 1:
-        raise ValueError(f"tokens must be int64, two or more sequences of one length, got {tokens.dtype} {shape}")
     unchanged = {name: bytes(record) for name, record in records.items()}
     data = {name: np.frombuffer(record, np.uint8) for name, record in unchanged.items()}
     teacher = _load(finetuned, {name: finetuned.tensor(name) for name in finetuned.names()})
-    vocabulary = teacher.get_input_embeddings().num_embeddings
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise ValueError(f"tokens must be from 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+    check_tokens(tokens, teacher.get_input_embeddings().num_embeddings)
     trained = _trainable(teacher, base, finetuned, data)
     student = _student(base, finetuned, data, trained).to(device)
     deltas = {name: _attach(student, name, parse_stack(data[name], name)) for name in trained}
     models = teacher.to(device), student
-    held_out = min(shape[0] - 1, max(1, round(shape[0] * settings.validation_share)))
-    training, validation = tokens.to(device).split([shape[0] - held_out, held_out])
+    held_out = min(len(tokens) - 1, max(1, round(len(tokens) * settings.validation_share)))
+    training, validation = tokens.to(device).split([len(tokens) - held_out, held_out])
     before = _mean_divergence(*models, validation, settings.batch_size)
     steps, best_step = _train(models, deltas, training, validation, before, settings, progress or Progress(False))
     stored = {name: delta.fold() for name, delta in deltas.items()}
@@ -156,6 +151,24 @@ def distill_scales(
                 record.relative_error = float((decode_record(record, name, device) - delta).norm() / size)
     changed = {name: b"".join(map(pack_record, stack)) for name, stack in stored.items()}
     return unchanged | changed, DistillReport(steps, best_step, before, after, untrained)
+
+
+def check_tokens(tokens: torch.Tensor, vocabulary: int | None) -> None:
+    """See that token sequences can be trained on.
+
+    Raises:
+        ValueError: if there are fewer than two of them, or a token is not in the vocabulary (None: of unknown size).
+    """
+    shape = tuple(tokens.shape)
+    if tokens.dtype != torch.int64 or len(shape) != 2 or shape[0] < 2 or shape[1] < 1:
+        raise ValueError(
+            "distillation needs two or more sequences, one of them to be held out: tokens must be int64 "
+            f"(sequences, length), got {tokens.dtype} {shape}"
+        )
+    if vocabulary is not None and (tokens.min() < 0 or tokens.max() >= vocabulary):
+        raise ValueError(
+            f"distillation: tokens must be from 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}"
+        )
 
 
 def _load(finetuned: Checkpoint, tensors: dict[str, torch.Tensor]) -> Any:

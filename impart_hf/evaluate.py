@@ -78,9 +78,9 @@ class TaskEvaluation:
             from lm_eval.tasks import TaskManager, get_task_dict
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("tasks are run by lm-eval: pip install 'impart-hf[eval]'") from error
-        is_file = task.endswith((".yaml", ".yml"))
+        self._manager = TaskManager(include_defaults=not task.endswith((".yaml", ".yml")))
         try:
-            found = list(get_task_dict([task], TaskManager(include_defaults=not is_file)).values())
+            found = list(get_task_dict([task], self._manager).values())
         except Exception as error:  # its data come from anywhere, by anyone's code
             raise ValueError(f"task '{task}' cannot be had: {error}") from error
         if len(found) != 1 or isinstance(found[0], dict):
@@ -96,6 +96,7 @@ class TaskEvaluation:
         results = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size),
             tasks=[self._task],
+            task_manager=self._manager,
             limit=self._limit,
             bootstrap_iters=0,
             log_samples=False,

@@ -12,7 +12,7 @@ from .modeling.delta_decode import decode_planes
 from .modeling.delta_record import FACTORED, Record, parse_stack
 from .modeling.delta_repository import RECORD_SUFFIX, DeltaFile, find_delta_files
 from .reconstruct import read_config
-from .report import TensorReport, human_bytes, read_reports
+from .report import TensorReport, human_bytes, read_reports, settings_text
 
 _HEADINGS = ("tensor", "shape", "rank", "bits", "keep ratio", "bytes", "relative error")
 
@@ -68,7 +68,7 @@ class Inspection:
         revision = self.config.base_model_revision
         lines += [
             "",
-            f"method      {name} ({', '.join(f'{k} {v}' for k, v in method.items())})",
+            f"method      {name} ({settings_text(method)})",
             f"base model  {self.config.base_model_name_or_path}" + (f" at {revision}" if revision else ""),
             f"tensors     {len(self.tensors)} changed, {self.equal_tensors} equal to the base's",
             f"delta file  {human_bytes(self.delta_bytes)}, of it {human_bytes(sum(t.bytes for t in self.tensors))} "

@@ -19,12 +19,37 @@ _Arguments = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 
 @torch.no_grad()
+def streamed_model(finetuned: Checkpoint, tokens: Tensor, device: str | torch.device) -> "StreamedModel":
+    """See that a fine-tuned model can be run over calibration text layer by layer, before any work is done.
+
+    Args:
+        finetuned: the fine-tuned model.
+        tokens: int64, (sequences, length), without padding.
+        device: where the model is to run.
+
+    Raises:
+        ValueError: if its architecture cannot be run so, or the tokens are none of its own.
+        ModuleNotFoundError: if accelerate is not installed.
+    """
+    model = StreamedModel(finetuned, torch.device(device))
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"calibration needs tokens of shape (sequences, length), not {list(tokens.shape)}")
+    if int(tokens.max()) >= model.vocabulary:
+        raise ValueError(
+            f"calibration: token {int(tokens.max())} is not in the model's vocabulary of {model.vocabulary}"
+        )
+    model.load(model.entrance)
+    model.layer_inputs([tokens[:1], tokens[-1:]])
+    model.release(model.entrance)
+    return model
+
+
+@torch.no_grad()
 def stream_layers(
-    finetuned: Checkpoint,
+    model: "StreamedModel",
     tokens: Tensor,
     compressed: Callable[[str, Tensor | None], Tensor],
     *,
-    device: str | torch.device,
     batch_size: int = 4,
     progress: Progress,
 ) -> set[str]:
@@ -33,7 +58,7 @@ def stream_layers(
     `compressed(name, hessian)` is called once for each floating-point tensor that the checkpoint and the model share,
     and returns the weight to go on with, in any floating-point dtype. The tensors outside the decoder layers come
     first; then, layer after layer, all but the weights of its `torch.nn.Linear`s; then these, in the order in which
-    they are used. `hessian` is None except for these: float32, (in_features, in_features), on `device`, the mean of
+    they are used. `hessian` is None except for these: float32, (in_features, in_features), on the device, the mean of
     x xᵀ over all inputs x of the linear layer, everything before it being compressed. Linear layers with the same
     input, such as query, key and value, are handed the same object: it must not be written to. A linear layer that no
     token reaches has None too.
@@ -42,10 +67,9 @@ def stream_layers(
     embeddings, and on the CPU the hidden states of all tokens.
 
     Args:
-        finetuned: the fine-tuned model.
+        model: from `streamed_model`, for the same tokens.
         tokens: int64, (sequences, length), without padding.
         compressed: see above.
-        device: where the model runs.
         batch_size: how many sequences run at a time.
         progress: for a bar over the layers.
 
@@ -53,20 +77,8 @@ def stream_layers(
         The names that `compressed` was called with.
 
     Raises:
-        ValueError: before any call, if the architecture cannot be run layer by layer or the tokens are none of its
-            own; before a layer's first call, or as soon as it shows, if the layer's activations are not finite.
-        ModuleNotFoundError: if accelerate is not installed.
+        ValueError: before a layer's first call, or as soon as it shows, if the layer's activations are not finite.
     """
-    model = _StreamedModel(finetuned, torch.device(device))
-    if tokens.dim() != 2 or tokens.numel() == 0:
-        raise ValueError(f"calibration needs tokens of shape (sequences, length), not {list(tokens.shape)}")
-    if int(tokens.max()) >= model.vocabulary:
-        raise ValueError(
-            f"calibration: token {int(tokens.max())} is not in the model's vocabulary of {model.vocabulary}"
-        )
-    # Run with the fine-tune's own embeddings first, to find out before any call what does not work.
-    model.load(model.entrance)
-    model.layer_inputs([tokens[:1], tokens[-1:]])
     for name in model.outside:
         weight = compressed(name, None)
         if name in model.entrance:
@@ -96,7 +108,7 @@ def stream_layers(
     return set(model.names)
 
 
-class _StreamedModel:
+class StreamedModel:
     """A model in float32 whose parameters are on the meta device, except for those in use.
 
     Attributes:

@@ -20,6 +20,12 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def settings_text(settings: dict[str, Any]) -> str:
+    """A method's settings in a line: "beta 0.6, bits 8/3/2"."""
+    texts = {k: "/".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in settings.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
 @dataclass
 class TensorReport:
     """One changed tensor.

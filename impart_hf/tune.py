@@ -138,8 +138,12 @@ def tune(
         raise ValueError("give either a validation text or a task to judge by")
     if calibration is not None and not method.quantises:
         raise ValueError(f"calibration is for the methods that quantise; '{method.name}' does not")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     # What wants most components comes first: the decomposition then serves all that follow
-    grid = itertools.product(sorted(set(betas)), sorted(set(cs), reverse=True), seeds or [method.seed])
+    grid = itertools.product(
+        sorted(set(betas)), sorted(set(cs), reverse=True), [method.seed] if seeds is None else seeds
+    )
     candidates = [dataclasses.replace(method, beta=beta, c=c, seed=seed) for beta, c, seed in grid]
     if not candidates:
         raise ValueError("nothing to search: betas, cs and seeds need at least one value each")

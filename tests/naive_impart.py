@@ -6,7 +6,7 @@ import torch
 def drop_ratios(sigma: list[float], full_rank: int, alpha_uv: float, beta: float, c: float) -> list[float]:
     """p_k of every component by algorithm 1's loops: pre-prune, allocate, shift the boundary."""
     beta = min(beta, alpha_uv)
-    unpruned = int(full_rank * (1 - beta))
+    unpruned = int(full_rank * (1 - beta) + 1e-9)
     gamma = (alpha_uv - beta) / (1 - beta)
     p = [(1 - (sigma[k] / sigma[0]) ** c) * gamma for k in range(unpruned)]
     k = unpruned - 1

@@ -113,11 +113,12 @@ def keep_ratios(sigma: np.ndarray, full_rank: int, sparsity: float, beta: float,
         c: exponent of the importance.
 
     Returns:
-        float64 of shape (r,), r at most floor(full_rank * (1 - beta)).
+        float64 of shape (r,), r at least 1 and at most floor(full_rank * (1 - beta)).
     """
     beta = min(beta, sparsity)
-    unpruned = int(full_rank * (1 - beta))
+    unpruned = max(1, int(full_rank * (1 - beta) + 1e-9))
     gamma = (sparsity - beta) / (1 - beta) if beta < 1 else 1.0
     ratios = 1 - (1 - (sigma[:unpruned] / sigma[0]) ** c) * gamma
     # 1e-9: the sum of many ratios may exceed the budget by rounding alone
-    return ratios[: int(np.searchsorted(np.cumsum(ratios), unpruned * (1 - gamma) + 1e-9, side="right"))]
+    kept = int(np.searchsorted(np.cumsum(ratios), unpruned * (1 - gamma) + 1e-9, side="right"))
+    return ratios[: max(1, kept)]

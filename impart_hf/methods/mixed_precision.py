@@ -15,6 +15,7 @@ from .gptq import Grid, best_scale, quantise
 from .records import kept_ratios, runs
 
 _LEAST_BITS, _MOST_BITS = 2, 8
+_LEAST_REACHED = 1e-6  # of the output's size that inputs without correlation would give: rounding errors are less
 _MOST_CORRECTION = 2.0  # more than the bias of any levels: a row of rounding errors alone must not be blown up
 
 
@@ -35,6 +36,9 @@ class MixedPrecision(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("bits", "groups"):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise ValueError(f"{name} must be a sequence of whole numbers, got {getattr(self, name)!r}")
         self.bits = tuple(check_bits("bits", bits) for bits in self.bits)
         self.groups = tuple(self.groups)
         if len(self.bits) != len(self.groups) + 1:
@@ -122,9 +126,14 @@ def unbiased(
         hessian: float32 (length, length): the inner products are then those of outputs on the calibration text.
     """
     kept = plane * mask
-    image = kept if hessian is None else kept @ hessian
-    factors = (image * kept).sum(1) / (image * quantised).sum(1).clamp_min(torch.finfo(plane.dtype).tiny)
-    return factors.clamp_max(_MOST_CORRECTION)
+    size, found = kept.square().sum(1), (kept * quantised).sum(1)
+    if hessian is not None:
+        image = kept @ hessian
+        reached = (image * kept).sum(1)
+        # Rows that answer to nothing that the calibration text holds are right on average by themselves
+        live = reached > _LEAST_REACHED * hessian.diagonal().mean() * size
+        size, found = torch.where(live, reached, size), torch.where(live, (image * quantised).sum(1), found)
+    return (size / found.clamp_min(torch.finfo(plane.dtype).tiny)).clamp_max(_MOST_CORRECTION)
 
 
 def _scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
