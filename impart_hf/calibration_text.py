@@ -74,15 +74,15 @@ def calibration_tokens(
             enough text for one sequence.
     """
     if samples < 1 or length < 2:
-        raise ValueError(f"calibration needs at least one sample of two tokens, not {samples} of {length}")
+        raise ValueError(f"a text needs at least one sequence of two tokens, not {samples} of {length}")
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     text_length = length - len(start)
     stream = list(itertools.islice(_token_stream(source, tokenizer), _POOL * samples * text_length))
     available = len(stream) // text_length
     if available == 0:
         raise ValueError(
-            f"the calibration text has {len(stream)} tokens, too few for one sequence of {length}: set "
-            f"calibration_length to {len(stream) + len(start)} or less, or give more text"
+            f"the text has {len(stream)} tokens, too few for one sequence of {length}: give more text, or ask for "
+            f"sequences of {len(stream) + len(start)} tokens or less"
         )
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(available, generator=generator)[:samples].sort().values
@@ -96,6 +96,8 @@ def _token_stream(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase)
             yield tokenizer.eos_token_id
         for piece in pieces:
             # `verbose=False`: no warning that a text is longer than the model's context, it is cut later.
+            # JSON can hold halves of surrogate pairs, which no tokenizer takes.
+            piece = piece.encode("utf-8", "replace").decode("utf-8")
             yield from tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -114,7 +116,7 @@ def _texts(source: CalibrationSource) -> Iterator[Iterable[str]]:
                 yield itertools.chain([first], text)
     if not found:
         named = f"'{os.fspath(source)}'" if isinstance(source, str | os.PathLike) else "the list"
-        raise ValueError(f"calibration text: {named} holds no text")
+        raise ValueError(f"text: {named} holds no text")
 
 
 def _all_texts(source: CalibrationSource) -> Iterator[str | Iterator[str]]:
@@ -125,7 +127,7 @@ def _all_texts(source: CalibrationSource) -> Iterator[str | Iterator[str]]:
     kind = path.suffix.lower()
     if path.is_file():
         if kind not in _FILE_TYPES:
-            raise ValueError(f"calibration text: '{path}' is none of the types {', '.join(_FILE_TYPES)}")
+            raise ValueError(f"text: '{path}' is none of the types {', '.join(_FILE_TYPES)}")
         if kind == ".txt":
             yield _pieces(path)
         else:
@@ -135,16 +137,16 @@ def _all_texts(source: CalibrationSource) -> Iterator[str | Iterator[str]]:
     else:
         name = _DATASET_NAME.fullmatch(source) if isinstance(source, str) and kind not in _FILE_TYPES else None
         if name is None:
-            raise FileNotFoundError(f"calibration text: '{path}' does not exist")
+            raise FileNotFoundError(f"text: '{path}' does not exist")
         yield from _dataset(name["name"], name["config"], name["split"] or "train")
 
 
 def _listed(source: object) -> Iterator[str]:
     if not isinstance(source, Sequence) or isinstance(source, bytes | bytearray):
-        raise ValueError(f"calibration text must be a path, a data set's name or a list of strings, not {source!r:.80}")
+        raise ValueError(f"text must be a path, a data set's name or a list of strings, not {source!r:.80}")
     for number, text in enumerate(source):
         if not isinstance(text, str):
-            raise ValueError(f"calibration text: entry {number} of the list is {text!r:.80}, not a string")
+            raise ValueError(f"text: entry {number} of the list is {text!r:.80}, not a string")
         yield text
 
 
@@ -154,7 +156,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
         with path.open(encoding="utf-8-sig") as file:
             yield file
     except UnicodeDecodeError as error:
-        raise ValueError(f"calibration text: '{path}' is not UTF-8: {error}") from error
+        raise ValueError(f"text: '{path}' is not UTF-8: {error}") from error
 
 
 def _pieces(path: Path) -> Iterator[str]:
@@ -175,7 +177,7 @@ def _records(path: Path) -> Iterator[str]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"calibration text: line {number} of '{path}' is not valid JSON: {error}") from error
+                raise ValueError(f"text: line {number} of '{path}' is not valid JSON: {error}") from error
             for index, record in enumerate(value if is_array else [value]):
                 where = f"record {index}" if is_array else f"line {number}"
                 yield _text_of(record, f"{where} of '{path}'")
@@ -193,7 +195,7 @@ def _text_of(record: Any, where: str) -> str:
         if len(strings) == 1:
             return strings[0]
     raise ValueError(
-        f"calibration text: {where} has neither a text under {' or '.join(map(repr, _TEXT_FIELDS))} nor just one field "
+        f"text: {where} has neither a text under {' or '.join(map(repr, _TEXT_FIELDS))} nor just one field "
         "that is a string"
     )
 
@@ -203,13 +205,13 @@ def _dataset(name: str, config: str | None, split: str) -> Iterator[str]:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"calibration text: '{name}' is read with the library datasets: pip install 'impart-hf[calibration]'"
+            f"text: '{name}' is read with the library datasets: pip install 'impart-hf[calibration]'"
         ) from error
     try:
         records = load_dataset(name, config, split=split, streaming=True)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"calibration text: '{name}' is neither a file, nor a folder of data files, nor a data set that can be "
+            f"text: '{name}' is neither a file, nor a folder of data files, nor a data set that can be "
             f"read on the Hub: {error}"
         ) from error
     for number, record in enumerate(records):

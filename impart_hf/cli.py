@@ -4,12 +4,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import Field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils import logging
 
 from . import hub
 from .compress import compress, usable_device
@@ -35,10 +35,11 @@ _SETTINGS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 with one line on standard error."""
     options = build_parser().parse_args(arguments)
+    logging.disable_progress_bar()  # transformers' own, for every model that is loaded
     try:
         options.command(options)
     except KeyboardInterrupt:
-        print("impart-hf: stopped; a compression goes on from here if the same command is run again", file=sys.stderr)
+        print("impart-hf: stopped; the same command goes on from here, but for a search", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
@@ -102,20 +103,26 @@ def _add_pair(parser: argparse.ArgumentParser, methods: Sequence[str], searched:
     if "seed" not in searched:
         parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default: 0)")
     parser.add_argument("--embeddings", choices=("lowrank", "method"), help="how embeddings are compressed")
-    for name, fields, owners in method_fields():
-        if name not in searched and set(owners) & set(methods):
-            parser.add_argument(
-                f"--{name.replace('_', '-')}",
-                help=f"{_SETTINGS.get(name, name)}; for {', '.join(owners)} (default: {_default(fields)})",
-            )
+    for name, fields, all_owners in method_fields():
+        defaults = {owner: field.default for owner, field in zip(all_owners, fields, strict=True) if owner in methods}
+        if defaults and name not in searched:
+            help = f"{_SETTINGS.get(name, name)}; for {', '.join(defaults)} (default: {_default(defaults)})"
+            parser.add_argument(f"--{name.replace('_', '-')}", help=help)
     parser.add_argument(
         "--calibration",
         metavar="TEXT",
-        help="text for the methods that quantise: a .txt, .json or .jsonl file or the name of a data set; without it "
-        "they round",
+        help="text for the methods that quantise: a .txt, .json or .jsonl file, a folder or the name of a data "
+        "set; without it they round",
     )
-    parser.add_argument("--calibration-samples", type=int, default=128, help="sequences at most (default: 128)")
-    parser.add_argument("--calibration-length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
+    parser.add_argument(
+        "--calibration-samples", type=int, default=128, help="sequences of any such text, at most (default: 128)"
+    )
+    parser.add_argument(
+        "--calibration-length",
+        type=int,
+        default=2048,
+        help="tokens of a sequence (default: 2048, or as many as the model has positions)",
+    )
     parser.add_argument("--device", default="cpu", help="where matrices are decomposed (default: cpu)")
     parser.add_argument("--revision", help="branch, tag or commit of the fine-tuned model")
     parser.add_argument("--base-revision", help="branch, tag or commit of the base model")
@@ -127,9 +134,11 @@ def _add_pair(parser: argparse.ArgumentParser, methods: Sequence[str], searched:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _default(fields: Sequence[Field]) -> str:
-    default = fields[0].default
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _default(defaults: dict[str, Any]) -> str:
+    """A setting's defaults by method: the first one's, and those of others where they differ."""
+    texts = {m: ",".join(map(str, d)) if isinstance(d, tuple) else str(d) for m, d in defaults.items()}
+    usual = next(iter(texts.values()))
+    return ", ".join([usual, *(f"{text} for {method}" for method, text in texts.items() if text != usual)])
 
 
 def method_config(options: argparse.Namespace) -> MethodConfig:
@@ -197,8 +206,8 @@ def _add_tune(commands: Any) -> None:
     judges = parser.add_mutually_exclusive_group(required=True)
     judges.add_argument("--validation", metavar="TEXT", help="judge by KL(fine-tune || candidate) on this text")
     judges.add_argument("--task", help="judge by the first metric of this lm-eval task, or of a task's YAML file")
-    parser.add_argument("--betas", type=_numbers(float), default=BETAS, help="default: 0.6,0.7,0.8")
-    parser.add_argument("--cs", type=_numbers(float), default=CS, help="default: 0.5,1")
+    parser.add_argument("--betas", type=_numbers(float), default=BETAS, help=f"default: {','.join(map(str, BETAS))}")
+    parser.add_argument("--cs", type=_numbers(float), default=CS, help=f"default: {','.join(map(str, CS))}")
     parser.add_argument("--seeds", type=_numbers(int), default=(0,), help="default: 0")
     parser.add_argument("--samples", type=int, default=64, help="sequences of the validation text (default: 64)")
     parser.add_argument("--length", type=int, default=512, help="their tokens (default: 512)")

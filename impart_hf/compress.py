@@ -100,6 +100,8 @@ def compress(
         raise TypeError(f"method must be a method's configuration such as ImPartConfig(), got {method!r}")
     if calibration is not None and not method.quantises:
         raise ValueError(f"calibration is for the methods that quantise; '{method.name}' does not")
+    if distill_steps is not None and distill is None:
+        raise ValueError("distill_steps is for distillation, which needs a text: distill is None")
     shard_size, device = shard_bytes(max_shard_size), usable_device(device)
     with Workspace(Path(output_dir)) as workspace:
         pair = ModelPair(
@@ -161,11 +163,19 @@ class ModelPair:
         return scan(self.base_model, self.model, self._progress)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The fine-tune's."""
+        """The fine-tune's.
+
+        Raises:
+            ValueError: if it has none that can be read.
+        """
         options = self._model_options
-        return AutoTokenizer.from_pretrained(
-            self._finetuned, revision=options.revision, token=options.token, cache_dir=options.cache_dir
-        )
+        try:
+            return AutoTokenizer.from_pretrained(
+                self._finetuned, revision=options.revision, token=options.token, cache_dir=options.cache_dir
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the tokenizer of '{self._finetuned}' cannot be read: {reason}") from error
 
     def load(self, repository: Path | None = None) -> PreTrainedModel:
         """A delta repository of this pair, or the fine-tune itself, in float32 on the device, to be judged."""
@@ -199,6 +209,7 @@ class ModelPair:
         *,
         svd_of: SvdOf = _leading_svd_of,
         card_data: dict[str, Any] | None = None,
+        planned_card_data: dict[str, Any] | None = None,
     ) -> CompressionReport:
         """Compress the fine-tune into the workspace and publish it.
 
@@ -209,6 +220,7 @@ class ModelPair:
             max_shard_size: in bytes.
             svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components.
             card_data: more entries for the model card's metadata.
+            planned_card_data: what the plan leaves room for in their place, if that is to be something else.
         """
         started = time.perf_counter()
         settings = DistillSettings() if distill_steps is None else DistillSettings(steps=distill_steps)
@@ -227,14 +239,15 @@ class ModelPair:
             max_shard_size=max_shard_size,
             card_data=card_data or {},
         )
-        plan = make_plan(self.tensors, method, self.model.weight_bytes, writer.text_bytes(), max_shard_size)
+        text_bytes = writer.text_bytes(writer.card_data if planned_card_data is None else planned_card_data)
+        plan = make_plan(self.tensors, method, self.model.weight_bytes, text_bytes, max_shard_size)
         stream = None if calibration is None else streamed_model(self.model, calibration, self.device)
         if distillation is not None:
             check_tokens(distillation, self.model.config.get("vocab_size"))
         inputs = [None if ids is None else ids.tolist() for ids in (calibration, distillation)]
         workspace.begin(plan.fingerprint(method, [*inputs, distill_steps]), plan.allowed_bytes + plan.fixed_bytes)
         work = _Encoding(self, plan.encoded, method, workspace, svd_of)
-        with self._progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing") as work.bar:
+        with self._progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as work.bar:
             if stream is not None and calibration is not None:
                 stream_layers(stream, calibration, work.compressed, progress=Progress(False))
             for tensor in plan.encoded:
@@ -248,7 +261,6 @@ class ModelPair:
             )  # fmt: skip
             for name, data in changed.items():
                 workspace.put_distilled(name, data)
-        plan.settle(sum(workspace.record_path(t.name).stat().st_size for t in plan.encoded), method.compression_ratio)
         report = writer.write(workspace, plan, time.perf_counter() - started, distilled)
         workspace.publish()
         return report
@@ -335,7 +347,7 @@ def encode_tensor(
             svd = svd_of(tensor.name, number)
             encoded = encoder.encode(delta, tensor.max_bytes // tensor.matrices, seed, hessian=hessian, svd=svd)
         else:
-            encoded = Encoded(empty_record(*tensor.shape[-2:]))
+            encoded = Encoded(empty_record(delta.shape[0], delta.shape[1], float(delta.any())))
         records.append(encoded.data)
         notes += [note for note in encoded.notes if note not in notes]
     return b"".join(records), notes

@@ -5,6 +5,7 @@ trained as well. Masks and codes stay, the file does not grow by a byte. BitDelt
 the logits; ours is KL(fine-tune || compressed), by which a compressed model is judged in the end.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -136,6 +137,8 @@ def distill_scales(
     held_out = min(len(tokens) - 1, max(1, round(len(tokens) * settings.validation_share)))
     training, validation = tokens.to(device).split([len(tokens) - held_out, held_out])
     before = _mean_divergence(*models, validation, settings.batch_size)
+    if not math.isfinite(before):
+        raise ValueError("distillation: the logits of the fine-tuned or of the compressed model are not finite")
     steps, best_step = _train(models, deltas, training, validation, before, settings, progress or Progress(False))
     stored = {name: delta.fold() for name, delta in deltas.items()}
     after = _mean_divergence(*models, validation, settings.batch_size)
@@ -330,7 +333,7 @@ def _train(
         for step, rows in enumerate(_batches(len(training), settings), 1):
             loss = _divergence(*models, training[rows.to(training.device)])
             if not torch.isfinite(loss):
-                raise ValueError(f"the loss of step {step} is not finite; lower learning_rate")
+                raise ValueError(f"distillation: the loss of step {step} is not finite")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

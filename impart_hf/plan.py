@@ -22,8 +22,6 @@ _SMALL_MATRIX = 4096
 _ENTRY_BYTES = 96
 # A matrix may be compressed beyond the ratio asked for, to make up for what cannot be, by up to this factor.
 _MOST_EXTRA = 1.5
-# What a stated shortfall adds to the model card.
-_SHORTFALL_BYTES = 384
 # Squares of larger numbers, summed over a column, leave float32's range.
 _LARGEST = 1e15
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -81,35 +79,33 @@ class CompressionPlan:
         checkpoint_bytes: size on disk of the fine-tuned checkpoint's weight files.
         allowed_bytes: what the repository may take at the requested ratio.
         fixed_bytes: what it takes whatever the method does: kept tensors, added rows, headers, config and card.
-        shortfall: why and by how much the requested ratio will be missed; empty if it will not.
     """
 
     tensors: list[TensorPlan]
     checkpoint_bytes: int
     allowed_bytes: int
     fixed_bytes: int
-    shortfall: str = ""
 
     @property
     def encoded(self) -> list[TensorPlan]:
         return [t for t in self.tensors if t.kind == "encoded"]
 
-    def settle(self, record_bytes: int, ratio: float) -> None:
-        """State, now that the records' size is known, whether the requested ratio is missed.
+    def shortfall(self, repository_bytes: int, record_bytes: int, ratio: float) -> str:
+        """Why and by how much the requested ratio is missed; empty if it is not.
 
         Args:
-            record_bytes: what all records take.
+            repository_bytes: what the repository takes.
+            record_bytes: what of that the records take.
             ratio: the one that was asked for.
         """
-        if self.fixed_bytes + record_bytes <= self.allowed_bytes:
-            return
-        fixed = self.fixed_bytes + _SHORTFALL_BYTES
+        if repository_bytes <= self.allowed_bytes:
+            return ""
         added = sum(t.added_bytes for t in self.tensors)
-        self.shortfall = (
-            f"ratio {ratio:g} allows {self.allowed_bytes} bytes, but {fixed} are fixed (added vocabulary rows {added}, "
-            "norms, headers, config.json and model card the rest); the matrices are compressed up to "
-            f"{_MOST_EXTRA:g} times further to make up for it, and about {fixed + record_bytes - self.allowed_bytes} "
-            "bytes remain over"
+        return (
+            f"ratio {ratio:g} allows {self.allowed_bytes} bytes, but {repository_bytes - record_bytes} are fixed "
+            f"(added vocabulary rows {added}, norms, headers, config.json and model card the rest); the matrices are "
+            f"compressed up to {_MOST_EXTRA:g} times further to make up for it, and "
+            f"{repository_bytes - self.allowed_bytes} bytes remain over"
         )
 
     def fingerprint(self, method: MethodConfig, inputs: Any = None) -> str:

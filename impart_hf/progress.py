@@ -22,6 +22,8 @@ class Progress:
                 yield item
                 bar.update()
 
-    def bar(self, total: int, title: str) -> tqdm:
-        """A bar to be advanced by hand."""
-        return tqdm(total=total, desc=title, disable=not self.enabled, dynamic_ncols=True)
+    def bar(self, total: int, title: str, unit: str = "it") -> tqdm:
+        """A bar to be advanced by hand; "B" as its unit counts bytes."""
+        return tqdm(
+            total=total, desc=title, unit=unit, unit_scale=unit == "B", disable=not self.enabled, dynamic_ncols=True
+        )

@@ -91,7 +91,7 @@ def reconstruct(
         raise OutputError(f"{output.parent} has {free} bytes free, {sum(sizes.values())} are needed")
     with (
         tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", ignore_cleanup_errors=True) as folder,
-        (progress or Progress(False)).bar(sum(sizes.values()), "Reconstructing") as bar,
+        (progress or Progress(False)).bar(sum(sizes.values()), "Reconstructing", "B") as bar,
     ):
         target = Path(folder, "checkpoint")
         target.mkdir()

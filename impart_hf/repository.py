@@ -104,7 +104,8 @@ class RepositoryWriter:
         self.tensors, self.max_shard_size = tensors, max_shard_size
         found = [fetch_file(finetuned, name, finetuned_options) for name in COMPANION_FILES]
         self.companions = [path for path in found if path is not None]
-        self.card_data = inherited_card_data(fetch_file(finetuned, "README.md", finetuned_options)) | card_data
+        self._inherited = inherited_card_data(fetch_file(finetuned, "README.md", finetuned_options))
+        self.card_data = card_data
         self.config = self._config()
 
     def _config(self) -> dict[str, Any]:
@@ -138,19 +139,19 @@ class RepositoryWriter:
             config["tensor_dtype_exceptions"] = exceptions
         return config
 
-    def text_bytes(self) -> int:
-        """Bytes of config.json and, nearly, of the model card."""
+    def text_bytes(self, card_data: dict[str, Any]) -> int:
+        """Bytes of config.json and, nearly, of the model card; with these entries more in the card's metadata."""
         sizes = dict.fromkeys(("ratio", "repository", "checkpoint", "error", "tensors", "distilled"), "0" * 20)
-        return len(json.dumps(self.config, indent=2)) + 1 + len(self._card(sizes, "").encode()) + _CARD_SLACK
+        return len(json.dumps(self.config, indent=2)) + 1 + len(self._card(sizes, "", card_data).encode()) + _CARD_SLACK
 
-    def _card(self, sizes: dict[str, str], shortfall: str) -> str:
+    def _card(self, sizes: dict[str, str], shortfall: str, more_data: dict[str, Any]) -> str:
         name, revision = self.base
         return delta_card(
             base=name,
             base_revision=revision,
             finetuned=self.finetuned,
             method=self.method,
-            metadata=self.card_data,
+            metadata=self._inherited | more_data,
             sizes=sizes,
             shortfall=shortfall,
         )
@@ -167,9 +168,11 @@ class RepositoryWriter:
             shutil.copyfile(path, folder / path.name)
         report = self._report(workspace, plan, counted, seconds, distilled)
         others, card = report.repository_bytes, ""
-        for _ in range(2):  # the card states a size that it is part of
+        records = sum(t.bytes for t in report.tensors if t.kind == "encoded")
+        for _ in range(4):  # the card states sizes that it is part of
             report.repository_bytes = others + len(card.encode())
-            card = self._card(_sizes(report), report.shortfall)
+            report.shortfall = plan.shortfall(report.repository_bytes, records, self.method["compression_ratio"])
+            card = self._card(_sizes(report), report.shortfall, self.card_data)
         (folder / "README.md").write_text(card, "utf-8")
         report.repository_bytes = others + len(card.encode())
         return report
@@ -232,7 +235,7 @@ class RepositoryWriter:
             repository_bytes=sum(p.stat().st_size for p in counted),
             companion_bytes=sum(p.stat().st_size for p in self.companions),
             reader_bytes=sum(p.stat().st_size for p in reader_files()),
-            shortfall=plan.shortfall,
+            shortfall="",
             tensors=reports,
             equal_tensors=sum(t.kind == "equal" for t in plan.tensors),
             seconds=seconds,

@@ -2,8 +2,6 @@
 
 import dataclasses
 import itertools
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,8 +146,8 @@ def tune(
     if not candidates:
         raise ValueError("nothing to search: betas, cs and seeds need at least one value each")
     device, shard_size = usable_device(device), shard_bytes(max_shard_size)
-    output = Path(os.path.abspath(output_dir))
-    with Workspace(output) as workspace:
+    with Workspace(Path(output_dir)) as workspace:
+        scratch, search_started = workspace.scratch(), time.perf_counter()
         pair = ModelPair(
             base,
             finetuned,
@@ -165,29 +163,40 @@ def tune(
             if validation is not None
             else _TaskJudge(pair, str(task), task_limit, batch_size)
         )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.tuning-", dir=output.parent) as scratch:
-            svds = SvdStore(Path(scratch, "components"))
-            tried: list[Candidate] = []
-            for candidate in Progress(progress).track(candidates, "Tuning"):
-                started = time.perf_counter()
-                folder = Path(scratch, "candidate")
-                with Workspace(folder) as candidate_workspace:
-                    size = pair.compress(candidate_workspace, candidate, inputs, svd_of=svds.of).repository_bytes
-                score = judge.score(pair.load(folder))
-                seconds = time.perf_counter() - started
-                tried.append(Candidate(candidate.beta, candidate.c, candidate.seed, score, size, seconds))
-            best = (max if judge.higher_is_better else min)(tried, key=lambda found: found.score)
-            table = {"metric": judge.metric, "candidates": [c.summary() for c in tried], "chosen": best.summary()}
-            report = pair.compress(
-                workspace,
-                dataclasses.replace(method, beta=best.beta, c=best.c, seed=best.seed),
-                inputs,
-                max_shard_size=shard_size,
-                svd_of=svds.of,
-                card_data={"impart_hf_tuning": table},
-            )
+        svds = SvdStore(scratch / "components")
+        tried: list[Candidate] = []
+        # Every candidate leaves the room that the winner's card takes: what is judged is what is published
+        unknown = [Candidate(c.beta, c.c, c.seed, 1e4 - 1e-6, 0, 0.0) for c in candidates]
+        planned = _card_data(judge.metric, unknown, unknown[0])
+        for candidate in Progress(progress).track(candidates, "Tuning"):
+            started = time.perf_counter()
+            folder = scratch / "candidate"
+            with Workspace(folder) as candidate_workspace:
+                size = pair.compress(
+                    candidate_workspace, candidate, inputs, max_shard_size=shard_size, svd_of=svds.of,
+                    planned_card_data=planned,
+                ).repository_bytes  # fmt: skip
+            score = judge.score(pair.load(folder))
+            seconds = time.perf_counter() - started
+            tried.append(Candidate(candidate.beta, candidate.c, candidate.seed, score, size, seconds))
+        best = (max if judge.higher_is_better else min)(tried, key=lambda found: found.score)
+        report = pair.compress(
+            workspace,
+            dataclasses.replace(method, beta=best.beta, c=best.c, seed=best.seed),
+            inputs,
+            max_shard_size=shard_size,
+            svd_of=svds.of,
+            card_data=_card_data(judge.metric, tried, best),
+            planned_card_data=planned,
+        )
+        report.seconds = time.perf_counter() - search_started
     return TuningReport(judge.metric, judge.higher_is_better, tried, best, report)
+
+
+def _card_data(metric: str, candidates: Sequence[Candidate], best: Candidate) -> dict[str, Any]:
+    """What the model card's data say of a search."""
+    rows = [candidate.summary() for candidate in candidates]
+    return {"impart_hf_tuning": {"metric": metric, "candidates": rows, "chosen": best.summary()}}
 
 
 class _TextJudge:

@@ -12,7 +12,7 @@ from typing import IO
 
 from .safetensors_writer import write_json
 
-_PLAN, _LOCK = "plan.json", "lock"
+_PLAN, _LOCK, _SCRATCH = "plan.json", "lock", "scratch"
 # Beyond the records and the file made of them, a file system wants some room to breathe.
 _SPARE_BYTES = 16 << 20
 
@@ -83,6 +83,7 @@ class Workspace:
         self.repository = self.folder / "repository"
         self._replaced = self.folder / "replaced"
         self._distilled = self.folder / "distilled"
+        self._scratch: Path | None = None
         self._lock: IO[str] | None = None
         try:
             check_output(output)
@@ -113,6 +114,10 @@ class Workspace:
         return self
 
     def __exit__(self, _: object, error: object, __: object) -> None:
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._lock is not None and not (self.folder / _PLAN).exists():
+            self.discard()  # nothing there that a later run could take up
         self._release_lock()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
@@ -121,6 +126,8 @@ class Workspace:
             ) from error
 
     def _take_lock(self) -> None:
+        if self._lock is not None:
+            return
         path = self.folder / _LOCK
         self._lock = path.open("w")
         try:
@@ -153,13 +160,7 @@ class Workspace:
         """
         if not self.folder.exists():
             self._check_room(expected_bytes)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-        except OutputError:
-            raise
-        except OSError as error:
-            raise OutputError(f"{self.output} cannot be written: {error.strerror}") from error
+        self._make()
         if self._replaced.exists() and not self.output.exists():
             os.rename(self._replaced, self.output)  # killed between the two renames of `publish`
         plan = self.folder / _PLAN
@@ -175,6 +176,27 @@ class Workspace:
         self.repository.mkdir()
         return resumes
 
+    def scratch(self) -> Path:
+        """An empty folder for what is needed until the workspace is published or left; takes the lock.
+
+        Raises:
+            OutputError: if another process is at work there.
+        """
+        self._make()
+        self._scratch = self.folder / _SCRATCH
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir()
+        return self._scratch
+
+    def _make(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except OutputError:
+            raise
+        except OSError as error:
+            raise OutputError(f"{self.output} cannot be written: {error.strerror}") from error
+
     def _check_room(self, expected_bytes: int) -> None:
         needed = 2 * expected_bytes + _SPARE_BYTES
         free = shutil.disk_usage(self._ground()).free
@@ -184,6 +206,8 @@ class Workspace:
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
+            if path == self._scratch:
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != _LOCK:
@@ -192,8 +216,10 @@ class Workspace:
     def discard(self) -> None:
         """Remove the workspace, the lock last: by it the rest of an interrupted removal is known to be ours."""
         with contextlib.suppress(OSError):
+            self._scratch = None
             self._clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._release_lock()
 
     def _record_path(self, name: str) -> Path:
         """The file of a tensor's records; its name is a hash, for tensor names may be longer than file names."""

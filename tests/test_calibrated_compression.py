@@ -243,7 +243,11 @@ def test_methods_that_do_not_quantise_take_no_calibration(name: str, tiny_pair: 
 @pytest.mark.parametrize(
     "source, error, match",
     [
-        (["too short"], ValueError, "too few for one sequence of 64: set calibration_length to [0-9]+ or less"),
+        (
+            ["too short"],
+            ValueError,
+            "too few for one sequence of 64: give more text, or ask for sequences of [0-9]+ tokens or less",
+        ),
         ([], ValueError, "the list holds no text"),
         ([" \n"], ValueError, "the list holds no text"),
         ([b"bytes"], ValueError, "entry 0 of the list is b'bytes', not a string"),
@@ -262,7 +266,7 @@ def test_texts_that_cannot_be_used(
 @pytest.mark.parametrize("size", [{"calibration_samples": 0}, {"calibration_length": 1}, {"calibration_length": -5}])
 def test_sequences_of_no_size(size: dict, tiny_pair: Pair, tmp_path: Path) -> None:
     method = DareQtConfig(compression_ratio=RATIO)
-    match = "at least one sample of two tokens"
+    match = "at least one sequence of two tokens"
     refuses(tiny_pair, tmp_path, ValueError, match, method, calibration=[TEXT], **size)
 
 

@@ -233,7 +233,7 @@ def test_bad_lists(source: Any, message: str) -> None:
 
 def test_too_little_text_says_how_much_there_is() -> None:
     count = len(encoded(TEXTS[0]))
-    with pytest.raises(ValueError, match=f"has {count} tokens.*calibration_length to {count + 1} or less") as caught:
+    with pytest.raises(ValueError, match=f"has {count} tokens.*sequences of {count + 1} tokens or less") as caught:
         calibration_tokens(TEXTS[:1], tiny_tokenizer(), length=count + 2)
     assert "more text" in str(caught.value)
     assert calibration_tokens(TEXTS[:1], tiny_tokenizer(), length=count + 1).shape == (1, count + 1)
@@ -241,5 +241,5 @@ def test_too_little_text_says_how_much_there_is() -> None:
 
 @pytest.mark.parametrize("settings", [{"samples": 0}, {"length": 1}])
 def test_settings_that_make_no_sequence(settings: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="at least one sample of two tokens"):
+    with pytest.raises(ValueError, match="at least one sequence of two tokens"):
         calibration_tokens(TEXTS, tiny_tokenizer(), **settings)

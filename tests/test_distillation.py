@@ -281,12 +281,12 @@ def test_settings_out_of_range(field: str, value: object) -> None:
         DistillSettings(**{field: value})
 
 
-def test_a_loss_that_is_not_finite(pair: Pair) -> None:
+def test_logits_that_are_not_finite(pair: Pair) -> None:
     records = encode(pair, DareConfig(), 8)
     name = "model.layers.1.mlp.up_proj.weight"
     (record,) = parsed(records)[name]
     records[name] = pack_record(dataclasses.replace(record, scale=3e38))
-    with pytest.raises(ValueError, match="loss of step 1 is not finite"):
+    with pytest.raises(ValueError, match="logits of the fine-tuned or of the compressed model are not finite"):
         distill(pair, records)
 
 

@@ -309,11 +309,18 @@ def test_components_have_the_right_size(name: str, calibrated: bool) -> None:
     expected = sigma / torch.from_numpy(record.keep_ratios()) ** 2
     for side, (true, levels) in enumerate(zip(planes, levels_of(record), strict=True)):
         kept = true * naive_mask(record, side, true.shape[1])
-        image = kept @ hessian.double() if side == 1 and hessian is not None else kept
+        image = damped_image(kept, hessian if side == 1 else None)
         found = found * (image * levels).sum(1)
         expected = expected * (image * kept).sum(1)
     assert record.rank > 34 and expected.min() > 0
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+
+
+def damped_image(kept: torch.Tensor, hessian: torch.Tensor | None) -> torch.Tensor:
+    """What rows are multiplied with in the inner product of the outputs, damped by 1 % of the mean input's."""
+    if hessian is None:
+        return kept
+    return kept @ hessian.double() + 0.01 * hessian.diagonal().double().mean() * kept
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -323,7 +330,7 @@ def test_rows_of_dare_qt_have_the_right_size(value_bits: int, calibrated: bool) 
     hessian = make_hessian(90) if calibrated else None
     record, _ = encode(DareQtConfig(compression_ratio=6, value_bits=value_bits), delta, 6, hessian=hessian)
     kept = delta.double() * naive_mask(record, 0, 90)
-    image = kept if hessian is None else kept @ hessian.double()
+    image = damped_image(kept, hessian)
     found = (image * decode_record(record, "delta").double()).sum(1) * record.keep_ratios()[0]
     torch.testing.assert_close(found, (image * kept).sum(1), rtol=2e-3, atol=0)
 
@@ -468,7 +475,8 @@ def test_inputs_that_are_not_correlated_change_nothing() -> None:
     delta = make_delta(80, 96)
     same, inputs = 4 * torch.eye(96), torch.diag(torch.linspace(0.5, 2, 96))
     for method in (DareQtConfig(), DareQtConfig(value_bits=5)):
-        assert method.encode(delta, 2000, 1, hessian=same).data == method.encode(delta, 2000, 1).data
+        one, other = (decode_record(encode(method, delta, 8, 1, h)[0], "delta") for h in (None, same))
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=0)
     for name in FACTORED:
         records = [encode(method_class(name)(), delta, 8, 1, hessian)[0] for hessian in (None, inputs)]
         (u, v), (other_u, other_v) = map(levels_of, records)

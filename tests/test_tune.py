@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from impart_hf import compress, svd_store
 from impart_hf.calibration_text import calibration_tokens
 from impart_hf.cli import main
+from impart_hf.compress import ModelPair
 from impart_hf.evaluate import evaluate, load
 from impart_hf.inspection import Inspection
 from impart_hf.methods import BitDeltaConfig, DareConfig, ImPartConfig, ImPartQtConfig, LowRankConfig, MethodConfig
@@ -105,13 +106,13 @@ def test_every_combination_is_tried_and_the_best_is_kept(searched: tuple) -> Non
 def test_scores_are_what_a_user_would_measure(pair: Pair, searched: tuple, tmp_path: Path) -> None:
     found, output, _ = searched
     sequences = calibration_tokens([TEXT], tiny_tokenizer(), samples=8, length=32)
-    # The table of candidates in the card takes some bytes of the matrices' budget.
-    assert divergence(pair, output, sequences) == pytest.approx(found.best.score, rel=0.15)
+    assert divergence(pair, output, sequences) == pytest.approx(found.best.score, rel=1e-4)
     for candidate in (found.candidates[0], found.candidates[-1]):
         method = dataclasses.replace(METHOD, beta=candidate.beta, c=candidate.c)
         report = compress(str(pair.base), str(pair.finetuned), tmp_path / "delta", method)
-        assert report.repository_bytes == pytest.approx(candidate.bytes, abs=64)
-        assert divergence(pair, tmp_path / "delta", sequences) == pytest.approx(candidate.score, rel=0.02)
+        # The table of candidates in the card takes some bytes of the matrices' budget.
+        assert report.repository_bytes == pytest.approx(candidate.bytes, rel=0.02)
+        assert divergence(pair, tmp_path / "delta", sequences) == pytest.approx(candidate.score, rel=0.1)
 
 
 def test_the_winner_is_what_compress_makes(pair: Pair, searched: tuple, tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def refuses(pair: Pair, folder: Path, error: type[Exception], match: str, **kwar
         ({"seeds": (1, -1), **VALIDATION}, "seed must be a whole number from 0 to"),
         ({"calibration": [TEXT], **VALIDATION}, "calibration is for the methods that quantise; 'impart' does not"),
         ({"validation": ["short"]}, "too few for one sequence"),
-        ({**VALIDATION, "samples": 0}, "at least one sample of two tokens"),
+        ({**VALIDATION, "samples": 0}, "at least one sequence of two tokens"),
         ({**VALIDATION, "device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({**VALIDATION, "max_shard_size": "much"}, "much"),
         ({**VALIDATION, "batch_size": 0}, "batch_size"),
@@ -368,8 +369,24 @@ def test_a_failure_in_the_middle_leaves_nothing(
     monkeypatch.setattr(importlib.import_module("impart_hf.tune"), "evaluate", failing)
     with pytest.raises(error, match="stopped"):
         run(tiny_pair, tmp_path / "delta", **VALIDATION)
-    assert len(seen) == 2 and len(seen[1]) == 1 and seen[1][0].startswith(".delta.tuning-")
+    assert len(seen) == 2 and seen[1] == [".delta.partial"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_published_is_what_was_judged(tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[bytes] = []
+    load = ModelPair.load
+
+    def watched(pair: ModelPair, repository: Path | None = None) -> Any:
+        if repository is not None:
+            judged.append((repository / "delta_model.safetensors").read_bytes())
+        return load(pair, repository)
+
+    monkeypatch.setattr(ModelPair, "load", watched)
+    found = run(tiny_pair, tmp_path / "delta", ImPartQtConfig(compression_ratio=5), **VALIDATION)
+    best = found.candidates.index(found.best)
+    assert len(judged) == len(found.candidates) and len(set(judged)) > 1
+    assert (tmp_path / "delta" / "delta_model.safetensors").read_bytes() == judged[best]
 
 
 def test_a_vocabulary_that_grew(tmp_path: Path) -> None:

@@ -159,5 +159,5 @@ def parse_setting(method: type[MethodConfig], name: str, text: str) -> Any:
             return tuple(int(part) for part in text.split(",") if part.strip())
         return text if isinstance(default, str) else type(default)(text)
     except ValueError as error:
-        kind = "whole numbers separated by commas" if isinstance(default, tuple) else f"a {type(default).__name__}"
+        kind = {tuple: "whole numbers separated by commas", int: "a whole number"}.get(type(default), "a number")
         raise ValueError(f"{name} must be {kind}, got {text!r}") from error

@@ -53,13 +53,15 @@ class DareQtConfig(MethodConfig):
         threshold = fit_threshold(rows, columns, most_values, mask_seed, delta.device)
         thresholds = np.full(rows, threshold, np.uint16)
         mask = keep_mask(mask_seed, 0, thresholds, columns, delta.device)
-        scales = best_scale(delta, mask, self.value_bits)
+        size = float(delta.abs().max())
+        plane = delta / size
+        scales = best_scale(plane, mask, self.value_bits)
         grid = Grid(scales[:, None], torch.full_like(scales, 2.0**self.value_bits - 1)[:, None])
-        found = quantise(delta, mask, hessian, grid)
+        found = quantise(plane, mask, hessian, grid)
         levels = found.values / grid.scale
-        scales = scales * unbiased(delta, found.values, mask, hessian)
+        scales = scales * unbiased(plane, found.values, mask, hessian)
         largest = float(scales.max()) or 1.0  # nothing was kept
-        scale = largest / float(kept_ratios(thresholds[:1])[0])
+        scale = size * largest / float(kept_ratios(thresholds[:1])[0])
         row_scales = (scales / largest).half().cpu().numpy()
         record = direct_record(delta, levels, scale, threshold, self.value_bits, mask_seed, row_scales)
         return Encoded(record, found.notes)

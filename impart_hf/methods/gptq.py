@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DAMPING = 0.01  # added to a Hessian's diagonal, in units of its mean, as in GPTQ
 _BLOCK, _INNER = 128, 16  # columns that wait for a matrix product, and that are updated one by one, in a core's cache
 _DAMPINGS = (1, 10, 100)  # times the damping asked for, until the Hessian can be factored
 # Scales tried up to the largest entry, and then around the best; long tails want as little as 0.3 times the scale that
@@ -63,7 +64,7 @@ class Quantised:
     notes: tuple[str, ...] = ()
 
 
-def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Factor:
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     """Order the columns and factor the inverse of the damped Hessian H, of which no inverse is formed.
 
     With H = R R^T for an upper triangular R, H^-1 = R^-T R^-1, so U is R^-1; and R is the Cholesky factor of H with

@@ -11,11 +11,10 @@ import torch
 
 from ..modeling.seeded_mask import keep_mask
 from .base import MethodConfig
-from .gptq import Grid, best_scale, quantise
+from .gptq import DAMPING, Grid, best_scale, quantise
 from .records import kept_ratios, runs
 
 _LEAST_BITS, _MOST_BITS = 2, 8
-_LEAST_REACHED = 1e-6  # of the output's size that inputs without correlation would give: rounding errors are less
 _MOST_CORRECTION = 2.0  # more than the bias of any levels: a row of rounding errors alone must not be blown up
 
 
@@ -126,14 +125,12 @@ def unbiased(
         hessian: float32 (length, length): the inner products are then those of outputs on the calibration text.
     """
     kept = plane * mask
-    size, found = kept.square().sum(1), (kept * quantised).sum(1)
+    image = kept
     if hessian is not None:
-        image = kept @ hessian
-        reached = (image * kept).sum(1)
-        # Rows that answer to nothing that the calibration text holds are right on average by themselves
-        live = reached > _LEAST_REACHED * hessian.diagonal().mean() * size
-        size, found = torch.where(live, reached, size), torch.where(live, (image * quantised).sum(1), found)
-    return (size / found.clamp_min(torch.finfo(plane.dtype).tiny)).clamp_max(_MOST_CORRECTION)
+        # Damped as in GPTQ: a row may answer to inputs that the calibration text hardly holds
+        image = kept @ hessian + (DAMPING * hessian.diagonal().mean() + torch.finfo(plane.dtype).tiny) * kept
+    factors = (image * kept).sum(1) / (image * quantised).sum(1).clamp_min(torch.finfo(plane.dtype).tiny)
+    return factors.clamp(1 / _MOST_CORRECTION, _MOST_CORRECTION)
 
 
 def _scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:

@@ -206,9 +206,7 @@ def measured(record: Record, delta: torch.Tensor) -> bytes:
     return pack_record(record)
 
 
-def empty_record(rows: int, columns: int) -> bytes:
-    """The record of a matrix that the fine-tune did not change, as happens in a stack."""
-    return pack_record(
-        Record(FACTORED, rows, columns, 0, 0, 0.0, 0.0, [], np.empty(0, np.float16), np.empty(0, np.uint16), [],
-               np.empty(0, np.uint8))
-    )  # fmt: skip
+def empty_record(rows: int, columns: int, relative_error: float = 0.0) -> bytes:
+    """The record of a matrix that the fine-tune did not change, as happens in a stack, or next to nothing."""
+    sigma, thresholds, codes = (np.empty(0, dtype) for dtype in (np.float16, np.uint16, np.uint8))
+    return pack_record(Record(FACTORED, rows, columns, 0, 0, 0.0, relative_error, [], sigma, thresholds, [], codes))
