@@ -136,7 +136,7 @@ def picture(results: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path)
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9.5, 4.8), layout="constrained")
     styles = zip(pyplot.get_cmap("tab10").colors, "osD^vP*Xhp", strict=True)
     for method in dict.fromkeys(row["method"] for row in rows):
         color, marker = next(styles)
@@ -166,7 +166,7 @@ def picture(results: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path)
     top.minorticks_off()
     top.set_xlabel("compression ratio")
     axes.grid(True, which="major", color="0.9")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -233,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rows:
         picture(results, rows, arguments.output / "quality.png")
     print(markdown(results, rows))
+    print(f"Written: quality.md, quality.json and quality.png in {arguments.output}", file=sys.stderr)
     return 0
 
 
