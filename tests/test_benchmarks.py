@@ -129,3 +129,22 @@ def test_synthetic_delta() -> None:
     assert sigma[0] == pytest.approx(1, rel=0.2)
     assert sigma[15] == pytest.approx(0.25, rel=0.3)
     assert torch.equal(measure.synthetic_delta(70, 60, 0), measure.synthetic_delta(70, 60, 0))
+
+
+def test_gptq(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_script("benchmark_gptq").main(["--side", "96", "--ratio", "8", "--repeats", "1"]) == 0
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    steps = {(line[1].strip(), line[2].strip()) for line in lines[2:]}
+    assert {("V^T", "sparse GPTQ"), ("U", "sparse GPTQ"), ("both", "seconds per layer")} <= steps
+
+
+def test_level_scales(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "held_out.txt"
+    text.write_text("A fine-tuned model is its base model and a small difference. " * 30, encoding="utf-8")
+    arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), "--text", str(text), "--ratios", "6"]
+    assert load_script("compare_level_scales").main([*arguments, "--tokens", "256", "--sequence-length", "32"]) == 0
+    lines = [line.split("|")[2:6] for line in capsys.readouterr().out.splitlines() if line.startswith("| 6")]
+    for name, *found in lines:
+        values = [float(value) for value in found]
+        assert len(set(values)) == 3 and min(values) > 0, f"{name.strip()}: each rule gives something else"
+    assert len(lines) == 3
