@@ -140,7 +140,7 @@ def tune(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     # What wants most components comes first: the decomposition then serves all that follow
     grid = itertools.product(
-        sorted(set(betas)), sorted(set(cs), reverse=True), [method.seed] if seeds is None else seeds
+        sorted(set(betas)), sorted(set(cs), reverse=True), [method.seed] if seeds is None else dict.fromkeys(seeds)
     )
     candidates = [dataclasses.replace(method, beta=beta, c=c, seed=seed) for beta, c, seed in grid]
     if not candidates:

@@ -23,7 +23,6 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from impart_hf import compress
-from impart_hf.calibration_text import calibration_tokens
 from impart_hf.evaluate import evaluate, load
 from impart_hf.methods import MethodConfig, method_class, method_names, parse_setting
 
@@ -46,8 +45,7 @@ def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[st
     dtype = getattr(torch, arguments.dtype)
     reference = load(arguments.finetuned, dtype, arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.finetuned)
-    samples = max(1, arguments.tokens // arguments.sequence_length)
-    blocks = calibration_tokens(arguments.text, tokenizer, samples=samples, length=arguments.sequence_length)
+    blocks = measure.text_sequences(arguments.text, tokenizer, arguments.tokens, arguments.sequence_length)
 
     def measured(source: str) -> dict[str, float]:
         model = load(source, dtype, arguments.device)

@@ -18,7 +18,6 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from impart_hf import compress
-from impart_hf.calibration_text import calibration_tokens
 from impart_hf.evaluate import evaluate, load
 from impart_hf.methods import dare_qt, method_class, mixed_precision
 
@@ -52,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     reference = load(arguments.finetuned, torch.float32, "cpu")
     tokenizer = AutoTokenizer.from_pretrained(arguments.finetuned)
-    samples, length = max(1, arguments.tokens // arguments.sequence_length), arguments.sequence_length
-    blocks = calibration_tokens(arguments.text, tokenizer, samples=samples, length=length)
+    blocks = measure.text_sequences(arguments.text, tokenizer, arguments.tokens, arguments.sequence_length)
     rows = []
     for ratio in [float(ratio) for ratio in arguments.ratios.split(",")]:
         for name in METHODS:

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from impart_hf import ImPartConfig, compress
-from impart_hf.calibration_text import calibration_tokens
 from impart_hf.evaluate import evaluate, load
 from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
 
@@ -57,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base, finetuned = arguments.base, arguments.finetuned
     reference = load(finetuned, torch.float32, "cpu")
     tokenizer = AutoTokenizer.from_pretrained(finetuned)
-    samples, length = max(1, arguments.tokens // arguments.sequence_length), arguments.sequence_length
-    blocks = calibration_tokens(arguments.text, tokenizer, samples=samples, length=length)
+    blocks = measure.text_sequences(arguments.text, tokenizer, arguments.tokens, arguments.sequence_length)
 
     def divergence(model: PreTrainedModel) -> float:
         return evaluate(model, reference, blocks, BATCH_SIZE)[1]

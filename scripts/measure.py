@@ -21,8 +21,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from impart_hf.calibration_text import calibration_tokens
+
 _RESULT = "RESULT "  # what marks a worker's result among its output
 _SPIKES = 512  # components of a synthetic delta that rise above its noise
+
+
+def text_sequences(source: Path, tokenizer: Any, tokens: int, length: int) -> torch.Tensor:
+    """int64 (sequences, length): of a text, as many sequences as `tokens` fill, at least one."""
+    return calibration_tokens(source, tokenizer, samples=max(1, tokens // length), length=length)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import ModelCard
 from tiny_models import Pair, edit_tensors, load_tensors, save_pair, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
+from workspaces import differing, finished, hidden
 
 from impart_hf import compress
 from impart_hf.calibration_text import calibration_tokens
@@ -92,22 +93,6 @@ def size(repository: Path) -> int:
 
 def method_of(repository: Path) -> dict[str, Any]:
     return json.loads((repository / "config.json").read_text("utf-8"))["method"]
-
-
-def differing(one: Path, other: Path) -> list[str]:
-    """Names of the files that are not the same in both folders; the reader's may be edited during a test."""
-    first, second = ({p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".py"} for folder in (one, other))
-    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
-
-
-def hidden(output: Path) -> Path:
-    return output.parent / f".{output.name}.partial"
-
-
-def finished(output: Path) -> dict[str, int]:
-    """The finished records in the hidden folder, and when they were written."""
-    folder = hidden(output) / "records"
-    return {p.name: p.stat().st_mtime_ns for p in folder.glob("*") if not p.suffix} if folder.exists() else {}
 
 
 def divergence(repository: Path, finetuned: Path) -> float:

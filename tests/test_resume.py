@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import Pair, edit_tensors, save_pair, tiny_config
+from workspaces import differing, finished, hidden
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.methods import MethodConfig
@@ -61,25 +62,6 @@ def start(pair: Pair, output: Path, seed: int = 7) -> subprocess.Popen[bytes]:
 
 def finish(pair: Pair, output: Path) -> None:
     compress(str(pair.base), str(pair.finetuned), output, METHOD)
-
-
-def differing(one: Path, other: Path) -> list[str]:
-    """Names of the files that are not the same in both folders.
-
-    The reader's files are copies of this source tree, whatever the models; who edits it during a test is not punished.
-    """
-    first, second = ({p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".py"} for folder in (one, other))
-    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
-
-
-def hidden(output: Path) -> Path:
-    return output.parent / f".{output.name}.partial"
-
-
-def finished(output: Path) -> dict[str, int]:
-    """The finished records in the hidden folder, and when they were written."""
-    folder = hidden(output) / "records"
-    return {p.name: p.stat().st_mtime_ns for p in folder.glob("*") if not p.suffix} if folder.exists() else {}
 
 
 def kill_when(child: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:

@@ -24,6 +24,17 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class EncodingTask:
+    """The arguments of `MethodConfig.encode`."""
+
+    delta: torch.Tensor
+    max_bytes: int
+    mask_seed: int
+    hessian: torch.Tensor | None
+    svd: Svd
+
+
 @dataclass
 class MethodConfig(abc.ABC):
     """Settings that every method has.
@@ -65,7 +76,6 @@ class MethodConfig(abc.ABC):
         if self.embeddings not in ("lowrank", "method"):
             raise ValueError(f'embeddings must be "lowrank" or "method", got {self.embeddings!r}')
 
-    @abc.abstractmethod
     def encode(
         self,
         delta: torch.Tensor,
@@ -85,6 +95,11 @@ class MethodConfig(abc.ABC):
                 do not quantise have no use for it.
             svd: gives the delta's leading singular components, as `leading_svd` does.
         """
+        return self._encode(EncodingTask(delta, max_bytes, mask_seed, hessian, svd))
+
+    @abc.abstractmethod
+    def _encode(self, task: EncodingTask) -> Encoded:
+        """What `encode` does, with its arguments."""
 
     @abc.abstractmethod
     def least_bytes(self, rows: int, columns: int) -> int:

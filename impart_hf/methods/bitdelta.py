@@ -6,9 +6,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .base import Encoded, MethodConfig, Svd
+from .base import Encoded, EncodingTask, MethodConfig
 from .records import OVERHEAD_BYTES, direct_record, fit_threshold, kept_ratios
-from .svd import leading_svd
 
 _FIXED_BYTES = OVERHEAD_BYTES + 2  # one threshold for the whole matrix
 
@@ -22,17 +21,10 @@ class BitDeltaConfig(MethodConfig):
     def least_bytes(self, rows: int, columns: int) -> int:
         return _FIXED_BYTES + 16
 
-    def encode(
-        self,
-        delta: torch.Tensor,
-        max_bytes: int,
-        mask_seed: int,
-        *,
-        hessian: torch.Tensor | None = None,
-        svd: Svd = leading_svd,
-    ) -> Encoded:
+    def _encode(self, task: EncodingTask) -> Encoded:
+        delta = task.delta
         rows, columns = delta.shape
-        threshold = fit_threshold(rows, columns, (max_bytes - _FIXED_BYTES) * 8, mask_seed, delta.device)
+        threshold = fit_threshold(rows, columns, (task.max_bytes - _FIXED_BYTES) * 8, task.mask_seed, delta.device)
         signs = torch.where(delta < 0, -1.0, 1.0)
         scale = float(delta.abs().mean()) / float(kept_ratios(np.array([threshold]))[0])
-        return Encoded(direct_record(delta, signs, scale, threshold, 1, mask_seed))
+        return Encoded(direct_record(delta, signs, scale, threshold, 1, task.mask_seed))

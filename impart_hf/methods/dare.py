@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
-from .base import Encoded, MethodConfig, Svd
+from .base import Encoded, EncodingTask, MethodConfig
 from .records import (
     OVERHEAD_BYTES,
     VALUE_BYTES,
@@ -16,7 +15,6 @@ from .records import (
     fit_threshold,
     kept_ratios,
 )
-from .svd import leading_svd
 
 _FIXED_BYTES = OVERHEAD_BYTES + 2  # one threshold for the whole matrix
 
@@ -40,19 +38,14 @@ class DareConfig(MethodConfig):
     def least_bytes(self, rows: int, columns: int) -> int:
         return _FIXED_BYTES + VALUE_BYTES * 16
 
-    def encode(
-        self,
-        delta: torch.Tensor,
-        max_bytes: int,
-        mask_seed: int,
-        *,
-        hessian: torch.Tensor | None = None,
-        svd: Svd = leading_svd,
-    ) -> Encoded:
+    def _encode(self, task: EncodingTask) -> Encoded:
+        delta = task.delta
         rows, columns = delta.shape
-        threshold = fit_threshold(rows, columns, (max_bytes - _FIXED_BYTES) // VALUE_BYTES, mask_seed, delta.device)
+        threshold = fit_threshold(
+            rows, columns, (task.max_bytes - _FIXED_BYTES) // VALUE_BYTES, task.mask_seed, delta.device
+        )
         # Deltas are small numbers: relative to the largest they stay clear of float16's subnormal range.
         largest = float(delta.abs().max())
         scale = largest / float(kept_ratios(np.array([threshold]))[0])
         width = VALUE_WIDTHS[self.value_dtype]
-        return Encoded(direct_record(delta, delta / largest, scale, threshold, width, mask_seed))
+        return Encoded(direct_record(delta, delta / largest, scale, threshold, width, task.mask_seed))

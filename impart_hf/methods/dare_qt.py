@@ -7,11 +7,10 @@ import numpy as np
 import torch
 
 from ..modeling.seeded_mask import keep_mask
-from .base import Encoded, MethodConfig, Svd
+from .base import Encoded, EncodingTask, MethodConfig
 from .gptq import Grid, best_scale, quantise
 from .mixed_precision import check_bits, unbiased
 from .records import OVERHEAD_BYTES, direct_record, fit_threshold, kept_ratios
-from .svd import leading_svd
 
 _SCALE_BYTES = 2
 
@@ -39,29 +38,22 @@ class DareQtConfig(MethodConfig):
     def least_bytes(self, rows: int, columns: int) -> int:
         return self._fixed_bytes(rows) + rows
 
-    def encode(
-        self,
-        delta: torch.Tensor,
-        max_bytes: int,
-        mask_seed: int,
-        *,
-        hessian: torch.Tensor | None = None,
-        svd: Svd = leading_svd,
-    ) -> Encoded:
+    def _encode(self, task: EncodingTask) -> Encoded:
+        delta = task.delta
         rows, columns = delta.shape
-        most_values = (max_bytes - self._fixed_bytes(rows)) * 8 // self.value_bits
-        threshold = fit_threshold(rows, columns, most_values, mask_seed, delta.device)
+        most_values = (task.max_bytes - self._fixed_bytes(rows)) * 8 // self.value_bits
+        threshold = fit_threshold(rows, columns, most_values, task.mask_seed, delta.device)
         thresholds = np.full(rows, threshold, np.uint16)
-        mask = keep_mask(mask_seed, 0, thresholds, columns, delta.device)
+        mask = keep_mask(task.mask_seed, 0, thresholds, columns, delta.device)
         size = float(delta.abs().max())
         plane = delta / size
         scales = best_scale(plane, mask, self.value_bits)
         grid = Grid(scales[:, None], torch.full_like(scales, 2.0**self.value_bits - 1)[:, None])
-        found = quantise(plane, mask, hessian, grid)
+        found = quantise(plane, mask, task.hessian, grid)
         levels = found.values / grid.scale
-        scales = scales * unbiased(plane, found.values, mask, hessian)
+        scales = scales * unbiased(plane, found.values, mask, task.hessian)
         largest = float(scales.max()) or 1.0  # nothing was kept
         scale = size * largest / float(kept_ratios(thresholds[:1])[0])
         row_scales = (scales / largest).half().cpu().numpy()
-        record = direct_record(delta, levels, scale, threshold, self.value_bits, mask_seed, row_scales)
+        record = direct_record(delta, levels, scale, threshold, self.value_bits, task.mask_seed, row_scales)
         return Encoded(record, found.notes)

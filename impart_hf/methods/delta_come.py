@@ -4,13 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from ..modeling.delta_record import MAX_THRESHOLD
-from .base import Encoded, Svd
+from .base import Encoded, EncodingTask
 from .mixed_precision import MixedPrecision
-from .records import COMPONENT_BYTES, OVERHEAD_BYTES, factored_bytes, factored_record
-from .svd import leading_svd
+from .records import factored_bytes, factored_record
 
 
 @dataclass
@@ -19,9 +17,6 @@ class DeltaComeConfig(MixedPrecision):
 
     name: ClassVar[str] = "delta-come"
     random = False
-
-    def least_bytes(self, rows: int, columns: int) -> int:
-        return OVERHEAD_BYTES + COMPONENT_BYTES + 2 + self.bits[0] * (rows + columns) // 8
 
     def wanted(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
         def fits(rank: int) -> bool:
@@ -35,18 +30,10 @@ class DeltaComeConfig(MixedPrecision):
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
-    def encode(
-        self,
-        delta: torch.Tensor,
-        max_bytes: int,
-        mask_seed: int,
-        *,
-        hessian: torch.Tensor | None = None,
-        svd: Svd = leading_svd,
-    ) -> Encoded:
-        rows, columns = delta.shape
-        rank = self.wanted(np.empty(0), rows, columns, max_bytes)
-        u, sigma, v = (part[..., :rank] for part in svd(delta, lambda _: rank))
+    def _encode(self, task: EncodingTask) -> Encoded:
+        rows, columns = task.delta.shape
+        rank = self.wanted(np.empty(0), rows, columns, task.max_bytes)
+        u, sigma, v = (part[..., :rank] for part in task.svd(task.delta, lambda _: rank))
         keep_all = np.full(rank, MAX_THRESHOLD, np.uint16)
-        u, weights, v, notes = self.quantised(u, sigma, v, keep_all, mask_seed, hessian)
-        return Encoded(factored_record(delta, u, weights, v, keep_all, self.widths(rank), mask_seed), notes)
+        u, weights, v, notes = self.quantised(u, sigma, v, keep_all, task.mask_seed, task.hessian)
+        return Encoded(factored_record(task.delta, u, weights, v, keep_all, self.widths(rank), task.mask_seed), notes)

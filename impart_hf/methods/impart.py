@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from .allocation import ImportanceAllocation
-from .base import Encoded, Svd
+from .base import Encoded, EncodingTask
 from .records import (
     COMPONENT_BYTES,
     OVERHEAD_BYTES,
@@ -17,7 +16,6 @@ from .records import (
     factored_record,
     kept_ratios,
 )
-from .svd import leading_svd
 
 
 @dataclass
@@ -43,16 +41,8 @@ class ImPartConfig(ImportanceAllocation):
         # The first component is always kept whole: its importance is 1.
         return OVERHEAD_BYTES + COMPONENT_BYTES + VALUE_BYTES * (rows + columns)
 
-    def encode(
-        self,
-        delta: torch.Tensor,
-        max_bytes: int,
-        mask_seed: int,
-        *,
-        hessian: torch.Tensor | None = None,
-        svd: Svd = leading_svd,
-    ) -> Encoded:
-        (u, sigma, v), thresholds, notes = self.sparsify(delta, max_bytes, mask_seed, svd)
+    def _encode(self, task: EncodingTask) -> Encoded:
+        (u, sigma, v), thresholds, notes = self.sparsify(task.delta, task.max_bytes, task.mask_seed, task.svd)
         weights = sigma.double().cpu().numpy() / kept_ratios(thresholds) ** 2
         widths = self.widths(len(thresholds))
-        return Encoded(factored_record(delta, u, weights, v, thresholds, widths, mask_seed), notes)
+        return Encoded(factored_record(task.delta, u, weights, v, thresholds, widths, task.mask_seed), notes)

@@ -3,13 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from .allocation import ImportanceAllocation
-from .base import Encoded, Svd
+from .base import Encoded, EncodingTask
 from .mixed_precision import MixedPrecision
-from .records import COMPONENT_BYTES, OVERHEAD_BYTES, factored_record
-from .svd import leading_svd
+from .records import factored_record
 
 
 @dataclass
@@ -23,20 +20,8 @@ class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
 
     c: float = 0.5
 
-    def least_bytes(self, rows: int, columns: int) -> int:
-        # The first component is always kept whole: its importance is 1.
-        return OVERHEAD_BYTES + COMPONENT_BYTES + 2 + self.bits[0] * (rows + columns) // 8
-
-    def encode(
-        self,
-        delta: torch.Tensor,
-        max_bytes: int,
-        mask_seed: int,
-        *,
-        hessian: torch.Tensor | None = None,
-        svd: Svd = leading_svd,
-    ) -> Encoded:
-        factors, thresholds, notes = self.sparsify(delta, max_bytes, mask_seed, svd)
-        u, weights, v, more = self.quantised(*factors, thresholds, mask_seed, hessian)
+    def _encode(self, task: EncodingTask) -> Encoded:
+        factors, thresholds, notes = self.sparsify(task.delta, task.max_bytes, task.mask_seed, task.svd)
+        u, weights, v, more = self.quantised(*factors, thresholds, task.mask_seed, task.hessian)
         widths = self.widths(len(thresholds))
-        return Encoded(factored_record(delta, u, weights, v, thresholds, widths, mask_seed), notes + more)
+        return Encoded(factored_record(task.delta, u, weights, v, thresholds, widths, task.mask_seed), notes + more)

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from ..modeling.delta_record import MAX_THRESHOLD
-from .base import Encoded, MethodConfig, Svd
+from .base import Encoded, EncodingTask, MethodConfig
 from .records import COMPONENT_BYTES, OVERHEAD_BYTES, VALUE_BYTES, VALUE_WIDTHS, check_value_dtype, factored_record
-from .svd import leading_svd
 
 
 @dataclass
@@ -38,17 +36,11 @@ class LowRankConfig(MethodConfig):
         component = COMPONENT_BYTES - 2 + VALUE_BYTES * (rows + columns)
         return min(rows, columns, (max_bytes - OVERHEAD_BYTES) // component)
 
-    def encode(
-        self,
-        delta: torch.Tensor,
-        max_bytes: int,
-        mask_seed: int,
-        *,
-        hessian: torch.Tensor | None = None,
-        svd: Svd = leading_svd,
-    ) -> Encoded:
-        rows, columns = delta.shape
-        rank = self.wanted(np.empty(0), rows, columns, max_bytes)
-        u, sigma, v = (part[..., :rank] for part in svd(delta, lambda _: rank))
+    def _encode(self, task: EncodingTask) -> Encoded:
+        rows, columns = task.delta.shape
+        rank = self.wanted(np.empty(0), rows, columns, task.max_bytes)
+        u, sigma, v = (part[..., :rank] for part in task.svd(task.delta, lambda _: rank))
         keep_all, widths = np.full(rank, MAX_THRESHOLD, np.uint16), np.full(rank, VALUE_WIDTHS[self.value_dtype])
-        return Encoded(factored_record(delta, u, sigma.double().cpu().numpy(), v, keep_all, widths, mask_seed))
+        return Encoded(
+            factored_record(task.delta, u, sigma.double().cpu().numpy(), v, keep_all, widths, task.mask_seed)
+        )

@@ -12,7 +12,7 @@ import torch
 from ..modeling.seeded_mask import keep_mask
 from .base import MethodConfig
 from .gptq import DAMPING, Grid, best_scale, quantise
-from .records import kept_ratios, runs
+from .records import COMPONENT_BYTES, OVERHEAD_BYTES, kept_ratios, runs
 
 _LEAST_BITS, _MOST_BITS = 2, 8
 _MOST_CORRECTION = 2.0  # more than the bias of any levels: a row of rounding errors alone must not be blown up
@@ -55,6 +55,10 @@ class MixedPrecision(MethodConfig):
                 f"groups {self.groups} have {sum(self.groups)} components, more than the rank of any matrix "
                 f"({most}): make them smaller"
             )
+
+    def least_bytes(self, rows: int, columns: int) -> int:
+        # The first component is kept whole by every method: in ImPart its importance is 1.
+        return OVERHEAD_BYTES + COMPONENT_BYTES + 2 + self.bits[0] * (rows + columns) // 8
 
     def widths(self, count: int) -> np.ndarray:
         """Bits of the first `count` components' values, shape (count,)."""

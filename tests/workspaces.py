@@ -1,0 +1,24 @@
+"""Looking at repositories and at the hidden folders in which they grow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Names of the files that are not the same in both folders.
+
+    The reader's files are copies of this source tree, whatever the models; who edits it during a test is not punished.
+    """
+    first, second = ({p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".py"} for folder in (one, other))
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+
+
+def hidden(output: Path) -> Path:
+    return output.parent / f".{output.name}.partial"
+
+
+def finished(output: Path) -> dict[str, int]:
+    """The finished records in the hidden folder, and when they were written."""
+    folder = hidden(output) / "records"
+    return {p.name: p.stat().st_mtime_ns for p in folder.glob("*") if not p.suffix} if folder.exists() else {}
