@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .modeling.checkpoints import Checkpoint
 
 CalibrationSource = str | os.PathLike | Sequence[str]
 
@@ -88,6 +90,30 @@ def calibration_tokens(
     drawn = torch.randperm(available, generator=generator)[:samples].sort().values
     sequences = torch.tensor(stream[: available * text_length]).view(available, text_length)[drawn]
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(drawn), -1), sequences], dim=1)
+
+
+def load_tokenizer(model: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside a checkpoint.
+
+    Raises:
+        ValueError: if it has none that can be read.
+    """
+    options = model.options
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.source, revision=options.revision, token=options.token, cache_dir=options.cache_dir
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer of '{model.source}' cannot be read: {reason}") from error
+
+
+def model_tokens(
+    model: Checkpoint, source: CalibrationSource, samples: int, length: int, seed: int = 0
+) -> torch.Tensor:
+    """`calibration_tokens` with a model's own tokenizer, no longer than it has positions."""
+    positions = model.config.get("max_position_embeddings") or length
+    return calibration_tokens(source, load_tokenizer(model), samples=samples, length=min(length, positions), seed=seed)
 
 
 def _token_stream(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from . import hub
+from .cli_command import command
 from .compress import compress, usable_device
 from .distillation import DistillSettings
 from .inspection import Inspection
@@ -65,12 +66,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, command: Any, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=help)
-    parser.set_defaults(command=command)
-    return parser
-
-
 def _add_repository(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO", help="delta repository: local folder or Hub id")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
@@ -83,7 +78,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_compress(commands: Any) -> None:
-    parser = _command(commands, "compress", _compress, "make a delta repository of a fine-tuned model")
+    parser = command(commands, "compress", _compress, "make a delta repository of a fine-tuned model")
     _add_pair(parser, method_names())
     parser.add_argument(
         "--distill", metavar="TEXT", help="text on which scales are trained towards the fine-tune's logits"
@@ -201,7 +196,7 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _add_tune(commands: Any) -> None:
-    parser = _command(commands, "tune", _tune, "compress with the beta, C and seed that do best on a text or task")
+    parser = command(commands, "tune", _tune, "compress with the beta, C and seed that do best on a text or task")
     _add_pair(parser, ("impart", "impart-qt"), searched=("beta", "c", "seed"))
     judges = parser.add_mutually_exclusive_group(required=True)
     judges.add_argument("--validation", metavar="TEXT", help="judge by KL(fine-tune || candidate) on this text")
@@ -271,7 +266,7 @@ def _summary(report: CompressionReport, output: str) -> str:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = _command(commands, "inspect", _inspect, "show what a delta repository holds, tensor by tensor")
+    parser = command(commands, "inspect", _inspect, "show what a delta repository holds, tensor by tensor")
     _add_repository(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw spectra, keep ratios and bytes by layer")
@@ -285,7 +280,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _command(commands, "verify", _verify, "check a delta repository against its base, decoding every tensor")
+    parser = command(commands, "verify", _verify, "check a delta repository against its base, decoding every tensor")
     _add_reading(parser)
 
 
@@ -296,7 +291,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _add_reconstruct(commands: Any) -> None:
-    parser = _command(commands, "reconstruct", _reconstruct, "write the dense fine-tuned checkpoint again")
+    parser = command(commands, "reconstruct", _reconstruct, "write the dense fine-tuned checkpoint again")
     _add_reading(parser)
     parser.add_argument("output", metavar="OUT", help="folder of the dense checkpoint")
     parser.add_argument("--device", default="cpu", help="where tensors are decoded (default: cpu)")
@@ -317,7 +312,7 @@ def _reconstruct(options: argparse.Namespace) -> None:
 
 
 def _add_push(commands: Any) -> None:
-    parser = _command(commands, "push", _push, "upload a delta repository to the Hub")
+    parser = command(commands, "push", _push, "upload a delta repository to the Hub")
     parser.add_argument("folder", metavar="DIR", help="folder of a delta repository")
     parser.add_argument("repo", metavar="REPO", help="Hub repository, created if missing")
     parser.add_argument("--revision", help="branch to push to, created if missing")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibration_text import CalibrationSource, calibration_tokens
+from .calibration_text import CalibrationSource, load_tokenizer, model_tokens
 from .distillation import DistillSettings, check_tokens, distill_scales
 from .evaluate import load
 from .layer_stream import stream_layers, streamed_model
@@ -168,14 +168,7 @@ class ModelPair:
         Raises:
             ValueError: if it has none that can be read.
         """
-        options = self._model_options
-        try:
-            return AutoTokenizer.from_pretrained(
-                self._finetuned, revision=options.revision, token=options.token, cache_dir=options.cache_dir
-            )
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"the tokenizer of '{self._finetuned}' cannot be read: {reason}") from error
+        return load_tokenizer(self.model)
 
     def load(self, repository: Path | None = None) -> PreTrainedModel:
         """A delta repository of this pair, or the fine-tune itself, in float32 on the device, to be judged."""
@@ -195,8 +188,7 @@ class ModelPair:
 
     def tokens(self, source: CalibrationSource, samples: int, length: int) -> torch.Tensor:
         """int64 (at most `samples`, `length` or as many positions as the model has): sequences of a text."""
-        positions = self.model.config.get("max_position_embeddings") or length
-        return calibration_tokens(source, self.tokenizer(), samples=samples, length=min(length, positions))
+        return model_tokens(self.model, source, samples, length)
 
     def compress(
         self,

@@ -1,22 +1,17 @@
 """A delta repository as the dense checkpoint that it stands for, and the check that it does."""
 
-import os
-import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from .modeling.checkpoints import DTYPE_NAMES, CheckpointError, HubOptions, fetch_file, read_json
-from .modeling.checksums import tensor_bytes
+from .checkpoint_writer import DenseTensor, new_folder, write_weights
+from .companions import copy_companions
+from .modeling.checkpoints import CheckpointError, HubOptions, fetch_file, read_json
 from .modeling.configuration_delta_compressed import DeltaCompressedConfig
 from .modeling.delta_record import DeltaFormatError
 from .modeling.delta_repository import DeltaRepository
 from .progress import Progress
-from .repository import COMPANION_FILES
-from .safetensors_writer import Entry, shard_entries, write_json, write_safetensors
-from .workspace import OutputError, sync_folder
 
 
 def open_repository(repo: str, options: HubOptions, base_model: str | None = None) -> DeltaRepository:
@@ -81,41 +76,13 @@ def reconstruct(
         OutputError: if the folder is not free or the disk is too small.
         DeltaFormatError, WrongBaseError: if delta or base are not as they should be; nothing is left behind.
     """
-    output = Path(os.path.abspath(output_dir))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output} exists and is not an empty folder; choose another")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    names = repository.names()
-    sizes = {n: torch.Size(repository.shape(n)).numel() * repository.dtype(n).itemsize for n in names}
-    if (free := shutil.disk_usage(output.parent).free) < sum(sizes.values()):
-        raise OutputError(f"{output.parent} has {free} bytes free, {sum(sizes.values())} are needed")
-    with (
-        tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", ignore_cleanup_errors=True) as folder,
-        (progress or Progress(False)).bar(sum(sizes.values()), "Reconstructing", "B") as bar,
-    ):
-        target = Path(folder, "checkpoint")
-        target.mkdir()
-
-        def dense(name: str) -> bytes:
-            bar.set_postfix_str(name)
-            bar.update(sizes[name])
-            return tensor_bytes(repository.tensor(name, device)).tobytes()
-
-        entries = [
-            Entry(n, DTYPE_NAMES[repository.dtype(n)], repository.shape(n), sizes[n], partial(dense, n))
-            for n in sorted(names, key=lambda n: -repository.dtype(n).itemsize)
-        ]
-        files, index = shard_entries(entries, "model.safetensors", max_shard_size)
-        for filename, members in files.items():
-            write_safetensors(target / filename, members, {"format": "pt"})
-        if index is not None:
-            write_json(target / "model.safetensors.index.json", index)
-        _write_texts(repository, target)
-        sync_folder(target)
-        if output.exists():
-            output.rmdir()
-        os.rename(target, output)
-        sync_folder(output.parent)
+    tensors = [
+        DenseTensor(name, repository.shape(name), repository.dtype(name), partial(repository.tensor, name, device))
+        for name in repository.names()
+    ]
+    with new_folder(output_dir) as folder:
+        write_weights(folder, tensors, max_shard_size, progress or Progress(False), "Reconstructing")
+        _write_texts(repository, folder)
 
 
 def _write_texts(repository: DeltaRepository, target: Path) -> None:
@@ -123,7 +90,4 @@ def _write_texts(repository: DeltaRepository, target: Path) -> None:
     text_config = repository.config.text_config
     assert text_config is not None  # a repository without one has no model class and cannot be opened
     text_config.save_pretrained(target)
-    for name in COMPANION_FILES:
-        path = fetch_file(repository.source, name, repository.options)
-        if path is not None:
-            shutil.copyfile(path, target / name)
+    copy_companions(repository.source, repository.options, target)

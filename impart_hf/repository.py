@@ -12,6 +12,7 @@ import numpy as np
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from .cards import delta_card, inherited_card_data
+from .companions import companion_files
 from .distillation import DistillReport
 from .modeling import __file__ as _reader_init
 from .modeling.checkpoints import DTYPE_NAMES, Checkpoint, HubOptions, fetch_file
@@ -33,30 +34,21 @@ from .safetensors_writer import Entry, shard_entries, write_json, write_safetens
 from .workspace import Workspace
 
 _READER = Path(_reader_init).parent
-# Copied from the fine-tune unchanged, where it has them.
-COMPANION_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-)
+# What a width-pruned checkpoint needs of the reader to load with trust_remote_code=True.
+_PRUNED_READER_FILES = ("configuration_pruned_llama.py", "modeling_pruned_llama.py", "pruned_llama_card.py")
 _METADATA = {"format": "pt", "impart_hf_format": str(FORMAT_VERSION)}
 # The card is written when its numbers are known; they may be longer than those it was measured with by this much.
 _CARD_SLACK = 64
 
 
 def reader_files() -> list[Path]:
-    """The Python files that travel in every repository."""
+    """The Python files that travel in every delta repository."""
     return sorted(p for p in _READER.glob("*.py") if p.name != "__init__.py")
+
+
+def pruned_reader_files() -> list[Path]:
+    """The Python files that travel in every width-pruned checkpoint."""
+    return [_READER / name for name in _PRUNED_READER_FILES]
 
 
 def describe_base(base: str, options: HubOptions, base_name: str | None) -> tuple[str, str | None]:
@@ -102,8 +94,7 @@ class RepositoryWriter:
         """
         self.base, self.finetuned, self.model, self.method = base, finetuned, model, method
         self.tensors, self.max_shard_size = tensors, max_shard_size
-        found = [fetch_file(finetuned, name, finetuned_options) for name in COMPANION_FILES]
-        self.companions = [path for path in found if path is not None]
+        self.companions = companion_files(finetuned, finetuned_options)
         self._inherited = inherited_card_data(fetch_file(finetuned, "README.md", finetuned_options))
         self.card_data = card_data
         self.config = self._config()

@@ -160,7 +160,7 @@ class Checkpoint:
     """The tensors of one checkpoint, by name.
 
     Attributes:
-        source: the folder or Hub id it was opened from.
+        source, options: the folder or Hub id it was opened from, and how.
         config: its config.json.
         tied: whether the output projection shares the input embeddings.
         weight_bytes: size on disk of its weight files, in bytes.
@@ -178,7 +178,7 @@ class Checkpoint:
         Raises:
             CheckpointError: if it cannot be reached or read, or holds no weights.
         """
-        self.source, self._options = source, options
+        self.source, self.options = source, options
         config_path = fetch_file(source, "config.json", options)
         if config_path is None:
             raise CheckpointError(f"'{source}' has no config.json: it is not a transformers checkpoint")
@@ -200,14 +200,14 @@ class Checkpoint:
         self.weight_bytes = sum(path.stat().st_size for path in self._files)
 
     def _fetch(self, filename: str) -> Path:
-        path = fetch_file(self.source, filename, self._options)
+        path = fetch_file(self.source, filename, self.options)
         if path is None:
             raise CheckpointError(f"'{self.source}' names the weight file {filename}, but does not have it")
         return path
 
     def _find_weights(self) -> tuple[list[Path], dict[str, str]]:
         for filename in WEIGHT_FILES:
-            path = fetch_file(self.source, filename, self._options)
+            path = fetch_file(self.source, filename, self.options)
             if path is None:
                 continue
             if not filename.endswith(".index.json"):
@@ -216,7 +216,7 @@ class Checkpoint:
             if not index or not isinstance(index, dict) or not all(is_plain_name(v) for v in index.values()):
                 raise CheckpointError(f"{path} holds no valid weight_map")
             return [self._fetch(name) for name in sorted(set(index.values()))], index
-        fetch_file(self.source, "model.safetensors", self._options, required=True)  # for its error, if offline
+        fetch_file(self.source, "model.safetensors", self.options, required=True)  # for its error, if offline
         raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}")
 
     def _list_tensors(self) -> dict[str, Path]:
