@@ -16,11 +16,15 @@ from .methods import (
     LowRankConfig,
 )
 from .modeling.configuration_delta_compressed import DeltaCompressedConfig
+from .modeling.configuration_pruned_llama import PrunedLlamaConfig
 from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM
+from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM
 from .tune import tune
 
 AutoConfig.register("delta_compressed", DeltaCompressedConfig, exist_ok=True)
 AutoModelForCausalLM.register(DeltaCompressedConfig, DeltaCompressedForCausalLM, exist_ok=True)
+AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
+AutoModelForCausalLM.register(PrunedLlamaConfig, PrunedLlamaForCausalLM, exist_ok=True)
 
 __version__ = "0.1.0"
 
@@ -34,6 +38,8 @@ __all__ = [
     "ImPartConfig",
     "ImPartQtConfig",
     "LowRankConfig",
+    "PrunedLlamaConfig",
+    "PrunedLlamaForCausalLM",
     "compress",
     "tune",
 ]

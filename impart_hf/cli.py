@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from . import hub
-from .cli_command import command
+from .cli_command import add_push, command, numbers, push_if_asked
+from .cli_evaluate import add_evaluate
+from .cli_prune import add_prune
 from .compress import compress, usable_device
 from .distillation import DistillSettings
 from .inspection import Inspection
@@ -53,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="impart-hf", description="Keep fine-tuned language models as small compressed deltas against their base."
+        prog="impart-hf",
+        description="Keep fine-tuned language models as small compressed deltas against their base, and prune LLaMA.",
     )
     parser.add_argument("--version", action="version", version=f"impart-hf {version('impart-hf')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -63,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_reconstruct(commands)
     _add_push(commands)
+    add_prune(commands)
+    add_evaluate(commands)
     return parser
 
 
@@ -123,8 +128,7 @@ def _add_pair(parser: argparse.ArgumentParser, methods: Sequence[str], searched:
     parser.add_argument("--base-revision", help="branch, tag or commit of the base model")
     parser.add_argument("--base-name", help="Hub id to record for a base that was given as a local folder")
     parser.add_argument("--max-shard-size", default="5GB", help="split larger delta files (default: 5GB)")
-    parser.add_argument("--push", metavar="REPO", help="push the result to this Hub repository")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new Hub repository private")
+    add_push(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -174,12 +178,6 @@ def _pair_options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _pushed(options: argparse.Namespace) -> None:
-    if options.push:
-        url = hub.push(options.output, options.push, private=options.private)
-        print(url, file=sys.stderr if options.json else sys.stdout)
-
-
 def _compress(options: argparse.Namespace) -> None:
     method, shared = method_config(options), _pair_options(options)
     report = compress(
@@ -192,7 +190,7 @@ def _compress(options: argparse.Namespace) -> None:
         **shared,
     )
     print(json.dumps(report.to_dict(), indent=2) if options.json else _summary(report, options.output))
-    _pushed(options)
+    push_if_asked(options)
 
 
 def _add_tune(commands: Any) -> None:
@@ -201,21 +199,13 @@ def _add_tune(commands: Any) -> None:
     judges = parser.add_mutually_exclusive_group(required=True)
     judges.add_argument("--validation", metavar="TEXT", help="judge by KL(fine-tune || candidate) on this text")
     judges.add_argument("--task", help="judge by the first metric of this lm-eval task, or of a task's YAML file")
-    parser.add_argument("--betas", type=_numbers(float), default=BETAS, help=f"default: {','.join(map(str, BETAS))}")
-    parser.add_argument("--cs", type=_numbers(float), default=CS, help=f"default: {','.join(map(str, CS))}")
-    parser.add_argument("--seeds", type=_numbers(int), default=(0,), help="default: 0")
+    parser.add_argument("--betas", type=numbers(float), default=BETAS, help=f"default: {','.join(map(str, BETAS))}")
+    parser.add_argument("--cs", type=numbers(float), default=CS, help=f"default: {','.join(map(str, CS))}")
+    parser.add_argument("--seeds", type=numbers(int), default=(0,), help="default: 0")
     parser.add_argument("--samples", type=int, default=64, help="sequences of the validation text (default: 64)")
     parser.add_argument("--length", type=int, default=512, help="their tokens (default: 512)")
     parser.add_argument("--task-limit", type=int, help="examples of the task, at most")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences judged at a time (default: 8)")
-
-
-def _numbers(kind: type) -> Callable[[str], tuple]:
-    def parse(text: str) -> tuple:
-        return tuple(kind(part) for part in text.split(","))
-
-    parse.__name__ = "comma-separated numbers"  # argparse puts it into its message
-    return parse
 
 
 def _tune(options: argparse.Namespace) -> None:
@@ -238,7 +228,7 @@ def _tune(options: argparse.Namespace) -> None:
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
     if not options.json:
         print("\n" + _summary(found.report, options.output))
-    _pushed(options)
+    push_if_asked(options)
 
 
 def _summary(report: CompressionReport, output: str) -> str:
@@ -312,8 +302,8 @@ def _reconstruct(options: argparse.Namespace) -> None:
 
 
 def _add_push(commands: Any) -> None:
-    parser = command(commands, "push", _push, "upload a delta repository to the Hub")
-    parser.add_argument("folder", metavar="DIR", help="folder of a delta repository")
+    parser = command(commands, "push", _push, "upload a delta repository or pruned model to the Hub")
+    parser.add_argument("folder", metavar="DIR", help="folder of a delta repository or pruned model")
     parser.add_argument("repo", metavar="REPO", help="Hub repository, created if missing")
     parser.add_argument("--revision", help="branch to push to, created if missing")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")

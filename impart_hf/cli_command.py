@@ -1,8 +1,11 @@
 """What the files of the command line share."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
+
+from . import hub
 
 
 def command(
@@ -12,3 +15,26 @@ def command(
     parser = commands.add_parser(name, help=help, description=help)
     parser.set_defaults(command=function)
     return parser
+
+
+def add_push(parser: argparse.ArgumentParser) -> None:
+    """The options of a command whose result can be published."""
+    parser.add_argument("--push", metavar="REPO", help="push the result to this Hub repository")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new Hub repository private")
+
+
+def push_if_asked(options: argparse.Namespace) -> None:
+    """Publish a command's result, the folder `options.output`, if the user wants it."""
+    if options.push:
+        url = hub.push(options.output, options.push, private=options.private)
+        print(url, file=sys.stderr if options.json else sys.stdout)
+
+
+def numbers(kind: type) -> Callable[[str], tuple]:
+    """A parser of comma-separated numbers of a kind, for argparse."""
+
+    def parse(text: str) -> tuple:
+        return tuple(kind(part) for part in text.split(","))
+
+    parse.__name__ = "comma-separated numbers"  # argparse puts it into its message
+    return parse

@@ -21,15 +21,21 @@ def load(source: str, dtype: torch.dtype, device: str | torch.device, **options:
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the first parameter
 
 
+def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int) -> float:
+    """Perplexity of the sequences' tokens but the first; arguments as for `evaluate`."""
+    return evaluate(model, None, blocks, batch_size)[0]
+
+
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel, reference: PreTrainedModel, blocks: torch.Tensor, batch_size: int
+    model: PreTrainedModel, reference: PreTrainedModel | None, blocks: torch.Tensor, batch_size: int
 ) -> tuple[float, float]:
     """Perplexity of the sequences' tokens but the first, and mean KL(reference || model) in nats per token.
 
     Args:
         model: to be judged.
-        reference: what it is compared with; may be the same model. The KL is NaN if their vocabularies differ in size.
+        reference: what it is compared with; may be the same model. The KL is NaN without one, or if their
+            vocabularies differ in size.
         blocks: int64 (sequences, length).
         batch_size: sequences at a time.
     """
@@ -38,8 +44,10 @@ def evaluate(
         rows = rows.to(model.device)
         targets = rows[:, 1:].reshape(-1)
         logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-        expected = logits if model is reference else reference(input_ids=rows, use_cache=False).logits[:, :-1]
-        expected = expected.reshape(len(targets), -1)
+        if reference is None or reference is model:
+            expected = logits if reference is model else logits.new_empty(len(targets), 0)
+        else:
+            expected = reference(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
         chunk = max(1, _CHUNK_ENTRIES // logits.shape[1])
         for part, other, target in zip(*(t.split(chunk) for t in (logits, expected, targets)), strict=True):
             found = part.float().log_softmax(-1)

@@ -1,12 +1,14 @@
-"""Publishing a delta repository."""
+"""Publishing a delta repository or a pruned model."""
 
 import os
 from pathlib import Path
 
-from .modeling.checkpoints import CheckpointError, HubOptions
+from .modeling.checkpoints import CheckpointError, HubOptions, fetch_file, read_json
 from .modeling.delta_repository import DeltaFile, find_delta_files
 from .modeling.repository_files import push_folder
+from .pruning.checks import open_llama
 from .reconstruct import read_config
+from .repository import pruned_reader_files
 
 
 def push(
@@ -18,10 +20,10 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Upload a delta repository, after a look at whether others will be able to load it.
+    """Upload a delta repository or a pruned model, after a look at whether others will be able to load it.
 
     Args:
-        folder: a delta repository's folder.
+        folder: a delta repository's folder, or that of a model from which layers, heads or channels were removed.
         repo_id: the repository on the Hub, created if missing.
         token: as for any upload; the saved login if None.
         private: whether a new repository is private.
@@ -32,11 +34,42 @@ def push(
         The commit's URL.
 
     Raises:
-        CheckpointError: if the folder is no delta repository, or its base is a folder of this machine.
+        CheckpointError: if the folder is neither, lacks files or tensors, or names a base that is a folder of this
+            machine.
         DeltaFormatError: if its delta file is damaged.
+        ValueError: if a pruned model's config.json describes none.
     """
     if not os.path.isdir(folder):
         raise CheckpointError(f"'{folder}' is not a folder")
+    if _is_pruned_model(str(folder)):
+        _check_pruned_model(str(folder))
+        message = commit_message or "Upload pruned model"
+    else:
+        _check_delta_repository(folder)
+        message = commit_message or "Upload delta repository"
+    return push_folder(Path(folder), repo_id, token=token, private=private, revision=revision, commit_message=message)
+
+
+def _is_pruned_model(folder: str) -> bool:
+    path = fetch_file(folder, "config.json", HubOptions())
+    config = {} if path is None else read_json(path)
+    return config.get("model_type") == "pruned_llama" or "pruning" in config
+
+
+def _check_pruned_model(folder: str) -> None:
+    """See that config.json and weights are whole and go together, and that they load without impart-hf."""
+    checkpoint, _ = open_llama(folder)
+    wanted = [path.name for path in pruned_reader_files()] if checkpoint.config["model_type"] == "pruned_llama" else []
+    if wanted and not checkpoint.config.get("auto_map"):
+        raise CheckpointError(
+            f"config.json of '{folder}' has no auto_map: load the model and save it with save_pretrained"
+        )
+    for name in wanted:
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise CheckpointError(f"'{folder}' lacks {name}: load the model and save it with save_pretrained")
+
+
+def _check_delta_repository(folder: str | Path) -> None:
     config = read_config(str(folder), HubOptions())
     file = DeltaFile(find_delta_files(str(folder), HubOptions())[0])
     for name in file.names():
@@ -46,6 +79,3 @@ def push(
             f"the base of '{folder}' is recorded as the local folder {config.base_model_name_or_path}, which nobody "
             "else has: compress again with the base's Hub id, or with --base-name"
         )
-    return push_folder(
-        Path(folder), repo_id, token=token, private=private, revision=revision, commit_message=commit_message
-    )

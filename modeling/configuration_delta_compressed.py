@@ -5,6 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .configuration_pruned_llama import PrunedLlamaConfig
+
 FORMAT_VERSION = 1
 
 
@@ -47,7 +49,10 @@ class DeltaCompressedConfig(PreTrainedConfig):
             if not isinstance(model_type, str):
                 raise ValueError("text_config names no model_type: this config.json is not of a delta repository")
             fields = {k: v for k, v in self.text_config.items() if k != "model_type"}
-            self.text_config = AutoConfig.for_model(model_type, **fields)
+            if model_type == PrunedLlamaConfig.model_type:  # which the Auto classes know only with impart_hf imported
+                self.text_config = PrunedLlamaConfig.from_dict(fields)
+            else:
+                self.text_config = AutoConfig.for_model(model_type, **fields)
         if self.text_config is not None:
             self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
         super().__post_init__(**kwargs)

@@ -14,8 +14,10 @@ from transformers.utils import logging
 
 from .checkpoints import HubOptions, fetch_file, pinned
 from .configuration_delta_compressed import DeltaCompressedConfig
+from .configuration_pruned_llama import PrunedLlamaConfig
 from .delta_record import DeltaFormatError
 from .delta_repository import DeltaRepository
+from .modeling_pruned_llama import PrunedLlamaForCausalLM
 from .repository_files import copy_repository, push_folder
 
 logger = logging.get_logger(__name__)
@@ -202,6 +204,9 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
 
 def _inner_class(text_config: PreTrainedConfig) -> Any:
     """The model class that the fine-tuned model's own configuration names."""
+    # By name: the Auto classes know it only with impart_hf imported, and remote code is imported more than once.
+    if text_config.model_type == PrunedLlamaConfig.model_type:
+        return PrunedLlamaForCausalLM
     known = AutoModelForCausalLM._model_mapping.get(type(text_config), None)
     if known is None:
         raise ValueError(f"transformers has no causal language model for model_type '{text_config.model_type}'")

@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from impart_hf.calibration_text import calibration_tokens
+from impart_hf.memory import PeakMemory as PeakMemory
 
 _RESULT = "RESULT "  # what marks a worker's result among its output
 _SPIKES = 512  # components of a synthetic delta that rise above its noise
@@ -82,37 +82,6 @@ def best_seconds(work: Callable[[], Any], repeats: int, device: str | torch.devi
         synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that is no mapped file (RssAnon): mapped weights are page cache and can be dropped."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon: peak memory can be measured on Linux only")
-
-
-class PeakMemory:
-    """Context manager: `bytes` is the largest growth of anonymous memory within it, sampled every few milliseconds."""
-
-    def __init__(self, interval: float = 0.003):
-        self.bytes, self._interval, self._done = 0, interval, threading.Event()
-
-    def __enter__(self) -> PeakMemory:
-        self._start = anonymous_bytes()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(self._interval):
-            self.bytes = max(self.bytes, anonymous_bytes() - self._start)
-
-    def __exit__(self, *_: object) -> None:
-        self.grown = anonymous_bytes() - self._start  # what is still held at the end
-        self._done.set()
-        self._thread.join()
-        self.bytes = max(self.bytes, self.grown)
 
 
 def in_fresh_process(script: str, task: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""Running sums over the gradients of one matrix, each given as a product of two thin ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .importance_report import masked_entries
+
+
+class MatrixSums:
+    """Running sums over the gradients G = B A of one matrix.
+
+    Attributes:
+        steps: how many gradients were added.
+        squares: float64, (units,): sums of G² over steps and the entries of each unit, a block of rows or columns.
+        norms: float64, (units,): the same of the units' ‖G‖_F.
+        norm: the same of the whole matrix's.
+    """
+
+    def __init__(self, units: int, by_rows: bool, keep: bool):
+        """Begin with nothing.
+
+        Args:
+            units: how many equal blocks the rows, or columns, are.
+            by_rows: whether it is rows.
+            keep: whether the sum of G² is wanted for every entry.
+        """
+        self.steps, self.norm = 0, 0.0
+        self.squares, self.norms = torch.zeros(2, units, dtype=torch.float64)
+        self._by_rows, self._keep = by_rows, keep
+        self._factors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._sum: torch.Tensor | None = None
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Add one gradient; False, and nothing is added, if it is not finite.
+
+        Args:
+            a, b: float32, on the CPU: (rank, in) and (out, rank).
+        """
+        left, right = (b, a) if self._by_rows else (a.t(), b.t())
+        left, right = left.double(), right.double()
+        # Rounding may leave a sum of squares a little below zero
+        squares = ((left @ (right @ right.t())) * left).sum(1).clamp_min(0).view(len(self.squares), -1).sum(1)
+        if not torch.isfinite(squares).all():
+            return False
+        self.steps += 1
+        self.squares += squares
+        self.norms += squares.sqrt()
+        self.norm += float(squares.sum().sqrt())
+        if self._keep:
+            self._add_entries(a, b)
+        return True
+
+    def _add_entries(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        if self._sum is None:
+            self._factors.append((a, b))
+            # The factors of few steps take less than the matrix itself
+            if sum(x.numel() + y.numel() for x, y in self._factors) > b.shape[0] * a.shape[1]:
+                self._sum, self._factors = _sum_of_squares(self._factors), []
+        else:
+            self._sum += (b @ a).square_()
+
+    def total(self, score: str) -> float:
+        """The matrix's part of its layer's score."""
+        return float(self.squares.sum()) / self.steps if score == "igia" else self.norm
+
+    def units(self, score: str) -> torch.Tensor:
+        """The units' scores in this matrix: float64, (units,)."""
+        return self.squares / self.steps if score == "igia" else self.norms
+
+    def mask(self, top_percent: float) -> np.ndarray | None:
+        """The packed bits of the entries with the largest sums, the first of equal ones; None if none were kept.
+
+        Whatever it is made of is given up.
+        """
+        if not self._keep:
+            return None
+        entries = (_sum_of_squares(self._factors) if self._sum is None else self._sum).numpy().reshape(-1)
+        self._factors, self._sum = [], None
+        return np.packbits(_largest(entries, masked_entries(top_percent, entries.size)))
+
+
+def _sum_of_squares(factors: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    (a, b), *others = factors
+    total = (b @ a).square_()
+    for a, b in others:
+        total += (b @ a).square_()
+    return total
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Which of the values are the `count` largest, by index where they are equal."""
+    if count == 0:
+        return np.zeros(values.size, bool)
+    least = np.partition(values, values.size - count)[values.size - count]
+    chosen = values > least
+    ties = np.flatnonzero(values == least)[: count - int(chosen.sum())]
+    chosen[ties] = True
+    return chosen

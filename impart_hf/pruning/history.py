@@ -1,0 +1,27 @@
+"""What was done to a pruned model, as its config.json tells."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..modeling.checkpoints import Checkpoint
+from .llama_shape import LlamaShape
+
+
+def with_step(checkpoint: Checkpoint, shape: LlamaShape, step: Mapping[str, Any]) -> dict[str, Any]:
+    """The field `pruning` of a config.json after one more step.
+
+    Args:
+        checkpoint: the model that the step is applied to.
+        shape: of it.
+        step: what is done, with its `kind`: "layers", "width" or "recovery".
+    """
+    before = checkpoint.config.get("pruning")
+    if not isinstance(before, dict) or not isinstance(before.get("steps"), list):
+        source = checkpoint.source
+        name = Path(os.path.abspath(source)).name if os.path.isdir(source) else source
+        before = {"base_model": name, "base_parameters": shape.parameters, "steps": []}
+    return {**before, "steps": [*before["steps"], dict(step)]}

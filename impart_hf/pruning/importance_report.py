@@ -1,0 +1,330 @@
+"""The importance of a model's layers, heads and channels, as `compute_importance` measures it and pruning reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..modeling.checkpoints import Checkpoint, all_finite, read_json
+from ..modeling.checksums import tensor_bytes
+from ..safetensors_writer import Entry, write_json, write_safetensors
+from .checks import weights_fingerprint
+from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
+
+FORMAT_VERSION = 1
+SCORES = ("igia", "gradient_norm")
+REPORT, UNIT_SCORES, MASKS = "importance.json", "importance.safetensors", "masks.safetensors"
+_UNITS = ("heads", "groups", "channels")
+_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # of a layer; numbers of its units
+_SHAPE = tuple(field.name for field in dataclasses.fields(LlamaShape) if field.name != "layers")
+_AGAIN = "run `impart-hf prune importance` again"
+
+UnitScores = Mapping[str, Sequence[torch.Tensor]]
+# The packed bits of a matrix's mask, by the name that the matrix has in the checkpoint.
+PackedMasks = Callable[[str], np.ndarray]
+
+
+class Importance:
+    """Scores of every decoder layer, attention head, KV group and MLP channel, and masks of the top entries.
+
+    Attributes:
+        model: what was scored: a Hub id or the name of a folder.
+        fingerprint: of its weights.
+        shape: of the model.
+        steps: how many gradients the scores are of.
+        settings: how they were found.
+        top_percent: share of every matrix's entries in its mask, in percent.
+        losses: of the steps, in nats per token.
+        layers: float64, (layers,), by score: "igia" and "gradient_norm".
+        heads, groups, channels: by score, for every layer float32, (heads,), (KV groups,) or (channels,).
+        has_masks: whether there are any.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        fingerprint: str,
+        shape: LlamaShape,
+        settings: Mapping[str, Any],
+        top_percent: float,
+        losses: Sequence[float],
+        layers: Mapping[str, torch.Tensor],
+        heads: UnitScores,
+        groups: UnitScores,
+        channels: UnitScores,
+        masks: PackedMasks | None = None,
+    ):
+        """Put a report together.
+
+        Args:
+            masks: gives the packed bits of the mask of model.layers.I.NAME, uint8, as numpy.packbits of the matrix's
+                entries row by row; the others are as the attributes.
+
+        Raises:
+            ValueError: if scores are missing, do not fit the shape, or are negative or not finite.
+        """
+        self.model, self.fingerprint, self.shape = model, fingerprint, shape
+        self.settings, self.top_percent, self.losses = dict(settings), top_percent, list(losses)
+        self.layers, self.heads, self.groups, self.channels = layers, heads, groups, channels
+        self._masks = masks
+        self._check_scores()
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+    @property
+    def has_masks(self) -> bool:
+        return self._masks is not None
+
+    def mask(self, layer: int, linear_name: str) -> torch.Tensor:
+        """The mask of a matrix's top entries by IGIA: bool, (out, in).
+
+        Args:
+            layer: number of the decoder layer.
+            linear_name: one of `llama_shape.LINEAR`.
+
+        Raises:
+            ValueError: if the report has no masks, there is no such matrix, or the file is damaged.
+        """
+        if self._masks is None:
+            raise ValueError(f"the importance report holds no masks: {_AGAIN}, with masks")
+        if linear_name not in LINEAR or not 0 <= layer < len(self.shape.layers):
+            raise ValueError(f"the model has no matrix {linear_name} in a layer {layer}")
+        out_features, in_features = _matrix_shape(self.shape, layer, linear_name)
+        size = out_features * in_features
+        bits = np.unpackbits(self._masks(_matrix_name(layer, linear_name)), count=size)
+        if int(bits.sum(dtype=np.int64)) != masked_entries(self.top_percent, size):
+            raise ValueError(f"the mask of {_matrix_name(layer, linear_name)} is damaged: {_AGAIN}")
+        return torch.from_numpy(bits.view(np.bool_)).view(out_features, in_features)
+
+    def check_model(self, checkpoint: Checkpoint, shape: LlamaShape) -> None:
+        """See that the report is about a model.
+
+        Args:
+            checkpoint, shape: from `checks.open_llama`.
+
+        Raises:
+            ValueError: if it was made for another one, or scores are not numbers any more.
+        """
+        self._check_scores()
+        if self.shape != shape or self.fingerprint != weights_fingerprint(checkpoint):
+            raise ValueError(
+                f"the importance report was made for another model ('{self.model}'), not for '{checkpoint.source}': "
+                f"{_AGAIN} for this one"
+            )
+
+    def _check_scores(self) -> None:
+        counts = [dataclasses.astuple(width) for width in self.shape.layers]
+        for score in SCORES:
+            found = [self.layers.get(score), *(getattr(self, units).get(score) for units in _UNITS)]
+            if any(values is None for values in found):
+                raise ValueError(f"the importance report lacks the score '{score}': {_AGAIN}")
+            sizes = [tuple(len(values) for values in per_layer) for per_layer in zip(*found[1:], strict=False)]
+            if len(found[0]) != len(counts) or any(len(part) != len(counts) for part in found[1:]) or sizes != counts:
+                raise ValueError(f"the importance report's scores do not fit its model: {_AGAIN}")
+            for values in [found[0], *(tensor for part in found[1:] for tensor in part)]:
+                if not all_finite(values) or bool((values < 0).any()):
+                    raise ValueError(f"the importance report holds a score that is negative or not finite: {_AGAIN}")
+
+    def save(self, folder: str | Path) -> None:
+        """Write importance.json, importance.safetensors and, if there are masks, masks.safetensors.
+
+        Args:
+            folder: to write to; made if it is not there.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        report = {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "shape": {name: getattr(self.shape, name) for name in _SHAPE},
+            "settings": self.settings,
+            "masks": self.has_masks,
+            "top_percent": self.top_percent,
+            "layers": [
+                {"layer": number}
+                | {name: getattr(width, name) for name in _WIDTHS}
+                | {score: float(self.layers[score][number]) for score in SCORES}
+                for number, width in enumerate(self.shape.layers)
+            ],
+            "losses": self.losses,
+        }
+        write_json(target / REPORT, report)
+        entries = []
+        for units in _UNITS:
+            for score in SCORES:
+                values = torch.cat([tensor.to(torch.float32) for tensor in getattr(self, units)[score]])
+                data = tensor_bytes(values).tobytes()
+                entries.append(Entry(f"{units}.{score}", "F32", tuple(values.shape), len(data), partial(bytes, data)))
+        write_safetensors(target / UNIT_SCORES, entries, {"format": "pt"})
+        if self._masks is not None:
+            masks = self._masks
+            write_safetensors(
+                target / MASKS,
+                [
+                    Entry(name, "U8", (size,), size, lambda name=name: masks(name).tobytes())  # type: ignore[misc]
+                    for name, size in _packed_sizes(self.shape).items()
+                ],
+                {"format": "pt"},
+            )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Importance:
+        """Read a report; masks are read when they are asked for.
+
+        Raises:
+            FileNotFoundError: if the folder holds no report.
+            ValueError: if the report is damaged or of another version of the format.
+        """
+        path = Path(folder)
+        if not (path / REPORT).is_file():
+            raise FileNotFoundError(f"'{path}' holds no {REPORT}: make it with `impart-hf prune importance`")
+        try:
+            return cls._read(path)
+        except _Damaged as error:
+            raise ValueError(f"the importance report in '{path}' cannot be used: {error}; {_AGAIN}") from error
+
+    @classmethod
+    def _read(cls, path: Path) -> Importance:
+        report = _read_report(path / REPORT)
+        if report.get("format_version") != FORMAT_VERSION:
+            raise _Damaged(f"its format is version {report.get('format_version')!r:.20}, not {FORMAT_VERSION}")
+        fields, rows, has_masks = report.get("shape"), report.get("layers"), report.get("masks")
+        if not isinstance(rows, list) or not rows or not isinstance(fields, dict) or not isinstance(has_masks, bool):
+            raise _Damaged(f"{REPORT} lacks the model's shape, its layers or whether there are masks")
+        if not all(isinstance(row, dict) and row.get("layer") == number for number, row in enumerate(rows)):
+            raise _Damaged("its layers are not numbered from 0 on")
+        shape = LlamaShape(
+            hidden_size=_whole(fields, "hidden_size"),
+            head_dim=_whole(fields, "head_dim"),
+            vocab_size=_whole(fields, "vocab_size"),
+            tied=_flag(fields, "tied"),
+            attention_bias=_flag(fields, "attention_bias"),
+            mlp_bias=_flag(fields, "mlp_bias"),
+            layers=tuple(LayerWidth(*(_whole(row, name) for name in _WIDTHS)) for row in rows),
+        )
+        for number, width in enumerate(shape.layers):
+            if width.num_attention_heads % width.num_key_value_heads:
+                raise _Damaged(f"the heads of layer {number} cannot share its KV heads")
+        settings, losses = report.get("settings"), report.get("losses")
+        if not isinstance(settings, dict) or not isinstance(losses, list) or not losses:
+            raise _Damaged(f"{REPORT} lacks its settings or losses")
+        top_percent = _number(report, "top_percent")
+        if not 0 < top_percent <= 100:
+            raise _Damaged(f"top_percent is {top_percent}")
+        units = _read_units(path / UNIT_SCORES, shape)
+        return cls(
+            model=_text(report, "model"),
+            fingerprint=_text(report, "fingerprint"),
+            shape=shape,
+            settings=settings,
+            top_percent=top_percent,
+            losses=[_number({"loss": loss}, "loss") for loss in losses],
+            layers={s: torch.tensor([_number(row, s) for row in rows], dtype=torch.float64) for s in SCORES},
+            heads=units["heads"],
+            groups=units["groups"],
+            channels=units["channels"],
+            masks=_open(path / MASKS, "U8", _packed_sizes(shape)).get_tensor if has_masks else None,
+        )
+
+
+def masked_entries(top_percent: float, entries: int) -> int:
+    """How many of a matrix's entries are in its mask."""
+    return round(top_percent / 100 * entries)
+
+
+def _matrix_name(layer: int, linear_name: str) -> str:
+    return layer_prefix(layer) + linear_name
+
+
+def _matrix_shape(shape: LlamaShape, layer: int, linear_name: str) -> tuple[int, int]:
+    out_features, in_features = shape.layer_tensors(layer)[f"{linear_name}.weight"]
+    return out_features, in_features
+
+
+def _packed_sizes(shape: LlamaShape) -> dict[str, int]:
+    """Bytes of every matrix's mask."""
+    return {
+        _matrix_name(layer, name): -(-math.prod(_matrix_shape(shape, layer, name)) // 8)
+        for layer in range(len(shape.layers))
+        for name in LINEAR
+    }
+
+
+class _Damaged(ValueError):
+    """What is wrong with a report's files."""
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except OSError as error:
+        raise _Damaged(str(error)) from error
+
+
+def _whole(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+        raise _Damaged(f"{name} is {value!r:.40}")
+    return value
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if not isinstance(value, bool):
+        raise _Damaged(f"{name} is {value!r:.40}")
+    return value
+
+
+def _number(fields: Mapping[str, Any], name: str) -> float:
+    value = fields.get(name)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < math.inf:
+            return float(value)
+    except OverflowError:
+        pass
+    raise _Damaged(f"{name} is {value!r:.40}")
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str) or not value:
+        raise _Damaged(f"{name} is {value!r:.40}")
+    return value
+
+
+def _open(path: Path, dtype: str, sizes: Mapping[str, int]) -> Any:
+    """A safetensors file that holds vectors of these sizes and nothing else; no data are read yet."""
+    try:
+        file = safe_open(str(path), framework="np")
+        found = {name: file.get_slice(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise _Damaged(f"{path.name} cannot be read: {error}") from error
+    if found.keys() != sizes.keys():
+        raise _Damaged(f"{path.name} does not hold the entries that it should")
+    for name, entry in found.items():
+        if entry.get_dtype() != dtype or entry.get_shape() != [sizes[name]]:
+            raise _Damaged(f"{path.name}: {name} is {entry.get_dtype()} {entry.get_shape()}, not [{sizes[name]}]")
+    return file
+
+
+def _read_units(path: Path, shape: LlamaShape) -> dict[str, dict[str, list[torch.Tensor]]]:
+    counts = {units: [getattr(w, name) for w in shape.layers] for units, name in zip(_UNITS, _WIDTHS, strict=True)}
+    file = _open(path, "F32", {f"{units}.{score}": sum(counts[units]) for units in _UNITS for score in SCORES})
+    return {
+        units: {
+            score: list(torch.from_numpy(file.get_tensor(f"{units}.{score}")).split(counts[units])) for score in SCORES
+        }
+        for units in _UNITS
+    }

@@ -1,0 +1,189 @@
+"""Layer pruning: whole decoder layers dropped, and what matters of them added to a layer that stays (GradPruner)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint_writer import DenseTensor, check_free
+from ..modeling.checkpoints import Checkpoint
+from ..progress import Progress
+from .checks import check_score, open_llama
+from .importance_report import Importance
+from .llama_shape import LINEAR, LlamaShape, layer_prefix
+from .pruned_writer import PruningReport, write_pruned
+
+
+def prune_layers(
+    model: str,
+    output_dir: str | Path,
+    importance: Importance | str | Path | None = None,
+    *,
+    drop: int | None = None,
+    ratio: float | None = None,
+    layers: Sequence[int] | None = None,
+    score: str = "igia",
+    merge: bool = True,
+    protect: bool = True,
+    revision: str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: bool = True,
+) -> PruningReport:
+    """Drop decoder layers of a LLaMA, and merge their most important weights into the layers before them.
+
+    The result of a plain LLaMA is a plain LLaMA. Which layers go is said in one of three ways:
+
+    Args:
+        model: local folder or Hub id.
+        output_dir: folder to make; must not exist, or be empty.
+        importance: report on this model, or its folder; needed unless `layers` are given and nothing is merged.
+        drop: how many layers, those with the lowest scores.
+        ratio: share of the decoder layers' parameters, in (0, 1); as near to it as whole layers come, lowest scores
+            first.
+        layers: their numbers, counted from 0.
+        score: "igia" or "gradient_norm".
+        merge: add each dropped matrix's top entries by IGIA, where signs agree, to the same matrix of the nearest
+            kept layer before it (METHODS 6.3); norms and biases are left alone.
+        protect: keep the first and the last layer.
+        revision: branch, tag or commit of the model.
+        max_shard_size: a weight file larger than this is split.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: if the model is not LLaMA-shaped, the report is missing or of another model, the choice of layers
+            is none or leaves none, or layers to be merged differ in width.
+        CheckpointError: if the model cannot be read.
+        OutputError: if the output folder is not free or the disk is too small.
+    """
+    if sum(choice is not None for choice in (drop, ratio, layers)) != 1:
+        raise ValueError("say which layers to drop in one way: drop (how many), ratio, or layers (their numbers)")
+    check_score(score)
+    check_free(output_dir)
+    checkpoint, shape = open_llama(model, revision)
+    if importance is not None:
+        importance = importance if isinstance(importance, Importance) else Importance.load(importance)
+        importance.check_model(checkpoint, shape)
+    elif merge or layers is None:
+        raise ValueError(
+            "an importance report is needed to choose layers or to merge them: run `impart-hf prune importance` first, "
+            "or name the layers and do not merge"
+        )
+    if layers is not None:
+        dropped = _named(layers, len(shape.layers), protect)
+    else:
+        assert importance is not None
+        candidates = range(1, len(shape.layers) - 1) if protect else range(len(shape.layers))
+        ranked = sorted(candidates, key=lambda n: (importance.layers[score][n].item(), n))
+        dropped = _lowest(ranked, drop, ratio, shape, protect)
+    kept = [number for number in range(len(shape.layers)) if number not in dropped]
+    merged = merge_targets(dropped, kept) if merge else {}
+    for source, target in merged.items():
+        if shape.layers[source] != shape.layers[target]:
+            raise ValueError(
+                f"layer {source} cannot be merged into layer {target}, which has other widths: drop layers before "
+                "widths are pruned, or do not merge"
+            )
+    after = LlamaShape(**{**vars(shape), "layers": tuple(shape.layers[number] for number in kept)})
+    step: dict[str, Any] = {
+        "kind": "layers",
+        "removed": dropped,
+        "merged_into": {str(source): target for source, target in merged.items()},
+    }
+    if layers is None:
+        step["score"] = score
+    if merged:
+        assert importance is not None
+        importance.mask(dropped[0], LINEAR[0])  # the clear error of a report without masks
+        step["top_percent"] = importance.top_percent
+    notes = [f"layer {n} has no kept layer before it and was not merged" for n in dropped if merge and n not in merged]
+    return write_pruned(
+        output_dir, checkpoint, shape, after, step, _tensors(checkpoint, kept, merged, importance, after),
+        max_shard_size=max_shard_size, progress=Progress(progress), notes=notes,
+    )  # fmt: skip
+
+
+def _named(layers: Sequence[int], count: int, protect: bool) -> list[int]:
+    if not layers:
+        raise ValueError("no layers are named: nothing would be dropped")
+    if unknown := [n for n in layers if not 0 <= n < count]:
+        raise ValueError(f"the model has no layer {unknown[0]}: its layers are 0 to {count - 1}")
+    dropped = sorted(set(layers))
+    if protect and (ends := [n for n in dropped if n in (0, count - 1)]):
+        raise ValueError(f"layer {ends[0]} is the first or the last one, which are protected unless you say otherwise")
+    if len(dropped) == count:
+        raise ValueError("all layers are named: none would be left")
+    return dropped
+
+
+def _lowest(
+    ranked: Sequence[int], drop: int | None, ratio: float | None, shape: LlamaShape, protect: bool
+) -> list[int]:
+    """The first of the ranked layers: as many as asked for, or as come nearest to a share of the parameters."""
+    most = min(len(ranked), len(shape.layers) - 1)
+    if drop is not None:
+        if not 1 <= drop <= most:
+            raise ValueError(
+                f"{drop} layers cannot be dropped of {len(shape.layers)}: 1 to {most} can"
+                + (", as the first and the last one are protected" if protect else "")
+            )
+        return sorted(ranked[:drop])
+    assert ratio is not None
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio is {ratio:g}; it must lie between 0 and 1: a share of the decoder layers' parameters")
+    wanted, removed, count = ratio * shape.decoder_parameters, 0, 0
+    for number in ranked[:most]:
+        size = shape.layer_parameters(number)
+        if abs(removed + size - wanted) >= abs(removed - wanted):
+            break
+        removed, count = removed + size, count + 1
+    if count == 0:
+        raise ValueError(f"ratio {ratio:g} comes nearest to no layer at all of {len(shape.layers)}, or none may go")
+    if count == most and wanted - removed > shape.layer_parameters(ranked[count - 1]) / 2:
+        raise ValueError(f"ratio {ratio:g} is more than the {most} layers that can be dropped")
+    return sorted(ranked[:count])
+
+
+def merge_targets(dropped: Collection[int], kept: Sequence[int]) -> dict[int, int]:
+    """For every dropped layer the nearest kept one before it; layers that have none are missing."""
+    return {n: max(k for k in kept if k < n) for n in sorted(dropped) if kept and n > kept[0]}
+
+
+def _tensors(
+    checkpoint: Checkpoint,
+    kept: Sequence[int],
+    merged: dict[int, int],
+    importance: Importance | None,
+    after: LlamaShape,
+) -> list[DenseTensor]:
+    tensors = []
+    for name, size in after.tensors().items():
+        if not name.startswith("model.layers."):
+            tensors.append(DenseTensor(name, size, checkpoint.dtype(name), partial(checkpoint.tensor, name)))
+    for number, old in enumerate(kept):
+        sources = [source for source, target in merged.items() if target == old]
+        for local, size in after.layer_tensors(number).items():
+            stored = layer_prefix(old) + local
+            make = partial(checkpoint.tensor, stored)
+            linear = local.removesuffix(".weight")
+            if sources and linear in LINEAR:
+                assert importance is not None
+                make = partial(_merged, checkpoint, importance, old, sources, linear)
+            tensors.append(DenseTensor(layer_prefix(number) + local, size, checkpoint.dtype(stored), make))
+    return tensors
+
+
+def _merged(
+    checkpoint: Checkpoint, importance: Importance, target: int, sources: Sequence[int], linear: str
+) -> torch.Tensor:
+    """A kept matrix with the masked entries of dropped ones added where signs agree; rounded once."""
+    kept = checkpoint.tensor(f"{layer_prefix(target)}{linear}.weight")
+    result = kept.float()
+    for source in sources:
+        dropped = checkpoint.tensor(f"{layer_prefix(source)}{linear}.weight").float()
+        alike = importance.mask(source, linear) & (dropped.sign() == kept.sign())
+        result += torch.where(alike, dropped, 0.0)
+    return result.to(kept.dtype)

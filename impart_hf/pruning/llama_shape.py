@@ -1,0 +1,122 @@
+"""The widths of a LLaMA-shaped model, layer by layer, and the tensors and parameters that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+# The matrices of a decoder layer; heads are rows of the first three and columns of the fourth, channels rows of the
+# fifth and sixth and columns of the last.
+LINEAR = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_MODEL_TYPES = ("llama", "pruned_llama")
+
+
+@dataclass(frozen=True)
+class LayerWidth:
+    """How wide one decoder layer is."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """What determines every tensor's shape in a LLaMA-shaped model.
+
+    Attributes:
+        tied: whether input and output embeddings are one matrix.
+        attention_bias, mlp_bias: whether these linear layers have biases.
+        layers: the decoder layers' widths, in order.
+    """
+
+    hidden_size: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+    layers: tuple[LayerWidth, ...]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> LlamaShape:
+        """The shape that a config.json describes.
+
+        Raises:
+            ValueError: if it is not that of a LLaMA, pruned or not, or describes no model.
+        """
+        model_type = config.get("model_type")
+        if model_type not in _MODEL_TYPES:
+            raise ValueError(f"this is a model of type '{model_type}', not LLaMA-shaped ({' or '.join(_MODEL_TYPES)})")
+        try:
+            parsed = CONFIG_MAPPING[str(model_type)].from_dict(dict(config))
+            layers = tuple(
+                LayerWidth(layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
+                for layer in parsed.per_layer_config
+            )
+        except Exception as error:  # which error a bad field raises is transformers' affair
+            raise ValueError(f"config.json describes no LLaMA: {error}") from error
+        return cls(
+            hidden_size=parsed.hidden_size,
+            head_dim=parsed.head_dim,
+            vocab_size=parsed.vocab_size,
+            tied=parsed.tie_word_embeddings,
+            attention_bias=parsed.attention_bias,
+            mlp_bias=parsed.mlp_bias,
+            layers=layers,
+        )
+
+    def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a decoder layer's tensors, by the names they have within the layer."""
+        width, hidden = self.layers[layer], self.hidden_size
+        heads, kv_heads = width.num_attention_heads * self.head_dim, width.num_key_value_heads * self.head_dim
+        inner = width.intermediate_size
+        attention = [(heads, hidden), (kv_heads, hidden), (kv_heads, hidden), (hidden, heads)]
+        mlp = [(inner, hidden), (inner, hidden), (hidden, inner)]
+        tensors: dict[str, tuple[int, ...]] = {}
+        for name, size in zip(LINEAR, attention + mlp, strict=True):
+            tensors[f"{name}.weight"] = size
+            if self.attention_bias if name.startswith("self_attn") else self.mlp_bias:
+                tensors[f"{name}.bias"] = size[:1]
+        return tensors | {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors of the checkpoint, by name."""
+        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        for layer in range(len(self.layers)):
+            found |= {f"{layer_prefix(layer)}{name}": size for name, size in self.layer_tensors(layer).items()}
+        found["model.norm.weight"] = (self.hidden_size,)
+        if not self.tied:
+            found["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return found
+
+    def layer_parameters(self, layer: int) -> int:
+        """Parameters of one decoder layer."""
+        return sum(map(math.prod, self.layer_tensors(layer).values()))
+
+    @property
+    def decoder_parameters(self) -> int:
+        """Parameters of all decoder layers: what the ratios of pruning are shares of."""
+        return sum(map(self.layer_parameters, range(len(self.layers))))
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model; tied embeddings count once."""
+        return sum(map(math.prod, self.tensors().values()))
+
+
+def layer_prefix(layer: int) -> str:
+    """What the names of a decoder layer's tensors begin with."""
+    return f"model.layers.{layer}."

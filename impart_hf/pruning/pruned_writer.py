@@ -1,0 +1,119 @@
+"""Writing a pruned checkpoint: weights tensor by tensor, a config.json that says what was removed, and a card."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..cards import inherited_card_data
+from ..checkpoint_writer import DenseTensor, new_folder, write_weights
+from ..companions import copy_companions
+from ..modeling.checkpoints import Checkpoint, fetch_file
+from ..modeling.pruned_llama_card import pruned_model_card
+from ..progress import Progress
+from ..repository import pruned_reader_files
+from ..safetensors_writer import write_json
+from .history import with_step
+from .llama_shape import LlamaShape
+
+
+@dataclass
+class PruningReport:
+    """What a step of pruning did.
+
+    Attributes:
+        step: as config.json has it (see docs/pruning.md).
+        parameters_before, parameters_after: of the whole model.
+        decoder_before, decoder_after: of its decoder layers, of which a ratio is a share.
+        notes: what the user should know beside that.
+    """
+
+    step: dict[str, Any]
+    parameters_before: int
+    parameters_after: int
+    decoder_before: int
+    decoder_after: int
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return dataclasses.asdict(self)
+
+
+def write_pruned(
+    output: str | Path,
+    checkpoint: Checkpoint,
+    before: LlamaShape,
+    after: LlamaShape,
+    step: Mapping[str, Any],
+    tensors: Iterable[DenseTensor],
+    *,
+    max_shard_size: int | str,
+    progress: Progress,
+    notes: list[str],
+) -> PruningReport:
+    """Write the checkpoint that one step of pruning leaves, as a whole or not at all.
+
+    Args:
+        output: folder to make; must not exist, or be empty.
+        checkpoint: the model before the step.
+        before, after: its shape before and after.
+        step: what is done, for the history.
+        tensors: all of the new checkpoint.
+        max_shard_size: a weight file larger than this is split.
+        notes: for the report.
+
+    Raises:
+        OutputError: if the folder is not free or the disk is too small.
+        ValueError: if `max_shard_size` is no size.
+    """
+    config = _pruned_config(checkpoint, before, after, step)
+    with new_folder(output) as folder:
+        write_weights(folder, tensors, max_shard_size, progress, "Writing")
+        write_json(folder / "config.json", config)
+        copy_companions(checkpoint.source, checkpoint.options, folder)
+        if config["model_type"] == "pruned_llama":
+            for path in pruned_reader_files():
+                shutil.copyfile(path, folder / path.name)
+        metadata = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
+        (folder / "README.md").write_text(pruned_model_card(config, Path(output).name, metadata), "utf-8")
+    return PruningReport(
+        step=dict(step),
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        decoder_before=before.decoder_parameters,
+        decoder_after=after.decoder_parameters,
+        notes=notes,
+    )
+
+
+def _pruned_config(
+    checkpoint: Checkpoint, before: LlamaShape, after: LlamaShape, step: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The new config.json; layers like those before, only fewer, leave a LLaMA a plain LLaMA."""
+    config = dict(checkpoint.config)
+    config["num_hidden_layers"] = len(after.layers)
+    if config["model_type"] == "pruned_llama" or set(after.layers) != set(before.layers):
+        # The widths that per_layer_config differs from; transformers writes them out even where it has defaults.
+        usual = {n: config.get(n) or v for n, v in dataclasses.asdict(before.layers[0]).items()}
+        config |= usual | {
+            "model_type": "pruned_llama",
+            "architectures": ["PrunedLlamaForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
+                "AutoModelForCausalLM": "modeling_pruned_llama.PrunedLlamaForCausalLM",
+            },
+            "head_dim": after.head_dim,
+            "per_layer_config": {
+                str(number): changes
+                for number, layer in enumerate(after.layers)
+                if (changes := {n: v for n, v in dataclasses.asdict(layer).items() if v != usual[n]})
+            },
+        }
+    config["pruning"] = with_step(checkpoint, before, step)
+    assert LlamaShape.of(config) == after
+    return config

@@ -1,0 +1,236 @@
+"""Recovery: fine-tuning a pruned model, with LoRA or all of it, so that it makes up for what was removed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ..calibration_text import CalibrationSource
+from ..cards import inherited_card_data
+from ..checkpoint_writer import check_free, new_folder
+from ..companions import copy_companions
+from ..evaluate import evaluate
+from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
+from ..modeling.pruned_llama_card import pruned_model_card
+from ..progress import Progress
+from .checks import open_llama
+from .history import with_step
+from .llama_shape import LlamaShape
+from .training import (
+    add_lora,
+    check_positive,
+    check_seed,
+    check_whole,
+    load_model,
+    require_training,
+    source_name,
+    step_sequences,
+    train,
+    training_arguments,
+    training_tokens,
+)
+
+_LEARNING_RATES = {"lora": 1e-4, "full": 2e-5}
+_WARM_UP = 0.03  # of the steps
+_ALL = 1 << 40  # more sequences than there is text
+_EVALUATION_SEQUENCES = 64
+_LOSSES = 10  # the report's first and last loss are means of so many steps
+
+
+@dataclass
+class RecoveryReport:
+    """What a recovery did.
+
+    Attributes:
+        method: "lora" or "full".
+        steps: of the optimiser.
+        learning_rate: at its highest.
+        first_loss, last_loss: mean of the first and of the last ten steps (or as many as there are), in nats per token.
+        perplexity_before, perplexity_after: on the held-out text, of the model as it was and as it is stored; None
+            without such a text.
+        seconds: that it took.
+    """
+
+    method: str
+    steps: int
+    learning_rate: float
+    first_loss: float
+    last_loss: float
+    perplexity_before: float | None
+    perplexity_after: float | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return dataclasses.asdict(self)
+
+
+def recover(
+    model: str | os.PathLike,
+    output_dir: str | Path,
+    data: CalibrationSource,
+    *,
+    lora: bool = True,
+    steps: int | None = None,
+    epochs: float = 1.0,
+    learning_rate: float | None = None,
+    batch_size: int = 4,
+    length: int = 512,
+    rank: int = 8,
+    alpha: int = 32,
+    seed: int = 0,
+    training: Mapping[str, Any] | None = None,
+    eval_data: CalibrationSource | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> RecoveryReport:
+    """Fine-tune a LLaMA-shaped model, pruned or not, and write it as a checkpoint of the same kind and dtypes.
+
+    The learning rate rises over 3 % of the steps and falls as a cosine. LoRA's weights are trained in float32 and
+    merged; a full fine-tuning takes 16 bytes a parameter. On a GPU both compute in bfloat16. Under `accelerate launch`
+    every process takes its share of a batch, and the first one writes.
+
+    Args:
+        model: local folder or Hub id.
+        output_dir: folder to make.
+        data: text, as for `calibration_text.read_texts`.
+        lora: whether to train LoRA on the seven linear layers of every decoder layer, else all weights.
+        steps: of the optimiser; text that is too little is used more than once. None: as `epochs` says.
+        epochs: how often all of the text is gone through, if `steps` is None.
+        learning_rate: of AdamW, at its highest; None for 1e-4 with LoRA and 2e-5 without.
+        batch_size: sequences a step, over all processes.
+        length: of a sequence, in tokens; at most as many as the model has positions.
+        rank, alpha: of LoRA; B A is scaled by alpha / rank.
+        seed: of LoRA's first weights and of the order of the sequences.
+        training: more fields of transformers' TrainingArguments, which go before the arguments here.
+        eval_data: held-out text to measure the perplexity on before and after, on 64 sequences at most.
+        device: "cpu", "cuda", …; None for a GPU if there is one.
+        revision: branch, tag or commit on the Hub.
+        progress: shows a bar over the steps.
+
+    Raises:
+        ValueError: for settings that cannot be, a model that is not LLaMA-shaped, too little text, and losses or
+            weights that are not finite; nothing is written then.
+        CheckpointError: if the model cannot be read.
+        FileNotFoundError: if the text is not there.
+        OutputError: if the output folder is not free.
+        ModuleNotFoundError: if peft or accelerate is not installed.
+    """
+    started = time.perf_counter()
+    require_training()
+    method = "lora" if lora else "full"
+    rate = _LEARNING_RATES[method] if learning_rate is None else learning_rate
+    check_whole(1, batch_size=batch_size, rank=rank, alpha=alpha, **({} if steps is None else {"steps": steps}))
+    check_whole(2, length=length)
+    check_positive(learning_rate=rate, epochs=epochs)
+    check_seed(seed)
+    defaults: dict[str, Any] = {
+        "learning_rate": rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": _WARM_UP,
+        "seed": seed,
+        **({"num_train_epochs": epochs} if steps is None else {"max_steps": steps}),
+    }
+    with training_arguments(device, batch_size, defaults, training) as arguments:
+        is_first = arguments.process_index == 0
+        if is_first:
+            check_free(output_dir)
+        checkpoint, shape = open_llama(os.fspath(model), revision)
+        wanted = arguments.max_steps * step_sequences(arguments) if arguments.max_steps > 0 else _ALL
+        tokens = training_tokens(data, checkpoint, shape, samples=wanted, length=length, seed=arguments.seed)
+        held_out = None
+        if eval_data is not None:
+            held_out = training_tokens(
+                eval_data, checkpoint, shape, samples=_EVALUATION_SEQUENCES, length=length, seed=arguments.seed
+            )
+        with new_folder(output_dir) if is_first else contextlib.nullcontext() as folder:
+            trained = load_model(checkpoint, _training_dtype(checkpoint, lora, arguments.device))
+            before = _perplexity(trained, held_out, arguments)
+            bar = Progress(progress)
+            if lora:
+                adapted = add_lora(trained, rank, alpha, arguments.seed)
+                losses = train(adapted, tokens, arguments, title="Recovery", progress=bar)
+                trained = adapted.merge_and_unload()
+            else:
+                losses = train(trained, tokens, arguments, title="Recovery", progress=bar)
+            _round(trained, checkpoint)
+            after = _perplexity(trained, held_out, arguments)
+            if folder is not None:
+                step = {
+                    "kind": "recovery",
+                    "method": method,
+                    "steps": len(losses),
+                    "learning_rate": arguments.learning_rate,
+                    "data": source_name(data),
+                }
+                _save(trained, folder, Path(os.path.abspath(output_dir)).name, checkpoint, shape, step)
+        arguments.distributed_state.wait_for_everyone()
+        return RecoveryReport(
+            method=method,
+            steps=len(losses),
+            learning_rate=arguments.learning_rate,
+            first_loss=_mean(losses[:_LOSSES]),
+            last_loss=_mean(losses[-_LOSSES:]),
+            perplexity_before=before,
+            perplexity_after=after,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _training_dtype(checkpoint: Checkpoint, lora: bool, device: torch.device) -> torch.dtype:
+    # LoRA's products are merged into these weights, which may not lose what the checkpoint has. Trained weights need
+    # float32: a step is less than what bfloat16 can tell apart.
+    halves = {checkpoint.dtype(name) for name in checkpoint.names()} == {torch.bfloat16}
+    return torch.bfloat16 if lora and halves and device.type == "cuda" else torch.float32
+
+
+def _perplexity(model: Any, blocks: torch.Tensor | None, arguments: Any) -> float | None:
+    if blocks is None:
+        return None
+    model.to(arguments.device).eval()
+    return evaluate(model, None, blocks, arguments.per_device_train_batch_size)[0]
+
+
+@torch.no_grad()
+def _round(model: Any, checkpoint: Checkpoint) -> None:
+    """Round the weights to what the checkpoint's dtypes can hold, without another dtype yet.
+
+    Raises:
+        ValueError: if one is not finite then.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameter.to(checkpoint.dtype(name)))
+        if not all_finite(parameter):
+            raise ValueError(f"the weights of {name} are not finite after training: lower the learning rate")
+
+
+def _save(
+    model: Any, folder: Path, name: str, checkpoint: Checkpoint, shape: LlamaShape, step: Mapping[str, Any]
+) -> None:
+    """Write the model as `save_pretrained` does, in the checkpoint's dtypes, and what stands beside it."""
+    for parameter_name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(checkpoint.dtype(parameter_name))
+    was_pruned = "pruning" in checkpoint.config or checkpoint.config["model_type"] == "pruned_llama"
+    if was_pruned:
+        model.config.pruning = with_step(checkpoint, shape, step)
+    # Published generation settings need not pass `save_pretrained`'s checks; those of the source are copied as they are
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(folder, max_shard_size="5GB")
+    copy_companions(checkpoint.source, checkpoint.options, folder)
+    if was_pruned:
+        metadata = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
+        (folder / "README.md").write_text(pruned_model_card(model.config.to_dict(), name, metadata), "utf-8")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,333 @@
+"""What importance and recovery share: text as sequences, LoRA, and transformers' Trainer, in one process or in many."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from ..calibration_text import CalibrationSource, calibration_tokens
+from ..compress import usable_device
+from ..modeling.checkpoints import Checkpoint
+from ..progress import Progress
+from .llama_shape import LINEAR, LlamaShape
+
+# Fields of TrainingArguments that would take from these functions what they are there for.
+_RESERVED = {
+    "output_dir",
+    "do_train",
+    "save_strategy",
+    "eval_strategy",
+    "logging_strategy",
+    "logging_steps",
+    "logging_nan_inf_filter",
+    "load_best_model_at_end",
+    "push_to_hub",
+    "resume_from_checkpoint",
+    "auto_find_batch_size",
+    "disable_tqdm",
+    "use_cpu",
+    "deepspeed",
+    "fsdp",
+    "remove_unused_columns",
+    "label_names",
+}
+# What spreads parameters, or gradients, over processes: there no process has them whole.
+_SHARDED = {"FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"}
+
+
+def require_training() -> None:
+    """See that the libraries are there that training needs.
+
+    Raises:
+        ModuleNotFoundError: if one is not, saying how to get it.
+    """
+    try:
+        import accelerate  # noqa: F401
+        import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "training is done with the libraries peft and accelerate: pip install 'impart-hf[pruning]'"
+        ) from error
+
+
+def check_whole(least: int, **values: object) -> None:
+    """See that settings are whole numbers from `least` on.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
+
+
+def check_positive(**values: object) -> None:
+    """See that settings are finite numbers above 0.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def check_seed(seed: object) -> None:
+    """See that every library can be seeded with a number.
+
+    Raises:
+        ValueError: if not.
+    """
+    check_whole(0, seed=seed)
+    if isinstance(seed, int) and seed >= 1 << 32:
+        raise ValueError(f"seed must be below 2**32, got {seed}")
+
+
+@contextmanager
+def training_arguments(
+    device: str | torch.device | None,
+    batch_size: int,
+    defaults: Mapping[str, Any],
+    training: Mapping[str, Any] | None,
+    reserved: frozenset[str] = frozenset(),
+) -> Iterator[TrainingArguments]:
+    """The Trainer's settings, with a folder to itself that nothing is left of. Connects the processes, if many.
+
+    Args:
+        device: "cpu", "cuda", …; None for what the Trainer finds.
+        batch_size: sequences a step, over all processes; `per_device_train_batch_size` in `training` goes before it.
+        defaults: fields of TrainingArguments.
+        training: more such fields, which go before the defaults.
+        reserved: fields that `training` may not hold, beside those that it never may.
+
+    Raises:
+        ValueError: if there is no such device or field, or a field's value is none it can have.
+    """
+    fields = _checked_fields(training, reserved | _RESERVED)
+    use_cpu = False
+    if device is not None:
+        wanted = usable_device(device)
+        use_cpu = wanted.type == "cpu"
+        if wanted.index:
+            raise ValueError(f"device '{wanted}': the Trainer takes the first; choose with CUDA_VISIBLE_DEVICES")
+    elif not torch.cuda.is_available():
+        use_cpu = not torch.backends.mps.is_available()
+    on_cuda = not use_cpu and torch.cuda.is_available()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        settings = {
+            "dataloader_pin_memory": on_cuda,
+            "bf16": on_cuda and torch.cuda.is_bf16_supported(),
+            "report_to": "none",
+            "ddp_find_unused_parameters": False,
+            **defaults,
+            **fields,
+            "output_dir": folder,
+            "save_strategy": "no",
+            "logging_strategy": "steps",
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "disable_tqdm": True,
+            "use_cpu": use_cpu,
+        }
+        try:
+            arguments = TrainingArguments(**settings)
+        except (TypeError, ValueError, ImportError, RuntimeError) as error:
+            raise ValueError(f"training: {' '.join(str(error).split())}") from error
+        # Several devices in one process would be torch's DataParallel, which multiplies the batch by their number
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        if arguments.distributed_state.distributed_type.name in _SHARDED:
+            raise ValueError(
+                "training is spread over processes with DDP, or not at all; FSDP and DeepSpeed cut weights"
+            )
+        if "per_device_train_batch_size" not in fields:
+            if batch_size % arguments.world_size:
+                raise ValueError(f"batch_size {batch_size} is not a multiple of {arguments.world_size} processes")
+            arguments.per_device_train_batch_size = batch_size // arguments.world_size
+        check_whole(
+            1,
+            per_device_train_batch_size=arguments.per_device_train_batch_size,
+            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        )
+        check_whole(-1, max_steps=arguments.max_steps)
+        check_positive(learning_rate=arguments.learning_rate, num_train_epochs=arguments.num_train_epochs)
+        check_seed(arguments.seed)
+        if arguments.data_seed is None:
+            arguments.data_seed = arguments.seed
+        yield arguments
+
+
+def _checked_fields(training: Mapping[str, Any] | None, reserved: frozenset[str]) -> dict[str, Any]:
+    if training is None:
+        return {}
+    if not isinstance(training, Mapping):
+        raise ValueError(f"training must be a mapping of TrainingArguments' fields, not {training!r:.80}")
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name in training:
+        if name not in known:
+            raise ValueError(f"training: TrainingArguments has no field '{name}'")
+        if name in reserved:
+            raise ValueError(f"training: '{name}' cannot be set here")
+    return dict(training)
+
+
+def step_sequences(arguments: TrainingArguments) -> int:
+    """How many sequences a step takes, over all processes."""
+    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return per_process * arguments.world_size
+
+
+def training_tokens(
+    source: CalibrationSource, checkpoint: Checkpoint, shape: LlamaShape, *, samples: int, length: int, seed: int
+) -> torch.Tensor:
+    """Token sequences for a model to be trained or judged on.
+
+    Args:
+        source: as for `calibration_text.read_texts`.
+        checkpoint, shape: the model, which must have a tokenizer.
+        samples: sequences at most.
+        length: of each, in tokens; at most as many as the model has positions.
+        seed: of the draw.
+
+    Returns:
+        int64, (sequences, length).
+
+    Raises:
+        ValueError: if there is no tokenizer that can be read, not enough text, or tokens that the model has not.
+        FileNotFoundError, ModuleNotFoundError: as `calibration_tokens`.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, revision=checkpoint.options.revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer of '{checkpoint.source}' cannot be read: {reason}") from error
+    positions = checkpoint.config.get("max_position_embeddings") or length
+    tokens = calibration_tokens(source, tokenizer, samples=samples, length=min(length, positions), seed=seed)
+    if int(tokens.max()) >= shape.vocab_size:
+        raise ValueError(f"the text has the token {int(tokens.max())}, the model a vocabulary of {shape.vocab_size}")
+    return tokens
+
+
+def source_name(source: CalibrationSource) -> str:
+    """What a record says of where text came from: a file's name without its folder, a data set's, or how many texts."""
+    if not isinstance(source, str | os.PathLike):
+        return f"{len(source)} texts"
+    return Path(os.path.abspath(source)).name if os.path.exists(source) else os.fspath(source)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """A checkpoint as a model, on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint.source, revision=checkpoint.options.revision, dtype=dtype, trust_remote_code=False
+    )
+
+
+def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
+    """PEFT's model with LoRA on the seven linear layers of every decoder layer, its weights in float32.
+
+    The model itself is changed, as PEFT does.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    set_seed(seed)
+    settings = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(LINEAR), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, settings)
+
+
+def train(
+    model: Any,
+    tokens: torch.Tensor,
+    arguments: TrainingArguments,
+    callback: TrainerCallback | None = None,
+    *,
+    title: str,
+    progress: Progress,
+) -> list[float]:
+    """Train a model in place.
+
+    Args:
+        model: a transformers or PEFT model; what of it requires a gradient is trained.
+        tokens: int64, (sequences, length), drawn in random order, each once an epoch.
+        arguments: from `training_arguments`.
+        callback: one more.
+        title: of the bar.
+        progress: shows a bar over the steps, in the first process.
+
+    Returns:
+        The loss of every step, in nats per token, the mean over all processes.
+
+    Raises:
+        ValueError: if a loss is not finite.
+    """
+    # An epoch's last batch would else be smaller, and its gradient noisier; too little text is one small batch
+    arguments.dataloader_drop_last = len(tokens) >= arguments.per_device_train_batch_size * arguments.world_size
+    use_cache = model.config.use_cache
+    watch = _Watch(title, Progress(progress.enabled and arguments.process_index == 0))
+    callbacks: list[Any] = [watch] if callback is None else [callback, watch]
+    trainer = Trainer(model=model, args=arguments, train_dataset=_Sequences(tokens), callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train()
+    finally:
+        watch.close()
+        model.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved so
+    model.eval()
+    return watch.losses
+
+
+class _Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Rows of int64 (sequences, length) as the model's inputs and labels; the model shifts the labels itself."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+class _Watch(TrainerCallback):
+    """Keeps the losses, ends a run whose loss is not finite, and moves a bar.
+
+    Attributes:
+        losses: of the steps so far.
+    """
+
+    def __init__(self, title: str, progress: Progress):
+        self.losses: list[float] = []
+        self._title, self._progress = title, progress
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar = self._progress.bar(state.max_steps, self._title)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:  # the summary at the end
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss of step {state.global_step} is {loss}: see that the model's weights are sound, "
+                "or lower the learning rate"
+            )
+        self.losses.append(loss)
+        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()

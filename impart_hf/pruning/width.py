@@ -1,0 +1,227 @@
+"""Width pruning: attention heads and MLP channels removed, more of them in less important layers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..calibration_text import CalibrationSource
+from ..checkpoint_writer import DenseTensor, check_free
+from ..compress import usable_device
+from ..modeling.checkpoints import Checkpoint
+from ..progress import Progress
+from .checks import check_score, open_llama
+from .correction import corrected_weights
+from .importance_report import Importance
+from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
+from .pruned_writer import PruningReport, write_pruned
+from .width_budget import PARTS, WidthBudget, width_budget
+
+
+@dataclass(frozen=True)
+class KeptUnits:
+    """What stays of a layer, as sorted int64 indices.
+
+    Attributes:
+        heads: query heads.
+        key_value_heads: KV heads.
+        channels: channels of the MLP.
+    """
+
+    heads: Tensor
+    key_value_heads: Tensor
+    channels: Tensor
+
+    @property
+    def width(self) -> LayerWidth:
+        return LayerWidth(len(self.heads), len(self.key_value_heads), len(self.channels))
+
+    def rows(self, linear: str, head_dim: int) -> Tensor | None:
+        """Which rows of a linear layer stay; None for all."""
+        return {
+            "self_attn.q_proj": _entries(self.heads, head_dim),
+            "self_attn.k_proj": _entries(self.key_value_heads, head_dim),
+            "self_attn.v_proj": _entries(self.key_value_heads, head_dim),
+            "mlp.gate_proj": self.channels,
+            "mlp.up_proj": self.channels,
+        }.get(linear)
+
+    def columns(self, linear: str, head_dim: int) -> Tensor | None:
+        """Which columns of a linear layer stay; None for all."""
+        return {
+            "self_attn.o_proj": _entries(self.heads, head_dim),
+            "mlp.down_proj": self.channels,
+        }.get(linear)
+
+
+def prune_width(
+    model: str,
+    output_dir: str | Path,
+    importance: Importance | str | Path,
+    *,
+    ratio: float,
+    score: str = "igia",
+    exponent: float = 0.5,
+    parts: Sequence[str] = PARTS,
+    multiple_of: int = 1,
+    query_heads: bool = False,
+    calibration: CalibrationSource | None = None,
+    calibration_samples: int = 128,
+    calibration_length: int = 2048,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: bool = True,
+) -> PruningReport:
+    """Remove the least important attention heads and MLP channels of every layer of a LLaMA.
+
+    The result is a `PrunedLlamaForCausalLM`. head_dim stays, biases are cut along.
+
+    Args:
+        model: local folder or Hub id.
+        output_dir: folder to make; must not exist, or be empty.
+        importance: report on this model, or its folder.
+        ratio: share of the decoder layers' parameters to remove, in (0, 1); met within half a unit.
+        score: "igia" or "gradient_norm", for layers and for what is in them.
+        exponent: a layer of score s loses a share in proportion to s^-exponent; 0 lets all lose the same.
+        parts: "attention", "mlp" or both.
+        multiple_of: the channels that stay are a multiple of this, in layers that lose any.
+        query_heads: under GQA, remove the same number of query heads from every KV group, instead of whole groups.
+        calibration: text for a least-squares correction of o_proj and down_proj to what was removed beside the
+            columns that stay; None leaves them as they are.
+        calibration_samples, calibration_length: sequences of that text at most, and their tokens.
+        device: where that is computed.
+        revision: branch, tag or commit of the model.
+        max_shard_size: a weight file larger than this is split.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: if the model is not LLaMA-shaped, the report is of another model, a setting is out of range, the
+            ratio would leave a layer without heads or channels, or the text is none.
+        CheckpointError: if the model cannot be read.
+        OutputError: if the output folder is not free or the disk is too small.
+    """
+    check_score(score)
+    if not parts or (unknown := [part for part in parts if part not in PARTS]):
+        raise ValueError(f"parts must be {' or '.join(PARTS)} or both, not {unknown[0] if parts else 'none'!r}")
+    if multiple_of < 1 or not exponent >= 0:
+        raise ValueError(f"multiple_of must be at least 1 and exponent at least 0, not {multiple_of} and {exponent:g}")
+    device = usable_device(device)
+    output = check_free(output_dir)
+    checkpoint, shape = open_llama(model, revision)
+    if (
+        query_heads
+        and "attention" in parts
+        and all(w.num_attention_heads == w.num_key_value_heads for w in shape.layers)
+    ):
+        raise ValueError("every KV group has a single query head: there are none to remove but with their group")
+    importance = importance if isinstance(importance, Importance) else Importance.load(importance)
+    importance.check_model(checkpoint, shape)
+    budget = width_budget(
+        shape, importance.layers[score], ratio,
+        exponent=exponent, parts=parts, multiple_of=multiple_of, query_heads=query_heads,
+    )  # fmt: skip
+    kept = [kept_units(shape, budget, importance, score, query_heads, n) for n in range(len(shape.layers))]
+    after = LlamaShape(**{**vars(shape), "layers": tuple(units.width for units in kept)})
+    lost = [(old, new) for old, new in zip(shape.layers, after.layers, strict=True)]
+    step = {
+        "kind": "width",
+        "ratio": ratio,
+        "score": score,
+        "removed_parameters": budget.parameters,
+        "heads_removed": [old.num_attention_heads - new.num_attention_heads for old, new in lost],
+        "key_value_heads_removed": [old.num_key_value_heads - new.num_key_value_heads for old, new in lost],
+        "channels_removed": [old.intermediate_size - new.intermediate_size for old, new in lost],
+        "corrected": calibration is not None,
+    }
+    bars = Progress(progress)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=output.parent, prefix=f".{output.name}.", ignore_cleanup_errors=True
+    ) as scratch:
+        corrected: dict[str, Path] = {}
+        if calibration is not None:
+            columns = _columns(kept, shape.head_dim)
+            corrected = corrected_weights(
+                checkpoint, columns, calibration, calibration_samples, calibration_length, device, Path(scratch), bars
+            )
+        return write_pruned(
+            output, checkpoint, shape, after, step, _tensors(checkpoint, kept, after, corrected),
+            max_shard_size=max_shard_size, progress=bars, notes=[],
+        )  # fmt: skip
+
+
+def kept_units(
+    shape: LlamaShape, budget: WidthBudget, importance: Importance, score: str, query_heads: bool, layer: int
+) -> KeptUnits:
+    """What stays of a layer: its heads, groups and channels of the highest scores, as many as the budget leaves."""
+    width = shape.layers[layer]
+    groups = width.num_key_value_heads
+    heads = torch.arange(width.num_attention_heads).view(groups, -1)
+    if query_heads:
+        by_group = importance.heads[score][layer].view(groups, -1)
+        stay = _highest(by_group, heads.shape[1] - budget.heads[layer])
+        kept_groups, kept_heads = torch.arange(groups), heads.gather(1, stay)
+    else:
+        kept_groups = _highest(importance.groups[score][layer], groups - budget.heads[layer])
+        kept_heads = heads[kept_groups]
+    channels = _highest(importance.channels[score][layer], width.intermediate_size - budget.channels[layer])
+    return KeptUnits(kept_heads.flatten(), kept_groups, channels)
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the highest scores along the last dimension, sorted; of equal ones the first."""
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
+
+
+def _entries(heads: Tensor, head_dim: int) -> Tensor:
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def _columns(kept: Sequence[KeptUnits], head_dim: int) -> dict[str, Tensor]:
+    """The columns that stay, by the names of the weights that lose some."""
+    return {
+        f"{layer_prefix(number)}{linear}.weight": columns
+        for number, units in enumerate(kept)
+        for linear in LINEAR
+        if (columns := units.columns(linear, head_dim)) is not None
+    }
+
+
+def _tensors(
+    checkpoint: Checkpoint, kept: Sequence[KeptUnits], after: LlamaShape, corrected: dict[str, Path]
+) -> list[DenseTensor]:
+    tensors = []
+    for name, size in after.tensors().items():
+        make = partial(checkpoint.tensor, name)
+        if name.startswith("model.layers."):
+            _, _, number, local = name.split(".", 3)
+            linear = local.rpartition(".")[0]
+            units = kept[int(number)]
+            make = partial(
+                _cut, checkpoint, name, units.rows(linear, after.head_dim), units.columns(linear, after.head_dim)
+            )
+        if name in corrected:
+            make = partial(_stored, corrected[name])
+        tensors.append(DenseTensor(name, size, checkpoint.dtype(name), make))
+    return tensors
+
+
+def _stored(path: Path) -> Tensor:
+    return load_file(path)["weight"]
+
+
+def _cut(checkpoint: Checkpoint, name: str, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    tensor = checkpoint.tensor(name)
+    if rows is not None:
+        tensor = tensor[rows]
+    if columns is not None and tensor.dim() == 2:
+        tensor = tensor[:, columns]
+    return tensor

@@ -1,0 +1,159 @@
+"""The model card of a pruned LLaMA: what was taken away, what is left, how to load it."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .configuration_pruned_llama import LAYER_WIDTHS, PrunedLlamaConfig
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A pruned LLaMA{% if base %}, made of `{{ base }}`{% endif %}: {{ after }} parameters
+{%- if before %}, of {{ before }} before pruning ({{ removed }} removed){% endif %}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{{ repository }}"{{ trust }})
+tokenizer = AutoTokenizer.from_pretrained("{{ repository }}"{{ trust }})
+```
+{% if trust %}
+With impart-hf installed and imported (`import impart_hf`), `trust_remote_code` is not needed.
+{% endif %}
+{%- if steps %}
+## How it was made
+
+{% for step in steps -%}
+{{ loop.index }}. {{ step }}
+{% endfor %}
+{%- endif %}
+{%- if layers %}
+## Layers
+
+Those whose widths differ from the model's before width pruning:
+
+| layer | attention heads | KV heads | intermediate size |
+|---|---|---|---|
+| before | {{ usual[0] }} | {{ usual[1] }} | {{ usual[2] }} |
+{% for number, heads, kv_heads, size in layers -%}
+| {{ number }} | {{ heads }} | {{ kv_heads }} | {{ size }} |
+{% endfor -%}
+{%- endif %}
+"""
+
+
+def pruned_model_card(config: Mapping[str, Any], name: str, metadata: Mapping[str, Any] | None = None) -> str:
+    """The README.md of a pruned model.
+
+    Args:
+        config: its config.json, of a width-pruned model ("pruned_llama") or of a LLaMA that only lost layers. Its
+            `pruning` may be missing or damaged: what cannot be read of the history is left out.
+        name: the model's Hub id, or the name of its folder.
+        metadata: more entries of the card's data, such as license and language; tags are added to the card's own.
+
+    Raises:
+        ValueError: if the configuration describes no LLaMA.
+    """
+    fields = {k: copy.deepcopy(v) for k, v in config.items() if k not in ("model_type", "pruning")}
+    llama = PrunedLlamaConfig.from_dict(fields)
+    history = _mapping(config.get("pruning"))
+    base = _line(history.get("base_model"))
+    after, before = _parameters(llama), history.get("base_parameters")
+    before = before if isinstance(before, int) and before > after else 0
+    usual = tuple(llama.to_dict()[key] for key in LAYER_WIDTHS)
+    own = dict(metadata or {})
+    tags = own.pop("tags", None)
+    data = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if _is_hub_id(base):
+        data |= {"base_model": base, "base_model_relation": "finetune"}
+    card = ModelCard.from_template(
+        ModelCardData(
+            **{**own, **data}, tags=["pruned", "impart-hf", *(tags if isinstance(tags, (list, tuple)) else [])]
+        ),
+        template_str=_TEMPLATE,
+        name=_line(name),
+        base=base,
+        after=f"{after:,}",
+        before=f"{before:,}" if before else "",
+        removed=f"{1 - after / before:.1%}" if before else "",
+        repository=name if _is_hub_id(name) else "REPO_ID",
+        trust=", trust_remote_code=True" if config.get("model_type") == PrunedLlamaConfig.model_type else "",
+        steps=list(_steps(history)),
+        layers=[(number, *widths) for number, widths in enumerate(llama.widths) if widths != usual],
+        usual=usual,
+    )
+    return str(card).rstrip("\n") + "\n"
+
+
+def _parameters(config: PrunedLlamaConfig) -> int:
+    """Parameters of the model; tied embeddings count once."""
+    hidden, head_dim = config.hidden_size, int(config.head_dim or 0)
+    total = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2) + hidden
+    for heads, kv_heads, intermediate in config.widths:
+        queries, keys = heads * head_dim, kv_heads * head_dim
+        total += 2 * hidden * (queries + keys) + 3 * hidden * intermediate + 2 * hidden
+        if config.attention_bias:
+            total += queries + 2 * keys + hidden
+        if config.mlp_bias:
+            total += 2 * intermediate + hidden
+    return total
+
+
+def _steps(history: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for every step that can be understood."""
+    steps = history.get("steps")
+    for step in steps if isinstance(steps, list) else []:
+        step = _mapping(step)
+        score = f" by the score {_line(step['score'])}" if step.get("score") else ""
+        if step.get("kind") == "layers":
+            merged = [f"{_line(a)} into {_line(b)}" for a, b in _mapping(step.get("merged_into")).items()]
+            fate = f"merged {', '.join(merged)}" if merged else "nothing was merged"
+            yield f"Removed layers {_numbers(step.get('removed'))} (numbered as before this step){score}; {fate}."
+        elif step.get("kind") == "width":
+            corrected = "; the remaining weights were corrected for the loss" if step.get("corrected") is True else ""
+            yield (
+                f"Pruned heads and channels{score}: {_count(step.get('removed_parameters'))} parameters, ratio "
+                f"{_line(step.get('ratio')) or 'unknown'}{corrected}."
+            )
+        elif step.get("kind") == "recovery":
+            how = {"lora": "LoRA", "full": "all weights"}.get(_line(step.get("method")), "unknown method")
+            yield (
+                f"Recovery training ({how}): {_count(step.get('steps'))} steps at learning rate "
+                f"{_line(step.get('learning_rate')) or 'unknown'} on {_line(step.get('data')) or 'unknown data'}."
+            )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _line(value: Any) -> str:
+    """A plain value as a piece of one line of Markdown; anything else as nothing."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return ""
+    return " ".join(str(value).split()).replace("`", "'").replace("<", "&lt;")[:200]
+
+
+def _numbers(value: Any) -> str:
+    return ", ".join(map(_line, value)) if isinstance(value, list) and value else "unknown"
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "unknown"
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name is one that a model on the Hub can have, owner and all."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name

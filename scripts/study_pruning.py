@@ -1,0 +1,380 @@
+"""Perplexity against parameters of a pruned LLaMA: layers by several rules, merged or not, widths, both; and recovery.
+
+The model is scored by early gradients on a text, pruned in every way to the same sizes, and recovered by the same short
+full fine-tuning on that text; perplexity is measured on another. Every run is written down as soon as it is done, and
+the same command goes on after the last of them. Writes study.md (means over seeds), study.json (every run), study.png
+and the importance report.
+
+- random layers: drawn by seed from all but the first and the last. Not merged.
+- last layers: those before the last one, which stays. Not merged.
+- IGIA layers, gradient-norm layers: those of the lowest score but the first and the last.
+- merged: with the dropped layers' top entries added to the layers before them.
+- width: heads and channels of the lowest IGIA, as many parameters as so many layers have; corrected: o_proj and
+  down_proj then fitted by least squares on the text.
+- layers and width: half as many layers (rounded down), lowest IGIA and merged, then scored anew, and the rest by width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from impart_hf.evaluate import load, perplexity
+from impart_hf.pruning import Importance, PruningReport, compute_importance, prune_layers, prune_width, recover
+from impart_hf.pruning.checks import open_llama
+
+REFERENCE = "unpruned"
+_LAYER_RULES = {"IGIA layers": "igia", "gradient-norm layers": "gradient_norm"}
+_SETTINGS = (
+    "seeds", "counts", "ratios", "importance_steps", "recovery_steps", "learning_rate", "batch_size", "length",
+    "recovery_seed", "bf16", "tokens", "calibration_samples",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pruned model of the study.
+
+    Attributes:
+        method: as the table calls it.
+        amount: what went, as the table says it; a number of layers or a ratio.
+        seed: of the choice of layers; None where nothing is random.
+        make: writes the pruned model to a folder, given another folder for what it needs on the way.
+        layers: of the model, that are dropped and not merged; such runs of one set are one.
+        merge: whether they are merged.
+    """
+
+    method: str
+    amount: str
+    seed: int | None
+    make: Callable[[Path, Path], PruningReport] | None
+    layers: tuple[int, ...] | None = None
+    merge: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.method} | {self.amount} | {self.seed}"
+
+
+class Study:
+    """The runs of one study and their results, kept in a folder.
+
+    Attributes:
+        results: as study.json has them.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        """Open a study, a new one or one that was stopped.
+
+        Raises:
+            ValueError: if the folder holds a study with other settings, the model has too few layers, or there is
+                too little text.
+        """
+        self.arguments, self.folder = arguments, arguments.output
+        self.model = str(arguments.model)
+        _, self.shape = open_llama(self.model)
+        self.count = len(self.shape.layers)
+        if not all(0 < count <= self.count - 2 for count in arguments.counts):
+            raise ValueError(
+                f"the model has {self.count} layers, of which the first and the last stay: --counts must lie between "
+                f"1 and {self.count - 2}"
+            )
+        if not all(0 < ratio < 1 for ratio in arguments.ratios):
+            raise ValueError("--ratios are shares of the decoder layers' parameters: above 0 and below 1")
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self.held_out = measure.text_sequences(arguments.text, tokenizer, arguments.tokens, arguments.length)
+        self.path = self.folder / "study.json"
+        settings = {name: getattr(arguments, name) for name in _SETTINGS}
+        settings |= {"model": Path(self.model).name, "data": _identity(arguments.data)}
+        settings |= {"text": _identity(arguments.text)}
+        self.results: dict[str, Any] = {"settings": settings, "machine": measure.machine(arguments.device), "runs": []}
+        if self.path.exists():
+            found = json.loads(self.path.read_text("utf-8"))
+            if found["settings"] != settings:
+                raise ValueError(f"{self.path} is of a study with other settings: give another --output")
+            self.results["runs"] = found["runs"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.importance = self._importance()
+        self.results["layer_scores"] = {
+            score: self.importance.layers[score].tolist() for score in _LAYER_RULES.values()
+        }
+
+    def _importance(self) -> Importance:
+        folder = self.folder / "importance"
+        if not folder.exists():
+            self._score(self.model, folder)
+        importance = Importance.load(folder)
+        importance.check_model(*open_llama(self.model))
+        return importance
+
+    def _score(self, model: str, folder: Path) -> Importance:
+        arguments = self.arguments
+        return compute_importance(
+            model, folder, str(arguments.data), steps=arguments.importance_steps, length=arguments.length,
+            device=arguments.device, progress=False,
+        )  # fmt: skip
+
+    def runs(self) -> list[Run]:
+        """What there is to be run; the reference first, then by what is removed."""
+        runs = [Run(REFERENCE, "0 layers", None, None)]
+        for count in self.arguments.counts:
+            amount = f"{count} layer{'s' * (count > 1)}"
+            inner = range(1, self.count - 1)
+            for seed in self.arguments.seeds:
+                drawn = random.Random(f"{seed} {count}").sample(inner, count)
+                runs.append(self._layers("random layers", amount, drawn, False, seed))
+            runs.append(self._layers("last layers", amount, inner[-count:], False))
+            for method, score in _LAYER_RULES.items():
+                ranked = sorted(inner, key=lambda n, score=score: (self.importance.layers[score][n].item(), n))
+                runs.append(self._layers(method, amount, ranked[:count], False))
+                runs.append(self._layers(f"{method}, merged", amount, ranked[:count], True))
+            if count > 1:
+                runs.append(Run("layers and width", amount, None, self._both(count)))
+        for ratio in self.arguments.ratios or [count / self.count for count in self.arguments.counts]:
+            amount = f"{ratio:.4g} of the width"
+            runs.append(Run("width", amount, None, self._width(ratio, False)))
+            runs.append(Run("width, corrected", amount, None, self._width(ratio, True)))
+        return runs
+
+    def _layers(self, method: str, amount: str, layers: Sequence[int], merge: bool, seed: int | None = None) -> Run:
+        chosen = tuple(sorted(layers))
+
+        def make(folder: Path, _: Path) -> PruningReport:
+            importance = self.importance if merge else None
+            return prune_layers(self.model, folder, importance, layers=chosen, merge=merge, progress=False)
+
+        return Run(method, amount, seed, make, chosen, merge)
+
+    def _width(self, ratio: float, corrected: bool) -> Callable[[Path, Path], PruningReport]:
+        arguments = self.arguments
+
+        def make(folder: Path, _: Path) -> PruningReport:
+            return prune_width(
+                self.model, folder, self.importance, ratio=ratio, progress=False, device=arguments.device,
+                calibration=str(arguments.data) if corrected else None,
+                calibration_samples=arguments.calibration_samples, calibration_length=arguments.length,
+            )  # fmt: skip
+
+        return make
+
+    def _both(self, count: int) -> Callable[[Path, Path], PruningReport]:
+        dropped = count // 2
+        ratio = (count - dropped) / (self.count - dropped)  # of what the dropped layers leave
+
+        def make(folder: Path, scratch: Path) -> PruningReport:
+            shorter = scratch / "shorter"
+            prune_layers(self.model, shorter, self.importance, drop=dropped, progress=False)
+            importance = self._score(str(shorter), scratch / "importance")
+            return prune_width(str(shorter), folder, importance, ratio=ratio, progress=False)
+
+        return make
+
+    def do(self, run: Run) -> None:
+        """Prune, measure, recover and measure again, and write the result down; nothing if it is there already."""
+        done = self.results["runs"]
+        if any(result["key"] == run.key for result in done):
+            return
+        found = None
+        if run.layers is not None:
+            same = (r for r in done if (r["layers"], r["merged"]) == (list(run.layers or ()), run.merge))
+            found = next(same, None)
+        numbers = self._measured(run) if found is None else {name: found[name] for name in _NUMBERS}
+        done.append(
+            {"key": run.key, "method": run.method, "amount": run.amount, "seed": run.seed}
+            | {"layers": run.layers and list(run.layers), "merged": run.merge}
+            | numbers
+        )
+        self.save()
+        print(f"{run.key}: {numbers['before']:.2f}, recovered {numbers['after']:.2f}", file=sys.stderr, flush=True)
+
+    def _measured(self, run: Run) -> dict[str, Any]:
+        arguments, started = self.arguments, time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            pruned, recovered = Path(scratch, "pruned"), Path(scratch, "recovered")
+            parameters = self.shape.parameters
+            if run.make is None:
+                pruned = Path(self.model)
+            else:
+                parameters = run.make(pruned, Path(scratch)).parameters_after
+            before = self._perplexity(pruned)
+            recover(
+                str(pruned), recovered, str(arguments.data), lora=False, steps=arguments.recovery_steps,
+                learning_rate=arguments.learning_rate, batch_size=arguments.batch_size, length=arguments.length,
+                seed=arguments.recovery_seed, training={"bf16": True} if arguments.bf16 else None,
+                device=arguments.device, progress=False,
+            )  # fmt: skip
+            after = self._perplexity(recovered)
+        seconds = time.perf_counter() - started
+        return {"parameters": parameters, "before": before, "after": after, "seconds": seconds}
+
+    def _perplexity(self, folder: Path) -> float:
+        model = load(str(folder), torch.float32, self.arguments.device)
+        return perplexity(model, self.held_out, self.arguments.batch_size)
+
+    def save(self) -> None:
+        """Write study.json and study.md anew."""
+        _replace(self.path, json.dumps(self.results, indent=2) + "\n")
+        _replace(self.folder / "study.md", markdown(self.results, self.held_out))
+
+
+_NUMBERS = ("parameters", "before", "after", "seconds")
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """By what a text is known again."""
+    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each method and amount: mean over the seeds, and half the range between them."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        groups.setdefault((run["method"], run["amount"]), []).append(run)
+    rows = []
+    for (method, amount), runs in groups.items():
+        row: dict[str, Any] = {"method": method, "amount": amount, "seeds": len(runs)}
+        row["layers"] = runs[0]["layers"] if len(runs) == 1 else None
+        for name in ("parameters", "before", "after"):
+            values = [run[name] for run in runs]
+            row[name], row[f"{name}_spread"] = statistics.fmean(values), (max(values) - min(values)) / 2
+        rows.append(row)
+    order = list(dict.fromkeys(row["method"] for row in rows))
+    return sorted(rows, key=lambda row: (order.index(row["method"]), -row["parameters"]))
+
+
+def markdown(results: dict[str, Any], held_out: torch.Tensor) -> str:
+    settings = results["settings"]
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        return f"{row[name]:.2f}" + (f" ± {row[f'{name}_spread']:.2f}" if row["seeds"] > 1 else "")
+
+    rows = [
+        {
+            "method": row["method"],
+            "removed": row["amount"] + (f" ({', '.join(map(str, row['layers']))})" if row["layers"] else ""),
+            "parameters": f"{row['parameters']:,.0f}",
+            "perplexity": cell(row, "before"),
+            "after recovery": cell(row, "after"),
+        }
+        for row in summary(results)
+    ]
+    scores = [
+        {"layer": layer, "IGIA": values[0], "gradient norm": values[1]}
+        for layer, values in enumerate(zip(*results["layer_scores"].values(), strict=True))
+    ]
+    machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    return (
+        f"{settings['model']} pruned on {settings['data']['name']}: perplexity on {settings['text']['name']}, "
+        f"{held_out.numel() - len(held_out)} tokens in sequences of {settings['length']}. Importance: "
+        f"{settings['importance_steps']} steps. Recovery: full fine-tuning on {settings['data']['name']}, "
+        f"{settings['recovery_steps']} steps of {settings['batch_size']} sequences of {settings['length']} tokens, "
+        f"learning rate {settings['learning_rate']:g}, the same for all. Several seeds: mean ± half the range.\n\n"
+        f"{measure.table(rows)}\n\nScores of the layers:\n\n{measure.table(scores)}\n\nMachine: {machine}\n"
+    )
+
+
+def picture(results: dict[str, Any], path: Path) -> None:
+    """Perplexity against parameters, one colour a method: after recovery solid, before it thin and dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    rows = summary(results)
+    whole = next((row for row in rows if row["method"] == REFERENCE), None)
+    figure, axes = pyplot.subplots(figsize=(9.5, 5.2), layout="constrained")
+    styles = zip(pyplot.get_cmap("tab10").colors, "osD^vP*Xhp", strict=True)
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != REFERENCE):
+        color, marker = next(styles)
+        own = [row for row in rows if row["method"] == method]
+        sizes = [row["parameters"] / 1e6 for row in own]
+        axes.plot(sizes, [row["after"] for row in own], color=color, marker=marker, markersize=5, label=method)
+        axes.plot(sizes, [row["before"] for row in own], color=color, linestyle="--", linewidth=0.8, alpha=0.6)
+        seeds = [run for run in results["runs"] if run["method"] == method and run["seed"] is not None]
+        axes.plot([r["parameters"] / 1e6 for r in seeds], [r["after"] for r in seeds], ".", color=color, alpha=0.4)
+    if whole is not None:
+        axes.plot(whole["parameters"] / 1e6, whole["after"], "k*", markersize=10, label=f"{REFERENCE}, recovered")
+        axes.plot(whole["parameters"] / 1e6, whole["before"], "k*", markersize=10, fillstyle="none", label=REFERENCE)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
+    axes.set_xlabel("parameters, millions")
+    axes.set_ylabel("perplexity: after recovery (solid), before (dashed)")
+    axes.grid(True, which="major", color="0.9")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _list(kind: Any) -> Any:
+    def parse(text: str) -> list:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = "comma-separated numbers"  # argparse puts it into its message
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="study_pruning.py", description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="MODEL", help="LLaMA to be pruned: local folder or Hub id")
+    parser.add_argument("--data", type=Path, required=True, help="text file to score, correct and recover on")
+    parser.add_argument("--text", type=Path, required=True, help="text file to measure on, held out")
+    parser.add_argument("--output", type=Path, default=Path("study"), metavar="FOLDER", help="default: study")
+    parser.add_argument("--seeds", type=_list(int), default=[0, 1, 2], help="of random layers (default: 0,1,2)")
+    parser.add_argument("--counts", type=_list(int), default=[1, 2, 3, 4], help="layers to drop (default: 1,2,3,4)")
+    parser.add_argument(
+        "--ratios", type=_list(float), default=[], help="of width alone (default: what the layers are of the model)"
+    )
+    parser.add_argument("--importance-steps", type=int, default=40, help="default: 40")
+    parser.add_argument("--recovery-steps", type=int, default=100, metavar="N", help="default: 100")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the recovery (default: 3e-4)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: 256)")
+    parser.add_argument("--recovery-seed", type=int, default=0, help="of the order of the text (default: 0)")
+    parser.add_argument("--bf16", action="store_true", help="recover in mixed precision: faster where the CPU can")
+    parser.add_argument("--tokens", type=int, default=16_384, help="measured on at most so many (default: 16384)")
+    parser.add_argument("--calibration-samples", type=int, default=64, help="sequences to correct on (default: 64)")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    arguments = parser.parse_args(argv)
+    logging.disable_progress_bar()
+    try:
+        study = Study(arguments)
+        runs = study.runs()
+        for number, run in enumerate(runs):
+            print(f"{number + 1} of {len(runs)}", file=sys.stderr, end=" ", flush=True)
+            study.do(run)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"study_pruning.py: error: {error}", file=sys.stderr)
+        return 1
+    study.save()
+    picture(study.results, arguments.output / "study.png")
+    print(markdown(study.results, study.held_out))
+    print(f"Written: study.md, study.json and study.png in {arguments.output}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
