@@ -50,6 +50,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         for file in folder.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # some libraries write files that only their owner may read
             _sync(file)
         sync_folder(folder)
         if path.exists():

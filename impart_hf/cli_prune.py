@@ -8,7 +8,7 @@ from typing import Any
 
 from .cli_command import add_push, command, numbers, push_if_asked
 from .modeling.checkpoints import read_json
-from .pruning import PruningReport, compute_importance, prune_layers, prune_width, recover
+from .pruning import PruningReport, prune_layers, prune_width
 from .pruning.importance_report import REPORT, SCORES, Importance
 from .pruning.width_budget import PARTS
 
@@ -71,6 +71,8 @@ def _add_importance(steps: Any) -> None:
 
 
 def _importance(options: argparse.Namespace) -> None:
+    from .pruning import compute_importance
+
     importance = compute_importance(
         options.model,
         options.output,
@@ -239,6 +241,8 @@ def _add_recover(steps: Any) -> None:
 
 
 def _recover(options: argparse.Namespace) -> None:
+    from .pruning import recover
+
     report = recover(
         options.model,
         options.output,

@@ -53,7 +53,7 @@ def push(
 def _is_pruned_model(folder: str) -> bool:
     path = fetch_file(folder, "config.json", HubOptions())
     config = {} if path is None else read_json(path)
-    return config.get("model_type") == "pruned_llama" or "pruning" in config
+    return config.get("model_type") == "pruned_llama" or config.get("pruning") is not None
 
 
 def _check_pruned_model(folder: str) -> None:

@@ -55,6 +55,10 @@ class PrunedLlamaConfig(LlamaConfig):
         fields = self.to_dict()
         _check_widths(fields, fields.get("per_layer_config"))
 
+    def validate_rope(self):
+        """As for any configuration, but on a layer's: some kinds of RoPE are checked with the number of heads."""
+        LlamaConfig.validate_rope(self.per_layer_config[0])
+
     def __eq__(self, other):
         # A dataclass compares its fields one by one, and reading those that differ between layers raises.
         return PreTrainedConfig.__eq__(self, other)

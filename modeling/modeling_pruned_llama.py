@@ -27,7 +27,7 @@ class PrunedLlamaModel(LlamaModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # Any layer's configuration will do, as head_dim is one for all; some kinds of RoPE also read the number of
         # heads, though they make no use of it, and cannot read it from the model's.
-        self.rotary_emb = LlamaRotaryEmbedding(config=config.per_layer_config[0])
+        self.rotary_emb = LlamaRotaryEmbedding(config=config.per_layer_config[0])  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -61,7 +61,7 @@ class PrunedLlamaForCausalLM(LlamaForCausalLM):
 
 
 def _decoder_layer(config: PrunedLlamaConfig, number: int) -> LlamaDecoderLayer:
-    layer = LlamaDecoderLayer(config.per_layer_config[number], number)
+    layer = LlamaDecoderLayer(config.per_layer_config[number], number)  # type: ignore[arg-type]
     # A layer's own configuration is a copy. What is set on the model's later, such as the attention implementation,
     # must reach the layer.
     layer.self_attn.config = layer.mlp.config = config

@@ -296,7 +296,7 @@ def markdown(results: dict[str, Any], held_out: torch.Tensor) -> str:
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
-    """Perplexity against parameters, one colour a method: after recovery solid, before it thin and dashed."""
+    """Perplexity against parameters, before recovery (dashed) above, after it below; hollow is merged or corrected."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -304,27 +304,34 @@ def picture(results: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import FuncFormatter
 
     rows = summary(results)
-    whole = next((row for row in rows if row["method"] == REFERENCE), None)
-    figure, axes = pyplot.subplots(figsize=(9.5, 5.2), layout="constrained")
+    figure, panels = pyplot.subplots(
+        2, 1, sharex=True, figsize=(9.5, 7), layout="constrained", gridspec_kw={"height_ratios": [2, 3]}
+    )
     styles = zip(pyplot.get_cmap("tab10").colors, "osD^vP*Xhp", strict=True)
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != REFERENCE):
-        color, marker = next(styles)
-        own = [row for row in rows if row["method"] == method]
-        sizes = [row["parameters"] / 1e6 for row in own]
-        axes.plot(sizes, [row["after"] for row in own], color=color, marker=marker, markersize=5, label=method)
-        axes.plot(sizes, [row["before"] for row in own], color=color, linestyle="--", linewidth=0.8, alpha=0.6)
-        seeds = [run for run in results["runs"] if run["method"] == method and run["seed"] is not None]
-        axes.plot([r["parameters"] / 1e6 for r in seeds], [r["after"] for r in seeds], ".", color=color, alpha=0.4)
-    if whole is not None:
-        axes.plot(whole["parameters"] / 1e6, whole["after"], "k*", markersize=10, label=f"{REFERENCE}, recovered")
-        axes.plot(whole["parameters"] / 1e6, whole["before"], "k*", markersize=10, fillstyle="none", label=REFERENCE)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
-    axes.set_xlabel("parameters, millions")
-    axes.set_ylabel("perplexity: after recovery (solid), before (dashed)")
-    axes.grid(True, which="major", color="0.9")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    style_of: dict[str, Any] = {}  # of a rule, merged and corrected or not
+    for name, line, axes in zip(("before", "after"), ("--", "-"), panels, strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            sizes, values = [row["parameters"] / 1e6 for row in own], [row[name] for row in own]
+            if method == REFERENCE:
+                axes.plot(sizes, values, "k*", markersize=10, label=method)
+                continue
+            rule, _, changed = method.partition(", ")
+            color, marker = style_of.get(rule) or style_of.setdefault(rule, next(styles))
+            axes.plot(
+                sizes, values, color=color, marker=marker, linestyle=line, linewidth=0.9 if name == "before" else 1.5,
+                markersize=7, markerfacecolor="none" if changed else color, label=method,
+            )  # fmt: skip
+            seeds = [run for run in results["runs"] if run["method"] == method and run["seed"] is not None]
+            axes.plot([r["parameters"] / 1e6 for r in seeds], [r[name] for r in seeds], ".", color=color, alpha=0.4)
+        axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.grid(True, which="both", color="0.93")
+    panels[0].set_ylabel("perplexity as pruned")
+    panels[1].set_ylabel("perplexity after recovery")
+    panels[1].set_xlabel("parameters, millions")
+    panels[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.8))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -438,6 +438,15 @@ def test_no_json_of_ours(report: Path, tmp_path: Path, content: str) -> None:
         Importance.load(folder)
 
 
+def test_a_report_with_another_shape(report: Path, model: Path, tmp_path: Path) -> None:
+    folder = copied(report, tmp_path / "report")
+    content = json.loads((folder / "importance.json").read_text())
+    content["shape"]["vocab_size"] += 1
+    (folder / "importance.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="made for another model"):
+        Importance.load(folder).check_model(*open_llama(str(model)))
+
+
 def test_a_report_of_another_model(report: Path, model: Path, tmp_path: Path) -> None:
     found = Importance.load(report)
     found.check_model(*open_llama(str(model)))
@@ -555,7 +564,7 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from impart_hf.pruning.importance import compute_importance
-from impart_hf.pruning.recover import recover
+from impart_hf.pruning.recovery import recover
 arguments = json.loads(sys.argv[1])
 found = compute_importance(*arguments["importance"], **arguments["settings"], masks=True)
 assert found.mask(0, "mlp.up_proj").any()

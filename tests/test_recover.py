@@ -29,7 +29,7 @@ from impart_hf.evaluate import evaluate
 from impart_hf.modeling.configuration_pruned_llama import PrunedLlamaConfig
 from impart_hf.modeling.modeling_pruned_llama import PrunedLlamaForCausalLM
 from impart_hf.pruning.importance import compute_importance
-from impart_hf.pruning.recover import recover
+from impart_hf.pruning.recovery import recover
 from impart_hf.workspace import OutputError
 
 pytest.importorskip("peft")

@@ -10,14 +10,7 @@ from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, pinn
 from ..modeling.checksums import tensor_bytes
 from .llama_shape import LlamaShape
 
-SCORES = ("igia", "gradient_norm")
 _SAMPLES = 256  # entries of a tensor that its model is recognised by
-
-
-def check_score(score: str) -> None:
-    """Raise ValueError if there is no score of that name."""
-    if score not in SCORES:
-        raise ValueError(f"score is '{score}'; it must be one of {', '.join(SCORES)}")
 
 
 def open_llama(source: str, revision: str | None = None) -> tuple[Checkpoint, LlamaShape]:

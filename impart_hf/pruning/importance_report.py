@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 SCORES = ("igia", "gradient_norm")
 REPORT, UNIT_SCORES, MASKS = "importance.json", "importance.safetensors", "masks.safetensors"
 _UNITS = ("heads", "groups", "channels")
-_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # of a layer; numbers of its units
+_WIDTHS = tuple(field.name for field in dataclasses.fields(LayerWidth))  # of a layer; numbers of its units
 _SHAPE = tuple(field.name for field in dataclasses.fields(LlamaShape) if field.name != "layers")
 _AGAIN = "run `impart-hf prune importance` again"
 
@@ -237,6 +237,12 @@ class Importance:
             channels=units["channels"],
             masks=_open(path / MASKS, "U8", _packed_sizes(shape)).get_tensor if has_masks else None,
         )
+
+
+def check_score(score: str) -> None:
+    """Raise ValueError if there is no score of that name."""
+    if score not in SCORES:
+        raise ValueError(f"score is '{score}'; it must be one of {', '.join(SCORES)}")
 
 
 def masked_entries(top_percent: float, entries: int) -> int:

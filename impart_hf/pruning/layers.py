@@ -12,8 +12,8 @@ import torch
 from ..checkpoint_writer import DenseTensor, check_free
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
-from .checks import check_score, open_llama
-from .importance_report import Importance
+from .checks import open_llama
+from .importance_report import Importance, check_score
 from .llama_shape import LINEAR, LlamaShape, layer_prefix
 from .pruned_writer import PruningReport, write_pruned
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ..calibration_text import CalibrationSource, calibration_tokens
+from ..calibration_text import CalibrationSource, model_tokens
 from ..compress import usable_device
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
@@ -205,13 +205,7 @@ def training_tokens(
         ValueError: if there is no tokenizer that can be read, not enough text, or tokens that the model has not.
         FileNotFoundError, ModuleNotFoundError: as `calibration_tokens`.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, revision=checkpoint.options.revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the tokenizer of '{checkpoint.source}' cannot be read: {reason}") from error
-    positions = checkpoint.config.get("max_position_embeddings") or length
-    tokens = calibration_tokens(source, tokenizer, samples=samples, length=min(length, positions), seed=seed)
+    tokens = model_tokens(checkpoint, source, samples, length, seed)
     if int(tokens.max()) >= shape.vocab_size:
         raise ValueError(f"the text has the token {int(tokens.max())}, the model a vocabulary of {shape.vocab_size}")
     return tokens

@@ -17,9 +17,9 @@ from ..checkpoint_writer import DenseTensor, check_free
 from ..compress import usable_device
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
-from .checks import check_score, open_llama
+from .checks import open_llama
 from .correction import corrected_weights
-from .importance_report import Importance
+from .importance_report import Importance, check_score
 from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
 from .pruned_writer import PruningReport, write_pruned
 from .width_budget import PARTS, WidthBudget, width_budget

@@ -18,7 +18,7 @@ from ..calibration_text import CalibrationSource
 from ..cards import inherited_card_data
 from ..checkpoint_writer import check_free, new_folder
 from ..companions import copy_companions
-from ..evaluate import evaluate
+from ..evaluate import perplexity
 from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
 from ..progress import Progress
@@ -198,7 +198,7 @@ def _perplexity(model: Any, blocks: torch.Tensor | None, arguments: Any) -> floa
     if blocks is None:
         return None
     model.to(arguments.device).eval()
-    return evaluate(model, None, blocks, arguments.per_device_train_batch_size)[0]
+    return perplexity(model, blocks, arguments.per_device_train_batch_size)
 
 
 @torch.no_grad()
