@@ -12,6 +12,7 @@ from .modeling.configuration_delta_compressed import DeltaCompressedConfig
 from .modeling.delta_record import DeltaFormatError
 from .modeling.delta_repository import DeltaRepository
 from .progress import Progress
+from .repository import copy_pruned_reader
 
 
 def open_repository(repo: str, options: HubOptions, base_model: str | None = None) -> DeltaRepository:
@@ -90,4 +91,5 @@ def _write_texts(repository: DeltaRepository, target: Path) -> None:
     text_config = repository.config.text_config
     assert text_config is not None  # a repository without one has no model class and cannot be opened
     text_config.save_pretrained(target)
+    copy_pruned_reader(text_config.model_type, target)
     copy_companions(repository.source, repository.options, target)

@@ -51,6 +51,13 @@ def pruned_reader_files() -> list[Path]:
     return [_READER / name for name in _PRUNED_READER_FILES]
 
 
+def copy_pruned_reader(model_type: str, target: Path) -> None:
+    """Put the Python files into a checkpoint's folder that its model type needs: none but a width-pruned model's."""
+    if model_type == "pruned_llama":
+        for path in pruned_reader_files():
+            shutil.copyfile(path, target / path.name)
+
+
 def describe_base(base: str, options: HubOptions, base_name: str | None) -> tuple[str, str | None]:
     """What config.json records of the base: Hub id and commit, or the absolute path of a local folder.
 

@@ -56,7 +56,8 @@ class PrunedLlamaForCausalLM(LlamaForCausalLM):
         if config.is_file():  # with adapters attached, only these are pushed
             readme = Path(working_dir, "README.md")
             metadata = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
-            readme.write_text(pruned_model_card(json.loads(config.read_text("utf-8")), repo_id, metadata), "utf-8")
+            fields = json.loads(config.read_text("utf-8"))
+            readme.write_text(pruned_model_card(fields, repo_id, self.num_parameters(), metadata), "utf-8")
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 

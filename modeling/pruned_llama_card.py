@@ -50,13 +50,16 @@ Those whose widths differ from the model's before width pruning:
 """
 
 
-def pruned_model_card(config: Mapping[str, Any], name: str, metadata: Mapping[str, Any] | None = None) -> str:
+def pruned_model_card(
+    config: Mapping[str, Any], name: str, parameters: int, metadata: Mapping[str, Any] | None = None
+) -> str:
     """The README.md of a pruned model.
 
     Args:
         config: its config.json, of a width-pruned model ("pruned_llama") or of a LLaMA that only lost layers. Its
             `pruning` may be missing or damaged: what cannot be read of the history is left out.
         name: the model's Hub id, or the name of its folder.
+        parameters: how many it has.
         metadata: more entries of the card's data, such as license and language; tags are added to the card's own.
 
     Raises:
@@ -66,8 +69,8 @@ def pruned_model_card(config: Mapping[str, Any], name: str, metadata: Mapping[st
     llama = PrunedLlamaConfig.from_dict(fields)
     history = _mapping(config.get("pruning"))
     base = _line(history.get("base_model"))
-    after, before = _parameters(llama), history.get("base_parameters")
-    before = before if isinstance(before, int) and before > after else 0
+    before = history.get("base_parameters")
+    before = before if isinstance(before, int) and before > parameters else 0
     usual = tuple(llama.to_dict()[key] for key in LAYER_WIDTHS)
     own = dict(metadata or {})
     tags = own.pop("tags", None)
@@ -81,9 +84,9 @@ def pruned_model_card(config: Mapping[str, Any], name: str, metadata: Mapping[st
         template_str=_TEMPLATE,
         name=_line(name),
         base=base,
-        after=f"{after:,}",
+        after=f"{parameters:,}",
         before=f"{before:,}" if before else "",
-        removed=f"{1 - after / before:.1%}" if before else "",
+        removed=f"{1 - parameters / before:.1%}" if before else "",
         repository=name if _is_hub_id(name) else "REPO_ID",
         trust=", trust_remote_code=True" if config.get("model_type") == PrunedLlamaConfig.model_type else "",
         steps=list(_steps(history)),
@@ -91,20 +94,6 @@ def pruned_model_card(config: Mapping[str, Any], name: str, metadata: Mapping[st
         usual=usual,
     )
     return str(card).rstrip("\n") + "\n"
-
-
-def _parameters(config: PrunedLlamaConfig) -> int:
-    """Parameters of the model; tied embeddings count once."""
-    hidden, head_dim = config.hidden_size, int(config.head_dim or 0)
-    total = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2) + hidden
-    for heads, kv_heads, intermediate in config.widths:
-        queries, keys = heads * head_dim, kv_heads * head_dim
-        total += 2 * hidden * (queries + keys) + 3 * hidden * intermediate + 2 * hidden
-        if config.attention_bias:
-            total += queries + 2 * keys + hidden
-        if config.mlp_bias:
-            total += 2 * intermediate + hidden
-    return total
 
 
 def _steps(history: Mapping[str, Any]) -> Iterator[str]:

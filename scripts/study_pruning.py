@@ -357,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--importance-steps", type=int, default=40, help="default: 40")
     parser.add_argument("--recovery-steps", type=int, default=100, metavar="N", help="default: 100")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the recovery (default: 3e-4)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the recovery (default: 1e-3)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: 256)")
     parser.add_argument("--recovery-seed", type=int, default=0, help="of the order of the text (default: 0)")

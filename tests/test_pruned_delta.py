@@ -151,6 +151,7 @@ def test_merge_and_unload(repository: Path, tmp_path: Path) -> None:
 
 def test_reconstruct(repository: Path, tmp_path: Path) -> None:
     reconstruct(opened(repository), tmp_path / "dense")
+    assert {path.name for path in (tmp_path / "dense").glob("*.py")} == {path.name for path in pruned_reader_files()}
     dense = load(tmp_path / "dense")
     assert type(dense) is PrunedLlamaForCausalLM and torch.equal(logits(dense), logits(load(repository)))
 

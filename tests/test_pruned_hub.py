@@ -19,6 +19,7 @@ from tiny_models import edit_json, edit_tensors, make_model, save_model, tiny_co
 from impart_hf import PrunedLlamaForCausalLM
 from impart_hf.hub import push
 from impart_hf.modeling.pruned_llama_card import pruned_model_card
+from impart_hf.pruning.llama_shape import LlamaShape
 from impart_hf.repository import pruned_reader_files
 
 HISTORY = {
@@ -56,19 +57,18 @@ READER = {path.name for path in pruned_reader_files()}
     "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"vocab_size": 333}]
 )
 def test_parameters_are_counted_from_the_configuration(kept: tuple, changes: dict[str, Any]) -> None:
-    pruned = PrunedLlamaForCausalLM(pruned_config(kept, **changes))
-    dense = make_model(llama_config(kept, **changes))
-    for model in (pruned, dense):
-        config = {**model.config.to_dict(), "pruning": HISTORY}
+    for model in (PrunedLlamaForCausalLM(pruned_config(kept, **changes)), make_model(llama_config(kept, **changes))):
         count = model.num_parameters()
-        assert f": {count:,} parameters, of 200,000 before pruning ({1 - count / 200_000:.1%} removed)." in (
-            pruned_model_card(config, "tester/pruned")
-        )
+        assert LlamaShape.of(model.config.to_dict()).parameters == count
+        card = pruned_model_card({**model.config.to_dict(), "pruning": HISTORY}, "tester/pruned", count)
+        assert f": {count:,} parameters, of 200,000 before pruning ({1 - count / 200_000:.1%} removed)." in card
 
 
 def test_card_of_a_width_pruned_model() -> None:
     config = {**pruned_config().to_dict(), "pruning": HISTORY}
-    card = pruned_model_card(config, "tester/pruned", {"license": "mit", "tags": ["mine", "pruned"], "language": "en"})
+    card = pruned_model_card(
+        config, "tester/pruned", 5000, {"license": "mit", "tags": ["mine", "pruned"], "language": "en"}
+    )
     data = ModelCard(card).data
     assert (data.base_model, data.base_model_relation) == ("tester/base", "finetune")
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
@@ -86,7 +86,7 @@ def test_card_of_a_width_pruned_model() -> None:
 
 def test_card_of_a_model_that_lost_layers() -> None:
     history = {**HISTORY, "base_model": "llama-folder", "steps": HISTORY["steps"][:1]}  # type: ignore[index]
-    card = pruned_model_card({**tiny_config().to_dict(), "pruning": history}, "some folder")
+    card = pruned_model_card({**tiny_config().to_dict(), "pruning": history}, "some folder", 5000)
     assert "trust_remote_code" not in card and "## Layers" not in card and "2. " not in card
     assert 'from_pretrained("REPO_ID")' in card and "# some folder\n" in card and "`llama-folder`" in card
     assert ModelCard(card).data.base_model is None
@@ -102,7 +102,7 @@ def test_card_of_a_model_that_lost_layers() -> None:
 )  # fmt: skip
 def test_card_without_a_readable_history(history: Any) -> None:
     config = {**pruned_config().to_dict(), "pruning": history}
-    card = pruned_model_card(config, "tester/pruned")
+    card = pruned_model_card(config, "tester/pruned", 5000)
     assert "## How it was made" not in card and "before pruning" not in card
     assert "| 1 | 1 | 1 | 7 |" in card and ModelCard(card).data.base_model is None
 
@@ -116,7 +116,7 @@ def test_card_of_a_hostile_history() -> None:
         {"kind": "recovery", "method": 3, "steps": None, "learning_rate": text, "data": text},
     ]
     config = {**pruned_config().to_dict(), "pruning": {"base_model": text, "base_parameters": 10**30, "steps": steps}}
-    card = pruned_model_card(config, "tester/pruned")
+    card = pruned_model_card(config, "tester/pruned", 5000)
     assert len(card) < 5000 and "<script" not in card and "\n# `Owned`" not in card and "\n---\n# 'Owned" not in card
     assert "{{ 7 * 7 }}" in card and [f"\n{n}. " in card for n in range(1, 6)] == [True] * 4 + [False]
     assert "parameters, ratio unknown." in card and "(unknown method): unknown steps" in card
@@ -124,7 +124,7 @@ def test_card_of_a_hostile_history() -> None:
 
 def test_card_of_something_else() -> None:
     with pytest.raises(ValueError, match="num_attention_heads"):
-        pruned_model_card({**tiny_config().to_dict(), "num_attention_heads": "4"}, "tester/pruned")
+        pruned_model_card({**tiny_config().to_dict(), "num_attention_heads": "4"}, "tester/pruned", 5000)
 
 
 # Pushing and loading -------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     pruned, _ = pruned_and_dense()
     pruned.config.pruning = HISTORY
     save_model(pruned, root / "pruned")
-    (root / "pruned" / "README.md").write_text(pruned_model_card(pruned.config.to_dict(), "pruned"))
+    (root / "pruned" / "README.md").write_text(pruned_model_card(pruned.config.to_dict(), "pruned", 5000))
     layers = make_model(tiny_config(pruning={**HISTORY, "steps": HISTORY["steps"][:1]}))  # type: ignore[index]
     save_model(layers, root / "layers")
     (root / "out").mkdir()

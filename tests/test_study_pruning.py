@@ -152,7 +152,7 @@ def test_a_stopped_study_goes_on(study: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         (["--counts", "4"], "--counts must lie between 1 and 3"),
         (["--counts", "0"], "--counts must lie between 1 and 3"),
-        (["--learning-rate", "1e-3"], "is of a study with other settings: give another --output"),
+        (["--learning-rate", "3e-4"], "is of a study with other settings: give another --output"),
         (["--text", "gone.txt"], "gone.txt"),
         (["--ratios", "0.2,1", "--output", "other"], "--ratios are shares"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,10 @@ from ..cards import inherited_card_data
 from ..checkpoint_writer import DenseTensor, new_folder, write_weights
 from ..companions import copy_companions
 from ..modeling.checkpoints import Checkpoint, fetch_file
+from ..modeling.configuration_pruned_llama import PrunedLlamaConfig
 from ..modeling.pruned_llama_card import pruned_model_card
 from ..progress import Progress
-from ..repository import pruned_reader_files
+from ..repository import copy_pruned_reader
 from ..safetensors_writer import write_json
 from .history import with_step
 from .llama_shape import LlamaShape
@@ -76,11 +77,10 @@ def write_pruned(
         write_weights(folder, tensors, max_shard_size, progress, "Writing")
         write_json(folder / "config.json", config)
         copy_companions(checkpoint.source, checkpoint.options, folder)
-        if config["model_type"] == "pruned_llama":
-            for path in pruned_reader_files():
-                shutil.copyfile(path, folder / path.name)
+        copy_pruned_reader(config["model_type"], folder)
         metadata = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
-        (folder / "README.md").write_text(pruned_model_card(config, Path(output).name, metadata), "utf-8")
+        card = pruned_model_card(config, Path(output).name, after.parameters, metadata)
+        (folder / "README.md").write_text(card, "utf-8")
     return PruningReport(
         step=dict(step),
         parameters_before=before.parameters,
@@ -95,25 +95,15 @@ def _pruned_config(
     checkpoint: Checkpoint, before: LlamaShape, after: LlamaShape, step: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The new config.json; layers like those before, only fewer, leave a LLaMA a plain LLaMA."""
-    config = dict(checkpoint.config)
-    config["num_hidden_layers"] = len(after.layers)
+    config = {**checkpoint.config, "num_hidden_layers": len(after.layers)}
     if config["model_type"] == "pruned_llama" or set(after.layers) != set(before.layers):
-        # The widths that per_layer_config differs from; transformers writes them out even where it has defaults.
-        usual = {n: config.get(n) or v for n, v in dataclasses.asdict(before.layers[0]).items()}
-        config |= usual | {
-            "model_type": "pruned_llama",
-            "architectures": ["PrunedLlamaForCausalLM"],
-            "auto_map": {
-                "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
-                "AutoModelForCausalLM": "modeling_pruned_llama.PrunedLlamaForCausalLM",
-            },
-            "head_dim": after.head_dim,
-            "per_layer_config": {
-                str(number): changes
-                for number, layer in enumerate(after.layers)
-                if (changes := {n: v for n, v in dataclasses.asdict(layer).items() if v != usual[n]})
-            },
-        }
+        widths = [dataclasses.asdict(layer) for layer in after.layers]
+        # With all layers as they were before any width was pruned: what per_layer_config differs from.
+        usual = {k: v for k, v in config.items() if k not in ("model_type", "per_layer_config")}
+        pruned = PrunedLlamaConfig.from_llama(
+            PrunedLlamaConfig.from_dict(usual), **{name: [width[name] for width in widths] for name in widths[0]}
+        )
+        config = json.loads(pruned.to_json_string())
     config["pruning"] = with_step(checkpoint, before, step)
     assert LlamaShape.of(config) == after
     return config

@@ -229,7 +229,8 @@ def _save(
     copy_companions(checkpoint.source, checkpoint.options, folder)
     if was_pruned:
         metadata = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
-        (folder / "README.md").write_text(pruned_model_card(model.config.to_dict(), name, metadata), "utf-8")
+        card = pruned_model_card(model.config.to_dict(), name, shape.parameters, metadata)
+        (folder / "README.md").write_text(card, "utf-8")
 
 
 def _mean(values: Sequence[float]) -> float:
