@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from impart_hf import compress
+from impart_hf.memory import PeakMemory
 from impart_hf.methods import method_class, method_names
 from impart_hf.methods.svd import leading_svd
 
@@ -82,7 +83,7 @@ def whole_compression(task: dict[str, Any]) -> dict[str, Any]:
     method = method_class(task["method"])(compression_ratio=task["ratio"])
     # What the first use of a device or a library allocates once is no part of it
     leading_svd(torch.from_numpy(np.eye(8, dtype=np.float32)).to(task["device"]), 1)
-    with measure.PeakMemory() as memory:
+    with PeakMemory() as memory:
         report = compress(task["base"], task["finetuned"], task["output"], method, device=task["device"])
     return {"seconds": report.seconds, "peak": memory.bytes, "ratio": report.ratio}
 

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from impart_hf import compress
+from impart_hf.memory import PeakMemory
 from impart_hf.methods import method_class, method_names
 from impart_hf.modeling import delta_decode
 from impart_hf.modeling.checkpoints import HubOptions
@@ -40,7 +41,7 @@ def timed_load(source: str, device: str) -> dict[str, float]:
     from transformers import LlamaForCausalLM  # noqa: F401  (the class is imported lazily; that is not to be timed)
 
     options = {} if device == "cpu" else {"device_map": device}
-    with measure.PeakMemory() as memory:
+    with PeakMemory() as memory:
         started = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options)
         total = 0.0

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from impart_hf.calibration_text import calibration_tokens
-from impart_hf.memory import PeakMemory as PeakMemory
 
 _RESULT = "RESULT "  # what marks a worker's result among its output
 _SPIKES = 512  # components of a synthetic delta that rise above its noise

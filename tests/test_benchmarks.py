@@ -11,6 +11,7 @@ from load_script import load_script
 from tiny_models import Pair
 
 from impart_hf import evaluate
+from impart_hf.memory import PeakMemory
 
 measure = load_script("measure")
 linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
@@ -116,7 +117,7 @@ def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @linux_only
 def test_peak_memory() -> None:
-    with measure.PeakMemory() as memory:
+    with PeakMemory() as memory:
         block = torch.ones(1 << 24)  # 64 MiB
         del block
         kept = torch.ones(1 << 22)
