@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .modeling.checkpoints import Checkpoint
+from .modeling.checkpoints import Checkpoint, HubOptions
 
 CalibrationSource = str | os.PathLike | Sequence[str]
 
@@ -92,20 +92,19 @@ def calibration_tokens(
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(drawn), -1), sequences], dim=1)
 
 
-def load_tokenizer(model: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside a checkpoint.
+def load_tokenizer(source: str, options: HubOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or Hub repository.
 
     Raises:
         ValueError: if it has none that can be read.
     """
-    options = model.options
     try:
         return AutoTokenizer.from_pretrained(
-            model.source, revision=options.revision, token=options.token, cache_dir=options.cache_dir
+            source, revision=options.revision, token=options.token, cache_dir=options.cache_dir
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"the tokenizer of '{model.source}' cannot be read: {reason}") from error
+        raise ValueError(f"the tokenizer of '{source}' cannot be read: {reason}") from error
 
 
 def model_tokens(
@@ -113,7 +112,8 @@ def model_tokens(
 ) -> torch.Tensor:
     """`calibration_tokens` with a model's own tokenizer, no longer than it has positions."""
     positions = model.config.get("max_position_embeddings") or length
-    return calibration_tokens(source, load_tokenizer(model), samples=samples, length=min(length, positions), seed=seed)
+    tokenizer = load_tokenizer(model.source, model.options)
+    return calibration_tokens(source, tokenizer, samples=samples, length=min(length, positions), seed=seed)
 
 
 def _token_stream(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:

@@ -168,7 +168,7 @@ class ModelPair:
         Raises:
             ValueError: if it has none that can be read.
         """
-        return load_tokenizer(self.model)
+        return load_tokenizer(self.model.source, self.model.options)
 
     def load(self, repository: Path | None = None) -> PreTrainedModel:
         """A delta repository of this pair, or the fine-tune itself, in float32 on the device, to be judged."""

@@ -15,10 +15,10 @@ from test_tune import accuracy, task  # noqa: F401  (a fixture)
 from tiny_models import Pair, edit_json, load_tensors, make_model, rewrite, save_model, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, T5Config
 
-from impart_hf import cli_evaluate
+from impart_hf import comparison
 from impart_hf.calibration_text import calibration_tokens
 from impart_hf.cli import main
-from impart_hf.cli_evaluate import compare_models
+from impart_hf.comparison import compare_models
 from impart_hf.evaluate import load
 from impart_hf.memory import PeakMemory, anonymous_bytes, return_freed_memory
 from impart_hf.model_cost import empty_model, measure_latency, model_cost
@@ -314,7 +314,7 @@ def test_models_that_cannot_be_evaluated(
 ) -> None:
     """The second of two models: no weights of the first have been read when the error comes."""
     other = other_model(tmp_path / "other", kind)
-    monkeypatch.setattr(cli_evaluate, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr(comparison, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
     with pytest.raises((ValueError, OSError), match=message):
         compare_models([str(tiny_pair.base), str(other)], text=text, samples=2, length=32)
 
@@ -342,7 +342,7 @@ def test_models_that_cannot_be_evaluated(
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_evaluate, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr(comparison, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
     models = options.pop("models", [str(tiny_pair.base)])
     with pytest.raises((ValueError, OSError), match=message):
         compare_models(models, **options)

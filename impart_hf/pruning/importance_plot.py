@@ -32,6 +32,8 @@ def draw(importance: Importance, path: Path) -> bool:
         values = importance.layers[score].numpy()
         shares = 100 * values / values.sum() if values.sum() > 0 else values
         bars.bar(np.arange(layers) + 0.4 * (number - 0.5), shares, 0.4, label=_NAMES[score])
+    if all((importance.layers[score] > 0).all() for score in SCORES):
+        bars.set_yscale("log")  # the first layer's share is often a hundred times the next one's
     bars.set_ylabel("share of the model's score, %")
     bars.set_title(f"{importance.model}: importance by layer, {importance.steps} steps")
     bars.legend()
