@@ -225,8 +225,9 @@ def test_correction_brings_the_outputs_nearer(gqa: Path, tmp_path: Path) -> None
         ({"ratio": 0.3, "parts": ()}, "parts must be"),
         ({"ratio": 0.3, "parts": ("heads",)}, "not 'heads'"),
         ({"ratio": 0.3, "multiple_of": 0}, "multiple_of must be"),
-        ({"ratio": 0.3, "exponent": -1.0}, "exponent at least 0"),
-        ({"ratio": 0.3, "exponent": float("nan")}, "exponent at least 0"),
+        ({"ratio": 0.3, "exponent": -1.0}, "exponent must lie between 0 and 10"),
+        ({"ratio": 0.3, "exponent": float("nan")}, "exponent must lie between 0 and 10"),
+        ({"ratio": 0.3, "exponent": float("inf")}, "exponent must lie between 0 and 10"),
         ({"ratio": 0.3, "score": "size"}, "must be one of igia"),
         ({"ratio": 0.3, "calibration": ["  "]}, "no text"),
         ({"ratio": 0.3, "max_shard_size": "0"}, "max_shard_size"),
@@ -245,6 +246,8 @@ def test_query_heads_without_groups(tmp_path: Path) -> None:
         prune_width(str(model), tmp_path / "out", made_up_importance(model), ratio=0.1, query_heads=True)
 
 
-def test_scores_that_are_no_numbers(gqa: Path) -> None:
+def test_scores_that_are_no_numbers_or_nothing(gqa: Path) -> None:
+    with pytest.raises(ValueError, match="zero for every layer"):
+        made_up_importance(gqa, layers=[0.0, 0.0, 0.0, 0.0])
     with pytest.raises(ValueError, match="not finite"):
         made_up_importance(gqa, layers=[1.0, float("nan"), 1.0, 1.0])

@@ -82,7 +82,7 @@ def compute_importance(
         output_dir: folder to make, for importance.json, importance.safetensors, masks.safetensors and importance.png,
             the last only where matplotlib is installed.
         data: text, as for `calibration_text.read_texts`. What it has too little of is used more than once.
-        steps: of the optimiser, each a gradient to score.
+        steps: of the optimiser, at least 2, each a gradient to score; the first one's is zero, as LoRA's B is.
         batch_size: sequences a step, over all processes.
         learning_rate: of AdamW.
         rank, alpha: of LoRA; B A is scaled by alpha / rank.

@@ -135,6 +135,8 @@ class Importance:
             for values in [found[0], *(tensor for part in found[1:] for tensor in part)]:
                 if not all_finite(values) or bool((values < 0).any()):
                     raise ValueError(f"the importance report holds a score that is negative or not finite: {_AGAIN}")
+            if not (found[0] > 0).any():
+                raise ValueError(f"the importance report's score '{score}' is zero for every layer: {_AGAIN}")
 
     def save(self, folder: str | Path) -> None:
         """Write importance.json, importance.safetensors and, if there are masks, masks.safetensors.

@@ -24,6 +24,9 @@ from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
 from .pruned_writer import PruningReport, write_pruned
 from .width_budget import PARTS, WidthBudget, width_budget
 
+# With it, a score twice as high loses a thousandth of the share; beyond, shares leave what floats can tell apart.
+_LARGEST_EXPONENT = 10
+
 
 @dataclass(frozen=True)
 class KeptUnits:
@@ -90,7 +93,7 @@ def prune_width(
         importance: report on this model, or its folder.
         ratio: share of the decoder layers' parameters to remove, in (0, 1); met within half a unit.
         score: "igia" or "gradient_norm", for layers and for what is in them.
-        exponent: a layer of score s loses a share in proportion to s^-exponent; 0 lets all lose the same.
+        exponent: a layer of score s loses a share in proportion to s^-exponent; 0 lets all lose the same; at most 10.
         parts: "attention", "mlp" or both.
         multiple_of: the channels that stay are a multiple of this, in layers that lose any.
         query_heads: under GQA, remove the same number of query heads from every KV group, instead of whole groups.
@@ -111,8 +114,10 @@ def prune_width(
     check_score(score)
     if not parts or (unknown := [part for part in parts if part not in PARTS]):
         raise ValueError(f"parts must be {' or '.join(PARTS)} or both, not {unknown[0] if parts else 'none'!r}")
-    if multiple_of < 1 or not exponent >= 0:
-        raise ValueError(f"multiple_of must be at least 1 and exponent at least 0, not {multiple_of} and {exponent:g}")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
+    if not 0 <= exponent <= _LARGEST_EXPONENT:
+        raise ValueError(f"exponent must lie between 0 and {_LARGEST_EXPONENT}, not {exponent:g}")
     device = usable_device(device)
     output = check_free(output_dir)
     checkpoint, shape = open_llama(model, revision)
