@@ -3,7 +3,7 @@
 Importing this package registers the configuration and model classes with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .compress import compress
 from .methods import (
@@ -18,12 +18,13 @@ from .methods import (
 from .modeling.configuration_delta_compressed import DeltaCompressedConfig
 from .modeling.configuration_pruned_llama import PrunedLlamaConfig
 from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM
-from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM
+from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM, PrunedLlamaModel
 from .tune import tune
 
 AutoConfig.register("delta_compressed", DeltaCompressedConfig, exist_ok=True)
 AutoModelForCausalLM.register(DeltaCompressedConfig, DeltaCompressedForCausalLM, exist_ok=True)
 AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
+AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)
 AutoModelForCausalLM.register(PrunedLlamaConfig, PrunedLlamaForCausalLM, exist_ok=True)
 
 __version__ = "0.1.0"

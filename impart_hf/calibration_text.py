@@ -14,37 +14,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .modeling.checkpoints import Checkpoint, HubOptions
 
-CalibrationSource = str | os.PathLike | Sequence[str]
+CalibrationSource = str | os.PathLike | Sequence[str | Mapping[str, Any]]
 
 _FILE_TYPES = (".txt", ".jsonl", ".json")
 _TEXT_FIELDS = ("text", "content")
+_ACCEPTED = (
+    "a record is a string, or has a string under 'text' or 'content', a list of messages under 'messages', strings "
+    "under 'prompt' and 'completion', or just one field that is a string"
+)
+_REMEDY = "write what the model is to read into a field 'text'"
 # Sequences are drawn from this many times as many as are asked for: no source is read further than that.
 _POOL = 4
 _PIECE_CHARACTERS = 1 << 20
 # owner/name, then perhaps :configuration and @split.
 _DATASET_NAME = re.compile(r"(?P<name>[^:@./~\\][^:@]*)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
-
-
-def read_texts(source: CalibrationSource) -> list[str]:
-    """All texts of a source, in order, without those that are blank.
-
-    Args:
-        source: one of
-            - a .txt file in UTF-8, which is one long text;
-            - a .jsonl or .json file of records: a record a line, or one array; a record is a string or an object with
-              a field "text", else "content", else just one field that is a string;
-            - texts, in a list or another sequence;
-            - a folder of data files that `datasets.load_dataset` reads;
-            - the name of a data set on the Hub as `owner/name`, `owner/name:configuration` or
-              `owner/name:configuration@split`, such as `allenai/c4:en@validation`; the split is "train" if not given,
-              and its columns are treated as the fields above.
-
-    Raises:
-        FileNotFoundError: if there is no such file, folder or data set.
-        ValueError: if the source holds no text, something that is not text, or is of none of these kinds.
-        ModuleNotFoundError: if it needs the library `datasets`, which is not installed.
-    """
-    return ["".join(pieces) for pieces in _texts(source)]
 
 
 def calibration_tokens(
@@ -58,11 +41,27 @@ def calibration_tokens(
     """Token sequences drawn from a source.
 
     Texts are joined with the tokenizer's end-of-text token between them and cut into sequences, each with the
-    tokenizer's begin-of-text token in front, where it has these. The sequences are drawn, by the seed, from the
-    first `4 * samples` of them; nothing beyond those is read.
+    tokenizer's begin-of-text token in front, where it has these. Special tokens that a text itself writes, as chat
+    templates do, are taken as such, and not doubled by those. The sequences are drawn, by the seed, from the first
+    `4 * samples` of them; nothing beyond those is read.
 
     Args:
-        source: as for `read_texts`.
+        source: one of
+            - a .txt file in UTF-8, which is one long text;
+            - a .jsonl or .json file of records: a record a line, or one array;
+            - records, in a list or another sequence;
+            - a folder of data files that `datasets.load_dataset` reads;
+            - the name of a data set on the Hub as `owner/name`, `owner/name:configuration` or
+              `owner/name:configuration@split`, such as `allenai/c4:en@validation`; the split is "train" if not given,
+              and its rows are the records.
+
+            A record is one text, and a blank one is passed over. It is a string, or an object with the first of these
+            that it has:
+            - a string under "text", else "content";
+            - under "messages", a list of objects with "role" and "content": the text is what the tokenizer's chat
+              template makes of them;
+            - strings under "prompt" and "completion": the one and the other, with nothing between them;
+            - just one field that is a string.
         tokenizer: the model's.
         samples: how many sequences to draw; there may be fewer.
         length: of each sequence, in tokens.
@@ -72,24 +71,24 @@ def calibration_tokens(
         int64, (sequences, length): `samples` sequences, or all there are, in the source's order.
 
     Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError: as `read_texts`; ValueError also if the source has not
-            enough text for one sequence.
+        FileNotFoundError: if there is no such file, folder or data set.
+        ValueError: if the source is of none of these kinds, holds no text, not enough for one sequence or a record
+            that is none of these, or if the tokenizer has no chat template that takes its messages.
+        ModuleNotFoundError: if it needs the library `datasets`, which is not installed.
     """
     if samples < 1 or length < 2:
         raise ValueError(f"a text needs at least one sequence of two tokens, not {samples} of {length}")
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    text_length = length - len(start)
-    stream = list(itertools.islice(_token_stream(source, tokenizer), _POOL * samples * text_length))
-    available = len(stream) // text_length
-    if available == 0:
-        raise ValueError(
-            f"the text has {len(stream)} tokens, too few for one sequence of {length}: give more text, or ask for "
-            f"sequences of {len(stream) + len(start)} tokens or less"
-        )
+    sequences = list(itertools.islice(_sequences(source, tokenizer, length), _POOL * samples))
+    if len(sequences[-1]) < length:
+        rest = sequences.pop()
+        if not sequences:
+            raise ValueError(
+                f"the text has {len(rest)} tokens, too few for one sequence of {length}: give more text, or ask for "
+                f"sequences of {len(rest)} tokens or less"
+            )
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(available, generator=generator)[:samples].sort().values
-    sequences = torch.tensor(stream[: available * text_length]).view(available, text_length)[drawn]
-    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(drawn), -1), sequences], dim=1)
+    drawn = torch.randperm(len(sequences), generator=generator)[:samples].sort().values
+    return torch.tensor([sequences[index] for index in drawn.tolist()])
 
 
 def load_tokenizer(source: str, options: HubOptions) -> PreTrainedTokenizerBase:
@@ -116,36 +115,57 @@ def model_tokens(
     return calibration_tokens(source, tokenizer, samples=samples, length=min(length, positions), seed=seed)
 
 
+def _sequences(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
+    """The source's tokens in sequences of one length, the last of which is shorter, or has nothing but its start."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    stream = _token_stream(source, tokenizer)
+    while True:
+        first = list(itertools.islice(stream, 1))
+        # A chat template may have written the begin-of-text token that a sequence starts with.
+        sequence = start if first == start else start + first
+        sequence = sequence + list(itertools.islice(stream, length - len(sequence)))
+        yield sequence
+        if len(sequence) < length:
+            return
+
+
 def _token_stream(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    for number, pieces in enumerate(_texts(source)):
-        if number > 0 and tokenizer.eos_token_id is not None:
+    ended = True
+    for pieces in _texts(source, tokenizer):
+        if not ended and tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id
         for piece in pieces:
             # `verbose=False`: no warning that a text is longer than the model's context, it is cut later.
             # JSON can hold halves of surrogate pairs, which no tokenizer takes.
             piece = piece.encode("utf-8", "replace").decode("utf-8")
             yield from tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            # Many chat templates put a line's end behind the end-of-text token.
+            ended = tokenizer.eos_token is not None and piece.rstrip().endswith(tokenizer.eos_token)
 
 
-def _texts(source: CalibrationSource) -> Iterator[Iterable[str]]:
+def _texts(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterable[str]]:
     """The texts that are not blank, each as pieces to be put together, so that a long one need not be read whole."""
     found = False
-    for text in _all_texts(source):
-        if isinstance(text, str):
-            if text.strip():
-                found = True
-                yield [text]
-        else:
-            first = next((piece for piece in text if piece.strip()), None)
-            if first is not None:
-                found = True
-                yield itertools.chain([first], text)
+    for pieces in _all_texts(source, tokenizer):
+        first = next((piece for piece in pieces if piece.strip()), None)
+        if first is not None:
+            found = True
+            yield itertools.chain([first], pieces)
     if not found:
         named = f"'{os.fspath(source)}'" if isinstance(source, str | os.PathLike) else "the list"
         raise ValueError(f"text: {named} holds no text")
 
 
-def _all_texts(source: CalibrationSource) -> Iterator[str | Iterator[str]]:
+def _all_texts(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterator[str]]:
+    if isinstance(source, str | os.PathLike) and Path(source).is_file() and Path(source).suffix.lower() == ".txt":
+        yield _pieces(Path(source))
+        return
+    for record, where in _records(source):
+        yield iter([_text_of(record, where, tokenizer)])
+
+
+def _records(source: CalibrationSource) -> Iterator[tuple[Any, str]]:
+    """The records of every source that has such, with the place of each for errors."""
     if not isinstance(source, str | os.PathLike):
         yield from _listed(source)
         return
@@ -154,10 +174,7 @@ def _all_texts(source: CalibrationSource) -> Iterator[str | Iterator[str]]:
     if path.is_file():
         if kind not in _FILE_TYPES:
             raise ValueError(f"text: '{path}' is none of the types {', '.join(_FILE_TYPES)}")
-        if kind == ".txt":
-            yield _pieces(path)
-        else:
-            yield from _records(path)
+        yield from _file_records(path)
     elif path.is_dir():
         yield from _dataset(str(path), None, "train")
     else:
@@ -167,13 +184,11 @@ def _all_texts(source: CalibrationSource) -> Iterator[str | Iterator[str]]:
         yield from _dataset(name["name"], name["config"], name["split"] or "train")
 
 
-def _listed(source: object) -> Iterator[str]:
+def _listed(source: object) -> Iterator[tuple[Any, str]]:
     if not isinstance(source, Sequence) or isinstance(source, bytes | bytearray):
-        raise ValueError(f"text must be a path, a data set's name or a list of strings, not {source!r:.80}")
-    for number, text in enumerate(source):
-        if not isinstance(text, str):
-            raise ValueError(f"text: entry {number} of the list is {text!r:.80}, not a string")
-        yield text
+        raise ValueError(f"text must be a path, a data set's name or a list of strings or records, not {source!r:.80}")
+    for number, record in enumerate(source):
+        yield record, f"entry {number} of the list"
 
 
 @contextmanager
@@ -192,7 +207,7 @@ def _pieces(path: Path) -> Iterator[str]:
             yield piece
 
 
-def _records(path: Path) -> Iterator[str]:
+def _file_records(path: Path) -> Iterator[tuple[Any, str]]:
     with _opened(path) as file:
         is_array = file.read(1024).lstrip().startswith("[")
         file.seek(0)
@@ -206,27 +221,53 @@ def _records(path: Path) -> Iterator[str]:
                 raise ValueError(f"text: line {number} of '{path}' is not valid JSON: {error}") from error
             for index, record in enumerate(value if is_array else [value]):
                 where = f"record {index}" if is_array else f"line {number}"
-                yield _text_of(record, f"{where} of '{path}'")
+                yield record, f"{where} of '{path}'"
 
 
-def _text_of(record: Any, where: str) -> str:
-    """The text of one record of a file or data set."""
+def _text_of(record: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of one record."""
     if isinstance(record, str):
         return record
-    if isinstance(record, Mapping):
-        for field in _TEXT_FIELDS:
-            if isinstance(record.get(field), str):
-                return record[field]
-        strings = [value for value in record.values() if isinstance(value, str)]
-        if len(strings) == 1:
-            return strings[0]
-    raise ValueError(
-        f"text: {where} has neither a text under {' or '.join(map(repr, _TEXT_FIELDS))} nor just one field "
-        "that is a string"
-    )
+    if not isinstance(record, Mapping):
+        raise ValueError(f"text: {where} is {record!r:.80}, not a string or an object; {_ACCEPTED}")
+    for field in _TEXT_FIELDS:
+        if isinstance(record.get(field), str):
+            return record[field]
+    # Data sets fill fields that a row has not with None.
+    if record.get("messages") is not None:
+        return _chat(record["messages"], where, tokenizer)
+    if {"prompt", "completion"} <= record.keys() and (record["prompt"], record["completion"]) != (None, None):
+        if not isinstance(record["prompt"], str) or not isinstance(record["completion"], str):
+            raise ValueError(f"text: 'prompt' and 'completion' of {where} are not both strings; {_REMEDY}")
+        return record["prompt"] + record["completion"]
+    strings = [value for value in record.values() if isinstance(value, str)]
+    if len(strings) == 1:
+        return strings[0]
+    fields = f"has the fields {', '.join(map(str, record)):.200}" if record else "has no fields"
+    raise ValueError(f"text: {where} {fields}; {_ACCEPTED}: {_REMEDY}")
 
 
-def _dataset(name: str, config: str | None, split: str) -> Iterator[str]:
+def _chat(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokenizer's chat template makes of messages."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"text: 'messages' of {where} is not a list of messages, but {messages!r:.80}")
+    # Templates write nothing, or "None", for what is missing. What content a template takes is its own affair.
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"text: message {number} of {where} has no 'role' that is a string")
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            raise ValueError(f"text: message {number} of {where} has no 'content' that is a string or a list of parts")
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    except Exception as error:  # a template is a program, with errors of every kind
+        if getattr(tokenizer, "chat_template", None) is None:
+            reason = "the tokenizer has no chat template"
+        else:
+            reason = "the tokenizer's chat template refuses them: " + " ".join(f"{error}".split())
+        raise ValueError(f"text: {where} has 'messages', but {reason}; {_REMEDY}") from error
+
+
+def _dataset(name: str, config: str | None, split: str) -> Iterator[tuple[Any, str]]:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
@@ -241,4 +282,4 @@ def _dataset(name: str, config: str | None, split: str) -> Iterator[str]:
             f"read on the Hub: {error}"
         ) from error
     for number, record in enumerate(records):
-        yield _text_of(record, f"record {number} of '{name}'")
+        yield record, f"record {number} of '{name}'"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .modeling.checkpoints import DTYPE_NAMES
+from .modeling.checkpoints import DTYPE_NAMES, all_finite
 from .modeling.checksums import tensor_bytes
 from .progress import Progress
 from .safetensors_writer import Entry, shard_bytes, shard_entries, write_json, write_safetensors
@@ -28,6 +28,8 @@ def check_free(output: str | Path) -> Path:
     path = Path(os.path.abspath(output))
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise OutputError(f"{path} exists and is not an empty folder; choose another")
+    if path == Path.cwd():
+        raise OutputError(f"{path} is the current folder, which cannot be replaced; choose another")
     if path.exists() and path.is_mount():
         raise OutputError(f"{path} is a mount point, which cannot be renamed; choose a folder inside it")
     ground = next(parent for parent in path.parents if parent.exists())
@@ -91,7 +93,7 @@ def write_weights(
 
     Raises:
         OutputError: if the disk has no room for them.
-        ValueError: if `max_shard_size` is no size, or a tensor is not as it was announced.
+        ValueError: if `max_shard_size` is no size, or a tensor is not finite or not as it was announced.
     """
     tensors = list(tensors)
     shard_bytes(max_shard_size)
@@ -105,6 +107,8 @@ def write_weights(
             made = tensor.make()
             if tuple(made.shape) != tensor.shape or made.dtype != tensor.dtype:
                 raise ValueError(f"{tensor.name} is {made.dtype} {list(made.shape)}, not as announced")
+            if not all_finite(made):
+                raise ValueError(f"{tensor.name} holds NaN or infinity: nothing is written")
             bar.update(tensor.size)
             return tensor_bytes(made).tobytes()
 

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 with one line on standard error."""
     options = build_parser().parse_args(arguments)
     logging.disable_progress_bar()  # transformers' own, for every model that is loaded
+    # PEFT imports it, and it complains of kernels that nothing here uses.
+    getLogger("bitsandbytes").setLevel(ERROR)
     try:
         options.command(options)
     except KeyboardInterrupt:
-        print("impart-hf: stopped; the same command goes on from here, but for a search", file=sys.stderr)
+        print("impart-hf: stopped; `compress`, run again, goes on from here", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0

@@ -45,6 +45,7 @@ def add_evaluate(commands: Any) -> None:
         "--dtype", choices=_DTYPES, default="auto", help="of weights and cache (default: auto, each model's own)"
     )
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--base-model", help="take the base of delta repositories from this folder or Hub id")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -65,6 +66,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         device=options.device,
         dtype=_DTYPES[options.dtype],
         revision=options.revision,
+        base_model=options.base_model,
         progress=not options.quiet,
     )
     print(json.dumps(comparison.to_dict(), indent=2) if options.json else comparison.table())

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .cli_command import add_push, command, numbers, push_if_asked
-from .modeling.checkpoints import read_json
+from .hub import is_pruned_model
+from .modeling.checkpoints import HubOptions, read_json
 from .pruning import PruningReport, prune_layers, prune_width
 from .pruning.importance_report import REPORT, SCORES, Importance
 from .pruning.width_budget import PARTS
@@ -38,17 +40,25 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="TEXT",
-        help="text to train on: a .txt, .json or .jsonl file, a folder or the name of a data set",
+        help="text to train on: a .txt file, a .json or .jsonl file of records (text, prompt and completion, or "
+        "messages), a folder or the name of a data set",
     )
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences in a step (default: 4)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: 512)")
-    parser.add_argument("--rank", type=int, default=8, help="of the LoRA adapters (default: 8)")
-    parser.add_argument("--alpha", type=int, default=32, help="of the LoRA adapters (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences a step, over all processes (default: 4)")
+    parser.add_argument(
+        "--length", type=int, default=512, help="their tokens, no more than the model has positions (default: 512)"
+    )
+    parser.add_argument("--rank", type=int, default=8, help="rank of the LoRA adapters (default: 8)")
+    parser.add_argument("--alpha", type=int, default=32, help="alpha of the LoRA adapters (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of adapters and the order of the text (default: 0)")
     parser.add_argument(
         "--training", metavar="FILE.json", type=Path, help="more of transformers' TrainingArguments, by name"
     )
     parser.add_argument("--device", help="where to train (default: an accelerator, if there is one)")
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that reports and publishes, under `accelerate launch` and the like."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _training(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -62,10 +72,10 @@ def _add_importance(steps: Any) -> None:
     _add_model(parser)
     _add_training(parser)
     parser.add_argument("--output", default=_REPORT_FOLDER, help=f"folder of the report (default: {_REPORT_FOLDER})")
-    parser.add_argument("--steps", type=int, default=40, help="of training (default: 40)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="default: 1e-4")
+    parser.add_argument("--steps", type=int, default=40, help="training steps, at least 2 (default: 40)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW (default: 1e-4)")
     parser.add_argument(
-        "--top-percent", type=float, default=20.0, help="of a dropped matrix that is merged (default: 20)"
+        "--top-percent", type=float, default=20.0, help="how much of a dropped matrix may be merged (default: 20)"
     )
     parser.add_argument("--no-masks", action="store_true", help="leave out what merging needs: a bit for every weight")
 
@@ -91,6 +101,8 @@ def _importance(options: argparse.Namespace) -> None:
         revision=options.revision,
         progress=not options.quiet,
     )
+    if not _is_first_process():
+        return
     if options.json:
         print(json.dumps(read_json(Path(options.output, REPORT)), indent=2))
         return
@@ -102,7 +114,8 @@ def _score_table(importance: Importance) -> str:
     """Both scores of every layer, as shares of their sums, and the layer's rank from the least important on."""
     scores = {score: importance.layers[score] / importance.layers[score].sum() for score in SCORES}
     ranks = {score: values.argsort(stable=True).argsort().tolist() for score, values in scores.items()}
-    lines = ["layer" + "".join(f"{score + ', share':>24}{'rank':>6}" for score in SCORES)]
+    titles = [f"{score.replace('_', '-')}, share" for score in SCORES]
+    lines = ["layer" + "".join(f"{title:>24}{'rank':>6}" for title in titles)]
     for layer in range(len(importance.shape.layers)):
         cells = [f"{scores[score][layer].item():>24.4f}{ranks[score][layer]:>6}" for score in SCORES]
         lines.append(f"{layer:>5}" + "".join(cells))
@@ -117,8 +130,10 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
         type=lambda name: name.replace("-", "_"),
         choices=SCORES,
         default="igia",
-        help="igia or gradient-norm (default: igia)",
+        metavar="{igia,gradient-norm}",
+        help="of layers, heads and channels (default: igia)",
     )
+    parser.add_argument("--base-name", help="Hub id to record for a model that is given as a local folder")
     parser.add_argument("--max-shard-size", default="5GB", help="split larger weight files (default: 5GB)")
     add_push(parser)
 
@@ -150,11 +165,12 @@ def _layers(options: argparse.Namespace) -> None:
         merge=not options.no_merge,
         protect=not options.no_protect,
         revision=options.revision,
+        base_name=options.base_name,
         max_shard_size=options.max_shard_size,
         progress=not options.quiet,
     )
     merged = ", ".join(f"{a} into {b}" for a, b in report.step["merged_into"].items())
-    what = f"layers {', '.join(map(str, report.step['removed']))} dropped; merged: {merged or 'none'}"
+    what = f"dropped layers: {', '.join(map(str, report.step['removed']))}; merged: {merged or 'none'}"
     _finished(options, report, [what])
 
 
@@ -173,8 +189,8 @@ def _add_width(steps: Any) -> None:
         default=0.5,
         help="layers of score s lose a share in proportion to s^-exponent; 0: all the same (default: 0.5)",
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"what is pruned (default: {','.join(PARTS)})")
-    parser.add_argument("--multiple-of", type=int, default=1, help="channels that stay (default: 1)")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"attention, mlp or both (default: {','.join(PARTS)})")
+    parser.add_argument("--multiple-of", type=int, default=1, help="keep a multiple of so many channels (default: 1)")
     parser.add_argument(
         "--query-heads", action="store_true", help="remove query heads of every KV group, instead of whole groups"
     )
@@ -183,7 +199,7 @@ def _add_width(steps: Any) -> None:
     )
     parser.add_argument("--calibration-samples", type=int, default=128, help="its sequences, at most (default: 128)")
     parser.add_argument("--calibration-length", type=int, default=2048, help="their tokens (default: 2048)")
-    parser.add_argument("--device", default="cpu", help="where that is computed (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="where the correction is computed (default: cpu)")
 
 
 def _width(options: argparse.Namespace) -> None:
@@ -194,7 +210,7 @@ def _width(options: argparse.Namespace) -> None:
         ratio=options.ratio,
         score=options.score,
         exponent=options.exponent,
-        parts=options.parts.split(","),
+        parts=[part.strip() for part in options.parts.split(",")],
         multiple_of=options.multiple_of,
         query_heads=options.query_heads,
         calibration=options.calibration,
@@ -202,15 +218,17 @@ def _width(options: argparse.Namespace) -> None:
         calibration_length=options.calibration_length,
         device=options.device,
         revision=options.revision,
+        base_name=options.base_name,
         max_shard_size=options.max_shard_size,
         progress=not options.quiet,
     )
     lost = {"query heads": "heads_removed", "KV heads": "key_value_heads_removed", "channels": "channels_removed"}
-    _finished(options, report, [f"{what} removed by layer: {_listed(report.step[key])}" for what, key in lost.items()])
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return " ".join(map(str, numbers))
+    lines = [
+        f"{what} removed by layer: {' '.join(map(str, report.step[key]))}"
+        for what, key in lost.items()
+        if any(report.step[key])
+    ]
+    _finished(options, report, lines)
 
 
 def _finished(options: argparse.Namespace, report: PruningReport, lines: Sequence[str]) -> None:
@@ -221,7 +239,7 @@ def _finished(options: argparse.Namespace, report: PruningReport, lines: Sequenc
         share = 1 - report.decoder_after / report.decoder_before
         print(
             f"{options.output}: {report.parameters_after:,} parameters instead of {report.parameters_before:,}; "
-            f"{share:.1%} of the decoder layers' were removed"
+            f"{share:.1%} of the decoder layers' parameters removed"
         )
         print("\n".join([*lines, *report.notes]))
     push_if_asked(options)
@@ -233,7 +251,7 @@ def _add_recover(steps: Any) -> None:
     parser.add_argument("output", metavar="OUT", help="folder of the trained model")
     _add_training(parser)
     parser.add_argument("--full", action="store_true", help="train all weights, instead of LoRA adapters")
-    parser.add_argument("--steps", type=int, help="of training, instead of epochs")
+    parser.add_argument("--steps", type=int, help="training steps, instead of epochs")
     parser.add_argument("--epochs", type=float, default=1.0, help="default: 1")
     parser.add_argument("--learning-rate", type=float, help="default: 1e-4 for LoRA, 2e-5 in full")
     parser.add_argument("--eval-data", metavar="TEXT", help="held-out text: perplexity before and after")
@@ -243,6 +261,8 @@ def _add_recover(steps: Any) -> None:
 def _recover(options: argparse.Namespace) -> None:
     from .pruning import recover
 
+    if options.push and not is_pruned_model(options.model, HubOptions(options.revision)):
+        raise ValueError(f"--push publishes pruned models, and '{options.model}' was never pruned: leave it out")
     report = recover(
         options.model,
         options.output,
@@ -262,10 +282,15 @@ def _recover(options: argparse.Namespace) -> None:
         revision=options.revision,
         progress=not options.quiet,
     )
+    if not _is_first_process():
+        return
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        print(f"{options.output}: trained for {report.steps} steps in {report.seconds:.0f} s")
+        print(
+            f"{options.output}: trained for {report.steps} steps in {report.seconds:.0f} s, loss "
+            f"{report.first_loss:.3f} at first, {report.last_loss:.3f} at last"
+        )
         if report.perplexity_before is not None:
             found = f"{report.perplexity_before:.2f} before, {report.perplexity_after:.2f} after"
             print(f"perplexity on {options.eval_data}: {found}")

@@ -131,6 +131,7 @@ def compare_models(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    base_model: str | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Judge models alike: what they cost, and if asked for, how well and how fast they do.
@@ -153,6 +154,7 @@ def compare_models(
         device: where models are judged.
         dtype: of their weights; None for each model's own.
         revision: branch, tag or commit of those on the Hub.
+        base_model: folder or Hub id to take the base of delta repositories from, instead of the recorded ones.
         progress: show a progress bar.
 
     Raises:
@@ -179,8 +181,7 @@ def compare_models(
     comparison = Comparison(evaluations, [])
     if text is None and task is None and not latency:
         return comparison
-    for source in models:
-        _check_weights(source, HubOptions(revision))
+    deltas = {source for source in models if _check_weights(source, HubOptions(revision), base_model)}
     judges: list[_Judge] = []
     if text is not None or task is not None:
         for source in models:
@@ -192,10 +193,12 @@ def compare_models(
                     judge.take_text(text, samples, min([length, *positions]))
                 if task is not None:
                     judge.take_task(task, task_limit)
+            judge.check_vocabulary(empty[len(judges)])
             judges.append(judge)
         comparison.other_vocabularies += [s for s, j in zip(models, judges, strict=True) if j is not judges[0]]
     for number, source in enumerate(Progress(progress).track(models, "Evaluating")):
-        loaded = load(source, empty[number].dtype, device, revision=revision)
+        options = {"base_model": base_model} if source in deltas else {}
+        loaded = load(source, empty[number].dtype, device, revision=revision, **options)
         if judges:
             judges[number].judge(loaded, evaluations[number])
         if latency:
@@ -223,6 +226,20 @@ class _Judge:
     def take_text(self, text: CalibrationSource, samples: int, length: int) -> None:
         self._tokens = calibration_tokens(text, self._tokenizer, samples=samples, length=length)
 
+    def check_vocabulary(self, model: PreTrainedModel) -> None:
+        """See that a model has every token of the text.
+
+        Raises:
+            ValueError: if not.
+        """
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = embeddings.num_embeddings
+        if self._tokens is not None and int(self._tokens.max()) >= vocabulary:
+            raise ValueError(
+                f"the tokenizer of '{model.name_or_path}' makes the token {int(self._tokens.max())} of the text, the "
+                f"model has a vocabulary of {vocabulary}"
+            )
+
     def take_task(self, task: str, limit: int | None) -> None:
         self._task = TaskEvaluation(task, self._tokenizer, limit, self._batch_size)
 
@@ -235,11 +252,13 @@ class _Judge:
             evaluation.task_metric, evaluation.task_score = self._task.metric, self._task.score(model)
 
 
-def _check_weights(source: str, options: HubOptions) -> None:
-    """See that a model's weight files are there and can be read; of a delta repository, its base's as well."""
+def _check_weights(source: str, options: HubOptions, base_model: str | None) -> bool:
+    """See that a model's weight files are there and can be read, and its base's; whether it is a delta repository."""
     config = fetch_file(source, "config.json", options, required=True)
     assert config is not None  # it was read before
-    if read_json(config).get("model_type") == DeltaCompressedConfig.model_type:
-        open_repository(source, options)
+    is_delta = read_json(config).get("model_type") == DeltaCompressedConfig.model_type
+    if is_delta:
+        open_repository(source, options, base_model)
     else:
         Checkpoint(source, options)
+    return is_delta

@@ -58,7 +58,8 @@ def evaluate(
             else:
                 divergence = math.nan
         tokens += len(targets)
-    return math.exp(loss / tokens), divergence / tokens
+    # Infinite for a model that is broken beyond what a float can say, where math.exp would raise.
+    return torch.tensor(loss / tokens, dtype=torch.float64).exp().item(), divergence / tokens
 
 
 class TaskEvaluation:

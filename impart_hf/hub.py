@@ -41,7 +41,7 @@ def push(
     """
     if not os.path.isdir(folder):
         raise CheckpointError(f"'{folder}' is not a folder")
-    if _is_pruned_model(str(folder)):
+    if is_pruned_model(str(folder), HubOptions()):
         _check_pruned_model(str(folder))
         message = commit_message or "Upload pruned model"
     else:
@@ -50,8 +50,9 @@ def push(
     return push_folder(Path(folder), repo_id, token=token, private=private, revision=revision, commit_message=message)
 
 
-def _is_pruned_model(folder: str) -> bool:
-    path = fetch_file(folder, "config.json", HubOptions())
+def is_pruned_model(source: str, options: HubOptions) -> bool:
+    """Whether a local folder or Hub repository is a model of which something was pruned, by its config.json."""
+    path = fetch_file(source, "config.json", options)
     config = {} if path is None else read_json(path)
     return config.get("model_type") == "pruned_llama" or config.get("pruning") is not None
 

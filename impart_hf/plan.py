@@ -134,7 +134,8 @@ def check_pair(base: Checkpoint, finetuned: Checkpoint) -> None:
     """
     types = base.config.get("model_type"), finetuned.config.get("model_type")
     if types[0] != types[1]:
-        raise IncompatibleModelsError(f"the base is a '{types[0]}' model, the fine-tune a '{types[1]}' model")
+        advice = "; give the pruned model that it was trained from as the base" if types[1] == "pruned_llama" else ""
+        raise IncompatibleModelsError(f"the base is a '{types[0]}' model, the fine-tune a '{types[1]}' model{advice}")
     base_names, names = set(base.names()), set(finetuned.names())
     if base_names != names:
         lost, extra = sorted(base_names - names), sorted(names - base_names)

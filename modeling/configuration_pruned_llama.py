@@ -113,6 +113,7 @@ class PrunedLlamaConfig(LlamaConfig):
         fields["architectures"] = ["PrunedLlamaForCausalLM"]
         fields["auto_map"] = {
             "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
+            "AutoModel": "modeling_pruned_llama.PrunedLlamaModel",
             "AutoModelForCausalLM": "modeling_pruned_llama.PrunedLlamaForCausalLM",
         }
         return cls.from_dict(fields)

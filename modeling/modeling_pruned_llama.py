@@ -69,6 +69,7 @@ def _decoder_layer(config: PrunedLlamaConfig, number: int) -> LlamaDecoderLayer:
     return layer
 
 
+PrunedLlamaModel.register_for_auto_class("AutoModel")
 PrunedLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = ["PrunedLlamaForCausalLM", "PrunedLlamaModel"]

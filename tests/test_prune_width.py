@@ -222,6 +222,7 @@ def test_correction_brings_the_outputs_nearer(gqa: Path, tmp_path: Path) -> None
     [
         ({"ratio": 0.99}, "every layer keeps some"),
         ({"ratio": 0.0}, "must be above 0"),
+        ({"ratio": 1e-6}, "nothing would be"),
         ({"ratio": 0.3, "parts": ()}, "parts must be"),
         ({"ratio": 0.3, "parts": ("heads",)}, "not 'heads'"),
         ({"ratio": 0.3, "multiple_of": 0}, "multiple_of must be"),
@@ -231,7 +232,7 @@ def test_correction_brings_the_outputs_nearer(gqa: Path, tmp_path: Path) -> None
         ({"ratio": 0.3, "score": "size"}, "must be one of igia"),
         ({"ratio": 0.3, "calibration": ["  "]}, "no text"),
         ({"ratio": 0.3, "max_shard_size": "0"}, "max_shard_size"),
-        ({"ratio": 0.6, "multiple_of": 96}, "must be above 0 and at most"),
+        ({"ratio": 0.6, "multiple_of": 96}, "multiple of 96 channels"),
     ],
 )
 def test_bad_settings(gqa: Path, tmp_path: Path, settings: dict, message: str) -> None:

@@ -394,6 +394,7 @@ def test_save_and_load(saved: Path, models: tuple[PreTrainedModel, PreTrainedMod
     config = json.loads((saved / "config.json").read_text())
     assert config["architectures"] == ["PrunedLlamaForCausalLM"] and set(config["auto_map"]) == {
         "AutoConfig",
+        "AutoModel",
         "AutoModelForCausalLM",
     }
     model = load(saved)
@@ -413,7 +414,7 @@ def test_save_and_load(saved: Path, models: tuple[PreTrainedModel, PreTrainedMod
 REMOTE_CODE = """
 import copy, json, pickle
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, pipeline
 
 repo, other, ids = sys.argv[1:]
 ids = torch.tensor(json.loads(ids))
@@ -423,6 +424,8 @@ try:
 except ValueError as error:
     assert "trust_remote_code" in str(error), error
 assert AutoConfig.from_pretrained(repo, trust_remote_code=True).widths[1] == (1, 1, 7)
+backbone = AutoModel.from_pretrained(repo, trust_remote_code=True)
+assert type(backbone).__name__ == "PrunedLlamaModel" and not hasattr(backbone, "lm_head")
 model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
 assert isinstance(model, LlamaForCausalLM) and type(model).__name__ == "PrunedLlamaForCausalLM"
 with torch.no_grad():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +30,6 @@ from impart_hf.calibration_text import calibration_tokens
 from impart_hf.evaluate import evaluate
 from impart_hf.modeling.configuration_pruned_llama import PrunedLlamaConfig
 from impart_hf.modeling.modeling_pruned_llama import PrunedLlamaForCausalLM
-from impart_hf.pruning.importance import compute_importance
 from impart_hf.pruning.recovery import recover
 from impart_hf.workspace import OutputError
 
@@ -177,34 +178,33 @@ def test_same_seed_same_weights(model: Path, tmp_path: Path) -> None:
     assert one == again != other
 
 
-def test_training_goes_before_the_arguments(model: Path, tmp_path: Path) -> None:
-    training = {
-        "learning_rate": 2e-3,
-        "max_steps": 3,
-        "gradient_checkpointing": True,
-        "gradient_accumulation_steps": 2,
-        "lr_scheduler_type": "linear",
-    }
-    report = recover(str(model), tmp_path / "out", TEXTS, training=training, **SETTINGS)
-    assert report.steps == 3 and report.learning_rate == 2e-3
+def test_more_of_the_trainers_settings(model: Path, tmp_path: Path) -> None:
+    training = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear"}
+    report = recover(str(model), tmp_path / "out", TEXTS, training=training, **{**SETTINGS, "batch_size": 4})
+    assert report.steps == SETTINGS["steps"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
 
 
-def test_the_published_settings(model: Path, tmp_path: Path) -> None:
-    found = {name: json.loads((SCRIPTS / "settings" / f"gradpruner_{name}.json").read_text())
-             for name in ("importance", "recovery")}  # fmt: skip
-    assert all(s["learning_rate"] == 1e-4 and s["per_device_train_batch_size"] == 4 for s in found.values())
-    options = {"length": 32, "device": "cpu", "progress": False, "steps": 2}
-    importance = compute_importance(
-        str(model),
-        tmp_path / "importance",
-        TEXTS,
-        training=found["importance"],
-        **options,  # type: ignore[arg-type]
-    )
-    assert importance.settings["rank"] == 8 and importance.settings["alpha"] == 32
-    report = recover(str(model), tmp_path / "out", TEXTS, training=found["recovery"], **options)  # type: ignore[arg-type]
-    assert report.learning_rate == 1e-4
+def test_the_script_with_the_published_settings(tmp_path: Path) -> None:
+    """From a LLaMA of seven layers to one of three: two without merging, then (by default three, here) two with it."""
+    model = save(tmp_path / "model", "llama", num_hidden_layers=7)
+    data = tmp_path / "train.txt"
+    data.write_text("\n".join(TEXTS))
+    commands = tmp_path / "bin" / "impart-hf"
+    commands.parent.mkdir()
+    commands.write_text(f'#!/bin/sh\nexec {sys.executable} -m impart_hf.cli "$@" --quiet\n')
+    commands.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{commands.parent}:{os.environ['PATH']}", "MERGED_LAYERS": "2"}
+    script = [str(SCRIPTS / "gradpruner.sh"), str(model), str(data), str(data), str(tmp_path / "out"), "--steps", "2"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pruning = json.loads((tmp_path / "out/recovered/config.json").read_text())["pruning"]
+    dropped, merged, recovery = pruning["steps"]
+    assert len(dropped["removed"]) == 2 and not dropped["merged_into"] and len(merged["merged_into"]) == 2
+    assert (recovery["method"], recovery["steps"], recovery["learning_rate"]) == ("lora", 2, 1e-4)
+    settings = json.loads((tmp_path / "out/scores/importance.json").read_text())["settings"]
+    assert (settings["rank"], settings["alpha"], settings["batch_size"], settings["steps"]) == (8, 32, 4, 40)
+    assert done.stdout.count("| ") > 10
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,10 @@ def test_the_published_settings(model: Path, tmp_path: Path) -> None:
         ({"device": "cuda:99"}, "device"),
         ({"training": {"epochs": 1}}, "no field 'epochs'"),
         ({"training": {"save_strategy": "steps"}}, "'save_strategy' cannot be set"),
-        ({"training": {"num_train_epochs": "two"}}, "num_train_epochs"),
-        ({"training": {"max_steps": 1.5}}, "max_steps"),
+        ({"training": {"num_train_epochs": 2}}, "'num_train_epochs' cannot be set"),
+        ({"training": {"learning_rate": 1.0}}, "'learning_rate' cannot be set"),
+        ({"training": {"gradient_accumulation_steps": 3}}, "cannot be shared evenly"),
+        ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps"),
         ({"training": {"lr_scheduler_type": "steep"}}, "steep"),
         ({"eval_data": [""]}, "holds no text"),
         ({"eval_data": ["short"]}, "too few"),

@@ -62,6 +62,7 @@ def test_biases_count() -> None:
     shape = LlamaShape(64, 16, 320, False, True, True, (LayerWidth(4, 2, 128),) * 3)
     budget = width_budget(shape, torch.ones(3).double(), 0.4, exponent=0.5)
     assert budget.parameters == removed_by_formula(shape, budget, query_heads=False)
+    assert abs(budget.parameters - 0.4 * shape.decoder_parameters) <= channel_parameters(shape) / 2
 
 
 def test_important_layers_lose_less() -> None:
@@ -76,8 +77,12 @@ def test_important_layers_lose_less() -> None:
 
 
 def test_layers_without_any_gradient_do_not_take_all() -> None:
-    budget = width_budget(SMALL, torch.zeros(8).double(), 0.3, exponent=0.5)
-    assert max(budget.channels) - min(budget.channels) <= 100
+    """Five layers' worth goes; what one layer can give is an eighth of it all."""
+    budget = width_budget(SMALL, torch.tensor([0.0] + [1.0] * 7).double(), 0.6, exponent=0.5, parts=("mlp",))
+    others = budget.channels[1:]
+    assert budget.channels[0] == 863 and max(others) - min(others) <= 1 and min(others) > 400
+    same = width_budget(SMALL, torch.zeros(8).double(), 0.6, exponent=0.5, parts=("mlp",))
+    assert max(same.channels) - min(same.channels) <= 1
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.0, 0.995, float("nan")])

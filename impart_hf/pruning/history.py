@@ -11,17 +11,20 @@ from ..modeling.checkpoints import Checkpoint
 from .llama_shape import LlamaShape
 
 
-def with_step(checkpoint: Checkpoint, shape: LlamaShape, step: Mapping[str, Any]) -> dict[str, Any]:
+def with_step(
+    checkpoint: Checkpoint, shape: LlamaShape, step: Mapping[str, Any], base_name: str | None = None
+) -> dict[str, Any]:
     """The field `pruning` of a config.json after one more step.
 
     Args:
         checkpoint: the model that the step is applied to.
         shape: of it.
         step: what is done, with its `kind`: "layers", "width" or "recovery".
+        base_name: Hub id of the model, if this is its first step and it was given as a folder.
     """
     before = checkpoint.config.get("pruning")
     if not isinstance(before, dict) or not isinstance(before.get("steps"), list):
         source = checkpoint.source
-        name = Path(os.path.abspath(source)).name if os.path.isdir(source) else source
+        name = base_name or (Path(os.path.abspath(source)).name if os.path.isdir(source) else source)
         before = {"base_model": name, "base_parameters": shape.parameters, "steps": []}
     return {**before, "steps": [*before["steps"], dict(step)]}

@@ -38,7 +38,6 @@ from .training import (
     load_model,
     require_training,
     source_name,
-    step_sequences,
     train,
     training_arguments,
     training_tokens,
@@ -46,8 +45,8 @@ from .training import (
 
 logger = logging.get_logger(__name__)
 
-# Clipped gradients would be other scores; scaled ones, as float16 needs them, too. Steps are an argument.
-_RESERVED = frozenset({"max_grad_norm", "fp16", "max_steps", "num_train_epochs"})
+# Clipped gradients would be other scores; so would scaled ones, as float16 needs them, and those of another loss.
+_RESERVED = frozenset({"max_grad_norm", "fp16", "label_smoothing_factor", "neftune_noise_alpha"})
 
 
 def compute_importance(
@@ -81,16 +80,16 @@ def compute_importance(
         model: local folder or Hub id; pruned or not.
         output_dir: folder to make, for importance.json, importance.safetensors, masks.safetensors and importance.png,
             the last only where matplotlib is installed.
-        data: text, as for `calibration_text.read_texts`. What it has too little of is used more than once.
+        data: text, as for `calibration_text.calibration_tokens`. What it has too little of is used more than once.
         steps: of the optimiser, at least 2, each a gradient to score; the first one's is zero, as LoRA's B is.
-        batch_size: sequences a step, over all processes.
+        batch_size: sequences a step, over all processes and accumulated gradients.
         learning_rate: of AdamW.
         rank, alpha: of LoRA; B A is scaled by alpha / rank.
         length: of a sequence, in tokens; at most as many as the model has positions.
         seed: of LoRA's first weights and of the order of the sequences.
         top_percent: share of every matrix's entries that its mask marks, those of the largest F.
         masks: whether to make the masks, which `prune_layers` merges by; a bit for every weight on the disk.
-        training: more fields of transformers' TrainingArguments, which go before the arguments here; without clipping.
+        training: more fields of transformers' TrainingArguments, none of those that are arguments here; no clipping.
         device: "cpu", "cuda", …; None for a GPU if there is one.
         revision: branch, tag or commit on the Hub.
         progress: shows a bar over the steps.
@@ -104,7 +103,8 @@ def compute_importance(
         ModuleNotFoundError: if peft or accelerate is not installed.
     """
     require_training()
-    check_whole(1, steps=steps, batch_size=batch_size, rank=rank, alpha=alpha)
+    check_whole(2, steps=steps)  # at the first one LoRA's B is zero, and so is the gradient of A
+    check_whole(1, batch_size=batch_size, rank=rank, alpha=alpha)
     check_whole(2, length=length)
     check_positive(learning_rate=learning_rate, top_percent=top_percent)
     check_seed(seed)
@@ -122,26 +122,22 @@ def compute_importance(
         if is_first:
             check_free(output_dir)
         checkpoint, shape = open_llama(os.fspath(model), revision)
-        tokens = training_tokens(
-            data, checkpoint, shape, samples=steps * step_sequences(arguments), length=length, seed=arguments.seed
-        )
+        tokens = training_tokens(data, checkpoint, shape, samples=steps * batch_size, length=length, seed=seed)
         with new_folder(output_dir) if is_first else contextlib.nullcontext() as folder:
             on_cuda = arguments.device.type == "cuda"
-            lora = add_lora(
-                load_model(checkpoint, torch.bfloat16 if on_cuda else torch.float32), rank, alpha, arguments.seed
-            )
+            lora = add_lora(load_model(checkpoint, torch.bfloat16 if on_cuda else torch.float32), rank, alpha, seed)
             gradients = _Gradients(lora, shape, keep=masks and is_first)
             losses = train(lora, tokens, arguments, gradients, title="Importance", progress=Progress(progress))
             if folder is not None:
                 settings = {
                     "data": source_name(data),
                     "steps": steps,
-                    "sequences_per_step": step_sequences(arguments),
+                    "batch_size": batch_size,
                     "length": tokens.shape[1],
-                    "learning_rate": arguments.learning_rate,
+                    "learning_rate": learning_rate,
                     "rank": rank,
                     "alpha": alpha,
-                    "seed": arguments.seed,
+                    "seed": seed,
                 }
                 if training:
                     settings["training"] = dict(training)

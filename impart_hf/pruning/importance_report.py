@@ -117,10 +117,11 @@ class Importance:
             ValueError: if it was made for another one, or scores are not numbers any more.
         """
         self._check_scores()
-        if self.shape != shape or self.fingerprint != weights_fingerprint(checkpoint):
+        fingerprint = weights_fingerprint(checkpoint)
+        if self.shape != shape or self.fingerprint != fingerprint:
             raise ValueError(
-                f"the importance report was made for another model ('{self.model}'), not for '{checkpoint.source}': "
-                f"{_AGAIN} for this one"
+                f"the importance report was made for another model, '{self.model}' of fingerprint "
+                f"{self.fingerprint[:8]}, not for '{checkpoint.source}' of {fingerprint[:8]}: {_AGAIN} for this one"
             )
 
     def _check_scores(self) -> None:

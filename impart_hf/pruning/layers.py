@@ -30,6 +30,7 @@ def prune_layers(
     merge: bool = True,
     protect: bool = True,
     revision: str | None = None,
+    base_name: str | None = None,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
 ) -> PruningReport:
@@ -50,6 +51,7 @@ def prune_layers(
             kept layer before it (METHODS 6.3); norms and biases are left alone.
         protect: keep the first and the last layer.
         revision: branch, tag or commit of the model.
+        base_name: Hub id to record for a model that is given as a local folder.
         max_shard_size: a weight file larger than this is split.
         progress: show progress bars.
 
@@ -102,7 +104,7 @@ def prune_layers(
     notes = [f"layer {n} has no kept layer before it and was not merged" for n in dropped if merge and n not in merged]
     return write_pruned(
         output_dir, checkpoint, shape, after, step, _tensors(checkpoint, kept, merged, importance, after),
-        max_shard_size=max_shard_size, progress=Progress(progress), notes=notes,
+        base_name=base_name, max_shard_size=max_shard_size, progress=Progress(progress), notes=notes,
     )  # fmt: skip
 
 
@@ -113,7 +115,7 @@ def _named(layers: Sequence[int], count: int, protect: bool) -> list[int]:
         raise ValueError(f"the model has no layer {unknown[0]}: its layers are 0 to {count - 1}")
     dropped = sorted(set(layers))
     if protect and (ends := [n for n in dropped if n in (0, count - 1)]):
-        raise ValueError(f"layer {ends[0]} is the first or the last one, which are protected unless you say otherwise")
+        raise ValueError(f"layer {ends[0]} is the first or the last one, which are protected (--no-protect)")
     if len(dropped) == count:
         raise ValueError("all layers are named: none would be left")
     return dropped

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from ..modeling.configuration_pruned_llama import PrunedLlamaConfig
 
 # The matrices of a decoder layer; heads are rows of the first three and columns of the fourth, channels rows of the
 # fifth and sixth and columns of the last.
@@ -60,12 +60,11 @@ class LlamaShape:
         model_type = config.get("model_type")
         if model_type not in _MODEL_TYPES:
             raise ValueError(f"this is a model of type '{model_type}', not LLaMA-shaped ({' or '.join(_MODEL_TYPES)})")
+        if model_type == "llama" and config.get("per_layer_config"):
+            raise ValueError("its config.json gives layers widths of their own, which a plain 'llama' has not")
         try:
-            parsed = CONFIG_MAPPING[str(model_type)].from_dict(dict(config))
-            layers = tuple(
-                LayerWidth(layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
-                for layer in parsed.per_layer_config
-            )
+            # A LLaMA is a pruned one without a change; that configuration looks at every number.
+            parsed = PrunedLlamaConfig.from_dict({k: v for k, v in config.items() if k != "model_type"})
         except Exception as error:  # which error a bad field raises is transformers' affair
             raise ValueError(f"config.json describes no LLaMA: {error}") from error
         return cls(
@@ -75,7 +74,7 @@ class LlamaShape:
             tied=parsed.tie_word_embeddings,
             attention_bias=parsed.attention_bias,
             mlp_bias=parsed.mlp_bias,
-            layers=layers,
+            layers=tuple(LayerWidth(*widths) for widths in parsed.widths),
         )
 
     def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:

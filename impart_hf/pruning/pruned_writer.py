@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ def write_pruned(
     step: Mapping[str, Any],
     tensors: Iterable[DenseTensor],
     *,
+    base_name: str | None,
     max_shard_size: int | str,
     progress: Progress,
     notes: list[str],
@@ -65,6 +67,7 @@ def write_pruned(
         before, after: its shape before and after.
         step: what is done, for the history.
         tensors: all of the new checkpoint.
+        base_name: Hub id of a model that was given as a folder.
         max_shard_size: a weight file larger than this is split.
         notes: for the report.
 
@@ -72,14 +75,14 @@ def write_pruned(
         OutputError: if the folder is not free or the disk is too small.
         ValueError: if `max_shard_size` is no size.
     """
-    config = _pruned_config(checkpoint, before, after, step)
+    config = _pruned_config(checkpoint, before, after, with_step(checkpoint, before, step, base_name))
     with new_folder(output) as folder:
         write_weights(folder, tensors, max_shard_size, progress, "Writing")
         write_json(folder / "config.json", config)
         copy_companions(checkpoint.source, checkpoint.options, folder)
         copy_pruned_reader(config["model_type"], folder)
         metadata = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
-        card = pruned_model_card(config, Path(output).name, after.parameters, metadata)
+        card = pruned_model_card(config, Path(os.path.abspath(output)).name, after.parameters, metadata)
         (folder / "README.md").write_text(card, "utf-8")
     return PruningReport(
         step=dict(step),
@@ -92,7 +95,7 @@ def write_pruned(
 
 
 def _pruned_config(
-    checkpoint: Checkpoint, before: LlamaShape, after: LlamaShape, step: Mapping[str, Any]
+    checkpoint: Checkpoint, before: LlamaShape, after: LlamaShape, history: dict[str, Any]
 ) -> dict[str, Any]:
     """The new config.json; layers like those before, only fewer, leave a LLaMA a plain LLaMA."""
     config = {**checkpoint.config, "num_hidden_layers": len(after.layers)}
@@ -104,6 +107,6 @@ def _pruned_config(
             PrunedLlamaConfig.from_dict(usual), **{name: [width[name] for width in widths] for name in widths[0]}
         )
         config = json.loads(pruned.to_json_string())
-    config["pruning"] = with_step(checkpoint, before, step)
+    config["pruning"] = history
     assert LlamaShape.of(config) == after
     return config

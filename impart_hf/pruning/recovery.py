@@ -33,7 +33,6 @@ from .training import (
     load_model,
     require_training,
     source_name,
-    step_sequences,
     train,
     training_arguments,
     training_tokens,
@@ -103,16 +102,16 @@ def recover(
     Args:
         model: local folder or Hub id.
         output_dir: folder to make.
-        data: text, as for `calibration_text.read_texts`.
+        data: text, as for `calibration_text.calibration_tokens`.
         lora: whether to train LoRA on the seven linear layers of every decoder layer, else all weights.
         steps: of the optimiser; text that is too little is used more than once. None: as `epochs` says.
         epochs: how often all of the text is gone through, if `steps` is None.
         learning_rate: of AdamW, at its highest; None for 1e-4 with LoRA and 2e-5 without.
-        batch_size: sequences a step, over all processes.
+        batch_size: sequences a step, over all processes and accumulated gradients.
         length: of a sequence, in tokens; at most as many as the model has positions.
         rank, alpha: of LoRA; B A is scaled by alpha / rank.
         seed: of LoRA's first weights and of the order of the sequences.
-        training: more fields of transformers' TrainingArguments, which go before the arguments here.
+        training: more fields of transformers' TrainingArguments, none of those that are arguments here.
         eval_data: held-out text to measure the perplexity on before and after, on 64 sequences at most.
         device: "cpu", "cuda", …; None for a GPU if there is one.
         revision: branch, tag or commit on the Hub.
@@ -146,19 +145,19 @@ def recover(
         if is_first:
             check_free(output_dir)
         checkpoint, shape = open_llama(os.fspath(model), revision)
-        wanted = arguments.max_steps * step_sequences(arguments) if arguments.max_steps > 0 else _ALL
-        tokens = training_tokens(data, checkpoint, shape, samples=wanted, length=length, seed=arguments.seed)
+        wanted = _ALL if steps is None else steps * batch_size
+        tokens = training_tokens(data, checkpoint, shape, samples=wanted, length=length, seed=seed)
         held_out = None
         if eval_data is not None:
             held_out = training_tokens(
-                eval_data, checkpoint, shape, samples=_EVALUATION_SEQUENCES, length=length, seed=arguments.seed
+                eval_data, checkpoint, shape, samples=_EVALUATION_SEQUENCES, length=length, seed=seed
             )
         with new_folder(output_dir) if is_first else contextlib.nullcontext() as folder:
             trained = load_model(checkpoint, _training_dtype(checkpoint, lora, arguments.device))
             before = _perplexity(trained, held_out, arguments)
             bar = Progress(progress)
             if lora:
-                adapted = add_lora(trained, rank, alpha, arguments.seed)
+                adapted = add_lora(trained, rank, alpha, seed)
                 losses = train(adapted, tokens, arguments, title="Recovery", progress=bar)
                 trained = adapted.merge_and_unload()
             else:
@@ -170,7 +169,7 @@ def recover(
                     "kind": "recovery",
                     "method": method,
                     "steps": len(losses),
-                    "learning_rate": arguments.learning_rate,
+                    "learning_rate": rate,
                     "data": source_name(data),
                 }
                 _save(trained, folder, Path(os.path.abspath(output_dir)).name, checkpoint, shape, step)
@@ -178,7 +177,7 @@ def recover(
         return RecoveryReport(
             method=method,
             steps=len(losses),
-            learning_rate=arguments.learning_rate,
+            learning_rate=rate,
             first_loss=_mean(losses[:_LOSSES]),
             last_loss=_mean(losses[-_LOSSES:]),
             perplexity_before=before,

@@ -21,8 +21,13 @@ from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
 from .llama_shape import LINEAR, LlamaShape
 
-# Fields of TrainingArguments that would take from these functions what they are there for.
+# Fields of TrainingArguments that are arguments of these functions, or would take from them what they are there for.
 _RESERVED = {
+    "learning_rate",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "seed",
     "output_dir",
     "do_train",
     "save_strategy",
@@ -105,7 +110,7 @@ def training_arguments(
 
     Args:
         device: "cpu", "cuda", …; None for what the Trainer finds.
-        batch_size: sequences a step, over all processes; `per_device_train_batch_size` in `training` goes before it.
+        batch_size: sequences a step, over all processes and accumulated gradients.
         defaults: fields of TrainingArguments.
         training: more such fields, which go before the defaults.
         reserved: fields that `training` may not hold, beside those that it never may.
@@ -141,7 +146,7 @@ def training_arguments(
         }
         try:
             arguments = TrainingArguments(**settings)
-        except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        except (TypeError, ValueError, ImportError, RuntimeError, AttributeError) as error:
             raise ValueError(f"training: {' '.join(str(error).split())}") from error
         # Several devices in one process would be torch's DataParallel, which multiplies the batch by their number
         arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -149,18 +154,14 @@ def training_arguments(
             raise ValueError(
                 "training is spread over processes with DDP, or not at all; FSDP and DeepSpeed cut weights"
             )
-        if "per_device_train_batch_size" not in fields:
-            if batch_size % arguments.world_size:
-                raise ValueError(f"batch_size {batch_size} is not a multiple of {arguments.world_size} processes")
-            arguments.per_device_train_batch_size = batch_size // arguments.world_size
-        check_whole(
-            1,
-            per_device_train_batch_size=arguments.per_device_train_batch_size,
-            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        )
-        check_whole(-1, max_steps=arguments.max_steps)
-        check_positive(learning_rate=arguments.learning_rate, num_train_epochs=arguments.num_train_epochs)
-        check_seed(arguments.seed)
+        check_whole(1, gradient_accumulation_steps=arguments.gradient_accumulation_steps)
+        parts = arguments.world_size * arguments.gradient_accumulation_steps
+        if batch_size % parts:
+            raise ValueError(
+                f"batch_size {batch_size} cannot be shared evenly by {arguments.world_size} processes with "
+                f"{arguments.gradient_accumulation_steps} gradients accumulated in each"
+            )
+        arguments.per_device_train_batch_size = batch_size // parts
         if arguments.data_seed is None:
             arguments.data_seed = arguments.seed
         yield arguments
@@ -176,14 +177,8 @@ def _checked_fields(training: Mapping[str, Any] | None, reserved: frozenset[str]
         if name not in known:
             raise ValueError(f"training: TrainingArguments has no field '{name}'")
         if name in reserved:
-            raise ValueError(f"training: '{name}' cannot be set here")
+            raise ValueError(f"training: '{name}' cannot be set here: it is an argument of its own, or of no use")
     return dict(training)
-
-
-def step_sequences(arguments: TrainingArguments) -> int:
-    """How many sequences a step takes, over all processes."""
-    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    return per_process * arguments.world_size
 
 
 def training_tokens(
@@ -192,7 +187,7 @@ def training_tokens(
     """Token sequences for a model to be trained or judged on.
 
     Args:
-        source: as for `calibration_text.read_texts`.
+        source: as for `calibration_text.calibration_tokens`.
         checkpoint, shape: the model, which must have a tokenizer.
         samples: sequences at most.
         length: of each, in tokens; at most as many as the model has positions.
@@ -262,17 +257,19 @@ def train(
         The loss of every step, in nats per token, the mean over all processes.
 
     Raises:
-        ValueError: if a loss is not finite.
+        ValueError: if a loss is not finite, or the Trainer cannot do with its settings.
     """
     # An epoch's last batch would else be smaller, and its gradient noisier; too little text is one small batch
     arguments.dataloader_drop_last = len(tokens) >= arguments.per_device_train_batch_size * arguments.world_size
     use_cache = model.config.use_cache
     watch = _Watch(title, Progress(progress.enabled and arguments.process_index == 0))
     callbacks: list[Any] = [watch] if callback is None else [callback, watch]
-    trainer = Trainer(model=model, args=arguments, train_dataset=_Sequences(tokens), callbacks=callbacks)
-    trainer.remove_callback(PrinterCallback)
     try:
+        trainer = Trainer(model=model, args=arguments, train_dataset=_Sequences(tokens), callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
+    except (ImportError, TypeError, AttributeError) as error:  # a setting of the Trainer that does not work out
+        raise ValueError(f"training: {' '.join(str(error).split())}") from error
     finally:
         watch.close()
         model.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved so

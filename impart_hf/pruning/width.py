@@ -80,6 +80,7 @@ def prune_width(
     calibration_length: int = 2048,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    base_name: str | None = None,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
 ) -> PruningReport:
@@ -102,6 +103,7 @@ def prune_width(
         calibration_samples, calibration_length: sequences of that text at most, and their tokens.
         device: where that is computed.
         revision: branch, tag or commit of the model.
+        base_name: Hub id to record for a model that is given as a local folder.
         max_shard_size: a weight file larger than this is split.
         progress: show progress bars.
 
@@ -133,6 +135,8 @@ def prune_width(
         shape, importance.layers[score], ratio,
         exponent=exponent, parts=parts, multiple_of=multiple_of, query_heads=query_heads,
     )  # fmt: skip
+    if budget.parameters == 0:
+        raise ValueError(f"ratio {ratio:g} is less than half of what can be removed at a time: nothing would be")
     kept = [kept_units(shape, budget, importance, score, query_heads, n) for n in range(len(shape.layers))]
     after = LlamaShape(**{**vars(shape), "layers": tuple(units.width for units in kept)})
     lost = [(old, new) for old, new in zip(shape.layers, after.layers, strict=True)]
@@ -159,7 +163,7 @@ def prune_width(
             )
         return write_pruned(
             output, checkpoint, shape, after, step, _tensors(checkpoint, kept, after, corrected),
-            max_shard_size=max_shard_size, progress=bars, notes=[],
+            base_name=base_name, max_shard_size=max_shard_size, progress=bars, notes=[],
         )  # fmt: skip
 
 

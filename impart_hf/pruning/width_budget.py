@@ -102,8 +102,8 @@ def width_budget(
     if not 0 < ratio < 1 or target > sum(limits):
         most = sum(limits) / shape.decoder_parameters
         raise ValueError(
-            f"ratio is {ratio:g}; it must be above 0 and at most {most:.4f}, so that every layer keeps some of its "
-            "heads and channels"
+            f"ratio is {ratio:g}; it must be above 0 and at most {most:.4f} if {' and '.join(parts)} is pruned and "
+            f"every layer keeps some of its heads and a multiple of {multiple_of} channels"
         )
     shares = _shares(scores, limits, target, exponent)
     wanted = [share * limit for share, limit in zip(shares, limits, strict=True)]
