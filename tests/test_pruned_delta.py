@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -327,9 +326,9 @@ def test_hub(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_base_of_other_widths(repository: Path, tmp_path: Path, pair: Pair) -> None:
-    """A base that is the dense model is no base of it, and is named."""
+    """The dense model is no base of it."""
     other = save_model(pruned_and_dense(dtype=torch.bfloat16)[1], tmp_path / "dense")
-    with pytest.raises(ValueError, match=re.escape(str(other))):
+    with pytest.raises(ValueError, match=r"has shape .*, the base has"):
         load(repository, base_model=str(other))
 
 
