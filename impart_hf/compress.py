@@ -69,9 +69,9 @@ def compress(
         finetuned: local folder or Hub id of the fine-tuned model.
         output_dir: where the repository goes; must not exist, be empty, or hold a delta repository, which is replaced.
         method: a method's configuration; ImPart at ratio 32 if None.
-        calibration: text for the methods that quantise: a .txt, .json or .jsonl file, the name of a dataset, or a list
-            of strings. Without it they round to the nearest level. With it, one decoder layer at a time is run over
-            the text, fed by the layers compressed before it.
+        calibration: text for the methods that quantise, as for `calibration_text.calibration_tokens`. Without it they
+            round to the nearest level. With it, one decoder layer at a time is run over the text, fed by the layers
+            compressed before it.
         distill: text of the same kinds on which the scales of the finished records (a direct record's scale, a
             factored one's sigma) are trained towards the fine-tune's logits. Needs room for both models.
         calibration_samples: sequences of text taken at most, for either purpose.

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, peak memory, fresh processes, tables, deltas like real ones."""
+"""What the benchmarks share: the machine's description, fresh processes, tables, deltas like real ones."""
 
 from __future__ import annotations
 
