@@ -14,7 +14,7 @@ from .modeling.checkpoints import DTYPE_NAMES, all_finite
 from .modeling.checksums import tensor_bytes
 from .progress import Progress
 from .safetensors_writer import Entry, shard_bytes, shard_entries, write_json, write_safetensors
-from .workspace import OutputError, sync_folder
+from .workspace import OutputError, sync_path
 
 WEIGHTS = "model.safetensors"
 
@@ -53,20 +53,12 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         yield folder
         for file in folder.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # some libraries write files that only their owner may read
-            _sync(file)
-        sync_folder(folder)
+            sync_path(file)
+        sync_path(folder)
         if path.exists():
             path.rmdir()
         os.rename(folder, path)
-        sync_folder(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(path.parent)
 
 
 class DenseTensor:

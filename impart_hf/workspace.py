@@ -21,9 +21,9 @@ class OutputError(OSError):
     """An output folder that cannot be written, or that holds something that is not ours to replace."""
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Flush a file's contents or a folder's entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -260,9 +260,9 @@ class Workspace:
             OutputError: if something that is not ours has come to the output folder meanwhile.
         """
         check_output(self.output)
-        sync_folder(self.repository)
+        sync_path(self.repository)
         if self.output.exists():
             os.rename(self.output, self._replaced)
         os.rename(self.repository, self.output)
-        sync_folder(self.output.parent)
+        sync_path(self.output.parent)
         self.discard()

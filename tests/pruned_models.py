@@ -19,23 +19,12 @@ from typing import Any
 import torch
 from tiny_models import make_model, tiny_config
 from transformers import LlamaConfig, LlamaForCausalLM
+from without_impart_hf import WITHOUT_IMPART_HF
 
 from impart_hf import PrunedLlamaConfig, PrunedLlamaForCausalLM
 
 HEAD_DIM = 8
 INTERMEDIATE = 64
-
-# A process without impart_hf: this goes before a script.
-WITHOUT_IMPART_HF = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "impart_hf":
-            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
-
-sys.meta_path.insert(0, Blocker())
-"""
 
 
 @dataclass(frozen=True)

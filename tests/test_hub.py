@@ -16,17 +16,7 @@ import torch
 from loopback_hub import LoopbackHub, hub_env
 from tiny_models import Pair, edit_json
 from transformers import AutoModelForCausalLM
-
-WITHOUT_IMPART_HF = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "impart_hf":
-            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
-
-sys.meta_path.insert(0, Blocker())
-"""
+from without_impart_hf import WITHOUT_IMPART_HF
 
 # Pushes base, fine-tune and two commits of their delta; then the base moves on.
 PUBLISH = """

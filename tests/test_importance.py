@@ -37,18 +37,11 @@ pytest.importorskip("accelerate")
 
 from impart_hf.pruning.training import add_lora
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [f"{n} is the number, {n * n} is its square, and {n} texts come before this one. " * 2 for n in range(60)]
 SETTINGS: dict[str, Any] = {"steps": 7, "batch_size": 2, "length": 24, "device": "cpu", "progress": False}
 RATE = 1e-2  # large, so that a step that went otherwise would show
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads waiting for each other on a busy machine would take most of the time of models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def save(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from loopback_hub import LoopbackHub, hub_env
-from pruned_models import KEPT, WITHOUT_IMPART_HF, pruned_and_dense, run_without_impart_hf
+from pruned_models import KEPT, pruned_and_dense, run_without_impart_hf
 from test_hub import run_client
 from tiny_models import Pair, fine_tune, make_model, save_model, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, dynamic_module_utils
+from without_impart_hf import WITHOUT_IMPART_HF
 
 from impart_hf import (
     DareConfig,

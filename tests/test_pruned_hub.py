@@ -12,9 +12,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, hub_env
-from pruned_models import KEPT, KEPT_MHA, WITHOUT_IMPART_HF, llama_config, pruned_and_dense, pruned_config
+from pruned_models import KEPT, KEPT_MHA, llama_config, pruned_and_dense, pruned_config
 from test_hub import run_client
 from tiny_models import edit_json, edit_tensors, make_model, save_model, tiny_config
+from without_impart_hf import WITHOUT_IMPART_HF
 
 from impart_hf import PrunedLlamaForCausalLM
 from impart_hf.hub import push

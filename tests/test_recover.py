@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from impart_hf.workspace import OutputError
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = [f"{n} is the number, {n * n} is its square, and {n} texts come before this one. " * 2 for n in range(60)]
 HELD_OUT = [
@@ -42,15 +42,6 @@ HELD_OUT = [
 ]
 SETTINGS: dict[str, Any] = {"steps": 12, "learning_rate": 3e-3, "length": 32, "device": "cpu", "progress": False}
 HISTORY = {"base_model": "owner/base", "base_parameters": 200_000, "steps": [{"kind": "layers", "removed": [1]}]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads waiting for each other on a busy machine would take most of the time of models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def save(folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,10 @@ script = load_script("train_pair")
 pair_text = load_script("pair_text")
 PairSettings, train_pair, main = script.PairSettings, script.train_pair, script.main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("base", "finetuned")
 TEXTS = ("base_heldout.txt", "finetune_heldout.txt", "finetune_train.txt")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads waiting for each other on a busy machine would take most of the time of models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
