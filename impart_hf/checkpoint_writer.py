@@ -13,7 +13,7 @@ import torch
 from .modeling.checkpoints import DTYPE_NAMES, all_finite
 from .modeling.checksums import tensor_bytes
 from .progress import Progress
-from .safetensors_writer import Entry, shard_bytes, shard_entries, write_json, write_safetensors
+from .safetensors_writer import Entry, shard_entries, write_json, write_safetensors
 from .workspace import OutputError, sync_path
 
 WEIGHTS = "model.safetensors"
@@ -88,7 +88,6 @@ def write_weights(
         ValueError: if `max_shard_size` is no size, or a tensor is not finite or not as it was announced.
     """
     tensors = list(tensors)
-    shard_bytes(max_shard_size)
     needed = sum(tensor.size for tensor in tensors)
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OutputError(f"{folder.parent.parent} has {free} bytes free, {needed} are needed")

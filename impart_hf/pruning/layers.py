@@ -12,6 +12,7 @@ import torch
 from ..checkpoint_writer import DenseTensor, check_free
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
+from ..safetensors_writer import shard_bytes
 from .checks import open_llama
 from .importance_report import Importance, check_score
 from .llama_shape import LINEAR, LlamaShape, layer_prefix
@@ -64,6 +65,7 @@ def prune_layers(
     if sum(choice is not None for choice in (drop, ratio, layers)) != 1:
         raise ValueError("say which layers to drop in one way: drop (how many), ratio, or layers (their numbers)")
     check_score(score)
+    shard_bytes(max_shard_size)
     check_free(output_dir)
     checkpoint, shape = open_llama(model, revision)
     if importance is not None:

@@ -17,6 +17,7 @@ from ..checkpoint_writer import DenseTensor, check_free
 from ..compress import usable_device
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
+from ..safetensors_writer import shard_bytes
 from .checks import open_llama
 from .correction import corrected_weights
 from .importance_report import Importance, check_score
@@ -121,13 +122,11 @@ def prune_width(
     if not 0 <= exponent <= _LARGEST_EXPONENT:
         raise ValueError(f"exponent must lie between 0 and {_LARGEST_EXPONENT}, not {exponent:g}")
     device = usable_device(device)
+    shard_bytes(max_shard_size)
     output = check_free(output_dir)
     checkpoint, shape = open_llama(model, revision)
-    if (
-        query_heads
-        and "attention" in parts
-        and all(w.num_attention_heads == w.num_key_value_heads for w in shape.layers)
-    ):
+    single = all(width.num_attention_heads == width.num_key_value_heads for width in shape.layers)
+    if query_heads and "attention" in parts and single:
         raise ValueError("every KV group has a single query head: there are none to remove but with their group")
     importance = importance if isinstance(importance, Importance) else Importance.load(importance)
     importance.check_model(checkpoint, shape)
