@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
@@ -13,6 +15,8 @@ from .checkpoints import CheckpointError, HubOptions
 from .delta_repository import find_delta_files
 
 logger = logging.get_logger(__name__)
+
+_UNNAMED = "REPO_ID"  # what a card calls its repository until that has a name
 
 
 def push_folder(
@@ -40,20 +44,44 @@ def push_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or "Upload delta repository",
-            commit_description=commit_description,
-        )
+        with _with_named_card(folder, repo_id) as named:
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=named,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or "Upload delta repository",
+                commit_description=commit_description,
+            )
     except HfHubHTTPError:  # the Hub's own answer says what is wrong
         raise
     except Exception as error:  # which HTTP library raises is the client's affair
         if not type(error).__module__.startswith("http"):
             raise
         raise CheckpointError(f"the Hub cannot be reached, nothing was published: {error}") from error
+
+
+@contextmanager
+def _with_named_card(folder: Path, repo_id: str) -> Iterator[Path]:
+    """A folder as it is to be published: the loading example of its card names the repository."""
+    card = folder / "README.md"
+    text = card.read_text("utf-8") if card.is_file() else ""
+    if _UNNAMED not in text:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as holder:
+        named = Path(holder, "named")
+        shutil.copytree(folder, named, copy_function=_link)
+        (named / card.name).unlink()
+        (named / card.name).write_text(text.replace(_UNNAMED, repo_id), "utf-8")
+        yield named
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.symlink(os.path.abspath(source), target)
+    except OSError:  # a system without links
+        shutil.copyfile(source, target)
 
 
 def copy_repository(source: str, options: HubOptions, target: Path) -> None:

@@ -177,6 +177,10 @@ def test_base_and_commit_are_recorded(world: SimpleNamespace) -> None:
     head = card.split("---")[1].splitlines()
     assert {"base_model: tester/base", "base_model_relation: finetune", "license: apache-2.0"} <= set(head)
     assert world.commits["base"] in card
+    assert 'from_pretrained("REPO_ID"' in card
+    stored = world.hub.repo("tester/delta")
+    pushed = stored.blob_path(hub_files(world, "tester/delta", world.commits["first"])["README.md"].sha256)
+    assert pushed.read_text() == card.replace("REPO_ID", "tester/delta")
 
 
 def test_loads_by_id_and_revision_although_the_base_moved_on(world: SimpleNamespace, loaded: SimpleNamespace) -> None:
@@ -205,7 +209,9 @@ def test_pushes_the_repository_unchanged(world: SimpleNamespace, loaded: SimpleN
     assert "/tester/other/" in loaded.url
     assert not world.hub.repo("tester/other").state["private"] and world.hub.repo("tester/other-again").state["private"]
     saved = {p.name: p.read_bytes() for p in (loaded.out / "saved").iterdir()}
-    assert saved == {p.name: p.read_bytes() for p in (world.out / "second").iterdir()}
+    local = {p.name: p.read_bytes() for p in (world.out / "second").iterdir()}
+    local["README.md"] = local["README.md"].replace(b"REPO_ID", b"tester/delta")
+    assert saved == local
     tagged = hub_files(world, "tester/tagged", "dev")
     assert {name for name in original if tagged[name] != original[name]} == {"README.md"}
 
