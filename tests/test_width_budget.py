@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ def removed_by_formula(shape: LlamaShape, budget, query_heads: bool) -> int:
         groups = width.num_key_value_heads if query_heads else width.num_key_value_heads - heads
         queries = groups * (per_group - heads) if query_heads else groups * per_group
         layers.append(LayerWidth(queries, groups, width.intermediate_size - channels))
-    return shape.parameters - LlamaShape(**{**vars(shape), "layers": tuple(layers)}).parameters
+    return shape.parameters - dataclasses.replace(shape, layers=tuple(layers)).parameters
 
 
 @given(

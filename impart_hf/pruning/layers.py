@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,7 @@ def prune_layers(
                 f"layer {source} cannot be merged into layer {target}, which has other widths: drop layers before "
                 "widths are pruned, or do not merge"
             )
-    after = LlamaShape(**{**vars(shape), "layers": tuple(shape.layers[number] for number in kept)})
+    after = dataclasses.replace(shape, layers=tuple(shape.layers[number] for number in kept))
     step: dict[str, Any] = {
         "kind": "layers",
         "removed": dropped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def prune_width(
     if budget.parameters == 0:
         raise ValueError(f"ratio {ratio:g} is less than half of what can be removed at a time: nothing would be")
     kept = [kept_units(shape, budget, importance, score, query_heads, n) for n in range(len(shape.layers))]
-    after = LlamaShape(**{**vars(shape), "layers": tuple(units.width for units in kept)})
+    after = dataclasses.replace(shape, layers=tuple(units.width for units in kept))
     lost = [(old, new) for old, new in zip(shape.layers, after.layers, strict=True)]
     step = {
         "kind": "width",
