@@ -115,6 +115,24 @@ def model_tokens(
     return calibration_tokens(source, tokenizer, samples=samples, length=min(length, positions), seed=seed)
 
 
+def check_vocabulary(tokens: torch.Tensor, vocabulary: int, model: str) -> None:
+    """See that a model has every token of a text.
+
+    Args:
+        tokens: int64, of any shape.
+        vocabulary: how many tokens the model knows.
+        model: its name, for the error.
+
+    Raises:
+        ValueError: if not: its tokenizer is another model's.
+    """
+    if int(tokens.max()) >= vocabulary:
+        raise ValueError(
+            f"the text's token {int(tokens.max())} is not in the model's vocabulary of {vocabulary}: the tokenizer of "
+            f"'{model}' is not its own"
+        )
+
+
 def _sequences(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
     """The source's tokens in sequences of one length, the last of which is shorter, or has nothing but its start."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibration_text import CalibrationSource, calibration_tokens, load_tokenizer
+from .calibration_text import CalibrationSource, calibration_tokens, check_vocabulary, load_tokenizer
 from .compress import usable_device
 from .evaluate import TaskEvaluation, load, perplexity
 from .model_cost import (
@@ -227,18 +227,10 @@ class _Judge:
         self._tokens = calibration_tokens(text, self._tokenizer, samples=samples, length=length)
 
     def check_vocabulary(self, model: PreTrainedModel) -> None:
-        """See that a model has every token of the text.
-
-        Raises:
-            ValueError: if not.
-        """
+        """See that a model has every token of the text, as `calibration_text.check_vocabulary`."""
         embeddings: Any = model.get_input_embeddings()
-        vocabulary = embeddings.num_embeddings
-        if self._tokens is not None and int(self._tokens.max()) >= vocabulary:
-            raise ValueError(
-                f"the tokenizer of '{model.name_or_path}' makes the token {int(self._tokens.max())} of the text, the "
-                f"model has a vocabulary of {vocabulary}"
-            )
+        if self._tokens is not None:
+            check_vocabulary(self._tokens, embeddings.num_embeddings, str(model.name_or_path))
 
     def take_task(self, task: str, limit: int | None) -> None:
         self._task = TaskEvaluation(task, self._tokenizer, limit, self._batch_size)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from .calibration_text import check_vocabulary
 from .modeling.checkpoints import Checkpoint, all_finite
 from .progress import Progress
 
@@ -34,10 +35,7 @@ def streamed_model(finetuned: Checkpoint, tokens: Tensor, device: str | torch.de
     model = StreamedModel(finetuned, torch.device(device))
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"calibration needs tokens of shape (sequences, length), not {list(tokens.shape)}")
-    if int(tokens.max()) >= model.vocabulary:
-        raise ValueError(
-            f"calibration: token {int(tokens.max())} is not in the model's vocabulary of {model.vocabulary}"
-        )
+    check_vocabulary(tokens, model.vocabulary, finetuned.source)
     model.load(model.entrance)
     model.layer_inputs([tokens[:1], tokens[-1:]])
     model.release(model.entrance)

@@ -19,6 +19,7 @@ from typing import Any
 
 import measure
 import torch
+from measure import comma_separated
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -180,18 +181,16 @@ def _human(size: float) -> str:
     return f"{size / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
-def _list(kind: Any) -> Any:
-    return lambda text: [kind(part) for part in text.split(",")]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_quality.py", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="local folder or Hub id")
     parser.add_argument("finetuned", help="local folder or Hub id")
     parser.add_argument("--text", type=Path, required=True, help="what to measure on: held out from the fine-tuning")
-    parser.add_argument("--methods", type=_list(str), default=["impart", "lowrank", "dare"], help="comma-separated")
-    parser.add_argument("--ratios", type=_list(float), default=[8.0, 16.0, 32.0], help="comma-separated")
-    parser.add_argument("--seeds", type=_list(int), default=[0], help="comma-separated")
+    parser.add_argument(
+        "--methods", type=comma_separated(str), default=["impart", "lowrank", "dare"], help="comma-separated"
+    )
+    parser.add_argument("--ratios", type=comma_separated(float), default=[8.0, 16.0, 32.0], help="comma-separated")
+    parser.add_argument("--seeds", type=comma_separated(int), default=[0], help="comma-separated")
     parser.add_argument("--tokens", type=int, default=16_384, help="at most so many (default: 16384)")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time")

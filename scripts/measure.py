@@ -26,6 +26,16 @@ _RESULT = "RESULT "  # what marks a worker's result among its output
 _SPIKES = 512  # components of a synthetic delta that rise above its noise
 
 
+def comma_separated(kind: Callable[[str], Any]) -> Callable[[str], list]:
+    """A parser of comma-separated values of a kind, for argparse."""
+
+    def parse(text: str) -> list:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = "comma-separated values"  # argparse puts it into its message
+    return parse
+
+
 def text_sequences(source: Path, tokenizer: Any, tokens: int, length: int) -> torch.Tensor:
     """int64 (sequences, length): of a text, as many sequences as `tokens` fill, at least one."""
     return calibration_tokens(source, tokenizer, samples=max(1, tokens // length), length=length)

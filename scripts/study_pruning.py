@@ -32,6 +32,7 @@ from typing import Any
 
 import measure
 import torch
+from measure import comma_separated
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -336,24 +337,23 @@ def picture(results: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _list(kind: Any) -> Any:
-    def parse(text: str) -> list:
-        return [kind(part) for part in text.split(",")]
-
-    parse.__name__ = "comma-separated numbers"  # argparse puts it into its message
-    return parse
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="study_pruning.py", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="MODEL", help="LLaMA to be pruned: local folder or Hub id")
     parser.add_argument("--data", type=Path, required=True, help="text file to score, correct and recover on")
     parser.add_argument("--text", type=Path, required=True, help="text file to measure on, held out")
     parser.add_argument("--output", type=Path, default=Path("study"), metavar="FOLDER", help="default: study")
-    parser.add_argument("--seeds", type=_list(int), default=[0, 1, 2], help="of random layers (default: 0,1,2)")
-    parser.add_argument("--counts", type=_list(int), default=[1, 2, 3, 4], help="layers to drop (default: 1,2,3,4)")
     parser.add_argument(
-        "--ratios", type=_list(float), default=[], help="of width alone (default: what the layers are of the model)"
+        "--seeds", type=comma_separated(int), default=[0, 1, 2], help="of random layers (default: 0,1,2)"
+    )
+    parser.add_argument(
+        "--counts", type=comma_separated(int), default=[1, 2, 3, 4], help="layers to drop (default: 1,2,3,4)"
+    )
+    parser.add_argument(
+        "--ratios",
+        type=comma_separated(float),
+        default=[],
+        help="of width alone (default: what the layers are of the model)",
     )
     parser.add_argument("--importance-steps", type=int, default=40, help="default: 40")
     parser.add_argument("--recovery-steps", type=int, default=100, metavar="N", help="default: 100")

@@ -287,6 +287,8 @@ def other_model(folder: Path, kind: str) -> Path:
         T5Config(d_model=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=16).save_pretrained(folder)
     elif kind == "classifier":
         LlamaForSequenceClassification(tiny_config()).save_pretrained(folder)
+    elif kind == "few tokens":
+        save_model(make_model(tiny_config(vocab_size=64)), folder)
     else:
         save_model(make_model(tiny_config()), folder)
     if kind == "quantised":
@@ -307,6 +309,7 @@ def other_model(folder: Path, kind: str) -> Path:
         ("quantised", "is a quantised checkpoint"),
         ("no weights", "has none of the weight files"),
         ("no tokenizer", "the tokenizer of '.*' cannot be read"),
+        ("few tokens", "is not in the model's vocabulary of 64: the tokenizer of '.*other' is not its own"),
     ],
 )
 def test_models_that_cannot_be_evaluated(

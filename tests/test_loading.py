@@ -48,6 +48,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from without_impart_hf import WITHOUT_IMPART_HF
 
 from impart_hf import DeltaCompressedConfig, DeltaCompressedForCausalLM, ImPartConfig, LowRankConfig, compress
 from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
@@ -736,21 +737,16 @@ def test_merge_and_unload(model: PreTrainedModel, dense_folder: Path, tmp_path: 
 
 # Without this package installed -------------------------------------------------------------------------------------
 
-BLOCKER = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "impart_hf":
-            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
-
-sys.meta_path.insert(0, Blocker())
+BLOCKER = (
+    WITHOUT_IMPART_HF
+    + """
 try:
     import impart_hf
     raise SystemExit("impart_hf was imported")
 except ModuleNotFoundError:
     pass
 """
+)
 REMOTE_CODE = (
     BLOCKER
     + """

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ..calibration_text import CalibrationSource, model_tokens
+from ..calibration_text import CalibrationSource, check_vocabulary, model_tokens
 from ..compress import usable_device
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
@@ -201,8 +201,7 @@ def training_tokens(
         FileNotFoundError, ModuleNotFoundError: as `calibration_tokens`.
     """
     tokens = model_tokens(checkpoint, source, samples, length, seed)
-    if int(tokens.max()) >= shape.vocab_size:
-        raise ValueError(f"the text has the token {int(tokens.max())}, the model a vocabulary of {shape.vocab_size}")
+    check_vocabulary(tokens, shape.vocab_size, checkpoint.source)
     return tokens
 
 

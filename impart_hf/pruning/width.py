@@ -139,7 +139,7 @@ def prune_width(
         raise ValueError(f"ratio {ratio:g} is less than half of what can be removed at a time: nothing would be")
     kept = [kept_units(shape, budget, importance, score, query_heads, n) for n in range(len(shape.layers))]
     after = dataclasses.replace(shape, layers=tuple(units.width for units in kept))
-    lost = [(old, new) for old, new in zip(shape.layers, after.layers, strict=True)]
+    lost = list(zip(shape.layers, after.layers, strict=True))
     step = {
         "kind": "width",
         "ratio": ratio,
