@@ -162,6 +162,7 @@ class Checkpoint:
     Attributes:
         source, options: the folder or Hub id it was opened from, and how.
         config: its config.json.
+        folder: where its files lie, in the Hub's cache if need be.
         tied: whether the output projection shares the input embeddings.
         weight_bytes: size on disk of its weight files, in bytes.
     """
@@ -182,7 +183,7 @@ class Checkpoint:
         config_path = fetch_file(source, "config.json", options)
         if config_path is None:
             raise CheckpointError(f"'{source}' has no config.json: it is not a transformers checkpoint")
-        self.config = read_json(config_path)
+        self.config, self.folder = read_json(config_path), config_path.parent
         if self.config.get("model_type") == "delta_compressed":
             raise CheckpointError(f"'{source}' is a delta repository; make it dense with `impart-hf reconstruct` first")
         if self.config.get("quantization_config"):

@@ -160,6 +160,7 @@ class DeltaRepository:
         config: its configuration.
         options: how its files are found on the Hub.
         base: the base checkpoint.
+        base_checksums: of the base's tensors that the delta was made against, by name.
         file: the delta entries.
     """
 
@@ -192,7 +193,7 @@ class DeltaRepository:
             # An entry that is lost would pass for a tensor that equals the base's.
             raise DeltaFormatError(f"{index} names other entries than its files hold: they are not of one repository")
         self.base = self._open_base(base_model, options)
-        self._checksums = self._read_checksums()
+        self.base_checksums = self._read_checksums()
         self.parts = self._match_entries()
         for name, part in self.parts.items():
             self._check_parts(name, part)
@@ -291,7 +292,7 @@ class DeltaRepository:
             WrongBaseError: if it is not the tensor that the delta was made against.
         """
         tensor = self.base.tensor(name)
-        if tensor_checksum(tensor) != self._checksums[name]:
+        if tensor_checksum(tensor) != self.base_checksums[name]:
             raise WrongBaseError(
                 f"'{self.base.source}' is not the base of '{self.source}': its tensor {name} differs from that of "
                 f"'{self.config.base_model_name_or_path}'{self._base_revision()}"

@@ -52,7 +52,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
     def _from_config(cls, config, **kwargs):
         """What AutoModelForCausalLM.from_config makes: the plain inner model with random weights."""
         inner = config.text_config if config.model_type == DeltaCompressedConfig.model_type else config
-        return _inner_class(inner)._from_config(inner, **kwargs)
+        return inner_class(inner)._from_config(inner, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base_model=None, **kwargs):
@@ -88,7 +88,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             )
             kwargs |= loading
         repository = DeltaRepository(source, config, options, base_model)
-        model_class = _delta_class(_inner_class(config.text_config))
+        model_class = _delta_class(inner_class(config.text_config))
         with_info = kwargs.pop("output_loading_info", False)
         model, info = model_class.from_pretrained(
             None,
@@ -202,7 +202,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         return self
 
 
-def _inner_class(text_config: PreTrainedConfig) -> Any:
+def inner_class(text_config: PreTrainedConfig) -> Any:
     """The model class that the fine-tuned model's own configuration names."""
     # By name: the Auto classes know it only with impart_hf imported, and remote code is imported more than once.
     if text_config.model_type == PrunedLlamaConfig.model_type:

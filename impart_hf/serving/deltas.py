@@ -1,0 +1,141 @@
+"""Which deltas an engine may load: everything about a delta that can be checked before the engine is touched."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_file, pinned, read_json
+from ..modeling.delta_repository import DeltaRepository, WrongBaseError
+from .completeness import check_complete
+from .engine_files import EngineFiles, hub_options
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# Fields of a configuration that change nothing in the model that vLLM has built.
+_NO_MATTER = {
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+    "id2label", "initializer_range", "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "pruning",
+    "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+# Files of which an engine goes on using those that it was started with.
+_KEPT_FILES = ("tokenizer.json", "chat_template.jinja", "generation_config.json")
+
+
+class DeltaRefusedError(ValueError):
+    """A delta that the engine cannot load, though it may be a good one."""
+
+
+@dataclass(frozen=True)
+class CheckedDelta:
+    """A delta that the engine can load.
+
+    Attributes:
+        repo, revision: its folder or Hub id and its commit; both None for the base's own weights.
+        notes: what a user should know, in which the engine stays as it was started.
+    """
+
+    repo: str | None
+    revision: str | None
+    notes: tuple[str, ...] = ()
+
+
+class DeltaChecker:
+    """Checks deltas for one engine; reads files only and does nothing to the engine."""
+
+    def __init__(self, vllm_config: "VllmConfig"):
+        """Look at the engine's own files.
+
+        Raises:
+            DeltaRefusedError: if the engine was started in a way that rules swaps out.
+            CheckpointError, DeltaFormatError, WrongBaseError: if its files are not as they should be.
+        """
+        if vllm_config.lora_config is not None:
+            raise DeltaRefusedError("an engine with --enable-lora cannot swap deltas: adapters belong to one of them")
+        if vllm_config.speculative_config is not None:
+            raise DeltaRefusedError("an engine with a draft model cannot swap deltas: the draft would stay as it is")
+        self._vllm_config = vllm_config
+        self.files = EngineFiles(vllm_config)
+        # Of the base; known once a delta has been seen to fit it.
+        self._base_checksums: dict[str, int] | None = None
+        if self.files.is_delta:
+            started_on = self.files.open_model()
+            self._config, self._base_checksums = started_on.config.text_config, started_on.base_checksums
+        else:
+            self._config = AutoConfig.from_pretrained(self.files.base)
+
+    def check(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
+        """See that the engine can load a delta: its files are whole, its base and its model are the engine's.
+
+        Args:
+            repo: folder or Hub id; None for the base's own weights.
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            CheckpointError: if a file is missing or cannot be fetched.
+            DeltaFormatError: if the delta is damaged or does not fit the base.
+            WrongBaseError: if its base is another model.
+            DeltaRefusedError: if its model differs from the engine's in more than weights.
+        """
+        if repo is None:
+            self._check_config(AutoConfig.from_pretrained(self.files.base), str(self.files.base))
+            return CheckedDelta(None, None)
+        options = pinned(repo, hub_options(self._vllm_config, revision))
+        repository = self.files.open_delta(repo, options.revision)
+        self._check_config(repository.config.text_config, repo)
+        self._check_base(repository)
+        check_complete(repository)
+        for entry in repository.file.names():
+            repository.file.read(entry)  # its CRC
+        return CheckedDelta(repo, options.revision, tuple(self._notes(repo, options)))
+
+    def _check_config(self, config: PreTrainedConfig, repo: str) -> None:
+        ours, theirs = _fields(self._config), _fields(config)
+        differing = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        if differing:
+            changes = ", ".join(f"{name} ({theirs.get(name)} instead of {ours.get(name)})" for name in differing[:3])
+            raise DeltaRefusedError(
+                f"'{repo}' differs from the model that the engine was built for in {changes}: serve it with an engine "
+                "of its own"
+            )
+
+    def _check_base(self, repository: DeltaRepository) -> None:
+        if self._base_checksums is None:
+            for name in repository.names():
+                repository.base_tensor(name)
+            self._base_checksums = repository.base_checksums
+        for name, checksum in repository.base_checksums.items():
+            if checksum != self._base_checksums.get(name):
+                raise WrongBaseError(
+                    f"'{repository.source}' was made against '{repository.config.base_model_name_or_path}', which is "
+                    f"not the engine's base '{self.files.base}': their tensors {name} differ"
+                )
+
+    def _notes(self, repo: str, options: HubOptions) -> list[str]:
+        notes = []
+        for filename in _KEPT_FILES:
+            ours = _content(fetch_file(self.files.model, filename, self.files.options))
+            theirs = _content(fetch_file(repo, filename, options))
+            if ours != theirs:
+                notes.append(f"{filename} differs: the engine goes on with that of '{self.files.model}'")
+        return notes
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a model is built from, in the form in which a file has it."""
+    return {k: v for k, v in json.loads(config.to_json_string(use_diff=False)).items() if k not in _NO_MATTER}
+
+
+def _content(path: Path | None) -> Any:
+    if path is None:
+        return None
+    if path.name != "generation_config.json":
+        return path.read_bytes()
+    try:
+        fields = read_json(path)
+    except CheckpointError:
+        return None  # vLLM goes on without it, too
+    return {k: v for k, v in fields.items() if k not in ("_from_model_config", "transformers_version")}

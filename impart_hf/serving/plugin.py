@@ -1,0 +1,39 @@
+"""What vLLM calls in each of its processes, so that it knows delta repositories and pruned LLaMA."""
+
+
+def register() -> None:
+    """Register configurations, model classes and worker methods with vLLM (entry point `vllm.general_plugins`).
+
+    vLLM calls this in the API server, the engine core, every worker, and in helper processes; calling it again changes
+    nothing. Importing impart_hf has registered the configurations with transformers' Auto classes by then.
+    """
+    import vllm
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.transformers_utils import config as vllm_config
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from . import model_classes
+    from .config_parser import DeltaConfigParser
+    from .worker import load_delta, served_delta
+
+    # Not `register_config_parser`: it would warn of the replacement at every start, whatever model is served.
+    vllm_config._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = DeltaConfigParser
+
+    def register_class(name: str) -> None:
+        # vLLM keeps on disk what a class can do, by this string and the hash of its file. What our classes can do is
+        # what vLLM's own can, so its version belongs to the string.
+        ModelRegistry.register_model(name, f"{model_classes.__name__}:{name}@{vllm.__version__}")
+
+    register_class(model_classes.PRUNED_LLAMA)
+    inner = {model_classes.PRUNED_LLAMA, "TransformersForCausalLM", "TransformersMoEForCausalLM"}
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        inner.update([names] if isinstance(names, str) else names)
+    for name in sorted(inner & set(ModelRegistry.get_supported_archs())):
+        register_class(model_classes.DELTA_PREFIX + name)
+        if name in MODELS_CONFIG_MAP:
+            MODELS_CONFIG_MAP[model_classes.DELTA_PREFIX + name] = MODELS_CONFIG_MAP[name]
+
+    WorkerBase.impart_hf_load_delta = load_delta
+    WorkerBase.impart_hf_served_delta = served_delta

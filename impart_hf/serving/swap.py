@@ -1,0 +1,159 @@
+"""Swapping the delta of a running engine, from Python."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from .deltas import CheckedDelta, DeltaChecker
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.engine.protocol import EngineClient
+
+
+class SwapError(RuntimeError):
+    """A swap that did not happen; the engine serves what it served before."""
+
+
+class EngineUnsoundError(RuntimeError):
+    """A swap that failed and could not be undone: the engine has no weights that are worth serving."""
+
+
+class DeltaSwitch:
+    """Loads one delta after the other into a running `LLM`.
+
+        llm = LLM("meta-llama/Llama-2-13b-hf")
+        deltas = DeltaSwitch(llm)
+        deltas.load("user/math-delta")
+        llm.generate(...)
+        deltas.load(None)  # the base itself
+
+    The engine may have been started on the base or on any delta of it.
+    """
+
+    def __init__(self, llm: "LLM"):
+        """
+        Raises:
+            DeltaRefusedError: if the engine was started with adapters or a draft model.
+            CheckpointError, DeltaFormatError, WrongBaseError: if the engine's own files are gone or changed.
+        """
+        self._llm = llm
+        self._checker = DeltaChecker(llm.llm_engine.vllm_config)
+
+    def load(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
+        """Give the engine the weights of a delta repository on its base.
+
+        Args:
+            repo: folder or Hub id of the delta repository; None for the base's own weights.
+            revision: branch, tag or commit on the Hub.
+
+        Returns:
+            What was loaded, its commit and notes included.
+
+        Raises:
+            CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError: as `DeltaChecker.check` does, before
+                anything is done to the engine.
+            SwapError: if requests are still running, or if loading failed; the engine serves what it did before.
+            EngineUnsoundError: if loading failed and the old weights cannot be read any more either.
+        """
+        engine = self._llm.llm_engine
+        if engine.has_unfinished_requests():
+            raise SwapError("requests are still running: let generate() or wait_for_completion() return first")
+        checked = self._checker.check(repo, revision)
+        answers = self._llm.collective_rpc("impart_hf_load_delta", args=(checked.repo, checked.revision))
+        self._llm.reset_prefix_cache(reset_connector=has_connector(engine.vllm_config))
+        raise_on_failure(answers, checked)
+        return checked
+
+    @property
+    def loaded(self) -> str | None:
+        """Folder or Hub id of the delta that the engine serves; None for the base itself."""
+        return served(self._llm.collective_rpc("impart_hf_served_delta"))["delta"]
+
+
+class AsyncDeltaSwitch:
+    """`DeltaSwitch` for vLLM's asynchronous engine: requests that run finish on the old delta, new ones wait.
+
+    Attributes:
+        checker: of the deltas that the engine may load.
+    """
+
+    def __init__(self, engine: "EngineClient"):
+        """Raises: as `DeltaSwitch`."""
+        self._engine = engine
+        self.checker = DeltaChecker(engine.vllm_config)
+        self._busy = asyncio.Lock()
+
+    async def load(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
+        """Give the engine the weights of a delta repository on its base; as `DeltaSwitch.load`.
+
+        Once the engine is touched, the swap is brought to its end even if the caller is cancelled. After an
+        `EngineUnsoundError` requests wait until a later swap succeeds.
+
+        Raises:
+            SwapError: also if another swap is in progress.
+        """
+        if self._busy.locked():
+            raise SwapError("another swap is in progress")
+        async with self._busy:
+            checked = await asyncio.to_thread(self.checker.check, repo, revision)
+            swap = asyncio.ensure_future(self._swap(checked))
+            try:
+                await asyncio.shield(swap)
+            except asyncio.CancelledError:
+                await swap
+                raise
+            return checked
+
+    async def _swap(self, checked: CheckedDelta) -> None:
+        await self._engine.pause_generation(mode="wait")
+        resume = True
+        try:
+            answers = await self._engine.collective_rpc(
+                "impart_hf_load_delta", args=(checked.repo, checked.revision)
+            )
+            await self._engine.reset_prefix_cache(reset_connector=has_connector(self._engine.vllm_config))
+            raise_on_failure(answers, checked)
+        except EngineUnsoundError:
+            resume = False
+            raise
+        finally:
+            if resume:
+                await self._engine.resume_generation()
+
+    async def loaded(self) -> dict[str, Any]:
+        """What the engine serves: {"delta", "revision", "sound"}, "delta" None for the base itself."""
+        return served(await self._engine.collective_rpc("impart_hf_served_delta"))
+
+
+def has_connector(vllm_config: Any) -> bool:
+    """Whether blocks of the KV cache are kept outside the engine, too."""
+    return vllm_config.kv_transfer_config is not None
+
+
+def served(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the workers say that they serve.
+
+    Raises:
+        SwapError: if one cannot say.
+    """
+    for answer in answers:
+        if "error" in answer:
+            raise SwapError(answer["error"])
+    return answers[0]
+
+
+def raise_on_failure(answers: list[dict[str, Any]], wanted: CheckedDelta) -> None:
+    """Look at the workers' answers to `load_delta`.
+
+    Raises:
+        SwapError, EngineUnsoundError: if one failed.
+    """
+    what = wanted.repo or "the base"
+    for answer in answers:
+        if answer["error"] and not answer["sound"]:
+            raise EngineUnsoundError(
+                f"'{what}' could not be loaded ({answer['error']}), and neither could the weights that were served "
+                "before: put their files back and swap again, or restart the engine"
+            )
+        if answer["error"]:
+            raise SwapError(f"'{what}' could not be loaded, the old weights are back: {answer['error']}")

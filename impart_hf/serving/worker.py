@@ -1,0 +1,117 @@
+"""The worker's side of a swap: methods that the plugin gives to vLLM's workers.
+
+They never raise: of several workers, the answers of the others to a call that raised would be taken for those to the
+next one.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .delta_weights import decoded_tensors
+from .engine_files import EngineFiles
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+
+@dataclass
+class _State:
+    """What a worker keeps of swaps.
+
+    Attributes:
+        files: of the model that its engine was started on.
+        served: delta repository and revision whose weights it has; (None, None) for the base's own.
+        sound: whether it has them; not so after a swap that failed and could not be undone.
+    """
+
+    files: EngineFiles
+    served: tuple[str | None, str | None]
+    sound: bool = True
+
+
+def served_delta(worker: "WorkerBase") -> dict[str, Any]:
+    """Which delta the worker's weights are of: {"delta", "revision", "sound"}, or {"error"}."""
+    state: list[_State] = []
+    error = _message(lambda: state.append(_state(worker)))
+    if error:
+        return {"error": error}
+    delta, revision = state[0].served
+    return {"delta": delta, "revision": revision, "sound": state[0].sound}
+
+
+def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None) -> dict[str, Any]:
+    """Replace the worker's weights by those of a delta on the engine's base; on all workers, or on none.
+
+    No request may be running.
+
+    Args:
+        worker: one of the engine's workers; all of them must be called.
+        delta: folder or Hub id of a delta repository that has been checked; None for the base's own weights.
+        revision: its commit.
+
+    Returns:
+        {"error": None} once the new weights are there. Otherwise "error" says what went wrong with the first worker
+        that failed, and "sound" whether all have the old weights again.
+    """
+    error = _first_error(_message(lambda: _load(worker, _state(worker).files, delta, revision)))
+    if error is None:
+        _state(worker).served, _state(worker).sound = (delta, revision), True
+        return {"error": None, "sound": True}
+    undone = _first_error(_message(lambda: _load(worker, _state(worker).files, *_state(worker).served)))
+    if hasattr(worker, _STATE):
+        _state(worker).sound = undone is None
+    return {"error": error, "sound": undone is None}
+
+
+_STATE = "_impart_hf_state"
+
+
+def _state(worker: "WorkerBase") -> _State:
+    if not hasattr(worker, _STATE):
+        files = EngineFiles(worker.vllm_config)
+        started_on = (files.model, files.options.revision) if files.is_delta else (None, None)
+        setattr(worker, _STATE, _State(files, started_on))
+    return getattr(worker, _STATE)
+
+
+def _load(worker: "WorkerBase", files: EngineFiles, delta: str | None, revision: str | None) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    device = worker.device or torch.device("cpu")
+    weights = _base_tensors(files) if delta is None else decoded_tensors(files.open_delta(delta, revision), device)
+    try:
+        worker.reload_weights(weights_iterator=weights)
+    except BaseException:
+        # Layers that were begun are on the meta device, their loaders wrapped: without this, no later load would work.
+        finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
+        raise
+
+
+def _base_tensors(files: EngineFiles) -> Iterator[tuple[str, torch.Tensor]]:
+    base = files.open_base()
+    for name in base.names():
+        yield name, base.tensor(name)
+
+
+def _message(work: Callable[[], object]) -> str | None:
+    """Do something; returns what went wrong, None if nothing did."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def _first_error(error: str | None) -> str | None:
+    """The first error among all workers of the engine."""
+    from vllm.distributed.parallel_state import get_world_group
+
+    group = get_world_group()
+    if group.world_size == 1:
+        return error
+    errors: list[str | None] = [None] * group.world_size
+    torch.distributed.all_gather_object(errors, error, group=group.cpu_group)
+    return next((found for found in errors if found is not None), None)
