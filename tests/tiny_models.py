@@ -25,8 +25,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPTNeoXConfig,
     GptOssConfig,
+    HeliumConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -35,6 +38,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 VOCABULARY = 320
@@ -62,7 +66,11 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
     "mistral": (MistralConfig, {"sliding_window": 16}),
     "qwen2": (Qwen2Config, {}),  # biases on query, key and value
+    "qwen3": (Qwen3Config, {}),  # norms on query and key
+    "gemma": (GemmaConfig, {"tie_word_embeddings": True}),
     "gemma2": (Gemma2Config, {"tie_word_embeddings": True, "head_dim": 32, "sliding_window": 16}),
+    "gemma3": (Gemma3TextConfig, {"tie_word_embeddings": True, "sliding_window": 16}),
+    "helium": (HeliumConfig, {}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt-oss": (GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16}),
     "gpt-neox": (GPTNeoXConfig, {}),  # transformers renames its output projection

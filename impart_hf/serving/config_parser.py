@@ -37,7 +37,8 @@ class DeltaConfigParser(HFConfigParser):
         inner = config.text_config
         if inner is None or inner.model_type == config.model_type:
             raise ValueError(f"config.json of '{model}' has no text_config of a fine-tuned model")
-        inner.architectures = [_delta_architecture(inner)]
+        # vLLM takes the first that it knows; some of its models look for the transformers class that they stand for.
+        inner.architectures = [_delta_architecture(inner), *(inner.architectures or ())]
         inner._name_or_path = str(model)
         if inner.dtype is None:  # vLLM would look for it in the delta file, whose entries say nothing of it
             inner.dtype = config.tensor_dtype
