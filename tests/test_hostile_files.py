@@ -12,7 +12,6 @@ import resource
 import shutil
 import struct
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forged_files import DELTA, UP, Entries, forge, forge_record, header_of, read_entries, replace, write_file
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -47,8 +47,6 @@ from impart_hf.modeling.delta_repository import WrongBaseError
 from impart_hf.reconstruct import open_repository
 
 ERRORS = (DeltaFormatError, CheckpointError, WrongBaseError)
-DELTA = "delta_model.safetensors"
-UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"
 UP_SHAPE = (128, 64)
 # Beside what the process has already. A repository of the tiny model takes a few megabytes to open and decode.
@@ -105,69 +103,6 @@ def refuses_or_is_the_same(folder: Path, expected: dict[str, torch.Tensor]) -> b
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     return False
-
-
-# --- safetensors files written by hand, with checksums that hold
-
-Entries = dict[str, tuple[str, list[int], bytes]]
-
-
-def read_entries(path: Path) -> Entries:
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header.pop("__metadata__", None)
-    body = data[8 + size :]
-    return {name: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for name, e in header.items()}
-
-
-def with_checksums(entries: Entries) -> Entries:
-    covered = sorted(name for name in entries if name != "crc32")
-    described = [
-        f"{name} {entries[name][0]} {'x'.join(map(str, entries[name][1]))}\n".encode() + entries[name][2]
-        for name in covered
-    ]
-    table = b"".join(zlib.crc32(entry).to_bytes(4, "little") for entry in described)
-    return {**{n: entries[n] for n in covered}, "crc32": ("U32", [len(covered)], table)}
-
-
-def header_of(entries: Entries) -> dict[str, Any]:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, (dtype, shape, data) in entries.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
-        at += len(data)
-    return header
-
-
-def replace(path: Path, data: bytes | bytearray) -> None:
-    """A new file of that name: the old one may still be mapped, by threads of a load that has failed already."""
-    path.unlink(missing_ok=True)
-    path.write_bytes(data)
-
-
-def write_file(path: Path, header: bytes, body: bytes) -> None:
-    replace(path, len(header).to_bytes(8, "little") + header + body)
-
-
-def write_entries(path: Path, entries: Entries) -> None:
-    header = json.dumps(header_of(entries)).encode()
-    write_file(path, header + b" " * (-len(header) % 8), b"".join(data for _, _, data in entries.values()))
-
-
-def forge(folder: Path, edit: Callable[[Entries], Any], checksums: bool = True) -> None:
-    """Change the entries of the delta file, so that every checksum holds (or not, for edits of the table itself)."""
-    entries = read_entries(folder / DELTA)
-    edit(entries)
-    write_entries(folder / DELTA, with_checksums(entries) if checksums else entries)
-
-
-def forge_record(folder: Path, edit: Callable[[bytes], bytes], name: str = UP) -> None:
-    def put(entries: Entries) -> None:
-        data = edit(entries[name + ".delta"][2])
-        entries[name + ".delta"] = ("U8", [len(data)], data)
-
-    forge(folder, put)
 
 
 def test_forging_alone_is_not_noticed(repository: Path, expected: dict[str, torch.Tensor]) -> None:

@@ -57,6 +57,8 @@ class DeltaChecker:
             raise DeltaRefusedError("an engine with --enable-lora cannot swap deltas: adapters belong to one of them")
         if vllm_config.speculative_config is not None:
             raise DeltaRefusedError("an engine with a draft model cannot swap deltas: the draft would stay as it is")
+        if vllm_config.parallel_config.data_parallel_size > 1:
+            raise DeltaRefusedError("with --data-parallel-size above 1 only the first engine says whether it swapped")
         self._vllm_config = vllm_config
         self.files = EngineFiles(vllm_config)
         # Of the base; known once a delta has been seen to fit it.

@@ -1,7 +1,6 @@
 """Where an engine's files are: the model that it was started on, its base, and the deltas that it is to load."""
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, fetch_file, read_json

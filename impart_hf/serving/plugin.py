@@ -2,7 +2,7 @@
 
 
 def register() -> None:
-    """Register configurations, model classes and worker methods with vLLM (entry point `vllm.general_plugins`).
+    """Make vLLM know our configurations, model classes and swaps (entry point `vllm.general_plugins`).
 
     vLLM calls this in the API server, the engine core, every worker, and in helper processes; calling it again changes
     nothing. Importing impart_hf has registered the configurations with transformers' Auto classes by then.
@@ -16,7 +16,7 @@ def register() -> None:
 
     from . import model_classes
     from .config_parser import DeltaConfigParser
-    from .worker import load_delta, served_delta
+    from .worker import load_delta
 
     # Not `register_config_parser`: it would warn of the replacement at every start, whatever model is served.
     vllm_config._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = DeltaConfigParser
@@ -36,4 +36,3 @@ def register() -> None:
             MODELS_CONFIG_MAP[model_classes.DELTA_PREFIX + name] = MODELS_CONFIG_MAP[name]
 
     WorkerBase.impart_hf_load_delta = load_delta
-    WorkerBase.impart_hf_served_delta = served_delta

@@ -1,6 +1,7 @@
 """Swapping the delta of a running engine, from Python."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .deltas import CheckedDelta, DeltaChecker
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
 
 class SwapError(RuntimeError):
     """A swap that did not happen; the engine serves what it served before."""
+
+
+class SwapInProgressError(SwapError):
+    """A second swap while the first is not done."""
 
 
 class EngineUnsoundError(RuntimeError):
@@ -28,6 +33,9 @@ class DeltaSwitch:
         deltas.load(None)  # the base itself
 
     The engine may have been started on the base or on any delta of it.
+
+    Attributes:
+        loaded: folder or Hub id of the delta that the engine serves; None for the base itself.
     """
 
     def __init__(self, llm: "LLM"):
@@ -38,6 +46,7 @@ class DeltaSwitch:
         """
         self._llm = llm
         self._checker = DeltaChecker(llm.llm_engine.vllm_config)
+        self.loaded = self._checker.files.model if self._checker.files.is_delta else None
 
     def load(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
         """Give the engine the weights of a delta repository on its base.
@@ -60,14 +69,10 @@ class DeltaSwitch:
             raise SwapError("requests are still running: let generate() or wait_for_completion() return first")
         checked = self._checker.check(repo, revision)
         answers = self._llm.collective_rpc("impart_hf_load_delta", args=(checked.repo, checked.revision))
-        self._llm.reset_prefix_cache(reset_connector=has_connector(engine.vllm_config))
-        raise_on_failure(answers, checked)
+        self._llm.reset_prefix_cache(reset_connector=_has_connector(engine.vllm_config))
+        _raise_on_failure(answers, checked)
+        self.loaded = checked.repo
         return checked
-
-    @property
-    def loaded(self) -> str | None:
-        """Folder or Hub id of the delta that the engine serves; None for the base itself."""
-        return served(self._llm.collective_rpc("impart_hf_served_delta"))["delta"]
 
 
 class AsyncDeltaSwitch:
@@ -90,10 +95,10 @@ class AsyncDeltaSwitch:
         `EngineUnsoundError` requests wait until a later swap succeeds.
 
         Raises:
-            SwapError: also if another swap is in progress.
+            SwapInProgressError: if another swap is not done yet.
         """
         if self._busy.locked():
-            raise SwapError("another swap is in progress")
+            raise SwapInProgressError("another swap is in progress")
         async with self._busy:
             checked = await asyncio.to_thread(self.checker.check, repo, revision)
             swap = asyncio.ensure_future(self._swap(checked))
@@ -108,11 +113,9 @@ class AsyncDeltaSwitch:
         await self._engine.pause_generation(mode="wait")
         resume = True
         try:
-            answers = await self._engine.collective_rpc(
-                "impart_hf_load_delta", args=(checked.repo, checked.revision)
-            )
-            await self._engine.reset_prefix_cache(reset_connector=has_connector(self._engine.vllm_config))
-            raise_on_failure(answers, checked)
+            answers = await self._engine.collective_rpc("impart_hf_load_delta", args=(checked.repo, checked.revision))
+            await self._engine.reset_prefix_cache(reset_connector=_has_connector(self._engine.vllm_config))
+            _raise_on_failure(answers, checked)
         except EngineUnsoundError:
             resume = False
             raise
@@ -120,29 +123,13 @@ class AsyncDeltaSwitch:
             if resume:
                 await self._engine.resume_generation()
 
-    async def loaded(self) -> dict[str, Any]:
-        """What the engine serves: {"delta", "revision", "sound"}, "delta" None for the base itself."""
-        return served(await self._engine.collective_rpc("impart_hf_served_delta"))
 
-
-def has_connector(vllm_config: Any) -> bool:
+def _has_connector(vllm_config: Any) -> bool:
     """Whether blocks of the KV cache are kept outside the engine, too."""
     return vllm_config.kv_transfer_config is not None
 
 
-def served(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the workers say that they serve.
-
-    Raises:
-        SwapError: if one cannot say.
-    """
-    for answer in answers:
-        if "error" in answer:
-            raise SwapError(answer["error"])
-    return answers[0]
-
-
-def raise_on_failure(answers: list[dict[str, Any]], wanted: CheckedDelta) -> None:
+def _raise_on_failure(answers: Sequence[dict[str, Any]], wanted: CheckedDelta) -> None:
     """Look at the workers' answers to `load_delta`.
 
     Raises:

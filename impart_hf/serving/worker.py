@@ -1,8 +1,4 @@
-"""The worker's side of a swap: methods that the plugin gives to vLLM's workers.
-
-They never raise: of several workers, the answers of the others to a call that raised would be taken for those to the
-next one.
-"""
+"""The worker's side of a swap: a method that the plugin gives to vLLM's workers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,28 +20,17 @@ class _State:
     Attributes:
         files: of the model that its engine was started on.
         served: delta repository and revision whose weights it has; (None, None) for the base's own.
-        sound: whether it has them; not so after a swap that failed and could not be undone.
     """
 
     files: EngineFiles
     served: tuple[str | None, str | None]
-    sound: bool = True
-
-
-def served_delta(worker: "WorkerBase") -> dict[str, Any]:
-    """Which delta the worker's weights are of: {"delta", "revision", "sound"}, or {"error"}."""
-    state: list[_State] = []
-    error = _message(lambda: state.append(_state(worker)))
-    if error:
-        return {"error": error}
-    delta, revision = state[0].served
-    return {"delta": delta, "revision": revision, "sound": state[0].sound}
 
 
 def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None) -> dict[str, Any]:
     """Replace the worker's weights by those of a delta on the engine's base; on all workers, or on none.
 
-    No request may be running.
+    No request may be running. This never raises: of several workers, the answers of the others to a call that raised
+    would be taken for those to the next one.
 
     Args:
         worker: one of the engine's workers; all of them must be called.
@@ -56,13 +41,11 @@ def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None) ->
         {"error": None} once the new weights are there. Otherwise "error" says what went wrong with the first worker
         that failed, and "sound" whether all have the old weights again.
     """
-    error = _first_error(_message(lambda: _load(worker, _state(worker).files, delta, revision)))
+    error = _first_error(_message(lambda: _load(worker, delta, revision)))
     if error is None:
-        _state(worker).served, _state(worker).sound = (delta, revision), True
+        _state(worker).served = (delta, revision)
         return {"error": None, "sound": True}
-    undone = _first_error(_message(lambda: _load(worker, _state(worker).files, *_state(worker).served)))
-    if hasattr(worker, _STATE):
-        _state(worker).sound = undone is None
+    undone = _first_error(_message(lambda: _load(worker, *_state(worker).served)))
     return {"error": error, "sound": undone is None}
 
 
@@ -77,9 +60,10 @@ def _state(worker: "WorkerBase") -> _State:
     return getattr(worker, _STATE)
 
 
-def _load(worker: "WorkerBase", files: EngineFiles, delta: str | None, revision: str | None) -> None:
+def _load(worker: "WorkerBase", delta: str | None, revision: str | None) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+    files = _state(worker).files
     device = worker.device or torch.device("cpu")
     weights = _base_tensors(files) if delta is None else decoded_tensors(files.open_delta(delta, revision), device)
     try:

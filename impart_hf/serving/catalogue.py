@@ -1,0 +1,78 @@
+"""The deltas that a server offers by name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..modeling.checkpoints import CheckpointError, read_json
+from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
+
+DELTAS_VARIABLE = "IMPART_HF_DELTAS"
+BASE = "base"  # the name of the base's own weights
+
+
+@dataclass(frozen=True)
+class NamedDelta:
+    """A delta repository and its name: folder or Hub id, and a revision on the Hub."""
+
+    name: str
+    repo: str | None
+    revision: str | None = None
+
+
+class Catalogue:
+    """Deltas by name, from a setting like `math=user/math-delta@v1,code=/deltas/code,/deltas/tenants`.
+
+    An entry is NAME=REPO[@REVISION], or a folder in which every delta repository is offered by the name of its own
+    folder; such a folder is looked at anew every time, so that deltas can come and go while the server runs.
+    """
+
+    def __init__(self, setting: str, started_on: NamedDelta | None = None):
+        """Read the setting.
+
+        Args:
+            setting: entries, separated by commas; may be empty.
+            started_on: the delta that the engine was started on, which is offered too.
+
+        Raises:
+            ValueError: if an entry is none of the two, or a name is given twice.
+        """
+        self._named = [started_on] if started_on else []
+        self._folders: list[Path] = []
+        for entry in filter(None, (part.strip() for part in setting.split(","))):
+            name, equals, repo = (part.strip() for part in entry.partition("="))
+            if not equals:
+                if not Path(name).is_dir():
+                    raise ValueError(f"{DELTAS_VARIABLE}: '{entry}' is neither NAME=REPO[@REVISION] nor a folder")
+                self._folders.append(Path(name))
+                continue
+            # A folder may have an @ in its name.
+            place, at, revision = (repo, "", "") if Path(repo).is_dir() else repo.partition("@")
+            if not name or not place or (at and not revision):
+                raise ValueError(f"{DELTAS_VARIABLE}: '{entry}' is not NAME=REPO[@REVISION]")
+            self._named.append(NamedDelta(name, place, revision or None))
+        self.all()
+
+    def all(self) -> dict[str, NamedDelta]:
+        """What is offered now, by name, the base first.
+
+        Raises:
+            ValueError: if two deltas have one name.
+        """
+        offered = {BASE: NamedDelta(BASE, None)}
+        for delta in [*self._named, *self._in_folders()]:
+            known = offered.setdefault(delta.name, delta)
+            if known != delta:
+                raise ValueError(f"{DELTAS_VARIABLE}: the name '{delta.name}' stands for {known.repo} and {delta.repo}")
+        return offered
+
+    def _in_folders(self) -> list[NamedDelta]:
+        found = []
+        for folder in self._folders:
+            for config in sorted(folder.glob("*/config.json")):
+                try:
+                    is_delta = read_json(config).get("model_type") == DeltaCompressedConfig.model_type
+                except CheckpointError:  # being written, or none of ours
+                    continue
+                if is_delta and not config.parent.name.startswith("."):
+                    found.append(NamedDelta(config.parent.name, str(config.parent)))
+        return found

@@ -1,0 +1,149 @@
+"""Swapping deltas over HTTP: routes that vLLM's API server has with `VLLM_PLUGINS=impart_hf`.
+
+GET /v1/deltas        what can be loaded, and what is
+POST /v1/deltas/load  {"delta": NAME}; NAME "base" for the base's own weights
+
+They stand behind the server's own API key. Errors have the form of the server's own.
+"""
+
+import json
+import os
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.logger import init_logger
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from ..modeling.checkpoints import CheckpointError
+from ..modeling.delta_record import DeltaFormatError
+from ..modeling.delta_repository import WrongBaseError
+from .catalogue import BASE, DELTAS_VARIABLE, Catalogue, NamedDelta
+from .deltas import DeltaRefusedError
+from .swap import AsyncDeltaSwitch, EngineUnsoundError, SwapError, SwapInProgressError
+
+logger = init_logger(__name__)
+router = APIRouter()
+
+
+class DeltaEndpoints:
+    """What vLLM's entry point group `vllm.endpoint_plugins` asks for."""
+
+    name = "impart_hf"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.include_router(router)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Make ready to swap.
+
+        Raises:
+            ValueError: if the environment's list of deltas cannot be read.
+        """
+        assert engine_client is not None  # there is always one where text is generated
+        state.impart_hf = _Server(engine_client, args)
+
+
+class _Server:
+    """What the routes share.
+
+    Attributes:
+        loaded: name of the delta that is served.
+        refusal: why this server cannot swap; None if it can.
+    """
+
+    def __init__(self, engine: EngineClient, args: Namespace):
+        self._engine = engine
+        self.refusal: str | None = None
+        started_on, self.loaded = None, BASE
+        try:
+            if (args.api_server_count or 1) > 1:
+                raise DeltaRefusedError("with --api-server-count above 1 no server knows what the others are doing")
+            self._switch = AsyncDeltaSwitch(engine)
+            files = self._switch.checker.files
+            if files.is_delta:
+                self.loaded = (args.served_model_name or [Path(files.model).name])[0]
+                started_on = NamedDelta(self.loaded, files.model, files.options.revision)
+        except DeltaRefusedError as error:
+            self.refusal = str(error)
+        self._catalogue = Catalogue(os.environ.get(DELTAS_VARIABLE, ""), started_on)
+
+    def list(self) -> dict[str, Any]:
+        entries = [
+            {"id": d.name, "object": "delta", "repo": d.repo, "revision": d.revision, "loaded": d.name == self.loaded}
+            for d in self._catalogue.all().values()
+        ]
+        return {"object": "list", "loaded": self.loaded, "data": entries}
+
+    async def load(self, name: str) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body of the answer."""
+        if self.refusal:
+            return _error(501, f"this server cannot swap deltas: {self.refusal}")
+        offered = self._catalogue.all()
+        if name not in offered:
+            return _error(404, f"there is no delta '{name}'; there are {', '.join(offered)}", deltas=list(offered))
+        if self._engine.errored:
+            return _error(503, "the engine has stopped")
+        wanted, started = offered[name], time.perf_counter()
+        try:
+            checked = await self._switch.load(wanted.repo, wanted.revision)
+        except SwapInProgressError as error:
+            return _error(409, str(error))
+        except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
+            return _error(422, str(error))
+        except (SwapError, EngineUnsoundError) as error:
+            logger.error("Swap to delta %s: %s", name, error)
+            return _error(500, str(error))
+        except EngineDeadError:
+            return _error(503, "the engine has stopped")
+        self.loaded = name
+        seconds = time.perf_counter() - started
+        logger.info("Swapped to delta %s in %.2f s", name, seconds)
+        notes = list(checked.notes)
+        return 200, {
+            "loaded": name, "repo": checked.repo, "revision": checked.revision, "seconds": seconds, "notes": notes,
+        }  # fmt: skip
+
+
+@router.get("/v1/deltas")
+async def list_deltas(request: Request) -> JSONResponse:
+    """The deltas that can be loaded, and the one that is."""
+    server: _Server = request.app.state.impart_hf
+    try:
+        return JSONResponse(server.list())
+    except ValueError as error:  # a name that has come to stand for two
+        return _response(*_error(500, str(error)))
+
+
+@router.post("/v1/deltas/load")
+async def load_delta(request: Request) -> JSONResponse:
+    """Swap to a delta: running requests finish on the old one, new ones wait."""
+    server: _Server = request.app.state.impart_hf
+    try:
+        body = json.loads(await request.body())
+        if not isinstance(body, dict) or set(body) != {"delta"} or not isinstance(body["delta"], str):
+            raise ValueError("not an object with nothing but 'delta'")
+    except ValueError as error:
+        return _response(*_error(400, f'the body must be {{"delta": NAME}}: {error}'))
+    try:
+        return _response(*await server.load(body["delta"]))
+    except ValueError as error:
+        return _response(*_error(500, str(error)))
+
+
+def _response(status: int, body: dict[str, Any]) -> JSONResponse:
+    return JSONResponse(body, status)
+
+
+_KINDS = {400: "BadRequestError", 404: "NotFoundError", 409: "ConflictError", 422: "UnprocessableEntityError"}
+
+
+def _error(status: int, message: str, **more: Any) -> tuple[int, dict[str, Any]]:
+    kind = _KINDS.get(status, "InternalServerError")
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": status, **more}}
