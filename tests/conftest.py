@@ -13,11 +13,13 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import Pair, save_pair, tiny_config
+from tiny_models import Pair, fine_tune, make_model, save_model, save_pair, tiny_config
+from vllm_engines import HEADS, LONG, PROMPTS, delta_of, tokens_of
 
 from impart_hf import LowRankConfig, compress
 
@@ -43,3 +45,31 @@ def tiny_repository(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("repository") / "delta"
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), folder, LowRankConfig(compression_ratio=3))
     return folder
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a LLaMA for vLLM, `base`, and three deltas of it, `one`, `two`, `three`; not to be written to."""
+    folder = tmp_path_factory.mktemp("family")
+    base = make_model(tiny_config("llama", **HEADS), dtype=torch.float32)
+    save_model(base, folder / "base")
+    for seed, name in enumerate(("one", "two", "three"), 1):
+        tuned = save_model(fine_tune(base, seed), folder / f"{name}-dense")
+        delta_of(Pair(folder / "base", tuned), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family_tokens(family: Path) -> dict[str, list[list[int]]]:
+    """What each of the family says to `PROMPTS` and `LONG`, no two the same."""
+    found = {name: tokens_of(family / name, [*PROMPTS, LONG]) for name in ("base", "one", "two", "three")}
+    assert len({str(tokens) for tokens in found.values()}) == len(found)
+    return found
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what needs the vLLM engine where there is none; `make test` installs it."""
+    if find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed: make .venv/ready-to-test"))

@@ -21,7 +21,7 @@ from tiny_models import (
     tiny_config,
 )
 from transformers import AutoModelForCausalLM
-from vllm_engines import PROMPTS, EngineError, EngineProcess, greedy_tokens
+from vllm_engines import HEADS, EngineError, EngineProcess, delta_of, greedy_tokens, tokens_of
 
 from impart_hf import (
     BitDeltaConfig,
@@ -33,8 +33,6 @@ from impart_hf import (
 )
 
 pytestmark = pytest.mark.vllm
-# vLLM's attention on CPUs wants heads of at least 32.
-HEADS = {"head_dim": 32}
 TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": HEADS,
@@ -63,15 +61,6 @@ def engine() -> Iterator[EngineProcess]:
         yield process
 
 
-def delta_of(pair: Pair, folder: Path, method: Any = None) -> Path:
-    compress(str(pair.base), str(pair.finetuned), folder, method or LowRankConfig(compression_ratio=3))
-    return folder
-
-
-def reference(folder: Path, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
-    return greedy_tokens(AutoModelForCausalLM.from_pretrained(folder), prompts)
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return save_pair(tmp_path_factory.mktemp("pair"), tiny_config("llama", **HEADS), dtype=torch.float32)
@@ -94,8 +83,8 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_architecture(engine: EngineProcess, kind: str, tmp_path: Path) -> None:
     pair = save_pair(tmp_path, tiny_config(kind, **ARCHITECTURES[kind]), dtype=torch.float32)
     repository = delta_of(pair, tmp_path / "delta")
-    expected = reference(repository)
-    assert expected != reference(pair.base)  # or serving the base alone would pass
+    expected = tokens_of(repository)
+    assert expected != tokens_of(pair.base)  # or serving the base alone would pass
 
     engine.start(repository)
 
@@ -110,7 +99,7 @@ def test_every_architecture(engine: EngineProcess, kind: str, tmp_path: Path) ->
 def test_methods(engine: EngineProcess, pair: Pair, method: Any, tmp_path: Path) -> None:
     repository = delta_of(pair, tmp_path / "delta", method)
     engine.start(repository)
-    assert engine.tokens() == reference(repository)
+    assert engine.tokens() == tokens_of(repository)
 
 
 def test_bfloat16_repository_in_float32(engine: EngineProcess, tmp_path: Path) -> None:
@@ -143,13 +132,13 @@ def test_shards_and_added_tokens(engine: EngineProcess, tmp_path: Path) -> None:
     engine.start(repository)
 
     prompts = [[*range(VOCABULARY - 5, VOCABULARY + 5)], [VOCABULARY + 4]]
-    assert engine.tokens(prompts) == reference(repository, prompts)
+    assert engine.tokens(prompts) == tokens_of(repository, prompts)
 
 
 def test_overrides_reach_the_model(engine: EngineProcess, delta: Path) -> None:
     engine.start(delta, hf_overrides={"rms_norm_eps": 0.5})
     model = AutoModelForCausalLM.from_pretrained(delta, rms_norm_eps=0.5)
-    assert greedy_tokens(model) != reference(delta)
+    assert greedy_tokens(model) != tokens_of(delta)
     assert engine.tokens() == greedy_tokens(model)
 
 
@@ -157,7 +146,7 @@ def test_overrides_reach_the_model(engine: EngineProcess, delta: Path) -> None:
 def test_compiled(engine: EngineProcess, request: pytest.FixtureRequest, kind: str) -> None:
     repository = request.getfixturevalue(kind)
     engine.start(repository, enforce_eager=False)
-    assert engine.tokens() == reference(repository)
+    assert engine.tokens() == tokens_of(repository)
 
 
 @pytest.mark.parametrize("kind", ["delta", "pruned"])
@@ -165,7 +154,7 @@ def test_chunked_prefill_and_prefix_cache(engine: EngineProcess, request: pytest
     repository = request.getfixturevalue(kind)
     shared = [(7 * i) % VOCABULARY for i in range(80)]
     prompts = [[*shared, 10 + i] for i in range(3)]
-    expected = reference(repository, prompts)
+    expected = tokens_of(repository, prompts)
 
     engine.start(repository, max_num_batched_tokens=24, max_num_seqs=2, block_size=32, enable_prefix_caching=True)
 
@@ -181,7 +170,7 @@ def cached_tokens(holder: Any, prompt: list[int]) -> int:
 
 def test_pruned(engine: EngineProcess, pruned: Path) -> None:
     engine.start(pruned)
-    assert engine.tokens() == reference(pruned)
+    assert engine.tokens() == tokens_of(pruned)
 
 
 def test_pruned_layers_have_the_cache_of_their_own_heads(engine: EngineProcess, pruned: Path) -> None:
@@ -208,8 +197,8 @@ def bytes_of_allocated_blocks(holder: Any) -> int:
 def test_delta_of_a_pruned_model(engine: EngineProcess, pruned: Path, tmp_path: Path) -> None:
     tuned = save_model(fine_tune(PrunedLlamaForCausalLM.from_pretrained(pruned)), tmp_path / "finetuned")
     repository = delta_of(Pair(pruned, tuned), tmp_path / "delta")
-    expected = reference(repository)
-    assert expected != reference(pruned)
+    expected = tokens_of(repository)
+    assert expected != tokens_of(pruned)
     engine.start(repository)
     assert engine.tokens() == expected
 
@@ -221,11 +210,8 @@ def test_base_from_elsewhere(pair: Pair, tmp_path: Path) -> None:
     moved.base.rename(tmp_path / "new place")
     with EngineProcess(IMPART_HF_BASE_MODEL=str(tmp_path / "new place")) as process:
         process.start(repository)
-        assert process.tokens() == reference_on(repository, tmp_path / "new place")
-
-
-def reference_on(repository: Path, base: Path) -> list[list[int]]:
-    return greedy_tokens(AutoModelForCausalLM.from_pretrained(repository, base_model=str(base)))
+        model = AutoModelForCausalLM.from_pretrained(repository, base_model=str(tmp_path / "new place"))
+        assert process.tokens() == greedy_tokens(model)
 
 
 class TestRefused:
@@ -285,4 +271,4 @@ class TestRefused:
 
     def test_after_all_that_a_sound_one_is_served(self, engine: EngineProcess, delta: Path) -> None:
         engine.start(delta)
-        assert engine.tokens() == reference(delta)
+        assert engine.tokens() == tokens_of(delta)

@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from tiny_models import VOCABULARY, Pair
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from impart_hf import LowRankConfig, compress
+
+HEADS = {"head_dim": 32}  # vLLM's attention on CPUs wants no smaller ones
 NEW_TOKENS = 8
 PROMPTS = [list(range(5, 25)), [7, 100, 3, 50], [200] * 30 + [11]]
+LONG = [(11 * i) % VOCABULARY for i in range(100)]  # long enough for whole blocks of it to be cached
 # One core is as fast as two with models this small; tests of servers and of two workers change what they need to.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -83,15 +88,25 @@ class EngineProcess:
 def greedy_tokens(
     model: PreTrainedModel, prompts: list[list[int]] = PROMPTS, count: int = NEW_TOKENS
 ) -> list[list[int]]:
-    """What transformers generates greedily, prompt by prompt."""
+    """What transformers generates greedily, prompt by prompt; the model forgets its end-of-sequence token."""
+    model.generation_config.eos_token_id = None  # or it would stop, where vLLM is told not to
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
-        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
         found.append(out[0, len(prompt) :].tolist())
     return found
+
+
+def delta_of(pair: Pair, folder: Path, method: Any = None) -> Path:
+    """Compress a pair, nearly without loss unless a method is given."""
+    compress(str(pair.base), str(pair.finetuned), folder, method or LowRankConfig(compression_ratio=3))
+    return folder
+
+
+def tokens_of(folder: Path, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+    """What transformers generates greedily with the model in a folder."""
+    return greedy_tokens(AutoModelForCausalLM.from_pretrained(folder), prompts)
 
 
 class _Holder:

@@ -100,7 +100,9 @@ class _Server:
         except (SwapError, EngineUnsoundError) as error:
             logger.error("Swap to delta %s: %s", name, error)
             return _error(500, str(error))
-        except EngineDeadError:
+        except (EngineDeadError, RuntimeError):
+            if not self._engine.errored:
+                raise
             return _error(503, "the engine has stopped")
         self.loaded = name
         seconds = time.perf_counter() - started

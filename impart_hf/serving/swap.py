@@ -1,14 +1,17 @@
 """Swapping the delta of a running engine, from Python."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .deltas import CheckedDelta, DeltaChecker
 
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.engine.protocol import EngineClient
+
+T = TypeVar("T")
+_LOOK_SECONDS = 0.5  # between looks at whether the engine is alive
 
 
 class SwapError(RuntimeError):
@@ -96,6 +99,7 @@ class AsyncDeltaSwitch:
 
         Raises:
             SwapInProgressError: if another swap is not done yet.
+            EngineDeadError: vLLM's, if the engine has died.
         """
         if self._busy.locked():
             raise SwapInProgressError("another swap is in progress")
@@ -110,18 +114,30 @@ class AsyncDeltaSwitch:
             return checked
 
     async def _swap(self, checked: CheckedDelta) -> None:
-        await self._engine.pause_generation(mode="wait")
+        await self._unless_dead(self._engine.pause_generation(mode="wait"))
         resume = True
         try:
-            answers = await self._engine.collective_rpc("impart_hf_load_delta", args=(checked.repo, checked.revision))
-            await self._engine.reset_prefix_cache(reset_connector=_has_connector(self._engine.vllm_config))
+            arguments = (checked.repo, checked.revision)
+            answers = await self._unless_dead(self._engine.collective_rpc("impart_hf_load_delta", args=arguments))
+            connector = _has_connector(self._engine.vllm_config)
+            await self._unless_dead(self._engine.reset_prefix_cache(reset_connector=connector))
             _raise_on_failure(answers, checked)
         except EngineUnsoundError:
             resume = False
             raise
         finally:
             if resume:
-                await self._engine.resume_generation()
+                await self._unless_dead(self._engine.resume_generation())
+
+    async def _unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
+        """The answer to a call, which would never come from an engine that dies meanwhile."""
+        task = asyncio.ensure_future(call)
+        while not task.done():
+            await asyncio.wait({task}, timeout=_LOOK_SECONDS)
+            if self._engine.errored and not task.done():
+                task.cancel()
+                raise self._engine.dead_error
+        return task.result()
 
 
 def _has_connector(vllm_config: Any) -> bool:
