@@ -13,8 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from . import hub
-from .cli_command import add_push, command, numbers, push_if_asked
+from .cli_command import add_push, add_reading, add_repository, command, numbers, push_if_asked
 from .cli_evaluate import add_evaluate
+from .cli_export import add_export_lora
 from .cli_prune import add_prune
 from .compress import compress, usable_device
 from .distillation import DistillSettings
@@ -68,21 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_reconstruct(commands)
+    add_export_lora(commands)
     _add_push(commands)
     add_prune(commands)
     add_evaluate(commands)
     return parser
-
-
-def _add_repository(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("repo", metavar="REPO", help="delta repository: local folder or Hub id")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-
-
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    _add_repository(parser)
-    parser.add_argument("--base-model", help="take the base from this folder or Hub id instead of the recorded one")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _add_compress(commands: Any) -> None:
@@ -260,7 +251,7 @@ def _summary(report: CompressionReport, output: str) -> str:
 
 def _add_inspect(commands: Any) -> None:
     parser = command(commands, "inspect", _inspect, "show what a delta repository holds, tensor by tensor")
-    _add_repository(parser)
+    add_repository(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw spectra, keep ratios and bytes by layer")
 
@@ -274,7 +265,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _add_verify(commands: Any) -> None:
     parser = command(commands, "verify", _verify, "check a delta repository against its base, decoding every tensor")
-    _add_reading(parser)
+    add_reading(parser)
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -285,7 +276,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _add_reconstruct(commands: Any) -> None:
     parser = command(commands, "reconstruct", _reconstruct, "write the dense fine-tuned checkpoint again")
-    _add_reading(parser)
+    add_reading(parser)
     parser.add_argument("output", metavar="OUT", help="folder of the dense checkpoint")
     parser.add_argument("--device", default="cpu", help="where tensors are decoded (default: cpu)")
     parser.add_argument("--max-shard-size", default="5GB", help="split larger weight files (default: 5GB)")

@@ -17,6 +17,19 @@ def command(
     return parser
 
 
+def add_repository(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that looks at a delta repository."""
+    parser.add_argument("repo", metavar="REPO", help="delta repository: local folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that decodes a delta repository."""
+    add_repository(parser)
+    parser.add_argument("--base-model", help="take the base from this folder or Hub id instead of the recorded one")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
 def add_push(parser: argparse.ArgumentParser) -> None:
     """The options of a command whose result can be published."""
     parser.add_argument("--push", metavar="REPO", help="push the result to this Hub repository")

@@ -269,6 +269,10 @@ class DeltaRepository:
         """Names of the fine-tuned tensors, sorted."""
         return self.base.names()
 
+    def is_changed(self, name: str) -> bool:
+        """Whether the delta file has anything of a tensor."""
+        return self.parts[name] != TensorParts()
+
     def shape(self, name: str) -> tuple[int, ...]:
         shape, rows = self.base.shape(name), self.parts[name].added_rows
         return (shape[0] + self.file.shape(rows)[0], *shape[1:]) if rows else shape
