@@ -1,0 +1,187 @@
+"""What serving a delta with vLLM costs: start-up and memory against the dense fine-tune, and swaps.
+
+Each engine runs in a fresh process, and within it (no second process), eager, its KV cache the same size for all.
+"started" is the time that `LLM(...)` takes, imports not counted. A swap has two parts: the delta is checked while the
+engine goes on serving, then the engine is paused and loads. Both are compared with what a swap cannot do without,
+reading every byte of the base once from memory, and with what it saves, starting an engine anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import measure
+import torch
+
+from impart_hf import compress
+from impart_hf.memory import PeakMemory, return_freed_memory
+from impart_hf.methods import method_class, method_names
+from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def start(model: str) -> Any:
+    """An engine; what it is asked is token ids, so that it needs no tokenizer."""
+    from vllm import LLM
+
+    settings = {"enforce_eager": True, "max_model_len": 256, "disable_log_stats": True, "skip_tokenizer_init": True}
+    return LLM(model, **settings)
+
+
+def timed_start(model: str) -> dict[str, float]:
+    """Seconds until an engine is there, and the peak of anonymous memory until then; it must then say something."""
+    import vllm.entrypoints.llm  # noqa: F401  (not to be timed)
+
+    return_freed_memory()
+    with PeakMemory() as memory:
+        started = time.perf_counter()
+        llm = start(model)
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak": memory.bytes, "held": memory.grown, "token": _token(llm)}
+
+
+def _token(llm: Any) -> int:
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    return llm.generate([{"prompt_token_ids": [5, 6, 7]}], parameters, use_tqdm=False)[0].outputs[0].token_ids[0]
+
+
+def timed_swaps(base: str, deltas: list[str], dense: str, repeats: int) -> dict[str, Any]:
+    """Swap to and fro among deltas in one engine that was started on their base."""
+    from impart_hf.serving import DeltaSwitch
+    from impart_hf.serving.deltas import DeltaChecker
+
+    llm = start(base)
+    reading = measure.best_seconds(lambda: _read(base), 5)
+    switch, checker = DeltaSwitch(llm), DeltaChecker(llm.llm_engine.vllm_config)
+
+    def timed(work: Any) -> float:
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    first = timed(lambda: switch.load(deltas[0]))
+    checker.check(deltas[0])  # the first check looks at the whole base
+    checks, swaps = [], []
+    with PeakMemory() as memory:
+        for number in range(repeats):
+            delta = deltas[(number + 1) % len(deltas)]
+            checks.append(timed(lambda delta=delta: checker.check(delta)))
+            swaps.append(timed(lambda delta=delta: switch.load(delta)))
+    token = _token(llm)
+    reload = statistics.median(
+        timed(lambda: llm.collective_rpc("reload_weights", kwargs={"weights_path": dense})) for _ in range(repeats)
+    )
+    check, swap = statistics.median(checks), statistics.median(swaps)
+    return {
+        "reading the base once from memory": reading, "first swap": first, "swap": swap, "of it, check": check,
+        "of it, engine paused": swap - check, "vLLM's reload of the dense fine-tune": reload, "peak": memory.bytes,
+        "token": token,
+    }  # fmt: skip
+
+
+def _read(base: str) -> None:
+    checkpoint = Checkpoint(base, HubOptions())
+    for name in checkpoint.names():
+        checkpoint.tensor(name).flatten().view(torch.int64).sum()
+
+
+def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    config = measure.llama_config(arguments.layers, tiny=arguments.tiny)
+    if arguments.tiny:
+        # vLLM's attention on CPUs wants heads of at least 32.
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 2, 32
+    base, finetuned, largest = measure.write_synthetic_pair(folder, config)
+    settings = method_class(arguments.method)
+    deltas = [str(folder / f"delta-{seed}") for seed in (0, 1)]
+    for seed, delta in enumerate(deltas):
+        compress(base, finetuned, delta, settings(compression_ratio=arguments.ratio, seed=seed), progress=False)
+    rows: list[dict[str, Any]] = []
+    with mock.patch.dict("os.environ", _ENVIRONMENT):
+        for name, model in (("dense fine-tune", str(finetuned)), ("delta repository", deltas[0])):
+            # The first start of an architecture writes a cache of vLLM's.
+            measure.in_fresh_process(__file__, {"start": model})
+            found = [measure.in_fresh_process(__file__, {"start": model}) for _ in range(arguments.repeats)]
+            rows.append(
+                {
+                    "served": name,
+                    "started, seconds": round(statistics.median(run["seconds"] for run in found), 2),
+                    "peak, GB": round(statistics.median(run["peak"] for run in found) / 1e9, 2),
+                    "held then, GB": round(statistics.median(run["held"] for run in found) / 1e9, 2),
+                }
+            )
+        task = {"swaps": [str(base), deltas, str(finetuned), arguments.repeats]}
+        swaps = measure.in_fresh_process(__file__, task)
+    peak = swaps.pop("peak")
+    swaps.pop("token")
+    restart = rows[1]["started, seconds"]
+    return {
+        "machine": measure.machine(),
+        "layers": arguments.layers,
+        "method": arguments.method,
+        "ratio": arguments.ratio,
+        "base bytes": sum(path.stat().st_size for path in base.glob("*.safetensors")),
+        "starts": rows,
+        "swaps": [
+            {
+                "what": what,
+                "seconds": round(seconds, 3),
+                "of reading the base": round(seconds / swaps["reading the base once from memory"], 2),
+                "of a start": round(seconds / restart, 3),
+            }
+            for what, seconds in swaps.items()
+        ],
+        "peak of swaps, of the largest tensor in float32": round(peak / (4 * largest), 2),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmark_serving.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers of the synthetic model (default: 2)")
+    parser.add_argument("--ratio", type=float, default=32.0, help="default: 32")
+    parser.add_argument("--method", choices=method_names(), default="impart", help="default: impart")
+    parser.add_argument("--repeats", type=int, default=5, help="of every measurement (default: 5)")
+    parser.add_argument("--work", type=Path, help="folder for the models, a few GB (default: a temporary one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--tiny", action="store_true", help="tiny matrices: to try the script out")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.worker:
+        task = json.loads(arguments.worker)
+        measure.report_result(timed_start(task["start"]) if "start" in task else timed_swaps(*task["swaps"]))
+        return 0
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        results = benchmark(Path(folder), arguments)
+    print(measure.machine_line())
+    size = results["base bytes"] / 1e9
+    print(
+        f"\nLLaMA-7B shapes, {arguments.layers} layers, {size:.2f} GB; {arguments.method}, ratio {arguments.ratio:g}\n"
+    )
+    print(measure.table(results["starts"]))
+    print("\nSwaps, medians\n")
+    print(measure.table(results["swaps"]))
+    share = results["peak of swaps, of the largest tensor in float32"]
+    print(f"\nPeak memory of swaps beyond the engine: {share} of the largest tensor in float32")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
