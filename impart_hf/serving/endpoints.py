@@ -74,7 +74,7 @@ class _Server:
             self.refusal = str(error)
         self._catalogue = Catalogue(os.environ.get(DELTAS_VARIABLE, ""), started_on)
 
-    def list(self) -> dict[str, Any]:
+    def listing(self) -> dict[str, Any]:
         entries = [
             {"id": d.name, "object": "delta", "repo": d.repo, "revision": d.revision, "loaded": d.name == self.loaded}
             for d in self._catalogue.all().values()
@@ -118,7 +118,7 @@ async def list_deltas(request: Request) -> JSONResponse:
     """The deltas that can be loaded, and the one that is."""
     server: _Server = request.app.state.impart_hf
     try:
-        return JSONResponse(server.list())
+        return JSONResponse(server.listing())
     except ValueError as error:  # a name that has come to stand for two
         return _response(*_error(500, str(error)))
 

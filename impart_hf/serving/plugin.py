@@ -1,12 +1,23 @@
 """What vLLM calls in each of its processes, so that it knows delta repositories and pruned LLaMA."""
 
+from logging import getLogger
+
 
 def register() -> None:
     """Make vLLM know our configurations, model classes and swaps (entry point `vllm.general_plugins`).
 
     vLLM calls this in the API server, the engine core, every worker, and in helper processes; calling it again changes
     nothing. Importing impart_hf has registered the configurations with transformers' Auto classes by then.
+
+    A version of vLLM that this does not fit goes on without it: it still serves all other models.
     """
+    try:
+        _register()
+    except (ImportError, AttributeError, KeyError, TypeError):
+        getLogger("vllm.impart_hf").exception("impart-hf does not fit this version of vLLM: no delta can be served")
+
+
+def _register() -> None:
     import vllm
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
