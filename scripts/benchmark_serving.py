@@ -116,8 +116,8 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with mock.patch.dict("os.environ", _ENVIRONMENT):
         for name, model in (("dense fine-tune", str(finetuned)), ("delta repository", deltas[0])):
-            # The first start of an architecture writes a cache of vLLM's.
-            measure.in_fresh_process(__file__, {"start": model})
+            if not arguments.tiny:  # the first start of an architecture writes a cache of vLLM's
+                measure.in_fresh_process(__file__, {"start": model})
             found, restarts = [], []
             for _ in range(arguments.repeats):
                 started = time.perf_counter()

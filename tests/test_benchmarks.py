@@ -149,3 +149,18 @@ def test_level_scales(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFix
         values = [float(value) for value in found]
         assert len(set(values)) == 3 and min(values) > 0, f"{name.strip()}: each rule gives something else"
     assert len(lines) == 3
+
+
+@pytest.mark.vllm
+@linux_only
+def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tiny", "--ratio", "3", "--repeats", "1", "--work", str(tmp_path)]
+    assert load_script("benchmark_serving").main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [row["served"] for row in results["starts"]] == ["dense fine-tune", "delta repository"]
+    assert all(0 < row["LLM(...), seconds"] < row["restart, seconds"] for row in results["starts"])
+    seconds = {row["what"]: row["seconds"] for row in results["swaps"]}
+    assert seconds["swap"] == pytest.approx(seconds["of it, check"] + seconds["of it, engine paused"], abs=0.002)
+    said = capsys.readouterr().out
+    assert "Machine: " in said and "of a restart" in said
+    assert not list(tmp_path.glob("tmp*")), "the models are gone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ from tiny_models import (
     save_model,
     tiny_config,
 )
-from vllm_engines import HEADS, LONG, PROMPTS, EngineError, EngineProcess, delta_of
+from vllm_engines import HEADS, LONG, PROMPTS, EngineError, EngineProcess, delta_of, tokens_of
+
+from impart_hf import PrunedLlamaConfig
 
 pytestmark = pytest.mark.vllm
 
@@ -91,10 +94,15 @@ def test_compiled_engine(process: EngineProcess, family: Path, family_tokens: di
 def test_notes_say_what_stays(engine: EngineProcess, family: Path, tmp_path: Path) -> None:
     other = shutil.copytree(family / "one", tmp_path / "one")
     (other / "chat_template.jinja").write_text("{{ messages }}")
+    edit_json(other / "tokenizer_config.json", chat_template="{{ messages }}", padding_side="left")
     edit_json(other / "generation_config.json", temperature=0.5)
     assert engine.run(load, family / "one")[2] == ()
     notes = engine.run(load, other)[2]
-    assert [note.split()[0] for note in notes] == ["chat_template.jinja", "generation_config.json"]
+    assert [note.split()[0] for note in notes] == [
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ]
 
 
 @pytest.fixture(scope="class")
@@ -103,6 +111,31 @@ def serving(process: EngineProcess, family: Path) -> EngineProcess:
     process.start(family / "base")
     process.run(load, family / "one")
     return process
+
+
+def test_differences_that_do_not_matter(
+    engine: EngineProcess, family: Path, family_tokens: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(family / "one", tmp_path / "one"))
+    fields = json.loads((other / "config.json").read_text())["text_config"]
+    changes = {"attention_dropout": 0.1, "eos_token_id": 7, "trained_by": "me", "dtype": "bfloat16"}
+    edit_json(other / "config.json", text_config={**fields, **changes})
+    engine.run(load, other)
+    assert says(engine, family_tokens["one"])
+
+
+def test_deltas_of_a_pruned_model(process: EngineProcess, tmp_path: Path) -> None:
+    llama = tiny_config("llama", num_attention_heads=8, num_key_value_heads=4, **HEADS)
+    widths = {"num_attention_heads": [4, 6], "num_key_value_heads": [4, 1], "intermediate_size": [72, 33]}
+    base = make_model(PrunedLlamaConfig.from_llama(llama, **widths), dtype=torch.float32)
+    save_model(base, tmp_path / "base")
+    for seed, name in ((1, "one"), (2, "two")):
+        tuned = save_model(fine_tune(base, seed), tmp_path / f"{name}-dense")
+        delta_of(Pair(tmp_path / "base", tuned), tmp_path / name)
+    process.start(tmp_path / "one")
+    for name in ("two", "base", "one"):
+        process.run(load, None if name == "base" else tmp_path / name)
+        assert process.tokens() == tokens_of(tmp_path / name)
 
 
 class TestRefused:

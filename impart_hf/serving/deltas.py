@@ -1,7 +1,7 @@
 """Which deltas an engine may load: everything about a delta that can be checked before the engine is touched."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,14 @@ from .engine_files import EngineFiles, hub_options
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Fields of a configuration that change nothing in the model that vLLM has built.
+# Fields of a configuration that change nothing in the model that vLLM has built; nor does any kind of dropout.
 _NO_MATTER = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "id2label", "initializer_range", "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "pruning",
-    "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "pruning", "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
 # Files of which an engine goes on using those that it was started with.
-_KEPT_FILES = ("tokenizer.json", "chat_template.jinja", "generation_config.json")
+_KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 class DeltaRefusedError(ValueError):
@@ -127,17 +127,21 @@ class DeltaChecker:
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a model is built from, in the form in which a file has it."""
-    return {k: v for k, v in json.loads(config.to_json_string(use_diff=False)).items() if k not in _NO_MATTER}
+    """What a model is built from, in the form in which a file has it; what trainers add to files is left out."""
+    known = {field.name for field in fields(config)} - _NO_MATTER | {"model_type", "per_layer_config"}
+    values = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in values.items() if name in known and "drop" not in name}
 
 
 def _content(path: Path | None) -> Any:
     if path is None:
         return None
-    if path.name != "generation_config.json":
+    if not path.name.endswith("_config.json"):
         return path.read_bytes()
     try:
-        fields = read_json(path)
+        content = read_json(path)
     except CheckpointError:
         return None  # vLLM goes on without it, too
-    return {k: v for k, v in fields.items() if k not in ("_from_model_config", "transformers_version")}
+    if path.name == "tokenizer_config.json":
+        return content.get("chat_template")  # the rest hardly differs in what it means
+    return {k: v for k, v in content.items() if k not in ("_from_model_config", "transformers_version")}
