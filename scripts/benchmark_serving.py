@@ -2,9 +2,9 @@
 
 Each engine runs in a fresh process, and within it (no second process), eager, its KV cache the same size for all.
 "LLM(...)" is the time which that takes, imports not counted; "restart" is all from the start of Python to the first
-token, and what a swap saves. A swap has two parts: the delta is checked while the
-engine goes on serving, then the engine is paused and loads. Both are compared with what a swap cannot do without,
-reading every byte of the base once from memory.
+token, and what a swap saves. A swap has two parts: the delta is checked while the engine goes on serving, then the
+engine is paused and loads. With IMPART_HF_SCRATCH the first part decodes the delta as well. Both are compared with
+what no swap can do without, reading every byte of the base once from memory.
 """
 
 from __future__ import annotations
@@ -63,38 +63,42 @@ def _token(llm: Any) -> int:
     return llm.generate([{"prompt_token_ids": [5, 6, 7]}], parameters, use_tqdm=False)[0].outputs[0].token_ids[0]
 
 
-def timed_swaps(base: str, deltas: list[str], dense: str, repeats: int) -> dict[str, Any]:
+def timed_swaps(base: str, deltas: list[str], dense: str, scratch: str, repeats: int) -> dict[str, Any]:
     """Swap to and fro among deltas in one engine that was started on their base."""
-    from impart_hf.serving import DeltaSwitch
     from impart_hf.serving.deltas import DeltaChecker
 
     llm = start(base)
-    reading = measure.best_seconds(lambda: _read(base), 5)
-    switch, checker = DeltaSwitch(llm), DeltaChecker(llm.llm_engine.vllm_config)
+    found = {"reading the base once from memory": measure.best_seconds(lambda: _read(base), 5)}
 
-    def timed(work: Any) -> float:
+    def swap(checker: DeltaChecker, delta: str) -> tuple[float, float]:
+        """What `DeltaSwitch.load` does: seconds of its check, and of the load."""
         started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
+        checked = checker.check(delta)
+        between = time.perf_counter()
+        arguments = (checked.repo, checked.revision, checked.dense)
+        answers = llm.collective_rpc("impart_hf_load_delta", args=arguments)
+        llm.reset_prefix_cache()
+        assert answers[0]["error"] is None, answers
+        return between - started, time.perf_counter() - between
 
-    first = timed(lambda: switch.load(deltas[0]))
-    checker.check(deltas[0])  # the first check looks at the whole base
-    checks, swaps = [], []
+    def median_swap(what: str, checker: DeltaChecker) -> None:
+        swap(checker, deltas[0])  # the first check looks at the whole base
+        times = [swap(checker, deltas[(number + 1) % len(deltas)]) for number in range(repeats)]
+        checking, loading = (statistics.median(part) for part in zip(*times, strict=True))
+        found[f"{what}: check, while serving"], found[f"{what}: load, engine paused"] = checking, loading
+
     with PeakMemory() as memory:
-        for number in range(repeats):
-            delta = deltas[(number + 1) % len(deltas)]
-            checks.append(timed(lambda delta=delta: checker.check(delta)))
-            swaps.append(timed(lambda delta=delta: switch.load(delta)))
-    token = _token(llm)
-    reload = statistics.median(
-        timed(lambda: llm.collective_rpc("reload_weights", kwargs={"weights_path": dense})) for _ in range(repeats)
-    )
-    check, swap = statistics.median(checks), statistics.median(swaps)
-    return {
-        "reading the base once from memory": reading, "first swap": first, "swap": swap, "of it, check": check,
-        "of it, engine paused": swap - check, "vLLM's reload of the dense fine-tune": reload, "peak": memory.bytes,
-        "token": token,
-    }  # fmt: skip
+        median_swap("swap", DeltaChecker(llm.llm_engine.vllm_config))
+    _token(llm)
+    with mock.patch.dict("os.environ", {"IMPART_HF_SCRATCH": scratch}):
+        median_swap("swap with IMPART_HF_SCRATCH", DeltaChecker(llm.llm_engine.vllm_config))
+    reloads = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": dense})
+        reloads.append(time.perf_counter() - started)
+    found["vLLM's reload of the dense fine-tune, engine paused"] = statistics.median(reloads)
+    return {"seconds": found, "peak": memory.bytes}
 
 
 def _read(base: str) -> None:
@@ -132,10 +136,9 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                     "held then, GB": round(statistics.median(run["held"] for run in found) / 1e9, 2),
                 }
             )
-        task = {"swaps": [str(base), deltas, str(finetuned), arguments.repeats]}
+        task = {"swaps": [str(base), deltas, str(finetuned), str(folder), arguments.repeats]}
         swaps = measure.in_fresh_process(__file__, task)
-    peak = swaps.pop("peak")
-    swaps.pop("token")
+    reading = swaps["seconds"]["reading the base once from memory"]
     restart = rows[1]["restart, seconds"]
     return {
         "machine": measure.machine(),
@@ -148,12 +151,12 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             {
                 "what": what,
                 "seconds": round(seconds, 3),
-                "of reading the base": round(seconds / swaps["reading the base once from memory"], 2),
+                "of reading the base": round(seconds / reading, 1),
                 "of a restart": round(seconds / restart, 3),
             }
-            for what, seconds in swaps.items()
+            for what, seconds in swaps["seconds"].items()
         ],
-        "peak of swaps, of the largest tensor in float32": round(peak / (4 * largest), 2),
+        "peak of swaps, of the largest tensor in float32": round(swaps["peak"] / (4 * largest), 2),
     }
 
 

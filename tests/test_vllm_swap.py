@@ -91,6 +91,30 @@ def test_compiled_engine(process: EngineProcess, family: Path, family_tokens: di
         assert says(process, family_tokens[name])
 
 
+def test_decoded_beforehand(
+    family: Path, family_tokens: dict[str, list[list[int]]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = Path(shutil.copytree(family / "three", tmp_path / "broken"))
+    forge_record(broken, lambda data: data[:-1])
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with EngineProcess(IMPART_HF_SCRATCH=str(scratch)) as process:
+        process.start(family / "base")
+        for name in ("one", "two", "base", "one"):
+            process.run(load, None if name == "base" else family / name)
+            assert says(process, family_tokens[name])
+            assert [list(folder.iterdir()) for folder in scratch.iterdir()] == [[]]
+        # What only decoding tells is found out before the engine is touched.
+        with pytest.raises(EngineError, match="^DeltaFormatError"):
+            process.run(load, broken)
+        assert says(process, family_tokens["one"])
+    assert not list(scratch.iterdir())
+    with EngineProcess(IMPART_HF_SCRATCH=str(tmp_path / "nowhere")) as process:
+        process.start(family / "base")
+        with pytest.raises(EngineError, match="IMPART_HF_SCRATCH: .* is not a folder"):
+            process.run(load, family / "one")
+
+
 def test_notes_say_what_stays(engine: EngineProcess, family: Path, tmp_path: Path) -> None:
     other = shutil.copytree(family / "one", tmp_path / "one")
     (other / "chat_template.jinja").write_text("{{ messages }}")

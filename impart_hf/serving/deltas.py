@@ -11,6 +11,7 @@ from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_file, pinn
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
 from .completeness import check_complete
 from .engine_files import EngineFiles, hub_options
+from .scratch import Scratch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,16 +36,23 @@ class CheckedDelta:
 
     Attributes:
         repo, revision: its folder or Hub id and its commit; both None for the base's own weights.
+        dense: folder of its weights, decoded beforehand; None if the engine is to decode them.
         notes: what a user should know, in which the engine stays as it was started.
     """
 
     repo: str | None
     revision: str | None
+    dense: str | None = None
     notes: tuple[str, ...] = ()
 
 
 class DeltaChecker:
-    """Checks deltas for one engine; reads files only and does nothing to the engine."""
+    """Checks deltas for one engine, and decodes them if there is room; does nothing to the engine.
+
+    Attributes:
+        files: of the model that the engine was started on.
+        scratch: the room.
+    """
 
     def __init__(self, vllm_config: "VllmConfig"):
         """Look at the engine's own files.
@@ -52,6 +60,7 @@ class DeltaChecker:
         Raises:
             DeltaRefusedError: if the engine was started in a way that rules swaps out.
             CheckpointError, DeltaFormatError, WrongBaseError: if its files are not as they should be.
+            ValueError: if the environment names room that is none.
         """
         if vllm_config.lora_config is not None:
             raise DeltaRefusedError("an engine with --enable-lora cannot swap deltas: adapters belong to one of them")
@@ -60,7 +69,7 @@ class DeltaChecker:
         if vllm_config.parallel_config.data_parallel_size > 1:
             raise DeltaRefusedError("with --data-parallel-size above 1 only the first engine says whether it swapped")
         self._vllm_config = vllm_config
-        self.files = EngineFiles(vllm_config)
+        self.files, self.scratch = EngineFiles(vllm_config), Scratch()
         # Of the base; known once a delta has been seen to fit it.
         self._base_checksums: dict[str, int] | None = None
         if self.files.is_delta:
@@ -81,6 +90,7 @@ class DeltaChecker:
             DeltaFormatError: if the delta is damaged or does not fit the base.
             WrongBaseError: if its base is another model.
             DeltaRefusedError: if its model differs from the engine's in more than weights.
+            OutputError: if there is to be a dense copy, and no room for it.
         """
         if repo is None:
             self._check_config(AutoConfig.from_pretrained(self.files.base), str(self.files.base))
@@ -92,7 +102,8 @@ class DeltaChecker:
         check_complete(repository)
         for entry in repository.file.names():
             repository.file.read(entry)  # its CRC
-        return CheckedDelta(repo, options.revision, tuple(self._notes(repo, options)))
+        notes = tuple(self._notes(repo, options))
+        return CheckedDelta(repo, options.revision, self.scratch.prepare(repository), notes)
 
     def _check_config(self, config: PreTrainedConfig, repo: str) -> None:
         ours, theirs = _fields(self._config), _fields(config)

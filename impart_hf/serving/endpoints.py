@@ -23,6 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from ..modeling.checkpoints import CheckpointError
 from ..modeling.delta_record import DeltaFormatError
 from ..modeling.delta_repository import WrongBaseError
+from ..workspace import OutputError
 from .catalogue import BASE, DELTAS_VARIABLE, Catalogue, NamedDelta
 from .deltas import DeltaRefusedError
 from .swap import AsyncDeltaSwitch, EngineUnsoundError, SwapError, SwapInProgressError
@@ -97,7 +98,7 @@ class _Server:
             return _error(409, str(error))
         except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
             return _error(422, str(error))
-        except (SwapError, EngineUnsoundError) as error:
+        except (SwapError, EngineUnsoundError, OutputError) as error:
             logger.error("Swap to delta %s: %s", name, error)
             return _error(500, str(error))
         except (EngineDeadError, RuntimeError):

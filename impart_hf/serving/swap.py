@@ -71,8 +71,9 @@ class DeltaSwitch:
         if engine.has_unfinished_requests():
             raise SwapError("requests are still running: let generate() or wait_for_completion() return first")
         checked = self._checker.check(repo, revision)
-        answers = self._llm.collective_rpc("impart_hf_load_delta", args=(checked.repo, checked.revision))
+        answers = self._llm.collective_rpc("impart_hf_load_delta", args=_arguments(checked))
         self._llm.reset_prefix_cache(reset_connector=_has_connector(engine.vllm_config))
+        self._checker.scratch.clear()
         _raise_on_failure(answers, checked)
         self.loaded = checked.repo
         return checked
@@ -117,8 +118,8 @@ class AsyncDeltaSwitch:
         await self._unless_dead(self._engine.pause_generation(mode="wait"))
         resume = True
         try:
-            arguments = (checked.repo, checked.revision)
-            answers = await self._unless_dead(self._engine.collective_rpc("impart_hf_load_delta", args=arguments))
+            call = self._engine.collective_rpc("impart_hf_load_delta", args=_arguments(checked))
+            answers = await self._unless_dead(call)
             connector = _has_connector(self._engine.vllm_config)
             await self._unless_dead(self._engine.reset_prefix_cache(reset_connector=connector))
             _raise_on_failure(answers, checked)
@@ -126,6 +127,7 @@ class AsyncDeltaSwitch:
             resume = False
             raise
         finally:
+            self.checker.scratch.clear()
             if resume:
                 await self._unless_dead(self._engine.resume_generation())
 
@@ -138,6 +140,11 @@ class AsyncDeltaSwitch:
                 task.cancel()
                 raise self._engine.dead_error
         return task.result()
+
+
+def _arguments(checked: CheckedDelta) -> tuple[str | None, str | None, str | None]:
+    """Of the workers' `load_delta`."""
+    return checked.repo, checked.revision, checked.dense
 
 
 def _has_connector(vllm_config: Any) -> bool:

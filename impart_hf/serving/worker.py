@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..modeling.checkpoints import Checkpoint, HubOptions
 from .delta_weights import decoded_tensors
 from .engine_files import EngineFiles
 
@@ -26,7 +27,7 @@ class _State:
     served: tuple[str | None, str | None]
 
 
-def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None) -> dict[str, Any]:
+def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None, dense: str | None) -> dict[str, Any]:
     """Replace the worker's weights by those of a delta on the engine's base; on all workers, or on none.
 
     No request may be running. This never raises: of several workers, the answers of the others to a call that raised
@@ -36,12 +37,13 @@ def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None) ->
         worker: one of the engine's workers; all of them must be called.
         delta: folder or Hub id of a delta repository that has been checked; None for the base's own weights.
         revision: its commit.
+        dense: folder of its weights, if they have been decoded already.
 
     Returns:
         {"error": None} once the new weights are there. Otherwise "error" says what went wrong with the first worker
         that failed, and "sound" whether all have the old weights again.
     """
-    error = _first_error(_message(lambda: _load(worker, delta, revision)))
+    error = _first_error(_message(lambda: _load(worker, delta, revision, dense)))
     if error is None:
         _state(worker).served = (delta, revision)
         return {"error": None, "sound": True}
@@ -60,12 +62,17 @@ def _state(worker: "WorkerBase") -> _State:
     return getattr(worker, _STATE)
 
 
-def _load(worker: "WorkerBase", delta: str | None, revision: str | None) -> None:
+def _load(worker: "WorkerBase", delta: str | None, revision: str | None, dense: str | None = None) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     files = _state(worker).files
-    device = worker.device or torch.device("cpu")
-    weights = _base_tensors(files) if delta is None else decoded_tensors(files.open_delta(delta, revision), device)
+    if delta is None:
+        weights = _tensors(files.open_base())
+    elif dense is not None:
+        weights = _tensors(Checkpoint(dense, HubOptions()))
+    else:
+        device = worker.device or torch.device("cpu")
+        weights = decoded_tensors(files.open_delta(delta, revision), device)
     try:
         worker.reload_weights(weights_iterator=weights)
     except BaseException:
@@ -74,10 +81,9 @@ def _load(worker: "WorkerBase", delta: str | None, revision: str | None) -> None
         raise
 
 
-def _base_tensors(files: EngineFiles) -> Iterator[tuple[str, torch.Tensor]]:
-    base = files.open_base()
-    for name in base.names():
-        yield name, base.tensor(name)
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in checkpoint.names():
+        yield name, checkpoint.tensor(name)
 
 
 def _message(work: Callable[[], object]) -> str | None:
