@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from forged_files import forge_record
 from vllm_engines import LONG, PROMPTS
 from vllm_server import Server
 
@@ -92,6 +93,28 @@ def test_delta_that_is_refused(server: Server, tenants: Path, family_tokens: Exp
     assert status == 422 and "is damaged" in answer["error"]["message"]
     assert server.request("/v1/deltas")[1]["loaded"] == "one"
     assert answers(server) == family_tokens["one"]
+
+
+def test_weights_that_cannot_come_back(
+    server: Server, tenants: Path, family_tokens: Expected, request: pytest.FixtureRequest
+) -> None:
+    """The old delta is gone when the new one fails: requests wait until there are weights again."""
+    for name in ("gone", "broken"):
+        copy = Path(shutil.copytree(tenants / "one", tenants / name))
+        request.addfinalizer(lambda copy=copy: shutil.rmtree(copy, ignore_errors=True))
+    forge_record(tenants / "broken", lambda data: data[:-1])
+    assert server.load("gone")[0] == 200
+    shutil.rmtree(tenants / "gone")
+    status, answer = server.load("broken")
+    assert status == 500 and "put their files back" in answer["error"]["message"]
+    assert server.request("/v1/deltas")[1]["loaded"] is None
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.tokens, PROMPTS[0])
+        time.sleep(1)
+        assert not waiting.done()
+        assert server.load("two")[0] == 200
+        assert waiting.result() == family_tokens["two"][0]
+    assert answers(server) == family_tokens["two"]
 
 
 def test_requests_among_swaps_are_neither_lost_nor_mixed(server: Server, family_tokens: Expected) -> None:

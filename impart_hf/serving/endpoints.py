@@ -55,22 +55,23 @@ class _Server:
     """What the routes share.
 
     Attributes:
-        loaded: name of the delta that is served.
+        loaded: name of the delta that is served; None if a swap has left the engine without weights.
         refusal: why this server cannot swap; None if it can.
     """
 
     def __init__(self, engine: EngineClient, args: Namespace):
         self._engine = engine
         self.refusal: str | None = None
-        started_on, self.loaded = None, BASE
+        started_on = None
+        self.loaded: str | None = BASE
         try:
             if (args.api_server_count or 1) > 1:
                 raise DeltaRefusedError("with --api-server-count above 1 no server knows what the others are doing")
             self._switch = AsyncDeltaSwitch(engine)
             files = self._switch.checker.files
             if files.is_delta:
-                self.loaded = (args.served_model_name or [Path(files.model).name])[0]
-                started_on = NamedDelta(self.loaded, files.model, files.options.revision)
+                name = (args.served_model_name or [Path(files.model).name])[0]
+                started_on, self.loaded = NamedDelta(name, files.model, files.options.revision), name
         except DeltaRefusedError as error:
             self.refusal = str(error)
         self._catalogue = Catalogue(os.environ.get(DELTAS_VARIABLE, ""), started_on)
@@ -99,6 +100,8 @@ class _Server:
         except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
             return _error(422, str(error))
         except (SwapError, EngineUnsoundError, OutputError) as error:
+            if isinstance(error, EngineUnsoundError):
+                self.loaded = None
             logger.error("Swap to delta %s: %s", name, error)
             return _error(500, str(error))
         except (EngineDeadError, RuntimeError):

@@ -71,9 +71,11 @@ class DeltaSwitch:
         if engine.has_unfinished_requests():
             raise SwapError("requests are still running: let generate() or wait_for_completion() return first")
         checked = self._checker.check(repo, revision)
-        answers = self._llm.collective_rpc("impart_hf_load_delta", args=_arguments(checked))
-        self._llm.reset_prefix_cache(reset_connector=_has_connector(engine.vllm_config))
-        self._checker.scratch.clear()
+        try:
+            answers = self._llm.collective_rpc("impart_hf_load_delta", args=_arguments(checked))
+            self._llm.reset_prefix_cache(reset_connector=_has_connector(engine.vllm_config))
+        finally:
+            self._checker.scratch.clear()
         _raise_on_failure(answers, checked)
         self.loaded = checked.repo
         return checked
