@@ -72,7 +72,7 @@ def test_leading_part(name, rank, rotations, noise):
         check(matrix.t(), sigma, leading_svd(matrix.t(), rank))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 3), (64, 64), (3000, 40), (40, 3000), (1023, 600)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 3), (64, 64), (3000, 40), (40, 3000), (1000, 1000)])
 def test_small_matrices(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     sigma = torch.linalg.svdvals(matrix.double())

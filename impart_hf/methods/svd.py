@@ -78,8 +78,9 @@ def _tall_svd(
 def _components(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Singular components of the matrix within the space of the orthonormal columns of `v`."""
     projected = matrix @ v
-    if v.shape[1] <= matrix.shape[1] // 2:
-        # Turned so that U's columns become orthogonal too, which is more exact than the vectors' order was
+    if v.shape[1] <= max(matrix.shape[1] // 2, _SMALL):
+        # Turned so that U's columns become orthogonal too, which is more exact than the vectors' order was;
+        # for most vectors of a large matrix it would take too long
         _, turn = torch.linalg.eigh((projected.t() @ projected).double())
         turn = turn.flip(1).to(v.dtype)
         projected, v = projected @ turn, v @ turn
