@@ -6,6 +6,8 @@ Importing this package registers the configuration and model classes with transf
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .compress import compress
+from .merging.config import MergeConfig, MergeModel
+from .merging.merge import merge
 from .methods import (
     BitDeltaConfig,
     DareConfig,
@@ -39,8 +41,11 @@ __all__ = [
     "ImPartConfig",
     "ImPartQtConfig",
     "LowRankConfig",
+    "MergeConfig",
+    "MergeModel",
     "PrunedLlamaConfig",
     "PrunedLlamaForCausalLM",
     "compress",
+    "merge",
     "tune",
 ]

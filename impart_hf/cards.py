@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from .report import settings_text
@@ -22,6 +23,43 @@ def inherited_card_data(readme: Path | None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return {key: data[key] for key in _INHERITED if data.get(key)}
+
+
+def merge_card(name: str, base: str, models: list[str], config: dict[str, Any]) -> str:
+    """The README.md of a merged model.
+
+    Args:
+        name: of its folder.
+        base, models: folders or Hub ids, as the user named them.
+        config: the merge's configuration.
+    """
+    shown = {model: shown_name(model) for model in (base, *models)}
+    on_hub = [shown[model] for model in shown if not os.path.isdir(model)]
+    data = ModelCardData(
+        base_model=on_hub or None,
+        base_model_relation="merge" if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merge", "impart-hf", config["merge_method"]],
+    )
+    config = {key: shown.get(value, value) if isinstance(value, str) else value for key, value in config.items()}
+    config["models"] = [{**entry, "model": shown.get(entry["model"], entry["model"])} for entry in config["models"]]
+    template = resources.files("impart_hf.model_cards").joinpath("merged_model.md").read_text("utf-8")
+    card = ModelCard.from_template(
+        data,
+        template_str=template,
+        name=name,
+        method=config["merge_method"],
+        base=shown[base],
+        models=[shown[model] for model in models],
+        config=yaml.safe_dump(config, sort_keys=False),
+    )
+    return str(card) + "\n"
+
+
+def shown_name(model: str) -> str:
+    """A model's name for others: of a folder its own, not where it lies; of a Hub id the id, without a revision."""
+    return Path(os.path.abspath(model)).name if os.path.isdir(model) else model.partition("@")[0]
 
 
 def delta_card(
@@ -59,7 +97,7 @@ def delta_card(
         template_str=template,
         base=base,
         base_revision=base_revision or "",
-        finetuned=finetuned if not os.path.isdir(finetuned) else Path(finetuned).name,
+        finetuned=shown_name(finetuned),
         method=method["name"],
         requested=f"{method['compression_ratio']:g}",
         settings=settings_text({k: v for k, v in method.items() if k not in ("name", "compression_ratio")}),

@@ -34,7 +34,8 @@ _NOTHING = 1e-15
 SvdOf = Callable[[str, int], Svd]
 
 
-def _leading_svd_of(name: str, number: int) -> Svd:
+def leading_svd_of(name: str, number: int) -> Svd:
+    """What decomposes a matrix that is decomposed once."""
     return leading_svd
 
 
@@ -199,7 +200,7 @@ class ModelPair:
         distill_steps: int | None = None,
         max_shard_size: int = 5 * 10**9,
         *,
-        svd_of: SvdOf = _leading_svd_of,
+        svd_of: SvdOf = leading_svd_of,
         card_data: dict[str, Any] | None = None,
         planned_card_data: dict[str, Any] | None = None,
     ) -> CompressionReport:
@@ -321,7 +322,7 @@ def encode_tensor(
     method: MethodConfig,
     device: torch.device,
     hessian: torch.Tensor | None = None,
-    svd_of: SvdOf = _leading_svd_of,
+    svd_of: SvdOf = leading_svd_of,
 ) -> tuple[bytes, list[str]]:
     """The records of one tensor, and the notes of its method.
 

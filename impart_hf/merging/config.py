@@ -1,0 +1,258 @@
+"""What to merge and how: `MergeConfig`, and the YAML file that mergekit knows."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .parameters import Parameter
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """One way to merge.
+
+    Attributes:
+        sparsifier: what drops entries of each delta beforehand: "dare", "impart" or None.
+        consensus: whether signs are elected (TIES), or deltas just summed (task arithmetic).
+        normalize: whether the sum is divided by that of the weights, if the configuration does not say.
+    """
+
+    sparsifier: str | None
+    consensus: bool
+    normalize: bool = False
+
+
+# Names and defaults are mergekit's; the two with ImPart are alike.
+MERGE_METHODS = {
+    "task_arithmetic": MergeMethod(None, False),
+    "ties": MergeMethod(None, True, normalize=True),
+    "dare_linear": MergeMethod("dare", False),
+    "dare_ties": MergeMethod("dare", True),
+    "impart_linear": MergeMethod("impart", False),
+    "impart_ties": MergeMethod("impart", True),
+}
+
+
+def _is_seed(number: float) -> bool:
+    return 0 <= number < 1 << 32 and number == int(number)
+
+
+_MODEL_PARAMETERS = {
+    p.name: p
+    for p in (
+        Parameter("weight", float, 1.0),
+        Parameter("density", float, 1.0, lambda share: 0 < share <= 1, "lie in (0, 1]"),
+        Parameter("trim_density", float, 1.0, lambda share: 0 < share <= 1, "lie in (0, 1]"),
+        Parameter("beta", float, 0.6, lambda share: 0 <= share < 1, "lie in [0, 1)"),
+        Parameter("c", float, 1.0, lambda exponent: 0 < exponent < math.inf, "be above 0"),
+    )
+}
+_SHARED_PARAMETERS = {
+    p.name: p
+    for p in (
+        Parameter("lambda", float, 1.0),
+        Parameter("normalize", bool, None),
+        Parameter("rescale", bool, None),
+        Parameter("int8_mask", bool, False),
+        Parameter("seed", int, 0, _is_seed, "be a whole number from 0 to 2**32 - 1", varies=False),
+    )
+}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
+
+
+@dataclass(frozen=True)
+class MergeModel:
+    """One model of a merge.
+
+    Attributes:
+        model: folder or Hub id, `ID@REVISION` for a revision; a dense fine-tune or a delta repository.
+        parameters: settings of its own, which go before the shared ones.
+    """
+
+    model: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """What to merge and how.
+
+    Attributes:
+        merge_method: a name in `MERGE_METHODS`.
+        base_model: folder or Hub id, `ID@REVISION` for a revision.
+        models: the fine-tunes. The base itself may be among them, and changes nothing.
+        parameters: settings for all models and tensors; see docs/merging.md. Each may be a number, a list of numbers
+            over the layers, or a list of filters with values (`parameters.py`).
+        dtype: of the result's weights, "float16", "bfloat16" or "float32"; the base's own if None.
+        tokenizer_source: whose tokenizer and vocabulary the result has: "base", "union" for that of the model with
+            most tokens, or one of the models.
+    """
+
+    merge_method: str
+    base_model: str
+    models: tuple[MergeModel, ...]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    tokenizer_source: str = "union"
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked without a look at the models.
+
+        Raises:
+            ValueError: naming what is wrong.
+        """
+        if self.merge_method not in MERGE_METHODS:
+            raise ValueError(f"unknown merge_method {self.merge_method!r}; known are {', '.join(MERGE_METHODS)}")
+        for name in ("base_model", "tokenizer_source"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name} must be a folder or a Hub id, got {getattr(self, name)!r}")
+        names = [model.model for model in self.models]
+        if not self.finetunes:
+            raise ValueError("models: there is nothing to merge but the base itself")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"models: '{twice[0]}' is listed twice")
+        if self.tokenizer_source not in ("base", "union", *names):
+            raise ValueError(
+                f"tokenizer_source must be base, union or one of the models, got '{self.tokenizer_source}'"
+            )
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        self._check_parameters(self.parameters, {**_SHARED_PARAMETERS, **_MODEL_PARAMETERS}, "parameters")
+        for model in self.models:
+            self._check_parameters(model.parameters, _MODEL_PARAMETERS, f"parameters of '{model.model}'")
+
+    def _check_parameters(self, given: Any, known: dict[str, Parameter], where: str) -> None:
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{where} must be names with values, got {given!r}")
+        for name, setting in given.items():
+            if name not in known:
+                raise ValueError(f"{where}: unknown parameter {name!r}; known are {', '.join(known)}")
+            known[name].check(setting, where)
+            self._check_use(name, setting, where)
+
+    def _check_use(self, name: str, setting: Any, where: str) -> None:
+        """See that a parameter that is given has a meaning for the method."""
+        method = self.method
+        if name in ("beta", "c") and method.sparsifier != "impart":
+            raise ValueError(f"{where}: {name} is ImPart's; {self.merge_method} has no use for it")
+        if name == "trim_density" and not (method.consensus and method.sparsifier):
+            raise ValueError(
+                f"{where}: trim_density is for dare_ties and impart_ties, which trim after they have sparsified; "
+                f"{self.merge_method} has no use for it"
+            )
+        if name == "rescale" and setting is not (method.sparsifier is not None) and method.sparsifier != "dare":
+            raise ValueError(f"{where}: rescale cannot be {setting!r} for {self.merge_method}")
+
+    @property
+    def method(self) -> MergeMethod:
+        return MERGE_METHODS[self.merge_method]
+
+    @property
+    def finetunes(self) -> tuple[MergeModel, ...]:
+        """The models but the base."""
+        return tuple(model for model in self.models if model.model != self.base_model)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return None if self.dtype is None else _DTYPES[self.dtype]
+
+    def notes(self) -> list[str]:
+        """What the user should know of the settings."""
+        scopes = [self.parameters, *(model.parameters for model in self.models)]
+        if self.merge_method == "task_arithmetic" and any("density" in scope for scope in scopes):
+            return ["density has no effect on task_arithmetic; dare_linear and impart_linear drop entries"]
+        return []
+
+    def values(self, tensor: str, layers: int) -> dict[str, Any]:
+        """The shared parameters of one tensor, by name.
+
+        Args:
+            tensor: its name.
+            layers: of the model.
+        """
+        found = {name: p.evaluate([self.parameters], tensor, layers) for name, p in _SHARED_PARAMETERS.items()}
+        defaults = {"normalize": self.method.normalize, "rescale": self.method.sparsifier is not None}
+        return {name: defaults[name] if value is None else value for name, value in found.items()}
+
+    def model_values(self, model: MergeModel, tensor: str, layers: int) -> dict[str, float]:
+        """One model's parameters for one tensor, by name."""
+        scopes = [model.parameters, self.parameters]
+        return {name: p.evaluate(scopes, tensor, layers) for name, p in _MODEL_PARAMETERS.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the YAML file has it."""
+        models = [
+            {"model": m.model, **({"parameters": dict(m.parameters)} if m.parameters else {})} for m in self.models
+        ]
+        found: dict[str, Any] = {"merge_method": self.merge_method, "base_model": self.base_model, "models": models}
+        if self.parameters:
+            found["parameters"] = dict(self.parameters)
+        if self.dtype is not None:
+            found["dtype"] = self.dtype
+        if self.tokenizer_source != "union":
+            found["tokenizer_source"] = self.tokenizer_source
+        return found
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "MergeConfig":
+        """A configuration from what is in a YAML file.
+
+        Raises:
+            ValueError: if a key or value is none that is known, or one is missing.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError("the configuration must be keys with values, such as `merge_method: ties`")
+        if unknown := [key for key in content if key not in _KEYS]:
+            raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+        if missing := [key for key in ("merge_method", "base_model", "models") if not content.get(key)]:
+            raise ValueError(f"{missing[0]} is missing")
+        if not isinstance(content["models"], list):
+            raise ValueError(f"models must be a list of `model: …`, got {content['models']!r}")
+        return cls(
+            merge_method=content["merge_method"],
+            base_model=content["base_model"],
+            models=tuple(_model(entry) for entry in content["models"]),
+            parameters=content.get("parameters") or {},
+            dtype=content.get("out_dtype") or content.get("dtype"),
+            tokenizer_source=content.get("tokenizer_source") or "union",
+        )
+
+    @classmethod
+    def of(cls, config: "MergeConfig | dict[str, Any] | str | Path") -> "MergeConfig":
+        """A configuration as `merge` takes it: itself, a dictionary, or the path of a YAML file."""
+        if isinstance(config, MergeConfig):
+            return config
+        return cls.from_yaml(config) if isinstance(config, str | Path) else cls.from_dict(config)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "MergeConfig":
+        """Read a YAML file.
+
+        Raises:
+            FileNotFoundError: if it does not exist.
+            ValueError: if it is not YAML, or as `from_dict`; the file is named.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"'{path}' does not exist or is not a file")
+        try:
+            return cls.from_dict(yaml.safe_load(Path(path).read_text("utf-8")))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _model(entry: Any) -> MergeModel:
+    if isinstance(entry, str):
+        entry = {"model": entry}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("model"), str) or not entry["model"]:
+        raise ValueError(f"models: each must be `model: …`, a folder or Hub id, with its parameters; got {entry!r}")
+    if unknown := [key for key in entry if key not in ("model", "parameters")]:
+        raise ValueError(f"models: unknown key {unknown[0]!r} of '{entry['model']}'; known are model, parameters")
+    return MergeModel(entry["model"], entry.get("parameters") or {})

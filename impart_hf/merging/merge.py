@@ -1,0 +1,255 @@
+"""Merging fine-tunes of one base, tensor by tensor, to a dense checkpoint or a delta repository again."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cards import merge_card
+from ..checkpoint_writer import DenseTensor, new_folder, write_weights
+from ..companions import copy_companions
+from ..compress import ModelPair, SvdOf, leading_svd_of, mask_seed, usable_device
+from ..methods import MethodConfig
+from ..modeling.checkpoints import HubOptions, all_finite
+from ..plan import IncompatibleModelsError
+from ..progress import Progress
+from ..report import CompressionReport
+from ..repository import copy_pruned_reader
+from ..safetensors_writer import shard_bytes, write_json
+from ..workspace import Workspace
+from .config import MergeConfig
+from .inputs import MergeInputs
+from .task_vectors import TaskVector, dare, impart, mixed, trimmed
+
+_BLOCK_ENTRIES = 1 << 22  # of a tensor combined at a time, for each model
+_SMALL_MATRIX = 4096  # entries; smaller ones are not sparsified
+
+
+@dataclass
+class MergeReport:
+    """What a merge has made.
+
+    Attributes:
+        config: the configuration, as in its YAML file.
+        parameters: numbers in the merged model.
+        added_tokens: rows of its vocabulary beyond the base's.
+        notes: what the user should know.
+        compression: what became of the delta, if a delta repository was made.
+    """
+
+    config: dict[str, Any]
+    parameters: int
+    added_tokens: int
+    notes: list[str] = field(default_factory=list)
+    compression: CompressionReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        compression = None if self.compression is None else self.compression.to_dict()
+        return {**asdict(self), "compression": compression}
+
+
+def merge(
+    config: MergeConfig | dict[str, Any] | str | Path,
+    output_dir: str | Path,
+    *,
+    compression: MethodConfig | None = None,
+    base_name: str | None = None,
+    device: str | torch.device = "cpu",
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: bool = False,
+) -> MergeReport:
+    """Merge fine-tunes of one base by task arithmetic or TIES, with DARE or ImPart before it.
+
+    W_base + lambda * sum_t w_t D_t (task arithmetic, arXiv 2212.04089), or the same of the entries that agree with
+    the elected sign (TIES, arXiv 2306.01708), for every tensor; D_t is W_t - W_base, sparsified and trimmed as the
+    method says. Everything is computed in float32. One tensor of each model is in memory at a time, in blocks.
+
+    Args:
+        config: what to merge: a `MergeConfig`, the same as a dictionary, or the path of a YAML file.
+        output_dir: folder to make. Must not exist or be empty; for a delta repository it may hold an older one.
+        compression: make a delta repository by this method instead of a dense checkpoint.
+        base_name: Hub id that the delta repository is to record for a base in a local folder.
+        device: where tensors are combined and decomposed.
+        token, cache_dir: as for any download from the Hub.
+        max_shard_size: a weight file larger than this is split.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: if the configuration or a setting is wrong.
+        CheckpointError, DeltaFormatError, WrongBaseError: if a model cannot be read.
+        IncompatibleModelsError: if a model is not a fine-tune of the base, or holds NaN or infinity.
+        OutputError: if the folder is not free or the disk is too small.
+        ModuleNotFoundError: if PEFT is not installed.
+    """
+    config = MergeConfig.of(config)
+    require_peft()
+    shard_size, device, bars = shard_bytes(max_shard_size), usable_device(device), Progress(progress)
+    if compression is None:
+        with new_folder(output_dir) as folder:
+            merged = Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device)
+            merged.write(folder, Path(output_dir).name, shard_size, bars)
+            return merged.report()
+    with Workspace(Path(output_dir)) as workspace:
+        merged = Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device)
+        dense = workspace.scratch() / workspace.output.name
+        dense.mkdir()
+        merged.write(dense, dense.name, shard_size, bars)
+        base = merged.inputs.base
+        pair = ModelPair(
+            base.source, str(dense), base.options, HubOptions(), base_name=base_name, device=device, progress=bars
+        )
+        report = merged.report()
+        report.compression = pair.compress(workspace, compression, max_shard_size=shard_size)
+        return report
+
+
+def require_peft() -> None:
+    """Raises: ModuleNotFoundError, if PEFT is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("deltas are merged with PEFT: pip install 'impart-hf[merge]'") from error
+
+
+class Merge:
+    """The merged model, one tensor at a time.
+
+    Attributes:
+        config: what is merged and how.
+        inputs: the models.
+        device: where tensors are combined.
+    """
+
+    def __init__(
+        self,
+        config: MergeConfig,
+        inputs: MergeInputs,
+        device: torch.device,
+        svd_of: SvdOf = leading_svd_of,
+        delta_of: Callable[[str], torch.Tensor] | None = None,
+    ):
+        """
+        Args:
+            device: where tensors are combined.
+            inputs: opened for this configuration, or for one that differs in parameters alone.
+            svd_of: for a name that stands for one model's tensor, and a matrix's number in its stack, what gives its
+                singular components.
+            delta_of: gives what `delta` would, if that is known.
+        """
+        self.config, self.inputs, self.device, self._svd_of = config, inputs, device, svd_of
+        self._delta_of = delta_of or self.delta
+
+    def names(self) -> list[str]:
+        return self.inputs.base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.inputs.base.shape(name)
+        return (shape[0] + self.inputs.vocabulary_rows(name), *shape[1:]) if shape else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype = self.inputs.base.dtype(name)
+        return self.config.torch_dtype or dtype if dtype.is_floating_point else dtype
+
+    def delta(self, name: str) -> torch.Tensor:
+        """The models' deltas of one tensor, combined: float32, of the base's shape, before the factor lambda.
+
+        Raises:
+            IncompatibleModelsError: if a model's tensor holds NaN or infinity.
+        """
+        before = torch.atleast_1d(self.inputs.base.tensor(name))
+        shared = self.config.values(name, self.inputs.layers)
+        own = [self.config.model_values(model, name, self.inputs.layers) for model in self.config.finetunes]
+        vectors = [self._vector(number, name, before, values, shared) for number, values in enumerate(own)]
+        weights = [values["weight"] for values in own]
+        block = max(1, _BLOCK_ENTRIES // max(1, before[0].numel()))
+        combined = torch.empty(before.shape)
+        for start in range(0, len(before), block):
+            rows = slice(start, start + block)
+            deltas = [vector(rows) for vector in vectors]
+            combined[rows] = mixed(deltas, weights, self.config.method.consensus, shared["normalize"])
+        return combined
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor of the merged model."""
+        before = self.inputs.base.tensor(name)
+        if not before.is_floating_point():
+            return before
+        delta = self._delta_of(name)
+        scale = self.config.values(name, self.inputs.layers)["lambda"]
+        dtype = self.dtype(name)
+        merged = torch.add(before.float(), delta.view(before.shape), alpha=scale).to(dtype)
+        if self.inputs.vocabulary_rows(name):
+            merged = torch.cat([merged, self.inputs.added_rows(name, dtype)])
+        return merged
+
+    def _vector(
+        self, number: int, name: str, before: torch.Tensor, values: dict[str, float], shared: dict[str, Any]
+    ) -> TaskVector:
+        """One model's delta of one tensor, sparsified and trimmed."""
+        model, method = self.inputs.models[number], self.config.method
+        after = torch.atleast_1d(model.tensors.tensor(name))[: len(before)]
+        if not all_finite(after):
+            raise IncompatibleModelsError(f"{name} of '{model.name}' holds NaN or infinity")
+
+        def dense(rows: slice) -> torch.Tensor:
+            return after[rows].to(self.device, torch.float32) - before[rows].to(self.device, torch.float32)
+
+        vector: TaskVector = dense
+        if method.sparsifier is not None and values["density"] < 1 and self._sparsifies(name):
+            vector = self._sparsified(number, name, dense(slice(None)), values, shared).__getitem__
+        trim = values["density" if method.sparsifier is None else "trim_density"]
+        if method.consensus and trim < 1:
+            vector = trimmed(vector, len(before), trim)
+        return vector
+
+    def _sparsifies(self, name: str) -> bool:
+        """Whether entries of a tensor are dropped: of the linear layers' matrices, as in the papers."""
+        shape = self.inputs.base.shape(name)
+        return len(shape) in (2, 3) and shape[-1] * shape[-2] >= _SMALL_MATRIX and not self.inputs.is_vocabulary(name)
+
+    def _sparsified(
+        self, number: int, name: str, delta: torch.Tensor, values: dict[str, float], shared: dict[str, Any]
+    ) -> torch.Tensor:
+        """The delta of one tensor with most of its entries, or of its components' entries, dropped."""
+        key = f"{number}:{name}"
+        for place, matrix in enumerate(delta.view(-1, *delta.shape[-2:])):
+            seed = mask_seed(shared["seed"], key, place)
+            if not matrix.any():
+                continue
+            if self.config.method.sparsifier == "dare":
+                sparse = dare(matrix, values["density"], shared["rescale"], seed)
+            else:
+                sparse = impart(matrix, values["density"], values["beta"], values["c"], seed, self._svd_of(key, place))
+            matrix.copy_(sparse)
+        return delta
+
+    def write(self, folder: Path, name: str, max_shard_size: int, progress: Progress) -> None:
+        """Write the merged model, of this name, as a dense checkpoint into a folder that is there."""
+        tensors = [DenseTensor(n, self.shape(n), self.dtype(n), partial(self.tensor, n)) for n in self.names()]
+        self.write_config(folder)
+        write_weights(folder, tensors, max_shard_size, progress, "Merging")
+        models = [model.model for model in self.config.finetunes]
+        card = merge_card(name, self.config.base_model, models, self.config.to_dict())
+        (folder / "README.md").write_text(card, "utf-8")
+
+    def write_config(self, folder: Path) -> None:
+        """config.json of the merged model, and tokenizer, generation settings and chat template."""
+        content = dict(self.inputs.result_config)
+        if self.config.dtype is not None:
+            content.pop("torch_dtype", None)
+            content["dtype"] = self.config.dtype
+        write_json(folder / "config.json", content)
+        copy_pruned_reader(str(content.get("model_type")), folder)
+        copy_companions(*self.inputs.tokenizer_place, folder)
+
+    def report(self) -> MergeReport:
+        shapes = [self.shape(name) for name in self.names()]
+        donor = self.inputs.donor
+        added = 0 if donor is None else donor.vocabulary - int(self.inputs.base.config.get("vocab_size") or 0)
+        count = sum(torch.Size(shape).numel() for shape in shapes)
+        return MergeReport(self.config.to_dict(), count, added, self.config.notes())

@@ -1,0 +1,125 @@
+"""The values that a merge's parameters have for each tensor, written as mergekit writes them.
+
+A setting is a scalar; a list of numbers, spread evenly over the layers and interpolated; or a list of
+`{filter: TEXT, value: SETTING}`, of which the first counts whose text is part of the tensor's name.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a parameter's values may be.
+
+    Attributes:
+        kind: float, int or bool.
+        default: where it is not given.
+        allowed, range: which numbers there may be, and that in words.
+        varies: whether it may differ between tensors.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    allowed: Callable[[float], bool] = math.isfinite
+    range: str = "be finite"
+    varies: bool = True
+
+    def value(self, raw: Any, where: str) -> Any:
+        """A scalar of the configuration as what it stands for.
+
+        Raises:
+            ValueError: if it is none that this parameter can have.
+        """
+        if self.kind is bool:
+            if not isinstance(raw, bool):
+                raise ValueError(f"{where}: {self.name} must be true or false, got {raw!r}")
+            return raw
+        number = raw
+        if isinstance(raw, str):  # YAML takes 1e-3 for a text
+            try:
+                number = float(raw)
+            except ValueError:
+                number = None
+        if isinstance(number, bool) or not isinstance(number, int | float) or math.isnan(number):
+            raise ValueError(f"{where}: {self.name} must be a number, got {raw!r}")
+        if not self.allowed(number):
+            raise ValueError(f"{where}: {self.name} must {self.range}, got {raw!r}")
+        return self.kind(number)
+
+    def check(self, setting: Any, where: str) -> None:
+        """See that a setting can be evaluated for any tensor.
+
+        Raises:
+            ValueError: if it cannot, naming what is wrong.
+        """
+        if not isinstance(setting, list | dict):
+            self.value(setting, where)
+            return
+        conditions = [setting] if isinstance(setting, dict) else setting
+        if not self.varies:
+            raise ValueError(f"{where}: {self.name} is one value for all tensors, not {setting!r}")
+        if not conditions:
+            raise ValueError(f"{where}: {self.name} is an empty list")
+        if not any(isinstance(part, dict) for part in conditions):
+            for part in conditions:
+                self.value(part, where)
+            return
+        for part in conditions:
+            if not isinstance(part, dict) or "value" not in part or not part.keys() <= {"filter", "value"}:
+                raise ValueError(f"{where}: {self.name} has the entry {part!r}, not `filter: …, value: …`")
+            if not isinstance(part.get("filter", ""), str | None):
+                raise ValueError(f"{where}: a filter of {self.name} must be a part of tensor names, got {part!r}")
+            if isinstance(part["value"], list) and any(isinstance(p, dict) for p in part["value"]):
+                raise ValueError(f"{where}: a value of {self.name} may be a number or a list of numbers, got {part!r}")
+            self.check(part["value"], where)
+
+    def evaluate(self, scopes: Iterable[Mapping[str, Any]], tensor: str, layers: int) -> Any:
+        """The parameter's value for one tensor: from the first of the scopes that has one for it, or the default.
+
+        Args:
+            scopes: settings by name, the nearest first.
+            tensor: its name.
+            layers: of the model.
+        """
+        for scope in scopes:
+            if self.name in scope:
+                found = self._evaluate(scope[self.name], tensor, layers)
+                if found is not None:
+                    return found
+        return self.default
+
+    def _evaluate(self, setting: Any, tensor: str, layers: int) -> Any:
+        if isinstance(setting, dict):
+            setting = [setting]
+        if not isinstance(setting, list):
+            return self.value(setting, tensor)
+        if not isinstance(setting[0], dict):
+            return self._interpolated([self.value(part, tensor) for part in setting], _depth(tensor, layers))
+        for part in setting:
+            text = part.get("filter")
+            if text in (None, "*") or text in tensor:
+                return self._evaluate(part["value"], tensor, layers)
+        return None
+
+    def _interpolated(self, values: list[Any], depth: float) -> Any:
+        place = depth * (len(values) - 1)
+        first = int(place)
+        if self.kind is bool:
+            return values[first]
+        second = min(len(values) - 1, first + 1)
+        return self.kind((1 - place + first) * values[first] + (place - first) * values[second])
+
+
+def _depth(tensor: str, layers: int) -> float:
+    """0 for the first layer, 1 for the last; 0 for what is in none, as mergekit has it."""
+    layer = _LAYER.search(tensor)
+    if layer is None:
+        return 0.0
+    return int(layer[1]) / (layers - 1) if layers > 1 else 1.0

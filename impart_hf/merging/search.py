@@ -1,0 +1,232 @@
+"""The search for a merge's settings on a validation text for each task (arXiv 2504.13237, appendix C)."""
+
+import dataclasses
+import itertools
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ..calibration_text import CalibrationSource, calibration_tokens
+from ..checkpoint_writer import WEIGHTS, DenseTensor, check_free, write_weights
+from ..compress import usable_device
+from ..evaluate import load, perplexity
+from ..methods import MethodConfig
+from ..progress import Progress
+from ..safetensors_writer import shard_bytes
+from ..svd_store import SvdStore
+from ..workspace import check_output
+from .config import MergeConfig, MergeModel
+from .inputs import MergeInputs
+from .merge import Merge, MergeReport, merge, require_peft
+
+LAMBDAS = (0.4, 0.6, 0.8, 1.0, 1.2)  # the paper's grids
+TRIMS = (0.4, 0.6, 0.8)
+DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+
+
+@dataclass
+class MergeCandidate:
+    """One setting that was tried.
+
+    Attributes:
+        settings: lambda, and where the method has them density and trim_density.
+        losses: cross-entropy by task, nats a token.
+        seconds: of merging and judging it.
+    """
+
+    settings: dict[str, float]
+    losses: dict[str, float]
+    seconds: float
+
+    @property
+    def score(self) -> float:
+        """Mean of the losses, by which candidates are compared."""
+        return sum(self.losses.values()) / len(self.losses)
+
+
+@dataclass
+class MergeTuningReport:
+    """What a search found.
+
+    Attributes:
+        candidates: in the order in which they were tried.
+        best: the winner, which was written.
+        report: on that merge.
+    """
+
+    candidates: list[MergeCandidate]
+    best: MergeCandidate
+    report: MergeReport
+
+    def table(self) -> str:
+        """A line for each candidate, the winner marked; losses are nats a token."""
+        settings, tasks = list(self.best.settings), list(self.best.losses)
+        rows = [[*settings, *tasks, "mean"]]
+        for candidate in self.candidates:
+            losses = [f"{candidate.losses[task]:.4f}" for task in tasks]
+            rows.append([*(f"{candidate.settings[name]:g}" for name in settings), *losses, f"{candidate.score:.4f}"])
+        widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+        marks = ["", *("  best" if candidate is self.best else "" for candidate in self.candidates)]
+        return "\n".join(
+            "".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + mark
+            for row, mark in zip(rows, marks, strict=True)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "report": self.report.to_dict()}
+
+
+def tune_merge(
+    config: MergeConfig | dict[str, Any] | str | Path,
+    output_dir: str | Path,
+    validation: Mapping[str, CalibrationSource],
+    *,
+    lambdas: Sequence[float] = LAMBDAS,
+    trims: Sequence[float] = TRIMS,
+    densities: Sequence[float] = DENSITIES,
+    samples: int = 64,
+    length: int = 512,
+    batch_size: int = 8,
+    compression: MethodConfig | None = None,
+    base_name: str | None = None,
+    device: str | torch.device = "cpu",
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: bool = False,
+) -> MergeTuningReport:
+    """Merge with every combination of lambda, trimming and density, and keep the model with the lowest mean loss.
+
+    Every candidate is written in a hidden folder beside `output_dir` and loaded as a user would load it; there must be
+    room for the model in float32, and once more in its dtype. What does not depend on lambda is computed once.
+
+    Args:
+        config, output_dir, compression, base_name, device, token, cache_dir, max_shard_size: as for `merge`. What the
+            search sets stands in the place of what the configuration says.
+        validation: by task, its text, as `compress` takes for calibration.
+        lambdas: factors of the merged delta.
+        trims: shares that TIES keeps of each delta; for the methods with TIES.
+        densities: shares that DARE or ImPart keep; for the methods with either.
+        samples, length: sequences of each text at most, and their tokens.
+        batch_size: sequences judged at a time.
+        progress: show a bar.
+
+    Raises:
+        ValueError: if there is no task, or nothing to try; and as `merge` does.
+    """
+    config = MergeConfig.of(config)
+    require_peft()
+    if not validation:
+        raise ValueError("give the validation text of at least one task")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    device, shard_size = usable_device(device), shard_bytes(max_shard_size)
+    (check_free if compression is None else check_output)(Path(output_dir))
+    grid = _grid(config, lambdas, trims, densities)
+    inputs = MergeInputs(config, token=token, cache_dir=cache_dir)
+    positions = int(inputs.result_config.get("max_position_embeddings") or length)
+    tokenizer = inputs.result_tokenizer()
+    texts = {
+        task: calibration_tokens(text, tokenizer, samples=samples, length=min(length, positions))
+        for task, text in validation.items()
+    }
+    parent = Path(output_dir).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    tried: list[MergeCandidate] = []
+    configs: list[MergeConfig] = []
+    with (
+        tempfile.TemporaryDirectory(
+            dir=parent, prefix=f".{Path(output_dir).name}.", ignore_cleanup_errors=True
+        ) as scratch,
+        Progress(progress).bar(len(grid) * len(lambdas), "Tuning") as bar,
+    ):
+        svds = SvdStore(Path(scratch, "components"))
+        for settings in grid:
+            started = time.perf_counter()
+            deltas = _StoredDeltas(Merge(_with(config, settings), inputs, device, svds.of), Path(scratch, "deltas"))
+            for scale in dict.fromkeys(lambdas):
+                candidate = _with(config, {"lambda": scale, **settings})
+                losses = _losses(Merge(candidate, inputs, device, delta_of=deltas.of), texts, Path(scratch), batch_size)
+                seconds, started = time.perf_counter() - started, time.perf_counter()
+                tried.append(MergeCandidate({"lambda": scale, **settings}, losses, seconds))
+                configs.append(candidate)
+                bar.update()
+    # NaN is no loss that a model could win with
+    scores = [math.inf if math.isnan(candidate.score) else candidate.score for candidate in tried]
+    best = scores.index(min(scores))
+    report = merge(
+        configs[best], output_dir, compression=compression, base_name=base_name, device=device, token=token,
+        cache_dir=cache_dir, max_shard_size=shard_size,
+    )  # fmt: skip
+    return MergeTuningReport(tried, tried[best], report)
+
+
+def _grid(
+    config: MergeConfig, lambdas: Sequence[float], trims: Sequence[float], densities: Sequence[float]
+) -> list[dict[str, float]]:
+    """Everything that is to be tried, but for lambda. What wants most singular components comes first: the
+    decomposition then serves all that follow.
+
+    Raises:
+        ValueError: if one of the numbers cannot be used, or there are none.
+    """
+    method = config.method
+    axes: dict[str, Sequence[float]] = {}
+    if method.sparsifier is not None:
+        axes["density"] = sorted(set(densities), reverse=True)
+    if method.consensus:
+        axes["density" if method.sparsifier is None else "trim_density"] = sorted(set(trims), reverse=True)
+    if not lambdas or not all(axes.values()):
+        raise ValueError("nothing to try: lambdas, trims and densities need at least one value each")
+    grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    for settings, scale in itertools.product(grid, lambdas):
+        _with(config, {"lambda": scale, **settings})  # for its errors
+    return grid
+
+
+def _with(config: MergeConfig, settings: Mapping[str, float]) -> MergeConfig:
+    """The configuration with other settings, for all models and tensors alike."""
+    models = tuple(
+        MergeModel(model.model, {k: v for k, v in model.parameters.items() if k not in settings})
+        for model in config.models
+    )
+    return dataclasses.replace(config, models=models, parameters={**config.parameters, **settings})
+
+
+class _StoredDeltas:
+    """The combined deltas of a merge, in a file, for it is read once for every lambda."""
+
+    def __init__(self, merged: Merge, folder: Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        floats = [name for name in merged.names() if merged.dtype(name).is_floating_point]
+        tensors = [
+            DenseTensor(name, merged.inputs.base.shape(name), torch.float32, partial(merged.delta, name))
+            for name in floats
+        ]
+        write_weights(folder, tensors, 1 << 62, Progress(False), "")
+        self._file = safe_open(str(folder / WEIGHTS), framework="pt")
+
+    def of(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+
+def _losses(merged: Merge, texts: Mapping[str, torch.Tensor], scratch: Path, batch_size: int) -> dict[str, float]:
+    """Cross-entropy of a merged model on each task's text, nats a token."""
+    folder = scratch / "candidate"
+    folder.mkdir()
+    try:
+        merged.write(folder, "candidate", 1 << 62, Progress(False))
+        model = load(str(folder), torch.float32, merged.device)
+        return {task: math.log(perplexity(model, tokens, batch_size)) for task, tokens in texts.items()}
+    finally:
+        shutil.rmtree(folder)

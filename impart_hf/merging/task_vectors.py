@@ -1,0 +1,109 @@
+"""What a fine-tune changed of one tensor, sparsified and trimmed, and how several such changes become one."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..methods import Svd
+from ..methods.allocation import keep_ratios
+from ..methods.records import kept_ratios, thresholds_of
+from ..modeling.seeded_mask import keep_mask
+
+TaskVector = Callable[[slice], torch.Tensor]  # float32 rows of W_finetuned - W_base, on the device
+
+
+def dare(delta: torch.Tensor, density: float, rescale: bool, seed: int) -> torch.Tensor:
+    """DARE (arXiv 2311.03099): each entry kept with probability `density`, and divided by it if `rescale`.
+
+    Args:
+        delta: float32, of any shape.
+        seed: 32 bits; the same seed on the same kind of device drops the same entries.
+    """
+    from peft.utils.merge_utils import prune
+
+    with torch.random.fork_rng(devices=[delta.device] if delta.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return prune(delta, density, "random", rescale)
+
+
+def impart(delta: torch.Tensor, density: float, beta: float, c: float, seed: int, svd: Svd) -> torch.Tensor:
+    """ImPart (arXiv 2504.13237, section 3): U and V sparsified by importance to `density` m n entries in all.
+
+    Args:
+        delta: float32 (m, n), not all zero.
+        density: kept entries of U and V together, over m n.
+        beta, c: as in `ImPartConfig`.
+        seed: 32 bits, of the masks.
+        svd: gives the leading singular components, as `leading_svd` does.
+
+    Returns:
+        U diag(sigma) V^T of the kept entries, rescaled (eq. 4, 5), float32 (m, n).
+    """
+    rows, columns = delta.shape
+    full_rank = min(rows, columns)
+    sparsity = 1 - density * rows * columns / ((rows + columns) * full_rank)
+
+    def ratios(spectrum: np.ndarray) -> np.ndarray:
+        return keep_ratios(spectrum, full_rank, sparsity, beta, c)
+
+    def wanted(spectrum: np.ndarray) -> int:
+        kept = len(ratios(spectrum))
+        return kept + 1 + kept // 16  # the values are estimates, and the boundary is at the first that is left out
+
+    u, sigma, v = svd(delta, wanted)
+    thresholds = thresholds_of(ratios(sigma.double().cpu().numpy()))
+    sigma = sigma[: len(thresholds)] * torch.from_numpy(kept_ratios(thresholds) ** -2.0).to(sigma)
+    u, v = (
+        vectors[:, : len(thresholds)] * keep_mask(seed, side, thresholds, len(vectors), delta.device).t()
+        for side, vectors in enumerate((u, v))
+    )
+    return (u * sigma) @ v.t()
+
+
+def trimmed(vector: TaskVector, rows: int, density: float) -> TaskVector:
+    """The vector's largest entries alone, `density` of them (TIES, arXiv 2306.01708, "trim").
+
+    What is remembered of it is a bit mask: a model's largest tensor would not fit into memory once for each model.
+
+    Args:
+        vector: to be trimmed.
+        rows: it has.
+    """
+    from peft.utils.merge_utils import prune
+
+    whole = vector(slice(rows))
+    kept = prune(whole, max(density, 1.5 / whole.numel()), "magnitude") != 0  # at least one entry, as mergekit
+    return partial(_masked, vector, kept)
+
+
+def _masked(vector: TaskVector, kept: torch.Tensor, rows: slice) -> torch.Tensor:
+    return vector(rows) * kept[rows]
+
+
+def mixed(deltas: list[torch.Tensor], weights: list[float], consensus: bool, normalize: bool) -> torch.Tensor:
+    """The weighted sum of deltas, or of those that agree with the elected sign (TIES).
+
+    Args:
+        deltas: float32, of one shape.
+        weights: one for each.
+        consensus: whether only entries count that have the sign of the weighted sum.
+        normalize: whether the sum is divided by that of the weights that went into it.
+    """
+    from peft.utils.merge_utils import calculate_majority_sign_mask, reshape_weight_task_tensors, task_arithmetic
+
+    factors = torch.tensor(weights, device=deltas[0].device)
+    if not consensus:
+        total = task_arithmetic(deltas, factors)
+        divisor = float(factors.sum())
+        return total / divisor if normalize and abs(divisor) >= 1e-8 else total
+    stacked = torch.stack(deltas)
+    factors = reshape_weight_task_tensors(stacked, factors)
+    stacked *= factors
+    agreeing = calculate_majority_sign_mask(stacked)
+    total = (stacked * agreeing).sum(0)
+    if normalize:
+        divisors = (factors * agreeing).sum(0)
+        total /= divisors.masked_fill(divisors == 0, 1)
+    return total
