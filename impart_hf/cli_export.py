@@ -45,6 +45,6 @@ def _summary(report: LoraReport, output: str) -> str:
         largest = max(report.left_out, key=lambda name: report.left_out[name])
         lines.append(
             f"not in the adapter: {len(report.left_out)} changed tensors (embeddings, output projection, norms, "
-            f"biases), {report.left_out_share:.1%} of the delta's squared norm, the largest {largest}"
+            f"biases, experts), {report.left_out_share:.1%} of the delta's squared norm, the largest {largest}"
         )
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """A delta as a LoRA adapter: the leading singular components of every linear layer, for servers that know only LoRA.
 
 It loses what has no place in an adapter, and says how much that is: the components beyond the rank, and every change
-of embeddings, output projection, norms and biases.
+of embeddings, output projection, norms, biases and experts.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
+from transformers import PreTrainedModel
 
 from .checkpoint_writer import new_folder
 from .compress import usable_device
@@ -98,7 +100,8 @@ def export_lora(
         device: where matrices are decomposed.
 
     Raises:
-        ValueError: if the rank is below 1, or no linear layer has changed.
+        ValueError: if the rank is below 1 or larger than every matrix, no linear layer has changed, or PEFT takes no
+            adapter of the model's layers.
         OutputError: if the folder is not free.
         ModuleNotFoundError: if PEFT is not installed.
         DeltaFormatError, WrongBaseError: if delta or base are not as they should be; nothing is left behind.
@@ -107,13 +110,19 @@ def export_lora(
         raise ValueError(f"a LoRA rank is at least 1, got {rank}")
     device, progress = usable_device(str(device)), progress or Progress(False)
     changed = [name for name in repository.names() if repository.is_changed(name)]
-    linear = _linear_layers(repository)
+    skeleton = _skeleton(repository)
+    linear = _linear_layers(skeleton)
     wanted = [name for name in changed if name in linear]
     if not wanted:
         raise ValueError(
             f"no linear layer of '{repository.source}' differs from the base's: there is nothing to export"
         )
+    if rank > (largest := max(max(repository.shape(name)) for name in wanted)):
+        raise ValueError(
+            f"rank {rank} is more than the matrices have rows or columns ({largest}): choose a smaller one"
+        )
     config = _adapter_config(repository, wanted, linear, rank)
+    _check_adapter(skeleton, config)
     report = LoraReport(rank)
     with new_folder(output_dir) as folder:
         entries = [entry for name in wanted for entry in _entries(repository, name, rank, device, report)]
@@ -127,11 +136,32 @@ def export_lora(
     return report
 
 
-def _linear_layers(repository: DeltaRepository) -> set[str]:
-    """Names of the weights that LoRA can change: those of linear layers, the output projection aside."""
+def _skeleton(repository: DeltaRepository) -> PreTrainedModel:
+    """The fine-tuned model without weights."""
     config = repository.config.text_config
     with torch.device("meta"):
-        model = inner_class(config)._from_config(config)
+        return inner_class(config)._from_config(config)
+
+
+def _check_adapter(skeleton: PreTrainedModel, config: Any) -> None:
+    """See that PEFT would take the adapter: it refuses some layers of some models.
+
+    Raises:
+        ValueError: if it would not.
+    """
+    from peft import get_peft_model
+
+    trial = copy.copy(config)  # PEFT writes the model's name into it
+    trial.base_model_name_or_path = None
+    try:
+        with torch.device("meta"):
+            get_peft_model(skeleton, trial)
+    except ValueError as error:
+        raise ValueError(f"PEFT takes no such adapter for this model: {error}") from error
+
+
+def _linear_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the weights that LoRA can change: those of linear layers, the output projection aside."""
     output = model.get_output_embeddings()
     return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
 

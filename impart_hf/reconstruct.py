@@ -34,6 +34,7 @@ def read_config(repo: str, options: HubOptions) -> DeltaCompressedConfig:
 
     Raises:
         CheckpointError: if the folder or Hub repository is missing, or is no delta repository.
+        DeltaFormatError: if its fields are not as they should be.
     """
     path = fetch_file(repo, "config.json", options)
     if path is None:
@@ -41,7 +42,10 @@ def read_config(repo: str, options: HubOptions) -> DeltaCompressedConfig:
     content = read_json(path)
     if content.get("model_type") != "delta_compressed":
         raise CheckpointError(f"'{repo}' is a '{content.get('model_type')}' model, not a delta repository")
-    return DeltaCompressedConfig.from_dict(content)
+    try:
+        return DeltaCompressedConfig.from_dict(content)
+    except Exception as error:  # fields of other types, of an unknown model, … raise whatever they meet first
+        raise DeltaFormatError(f"config.json of '{repo}' cannot be used: {str(error)[:400]}") from error
 
 
 def verify(repository: DeltaRepository, progress: Progress | None = None) -> None:

@@ -114,7 +114,9 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
     except LocalEntryNotFoundError as error:
         if not required and filename != "config.json" and fetch_file(repo, "config.json", options):
             return None
-        raise CheckpointError(f"'{filename}' of '{repo}' is not in the local cache, and the Hub is offline") from error
+        raise CheckpointError(
+            f"'{filename}' of '{repo}' is not in the local cache, and the Hub is offline; there is no folder '{repo}'"
+        ) from error
     except EntryNotFoundError:
         return None
     except HFValidationError as error:

@@ -67,6 +67,7 @@ class DeltaFile:
             DeltaFormatError: if a file is truncated, has duplicate or overlapping entries, or no checksum table.
         """
         self._handles: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
         self._crcs: dict[str, int] = {}
         for path in paths:
             try:
@@ -83,7 +84,7 @@ class DeltaFile:
             for name, crc in zip(names, crcs.tolist(), strict=True):
                 if name in self._handles:
                     raise DeltaFormatError(f"{path}: entry {name} stands in two files")
-                self._handles[name], self._crcs[name] = handle, crc
+                self._handles[name], self._paths[name], self._crcs[name] = handle, path, crc
 
     def names(self) -> list[str]:
         return sorted(self._handles)
@@ -106,17 +107,19 @@ class DeltaFile:
         try:
             tensor = self._handles[name].get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
-            raise DeltaFormatError(f"delta entry {name} cannot be read: {error}") from error
+            raise DeltaFormatError(f"{self._paths[name]}: delta entry {name} cannot be read: {error}") from error
         crc = entry_crc(name, self.dtype_name(name), self.shape(name), tensor_bytes(tensor).data)
         if crc != self._crcs[name]:
-            raise DeltaFormatError(f"delta entry {name} is damaged (its CRC-32 differs); download the file again")
+            raise DeltaFormatError(
+                f"{self._paths[name]}: delta entry {name} is damaged (its CRC-32 differs); download the file again"
+            )
         return tensor
 
     def read_finite(self, name: str) -> torch.Tensor:
         """One entry, as `read` gives it, that must hold neither NaN nor infinity."""
         tensor = self.read(name)
         if tensor.is_floating_point() and not all_finite(tensor):
-            raise DeltaFormatError(f"delta entry {name} holds NaN or infinity")
+            raise DeltaFormatError(f"{self._paths[name]}: delta entry {name} holds NaN or infinity")
         return tensor
 
     def read_records(self, name: str) -> np.ndarray:
@@ -208,7 +211,7 @@ class DeltaRepository:
             where = f" at commit {revision}" if revision else ""
             raise CheckpointError(
                 f"the base model of '{self.source}' ('{base_model or recorded}'{where}) cannot be opened: {error}. "
-                "A local copy can be given with base_model= (--base-model)"
+                "A local copy can be given with base_model= (--base-model; for vLLM IMPART_HF_BASE_MODEL)"
             ) from error
 
     def _match_entries(self) -> dict[str, TensorParts]:

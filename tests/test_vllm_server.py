@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from forged_files import forge_record
+from tiny_models import edit_json
 from vllm_engines import LONG, PROMPTS
 from vllm_server import Server
 
@@ -55,6 +56,39 @@ def test_swaps(server: Server, family_tokens: Expected) -> None:
         assert [entry["id"] for entry in listed["data"] if entry["loaded"]] == [delta]
 
 
+def test_names_that_stand_for_two_are_left_out(server: Server, tenants: Path, family_tokens: Expected) -> None:
+    for name in ("base", "third"):
+        shutil.copytree(tenants / "one", tenants / name)
+    try:
+        status, listed = server.request("/v1/deltas")
+        assert status == 200 and [entry["id"] for entry in listed["data"]] == ["base", "third", "one", "two"]
+        assert server.load("third")[0] == 200
+        assert answers(server) == family_tokens["three"]
+        assert server.load("base")[0] == 200
+        assert answers(server) == family_tokens["base"]
+    finally:
+        for name in ("base", "third"):
+            shutil.rmtree(tenants / name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("format_version", 99), ("text_config", [1]), ("text_config", {"model_type": "unheard-of"}), ("tensor_dtype", 7)],
+)
+def test_configurations_that_are_none(
+    server: Server, tenants: Path, family_tokens: Expected, field: str, value: object
+) -> None:
+    assert server.load("one")[0] == 200
+    bad = Path(shutil.copytree(tenants / "two", tenants / "bad"))
+    edit_json(bad / "config.json", **{field: value})
+    try:
+        status, answer = server.load("bad")
+    finally:
+        shutil.rmtree(bad)
+    assert status == 422 and "config.json of" in answer["error"]["message"]
+    assert answers(server) == family_tokens["one"]
+
+
 def test_deltas_come_and_go(server: Server, tenants: Path, family_tokens: Expected) -> None:
     assert server.load("new")[0] == 404
     shutil.copytree(tenants / "one", tenants / "new")
@@ -70,11 +104,15 @@ def test_unknown_delta(server: Server) -> None:
     assert status == 404
     assert answer["error"]["deltas"] == ["base", "third", "one", "two"]
     assert "there is no delta 'dense'" in answer["error"]["message"]
+    for name in ("\ud800", "x" * 10**6, "../one"):
+        status, answer = server.load(name)
+        assert status == 404 and len(answer["error"]["message"]) < 400
 
 
-@pytest.mark.parametrize(
-    "body", [b"{", b"[]", {}, {"delta": 3}, {"delta": None}, {"name": "one"}, {"delta": "one", "more": 1}], ids=str
-)
+_BAD_BODIES: list[object] = [b"{", b"[" * 200_000, b"[]", {}, {"delta": 3}, {"delta": None}, {"name": "one"}]
+
+
+@pytest.mark.parametrize("body", [*_BAD_BODIES, {"delta": "one", "more": 1}], ids=lambda body: str(body)[:30])
 def test_bad_bodies(server: Server, body: object) -> None:
     status, answer = server.request("/v1/deltas/load", body)
     assert status == 400
@@ -142,6 +180,38 @@ def test_requests_among_swaps_are_neither_lost_nor_mixed(server: Server, family_
     assert {tuple(tokens) for tokens in found} == {tuple(tokens) for tokens in whole.values()}
 
 
+def test_one_request_is_one_delta_s_whatever_it_is_made_of(family: Path) -> None:
+    """With a KV cache for less than what runs, requests are preempted; some wait for their turn; a beam search asks
+    the engine anew at every step."""
+    prompts = [[7 + number, 100, 3, 50] for number in range(8)]
+    small = "--max-num-seqs 4 --num-gpu-blocks-override 7 --block-size 32 --no-enable-prefix-caching".split()
+    env = {"VLLM_PLUGINS": "impart_hf", "IMPART_HF_DELTAS": str(family)}
+    with Server(family / "base", *small, env=env) as server, ThreadPoolExecutor(9) as pool:
+        asks = {
+            "alone": lambda: [tokens for tokens in pool.map(lambda p: server.tokens(p, 100), prompts)],
+            "together": lambda: server.all_tokens(prompts, 100),
+            "beams": lambda: server.all_tokens(prompts[:1], 60, use_beam_search=True, n=2),
+        }
+        whole: dict[str, dict[str, list[list[int]]]] = {}
+        for delta in ("one", "two"):
+            assert server.load(delta)[0] == 200
+            whole[delta] = {kind: ask() for kind, ask in asks.items()}
+            assert whole[delta]["alone"] == whole[delta]["together"]
+        assert all(whole["one"][kind] != whole["two"][kind] for kind in asks)
+        for delta, other in (("one", "two"), ("two", "one"), ("one", "two")):
+            for kind in ("together", "beams"):
+                assert server.load(delta)[0] == 200
+                asked = pool.submit(asks[kind])
+                time.sleep(0.15)
+                assert server.load(other)[0] == 200
+                assert asked.result() in (whole["one"][kind], whole["two"][kind]), kind
+            singles = [pool.submit(server.tokens, prompt, 100) for prompt in prompts]
+            time.sleep(0.15)
+            assert server.load(delta)[0] == 200
+            for number, single in enumerate(singles):
+                assert single.result() in (whole["one"]["alone"][number], whole["two"]["alone"][number])
+
+
 def test_two_swaps_at_once(server: Server, family_tokens: Expected) -> None:
     """While one waits for a long request to end, another is refused; what is asked meanwhile waits for the swap."""
     assert server.load("one")[0] == 200
@@ -155,8 +225,14 @@ def test_two_swaps_at_once(server: Server, family_tokens: Expected) -> None:
     assert answers(server) == family_tokens["two"]
 
 
-def test_no_routes_without_the_plugin_and_key_guards_them(family: Path) -> None:
+def test_no_routes_without_the_plugin_and_key_guards_them(family: Path, tmp_path: Path) -> None:
     env = {"VLLM_PLUGINS": "impart_hf", "IMPART_HF_DELTAS": f"other={family / 'two'}"}
+    # A folder may be called like the base
+    base = shutil.copytree(family / "one", tmp_path / "base")
+    with Server(base, "--served-model-name", "base", env=env) as server:
+        status, listed = server.request("/v1/deltas")
+        assert [entry["id"] for entry in listed["data"]] == ["base", str(base), "other"]
+        assert listed["loaded"] == str(base)
     with Server(family / "one", "--api-key", KEY, "--served-model-name", "mine", env=env) as server:
         assert server.request("/v1/deltas")[0] == 401
         assert server.load("other")[0] == 401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import random
 import shutil
@@ -19,6 +20,7 @@ from tiny_models import (
     edit_tensors,
     fine_tune,
     make_model,
+    rewrite,
     save_model,
     tiny_config,
 )
@@ -103,7 +105,7 @@ def test_decoded_beforehand(
         for name in ("one", "two", "base", "one"):
             process.run(load, None if name == "base" else family / name)
             assert says(process, family_tokens[name])
-            assert [list(folder.iterdir()) for folder in scratch.iterdir()] == [[]]
+            assert [[p.name for p in folder.iterdir()] for folder in scratch.iterdir()] == [["lock"]]
         # What only decoding tells is found out before the engine is touched.
         with pytest.raises(EngineError, match="^DeltaFormatError"):
             process.run(load, broken)
@@ -113,6 +115,30 @@ def test_decoded_beforehand(
         process.start(family / "base")
         with pytest.raises(EngineError, match="IMPART_HF_SCRATCH: .* is not a folder"):
             process.run(load, family / "one")
+
+
+def test_no_room_to_decode_beforehand(
+    family: Path, family_tokens: dict[str, list[list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the engine decodes itself. What a server that was killed left there is removed, what is in use is not."""
+    left, used = tmp_path / "impart-hf-left", tmp_path / "impart-hf-used"
+    for folder in (left, used):
+        folder.mkdir()
+        (folder / "copy").mkdir()
+        (folder / "lock").touch()
+    with (used / "lock").open() as lock, EngineProcess(IMPART_HF_SCRATCH=str(tmp_path)) as process:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process.start(family / "base")
+        process.run(load_without_room, family / "one")
+        assert says(process, family_tokens["one"])
+        assert not left.exists() and used.exists()
+
+
+def load_without_room(holder: Any, repo: Path) -> None:
+    from unittest.mock import patch
+
+    with patch("impart_hf.serving.scratch.reconstruct", side_effect=OSError(28, "No space left on device")):
+        load(holder, repo)
 
 
 def test_notes_say_what_stays(engine: EngineProcess, family: Path, tmp_path: Path) -> None:
@@ -265,6 +291,85 @@ def test_weights_that_cannot_come_back(
 def test_engines_that_cannot_swap(process: EngineProcess, family: Path, option: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="DeltaRefusedError"):
         process.run(make_switch, family / "base", option)
+
+
+def test_experts_cannot_be_swapped(process: EngineProcess, tmp_path: Path) -> None:
+    save_model(make_model(tiny_config("mixtral", **HEADS)), tmp_path / "base")
+    with pytest.raises(EngineError, match="DeltaRefusedError.*experts"):
+        process.run(make_switch, tmp_path / "base", {})
+
+
+class TestBaseItself:
+    """What has become of the base's files is seen before its own weights are loaded again."""
+
+    @pytest.fixture
+    def base(self, process: EngineProcess, family: Path, tmp_path: Path) -> Path:
+        """A base to spoil, whose engine serves delta `one`."""
+        base = Path(shutil.copytree(family / "base", tmp_path / "base"))
+        process.start(base)
+        process.run(load, family / "one")
+        return base
+
+    @pytest.fixture(autouse=True)
+    def unchanged(
+        self, base: Path, process: EngineProcess, family_tokens: dict[str, list[list[int]]]
+    ) -> Iterator[None]:
+        yield
+        with pytest.raises(EngineError, match=self.message):
+            process.run(load, None)
+        assert says(process, family_tokens["one"])
+
+    def test_edited(self, base: Path) -> None:
+        self.message = "WrongBaseError.*has been changed since.*model.layers.1.mlp.up_proj.weight"
+        edit_tensors(base, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1.5))
+
+    def test_lost_tensor(self, base: Path) -> None:
+        self.message = "DeltaFormatError.*lacks 1 tensors.*model.layers.1.mlp.up_proj.weight"
+        edit_tensors(base, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+    def test_truncated(self, base: Path) -> None:
+        self.message = "CheckpointError"
+        rewrite(base / "model.safetensors", (base / "model.safetensors").read_bytes()[:-1])
+
+    def test_gone(self, base: Path) -> None:
+        self.message = "CheckpointError"
+        shutil.rmtree(base)
+
+
+def test_two_threads(engine: EngineProcess, family: Path, family_tokens: dict[str, list[list[int]]]) -> None:
+    assert engine.run(load_from_threads, family) == 5
+    assert says(engine, family_tokens["one"])
+
+
+def load_from_threads(holder: Any, family: Path) -> int:
+    """How many of six swaps at once were refused; the one that is not is slow."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+    from unittest.mock import patch
+
+    from impart_hf.serving import DeltaSwitch, SwapInProgressError
+    from impart_hf.serving.deltas import DeltaChecker
+
+    holder.deltas = DeltaSwitch(holder.llm)
+    check, others_are_done = DeltaChecker.check, threading.Event()
+
+    def slow_check(*arguments: Any) -> Any:
+        assert others_are_done.wait(60)
+        return check(*arguments)
+
+    def refused(_: int) -> bool:
+        try:
+            holder.deltas.load(str(family / "one"))
+        except SwapInProgressError:
+            return True
+        return False
+
+    with patch.object(DeltaChecker, "check", slow_check), ThreadPoolExecutor(6) as pool:
+        swaps = [pool.submit(refused, number) for number in range(6)]
+        while sum(swap.done() for swap in swaps) < 5:
+            pass
+        others_are_done.set()
+        return sum(swap.result() for swap in swaps)
 
 
 def make_switch(holder: Any, model: Path, options: dict[str, Any]) -> None:

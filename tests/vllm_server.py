@@ -92,10 +92,14 @@ class Server:
 
     def tokens(self, prompt: list[int], count: int = NEW_TOKENS) -> list[int]:
         """What it generates greedily."""
-        body = {"model": self.model, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True}
-        status, answer = self.request("/v1/completions", {**body, "return_token_ids": True})
+        return self.all_tokens([prompt], count)[0]
+
+    def all_tokens(self, prompts: list[list[int]], count: int, **options: Any) -> list[list[int]]:
+        """The same for several prompts in one request; `options` are more of the request's fields."""
+        body = {"model": self.model, "prompt": prompts, "max_tokens": count, "temperature": 0, "ignore_eos": True}
+        status, answer = self.request("/v1/completions", {**body, "return_token_ids": True, **options})
         assert status == 200, answer
-        return answer["choices"][0]["token_ids"]
+        return [choice["token_ids"] for choice in answer["choices"]]
 
     def load(self, delta: str, key: str | None = None) -> tuple[int, Any]:
         """Status and JSON of a swap."""

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 
 from ..modeling.checkpoints import CheckpointError, read_json
@@ -55,21 +56,25 @@ class Catalogue:
             if not name or not place or (at and not revision):
                 raise ValueError(f"{DELTAS_VARIABLE}: '{entry}' is not NAME=REPO[@REVISION]")
             self._named.append(NamedDelta(name, place, revision or None))
-        self.all()
+        if twice := self._look()[1]:
+            raise ValueError(f"{DELTAS_VARIABLE}: {twice[0]}")
 
     def all(self) -> dict[str, NamedDelta]:
-        """What is offered now, by name, the base first.
+        """What is offered now, by name, the base first. Where a name has come to stand for two, it is the first's."""
+        offered, twice = self._look()
+        for problem in twice:
+            getLogger("vllm.impart_hf").warning("%s: the second is not offered", problem)
+        return offered
 
-        Raises:
-            ValueError: if two deltas have one name.
-        """
-        offered = {BASE: NamedDelta(BASE, None)}
+    def _look(self) -> tuple[dict[str, NamedDelta], list[str]]:
+        """Deltas by name, and what is said of names that stand for two."""
+        offered, twice = {BASE: NamedDelta(BASE, None)}, []
         for delta in [*self._named, *self._in_folders()]:
             known = offered.setdefault(delta.name, delta)
             if known != delta:
                 first = known.repo or "the base itself"
-                raise ValueError(f"{DELTAS_VARIABLE}: the name '{delta.name}' stands for {first} and for {delta.repo}")
-        return offered
+                twice.append(f"the name '{delta.name}' stands for {first} and for {delta.repo}")
+        return offered, twice
 
     def _in_folders(self) -> list[NamedDelta]:
         found = []

@@ -1,5 +1,6 @@
 """Loading a delta repository into one of vLLM's models: base + decoded delta, tensor by tensor."""
 
+import time
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -23,6 +24,11 @@ class DeltaWeights:
                 f"a delta repository cannot be loaded with --load-format {load_format}: leave it out, or write the "
                 "dense checkpoint with `impart-hf reconstruct` and serve that"
             )
+        if vllm_config.model_config.runner_type != "generate":
+            raise ValueError(
+                f"a delta repository can generate only, not serve --runner {vllm_config.model_config.runner_type}: "
+                "write the dense checkpoint with `impart-hf reconstruct` and serve that"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._vllm_config = vllm_config
 
@@ -35,8 +41,10 @@ class DeltaWeights:
         # Weights from anywhere else (a swap, a trainer) are the model's own already. The files are not read here: the
         # stream is a generator that nothing has started.
         if getattr(weights, "gi_code", None) is DefaultModelLoader.get_all_weights.__code__:
+            # vLLM logs the time since then, which the stream would have set when it was started
+            weights.gi_frame.f_locals["self"].counter_before_loading_weights = time.perf_counter()  # type: ignore[attr-defined]
             repository = EngineFiles(self._vllm_config).open_model()
-            check_complete(repository)
+            check_complete(repository, repository.config.text_config)
             weights = decoded_tensors(repository, next(self.parameters()).device)  # type: ignore[attr-defined]
         return super().load_weights(weights)  # type: ignore[misc]
 

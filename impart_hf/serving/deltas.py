@@ -1,13 +1,15 @@
 """Which deltas an engine may load: everything about a delta that can be checked before the engine is touched."""
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_file, pinned, read_json
+from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, fetch_file, pinned, read_json
+from ..modeling.checksums import tensor_checksum
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
 from .completeness import check_complete
 from .engine_files import EngineFiles, hub_options
@@ -66,6 +68,9 @@ class DeltaChecker:
             raise DeltaRefusedError("an engine with --enable-lora cannot swap deltas: adapters belong to one of them")
         if vllm_config.speculative_config is not None:
             raise DeltaRefusedError("an engine with a draft model cannot swap deltas: the draft would stay as it is")
+        if vllm_config.model_config.get_num_experts() > 0:
+            # Its layerwise reload gives other weights than its loader, on CPUs at least
+            raise DeltaRefusedError("the weights of experts cannot be swapped: vLLM does not load them a second time")
         if vllm_config.parallel_config.data_parallel_size > 1:
             raise DeltaRefusedError("with --data-parallel-size above 1 only the first engine says whether it swapped")
         self._vllm_config = vllm_config
@@ -76,7 +81,7 @@ class DeltaChecker:
             started_on = self.files.open_model()
             self._config, self._base_checksums = started_on.config.text_config, started_on.base_checksums
         else:
-            self._config = AutoConfig.from_pretrained(self.files.base)
+            self._config = _base_config(self.files.base)
 
     def check(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
         """See that the engine can load a delta: its files are whole, its base and its model are the engine's.
@@ -90,20 +95,37 @@ class DeltaChecker:
             DeltaFormatError: if the delta is damaged or does not fit the base.
             WrongBaseError: if its base is another model.
             DeltaRefusedError: if its model differs from the engine's in more than weights.
-            OutputError: if there is to be a dense copy, and no room for it.
         """
         if repo is None:
-            self._check_config(AutoConfig.from_pretrained(self.files.base), str(self.files.base))
-            return CheckedDelta(None, None)
+            return self._check_base_itself()
+        return self._check_delta(os.path.abspath(repo) if os.path.isdir(repo) else os.fspath(repo), revision)
+
+    def _check_base_itself(self) -> CheckedDelta:
+        base, config = self.files.open_base(), _base_config(self.files.base)
+        self._check_config(config, base.source)
+        self._check_complete(base, config)
+        checksums = {name: tensor_checksum(base.tensor(name)) for name in base.names()}
+        if self._base_checksums is None:
+            self._base_checksums = checksums
+        self._compare_base(checksums, f"'{base.source}' has been changed since the engine was started")
+        return CheckedDelta(None, None)
+
+    def _check_delta(self, repo: str, revision: str | None) -> CheckedDelta:
         options = pinned(repo, hub_options(self._vllm_config, revision))
         repository = self.files.open_delta(repo, options.revision)
         self._check_config(repository.config.text_config, repo)
         self._check_base(repository)
-        check_complete(repository)
+        self._check_complete(repository, repository.config.text_config)
         for entry in repository.file.names():
-            repository.file.read(entry)  # its CRC
+            repository.file.read_finite(entry)  # its CRC, too
         notes = tuple(self._notes(repo, options))
         return CheckedDelta(repo, options.revision, self.scratch.prepare(repository), notes)
+
+    def _check_complete(self, weights: DeltaRepository | Checkpoint, config: PreTrainedConfig) -> None:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self._vllm_config):  # some of transformers' classes are vLLM's by now, and ask
+            check_complete(weights, config)
 
     def _check_config(self, config: PreTrainedConfig, repo: str) -> None:
         ours, theirs = _fields(self._config), _fields(config)
@@ -120,12 +142,21 @@ class DeltaChecker:
             for name in repository.names():
                 repository.base_tensor(name)
             self._base_checksums = repository.base_checksums
-        for name, checksum in repository.base_checksums.items():
-            if checksum != self._base_checksums.get(name):
-                raise WrongBaseError(
-                    f"'{repository.source}' was made against '{repository.config.base_model_name_or_path}', which is "
-                    f"not the engine's base '{self.files.base}': their tensors {name} differ"
-                )
+        self._compare_base(
+            repository.base_checksums,
+            f"'{repository.source}' was made against '{repository.config.base_model_name_or_path}', which is not the "
+            f"engine's base '{self.files.base}'",
+        )
+
+    def _compare_base(self, checksums: dict[str, int], otherwise: str) -> None:
+        """See that checksums are those of the engine's base.
+
+        Raises:
+            WrongBaseError: saying what `otherwise` is the matter.
+        """
+        assert self._base_checksums is not None
+        if differing := sorted(dict(checksums.items() ^ self._base_checksums.items())):
+            raise WrongBaseError(f"{otherwise}: their tensors {differing[0]} differ")
 
     def _notes(self, repo: str, options: HubOptions) -> list[str]:
         notes = []
@@ -135,6 +166,17 @@ class DeltaChecker:
             if ours != theirs:
                 notes.append(f"{filename} differs: the engine goes on with that of '{self.files.model}'")
         return notes
+
+
+def _base_config(folder: Path) -> PreTrainedConfig:
+    """
+    Raises:
+        CheckpointError: if the folder has none that transformers can use without code of the model's own.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever its fields lead to
+        raise CheckpointError(f"config.json of '{folder}' cannot be used: {str(error)[:400]}") from error
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ POST /v1/deltas/load  {"delta": NAME}; NAME "base" for the base's own weights
 They stand behind the server's own API key. Errors have the form of the server's own.
 """
 
+import asyncio
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
+from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -23,13 +25,14 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from ..modeling.checkpoints import CheckpointError
 from ..modeling.delta_record import DeltaFormatError
 from ..modeling.delta_repository import WrongBaseError
-from ..workspace import OutputError
 from .catalogue import BASE, DELTAS_VARIABLE, Catalogue, NamedDelta
 from .deltas import DeltaRefusedError
+from .gate import Gate
 from .swap import AsyncDeltaSwitch, EngineUnsoundError, SwapError, SwapInProgressError
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.impart_hf")  # below vLLM's own, the only one that it shows
 router = APIRouter()
+LOAD_PATH = "/v1/deltas/load"
 
 
 class DeltaEndpoints:
@@ -40,6 +43,7 @@ class DeltaEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        app.add_middleware(HoldRequests)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Make ready to swap.
@@ -51,16 +55,36 @@ class DeltaEndpoints:
         state.impart_hf = _Server(engine_client, args)
 
 
+class HoldRequests:
+    """ASGI middleware that lets no request in during a swap, and a swap wait for those inside.
+
+    The engine's own gate would not do: several prompts, or the steps of a beam search, are several requests to it.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] != LOAD_PATH:
+            server: _Server = scope["app"].state.impart_hf
+            async with server.requests.request():
+                await self._app(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
 class _Server:
     """What the routes share.
 
     Attributes:
+        requests: the gate for all requests that may want text.
         loaded: name of the delta that is served; None if a swap has left the engine without weights.
         refusal: why this server cannot swap; None if it can.
     """
 
     def __init__(self, engine: EngineClient, args: Namespace):
         self._engine = engine
+        self.requests = Gate()
         self.refusal: str | None = None
         started_on = None
         self.loaded: str | None = BASE
@@ -71,8 +95,10 @@ class _Server:
             files = self._switch.checker.files
             if files.is_delta:
                 name = (args.served_model_name or [Path(files.model).name])[0]
+                name = files.model if name == BASE else name
                 started_on, self.loaded = NamedDelta(name, files.model, files.options.revision), name
-        except DeltaRefusedError as error:
+            self.requests = self._switch.requests
+        except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
             self.refusal = str(error)
         self._catalogue = Catalogue(os.environ.get(DELTAS_VARIABLE, ""), started_on)
 
@@ -84,12 +110,16 @@ class _Server:
         return {"object": "list", "loaded": self.loaded, "data": entries}
 
     async def load(self, name: str) -> tuple[int, dict[str, Any]]:
-        """HTTP status and body of the answer."""
+        """HTTP status and body of the answer; what has begun is brought to its end, whatever the client does."""
+        return await asyncio.shield(asyncio.ensure_future(self._load(name)))
+
+    async def _load(self, name: str) -> tuple[int, dict[str, Any]]:
         if self.refusal:
             return _error(501, f"this server cannot swap deltas: {self.refusal}")
         offered = self._catalogue.all()
         if name not in offered:
-            return _error(404, f"there is no delta '{name}'; there are {', '.join(offered)}", deltas=list(offered))
+            # As ASCII: a name may hold what no answer can.
+            return _error(404, f"there is no delta {name!a:.200}; there are {', '.join(offered)}", deltas=list(offered))
         if self._engine.errored:
             return _error(503, "the engine has stopped")
         wanted, started = offered[name], time.perf_counter()
@@ -99,7 +129,7 @@ class _Server:
             return _error(409, str(error))
         except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
             return _error(422, str(error))
-        except (SwapError, EngineUnsoundError, OutputError) as error:
+        except (SwapError, EngineUnsoundError) as error:
             if isinstance(error, EngineUnsoundError):
                 self.loaded = None
             logger.error("Swap to delta %s: %s", name, error)
@@ -121,13 +151,10 @@ class _Server:
 async def list_deltas(request: Request) -> JSONResponse:
     """The deltas that can be loaded, and the one that is."""
     server: _Server = request.app.state.impart_hf
-    try:
-        return JSONResponse(server.listing())
-    except ValueError as error:  # a name that has come to stand for two
-        return _response(*_error(500, str(error)))
+    return JSONResponse(server.listing())
 
 
-@router.post("/v1/deltas/load")
+@router.post(LOAD_PATH)
 async def load_delta(request: Request) -> JSONResponse:
     """Swap to a delta: running requests finish on the old one, new ones wait."""
     server: _Server = request.app.state.impart_hf
@@ -135,12 +162,9 @@ async def load_delta(request: Request) -> JSONResponse:
         body = json.loads(await request.body())
         if not isinstance(body, dict) or set(body) != {"delta"} or not isinstance(body["delta"], str):
             raise ValueError("not an object with nothing but 'delta'")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return _response(*_error(400, f'the body must be {{"delta": NAME}}: {error}'))
-    try:
-        return _response(*await server.load(body["delta"]))
-    except ValueError as error:
-        return _response(*_error(500, str(error)))
+    return _response(*await server.load(body["delta"]))
 
 
 def _response(status: int, body: dict[str, Any]) -> JSONResponse:

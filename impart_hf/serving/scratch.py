@@ -1,21 +1,26 @@
 """Room for a dense copy of the delta that is about to be loaded, so that the engine need not wait for its decoding."""
 
+import fcntl
 import os
 import shutil
 import tempfile
+from logging import getLogger
 from pathlib import Path
 
+from ..modeling.checkpoints import CheckpointError
 from ..modeling.delta_repository import DeltaRepository
 from ..reconstruct import reconstruct
 
 SCRATCH_VARIABLE = "IMPART_HF_SCRATCH"
+_PREFIX, _LOCK, _COPY = "impart-hf-", "lock", "copy"
 
 
 class Scratch:
     """A folder below the one that `IMPART_HF_SCRATCH` names; without that, nothing is decoded beforehand."""
 
     def __init__(self) -> None:
-        """
+        """Make the folder, and remove those of servers that were killed.
+
         Raises:
             ValueError: if the variable names no folder that can be written to.
         """
@@ -24,23 +29,43 @@ class Scratch:
         if place:
             if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
                 raise ValueError(f"{SCRATCH_VARIABLE}: '{place}' is not a folder that can be written to")
-            self._folder = tempfile.TemporaryDirectory(dir=place, prefix="impart-hf-", ignore_cleanup_errors=True)
+            _remove_left(Path(place))
+            self._folder = tempfile.TemporaryDirectory(dir=place, prefix=_PREFIX, ignore_cleanup_errors=True)
+            # Held as long as this process lives: what is not locked belongs to nobody any more.
+            self._lock = Path(self._folder.name, _LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def prepare(self, repository: DeltaRepository) -> str | None:
         """Decode a whole repository; the folder of its dense copy, None where there is no room for one.
 
         Raises:
-            OutputError: if the disk is too small.
-            DeltaFormatError, WrongBaseError: if delta or base are not as they should be.
+            CheckpointError, DeltaFormatError, WrongBaseError: if delta or base are not as they should be.
         """
         if self._folder is None:
             return None
         self.clear()
-        copy = Path(self._folder.name, "copy")
-        reconstruct(repository, copy)
+        copy = Path(self._folder.name, _COPY)
+        try:
+            reconstruct(repository, copy)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            getLogger("vllm.impart_hf").warning("No room in %s, the engine decodes itself: %s", copy.parent, error)
+            return None
         return str(copy)
 
     def clear(self) -> None:
         """Remove the dense copy, which an engine needs no longer once it has loaded it."""
         if self._folder is not None:
-            shutil.rmtree(Path(self._folder.name, "copy"), ignore_errors=True)
+            shutil.rmtree(Path(self._folder.name, _COPY), ignore_errors=True)
+
+
+def _remove_left(place: Path) -> None:
+    """Remove folders whose process has gone."""
+    for lock in place.glob(f"{_PREFIX}*/{_LOCK}"):
+        try:
+            with lock.open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent)
+        except OSError:  # in use, or another user's
+            continue

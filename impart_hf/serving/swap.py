@@ -1,10 +1,12 @@
 """Swapping the delta of a running engine, from Python."""
 
 import asyncio
+import threading
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .deltas import CheckedDelta, DeltaChecker
+from .gate import Gate, gated
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -49,6 +51,7 @@ class DeltaSwitch:
         """
         self._llm = llm
         self._checker = DeltaChecker(llm.llm_engine.vllm_config)
+        self._busy = threading.Lock()
         self.loaded = self._checker.files.model if self._checker.files.is_delta else None
 
     def load(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
@@ -64,18 +67,25 @@ class DeltaSwitch:
         Raises:
             CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError: as `DeltaChecker.check` does, before
                 anything is done to the engine.
+            SwapInProgressError: if another thread's swap is not done yet.
             SwapError: if requests are still running, or if loading failed; the engine serves what it did before.
             EngineUnsoundError: if loading failed and the old weights cannot be read any more either.
         """
+        if not self._busy.acquire(blocking=False):
+            raise SwapInProgressError("another swap is in progress")
+        try:
+            return self._load(repo, revision)
+        finally:
+            self._checker.scratch.clear()
+            self._busy.release()
+
+    def _load(self, repo: str | None, revision: str | None) -> CheckedDelta:
         engine = self._llm.llm_engine
         if engine.has_unfinished_requests():
             raise SwapError("requests are still running: let generate() or wait_for_completion() return first")
         checked = self._checker.check(repo, revision)
-        try:
-            answers = self._llm.collective_rpc("impart_hf_load_delta", args=_arguments(checked))
-            self._llm.reset_prefix_cache(reset_connector=_has_connector(engine.vllm_config))
-        finally:
-            self._checker.scratch.clear()
+        answers = self._llm.collective_rpc("impart_hf_load_delta", args=_arguments(checked))
+        self._llm.reset_prefix_cache(reset_connector=_has_connector(engine.vllm_config))
         _raise_on_failure(answers, checked)
         self.loaded = checked.repo
         return checked
@@ -84,42 +94,53 @@ class DeltaSwitch:
 class AsyncDeltaSwitch:
     """`DeltaSwitch` for vLLM's asynchronous engine: requests that run finish on the old delta, new ones wait.
 
+    The engine's `generate` and `encode` are put behind a gate. vLLM's own way to pause does not do: a request that was
+    preempted, because the KV cache was full, counts as a new one to it, and would go on with other weights.
+
     Attributes:
         checker: of the deltas that the engine may load.
+        requests: a gate for whatever consists of several calls to the engine; closed before the engine's own.
     """
 
     def __init__(self, engine: "EngineClient"):
         """Raises: as `DeltaSwitch`."""
         self._engine = engine
         self.checker = DeltaChecker(engine.vllm_config)
-        self._busy = asyncio.Lock()
+        self.requests, self._calls = Gate(), Gate()
+        for name in ("generate", "encode"):
+            setattr(engine, name, gated(getattr(engine, name), self._calls))
+        self._swap: asyncio.Task[CheckedDelta] | None = None
 
     async def load(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
         """Give the engine the weights of a delta repository on its base; as `DeltaSwitch.load`.
 
-        Once the engine is touched, the swap is brought to its end even if the caller is cancelled. After an
-        `EngineUnsoundError` requests wait until a later swap succeeds.
+        What has begun is brought to its end even if the caller is cancelled. After an `EngineUnsoundError` requests
+        wait until a later swap succeeds.
 
         Raises:
             SwapInProgressError: if another swap is not done yet.
             EngineDeadError: vLLM's, if the engine has died.
         """
-        if self._busy.locked():
+        if self._swap is not None and not self._swap.done():
             raise SwapInProgressError("another swap is in progress")
-        async with self._busy:
-            checked = await asyncio.to_thread(self.checker.check, repo, revision)
-            swap = asyncio.ensure_future(self._swap(checked))
-            try:
-                await asyncio.shield(swap)
-            except asyncio.CancelledError:
-                await swap
-                raise
-            return checked
+        self._swap = asyncio.ensure_future(self._check_and_load(repo, revision))
+        self._swap.add_done_callback(lambda swap: swap.cancelled() or swap.exception())  # nobody may be there to ask
+        return await asyncio.shield(self._swap)
 
-    async def _swap(self, checked: CheckedDelta) -> None:
-        await self._unless_dead(self._engine.pause_generation(mode="wait"))
+    async def _check_and_load(self, repo: str | None, revision: str | None) -> CheckedDelta:
+        try:
+            checked = await asyncio.to_thread(self.checker.check, repo, revision)
+            await self._load(checked)
+            return checked
+        finally:
+            self.checker.scratch.clear()
+
+    async def _load(self, checked: CheckedDelta) -> None:
         resume = True
         try:
+            for gate in (self.requests, self._calls):
+                await self._unless_dead(gate.close())
+            await self._unless_dead(self._engine.pause_generation(mode="wait"))
             call = self._engine.collective_rpc("impart_hf_load_delta", args=_arguments(checked))
             answers = await self._unless_dead(call)
             connector = _has_connector(self._engine.vllm_config)
@@ -129,9 +150,12 @@ class AsyncDeltaSwitch:
             resume = False
             raise
         finally:
-            self.checker.scratch.clear()
             if resume:
-                await self._unless_dead(self._engine.resume_generation())
+                try:
+                    await self._unless_dead(self._engine.resume_generation())
+                finally:
+                    for gate in (self._calls, self.requests):
+                        gate.open()
 
     async def _unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
         """The answer to a call, which would never come from an engine that dies meanwhile."""

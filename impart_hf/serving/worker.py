@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
 
 
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
 @dataclass
 class _State:
     """What a worker keeps of swaps.
@@ -43,11 +46,15 @@ def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None, de
         {"error": None} once the new weights are there. Otherwise "error" says what went wrong with the first worker
         that failed, and "sound" whether all have the old weights again.
     """
-    error = _first_error(_message(lambda: _load(worker, delta, revision, dense)))
+    weights: list[Weights] = []
+    error = _first_error(_message(lambda: weights.append(_open(worker, delta, revision, dense))))
+    if error is not None:
+        return {"error": error, "sound": True}
+    error = _first_error(_message(lambda: _load(worker, weights[0])))
     if error is None:
         _state(worker).served = (delta, revision)
         return {"error": None, "sound": True}
-    undone = _first_error(_message(lambda: _load(worker, *_state(worker).served)))
+    undone = _first_error(_message(lambda: _load(worker, _open(worker, *_state(worker).served))))
     return {"error": error, "sound": undone is None}
 
 
@@ -62,17 +69,19 @@ def _state(worker: "WorkerBase") -> _State:
     return getattr(worker, _STATE)
 
 
-def _load(worker: "WorkerBase", delta: str | None, revision: str | None, dense: str | None = None) -> None:
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
+def _open(worker: "WorkerBase", delta: str | None, revision: str | None, dense: str | None = None) -> Weights:
+    """The tensors to be loaded, of which none is read yet."""
     files = _state(worker).files
     if delta is None:
-        weights = _tensors(files.open_base())
-    elif dense is not None:
-        weights = _tensors(Checkpoint(dense, HubOptions()))
-    else:
-        device = worker.device or torch.device("cpu")
-        weights = decoded_tensors(files.open_delta(delta, revision), device)
+        return _tensors(files.open_base())
+    if dense is not None:
+        return _tensors(Checkpoint(dense, HubOptions()))
+    return decoded_tensors(files.open_delta(delta, revision), worker.device or torch.device("cpu"))
+
+
+def _load(worker: "WorkerBase", weights: Weights) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
     try:
         worker.reload_weights(weights_iterator=weights)
     except BaseException:
@@ -81,9 +90,8 @@ def _load(worker: "WorkerBase", delta: str | None, revision: str | None, dense: 
         raise
 
 
-def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in checkpoint.names():
-        yield name, checkpoint.tensor(name)
+def _tensors(checkpoint: Checkpoint) -> Weights:
+    return ((name, checkpoint.tensor(name)) for name in checkpoint.names())
 
 
 def _message(work: Callable[[], object]) -> str | None:
