@@ -28,6 +28,7 @@ from .progress import Progress
 from .safetensors_writer import Entry, write_safetensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
+_LARGEST_RANK = 1 << 16
 _PREFIX = "base_model.model."  # PEFT's, before the names of the model's own modules
 
 
@@ -96,18 +97,18 @@ def export_lora(
     Args:
         repository: from `open_repository`.
         output_dir: folder to make; must not exist, or be empty.
-        rank: components of every matrix, at least 1.
+        rank: components of every matrix, 1 to 65536.
         device: where matrices are decomposed.
 
     Raises:
-        ValueError: if the rank is below 1 or larger than every matrix, no linear layer has changed, or PEFT takes no
+        ValueError: if the rank is none, no linear layer has changed, or PEFT takes no
             adapter of the model's layers.
         OutputError: if the folder is not free.
         ModuleNotFoundError: if PEFT is not installed.
         DeltaFormatError, WrongBaseError: if delta or base are not as they should be; nothing is left behind.
     """
-    if rank < 1:
-        raise ValueError(f"a LoRA rank is at least 1, got {rank}")
+    if not 1 <= rank <= _LARGEST_RANK:
+        raise ValueError(f"a LoRA rank is from 1 to {_LARGEST_RANK}, got {rank}")
     device, progress = usable_device(str(device)), progress or Progress(False)
     changed = [name for name in repository.names() if repository.is_changed(name)]
     skeleton = _skeleton(repository)
@@ -116,10 +117,6 @@ def export_lora(
     if not wanted:
         raise ValueError(
             f"no linear layer of '{repository.source}' differs from the base's: there is nothing to export"
-        )
-    if rank > (largest := max(max(repository.shape(name)) for name in wanted)):
-        raise ValueError(
-            f"rank {rank} is more than the matrices have rows or columns ({largest}): choose a smaller one"
         )
     config = _adapter_config(repository, wanted, linear, rank)
     _check_adapter(skeleton, config)

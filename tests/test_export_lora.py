@@ -134,7 +134,7 @@ def test_configuration_and_card(tmp_path: Path) -> None:
 
 class TestRefused:
     def test_rank(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="at least 1, got 0"):
+        with pytest.raises(ValueError, match="from 1 to 65536, got 0"):
             export(save_repository(tmp_path), tmp_path / "adapter", 0)
 
     def test_folder_that_is_not_free(self, tmp_path: Path) -> None:

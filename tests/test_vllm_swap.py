@@ -347,8 +347,9 @@ def load_from_threads(holder: Any, family: Path) -> int:
     from concurrent.futures import ThreadPoolExecutor
     from unittest.mock import patch
 
-    from impart_hf.serving import DeltaSwitch, SwapInProgressError
+    from impart_hf.serving import DeltaSwitch
     from impart_hf.serving.deltas import DeltaChecker
+    from impart_hf.serving.swap import SwapInProgressError
 
     holder.deltas = DeltaSwitch(holder.llm)
     check, others_are_done = DeltaChecker.check, threading.Event()
