@@ -75,6 +75,18 @@ def language_reference() -> list[str]:
     return [text for text in documents if len(text) >= 2 * _SHORTEST_REPEAT]
 
 
+def encoding_tables(max_characters: int = 1_000_000) -> list[str]:
+    """Passages of the tables of character encodings in this Python's standard library, in sorted order: text that
+    neither `standard_library` nor `language_reference` has."""
+    root = Path(sysconfig.get_path("stdlib"), "encodings")
+    texts = filter(None, map(_read, sorted(root.glob("*.py"))))
+    documents = [passage for text in texts for passage in _cut(text, _LONGEST_PASSAGE)]
+    if not documents:
+        raise PairError(f"{root} holds no tables of encodings; give text of your own (--second-text)")
+    share = max(1, sum(map(len, documents)) // max_characters)
+    return documents[::share]
+
+
 def read_documents(paths: Iterable[Path]) -> list[str]:
     """Documents of files and folders, in the order given (what is in a folder: sorted by name).
 
