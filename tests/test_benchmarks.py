@@ -163,3 +163,41 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "Machine: " in said and "of a restart" in said
     assert not list(tmp_path.glob("tmp*")), "the models are gone"
+
+
+@linux_only
+def test_merging_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tiny", "--models", "2", "--work", str(tmp_path), "--json", str(tmp_path / "results.json")]
+    assert load_script("benchmark_merge").main(arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    found = [(row["method"], row["tool"]) for row in results["rows"]]
+    compared = [(method, tool) for method in ("task_arithmetic", "ties") for tool in ("impart-hf", "mergekit")]
+    assert found == [*compared, ("impart_linear", "impart-hf")]
+    assert all(row["seconds"] > 0 for row in results["rows"]) and "Machine: " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_comparison_of_merges(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "held_out.txt"
+    text.write_text("A fine-tuned model is its base and a difference.\n\nThe difference is small.\n\n" * 30, "utf-8")
+    arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), "--text", str(text), "--output", str(tmp_path / "out")]
+    small = {"steps": 2, "batch-size": 2, "length": 32, "samples": 2, "seeds": "0,1", "lambdas": "0.5,1", "trims": 0.5}
+    arguments += [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    script = load_script("compare_merging")
+    assert script.main([*arguments, "--densities", "0.9,0.2", "--second-name", "tables"]) == 0
+    results = json.loads((tmp_path / "out" / "merging.json").read_text())
+    assert list(results["unmerged"]) == ["base", "first", "tables"] and list(results["merged"]) == list(script.METHODS)
+    for title, found in results["merged"].items():
+        dropping = "+" in title
+        assert len(found["runs"]) == (2 if dropping else 1) and found["candidates"] == (4 if dropping else 2)
+    assert (
+        results["merged"]["task arithmetic + DARE"]["runs"][0] != results["merged"]["task arithmetic + DARE"]["runs"][1]
+    )
+    lines = (tmp_path / "out" / "merging.md").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 2 + 3 + 6
+    cells = [cell.strip() for cell in lines[-4].split("|")[1:-1]]
+    assert cells[0] == "TIES + ImPart" and float(cells[2]) == 0.5 and float(cells[3]) in (0.9, 0.2) and "±" in cells[6]
+    # The second fine-tune is kept, and is one
+    assert (tmp_path / "out" / "second" / "heldout.txt").is_file()
+    assert script.main([str(tmp_path / "gone"), *arguments[1:]]) == 1
+    assert "compare_merging.py: error:" in capsys.readouterr().err
