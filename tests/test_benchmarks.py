@@ -195,7 +195,7 @@ def test_comparison_of_merges(tiny_pair: Pair, tmp_path: Path, capsys: pytest.Ca
     )
     lines = (tmp_path / "out" / "merging.md").read_text().splitlines()
     assert len([line for line in lines if line.startswith("|")]) == 2 + 3 + 6
-    cells = [cell.strip() for cell in lines[-4].split("|")[1:-1]]
+    cells = [cell.strip() for cell in lines[-3].split("|")[1:-1]]
     assert cells[0] == "TIES + ImPart" and float(cells[2]) == 0.5 and float(cells[3]) in (0.9, 0.2) and "±" in cells[6]
     # The second fine-tune is kept, and is one
     assert (tmp_path / "out" / "second" / "heldout.txt").is_file()
