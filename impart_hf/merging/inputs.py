@@ -121,7 +121,7 @@ class MergeInputs:
             a, b = (tensors.tensor(name).float().flatten() for tensors in (self.base, model.tensors))
             product, before, after = product + float(a @ b), before + float(a @ a), after + float(b @ b)
         cosine = product / math.sqrt(before * after) if before and after else 1.0
-        if not cosine >= _LEAST_COSINE:  # NaN too
+        if cosine < _LEAST_COSINE:  # NaN is found, and named, where it stands
             raise IncompatibleModelsError(
                 f"'{model.name}' is no fine-tune of '{self.base.source}': it has the same shapes, but the "
                 f"cosine between their weights is {cosine:.2f}"

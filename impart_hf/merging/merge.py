@@ -231,13 +231,13 @@ class Merge:
     def write(self, folder: Path, name: str, max_shard_size: int, progress: Progress) -> None:
         """Write the merged model, of this name, as a dense checkpoint into a folder that is there."""
         tensors = [DenseTensor(n, self.shape(n), self.dtype(n), partial(self.tensor, n)) for n in self.names()]
-        self.write_config(folder)
+        self._write_config(folder)
         write_weights(folder, tensors, max_shard_size, progress, "Merging")
         models = [model.model for model in self.config.finetunes]
         card = merge_card(name, self.config.base_model, models, self.config.to_dict())
         (folder / "README.md").write_text(card, "utf-8")
 
-    def write_config(self, folder: Path) -> None:
+    def _write_config(self, folder: Path) -> None:
         """config.json of the merged model, and tokenizer, generation settings and chat template."""
         content = dict(self.inputs.result_config)
         if self.config.dtype is not None:
