@@ -24,7 +24,7 @@ from .config import MergeConfig
 from .inputs import MergeInputs
 from .task_vectors import TaskVector, dare, impart, mixed, trimmed
 
-_BLOCK_ENTRIES = 1 << 22  # of a tensor combined at a time, for each model
+_BLOCK_ENTRIES = 1 << 20  # of a tensor combined at a time, for each model; more leave the cache
 _SMALL_MATRIX = 4096  # entries; smaller ones are not sparsified
 
 
