@@ -391,6 +391,14 @@ def test_another_vocabulary_is_chosen(family, tmp_path):
     assert load_tensors(tmp_path / "a")["lm_head.weight"].shape[0] == TOKENS
 
 
+def test_a_base_without_a_tokenizer(family, tmp_path):
+    base = shutil.copytree(family / "base", tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    merge(config(family, "ties", {"a": {}}, base_model=str(base)), tmp_path / "out")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == TOKENS
+
+
 def test_dtype_and_shards(family, tmp_path):
     merge(config(family, "ties", {"a": {}}, dtype="bfloat16"), tmp_path / "out", max_shard_size="100KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
@@ -432,6 +440,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "key of a model": ({"models": [{"model": "x", "weight": 1}]}, "unknown key 'weight' of 'x'"),
     "base alone": ({"models": ["BASE"]}, "nothing to merge but the base"),
     "twice": ({"models": ["A", "A"]}, "is listed twice"),
+    "twice, in two spellings": ({"models": ["A", "A/."]}, "is listed twice"),
     "parameter": ({"parameters": {"wieght": 1}}, "unknown parameter 'wieght'; known are lambda"),
     "parameters": ({"parameters": [1]}, "must be names with values"),
     "dtype": ({"dtype": "int8"}, "dtype must be one of float16"),
@@ -466,6 +475,7 @@ def test_wrong_configurations(family, tmp_path, name):
         json.dumps({**config(family, "ties", {"a": {}}), **changes})
         .replace('"BASE"', json.dumps(str(family / "base")))
         .replace('"A"', json.dumps(str(family / "a")))
+        .replace('"A/."', json.dumps(str(family / "a" / "..") + "/a/."))
     )
     with pytest.raises(ValueError, match=message):
         merge(content, tmp_path / "out")

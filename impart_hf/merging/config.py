@@ -1,6 +1,7 @@
 """What to merge and how: `MergeConfig`, and the YAML file that mergekit knows."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,10 +114,11 @@ class MergeConfig:
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name} must be a folder or a Hub id, got {getattr(self, name)!r}")
         names = [model.model for model in self.models]
+        places = [_place(name) for name in names]
         if not self.finetunes:
             raise ValueError("models: there is nothing to merge but the base itself")
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"models: '{twice[0]}' is listed twice")
+        if twice := [name for name, place in zip(names, places, strict=True) if places.count(place) > 1]:
+            raise ValueError(f"models: '{twice[-1]}' is listed twice")
         if self.tokenizer_source not in ("base", "union", *names):
             raise ValueError(
                 f"tokenizer_source must be base, union or one of the models, got '{self.tokenizer_source}'"
@@ -156,7 +158,7 @@ class MergeConfig:
     @property
     def finetunes(self) -> tuple[MergeModel, ...]:
         """The models but the base."""
-        return tuple(model for model in self.models if model.model != self.base_model)
+        return tuple(model for model in self.models if _place(model.model) != _place(self.base_model))
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -246,6 +248,11 @@ class MergeConfig:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _place(model: str) -> str:
+    """One spelling of a model: a folder may have several."""
+    return os.path.realpath(model) if os.path.isdir(model) else model
 
 
 def _model(entry: Any) -> MergeModel:

@@ -94,9 +94,12 @@ class MergeInputs:
     @property
     def tokenizer_place(self) -> tuple[str, HubOptions]:
         """Where the tokenizer of what is merged comes from, and all that goes with it."""
-        if self.donor is None:
-            return self.base.source, self.base.options
-        return self.donor.tensors.source, self.donor.options
+        if self.donor is not None:
+            return self.donor.tensors.source, self.donor.options
+        places = [(self.base.source, self.base.options)]
+        if self._unites:  # a base may have been published without
+            places += [(model.tensors.source, model.options) for model in self.models]
+        return next((place for place in places if fetch_file(place[0], "tokenizer_config.json", place[1])), places[0])
 
     def result_tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises: ValueError, if there is none that can be read."""
