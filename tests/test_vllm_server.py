@@ -229,7 +229,9 @@ def test_no_routes_without_the_plugin_and_key_guards_them(family: Path, tmp_path
     env = {"VLLM_PLUGINS": "impart_hf", "IMPART_HF_DELTAS": f"other={family / 'two'}"}
     # A folder may be called like the base
     base = shutil.copytree(family / "one", tmp_path / "base")
-    with Server(base, "--served-model-name", "base", env=env) as server:
+    with Server(base, "--served-model-name", "base", "--root-path", "/behind", env=env) as server:
+        assert server.load("other")[0] == 200
+        assert server.load(str(base))[0] == 200
         status, listed = server.request("/v1/deltas")
         assert [entry["id"] for entry in listed["data"]] == ["base", str(base), "other"]
         assert listed["loaded"] == str(base)

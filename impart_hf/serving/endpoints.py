@@ -65,7 +65,9 @@ class HoldRequests:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] != LOAD_PATH:
+        # A swap must not wait for the request that asks for it; before its path there may be a --root-path.
+        waits = scope["type"] == "http" and scope["method"] == "POST" and not scope["path"].endswith(LOAD_PATH)
+        if waits:
             server: _Server = scope["app"].state.impart_hf
             async with server.requests.request():
                 await self._app(scope, receive, send)
