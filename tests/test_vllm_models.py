@@ -260,13 +260,13 @@ class TestRefused:
         for source, target in zip((pair.base, pair.finetuned), (mine.base, mine.finetuned), strict=True):
             shutil.copytree(source, target)
             edit_tensors(target, lambda tensors: tensors.pop(name))
-        self.start(engine, delta_of(mine, tmp_path / "delta"), f"DeltaFormatError.*lack 1 tensors.*{name}")
+        self.start(engine, delta_of(mine, tmp_path / "delta"), f"DeltaFormatError.*lacks 1 tensors.*{name}")
 
     def test_tensor_of_another_shape(self, engine: EngineProcess, delta: Path, tmp_path: Path) -> None:
         repository = shutil.copytree(delta, tmp_path / "delta")
         text_config = AutoModelForCausalLM.from_pretrained(delta).config.to_dict()
         edit_json(repository / "config.json", text_config={**text_config, "intermediate_size": 96})
-        self.start(engine, repository, "DeltaFormatError.*does not fit its text_config")
+        self.start(engine, repository, "DeltaFormatError.*does not fit its model")
 
     def test_another_load_format(self, engine: EngineProcess, delta: Path) -> None:
         self.start(engine, delta, "cannot be loaded with --load-format npcache", load_format="npcache")
