@@ -65,7 +65,7 @@ def impart(delta: torch.Tensor, density: float, beta: float, c: float, seed: int
 def trimmed(vector: TaskVector, rows: int, density: float) -> TaskVector:
     """The vector's largest entries alone, `density` of them (TIES, arXiv 2306.01708, "trim").
 
-    What is remembered of it is a bit mask: a model's largest tensor would not fit into memory once for each model.
+    What is remembered of it is a mask: a model's largest tensor would not fit into memory once for each model.
 
     Args:
         vector: to be trimmed.
