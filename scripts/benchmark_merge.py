@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_merge.py", description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=int, default=5, help="fine-tunes to be merged (default: 5)")
     parser.add_argument(
-        "--methods", type=lambda text: text.split(","), default=["task_arithmetic", "ties", "impart_linear"],
-        help="default: task_arithmetic,ties,impart_linear",
+        "--methods", type=lambda text: text.split(","), default=["task_arithmetic", "ties"],
+        help="default: task_arithmetic,ties",
     )  # fmt: skip
     parser.add_argument("--work", type=Path, help="folder for the models, 10 GB (default: a temporary one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")

@@ -168,6 +168,7 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @linux_only
 def test_merging_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--tiny", "--models", "2", "--work", str(tmp_path), "--json", str(tmp_path / "results.json")]
+    arguments += ["--methods", "task_arithmetic,ties,impart_linear"]
     assert load_script("benchmark_merge").main(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     found = [(row["method"], row["tool"]) for row in results["rows"]]
