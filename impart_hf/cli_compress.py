@@ -20,8 +20,6 @@ _SETTINGS = {
     "groups": "components in each group but the last, comma-separated",
     "value_bits": "bits of a kept value, 2 to 8",
 }
-
-
 _SHARED_SETTINGS = {"compression_ratio": "ratio", "seed": "seed", "embeddings": "embeddings"}  # and their options
 
 
@@ -104,15 +102,18 @@ def method_config(options: argparse.Namespace) -> MethodConfig:
         ValueError: if a setting is out of range, or belongs to another method.
     """
     chosen = method_class(options.method)
-    settings = {name: value for name, value in given_settings(options).items() if name in _SHARED_SETTINGS}
-    for name, _, methods in method_fields():
-        value = getattr(options, name, None)
-        if value is None:
-            continue
-        if options.method not in methods:
-            raise ValueError(f"--{name.replace('_', '-')} belongs to {', '.join(methods)}, not to {options.method}")
-        settings[name] = parse_setting(chosen, name, value)
+    owners = {name: methods for name, _, methods in method_fields()}
+    settings = given_settings(options)
+    for name in [name for name in settings if name in owners]:
+        if options.method not in owners[name]:
+            raise ValueError(f"{option_of(name)} belongs to {', '.join(owners[name])}, not to {options.method}")
+        settings[name] = parse_setting(chosen, name, settings[name])
     return chosen(**settings)
+
+
+def option_of(setting: str) -> str:
+    """The option that gives a setting."""
+    return "--" + _SHARED_SETTINGS.get(setting, setting).replace("_", "-")
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from .cli_command import command, push_if_asked
-from .cli_compress import add_method, add_result, check_push, given_settings, method_config, summary
+from .cli_compress import add_method, add_result, check_push, given_settings, method_config, option_of, summary
 from .merging.config import MERGE_METHODS, MergeConfig
 from .merging.merge import MergeReport, merge
 from .methods import MethodConfig, method_names
@@ -49,7 +49,7 @@ def merged_as(options: argparse.Namespace, config: MergeConfig) -> MethodConfig 
         return method_config(options)
     given = [*given_settings(options), *(name for name in ("push", "base_name") if getattr(options, name))]
     if given:
-        option = "--" + ("ratio" if given[0] == "compression_ratio" else given[0].replace("_", "-"))
+        option = option_of(given[0])
         raise ValueError(f"{option} is for a delta repository: choose its --method, or leave {option} out")
     return None
 

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel
 
+from .cards import shown_name
 from .checkpoint_writer import new_folder
 from .compress import usable_device
 from .methods.svd import leading_svd
@@ -101,8 +102,8 @@ def export_lora(
         device: where matrices are decomposed.
 
     Raises:
-        ValueError: if the rank is none, no linear layer has changed, or PEFT takes no
-            adapter of the model's layers.
+        ValueError: if the rank is none, no linear layer has changed, or PEFT takes no adapter of the model's
+            layers.
         OutputError: if the folder is not free.
         ModuleNotFoundError: if PEFT is not installed.
         DeltaFormatError, WrongBaseError: if delta or base are not as they should be; nothing is left behind.
@@ -257,7 +258,6 @@ def _card(repository: DeltaRepository, report: LoraReport) -> str:
         tags=["lora", "impart-hf"],
     )
     template = resources.files("impart_hf.model_cards").joinpath("lora_adapter.md").read_text("utf-8")
-    source = repository.source if not Path(repository.source).is_dir() else Path(repository.source).name
     return (
         str(
             ModelCard.from_template(
@@ -265,7 +265,7 @@ def _card(repository: DeltaRepository, report: LoraReport) -> str:
                 template_str=template,
                 base=base if on_hub else Path(base).name,
                 base_revision=repository.config.base_model_revision or "",
-                source=source,
+                source=shown_name(repository.source),
                 rank=report.rank,
                 error=f"{report.relative_error:.3f}",
                 share=f"{report.left_out_share:.1%}",

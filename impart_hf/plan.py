@@ -227,9 +227,12 @@ def _check_numbers(tensor: torch.Tensor, name: str) -> None:
 
 def _is_matrix(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a matrix, or a stack of matrices, large enough to be encoded."""
-    if tensor.dim() not in (2, 3) or not tensor.is_floating_point():
-        return False
-    return tensor.shape[-1] * tensor.shape[-2] >= _SMALL_MATRIX
+    return tensor.is_floating_point() and is_matrix_shape(tuple(tensor.shape))
+
+
+def is_matrix_shape(shape: tuple[int, ...]) -> bool:
+    """Whether a shape is that of a matrix, or a stack of matrices, large enough for a method to work on."""
+    return len(shape) in (2, 3) and shape[-1] * shape[-2] >= _SMALL_MATRIX
 
 
 def make_plan(

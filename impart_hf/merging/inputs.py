@@ -84,6 +84,16 @@ class MergeInputs:
         return int(self.base.config.get("num_hidden_layers") or self.base.config.get("n_layer") or 1)
 
     @property
+    def base_vocabulary(self) -> int:
+        """How many tokens the base has rows for."""
+        return int(self.base.config.get("vocab_size") or 0)
+
+    @property
+    def added_tokens(self) -> int:
+        """How many rows the result's vocabulary has beyond the base's."""
+        return 0 if self.donor is None else self.donor.vocabulary - self.base_vocabulary
+
+    @property
     def result_config(self) -> Mapping[str, Any]:
         """config.json of what is merged: the base's, with the donor's vocabulary."""
         if self.donor is None:
@@ -133,7 +143,7 @@ class MergeInputs:
     def _find_donor(self, config: MergeConfig) -> FineTune | None:
         if config.tokenizer_source == "union":
             largest = max(self.models, key=lambda model: model.vocabulary)
-            return largest if largest.vocabulary > int(self.base.config.get("vocab_size") or 0) else None
+            return largest if largest.vocabulary > self.base_vocabulary else None
         return next((m for m in self.models if m.name == config.tokenizer_source), None)
 
     def _check_added_tokens(self) -> None:

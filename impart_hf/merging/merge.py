@@ -14,7 +14,7 @@ from ..companions import copy_companions
 from ..compress import ModelPair, SvdOf, leading_svd_of, mask_seed, usable_device
 from ..methods import MethodConfig
 from ..modeling.checkpoints import HubOptions, all_finite
-from ..plan import IncompatibleModelsError
+from ..plan import IncompatibleModelsError, is_matrix_shape
 from ..progress import Progress
 from ..report import CompressionReport
 from ..repository import copy_pruned_reader
@@ -25,7 +25,6 @@ from .inputs import MergeInputs
 from .task_vectors import TaskVector, dare, impart, mixed, trimmed
 
 _BLOCK_ENTRIES = 1 << 20  # of a tensor combined at a time, for each model; more leave the cache
-_SMALL_MATRIX = 4096  # entries; smaller ones are not sparsified
 
 
 @dataclass
@@ -209,8 +208,7 @@ class Merge:
 
     def _sparsifies(self, name: str) -> bool:
         """Whether entries of a tensor are dropped: of the linear layers' matrices, as in the papers."""
-        shape = self.inputs.base.shape(name)
-        return len(shape) in (2, 3) and shape[-1] * shape[-2] >= _SMALL_MATRIX and not self.inputs.is_vocabulary(name)
+        return is_matrix_shape(self.inputs.base.shape(name)) and not self.inputs.is_vocabulary(name)
 
     def _sparsified(
         self, number: int, name: str, delta: torch.Tensor, values: dict[str, float], shared: dict[str, Any]
@@ -249,7 +247,5 @@ class Merge:
 
     def report(self) -> MergeReport:
         shapes = [self.shape(name) for name in self.names()]
-        donor = self.inputs.donor
-        added = 0 if donor is None else donor.vocabulary - int(self.inputs.base.config.get("vocab_size") or 0)
         count = sum(torch.Size(shape).numel() for shape in shapes)
-        return MergeReport(self.config.to_dict(), count, added, self.config.notes())
+        return MergeReport(self.config.to_dict(), count, self.inputs.added_tokens, self.config.notes())

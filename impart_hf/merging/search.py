@@ -142,7 +142,6 @@ def tune_merge(
     parent = Path(output_dir).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     tried: list[MergeCandidate] = []
-    configs: list[MergeConfig] = []
     with (
         tempfile.TemporaryDirectory(
             dir=parent, prefix=f".{Path(output_dir).name}.", ignore_cleanup_errors=True
@@ -158,16 +157,14 @@ def tune_merge(
                 losses = _losses(Merge(candidate, inputs, device, delta_of=deltas.of), texts, Path(scratch), batch_size)
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 tried.append(MergeCandidate({"lambda": scale, **settings}, losses, seconds))
-                configs.append(candidate)
                 bar.update()
     # NaN is no loss that a model could win with
-    scores = [math.inf if math.isnan(candidate.score) else candidate.score for candidate in tried]
-    best = scores.index(min(scores))
+    best = min(tried, key=lambda found: math.inf if math.isnan(found.score) else found.score)
     report = merge(
-        configs[best], output_dir, compression=compression, base_name=base_name, device=device, token=token,
-        cache_dir=cache_dir, max_shard_size=shard_size,
+        _with(config, best.settings), output_dir, compression=compression, base_name=base_name, device=device,
+        token=token, cache_dir=cache_dir, max_shard_size=shard_size,
     )  # fmt: skip
-    return MergeTuningReport(tried, tried[best], report)
+    return MergeTuningReport(tried, best, report)
 
 
 def _grid(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..methods import Svd
-from ..methods.allocation import keep_ratios
+from ..methods.allocation import keep_ratios, with_margin
 from ..methods.records import kept_ratios, thresholds_of
 from ..modeling.seeded_mask import keep_mask
 
@@ -48,11 +48,7 @@ def impart(delta: torch.Tensor, density: float, beta: float, c: float, seed: int
     def ratios(spectrum: np.ndarray) -> np.ndarray:
         return keep_ratios(spectrum, full_rank, sparsity, beta, c)
 
-    def wanted(spectrum: np.ndarray) -> int:
-        kept = len(ratios(spectrum))
-        return kept + 1 + kept // 16  # the values are estimates, and the boundary is at the first that is left out
-
-    u, sigma, v = svd(delta, wanted)
+    u, sigma, v = svd(delta, lambda spectrum: with_margin(len(ratios(spectrum))))
     thresholds = thresholds_of(ratios(sigma.double().cpu().numpy()))
     sigma = sigma[: len(thresholds)] * torch.from_numpy(kept_ratios(thresholds) ** -2.0).to(sigma)
     u, v = (

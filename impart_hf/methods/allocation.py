@@ -44,9 +44,7 @@ class ImportanceAllocation(MethodConfig):
 
     def wanted(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
         sparsity = self._sparsity_for(spectrum, rows, columns, max_bytes)
-        kept = len(keep_ratios(spectrum, min(rows, columns), sparsity, self.beta, self.c))
-        # The values are estimates, and the boundary is where the first component is left out
-        return kept + 1 + kept // 16
+        return with_margin(len(keep_ratios(spectrum, min(rows, columns), sparsity, self.beta, self.c)))
 
     def sparsify(
         self, delta: torch.Tensor, max_bytes: int, mask_seed: int, svd: Svd
@@ -97,6 +95,11 @@ class ImportanceAllocation(MethodConfig):
     def _expected_bytes(self, ratios: np.ndarray, rows: int, columns: int) -> float:
         """Size of a record whose columns keep their entries with these probabilities."""
         return factored_bytes(self.widths(len(ratios)), rows * ratios, columns * ratios)
+
+
+def with_margin(kept: int) -> int:
+    """How many components to ask for, to keep so many by leading singular values that are estimates as yet."""
+    return kept + 1 + kept // 16  # the boundary is where the first component is left out
 
 
 def keep_ratios(sigma: np.ndarray, full_rank: int, sparsity: float, beta: float, c: float) -> np.ndarray:
