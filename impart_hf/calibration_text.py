@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .modeling.checkpoints import Checkpoint, HubOptions
+from .modeling.checkpoints import Checkpoint, HubOptions, text_config
 
 CalibrationSource = str | os.PathLike | Sequence[str | Mapping[str, Any]]
 
@@ -110,9 +110,13 @@ def model_tokens(
     model: Checkpoint, source: CalibrationSource, samples: int, length: int, seed: int = 0
 ) -> torch.Tensor:
     """`calibration_tokens` with a model's own tokenizer, no longer than it has positions."""
-    positions = model.config.get("max_position_embeddings") or length
-    tokenizer = load_tokenizer(model.source, model.options)
-    return calibration_tokens(source, tokenizer, samples=samples, length=min(length, positions), seed=seed)
+    tokenizer, length = load_tokenizer(model.source, model.options), within_positions(length, model.config)
+    return calibration_tokens(source, tokenizer, samples=samples, length=length, seed=seed)
+
+
+def within_positions(length: int, config: Mapping[str, Any]) -> int:
+    """A sequence's length, no longer than a model with this config.json has positions."""
+    return min(length, getattr(text_config(config), "max_position_embeddings", None) or length)
 
 
 def check_vocabulary(tokens: torch.Tensor, vocabulary: int, model: str) -> None:

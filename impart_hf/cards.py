@@ -25,16 +25,15 @@ def inherited_card_data(readme: Path | None) -> dict[str, Any]:
     return {key: data[key] for key in _INHERITED if data.get(key)}
 
 
-def merge_card(name: str, base: str, models: list[str], config: dict[str, Any]) -> str:
+def merge_card(name: str, config: dict[str, Any]) -> str:
     """The README.md of a merged model.
 
     Args:
         name: of its folder.
-        base, models: folders or Hub ids, as the user named them.
-        config: the merge's configuration.
+        config: the merge's configuration, with folders and Hub ids as the user named them.
     """
-    shown = {model: shown_name(model) for model in (base, *models)}
-    on_hub = [shown[model] for model in shown if not os.path.isdir(model)]
+    models = dict.fromkeys([config["base_model"], *(entry["model"] for entry in config["models"])])
+    on_hub = [shown_name(model) for model in models if not os.path.isdir(model)]
     data = ModelCardData(
         base_model=on_hub or None,
         base_model_relation="merge" if on_hub else None,
@@ -42,19 +41,22 @@ def merge_card(name: str, base: str, models: list[str], config: dict[str, Any]) 
         pipeline_tag="text-generation",
         tags=["merge", "impart-hf", config["merge_method"]],
     )
-    config = {key: shown.get(value, value) if isinstance(value, str) else value for key, value in config.items()}
-    config["models"] = [{**entry, "model": shown.get(entry["model"], entry["model"])} for entry in config["models"]]
     template = resources.files("impart_hf.model_cards").joinpath("merged_model.md").read_text("utf-8")
-    card = ModelCard.from_template(
-        data,
-        template_str=template,
-        name=name,
-        method=config["merge_method"],
-        base=shown[base],
-        models=[shown[model] for model in models],
-        config=yaml.safe_dump(config, sort_keys=False),
-    )
+    card = ModelCard.from_template(data, template_str=template, name=name, origin=merge_origin(config))
     return str(card) + "\n"
+
+
+def merge_origin(config: dict[str, Any]) -> str:
+    """Markdown that says what was merged and how; the argument is as for `merge_card`."""
+    shown = {**config, "base_model": shown_name(config["base_model"])}
+    shown["models"] = [{**entry, "model": shown_name(entry["model"])} for entry in config["models"]]
+    if config.get("tokenizer_source", "base") != "base":
+        shown["tokenizer_source"] = shown_name(config["tokenizer_source"])
+    text = yaml.safe_dump(shown, sort_keys=False)
+    return (
+        f"Fine-tunes of `{shown['base_model']}`, merged by impart-hf ({config['merge_method']}):\n\n"
+        f"```yaml\n{text}```\n\nIn this configuration a folder stands by its own name."
+    )
 
 
 def shown_name(model: str) -> str:
@@ -71,6 +73,7 @@ def delta_card(
     metadata: dict[str, Any],
     sizes: dict[str, str],
     shortfall: str,
+    origin: str = "",
 ) -> str:
     """The README.md of a delta repository.
 
@@ -81,6 +84,7 @@ def delta_card(
         metadata: more entries of the card's data, such as `inherited_card_data` finds.
         sizes: the measured numbers, already written out: ratio, repository, checkpoint, error, tensors.
         shortfall: why the requested ratio was missed, or "".
+        origin: Markdown that says where the fine-tuned model comes from, if it is no model of its own.
     """
     on_hub = not os.path.isabs(base)
     data = ModelCardData(
@@ -102,6 +106,7 @@ def delta_card(
         requested=f"{method['compression_ratio']:g}",
         settings=settings_text({k: v for k, v in method.items() if k not in ("name", "compression_ratio")}),
         shortfall=shortfall,
+        origin=origin,
         **sizes,
     )
     return str(card) + "\n"

@@ -1,8 +1,8 @@
 """Writing a folder or a dense checkpoint so that it is there as a whole or not at all."""
 
+import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .locked_folder import LockedFolder
 from .modeling.checkpoints import DTYPE_NAMES, all_finite
 from .modeling.checksums import tensor_bytes
 from .progress import Progress
@@ -43,14 +44,20 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     """A hidden folder to be filled, which becomes `output` by one rename when all has gone well; else it is removed.
 
     Raises:
-        OutputError: as `check_free`.
+        OutputError: as `check_free`, at the beginning and at the end; or if the disk is full.
     """
     path = check_free(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as holder:
-        folder = Path(holder, "new")
+    with LockedFolder(path.parent, f".{path.name}.new-") as holder:
+        folder = holder / path.name
         folder.mkdir()
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OutputError(f"the disk of {path.parent} is full; nothing was written") from error
+        check_free(path)  # another process may have been faster
         for file in folder.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # some libraries write files that only their owner may read
             sync_path(file)
@@ -90,7 +97,7 @@ def write_weights(
     tensors = list(tensors)
     needed = sum(tensor.size for tensor in tensors)
     if (free := shutil.disk_usage(folder).free) < needed:
-        raise OutputError(f"{folder.parent.parent} has {free} bytes free, {needed} are needed")
+        raise OutputError(f"the disk has {free} bytes free, the weights need {needed}")
     with progress.bar(needed, title, "B") as bar:
 
         def data(tensor: DenseTensor) -> bytes:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from . import hub
-from .cli_command import add_reading, add_repository, command
+from .cli_command import add_reading, add_repository, check_private, command
 from .cli_compress import add_compress
 from .cli_evaluate import add_evaluate
 from .cli_export import add_export_lora
@@ -34,9 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # PEFT imports it, and it complains of kernels that nothing here uses.
     getLogger("bitsandbytes").setLevel(ERROR)
     try:
+        check_private(options)
         options.command(options)
     except KeyboardInterrupt:
-        print("impart-hf: stopped; `compress`, run again, goes on from here", file=sys.stderr)
+        rest = "; the same command goes on from here" if options.resumes else ""
+        print(f"impart-hf: stopped{rest}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0

@@ -13,7 +13,7 @@ def command(
 ) -> argparse.ArgumentParser:
     """A new command among `commands`; `function` runs it with the parsed options."""
     parser = commands.add_parser(name, help=help, description=help)
-    parser.set_defaults(command=function)
+    parser.set_defaults(command=function, resumes=False)
     return parser
 
 
@@ -34,6 +34,12 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     """The options of a command whose result can be published."""
     parser.add_argument("--push", metavar="REPO", help="push the result to this Hub repository")
     parser.add_argument("--private", action="store_true", default=None, help="make a new Hub repository private")
+
+
+def check_private(options: argparse.Namespace) -> None:
+    """Raises: ValueError, if what is not published is to be private."""
+    if getattr(options, "private", None) and not getattr(options, "push", True):
+        raise ValueError("--private is for what is published: add --push REPO, or leave --private out")
 
 
 def push_if_asked(options: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ def add_compress(commands: Any) -> None:
     parser.add_argument(
         "--distill", metavar="TEXT", help="text on which scales are trained towards the fine-tune's logits"
     )
+    parser.set_defaults(resumes=True)
     parser.add_argument("--distill-steps", type=int, help=f"of that training (default: {DistillSettings.steps})")
 
 

@@ -43,7 +43,9 @@ def add_tune(commands: Any) -> None:
     ):  # fmt: skip
         merges = "of a merge; " if name in _FOR_MERGES else ""
         help = f"{merges}default: {','.join(map(str, default))}"
-        parser.add_argument(f"--{name}", type=numbers(kind), default=default, help=help)
+        # Some merges have no use for these two: whether they were given must be seen.
+        known = name not in ("trims", "densities")
+        parser.add_argument(f"--{name}", type=numbers(kind), default=default if known else None, help=help)
     parser.add_argument("--samples", type=int, default=64, help="sequences of a validation text (default: 64)")
     parser.add_argument("--length", type=int, default=512, help="their tokens (default: 512)")
     parser.add_argument("--task-limit", type=int, help="examples of the task, at most")

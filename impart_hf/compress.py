@@ -203,6 +203,7 @@ class ModelPair:
         svd_of: SvdOf = leading_svd_of,
         card_data: dict[str, Any] | None = None,
         planned_card_data: dict[str, Any] | None = None,
+        origin: str = "",
     ) -> CompressionReport:
         """Compress the fine-tune into the workspace and publish it.
 
@@ -214,6 +215,7 @@ class ModelPair:
             svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components.
             card_data: more entries for the model card's metadata.
             planned_card_data: what the plan leaves room for in their place, if that is to be something else.
+            origin: where the fine-tune comes from, as for `delta_card`.
         """
         started = time.perf_counter()
         settings = DistillSettings() if distill_steps is None else DistillSettings(steps=distill_steps)
@@ -231,6 +233,7 @@ class ModelPair:
             tensors=self.tensors,
             max_shard_size=max_shard_size,
             card_data=card_data or {},
+            origin=origin,
         )
         text_bytes = writer.text_bytes(writer.card_data if planned_card_data is None else planned_card_data)
         plan = make_plan(self.tensors, method, self.model.weight_bytes, text_bytes, max_shard_size)

@@ -186,11 +186,7 @@ def scan(base: Checkpoint, finetuned: Checkpoint, progress: Progress) -> list[Te
     Raises:
         IncompatibleModelsError: if a tensor holds NaN or infinity, or a stored output projection would be lost.
     """
-    if finetuned.has_untied_output():
-        raise IncompatibleModelsError(
-            f"config.json of '{finetuned.source}' ties the output projection to the input embeddings, but its "
-            f"{TIED_OUTPUT} is another matrix: set tie_word_embeddings to false there"
-        )
+    check_tied_output(finetuned)
     plans = []
     names = finetuned.names()
     for name in progress.track(names, "Scanning"):
@@ -214,6 +210,19 @@ def scan(base: Checkpoint, finetuned: Checkpoint, progress: Progress) -> list[Te
             )
         )
     return plans
+
+
+def check_tied_output(checkpoint: Checkpoint) -> None:
+    """See that a tied checkpoint stores no output projection of its own, which nobody would read.
+
+    Raises:
+        IncompatibleModelsError: if it does.
+    """
+    if checkpoint.has_untied_output():
+        raise IncompatibleModelsError(
+            f"config.json of '{checkpoint.source}' ties the output projection to the input embeddings, but its "
+            f"{TIED_OUTPUT} is another matrix: set tie_word_embeddings to false there"
+        )
 
 
 def _check_numbers(tensor: torch.Tensor, name: str) -> None:

@@ -84,6 +84,7 @@ class RepositoryWriter:
         tensors: list[TensorPlan],
         max_shard_size: int | str,
         card_data: dict[str, Any],
+        origin: str,
     ):
         """Collect what goes into the repository beside the deltas.
 
@@ -95,6 +96,7 @@ class RepositoryWriter:
             tensors: of the fine-tune.
             max_shard_size: a delta file larger than this is split.
             card_data: more entries for the card's metadata.
+            origin: as for `delta_card`.
 
         Raises:
             IncompatibleModelsError: if transformers knows no causal language model of this type.
@@ -103,7 +105,7 @@ class RepositoryWriter:
         self.tensors, self.max_shard_size = tensors, max_shard_size
         self.companions = companion_files(finetuned, finetuned_options)
         self._inherited = inherited_card_data(fetch_file(finetuned, "README.md", finetuned_options))
-        self.card_data = card_data
+        self.card_data, self._origin = card_data, origin
         self.config = self._config()
 
     def _config(self) -> dict[str, Any]:
@@ -152,6 +154,7 @@ class RepositoryWriter:
             metadata=self._inherited | more_data,
             sizes=sizes,
             shortfall=shortfall,
+            origin=self._origin,
         )
 
     def write(

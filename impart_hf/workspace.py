@@ -116,13 +116,16 @@ class Workspace:
     def __exit__(self, _: object, error: object, __: object) -> None:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
-        if self._lock is not None and not (self.folder / _PLAN).exists():
-            self.discard()  # nothing there that a later run could take up
+        resumable = (self.folder / _PLAN).exists()
+        if self._lock is not None and not resumable:
+            self.discard()
         self._release_lock()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            kept = (
+                f"what is finished is kept in {self.folder}, and the same command goes on from there once there is room"
+            )
             raise OutputError(
-                f"the disk of {self.output.parent} is full; what is finished is kept in {self.folder}, and the same "
-                "command goes on from there once there is room"
+                f"the disk of {self.output.parent} is full; {kept if resumable else 'nothing was written'}"
             ) from error
 
     def _take_lock(self) -> None:

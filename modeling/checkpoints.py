@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -297,6 +297,18 @@ def _ties_embeddings(config: dict[str, Any]) -> bool:
         getattr(CONFIG_MAPPING[model_type], "tie_word_embeddings", False) if model_type in CONFIG_MAPPING else False
     )
     return bool(config.get("tie_word_embeddings", default))
+
+
+def text_config(content: Mapping[str, Any]) -> PreTrainedConfig:
+    """What a config.json says of the decoder, under transformers' own names whatever the architecture calls them.
+
+    Args:
+        content: the whole config.json; of a model that transformers does not know, names are taken as they are.
+    """
+    fields = {name: value for name, value in content.items() if name != "model_type"}
+    model_type = str(content.get("model_type"))
+    kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else PreTrainedConfig
+    return kind.from_dict(fields).get_text_config(decoder=True)
 
 
 def is_plain_name(value: object) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from merging import make_family
 from tiny_models import Pair, fine_tune, make_model, save_model, save_pair, tiny_config
 from vllm_engines import HEADS, LONG, PROMPTS, delta_of, tokens_of
 
@@ -45,6 +46,12 @@ def tiny_repository(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("repository") / "delta"
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), folder, LowRankConfig(compression_ratio=3))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tunes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`make_family`'s models; not to be written to."""
+    return make_family(tmp_path_factory.mktemp("merging"))
 
 
 @pytest.fixture(scope="session")

@@ -3,63 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from merging import LINEAR, config, deltas_of, merged_deltas
 from tiny_models import (
+    edit_json,
     edit_tensors,
     fine_tune,
     load_tensors,
     make_model,
     save_model,
     tiny_config,
-    tiny_tokenizer,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoConfig,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralVisionConfig,
+)
 
-from impart_hf import ImPartConfig, LowRankConfig, MergeConfig, MergeModel, compress, merge
+from impart_hf import ImPartConfig, MergeConfig, MergeModel, merge
 from impart_hf.merging.task_vectors import dare, impart
 from impart_hf.methods.allocation import keep_ratios
 from impart_hf.methods.svd import leading_svd
-
-TOKENS = len(tiny_tokenizer())
-LINEAR = "model.layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base`, its fine-tunes `a`, `b`, `c` in float32, and `c-delta`, nearly c; not to be written to."""
-    folder = tmp_path_factory.mktemp("merging")
-    base = make_model(tiny_config("llama", num_hidden_layers=3, vocab_size=TOKENS), dtype=torch.float32)
-    save_model(base, folder / "base")
-    for seed, name in enumerate("abc", 1):
-        save_model(fine_tune(base, seed), folder / name)
-    compress(str(folder / "base"), str(folder / "c"), folder / "c-delta", LowRankConfig(compression_ratio=1.5))
-    return folder
-
-
-def config(family: Path, method: str, models: dict[str, dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """A merge's configuration, of models of the family with their parameters."""
-    listed = [{"model": str(family / name), "parameters": parameters} for name, parameters in models.items()]
-    return {"merge_method": method, "base_model": str(family / "base"), "models": listed, **more}
-
-
-def deltas_of(family: Path, *names: str) -> list[dict[str, torch.Tensor]]:
-    """float64 deltas of models of the family, by tensor."""
-    base = load_tensors(family / "base")
-    return [
-        {name: tensor.double() - base[name].double() for name, tensor in load_tensors(family / model).items()}
-        for model in names
-    ]
-
-
-def merged_deltas(family: Path, folder: Path) -> dict[str, torch.Tensor]:
-    base = load_tensors(family / "base")
-    return {name: tensor.double() - base[name].double() for name, tensor in load_tensors(folder).items()}
 
 
 def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -91,10 +64,10 @@ def naive_ties(
 @pytest.mark.parametrize(
     "method", ["task_arithmetic", "ties", "dare_linear", "dare_ties", "impart_linear", "impart_ties"]
 )
-def test_one_model_with_nothing_dropped_is_that_model(family, tmp_path, method):
-    report = merge(config(family, method, {"a": {}}), tmp_path / "out")
-    assert_near(load_tensors(tmp_path / "out"), load_tensors(family / "a"))
-    assert report.parameters == sum(t.numel() for t in load_tensors(family / "a").values())
+def test_one_model_with_nothing_dropped_is_that_model(tunes, tmp_path, method):
+    report = merge(config(tunes, method, {"a": {}}), tmp_path / "out")
+    assert_near(load_tensors(tmp_path / "out"), load_tensors(tunes / "a"))
+    assert report.parameters == sum(t.numel() for t in load_tensors(tunes / "a").values())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM" and AutoTokenizer.from_pretrained(tmp_path / "out")
 
@@ -108,33 +81,33 @@ def test_one_bfloat16_model_is_that_model_bit_by_bit(tmp_path):
     assert all(torch.equal(found[name], tensor) and tensor.dtype == torch.bfloat16 for name, tensor in wanted.items())
 
 
-def test_task_arithmetic(family, tmp_path):
+def test_task_arithmetic(tunes, tmp_path):
     merge(
-        config(family, "task_arithmetic", {"a": {"weight": 0.7}, "b": {"weight": -0.2}}, parameters={"lambda": 0.8}),
+        config(tunes, "task_arithmetic", {"a": {"weight": 0.7}, "b": {"weight": -0.2}}, parameters={"lambda": 0.8}),
         tmp_path / "out",
     )
-    a, b = deltas_of(family, "a", "b")
-    assert_near(merged_deltas(family, tmp_path / "out"), {n: 0.8 * (0.7 * a[n] - 0.2 * b[n]) for n in a})
+    a, b = deltas_of(tunes, "a", "b")
+    assert_near(merged_deltas(tunes, tmp_path / "out"), {n: 0.8 * (0.7 * a[n] - 0.2 * b[n]) for n in a})
     again = {"weight": 0.5}, {"normalize": True}
-    merge(config(family, "task_arithmetic", {"a": again[0], "b": again[0]}, parameters=again[1]), tmp_path / "mean")
-    assert_near(merged_deltas(family, tmp_path / "mean"), {n: (a[n] + b[n]) / 2 for n in a})
+    merge(config(tunes, "task_arithmetic", {"a": again[0], "b": again[0]}, parameters=again[1]), tmp_path / "mean")
+    assert_near(merged_deltas(tunes, tmp_path / "mean"), {n: (a[n] + b[n]) / 2 for n in a})
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_ties_against_a_naive_version(family, tmp_path, normalize):
+def test_ties_against_a_naive_version(tunes, tmp_path, normalize):
     weights, densities = [1.0, 0.5, 0.8], [0.4, 0.6, 0.8]
     models = {n: {"weight": w, "density": d} for n, w, d in zip(("a", "b", "c"), weights, densities, strict=True)}
-    merge(config(family, "ties", models, parameters={"normalize": normalize, "lambda": 0.9}), tmp_path / "out")
-    deltas = deltas_of(family, "a", "b", "c")
-    found = merged_deltas(family, tmp_path / "out")
+    merge(config(tunes, "ties", models, parameters={"normalize": normalize, "lambda": 0.9}), tmp_path / "out")
+    deltas = deltas_of(tunes, "a", "b", "c")
+    found = merged_deltas(tunes, tmp_path / "out")
     for name in (LINEAR, "model.norm.weight", "model.layers.2.self_attn.k_proj.weight"):
         wanted = 0.9 * naive_ties([d[name] for d in deltas], weights, densities, normalize)
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=2e-6)
 
 
-def test_ties_trims_a_model_to_its_largest_entries(family, tmp_path):
-    merge(config(family, "ties", {"a": {"density": 0.3}}), tmp_path / "out")
-    (delta,), found = deltas_of(family, "a"), merged_deltas(family, tmp_path / "out")[LINEAR]
+def test_ties_trims_a_model_to_its_largest_entries(tunes, tmp_path):
+    merge(config(tunes, "ties", {"a": {"density": 0.3}}), tmp_path / "out")
+    (delta,), found = deltas_of(tunes, "a"), merged_deltas(tunes, tmp_path / "out")[LINEAR]
     kept = found.abs() > 1e-9
     assert int(kept.sum()) == int(0.3 * kept.numel())
     assert delta[LINEAR].abs()[kept].min() >= delta[LINEAR].abs()[~kept].max()
@@ -200,7 +173,7 @@ MERGEKIT_FILES = {
 
 
 @pytest.mark.parametrize("name", MERGEKIT_FILES)
-def test_the_same_as_mergekit(family, tmp_path, name):
+def test_the_same_as_mergekit(tunes, tmp_path, name):
     """mergekit's own files, unchanged, give what mergekit gives."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
@@ -208,7 +181,7 @@ def test_the_same_as_mergekit(family, tmp_path, name):
 
     text = MERGEKIT_FILES[name]
     for key, model in (("BASE", "base"), ("A", "a"), ("B", "b"), ("C", "c")):
-        text = text.replace(f"model: {key}", f"model: {family / model}")
+        text = text.replace(f"model: {key}", f"model: {tunes / model}")
     (tmp_path / "merge.yaml").write_text(text)
     merge(tmp_path / "merge.yaml", tmp_path / "ours")
     configuration = MergeConfiguration.model_validate(yaml.safe_load(text))
@@ -260,14 +233,14 @@ def test_impart(shape, density):
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "impart_linear", "impart_ties"])
-def test_sparsified_beforehand(family, tmp_path, method):
+def test_sparsified_beforehand(tunes, tmp_path, method):
     models = {"a": {"weight": 0.5, "density": 0.4}, "b": {"weight": 0.5, "density": 0.9}}
     found = {}
     for seed in (0, 0, 1):
         out = tmp_path / f"{len(found)}"
-        merge(config(family, method, models, parameters={"seed": seed}), out)
-        found[len(found)] = merged_deltas(family, out)
-    a, b = deltas_of(family, "a", "b")
+        merge(config(tunes, method, models, parameters={"seed": seed}), out)
+        found[len(found)] = merged_deltas(tunes, out)
+    a, b = deltas_of(tunes, "a", "b")
     assert torch.equal(found[0][LINEAR], found[1][LINEAR]) and not torch.equal(found[0][LINEAR], found[2][LINEAR])
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):  # whole
         plain = (
@@ -280,17 +253,17 @@ def test_sparsified_beforehand(family, tmp_path, method):
         assert 0.5 < cosine < 0.999
 
 
-def test_both_models_have_masks_of_their_own(family, tmp_path):
-    shutil.copytree(family / "a", tmp_path / "a2")
+def test_both_models_have_masks_of_their_own(tunes, tmp_path):
+    shutil.copytree(tunes / "a", tmp_path / "a2")
     models = {"a": {"density": 0.5}, str(tmp_path / "a2"): {"density": 0.5, "weight": -1}}
-    merge(config(family, "dare_linear", models), tmp_path / "out")
-    assert merged_deltas(family, tmp_path / "out")[LINEAR].abs().max() > 1e-3
+    merge(config(tunes, "dare_linear", models), tmp_path / "out")
+    assert merged_deltas(tunes, tmp_path / "out")[LINEAR].abs().max() > 1e-3
 
 
-def test_trimmed_after_sparsifying(family, tmp_path):
+def test_trimmed_after_sparsifying(tunes, tmp_path):
     models = {"a": {"density": 0.5, "trim_density": 0.2}}
-    merge(config(family, "impart_ties", models), tmp_path / "out")
-    kept = merged_deltas(family, tmp_path / "out")[LINEAR].abs() > 1e-9
+    merge(config(tunes, "impart_ties", models), tmp_path / "out")
+    kept = merged_deltas(tunes, tmp_path / "out")[LINEAR].abs() > 1e-9
     assert int(kept.sum()) == int(0.2 * kept.numel())
 
 
@@ -305,33 +278,33 @@ def test_experts(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / method)
 
 
-def test_blocks_make_no_difference(family, tmp_path, monkeypatch):
+def test_blocks_make_no_difference(tunes, tmp_path, monkeypatch):
     models = {"a": {"density": 0.4}, "b": {"density": 0.6}}
-    merge(config(family, "ties", models), tmp_path / "whole")
+    merge(config(tunes, "ties", models), tmp_path / "whole")
     monkeypatch.setattr("impart_hf.merging.merge._BLOCK_ENTRIES", 200)
-    merge(config(family, "ties", models), tmp_path / "blocks")
+    merge(config(tunes, "ties", models), tmp_path / "blocks")
     whole, blocks = load_tensors(tmp_path / "whole"), load_tensors(tmp_path / "blocks")
     assert all(torch.equal(blocks[name], tensor) for name, tensor in whole.items())
 
 
-def test_dense_and_delta_repositories_mixed(family, tmp_path):
+def test_dense_and_delta_repositories_mixed(tunes, tmp_path):
     for name in ("c", "c-delta"):
-        merge(config(family, "ties", {"a": {"density": 0.5}, name: {"density": 0.5}}), tmp_path / name)
-    dense, delta = (merged_deltas(family, tmp_path / name)[LINEAR] for name in ("c", "c-delta"))
+        merge(config(tunes, "ties", {"a": {"density": 0.5}, name: {"density": 0.5}}), tmp_path / name)
+    dense, delta = (merged_deltas(tunes, tmp_path / name)[LINEAR] for name in ("c", "c-delta"))
     assert torch.cosine_similarity(dense.flatten(), delta.flatten(), dim=0) > 0.98
     assert not torch.equal(dense, delta)
 
 
-def test_to_a_delta_repository(family, tmp_path):
-    mixed = config(family, "task_arithmetic", {"a": {"weight": 0.5}, "c-delta": {"weight": 0.5}})
+def test_to_a_delta_repository(tunes, tmp_path):
+    mixed = config(tunes, "task_arithmetic", {"a": {"weight": 0.5}, "c-delta": {"weight": 0.5}})
     merge(mixed, tmp_path / "dense")
     report = merge(mixed, tmp_path / "delta", compression=ImPartConfig(compression_ratio=2))
     assert report.compression is not None and report.compression.ratio >= 2
     assert json.loads((tmp_path / "delta" / "config.json").read_text())["base_model_name_or_path"] == str(
-        family / "base"
+        tunes / "base"
     )
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "delta").state_dict()[LINEAR]
-    base = load_tensors(family / "base")[LINEAR]
+    base = load_tensors(tunes / "base")[LINEAR]
     wanted = load_tensors(tmp_path / "dense")[LINEAR]
     assert torch.cosine_similarity((found - base).flatten(), (wanted - base).flatten(), dim=0) > 0.8
     assert "c-delta" not in (tmp_path / "delta" / "config.json").read_text()
@@ -340,76 +313,17 @@ def test_to_a_delta_repository(family, tmp_path):
     merge(mixed, tmp_path / "delta", compression=ImPartConfig(compression_ratio=3))
 
 
-def with_tokens(family: Path, folder: Path, tokens: list[str], seed: int) -> Path:
-    """A fine-tune with tokens added to the vocabulary."""
-    model = fine_tune(AutoModelForCausalLM.from_pretrained(family / "base"), seed)
-    tokenizer = AutoTokenizer.from_pretrained(family / "base")
-    tokenizer.add_tokens(tokens)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.pad_token_id = len(tokenizer) - 1
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_added_tokens_come_from_the_models_that_have_them(family, tmp_path):
-    one = with_tokens(family, tmp_path / "one", ["[PAD]"], 1)
-    two = with_tokens(family, tmp_path / "two", ["[PAD]", "<extra>"], 2)
-    models = {str(one): {"weight": 0.5}, "a": {"weight": 0.5}, str(two): {"weight": 0.5}}
-    merge(config(family, "task_arithmetic", models), tmp_path / "out")
-    found, first, second = (load_tensors(folder) for folder in (tmp_path / "out", one, two))
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert found[name].shape[0] == TOKENS + 2
-        torch.testing.assert_close(found[name][TOKENS], (first[name][TOKENS] + second[name][TOKENS]) / 2)
-        assert torch.equal(found[name][TOKENS + 1], second[name][TOKENS + 1])
-    a, b, c = (m[LINEAR].double() for m in (first, load_tensors(family / "a"), second))
-    base = load_tensors(family / "base")[LINEAR].double()
-    torch.testing.assert_close(found[LINEAR].double(), base + (a + b + c - 3 * base) / 2, rtol=0, atol=2e-6)
-    content = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert content["vocab_size"] == TOKENS + 2 and content["pad_token_id"] == TOKENS + 1
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.convert_tokens_to_ids("<extra>") == TOKENS + 1
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_another_vocabulary_is_chosen(family, tmp_path):
-    one = with_tokens(family, tmp_path / "one", ["[PAD]"], 1)
-    two = with_tokens(family, tmp_path / "two", ["<x>", "<y>"], 2)
-    models = {str(one): {"weight": 0.5}, str(two): {"weight": 0.5}}
-    with pytest.raises(ValueError, match=r"is '\[PAD\]' in .*one' and '<x>' in .*two': their added tokens"):
-        merge(config(family, "task_arithmetic", models), tmp_path / "out")
-    merge(config(family, "task_arithmetic", models, tokenizer_source=str(two)), tmp_path / "two-tokens")
-    found, second = (load_tensors(folder)["lm_head.weight"] for folder in (tmp_path / "two-tokens", two))
-    assert torch.equal(found[TOKENS:], second[TOKENS:])
-    merge(config(family, "task_arithmetic", models, tokenizer_source="base"), tmp_path / "out")
-    assert load_tensors(tmp_path / "out")["lm_head.weight"].shape[0] == TOKENS
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(tiny_tokenizer())
-    models = {str(one): {}, "a": {}}
-    merge(config(family, "task_arithmetic", models, tokenizer_source=str(family / "a")), tmp_path / "a")
-    assert load_tensors(tmp_path / "a")["lm_head.weight"].shape[0] == TOKENS
-
-
-def test_a_base_without_a_tokenizer(family, tmp_path):
-    base = shutil.copytree(family / "base", tmp_path / "base")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (base / name).unlink()
-    merge(config(family, "ties", {"a": {}}, base_model=str(base)), tmp_path / "out")
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == TOKENS
-
-
-def test_dtype_and_shards(family, tmp_path):
-    merge(config(family, "ties", {"a": {}}, dtype="bfloat16"), tmp_path / "out", max_shard_size="100KB")
+def test_dtype_and_shards(tunes, tmp_path):
+    merge(config(tunes, "ties", {"a": {}}, dtype="bfloat16"), tmp_path / "out", max_shard_size="100KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert {t.dtype for t in load_tensors(tmp_path / "out").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
-def test_the_card(family, tmp_path):
-    merge(config(family, "ties", {"a": {"weight": 0.5}, "b": {}}), tmp_path / "out")
+def test_the_card(tunes, tmp_path):
+    merge(config(tunes, "ties", {"a": {"weight": 0.5}, "b": {}}), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "merge_method: ties" in card and "weight: 0.5" in card and str(family) not in card
+    assert "merge_method: ties" in card and "weight: 0.5" in card and str(tunes) not in card
 
 
 def test_a_base_that_is_pruned(tmp_path):
@@ -423,136 +337,9 @@ def test_a_base_that_is_pruned(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "PrunedLlamaForCausalLM"
 
 
-# ---- what cannot be merged
-
-
-def nothing_left(folder: Path) -> None:
-    assert not folder.exists() and not [p for p in folder.parent.iterdir() if p.name.startswith(f".{folder.name}")]
-
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "method": ({"merge_method": "slerp"}, "unknown merge_method 'slerp'; known are task_arithmetic, ties"),
-    "key": ({"slices": []}, "unknown key 'slices'; known are merge_method"),
-    "no models": ({"models": []}, "models is missing"),
-    "no method": ({"merge_method": None}, "merge_method is missing"),
-    "models": ({"models": {"model": "x"}}, "models must be a list"),
-    "model": ({"models": [{"modle": "x"}]}, "each must be `model:"),
-    "key of a model": ({"models": [{"model": "x", "weight": 1}]}, "unknown key 'weight' of 'x'"),
-    "base alone": ({"models": ["BASE"]}, "nothing to merge but the base"),
-    "twice": ({"models": ["A", "A"]}, "is listed twice"),
-    "twice, in two spellings": ({"models": ["A", "A/."]}, "is listed twice"),
-    "parameter": ({"parameters": {"wieght": 1}}, "unknown parameter 'wieght'; known are lambda"),
-    "parameters": ({"parameters": [1]}, "must be names with values"),
-    "dtype": ({"dtype": "int8"}, "dtype must be one of float16"),
-    "tokenizer": ({"tokenizer_source": "elsewhere"}, "tokenizer_source must be base, union"),
-    "base": ({"base_model": 3}, "base_model must be a folder or a Hub id"),
-    "weight": ({"parameters": {"weight": "heavy"}}, "weight must be a number, got 'heavy'"),
-    "weight, null": ({"parameters": {"weight": None}}, "weight must be a number, got None"),
-    "weight, true": ({"parameters": {"weight": True}}, "weight must be a number, got True"),
-    "weight, infinite": ({"parameters": {"weight": float("inf")}}, "weight must be finite"),
-    "weight, NaN": ({"parameters": {"weight": [1, float("nan")]}}, "weight must be a number, got nan"),
-    "weight, empty": ({"parameters": {"weight": []}}, "weight is an empty list"),
-    "weight, list": ({"parameters": {"weight": [1, [2]]}}, "weight must be a number"),
-    "filter": ({"parameters": {"weight": [{"filter": 3, "value": 1}]}}, "a filter of weight must be a part of"),
-    "filter without value": ({"parameters": {"weight": [{"filter": "mlp"}]}}, "not `filter: …, value: …`"),
-    "filter in filter": ({"parameters": {"weight": [{"value": [{"value": 1}]}]}}, "may be a number or a list of num"),
-    "density, 0": ({"parameters": {"density": 0}}, r"density must lie in \(0, 1\], got 0"),
-    "density, above 1": ({"parameters": {"density": [0.5, 1.1]}}, r"density must lie in \(0, 1\], got 1.1"),
-    "normalize": ({"parameters": {"normalize": "yes please"}}, "normalize must be true or false"),
-    "rescale": ({"parameters": {"rescale": True}}, "rescale cannot be True for ties"),
-    "beta": ({"parameters": {"beta": 0.5}}, "beta is ImPart's; ties has no use for it"),
-    "trim": ({"parameters": {"trim_density": 0.5}}, "trim_density is for dare_ties and impart_ties"),
-    "seed": ({"merge_method": "dare_ties", "parameters": {"seed": 1.5}}, "seed must be a whole number"),
-    "seeds": ({"merge_method": "dare_ties", "parameters": {"seed": [1, 2]}}, "seed is one value for all tensors"),
-    "a model's seed": ({"models": [{"model": "A", "parameters": {"seed": 1}}]}, "parameters of .* unknown parameter"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_configurations(family, tmp_path, name):
-    changes, message = WRONG[name]
-    content = json.loads(
-        json.dumps({**config(family, "ties", {"a": {}}), **changes})
-        .replace('"BASE"', json.dumps(str(family / "base")))
-        .replace('"A"', json.dumps(str(family / "a")))
-        .replace('"A/."', json.dumps(str(family / "a" / "..") + "/a/."))
-    )
-    with pytest.raises(ValueError, match=message):
-        merge(content, tmp_path / "out")
-    nothing_left(tmp_path / "out")
-
-
-def test_files_that_are_no_configuration(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        merge(tmp_path / "gone.yaml", tmp_path / "out")
-    for text, message in (("a: [", "not valid YAML"), ("- a", "must be keys with values"), ("", "must be keys")):
-        (tmp_path / "bad.yaml").write_text(text)
-        with pytest.raises(ValueError, match=rf"bad.yaml.*{message}"):
-            merge(tmp_path / "bad.yaml", tmp_path / "out")
-
-
-@pytest.mark.parametrize("delta", [False, True])
-def test_models_of_other_bases(family, tmp_path, delta):
-    other = make_model(tiny_config("llama", num_hidden_layers=3), seed=7, dtype=torch.float32)
-    save_model(other, tmp_path / "other")
-    stranger = save_model(fine_tune(other), tmp_path / "stranger")
-    if delta:
-        compress(str(tmp_path / "other"), str(stranger), tmp_path / "delta", LowRankConfig(compression_ratio=2))
-        stranger = tmp_path / "delta"
-    message = "is not the base of|differs from" if delta else r"stranger' is no fine-tune of .*the cosine between"
-    with pytest.raises(ValueError, match=message):
-        merge(config(family, "ties", {"a": {}, str(stranger): {}}), tmp_path / "out")
-    nothing_left(tmp_path / "out")
-
-
-def test_models_of_other_shapes(family, tmp_path):
-    for name, changes, message in (
-        ("wide", {"intermediate_size": 96, "num_hidden_layers": 3}, "has shape"),
-        ("deep", {"num_hidden_layers": 4}, "is not a fine-tune of"),
-    ):
-        save_model(make_model(tiny_config("llama", **changes), dtype=torch.float32), tmp_path / name)
-        with pytest.raises(ValueError, match=message):
-            merge(config(family, "ties", {"a": {}, str(tmp_path / name): {}}), tmp_path / "out")
-    save_model(make_model(tiny_config("mistral", num_hidden_layers=3), dtype=torch.float32), tmp_path / "mistral")
-    with pytest.raises(ValueError, match="the base is a 'llama' model, the fine-tune a 'mistral' model"):
-        merge(config(family, "ties", {str(tmp_path / "mistral"): {}}), tmp_path / "out")
-    nothing_left(tmp_path / "out")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none(family, tmp_path, value):
-    shutil.copytree(family / "a", tmp_path / "a")
-    edit_tensors(tmp_path / "a", lambda tensors: tensors["model.norm.weight"].__setitem__(0, value))
-    with pytest.raises(ValueError, match=r"model.norm.weight of '.*a' holds NaN or infinity"):
-        merge(config(tmp_path, "ties", {"a": {}}, base_model=str(family / "base")), tmp_path / "out")
-    nothing_left(tmp_path / "out")
-
-
-def test_a_result_beyond_its_dtype(family, tmp_path):
-    models = {"a": {"weight": 1e9}}
-    with pytest.raises(ValueError, match="holds NaN or infinity: nothing is written"):
-        merge(config(family, "task_arithmetic", models, dtype="float16"), tmp_path / "out")
-    nothing_left(tmp_path / "out")
-
-
-def test_models_that_are_not_there(family, tmp_path):
-    with pytest.raises(OSError, match="no config.json|neither a local folder"):
-        merge(config(family, "ties", {"gone": {}}), tmp_path / "out")
-    nothing_left(tmp_path / "out")
-
-
-@pytest.mark.parametrize("compression", [None, ImPartConfig(compression_ratio=2)])
-def test_an_output_folder_that_holds_something_else(family, tmp_path, compression):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "letter.txt").write_text("dear")
-    with pytest.raises(OSError, match="choose another"):
-        merge(config(family, "ties", {"a": {}}), tmp_path / "out", compression=compression)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["letter.txt"]
-
-
-def test_configurations_in_python(family, tmp_path):
-    models = tuple(MergeModel(str(family / name), {"weight": 0.5}) for name in "ab")
-    same = MergeConfig("ties", str(family / "base"), models, {"density": 0.5})
+def test_configurations_in_python(tunes, tmp_path):
+    models = tuple(MergeModel(str(tunes / name), {"weight": 0.5}) for name in "ab")
+    same = MergeConfig("ties", str(tunes / "base"), models, {"density": 0.5})
     merge(same, tmp_path / "one")
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(same.to_dict()))
     merge(tmp_path / "merge.yaml", tmp_path / "two")
@@ -561,6 +348,97 @@ def test_configurations_in_python(family, tmp_path):
     assert MergeConfig.from_yaml(tmp_path / "merge.yaml").to_dict() == same.to_dict()
 
 
-def test_density_has_no_effect_on_task_arithmetic(family, tmp_path):
-    report = merge(config(family, "task_arithmetic", {"a": {"density": 0.5}}), tmp_path / "out")
+def test_density_has_no_effect_on_task_arithmetic(tunes, tmp_path):
+    report = merge(config(tunes, "task_arithmetic", {"a": {"density": 0.5}}), tmp_path / "out")
     assert "density has no effect" in report.notes[0]
+
+
+def test_layers_are_counted_whatever_the_architecture_calls_them(tmp_path):
+    """GPT-Neo's config.json has `num_layers`: a gradient reaches from the first layer to the last all the same."""
+    shape = {"num_layers": 3, "attention_types": [[["global"], 3]], "hidden_size": 64, "num_heads": 4}
+    base = make_model(GPTNeoConfig(**shape, vocab_size=300, max_position_embeddings=64), dtype=torch.float32)
+    save_model(base, tmp_path / "base")
+    save_model(fine_tune(base), tmp_path / "a")
+    merge(config(tmp_path, "task_arithmetic", {"a": {"weight": [0, 1]}}), tmp_path / "out")
+    (delta,), found = deltas_of(tmp_path, "a"), merged_deltas(tmp_path, tmp_path / "out")
+    for layer, weight in enumerate((0, 0.5, 1)):
+        name = f"transformer.h.{layer}.mlp.c_fc.weight"
+        torch.testing.assert_close(found[name], weight * delta[name], rtol=0, atol=2e-6)
+
+
+def test_a_model_of_several_stacks_with_its_settings_below(tmp_path):
+    """Mistral 3's vision layers are a stack of their own, and its vocabulary is in `text_config`."""
+    text = tiny_config("mistral", num_hidden_layers=3, vocab_size=320)
+    # As wide as the vocabulary: the mlp's matrices are none of its embeddings
+    text.intermediate_size = text.vocab_size
+    vision = PixtralVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)).float()
+    save_model(base, tmp_path / "base")
+    save_model(fine_tune(base), tmp_path / "a")
+    merge(config(tmp_path, "dare_linear", {"a": {"density": 0.5, "weight": [0, 1]}}), tmp_path / "out")
+    (delta,), found = deltas_of(tmp_path, "a"), merged_deltas(tmp_path, tmp_path / "out")
+    for name, tensor in found.items():
+        layer = re.search(r"(vision_tower|language_model).*\.layers\.(\d)\.", name)
+        last = {None: 1, "vision_tower": 1, "language_model": 2}[layer and layer[1]]
+        weight = int(layer[2]) / last if layer else 0
+        dropped = layer is not None and tensor.dim() == 2 and tensor.numel() >= 4096
+        wanted = weight * delta[name] * ((tensor != 0) * 2 if dropped else 1)
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=4e-6, msg=lambda text, n=name: f"{n}: {text}")
+        if dropped and weight:
+            assert 0.4 < float((tensor != 0).double().mean()) < 0.6, name
+
+
+def test_tensors_without_axes_or_entries(tunes, tmp_path):
+    for name in ("base", "a"):
+        shutil.copytree(tunes / name, tmp_path / name)
+        more = {"model.scale": torch.tensor(1.0 + (name == "a")), "model.none": torch.empty(0, 4)}
+        edit_tensors(tmp_path / name, lambda tensors, more=more: tensors.update(more))
+    for method in ("ties", "impart_ties"):
+        models = {"a": {"density": 0.5, "weight": 0.5}}
+        merge(config(tmp_path, method, models, parameters={"normalize": False}), tmp_path / method)
+        found = load_tensors(tmp_path / method)
+        assert found["model.scale"] == 1.5 and found["model.none"].shape == (0, 4)
+
+
+def test_the_card_of_a_delta_repository_says_what_was_merged(tunes, tmp_path):
+    merge(
+        config(tunes, "ties", {"a": {"weight": 0.5}, "b": {}}),
+        tmp_path / "out",
+        compression=ImPartConfig(compression_ratio=2),
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "merge_method: ties" in card and "weight: 0.5" in card
+
+
+def test_the_card_shows_no_folder_in_any_spelling(tunes, tmp_path):
+    edit_json(shutil.copytree(tunes / "base", tmp_path / "base") / "config.json", _name_or_path=str(tmp_path))
+    content = config(tunes, "ties", {"a": {}}, base_model=str(tmp_path / "base" / ".." / "base"))
+    content["models"].append({"model": str(tmp_path / "base") + "/"})
+    merge({**content, "tokenizer_source": str(tunes / "a")}, tmp_path / "out")
+    for name in ("README.md", "config.json"):
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
+        assert str(tunes) not in (tmp_path / "out" / name).read_text()
+
+
+def test_what_mergekit_passes_over(tunes, tmp_path):
+    models = {"base": {"density": 7, "weight": "x"}, "a": {"lambda": 3, "normalize": 1}}
+    report = merge(
+        config(tunes, "ties", models, parameters={"normalize": 1.0, "int8_mask": 0, "density": 0.5}), tmp_path / "out"
+    )
+    merge(config(tunes, "ties", {"a": {"density": 0.5}}), tmp_path / "plain")
+    one, two = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "plain")
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+    assert re.search("lambda, normalize under '.*a' has no effect", report.notes[0])
+
+
+def test_numbers_of_other_libraries(tunes, tmp_path):
+    models = (
+        MergeModel(str(tunes / "a"), {"weight": np.float32(0.5), "density": (np.float64(0.5), 1)}),
+        str(tunes / "b"),
+    )
+    merge(MergeConfig("ties", str(tunes / "base"), models, {"lambda": torch.tensor(0.5)}), tmp_path / "out")
+    assert "weight: 0.5" in (tmp_path / "out" / "README.md").read_text()

@@ -7,11 +7,12 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_models import fine_tune, load_tensors, make_model, save_model, tiny_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_models import edit_tensors, fine_tune, load_tensors, make_model, save_model, tiny_config, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from impart_hf.calibration_text import calibration_tokens
 from impart_hf.cli import main
@@ -110,6 +111,7 @@ def test_the_command(family, tmp_path, capsys):
         (["OUT", "--validation", "a=TEXT", "--densities", "1.5", "--trims", "0.5"], "trims|nothing|density must lie"),
         (["OUT", "--validation", "a=TEXT", "--trims", "0"], r"density must lie in \(0, 1\]"),
         (["OUT", "--validation", "a=TEXT", "--lambdas", "nan"], "lambda must be a number"),
+        (["OUT", "--validation", "a=TEXT", "--private"], "--private is for what is published"),
         (["OUT", "--validation", "a=TEXT", "--batch-size", "0"], "batch_size must be at least 1"),
         (["FULL", "--validation", "a=TEXT"], "is not an empty folder"),
     ],
@@ -136,6 +138,50 @@ def test_bad_input(family, tmp_path, capsys, arguments, message):
 def test_searches_are_not_mixed_up(capsys, arguments, message):
     assert main(["tune", "base", "finetuned", "out", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_settings_that_a_method_has_no_use_for(family, tmp_path, capsys):
+    command = [
+        "tune",
+        "--merge",
+        str(family / "task_arithmetic.yaml"),
+        str(tmp_path / "out"),
+        "--validation",
+        "a=t.txt",
+    ]
+    for name, value in (("trims", "0.5"), ("densities", "0.5")):
+        assert main([*command, f"--{name}", value]) == 1
+        assert f"task_arithmetic has no use for {name}" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_is_one_of_the_models(family, capsys):
+    command = ["tune", "--merge", str(family / "ties.yaml"), str(family / "a"), "--validation", "a=t.txt"]
+    assert main(command) == 1
+    assert "is one of the models that are merged" in capsys.readouterr().err
+
+
+def test_a_model_of_few_positions_by_another_name(tmp_path):
+    """GPT-2's `n_positions`; and what the model holds besides matrices is merged as well."""
+    shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": len(tiny_tokenizer())}
+    base = make_model(GPT2Config(**shape, n_positions=16), dtype=torch.float32)
+    save_model(base, tmp_path / "base")
+    save_model(fine_tune(base), tmp_path / "a")
+    for name in ("base", "a"):
+        edit_tensors(tmp_path / name, lambda t: t.update({"scale": torch.tensor(1.0), "none": torch.empty(0, 3)}))
+    content = {"merge_method": "ties", "base_model": str(tmp_path / "base"), "models": [str(tmp_path / "a")]}
+    found = tune_merge(content, tmp_path / "out", TEXTS, lambdas=np.array([0.5, 1]), trims=np.array([0.5]), **SMALL)
+    assert len(found.candidates) == 2 and json.dumps(found.to_dict())
+    found = merge({**content, "parameters": {"lambda": np.float64(0.5)}}, tmp_path / "merged")
+    assert json.dumps(found.to_dict())
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    base = make_model(tiny_config("llama", vocab_size=40))
+    save_model(base, tmp_path / "base")
+    save_model(fine_tune(base), tmp_path / "a")
+    content = {"merge_method": "ties", "base_model": str(tmp_path / "base"), "models": [str(tmp_path / "a")]}
+    with pytest.raises(ValueError, match="is not in the model's vocabulary of 40"):
+        tune_merge(content, tmp_path / "out", TEXTS, **SMALL)
 
 
 def test_merge_as_a_command(family, tmp_path, capsys):

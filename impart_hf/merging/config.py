@@ -63,6 +63,9 @@ _SHARED_PARAMETERS = {
         Parameter("seed", int, 0, _is_seed, "be a whole number from 0 to 2**32 - 1", varies=False),
     )
 }
+_ALL_PARAMETERS = {**_SHARED_PARAMETERS, **_MODEL_PARAMETERS}
+# mergekit passes over shared ones here, and its files are to work unchanged. It has no seed.
+_PARAMETERS_OF_MODELS = {name: parameter for name, parameter in _ALL_PARAMETERS.items() if name != "seed"}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
 
@@ -79,6 +82,9 @@ class MergeModel:
     model: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", _plain(self.parameters))
+
 
 @dataclass(frozen=True)
 class MergeConfig:
@@ -87,7 +93,8 @@ class MergeConfig:
     Attributes:
         merge_method: a name in `MERGE_METHODS`.
         base_model: folder or Hub id, `ID@REVISION` for a revision.
-        models: the fine-tunes. The base itself may be among them, and changes nothing.
+        models: the fine-tunes, each a `MergeModel`, or its name alone. The base itself may be among them, and changes
+            nothing.
         parameters: settings for all models and tensors; see docs/merging.md. Each may be a number, a list of numbers
             over the layers, or a list of filters with values (`parameters.py`).
         dtype: of the result's weights, "float16", "bfloat16" or "float32"; the base's own if None.
@@ -108,7 +115,9 @@ class MergeConfig:
         Raises:
             ValueError: naming what is wrong.
         """
-        if self.merge_method not in MERGE_METHODS:
+        object.__setattr__(self, "parameters", _plain(self.parameters))
+        object.__setattr__(self, "models", tuple(_model(entry) for entry in self.models))
+        if not isinstance(self.merge_method, str) or self.merge_method not in MERGE_METHODS:
             raise ValueError(f"unknown merge_method {self.merge_method!r}; known are {', '.join(MERGE_METHODS)}")
         for name in ("base_model", "tokenizer_source"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
@@ -123,11 +132,11 @@ class MergeConfig:
             raise ValueError(
                 f"tokenizer_source must be base, union or one of the models, got '{self.tokenizer_source}'"
             )
-        if self.dtype is not None and self.dtype not in _DTYPES:
+        if self.dtype is not None and str(self.dtype) not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
-        self._check_parameters(self.parameters, {**_SHARED_PARAMETERS, **_MODEL_PARAMETERS}, "parameters")
-        for model in self.models:
-            self._check_parameters(model.parameters, _MODEL_PARAMETERS, f"parameters of '{model.model}'")
+        self._check_parameters(self.parameters, _ALL_PARAMETERS, "parameters")
+        for model in self.finetunes:
+            self._check_parameters(model.parameters, _PARAMETERS_OF_MODELS, f"parameters of '{model.model}'")
 
     def _check_parameters(self, given: Any, known: dict[str, Parameter], where: str) -> None:
         if not isinstance(given, Mapping):
@@ -150,6 +159,8 @@ class MergeConfig:
             )
         if name == "rescale" and setting is not (method.sparsifier is not None) and method.sparsifier != "dare":
             raise ValueError(f"{where}: rescale cannot be {setting!r} for {self.merge_method}")
+        if name == "seed" and method.sparsifier is None:
+            raise ValueError(f"{where}: seed is for what is dropped at random; {self.merge_method} has no use for it")
 
     @property
     def method(self) -> MergeMethod:
@@ -166,26 +177,33 @@ class MergeConfig:
 
     def notes(self) -> list[str]:
         """What the user should know of the settings."""
-        scopes = [self.parameters, *(model.parameters for model in self.models)]
+        scopes = [self.parameters, *(model.parameters for model in self.finetunes)]
+        notes = []
         if self.merge_method == "task_arithmetic" and any("density" in scope for scope in scopes):
-            return ["density has no effect on task_arithmetic; dare_linear and impart_linear drop entries"]
-        return []
+            notes.append("density has no effect on task_arithmetic; dare_linear and impart_linear drop entries")
+        for model in self.finetunes:
+            if shared := [name for name in model.parameters if name in _SHARED_PARAMETERS]:
+                notes.append(
+                    f"{', '.join(shared)} under '{model.model}' has no effect: it is one for all models and belongs "
+                    "under `parameters` of the whole"
+                )
+        return notes
 
-    def values(self, tensor: str, layers: int) -> dict[str, Any]:
+    def values(self, tensor: str, depth: float) -> dict[str, Any]:
         """The shared parameters of one tensor, by name.
 
         Args:
             tensor: its name.
-            layers: of the model.
+            depth: of its layer, from 0 for the first to 1 for the last.
         """
-        found = {name: p.evaluate([self.parameters], tensor, layers) for name, p in _SHARED_PARAMETERS.items()}
+        found = {name: p.evaluate([self.parameters], tensor, depth) for name, p in _SHARED_PARAMETERS.items()}
         defaults = {"normalize": self.method.normalize, "rescale": self.method.sparsifier is not None}
         return {name: defaults[name] if value is None else value for name, value in found.items()}
 
-    def model_values(self, model: MergeModel, tensor: str, layers: int) -> dict[str, float]:
+    def model_values(self, model: MergeModel, tensor: str, depth: float) -> dict[str, float]:
         """One model's parameters for one tensor, by name."""
         scopes = [model.parameters, self.parameters]
-        return {name: p.evaluate(scopes, tensor, layers) for name, p in _MODEL_PARAMETERS.items()}
+        return {name: p.evaluate(scopes, tensor, depth) for name, p in _MODEL_PARAMETERS.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """As the YAML file has it."""
@@ -214,12 +232,12 @@ class MergeConfig:
             raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
         if missing := [key for key in ("merge_method", "base_model", "models") if not content.get(key)]:
             raise ValueError(f"{missing[0]} is missing")
-        if not isinstance(content["models"], list):
+        if not isinstance(content["models"], list | tuple):
             raise ValueError(f"models must be a list of `model: …`, got {content['models']!r}")
         return cls(
             merge_method=content["merge_method"],
             base_model=content["base_model"],
-            models=tuple(_model(entry) for entry in content["models"]),
+            models=tuple(content["models"]),
             parameters=content.get("parameters") or {},
             dtype=content.get("out_dtype") or content.get("dtype"),
             tokenizer_source=content.get("tokenizer_source") or "union",
@@ -244,7 +262,7 @@ class MergeConfig:
             raise FileNotFoundError(f"'{path}' does not exist or is not a file")
         try:
             return cls.from_dict(yaml.safe_load(Path(path).read_text("utf-8")))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -255,7 +273,18 @@ def _place(model: str) -> str:
     return os.path.realpath(model) if os.path.isdir(model) else model
 
 
+def _plain(value: Any) -> Any:
+    """Settings of plain Python, whatever library the numbers came from."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value.item() if hasattr(value, "item") else value
+
+
 def _model(entry: Any) -> MergeModel:
+    if isinstance(entry, MergeModel):
+        return entry
     if isinstance(entry, str):
         entry = {"model": entry}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("model"), str) or not entry["model"]:

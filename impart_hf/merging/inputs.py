@@ -2,20 +2,22 @@
 
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from ..calibration_text import load_tokenizer
-from ..modeling.checkpoints import Checkpoint, HubOptions, fetch_file, pinned, read_json
+from ..modeling.checkpoints import Checkpoint, HubOptions, all_finite, fetch_file, pinned, read_json
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
 from ..modeling.delta_repository import DeltaRepository
-from ..plan import IncompatibleModelsError, check_pair
+from ..plan import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
 from ..reconstruct import open_repository
 from .config import MergeConfig
+from .vocabulary import Tokens, united
 
+_LAYER = re.compile(r"(.*?)\.(\d+)\.")
 _SAMPLED = 8  # matrices by which a fine-tune is told from another model
 _LEAST_COSINE = 0.3  # between its weights and the base's: fine-tunes have more than 0.9, other models 0
 
@@ -27,7 +29,7 @@ class FineTune:
         name: as the configuration has it.
         tensors: its tensors, dense or decoded from base and delta.
         config: its config.json.
-        options: how its files are found.
+        tokens: its tokens.
     """
 
     def __init__(self, name: str, base: Checkpoint, token: str | bool | None, cache_dir: str | None):
@@ -42,15 +44,15 @@ class FineTune:
         else:
             checkpoint = Checkpoint(source, options)
             check_pair(base, checkpoint)
+            check_tied_output(checkpoint)
             self.config, self.tensors = checkpoint.config, checkpoint
         if set(self.tensors.names()) != set(base.names()):
             raise IncompatibleModelsError(f"'{name}' has other tensors than the base '{base.source}'")
-        self.options = options
+        self.tokens = Tokens(source, options)
 
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens it has rows for."""
-        return int(self.config.get("vocab_size") or 0)
+    def rows_beyond(self, shape: tuple[int, ...], name: str) -> int:
+        """How many rows more its tensor has than the base's, which has this shape: added to the vocabulary."""
+        return self.tensors.shape(name)[0] - shape[0] if shape else 0
 
 
 class MergeInputs:
@@ -59,7 +61,6 @@ class MergeInputs:
     Attributes:
         base: the base.
         models: the fine-tunes, in the configuration's order.
-        donor: whose tokenizer and vocabulary the result has; None for the base's.
     """
 
     def __init__(self, config: MergeConfig, *, token: str | bool | None = None, cache_dir: str | None = None):
@@ -70,65 +71,73 @@ class MergeInputs:
             IncompatibleModelsError: if one is not a fine-tune of the base, or two disagree about added tokens.
         """
         self.base = Checkpoint(*resolve(config.base_model, token, cache_dir))
+        check_tied_output(self.base)
+        self._base_tokens = Tokens(self.base.source, self.base.options)
         self.models = [FineTune(model.model, self.base, token, cache_dir) for model in config.finetunes]
         for model in self.models:
             self._check_origin(model)
-        self.donor = self._find_donor(config)
-        self._unites = config.tokenizer_source == "union"
-        if self._unites:
-            self._check_added_tokens()
+        layers = {layer_of(name) for name in self.base.names()}
+        self._layers = Counter(found[0] for found in layers if found is not None)
+        self._set_vocabulary(config.tokenizer_source)
 
-    @property
-    def layers(self) -> int:
-        """Decoder layers of the base."""
-        return int(self.base.config.get("num_hidden_layers") or self.base.config.get("n_layer") or 1)
+    def _set_vocabulary(self, source: str) -> None:
+        """Whose tokenizer the result has, and whose rows; None for the base's."""
+        chosen = next((model for model in self.models if model.name == source), None)
+        self._tokens_from = self._rows_from = chosen
+        self._row_owners = [chosen] if chosen is not None else []
+        if source == "union":
+            name = united(self._base_tokens, {model.name: model.tokens for model in self.models})
+            self._tokens_from = next((model for model in self.models if model.name == name), None)
+            longest = max(self.models, key=self._rows_added)
+            self._rows_from = longest if self._rows_added(longest) else None
+            self._row_owners = self.models
 
-    @property
-    def base_vocabulary(self) -> int:
-        """How many tokens the base has rows for."""
-        return int(self.base.config.get("vocab_size") or 0)
+    def _rows_added(self, model: FineTune) -> int:
+        return max(model.rows_beyond(self.base.shape(name), name) for name in self.base.names())
+
+    def depth(self, name: str) -> float:
+        """Where in its stack of layers a tensor is: 0 in the first layer, 1 in the last; 0 for what is in none."""
+        found = layer_of(name)
+        if found is None:
+            return 0.0
+        stack, number = found
+        last = self._layers[stack] - 1
+        return min(1.0, number / last) if last else 1.0
 
     @property
     def added_tokens(self) -> int:
         """How many rows the result's vocabulary has beyond the base's."""
-        return 0 if self.donor is None else self.donor.vocabulary - self.base_vocabulary
+        return 0 if self._rows_from is None else self._rows_added(self._rows_from)
 
     @property
     def result_config(self) -> Mapping[str, Any]:
-        """config.json of what is merged: the base's, with the donor's vocabulary."""
-        if self.donor is None:
-            return self.base.config
-        ids = {k: v for k, v in self.donor.config.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return {**self.base.config, **ids, "vocab_size": self.donor.vocabulary}
+        """config.json of what is merged: the base's, with the vocabulary that the result has."""
+        config = dict(self.base.config)
+        if self._tokens_from is not None:
+            theirs = self._tokens_from.config
+            config |= {k: v for k, v in theirs.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if self._rows_from is not None and self.added_tokens:
+            config["vocab_size"] = self._rows_from.config["vocab_size"]
+        return config
 
     @property
-    def tokenizer_place(self) -> tuple[str, HubOptions]:
-        """Where the tokenizer of what is merged comes from, and all that goes with it."""
-        if self.donor is not None:
-            return self.donor.tensors.source, self.donor.options
-        places = [(self.base.source, self.base.options)]
-        if self._unites:  # a base may have been published without
-            places += [(model.tensors.source, model.options) for model in self.models]
-        return next((place for place in places if fetch_file(place[0], "tokenizer_config.json", place[1])), places[0])
-
-    def result_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises: ValueError, if there is none that can be read."""
-        return load_tokenizer(*self.tokenizer_place)
+    def tokens(self) -> Tokens:
+        """The tokens of what is merged; all files of a tokenizer and what goes with it come from there."""
+        return self._base_tokens if self._tokens_from is None else self._tokens_from.tokens
 
     def vocabulary_rows(self, name: str) -> int:
-        """Rows that the result has of a tensor beyond the base's: tokens that the donor has added."""
-        shape = self.base.shape(name)
-        return self.donor.tensors.shape(name)[0] - shape[0] if self.donor is not None and shape else 0
+        """Rows that the result has of a tensor beyond the base's."""
+        return 0 if self._rows_from is None else self._rows_from.rows_beyond(self.base.shape(name), name)
 
-    def is_vocabulary(self, name: str) -> bool:
-        """Whether a tensor has a row for every token: an embedding or output projection."""
-        shape = self.base.shape(name)
-        grew = any(model.tensors.shape(name) != shape for model in self.models)
-        return grew or (len(shape) == 2 and shape[0] == self.base.config.get("vocab_size"))
+    def is_layer_matrix(self, name: str) -> bool:
+        """Whether a tensor is a matrix of one of the layers, or a stack of them: no embedding or output projection."""
+        # What predicts several tokens at once has an embedding and an output projection in a layer of its own.
+        outside = layer_of(name) is None or "embed" in name or ".shared_head." in name
+        return not outside and is_matrix_shape(self.base.shape(name))
 
     def _check_origin(self, model: FineTune) -> None:
         """See that a fine-tune's weights are near the base's, which another model of the same shape has not."""
-        matrices = [n for n in self.base.names() if len(self.base.shape(n)) == 2 and not self.is_vocabulary(n)]
+        matrices = [n for n in self.base.names() if layer_of(n) is not None and len(self.base.shape(n)) == 2]
         product = before = after = 0.0
         for name in matrices[:: max(1, math.ceil(len(matrices) / _SAMPLED))]:
             a, b = (tensors.tensor(name).float().flatten() for tensors in (self.base, model.tensors))
@@ -140,49 +149,50 @@ class MergeInputs:
                 f"cosine between their weights is {cosine:.2f}"
             )
 
-    def _find_donor(self, config: MergeConfig) -> FineTune | None:
-        if config.tokenizer_source == "union":
-            largest = max(self.models, key=lambda model: model.vocabulary)
-            return largest if largest.vocabulary > self.base_vocabulary else None
-        return next((m for m in self.models if m.name == config.tokenizer_source), None)
-
-    def _check_added_tokens(self) -> None:
-        """See that models mean the same by the tokens that they have and the base has not."""
-        own = _tokens(self.base.source, self.base.options)
-        seen: dict[int, tuple[str, str]] = {}
-        for model in self.models:
-            for number, token in _tokens(model.tensors.source, model.options).items():
-                other, name = seen.setdefault(number, (token, model.name))
-                if number not in own and other != token:
-                    raise IncompatibleModelsError(
-                        f"token {number} is {other!r} in '{name}' and {token!r} in '{model.name}': their "
-                        "added tokens cannot be united; choose one model's with tokenizer_source, or `base`"
-                    )
-
     def added_rows(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """What a tensor of the result has beyond the base's rows: the mean over the models that have them.
+        """What a tensor of the result has beyond the base's rows.
+
+        A token's row is the mean over the models that have the token. Rows that stand for no token of any model, for
+        a vocabulary may be padded to a round size, are the mean over those that have them.
 
         Returns:
             (rows, columns), in `dtype`.
+
+        Raises:
+            IncompatibleModelsError: if they hold NaN or infinity.
         """
         first, columns = self.base.shape(name)
         count = self.vocabulary_rows(name)
-        total, owners = torch.zeros(count, columns), torch.zeros(count, 1)
-        for model in self.models:
-            if self._unites or model is self.donor:
-                rows = model.tensors.tensor(name)[first : first + count].float()
-                total[: len(rows)] += rows
-                owners[: len(rows)] += 1
-        return (total / owners).to(dtype)
+        tokens = _Mean(count, columns)
+        padding = _Mean(count, columns)
+        for model in self._row_owners:
+            rows = model.tensors.tensor(name)[first : first + count].float()
+            if not all_finite(rows):
+                raise IncompatibleModelsError(f"{name} of '{model.name}' holds NaN or infinity")
+            owned = torch.tensor([model.tokens.may_have(first + place) for place in range(len(rows))]).view(-1, 1)
+            tokens.add(rows, owned)
+            padding.add(rows, torch.ones_like(owned))
+        return torch.where(tokens.counts > 0, tokens.mean(), padding.mean()).to(dtype)
 
 
-def _tokens(source: str, options: HubOptions) -> dict[int, str]:
-    """A model's tokens by number; none where it has no tokenizer, which is no matter for its weights."""
-    try:
-        vocabulary = load_tokenizer(source, options).get_vocab()
-    except ValueError:
-        return {}
-    return {number: token for token, number in vocabulary.items()}
+class _Mean:
+    """The mean of rows, of which each summand has some."""
+
+    def __init__(self, rows: int, columns: int):
+        self._total, self.counts = torch.zeros(rows, columns), torch.zeros(rows, 1)
+
+    def add(self, rows: torch.Tensor, owned: torch.Tensor) -> None:
+        self._total[: len(rows)] += rows * owned
+        self.counts[: len(rows)] += owned
+
+    def mean(self) -> torch.Tensor:
+        return self._total / self.counts.clamp_min(1)
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """The stack of layers that a tensor is in and the layer's number; None for what is in no layer."""
+    found = _LAYER.match(name)
+    return None if found is None else (found[1], int(found[2]))
 
 
 def resolve(model: str, token: str | bool | None, cache_dir: str | None) -> tuple[str, HubOptions]:

@@ -1,5 +1,6 @@
 """Merging fine-tunes of one base, tensor by tensor, to a dense checkpoint or a delta repository again."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -8,18 +9,18 @@ from typing import Any
 
 import torch
 
-from ..cards import merge_card
-from ..checkpoint_writer import DenseTensor, new_folder, write_weights
+from ..cards import merge_card, merge_origin
+from ..checkpoint_writer import DenseTensor, check_free, new_folder, write_weights
 from ..companions import copy_companions
 from ..compress import ModelPair, SvdOf, leading_svd_of, mask_seed, usable_device
 from ..methods import MethodConfig
 from ..modeling.checkpoints import HubOptions, all_finite
-from ..plan import IncompatibleModelsError, is_matrix_shape
+from ..plan import IncompatibleModelsError
 from ..progress import Progress
 from ..report import CompressionReport
 from ..repository import copy_pruned_reader
 from ..safetensors_writer import shard_bytes, write_json
-from ..workspace import Workspace
+from ..workspace import OutputError, Workspace, check_output
 from .config import MergeConfig
 from .inputs import MergeInputs
 from .task_vectors import TaskVector, dare, impart, mixed, trimmed
@@ -88,13 +89,13 @@ def merge(
     config = MergeConfig.of(config)
     require_peft()
     shard_size, device, bars = shard_bytes(max_shard_size), usable_device(device), Progress(progress)
+    output = free_output(output_dir, config, compression)
+    merged = Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device)
     if compression is None:
-        with new_folder(output_dir) as folder:
-            merged = Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device)
-            merged.write(folder, Path(output_dir).name, shard_size, bars)
+        with new_folder(output) as folder:
+            merged.write(folder, output.name, shard_size, bars)
             return merged.report()
-    with Workspace(Path(output_dir)) as workspace:
-        merged = Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device)
+    with Workspace(output) as workspace:
         dense = workspace.scratch() / workspace.output.name
         dense.mkdir()
         merged.write(dense, dense.name, shard_size, bars)
@@ -103,8 +104,24 @@ def merge(
             base.source, str(dense), base.options, HubOptions(), base_name=base_name, device=device, progress=bars
         )
         report = merged.report()
-        report.compression = pair.compress(workspace, compression, max_shard_size=shard_size)
+        report.compression = pair.compress(
+            workspace, compression, max_shard_size=shard_size, origin=merge_origin(config.to_dict())
+        )
         return report
+
+
+def free_output(output_dir: str | Path, config: MergeConfig, compression: MethodConfig | None) -> Path:
+    """The absolute path of a merge's output folder.
+
+    Raises:
+        OutputError: if it is not free, or is one of the models.
+    """
+    output = Path(os.path.abspath(output_dir))
+    for model in (config.base_model, *(model.model for model in config.models)):
+        if os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
+            raise OutputError(f"{output} is one of the models that are merged; choose another folder")
+    (check_free if compression is None else check_output)(output)
+    return output
 
 
 def require_peft() -> None:
@@ -160,18 +177,23 @@ class Merge:
         Raises:
             IncompatibleModelsError: if a model's tensor holds NaN or infinity.
         """
+        shape, depth = self.inputs.base.shape(name), self.inputs.depth(name)
         before = torch.atleast_1d(self.inputs.base.tensor(name))
-        shared = self.config.values(name, self.inputs.layers)
-        own = [self.config.model_values(model, name, self.inputs.layers) for model in self.config.finetunes]
+        if not before.numel():
+            return torch.empty(shape)
+        if not all_finite(before):
+            raise IncompatibleModelsError(f"{name} of '{self.config.base_model}' holds NaN or infinity")
+        shared = self.config.values(name, depth)
+        own = [self.config.model_values(model, name, depth) for model in self.config.finetunes]
         vectors = [self._vector(number, name, before, values, shared) for number, values in enumerate(own)]
         weights = [values["weight"] for values in own]
-        block = max(1, _BLOCK_ENTRIES // max(1, before[0].numel()))
+        block = max(1, _BLOCK_ENTRIES // before[0].numel())
         combined = torch.empty(before.shape)
         for start in range(0, len(before), block):
             rows = slice(start, start + block)
             deltas = [vector(rows) for vector in vectors]
             combined[rows] = mixed(deltas, weights, self.config.method.consensus, shared["normalize"])
-        return combined
+        return combined.view(shape)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the merged model."""
@@ -179,9 +201,9 @@ class Merge:
         if not before.is_floating_point():
             return before
         delta = self._delta_of(name)
-        scale = self.config.values(name, self.inputs.layers)["lambda"]
+        scale = self.config.values(name, self.inputs.depth(name))["lambda"]
         dtype = self.dtype(name)
-        merged = torch.add(before.float(), delta.view(before.shape), alpha=scale).to(dtype)
+        merged = torch.add(before.float(), delta, alpha=scale).to(dtype)
         if self.inputs.vocabulary_rows(name):
             merged = torch.cat([merged, self.inputs.added_rows(name, dtype)])
         return merged
@@ -199,16 +221,12 @@ class Merge:
             return after[rows].to(self.device, torch.float32) - before[rows].to(self.device, torch.float32)
 
         vector: TaskVector = dense
-        if method.sparsifier is not None and values["density"] < 1 and self._sparsifies(name):
+        if method.sparsifier is not None and values["density"] < 1 and self.inputs.is_layer_matrix(name):
             vector = self._sparsified(number, name, dense(slice(None)), values, shared).__getitem__
         trim = values["density" if method.sparsifier is None else "trim_density"]
         if method.consensus and trim < 1:
             vector = trimmed(vector, len(before), trim)
         return vector
-
-    def _sparsifies(self, name: str) -> bool:
-        """Whether entries of a tensor are dropped: of the linear layers' matrices, as in the papers."""
-        return is_matrix_shape(self.inputs.base.shape(name)) and not self.inputs.is_vocabulary(name)
 
     def _sparsified(
         self, number: int, name: str, delta: torch.Tensor, values: dict[str, float], shared: dict[str, Any]
@@ -231,19 +249,18 @@ class Merge:
         tensors = [DenseTensor(n, self.shape(n), self.dtype(n), partial(self.tensor, n)) for n in self.names()]
         self._write_config(folder)
         write_weights(folder, tensors, max_shard_size, progress, "Merging")
-        models = [model.model for model in self.config.finetunes]
-        card = merge_card(name, self.config.base_model, models, self.config.to_dict())
+        card = merge_card(name, self.config.to_dict())
         (folder / "README.md").write_text(card, "utf-8")
 
     def _write_config(self, folder: Path) -> None:
         """config.json of the merged model, and tokenizer, generation settings and chat template."""
-        content = dict(self.inputs.result_config)
+        content = {key: value for key, value in self.inputs.result_config.items() if key != "_name_or_path"}
         if self.config.dtype is not None:
             content.pop("torch_dtype", None)
             content["dtype"] = self.config.dtype
         write_json(folder / "config.json", content)
         copy_pruned_reader(str(content.get("model_type")), folder)
-        copy_companions(*self.inputs.tokenizer_place, folder)
+        copy_companions(self.inputs.tokens.source, self.inputs.tokens.options, folder)
 
     def report(self) -> MergeReport:
         shapes = [self.shape(name) for name in self.names()]

@@ -5,12 +5,11 @@ A setting is a scalar; a list of numbers, spread evenly over the layers and inte
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_LAYER = re.compile(r"\.(\d+)\.")
+_LARGEST = 3.4e38  # what weights are computed with is float32
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Parameter:
     name: str
     kind: type
     default: Any
-    allowed: Callable[[float], bool] = math.isfinite
-    range: str = "be finite"
+    allowed: Callable[[float], bool] = lambda number: abs(number) < _LARGEST
+    range: str = "be finite, as float32 has it"
     varies: bool = True
 
     def value(self, raw: Any, where: str) -> Any:
@@ -38,19 +37,18 @@ class Parameter:
             ValueError: if it is none that this parameter can have.
         """
         if self.kind is bool:
-            if not isinstance(raw, bool):
-                raise ValueError(f"{where}: {self.name} must be true or false, got {raw!r}")
-            return raw
-        number = raw
-        if isinstance(raw, str):  # YAML takes 1e-3 for a text
-            try:
-                number = float(raw)
-            except ValueError:
-                number = None
-        if isinstance(number, bool) or not isinstance(number, int | float) or math.isnan(number):
-            raise ValueError(f"{where}: {self.name} must be a number, got {raw!r}")
+            if not isinstance(raw, bool) and raw not in (0, 1):  # mergekit takes numbers
+                raise ValueError(f"{where}: {self.name} must be true or false, got {raw!r:.80}")
+            return bool(raw)
+        try:
+            # YAML takes 1e-3 for a text
+            number = math.nan if isinstance(raw, bool) or not isinstance(raw, int | float | str) else float(raw)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isnan(number):
+            raise ValueError(f"{where}: {self.name} must be a number, got {raw!r:.80}")
         if not self.allowed(number):
-            raise ValueError(f"{where}: {self.name} must {self.range}, got {raw!r}")
+            raise ValueError(f"{where}: {self.name} must {self.range}, got {raw!r:.80}")
         return self.kind(number)
 
     def check(self, setting: Any, where: str) -> None:
@@ -80,32 +78,32 @@ class Parameter:
                 raise ValueError(f"{where}: a value of {self.name} may be a number or a list of numbers, got {part!r}")
             self.check(part["value"], where)
 
-    def evaluate(self, scopes: Iterable[Mapping[str, Any]], tensor: str, layers: int) -> Any:
+    def evaluate(self, scopes: Iterable[Mapping[str, Any]], tensor: str, depth: float) -> Any:
         """The parameter's value for one tensor: from the first of the scopes that has one for it, or the default.
 
         Args:
             scopes: settings by name, the nearest first.
             tensor: its name.
-            layers: of the model.
+            depth: of its layer, from 0 for the first to 1 for the last.
         """
         for scope in scopes:
             if self.name in scope:
-                found = self._evaluate(scope[self.name], tensor, layers)
+                found = self._evaluate(scope[self.name], tensor, depth)
                 if found is not None:
                     return found
         return self.default
 
-    def _evaluate(self, setting: Any, tensor: str, layers: int) -> Any:
+    def _evaluate(self, setting: Any, tensor: str, depth: float) -> Any:
         if isinstance(setting, dict):
             setting = [setting]
         if not isinstance(setting, list):
             return self.value(setting, tensor)
         if not isinstance(setting[0], dict):
-            return self._interpolated([self.value(part, tensor) for part in setting], _depth(tensor, layers))
+            return self._interpolated([self.value(part, tensor) for part in setting], depth)
         for part in setting:
             text = part.get("filter")
             if text in (None, "*") or text in tensor:
-                return self._evaluate(part["value"], tensor, layers)
+                return self._evaluate(part["value"], tensor, depth)
         return None
 
     def _interpolated(self, values: list[Any], depth: float) -> Any:
@@ -115,11 +113,3 @@ class Parameter:
             return values[first]
         second = min(len(values) - 1, first + 1)
         return self.kind((1 - place + first) * values[first] + (place - first) * values[second])
-
-
-def _depth(tensor: str, layers: int) -> float:
-    """0 for the first layer, 1 for the last; 0 for what is in none, as mergekit has it."""
-    layer = _LAYER.search(tensor)
-    if layer is None:
-        return 0.0
-    return int(layer[1]) / (layers - 1) if layers > 1 else 1.0

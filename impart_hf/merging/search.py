@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,18 +14,25 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..calibration_text import CalibrationSource, calibration_tokens
-from ..checkpoint_writer import WEIGHTS, DenseTensor, check_free, write_weights
+from ..calibration_text import (
+    CalibrationSource,
+    calibration_tokens,
+    check_vocabulary,
+    load_tokenizer,
+    within_positions,
+)
+from ..checkpoint_writer import WEIGHTS, DenseTensor, write_weights
 from ..compress import usable_device
 from ..evaluate import load, perplexity
+from ..locked_folder import LockedFolder
 from ..methods import MethodConfig
+from ..modeling.checkpoints import text_config
 from ..progress import Progress
 from ..safetensors_writer import shard_bytes
 from ..svd_store import SvdStore
-from ..workspace import check_output
 from .config import MergeConfig, MergeModel
 from .inputs import MergeInputs
-from .merge import Merge, MergeReport, merge, require_peft
+from .merge import Merge, MergeReport, free_output, merge, require_peft
 
 LAMBDAS = (0.4, 0.6, 0.8, 1.0, 1.2)  # the paper's grids
 TRIMS = (0.4, 0.6, 0.8)
@@ -91,8 +97,8 @@ def tune_merge(
     validation: Mapping[str, CalibrationSource],
     *,
     lambdas: Sequence[float] = LAMBDAS,
-    trims: Sequence[float] = TRIMS,
-    densities: Sequence[float] = DENSITIES,
+    trims: Sequence[float] | None = None,
+    densities: Sequence[float] | None = None,
     samples: int = 64,
     length: int = 512,
     batch_size: int = 8,
@@ -107,21 +113,22 @@ def tune_merge(
     """Merge with every combination of lambda, trimming and density, and keep the model with the lowest mean loss.
 
     Every candidate is written in a hidden folder beside `output_dir` and loaded as a user would load it; there must be
-    room for the model in float32, and once more in its dtype. What does not depend on lambda is computed once.
+    room for the model in float32, once more in its dtype, and for ImPart for the singular components of every
+    fine-tune's layers. What does not depend on lambda is computed once.
 
     Args:
         config, output_dir, compression, base_name, device, token, cache_dir, max_shard_size: as for `merge`. What the
             search sets stands in the place of what the configuration says.
         validation: by task, its text, as `compress` takes for calibration.
         lambdas: factors of the merged delta.
-        trims: shares that TIES keeps of each delta; for the methods with TIES.
-        densities: shares that DARE or ImPart keep; for the methods with either.
+        trims: shares that TIES keeps of each delta, for the methods with TIES; `TRIMS` if None.
+        densities: shares that DARE or ImPart keep, for the methods with either; `DENSITIES` if None.
         samples, length: sequences of each text at most, and their tokens.
         batch_size: sequences judged at a time.
         progress: show a bar.
 
     Raises:
-        ValueError: if there is no task, or nothing to try; and as `merge` does.
+        ValueError: if there is no task, nothing to try, or something that the method has no use for; and as `merge`.
     """
     config = MergeConfig.of(config)
     require_peft()
@@ -130,45 +137,45 @@ def tune_merge(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device, shard_size = usable_device(device), shard_bytes(max_shard_size)
-    (check_free if compression is None else check_output)(Path(output_dir))
+    output = free_output(output_dir, config, compression)
+    lambdas = sorted(set(map(float, lambdas)))
     grid = _grid(config, lambdas, trims, densities)
     inputs = MergeInputs(config, token=token, cache_dir=cache_dir)
-    positions = int(inputs.result_config.get("max_position_embeddings") or length)
-    tokenizer = inputs.result_tokenizer()
-    texts = {
-        task: calibration_tokens(text, tokenizer, samples=samples, length=min(length, positions))
-        for task, text in validation.items()
-    }
-    parent = Path(output_dir).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(inputs.tokens.source, inputs.tokens.options)
+    vocabulary = text_config(inputs.result_config).vocab_size
+    texts = {}
+    for task, text in validation.items():
+        positions = within_positions(length, inputs.result_config)
+        texts[task] = calibration_tokens(text, tokenizer, samples=samples, length=positions)
+        check_vocabulary(texts[task], vocabulary, inputs.tokens.source)
+    output.parent.mkdir(parents=True, exist_ok=True)
     tried: list[MergeCandidate] = []
     with (
-        tempfile.TemporaryDirectory(
-            dir=parent, prefix=f".{Path(output_dir).name}.", ignore_cleanup_errors=True
-        ) as scratch,
+        LockedFolder(output.parent, f".{output.name}.work-") as scratch,
         Progress(progress).bar(len(grid) * len(lambdas), "Tuning") as bar,
     ):
-        svds = SvdStore(Path(scratch, "components"))
+        svds = SvdStore(scratch / "components")
         for settings in grid:
             started = time.perf_counter()
-            deltas = _StoredDeltas(Merge(_with(config, settings), inputs, device, svds.of), Path(scratch, "deltas"))
-            for scale in dict.fromkeys(lambdas):
+            deltas = None  # its file takes room as long as it is open
+            deltas = _StoredDeltas(Merge(_with(config, settings), inputs, device, svds.of), scratch / "deltas")
+            for scale in lambdas:
                 candidate = _with(config, {"lambda": scale, **settings})
-                losses = _losses(Merge(candidate, inputs, device, delta_of=deltas.of), texts, Path(scratch), batch_size)
+                losses = _losses(Merge(candidate, inputs, device, delta_of=deltas.of), texts, scratch, batch_size)
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 tried.append(MergeCandidate({"lambda": scale, **settings}, losses, seconds))
                 bar.update()
     # NaN is no loss that a model could win with
     best = min(tried, key=lambda found: math.inf if math.isnan(found.score) else found.score)
     report = merge(
-        _with(config, best.settings), output_dir, compression=compression, base_name=base_name, device=device,
+        _with(config, best.settings), output, compression=compression, base_name=base_name, device=device,
         token=token, cache_dir=cache_dir, max_shard_size=shard_size,
     )  # fmt: skip
     return MergeTuningReport(tried, best, report)
 
 
 def _grid(
-    config: MergeConfig, lambdas: Sequence[float], trims: Sequence[float], densities: Sequence[float]
+    config: MergeConfig, lambdas: Sequence[float], trims: Sequence[float] | None, densities: Sequence[float] | None
 ) -> list[dict[str, float]]:
     """Everything that is to be tried, but for lambda. What wants most singular components comes first: the
     decomposition then serves all that follow.
@@ -178,10 +185,14 @@ def _grid(
     """
     method = config.method
     axes: dict[str, Sequence[float]] = {}
-    if method.sparsifier is not None:
-        axes["density"] = sorted(set(densities), reverse=True)
-    if method.consensus:
-        axes["density" if method.sparsifier is None else "trim_density"] = sorted(set(trims), reverse=True)
+    for given, usual, setting, used, name in (
+        (densities, DENSITIES, "density", method.sparsifier is not None, "densities"),
+        (trims, TRIMS, "density" if method.sparsifier is None else "trim_density", method.consensus, "trims"),
+    ):
+        if used:
+            axes[setting] = sorted(set(map(float, usual if given is None else given)), reverse=True)
+        elif given is not None:
+            raise ValueError(f"{config.merge_method} has no use for {name}")
     if not lambdas or not all(axes.values()):
         raise ValueError("nothing to try: lambdas, trims and densities need at least one value each")
     grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

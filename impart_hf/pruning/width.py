@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..calibration_text import CalibrationSource
 from ..checkpoint_writer import DenseTensor, check_free
 from ..compress import usable_device
+from ..locked_folder import LockedFolder
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
 from ..safetensors_writer import shard_bytes
@@ -152,14 +152,12 @@ def prune_width(
     }
     bars = Progress(progress)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=output.parent, prefix=f".{output.name}.", ignore_cleanup_errors=True
-    ) as scratch:
+    with LockedFolder(output.parent, f".{output.name}.work-") as scratch:
         corrected: dict[str, Path] = {}
         if calibration is not None:
             columns = _columns(kept, shape.head_dim)
             corrected = corrected_weights(
-                checkpoint, columns, calibration, calibration_samples, calibration_length, device, Path(scratch), bars
+                checkpoint, columns, calibration, calibration_samples, calibration_length, device, scratch, bars
             )
         return write_pruned(
             output, checkpoint, shape, after, step, _tensors(checkpoint, kept, after, corrected),

@@ -1,18 +1,17 @@
 """Room for a dense copy of the delta that is about to be loaded, so that the engine need not wait for its decoding."""
 
-import fcntl
 import os
 import shutil
-import tempfile
 from logging import getLogger
 from pathlib import Path
 
+from ..locked_folder import LockedFolder
 from ..modeling.checkpoints import CheckpointError
 from ..modeling.delta_repository import DeltaRepository
 from ..reconstruct import reconstruct
 
 SCRATCH_VARIABLE = "IMPART_HF_SCRATCH"
-_PREFIX, _LOCK, _COPY = "impart-hf-", "lock", "copy"
+_PREFIX, _COPY = "impart-hf-", "copy"
 
 
 class Scratch:
@@ -25,15 +24,11 @@ class Scratch:
             ValueError: if the variable names no folder that can be written to.
         """
         place = os.environ.get(SCRATCH_VARIABLE)
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._folder: LockedFolder | None = None  # held as long as this process lives
         if place:
             if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
                 raise ValueError(f"{SCRATCH_VARIABLE}: '{place}' is not a folder that can be written to")
-            _remove_left(Path(place))
-            self._folder = tempfile.TemporaryDirectory(dir=place, prefix=_PREFIX, ignore_cleanup_errors=True)
-            # Held as long as this process lives: what is not locked belongs to nobody any more.
-            self._lock = Path(self._folder.name, _LOCK).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._folder = LockedFolder(Path(place), _PREFIX)
 
     def prepare(self, repository: DeltaRepository) -> str | None:
         """Decode a whole repository; the folder of its dense copy, None where there is no room for one.
@@ -44,7 +39,7 @@ class Scratch:
         if self._folder is None:
             return None
         self.clear()
-        copy = Path(self._folder.name, _COPY)
+        copy = self._folder.path / _COPY
         try:
             reconstruct(repository, copy)
         except CheckpointError:
@@ -57,15 +52,4 @@ class Scratch:
     def clear(self) -> None:
         """Remove the dense copy, which an engine needs no longer once it has loaded it."""
         if self._folder is not None:
-            shutil.rmtree(Path(self._folder.name, _COPY), ignore_errors=True)
-
-
-def _remove_left(place: Path) -> None:
-    """Remove folders whose process has gone."""
-    for lock in place.glob(f"{_PREFIX}*/{_LOCK}"):
-        try:
-            with lock.open("w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent)
-        except OSError:  # in use, or another user's
-            continue
+            shutil.rmtree(self._folder.path / _COPY, ignore_errors=True)
