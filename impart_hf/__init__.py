@@ -15,6 +15,7 @@ from .methods import (
     DeltaComeConfig,
     ImPartConfig,
     ImPartQtConfig,
+    ImPartRdConfig,
     LowRankConfig,
 )
 from .modeling.configuration_delta_compressed import DeltaCompressedConfig
@@ -40,6 +41,7 @@ __all__ = [
     "DeltaCompressedForCausalLM",
     "ImPartConfig",
     "ImPartQtConfig",
+    "ImPartRdConfig",
     "LowRankConfig",
     "MergeConfig",
     "MergeModel",

@@ -18,8 +18,10 @@ _SETTINGS = {
     "value_dtype": "storage of kept values, float16 or bfloat16",
     "bits": "bits of a value in each group of components, comma-separated, 2 to 8",
     "groups": "components in each group but the last, comma-separated",
+    "drop_weight": "what a dropped component counts for, in noise of the same size, at least 1",
     "value_bits": "bits of a kept value, 2 to 8",
 }
+DEFAULT_METHOD = "impart-rd"
 _SHARED_SETTINGS = {"compression_ratio": "ratio", "seed": "seed", "embeddings": "embeddings"}  # and their options
 
 
@@ -30,6 +32,7 @@ def add_compress(commands: Any) -> None:
     parser.add_argument("finetuned", metavar="FINETUNED", help="fine-tuned model: local folder or Hub id")
     parser.add_argument("output", metavar="OUT", help="folder of the new repository")
     add_pair(parser, method_names())
+    parser.add_argument("--max-bytes", metavar="SIZE", help="of the repository, such as 500MB, instead of --ratio")
     parser.add_argument(
         "--distill", metavar="TEXT", help="text on which scales are trained towards the fine-tune's logits"
     )
@@ -41,7 +44,7 @@ def add_method(
     parser: argparse.ArgumentParser,
     methods: Sequence[str],
     searched: Sequence[str] = (),
-    default: str | None = "impart",
+    default: str | None = DEFAULT_METHOD,
 ) -> None:
     """A method and its settings, but for those that the command searches itself."""
     parser.add_argument("--method", choices=methods, default=default, help=f"default: {default or 'a dense model'}")
@@ -56,9 +59,14 @@ def add_method(
             parser.add_argument(f"--{name.replace('_', '-')}", help=help)
 
 
-def add_pair(parser: argparse.ArgumentParser, methods: Sequence[str], searched: Sequence[str] = ()) -> None:
+def add_pair(
+    parser: argparse.ArgumentParser,
+    methods: Sequence[str],
+    searched: Sequence[str] = (),
+    default: str = DEFAULT_METHOD,
+) -> None:
     """What every command takes that compresses a pair, beside the pair."""
-    add_method(parser, methods, searched)
+    add_method(parser, methods, searched, default)
     parser.add_argument(
         "--calibration",
         metavar="TEXT",
@@ -152,11 +160,14 @@ def pair_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _compress(options: argparse.Namespace) -> None:
     method, shared = method_config(options), pair_options(options)
+    if options.max_bytes is not None and options.ratio is not None:
+        raise ValueError("give --ratio or --max-bytes, not both")
     report = compress(
         options.base,
         options.finetuned,
         options.output,
         method,
+        max_bytes=options.max_bytes,
         distill=options.distill,
         distill_steps=options.distill_steps,
         **shared,

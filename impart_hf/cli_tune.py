@@ -30,7 +30,7 @@ def add_tune(commands: Any) -> None:
     )
     parser.add_argument("paths", metavar="BASE FINETUNED OUT", nargs="+", help="with --merge: OUT alone")
     parser.add_argument("--merge", metavar="CONFIG.yaml", help="search this merge's lambda, trimming and density")
-    add_pair(parser, ("impart", "impart-qt"), searched=("beta", "c", "seed"))
+    add_pair(parser, ("impart", "impart-qt"), searched=("beta", "c", "seed"), default="impart")
     parser.add_argument(
         "--validation", metavar="TEXT", action="append", default=[],
         help="judge by KL(fine-tune || candidate) on this text; a merge by its mean cross-entropy on the texts of "

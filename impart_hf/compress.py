@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .budget import SvdOf, deltas_of, shared_budgets
 from .calibration_text import CalibrationSource, load_tokenizer, model_tokens
 from .distillation import DistillSettings, check_tokens, distill_scales
 from .evaluate import load
 from .layer_stream import stream_layers, streamed_model
-from .methods import Encoded, ImPartConfig, MethodConfig, Svd, method_for
+from .methods import Encoded, ImPartRdConfig, MethodConfig, Svd, method_for
 from .methods.records import empty_record
 from .methods.svd import leading_svd
 from .modeling.checkpoints import Checkpoint, HubOptions, pinned
@@ -25,13 +26,9 @@ from .plan import TensorPlan, check_pair, make_plan, scan
 from .progress import Progress
 from .report import CompressionReport
 from .repository import RepositoryWriter, describe_base
-from .safetensors_writer import shard_bytes
+from .safetensors_writer import shard_bytes, size_bytes
+from .svd_store import SvdStore
 from .workspace import Workspace
-
-# Squares of smaller numbers vanish in float32: such a delta has no norm, and moves no model.
-_NOTHING = 1e-15
-
-SvdOf = Callable[[str, int], Svd]
 
 
 def leading_svd_of(name: str, number: int) -> Svd:
@@ -45,6 +42,7 @@ def compress(
     output_dir: str | Path,
     method: MethodConfig | None = None,
     *,
+    max_bytes: int | str | None = None,
     calibration: CalibrationSource | None = None,
     distill: CalibrationSource | None = None,
     calibration_samples: int = 128,
@@ -69,7 +67,9 @@ def compress(
         base: local folder or Hub id of the base model.
         finetuned: local folder or Hub id of the fine-tuned model.
         output_dir: where the repository goes; must not exist, be empty, or hold a delta repository, which is replaced.
-        method: a method's configuration; ImPart at ratio 32 if None.
+        method: a method's configuration; `ImPartRdConfig` at ratio 32 if None.
+        max_bytes: what the repository may take, as a number of bytes or a string such as "500MB", in the place of the
+            method's ratio. The same is counted as for that.
         calibration: text for the methods that quantise, as for `calibration_text.calibration_tokens`. Without it they
             round to the nearest level. With it, one decoder layer at a time is run over the text, fed by the layers
             compressed before it.
@@ -96,14 +96,15 @@ def compress(
             too short.
         OutputError: if `output_dir` holds something else, is being written by another process, or the disk is full.
     """
-    method = method if method is not None else ImPartConfig()
+    method = method if method is not None else ImPartRdConfig()
     if not isinstance(method, MethodConfig):
-        raise TypeError(f"method must be a method's configuration such as ImPartConfig(), got {method!r}")
+        raise TypeError(f"method must be a method's configuration such as ImPartRdConfig(), got {method!r}")
     if calibration is not None and not method.quantises:
         raise ValueError(f"calibration is for the methods that quantise; '{method.name}' does not")
     if distill_steps is not None and distill is None:
         raise ValueError("distill_steps is for distillation, which needs a text: distill is None")
     shard_size, device = shard_bytes(max_shard_size), usable_device(device)
+    wanted_bytes = None if max_bytes is None else size_bytes(max_bytes, "max_bytes")
     with Workspace(Path(output_dir)) as workspace:
         pair = ModelPair(
             base,
@@ -114,6 +115,8 @@ def compress(
             device=device,
             progress=Progress(progress),
         )
+        if wanted_bytes is not None:
+            method = replace(method, compression_ratio=pair.ratio_of(wanted_bytes))
         texts = {
             purpose: pair.tokens(source, calibration_samples, calibration_length)
             for purpose, source in (("calibration", calibration), ("distillation", distill))
@@ -162,6 +165,19 @@ class ModelPair:
     def tensors(self) -> list[TensorPlan]:
         """What is to become of every tensor, before any method has a say."""
         return scan(self.base_model, self.model, self._progress)
+
+    def ratio_of(self, max_bytes: int) -> float:
+        """The compression ratio at which the repository takes so many bytes.
+
+        Raises:
+            ValueError: if the fine-tuned checkpoint itself takes no more.
+        """
+        if max_bytes >= self.model.weight_bytes:
+            raise ValueError(
+                f"max_bytes={max_bytes} is no less than what the weights of '{self._finetuned}' take: "
+                f"{self.model.weight_bytes}"
+            )
+        return self.model.weight_bytes / max_bytes
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The fine-tune's.
@@ -242,7 +258,13 @@ class ModelPair:
             check_tokens(distillation, self.model.config.get("vocab_size"))
         inputs = [None if ids is None else ids.tolist() for ids in (calibration, distillation)]
         workspace.begin(plan.fingerprint(method, [*inputs, distill_steps]), plan.allowed_bytes + plan.fixed_bytes)
-        work = _Encoding(self, plan.encoded, method, workspace, svd_of)
+        budgets: dict[str, list[int]] = {}
+        if method.shares_budget:
+            svd_of = SvdStore(workspace.components(), torch.float16).of
+            budgets = shared_budgets(
+                plan.encoded, self.base_model, self.model, method, self.device, svd_of, self._progress
+            )
+        work = _Encoding(self, plan.encoded, method, workspace, svd_of, budgets)
         with self._progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as work.bar:
             if stream is not None and calibration is not None:
                 stream_layers(stream, calibration, work.compressed, progress=Progress(False))
@@ -266,9 +288,15 @@ class _Encoding:
     """The encoding of a pair's tensors into a workspace, each once, in whatever order they come."""
 
     def __init__(
-        self, pair: ModelPair, encoded: list[TensorPlan], method: MethodConfig, workspace: Workspace, svd_of: SvdOf
+        self,
+        pair: ModelPair,
+        encoded: list[TensorPlan],
+        method: MethodConfig,
+        workspace: Workspace,
+        svd_of: SvdOf,
+        budgets: dict[str, list[int]],
     ):
-        self.pair, self.method, self.workspace, self.svd_of = pair, method, workspace, svd_of
+        self.pair, self.method, self.workspace, self.svd_of, self._budgets = pair, method, workspace, svd_of, budgets
         self.bar: Any = None
         self._waiting = {t.name: t for t in encoded}
         self._by_name = dict(self._waiting)
@@ -281,8 +309,9 @@ class _Encoding:
         self.bar.set_postfix_str(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
         if not self.workspace.has_record(tensor.name):
             data, notes = encode_tensor(
-                tensor, self.pair.base_model, self.pair.model, self.method, self.pair.device, hessian, self.svd_of
-            )
+                tensor, self.pair.base_model, self.pair.model, self.method, self.pair.device, hessian, self.svd_of,
+                self._budgets.get(tensor.name),
+            )  # fmt: skip
             self.workspace.put_record(tensor.name, data, notes)
         self._done += tensor.dense_bytes
         self._written += self.workspace.record_path(tensor.name).stat().st_size
@@ -326,22 +355,23 @@ def encode_tensor(
     device: torch.device,
     hessian: torch.Tensor | None = None,
     svd_of: SvdOf = leading_svd_of,
+    budgets: list[int] | None = None,
 ) -> tuple[bytes, list[str]]:
     """The records of one tensor, and the notes of its method.
 
-    A stack of matrices gives a record for each, every one with the same share of the budget.
+    A stack of matrices gives a record for each.
+
+    Args:
+        budgets: bytes of each matrix; None for equal shares of the tensor's.
     """
-    before = base.tensor(tensor.name)
-    after = finetuned.tensor(tensor.name)[: before.shape[0]]
-    stack = (-1, *tensor.shape[-2:])
     encoder = method_for(method, tensor.vocabulary)
     records, notes = [], []
-    for number, (old, new) in enumerate(zip(before.reshape(stack), after.reshape(stack), strict=True)):
-        delta = new.to(device, torch.float32) - old.to(device, torch.float32)
+    for number, (delta, is_any) in enumerate(deltas_of(tensor, base, finetuned, device)):
         seed = mask_seed(method.seed, tensor.name, number)
-        if delta.abs().max() > _NOTHING:
+        if is_any:
             svd = svd_of(tensor.name, number)
-            encoded = encoder.encode(delta, tensor.max_bytes // tensor.matrices, seed, hessian=hessian, svd=svd)
+            budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
+            encoded = encoder.encode(delta, budget, seed, hessian=hessian, svd=svd)
         else:
             encoded = Encoded(empty_record(delta.shape[0], delta.shape[1], float(delta.any())))
         records.append(encoded.data)

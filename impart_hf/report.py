@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .distillation import DistillReport
-from .modeling.delta_record import BFLOAT16, FACTORED, FLOAT16, parse_stack
+from .modeling.delta_record import FACTORED, code_bits, parse_stack
 from .modeling.delta_repository import BASE_CHECKSUMS, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
 
 
@@ -110,7 +110,7 @@ def tensor_report(name: str, data: Any) -> TensorReport:
         bytes=len(data),
         rank=sum(r.rank for r in records) / len(records) if first.layout == FACTORED else None,
         full_rank=min(first.rows, first.columns),
-        bits=tuple(16 if s.width_u in (FLOAT16, BFLOAT16) else s.width_u for s in first.segments),
+        bits=tuple(code_bits(s.width_u) for s in first.segments),
         keep_ratio=sum(ratios) / len(ratios) if ratios else None,
         relative_error=math.sqrt(sum(r.relative_error**2 for r in records) / len(records)),
     )

@@ -86,16 +86,25 @@ def shard_entries(
 
 
 def shard_bytes(max_shard_size: int | str) -> int:
-    """The largest size of a file, in bytes.
+    """The largest size of a file, in bytes; errors as `size_bytes`."""
+    return size_bytes(max_shard_size, "max_shard_size")
+
+
+def size_bytes(size: int | str, name: str) -> int:
+    """A size in bytes.
+
+    Args:
+        size: a number, or a string such as "5GB" or "500MB".
+        name: of the setting, for the error.
 
     Raises:
-        ValueError: if it is neither a number of bytes above 0 nor a string such as "5GB" or "500MB".
+        ValueError: if it is neither a number of bytes above 0 nor such a string.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(max_shard_size).strip().upper())
-    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
-    if size < 1:
-        raise ValueError(f'max_shard_size must be a number of bytes or a string such as "5GB", got {max_shard_size!r}')
-    return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
+    found = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if found < 1:
+        raise ValueError(f'{name} must be a number of bytes or a string such as "5GB", got {size!r}')
+    return found
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,6 +1,7 @@
 """Singular components on disk, so that several compressions of one pair decompose each matrix once."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -17,10 +18,10 @@ class SvdStore:
     A matrix is decomposed again only if more of its components are wanted than ever before.
     """
 
-    def __init__(self, folder: Path):
-        """Keep the components in a folder that is made if need be: float32, about (m + n) numbers for each."""
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
+        """Keep the components in a folder that is made if need be: about (m + n) numbers of `dtype` for each."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        self._folder, self._dtype = folder, dtype
 
     def of(self, name: str, number: int) -> Svd:
         """What decomposes one matrix.
@@ -37,9 +38,12 @@ class SvdStore:
                 stored = load_file(path, device=str(matrix.device))
                 count, have = wanted(stored["sigma"].double().cpu().numpy()), len(stored["sigma"])
                 if count <= have or have == min(matrix.shape):
-                    return stored["u"][:, :count], stored["sigma"][:count], stored["v"][:, :count]
+                    return stored["u"][:, :count].float(), stored["sigma"][:count], stored["v"][:, :count].float()
             u, sigma, v = leading_svd(matrix, wanted)
-            save_file({"u": u.contiguous(), "sigma": sigma.contiguous(), "v": v.contiguous()}, path)
-            return u, sigma, v
+            u, v = u.contiguous().to(self._dtype), v.contiguous().to(self._dtype)
+            new = path.with_suffix(".writing")
+            save_file({"u": u, "sigma": sigma.contiguous(), "v": v}, new)
+            os.replace(new, path)
+            return u.float(), sigma, v.float()
 
         return svd

@@ -191,6 +191,10 @@ class Workspace:
         self._scratch.mkdir()
         return self._scratch
 
+    def components(self) -> Path:
+        """Where singular components are kept until the workspace is published; a resumed run finds them again."""
+        return self.folder / "components"
+
     def _make(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

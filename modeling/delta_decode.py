@@ -12,7 +12,17 @@ import numpy as np
 import torch
 
 from .checkpoints import all_finite
-from .delta_record import BFLOAT16, FACTORED, FLOAT16, DeltaFormatError, Record, code_bytes, parse_record
+from .delta_record import (
+    BFLOAT16,
+    FACTORED,
+    FLOAT16,
+    NORMAL_LEVELS,
+    DeltaFormatError,
+    Record,
+    code_bits,
+    code_bytes,
+    parse_record,
+)
 from .seeded_mask import keep_mask
 
 # Rows of a matrix that are decoded and added to the base at once on a CPU. A whole matrix in float32 would take as long
@@ -60,6 +70,17 @@ def unpack_levels(packed: torch.Tensor, width: int, count: int) -> torch.Tensor:
     return ((lanes.view(torch.int64) >> shifts) & ((1 << width) - 1)).view(-1)[:count]
 
 
+def evenly_spaced(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """float32: the levels between -1 and 1 that codes of 1 to 8 bits stand for."""
+    return codes.float() * (2.0 / ((1 << width) - 1)) - 1.0
+
+
+def normal_levels(width: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """float32: the rising levels for normally distributed numbers, by code."""
+    above = torch.tensor(NORMAL_LEVELS[width], device=device)
+    return torch.cat([-above.flip(0), above])
+
+
 def _segment_values(
     packed: torch.Tensor, width: int, per_column: torch.Tensor, scales: np.ndarray | None
 ) -> torch.Tensor:
@@ -69,7 +90,8 @@ def _segment_values(
         aligned = packed.clone(memory_format=torch.contiguous_format)
         values = aligned.view(torch.float16 if width == FLOAT16 else torch.bfloat16).float()
     else:
-        values = unpack_levels(packed, width, int(per_column.sum())).float() * (2.0 / ((1 << width) - 1)) - 1.0
+        codes = unpack_levels(packed, code_bits(width), int(per_column.sum()))
+        values = normal_levels(width, packed.device)[codes] if width in NORMAL_LEVELS else evenly_spaced(codes, width)
     if scales is None:
         return values
     return values * torch.from_numpy(scales.astype(np.float32)).to(packed.device).repeat_interleave(per_column)

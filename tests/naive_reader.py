@@ -12,6 +12,11 @@ from pathlib import Path
 import numpy as np
 
 _M = 0xFFFFFFFF
+NORMAL = {
+    2: [0.4528, 1.5104],
+    3: [0.2451, 0.7560, 1.3439, 2.1520],
+    4: [0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326],
+}
 _SAFETENSORS = {"F32": "<f4", "F16": "<f2", "U8": "u1", "U32": "<u4", "U64": "<u8", "I64": "<i8", "BF16": "<u2"}
 
 
@@ -102,7 +107,7 @@ def decode_record(data: bytes) -> tuple[np.ndarray, int]:
     for (width, *widths, _, _), of_segment in zip(segments, scales, strict=True):
         for side in range(sides):
             bits = widths[side]
-            size = bits if bits <= 8 else 16
+            size = bits if bits <= 8 else bits - 32 if bits > 32 else 16
             stream, position = int.from_bytes(data[at:length], "little"), 0
             for column in range(first, first + width):
                 for entry in range(heights[side]):
@@ -113,6 +118,9 @@ def decode_record(data: bytes) -> tuple[np.ndarray, int]:
                             value = struct.unpack("<e", code.to_bytes(2, "little"))[0]
                         elif bits == 17:
                             value = bfloat16(code)
+                        elif bits > 32:
+                            above, half = NORMAL[size], 1 << (size - 1)
+                            value = above[code - half] if code >= half else -above[half - 1 - code]
                         else:
                             value = 2 * code / (2**bits - 1) - 1
                         planes[side][column, entry] = value * of_segment[side][column - first]

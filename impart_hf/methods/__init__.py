@@ -7,6 +7,7 @@ from .dare_qt import DareQtConfig
 from .delta_come import DeltaComeConfig
 from .impart import ImPartConfig
 from .impart_qt import ImPartQtConfig
+from .impart_rd import ImPartRdConfig
 from .lowrank import LowRankConfig
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Encoded",
     "ImPartConfig",
     "ImPartQtConfig",
+    "ImPartRdConfig",
     "LowRankConfig",
     "MethodConfig",
     "Svd",

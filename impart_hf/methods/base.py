@@ -51,6 +51,7 @@ class MethodConfig(abc.ABC):
     name: ClassVar[str]
     quantises: ClassVar[bool] = False  # whether it can use the second moments of a layer's inputs
     factored: ClassVar[bool] = False  # whether it works on the singular components
+    shares_budget: ClassVar[bool] = False  # whether one budget is spread over all matrices by their spectra
     random: ClassVar[bool] = True  # whether the seed makes a difference: whether entries are dropped
 
     compression_ratio: float = 32.0
@@ -108,6 +109,25 @@ class MethodConfig(abc.ABC):
     def wanted(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
         """How many components a factored method stores, estimated from the leading singular values (see `Wanted`)."""
         raise NotImplementedError(f"{self.name} does not work on singular components")
+
+    def most_components(self, rows: int, columns: int, max_bytes: int) -> int:
+        """How many components of a matrix have to be known to say what they are worth.
+
+        For methods with `shares_budget`.
+
+        Args:
+            max_bytes: budget of the matrix in proportion to its size.
+        """
+        raise NotImplementedError(f"{self.name} spreads no budget")
+
+    def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
+        """The bytes of every matrix's record, together `max_bytes` at most. For methods with `shares_budget`.
+
+        Args:
+            spectra: float64, of each matrix the leading singular values; empty for one that the fine-tune left alone.
+            shapes: (m, n) of each.
+        """
+        raise NotImplementedError(f"{self.name} spreads no budget")
 
     def check_shapes(self, shapes: list[tuple[int, int]]) -> None:
         """See that the settings make sense for matrices of these shapes.

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..modeling.delta_record import MAX_THRESHOLD
 from .base import Encoded, EncodingTask
-from .mixed_precision import MixedPrecision
+from .mixed_precision import MixedPrecision, quantised
 from .records import factored_bytes, factored_record
 
 
@@ -35,5 +35,6 @@ class DeltaComeConfig(MixedPrecision):
         rank = self.wanted(np.empty(0), rows, columns, task.max_bytes)
         u, sigma, v = (part[..., :rank] for part in task.svd(task.delta, lambda _: rank))
         keep_all = np.full(rank, MAX_THRESHOLD, np.uint16)
-        u, weights, v, notes = self.quantised(u, sigma, v, keep_all, task.mask_seed, task.hessian)
-        return Encoded(factored_record(task.delta, u, weights, v, keep_all, self.widths(rank), task.mask_seed), notes)
+        widths = self.widths(rank)
+        u, weights, v, notes = quantised(u, sigma, v, keep_all, widths, task.mask_seed, task.hessian)
+        return Encoded(factored_record(task.delta, u, weights, v, keep_all, widths, task.mask_seed), notes)

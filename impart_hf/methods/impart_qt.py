@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from .allocation import ImportanceAllocation
 from .base import Encoded, EncodingTask
-from .mixed_precision import MixedPrecision
+from .mixed_precision import MixedPrecision, quantised
 from .records import factored_record
 
 
@@ -22,6 +22,6 @@ class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
 
     def _encode(self, task: EncodingTask) -> Encoded:
         factors, thresholds, notes = self.sparsify(task.delta, task.max_bytes, task.mask_seed, task.svd)
-        u, weights, v, more = self.quantised(*factors, thresholds, task.mask_seed, task.hessian)
         widths = self.widths(len(thresholds))
+        u, weights, v, more = quantised(*factors, thresholds, widths, task.mask_seed, task.hessian)
         return Encoded(factored_record(task.delta, u, weights, v, thresholds, widths, task.mask_seed), notes + more)

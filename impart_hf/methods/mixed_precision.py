@@ -64,44 +64,45 @@ class MixedPrecision(MethodConfig):
         """Bits of the first `count` components' values, shape (count,)."""
         return np.repeat(self.bits, [*self.groups, max(count, 1)])[:count]
 
-    def quantised(
-        self,
-        u: torch.Tensor,
-        sigma: torch.Tensor,
-        v: torch.Tensor,
-        thresholds: np.ndarray,
-        mask_seed: int,
-        hessian: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, tuple[str, ...]]:
-        """Levels between -1 and 1 for U and V, masked and quantised (algorithm 2).
 
-        Args:
-            u, sigma, v: float32 of shapes (m, r), (r,), (n, r).
-            thresholds: uint16 (r,), of the masks of both.
-            mask_seed: the record's.
-            hessian: float32 (n, n), or None.
+def quantised(
+    u: torch.Tensor,
+    sigma: torch.Tensor,
+    v: torch.Tensor,
+    thresholds: np.ndarray,
+    widths: np.ndarray,
+    mask_seed: int,
+    hessian: torch.Tensor | None,
+) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, tuple[str, ...]]:
+    """Levels between -1 and 1 for U and V, masked and quantised (algorithm 2).
 
-        Returns:
-            U's levels (m, r), the weights of the components as `factored_record` wants them, V's levels (n, r), notes.
-        """
-        widths = self.widths(len(thresholds))
-        tops = torch.from_numpy(2.0**widths - 1).to(u)
-        mask_u, mask_v = (
-            keep_mask(mask_seed, side, thresholds, len(part), part.device) for side, part in enumerate((u, v))
-        )
-        scale_u, scale_v = (_scales(part.t(), mask, widths) for part, mask in ((u, mask_u), (v, mask_v)))
-        rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
-        grid = Grid(scale_v[:, None], tops[:, None])
-        found_v = quantise(v.t(), mask_v, hessian, grid)
-        weights = sigma * rescale * unbiased(v.t(), found_v.values, mask_v, hessian)
-        passed = None
-        if hessian is not None:
-            factor = found_v.values * weights[:, None]
-            passed = factor @ hessian @ factor.t()
-        found_u = quantise(u, mask_u.t(), passed, Grid(scale_u[None], tops[None]))
-        weights *= unbiased(u.t(), found_u.values.t(), mask_u) * scale_u * scale_v
-        notes = tuple(dict.fromkeys((*found_v.notes, *found_u.notes)))
-        return found_u.values / scale_u, weights.double().cpu().numpy(), (found_v.values / scale_v[:, None]).t(), notes
+    Args:
+        u, sigma, v: float32 of shapes (m, r), (r,), (n, r).
+        thresholds: uint16 (r,), of the masks of both.
+        widths: (r,), bits of each component's values.
+        mask_seed: the record's.
+        hessian: float32 (n, n), or None.
+
+    Returns:
+        U's levels (m, r), the weights of the components as `factored_record` wants them, V's levels (n, r), notes.
+    """
+    tops = torch.from_numpy(2.0**widths - 1).to(u)
+    mask_u, mask_v = (
+        keep_mask(mask_seed, side, thresholds, len(part), part.device) for side, part in enumerate((u, v))
+    )
+    scale_u, scale_v = (_scales(part.t(), mask, widths) for part, mask in ((u, mask_u), (v, mask_v)))
+    rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
+    grid = Grid(scale_v[:, None], tops[:, None])
+    found_v = quantise(v.t(), mask_v, hessian, grid)
+    weights = sigma * rescale * unbiased(v.t(), found_v.values, mask_v, hessian)
+    passed = None
+    if hessian is not None:
+        factor = found_v.values * weights[:, None]
+        passed = factor @ hessian @ factor.t()
+    found_u = quantise(u, mask_u.t(), passed, Grid(scale_u[None], tops[None]))
+    weights *= unbiased(u.t(), found_u.values.t(), mask_u) * scale_u * scale_v
+    notes = tuple(dict.fromkeys((*found_v.notes, *found_u.notes)))
+    return found_u.values / scale_u, weights.double().cpu().numpy(), (found_v.values / scale_v[:, None]).t(), notes
 
 
 def check_bits(name: str, bits: object) -> int:

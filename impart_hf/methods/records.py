@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..modeling.checksums import tensor_bytes
-from ..modeling.delta_decode import decode_record
+from ..modeling.delta_decode import decode_record, normal_levels
 from ..modeling.delta_record import (
     BFLOAT16,
     DIRECT,
@@ -17,9 +17,11 @@ from ..modeling.delta_record import (
     KEEP_PER_COLUMN,
     KEEP_SHARED,
     MAX_THRESHOLD,
+    NORMAL_LEVELS,
     SEGMENT_BYTES,
     Record,
     Segment,
+    code_bits,
     code_bytes,
     pack_record,
 )
@@ -83,12 +85,20 @@ def pack_levels(codes: torch.Tensor, width: int) -> np.ndarray:
     return packed[: code_bytes(len(codes), width)].cpu().numpy()
 
 
+def nearest_normal(values: torch.Tensor, width: int) -> torch.Tensor:
+    """uint8: the codes of the nearest of the levels for normally distributed numbers."""
+    levels = normal_levels(width, values.device)
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
 def _codes(values: torch.Tensor, width: int) -> np.ndarray:
-    """The codes of kept values: floats, or levels between -1 and 1."""
+    """The codes of kept values: floats, or levels."""
     if width == FLOAT16:
         return tensor_bytes(values.to(torch.float16))
     if width == BFLOAT16:
         return tensor_bytes(values.to(torch.bfloat16))
+    if width in NORMAL_LEVELS:
+        return pack_levels(nearest_normal(values, width), code_bits(width))
     top = (1 << width) - 1
     return pack_levels(((values + 1) * (top / 2)).round().to(torch.uint8), width)
 
@@ -122,7 +132,8 @@ def factored_record(
 
     Args:
         delta: float32 (m, n), what the record stands for; for the measured error.
-        u, v: float32 of shapes (m, r), (n, r): values to be stored as floats, or levels between -1 and 1.
+        u, v: float32 of shapes (m, r), (n, r): values to be stored as floats, or levels: between -1 and 1, or for
+            normally distributed numbers.
         weights: float64 (r,), not negative: singular values times the 1/q^2 of both masks (eq. 4 and 5), and times
             the scales of the levels. The decoder needs no knowledge of the method then.
         thresholds: uint16 of shape (r,), the same for U and V.

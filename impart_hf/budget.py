@@ -1,0 +1,75 @@
+"""The bytes of every matrix, for methods that spread one budget over a model by what its components are worth."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from .methods import MethodConfig, Svd, method_for
+from .modeling.checkpoints import Checkpoint
+from .plan import TensorPlan
+from .progress import Progress
+
+# Squares of smaller numbers vanish in float32: such a delta has no norm, and moves no model.
+_NOTHING = 1e-15
+
+SvdOf = Callable[[str, int], Svd]
+
+
+def deltas_of(
+    tensor: TensorPlan, base: Checkpoint, finetuned: Checkpoint, device: torch.device
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    """The delta of each of a tensor's matrices, float32 (m, n), and whether it is anything at all."""
+    before = base.tensor(tensor.name)
+    after = finetuned.tensor(tensor.name)[: before.shape[0]]
+    stack = (-1, *tensor.shape[-2:])
+    for old, new in zip(before.reshape(stack), after.reshape(stack), strict=True):
+        delta = new.to(device, torch.float32) - old.to(device, torch.float32)
+        yield delta, bool(delta.abs().max() > _NOTHING)
+
+
+def shared_budgets(
+    tensors: list[TensorPlan],
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    method: MethodConfig,
+    device: torch.device,
+    svd_of: SvdOf,
+    progress: Progress,
+) -> dict[str, list[int]]:
+    """Decompose every matrix, and give each the bytes that its components are worth.
+
+    Args:
+        tensors: that are to be encoded, with budgets in proportion to their sizes: what these add up to is spread.
+        method: that of the user, with `shares_budget`; tensors that another method encodes keep their budgets.
+        svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components and keeps
+            them for the encoding.
+
+    Returns:
+        By tensor name, the bytes of each of its matrices.
+    """
+    tensors = [tensor for tensor in tensors if method_for(method, tensor.vocabulary) is method]
+    found: list[tuple[TensorPlan, np.ndarray]] = []
+    with progress.bar(sum(tensor.dense_bytes for tensor in tensors), "Decomposing", "B") as bar:
+        for tensor in tensors:
+            bar.set_postfix_str(tensor.name)
+            for number, (delta, is_any) in enumerate(deltas_of(tensor, base, finetuned, device)):
+                spectrum = np.empty(0)
+                if is_any:
+                    rows, columns = delta.shape
+                    most = method.most_components(rows, columns, tensor.max_bytes // tensor.matrices)
+                    _, sigma, _ = svd_of(tensor.name, number)(delta, partial(_constant, most))
+                    spectrum = sigma.double().cpu().numpy()
+                found.append((tensor, spectrum))
+            bar.update(tensor.dense_bytes)
+    shapes = [(tensor.shape[-2], tensor.shape[-1]) for tensor, _ in found]
+    shares = method.allocate([spectrum for _, spectrum in found], shapes, sum(t.max_bytes for t in tensors))
+    budgets: dict[str, list[int]] = {tensor.name: [] for tensor in tensors}
+    for (tensor, _), share in zip(found, shares, strict=True):
+        budgets[tensor.name].append(share)
+    return budgets
+
+
+def _constant(count: int, _: np.ndarray) -> int:
+    return count

@@ -1,0 +1,205 @@
+"""ImPart by rate and distortion: the choice of bits, the codes, the budget of the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import naive_reader
+import numpy as np
+import pytest
+import torch
+from tiny_models import Pair, fine_tune, make_model, same_files, save_model, save_pair, tiny_config
+from transformers import AutoModelForCausalLM
+
+from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
+from impart_hf.cli import main
+from impart_hf.methods.impart_rd import _WIDTHS, _levels
+from impart_hf.methods.rate_distortion import NOISE, allocate, choose, price_for
+from impart_hf.methods.records import kept_ratios
+from impart_hf.modeling.delta_decode import decode_record
+from impart_hf.modeling.delta_record import Record, parse_record
+
+SHAPES = [(96, 96), (48, 128), (400, 64)]
+
+
+def make_delta(rows: int, columns: int, decay: float = 0.5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A delta whose singular values fall as a power of their index, and its singular vectors."""
+    generator = torch.Generator().manual_seed(0)
+    rank = min(rows, columns)
+    u = torch.linalg.qr(torch.randn(rows, rank, generator=generator))[0]
+    v = torch.linalg.qr(torch.randn(columns, rank, generator=generator))[0]
+    return 0.01 * (u * torch.arange(1, rank + 1).float() ** -decay) @ v.T, u, v
+
+
+def encode(delta: torch.Tensor, budget: int, hessian: torch.Tensor | None = None, **settings: float) -> Record:
+    data = ImPartRdConfig(**settings).encode(delta, budget, 1, hessian=hessian).data
+    assert len(data) <= max(budget, 32)
+    return parse_record(np.frombuffer(data, np.uint8), tuple(delta.shape), "delta")[0]
+
+
+@pytest.mark.parametrize("drop_weight", [1.5, 3.0, 8.0])
+@pytest.mark.parametrize("price", [1e-7, 1e-5, 1e-3, 1e-1])
+def test_no_other_choice_costs_less(price: float, drop_weight: float) -> None:
+    sigma, length = np.geomspace(1, 1e-3, 40), 320
+    found = choose(sigma, length, price, drop_weight)
+    grid = np.linspace(0.01, 1, 400)
+    for value, bits, threshold in zip(sigma, found.bits, found.thresholds, strict=True):
+
+        def cost(bits: int, kept: np.ndarray | float, energy: float = value**2) -> np.ndarray:
+            return energy * (((1 + NOISE[bits]) / kept) ** 2 - 1) + price * (bits * kept * length + 32)
+
+        best = min(drop_weight * value**2, *(cost(width, grid).min() for width in NOISE))
+        own = drop_weight * value**2 if bits == 0 else float(cost(bits, kept_ratios(np.array(threshold))))
+        assert own <= best * (1 + 1e-3)
+
+
+def test_noise_is_that_of_the_codes() -> None:
+    """Relative squared error of the unbiased code of normally distributed numbers, by bits."""
+    for bits, noise in NOISE.items():
+        plane = torch.randn(4, 100_000, generator=torch.Generator().manual_seed(bits))
+        found = _levels(plane, torch.ones_like(plane, dtype=torch.bool), _WIDTHS[bits])
+        scaled = found * (plane.square().sum(1) / (plane * found).sum(1))[:, None]
+        error = float((scaled - plane).square().sum() / plane.square().sum())
+        assert error == pytest.approx(noise, rel=0.05 if bits < 8 else 1.0), bits
+
+
+@pytest.mark.parametrize("budget", [500, 5_000, 50_000])
+def test_the_price_uses_up_the_budget(budget: int) -> None:
+    sigma, length = np.geomspace(1, 1e-2, 300), np.repeat([200, 600], 150)
+    price = price_for(sigma, length, budget, 3.0)
+    size = choose(sigma, length, price, 3.0).bytes.sum()
+    assert 0.9 * budget - 100 < size <= budget
+
+
+def test_bytes_go_where_they_are_worth_most() -> None:
+    spectra = [np.geomspace(10, 1, 64), np.geomspace(1, 0.1, 64), np.empty(0)]
+    sizes = allocate(spectra, [(64, 64)] * 3, 3000, 3.0)
+    assert sum(sizes) <= 3000 and sizes[0] > 2 * sizes[1] and sizes[2] == 40
+    assert sum(sizes) > 2800
+    assert allocate(spectra, [(64, 64)] * 3, 10, 3.0) == [40, 40, 40]  # nothing but headers
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ratio", [4, 12, 40])
+@pytest.mark.parametrize("drop_weight", [3.0, 10.0])
+def test_records_fit_and_another_reader_agrees(shape: tuple[int, int], ratio: int, drop_weight: float) -> None:
+    """With a high weight for what is dropped, entries are dropped instead: masks come into play."""
+    delta, _, _ = make_delta(*shape)
+    budget = delta.numel() * 2 // ratio
+    data = ImPartRdConfig(drop_weight=drop_weight).encode(delta, budget, 1).data
+    assert budget * 0.8 - sum(shape) // 4 < len(data) <= budget
+    record = parse_record(np.frombuffer(data, np.uint8), shape, "delta")[0]
+    if ratio > 4:  # else there is room for all components whole
+        assert (record.keep_ratios() < 1).any() == (drop_weight > 3)
+    ours = decode_record(record, "delta").double().numpy()
+    np.testing.assert_allclose(naive_reader.decode_record(data)[0], ours, atol=1e-6 * np.abs(ours).max())
+
+
+def test_every_width_is_used_and_none_is_biased() -> None:
+    delta, u, v = make_delta(256, 256, decay=1.2)
+    record = encode(delta, 9000)
+    assert [s.width_u for s in record.segments] == [8, 36, 35, 34, 1]
+    found = decode_record(record, "delta")
+    along = ((u.T @ found) * v.T).sum(1)[: record.rank] / ((u.T @ delta) * v.T).sum(1)[: record.rank]
+    assert float(along.mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_calibration_changes_the_output_less() -> None:
+    delta, _, _ = make_delta(96, 128)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(128, 128, generator=generator) * torch.arange(1, 129).float() ** -0.7
+    inputs = torch.randn(1024, 128, generator=generator) @ mixing.T
+    hessian = inputs.T @ inputs / len(inputs)
+    errors = []
+    for given in (None, hessian):
+        error = decode_record(encode(delta, 2500, given), "delta") - delta
+        errors.append(float((error @ hessian * error).sum()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_matrix_that_is_worth_nothing_is_dropped() -> None:
+    delta, _, _ = make_delta(64, 64)
+    encoded = ImPartRdConfig().encode(delta, 40, 1)
+    assert len(encoded.data) == 32 and "dropped" in encoded.notes[0]
+    assert not decode_record(parse_record(np.frombuffer(encoded.data, np.uint8), (64, 64), "d")[0], "d").any()
+
+
+@pytest.mark.parametrize("weight", [0.5, float("inf"), float("nan"), "3"])
+def test_wrong_settings(weight: object) -> None:
+    with pytest.raises(ValueError, match="drop_weight must be"):
+        ImPartRdConfig(drop_weight=weight)  # type: ignore[arg-type]
+
+
+def test_the_budget_is_the_models(tmp_path: Path) -> None:
+    """A layer whose delta is ten times as large has the bytes; the embeddings take part."""
+    base = make_model(tiny_config("llama"), dtype=torch.float32)
+    tuned = fine_tune(base, 1, strength=0.3, only=lambda name: "layers.0." in name)
+    tuned = fine_tune(tuned, 2, strength=0.03, only=lambda name: "layers.0." not in name)
+    save_model(base, tmp_path / "base")
+    save_model(tuned, tmp_path / "tuned")
+    report = compress(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "delta", ImPartRdConfig(5.0))
+    assert report.ratio >= 5 and not report.shortfall
+    sizes = {tensor.name: tensor.bytes for tensor in report.tensors if tensor.kind == "encoded"}
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert sizes[name.format(0)] > 3 * sizes[name.format(1)]
+    assert "model.embed_tokens.weight" in sizes
+    AutoModelForCausalLM.from_pretrained(tmp_path / "delta")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "delta", "tuned"]
+
+
+def test_experts(tmp_path: Path) -> None:
+    pair = save_pair(tmp_path, tiny_config("mixtral"))
+    compress(str(pair.base), str(pair.finetuned), tmp_path / "delta", ImPartRdConfig(compression_ratio=8))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "delta")
+
+
+def test_nearer_than_impart_qt_at_equal_bytes(tiny_pair: Pair, tmp_path: Path) -> None:
+    """Less error that adds up: the outputs on some tokens are nearer to the fine-tune's."""
+    wanted = AutoModelForCausalLM.from_pretrained(tiny_pair.finetuned, dtype=torch.float32)
+    tokens = torch.arange(64).view(2, 32)
+    errors = []
+    for method in (ImPartRdConfig(compression_ratio=8), ImPartQtConfig(compression_ratio=8, groups=(1, 4))):
+        compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / method.name, method)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / method.name, dtype=torch.float32)
+        errors.append(float((model(tokens).logits - wanted(tokens).logits).square().mean()))
+    assert errors[0] < errors[1]
+
+
+def test_a_stopped_run_goes_on_with_what_was_decomposed(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = str(tiny_pair.base), str(tiny_pair.finetuned)
+    compress(*arguments, tmp_path / "whole", ImPartRdConfig(8.0))
+    calls = []
+
+    def stopping(self: ImPartRdConfig, *rest: object, **more: object) -> object:
+        calls.append(rest)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode_(self, *rest, **more)
+
+    encode_ = ImPartRdConfig.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(ImPartRdConfig, "encode", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            compress(*arguments, tmp_path / "delta", ImPartRdConfig(8.0))
+    monkeypatch.setattr("impart_hf.svd_store.leading_svd", None)
+    compress(*arguments, tmp_path / "delta", ImPartRdConfig(8.0))
+    assert (tmp_path / "delta" / "delta_model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "delta_model.safetensors"
+    ).read_bytes()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_size_instead_of_a_ratio(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pair = [str(tiny_pair.base), str(tiny_pair.finetuned)]
+    report = compress(*pair, tmp_path / "delta", max_bytes="60KB")
+    assert 50_000 < report.repository_bytes <= 60_000 and report.method["name"] == "impart-rd"
+    command = ["compress", *pair, str(tmp_path / "command"), "--max-bytes", "60000", "--quiet"]
+    assert main(command) == 0
+    assert same_files(tmp_path / "delta", tmp_path / "command")
+    assert main([*command, "--ratio", "4"]) == 1
+    assert "give --ratio or --max-bytes, not both" in capsys.readouterr().err
+    for size, message in (("1TB", "is no less than what the weights"), ("much", "max_bytes must be a number of bytes")):
+        with pytest.raises(ValueError, match=message):
+            compress(*pair, tmp_path / "no", max_bytes=size)
