@@ -41,7 +41,7 @@ def accuracy(delta: torch.Tensor, parts: Sequence[torch.Tensor], exact: torch.Te
     optimum = float(exact[rank:].double().norm())
     eye = torch.eye(rank, device=delta.device)
     return {
-        "excess error": remains / optimum - 1,
+        "excess error": remains / optimum - 1 if optimum else 0.0,  # all components: nothing remains to be excessive
         "singular values": float((sigma / exact[:rank] - 1).abs().max()),
         "orthogonality": float(torch.stack([(w.t() @ w - eye).abs().max() for w in (u, v)]).max()),
     }

@@ -30,6 +30,7 @@ from transformers.utils import logging
 from impart_hf import MergeConfig, MergeModel, merge
 from impart_hf.calibration_text import calibration_tokens
 from impart_hf.evaluate import load, perplexity
+from impart_hf.merging.config import MERGE_METHODS
 from impart_hf.merging.search import DENSITIES, LAMBDAS, TRIMS, tune_merge
 
 METHODS = {
@@ -103,8 +104,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 {"normalize": True} if method.endswith("ties") else {},
             )  # fmt: skip
             found = tune_merge(
-                config, Path(scratch, f"{method}-tuned"), validation, lambdas=arguments.lambdas, trims=arguments.trims,
-                densities=arguments.densities, samples=arguments.samples, length=arguments.length,
+                config, Path(scratch, f"{method}-tuned"), validation, lambdas=arguments.lambdas,
+                trims=arguments.trims if MERGE_METHODS[method].consensus else None,
+                densities=arguments.densities if MERGE_METHODS[method].sparsifier else None, samples=arguments.samples, length=arguments.length,
                 batch_size=arguments.batch_size, device=arguments.device, progress=sys.stderr.isatty(),
             )  # fmt: skip
             runs = []

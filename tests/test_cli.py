@@ -55,7 +55,7 @@ def test_inspect_table_and_json(repository: Path, capsys: pytest.CaptureFixture[
     assert "model.layers.1.mlp.down_proj.weight" in table and "64x128" in table
     assert main(["inspect", str(repository), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["method"]["name"] == "impart"
+    assert content["method"]["name"] == "impart-rd"
     rows = {t["name"]: t for t in content["tensors"]}
     down = rows["model.layers.1.mlp.down_proj.weight"]
     assert down["full_rank"] == 64 and 0 < down["rank"] < 64 and 0 < down["keep_ratio"] <= 1
@@ -135,6 +135,6 @@ def test_optimum_cli_has_the_same_commands(repository: Path) -> None:
     optimum = str(Path(sys.executable).with_name("optimum-cli"))
     command = [optimum, "impart", "inspect", str(repository), "--json"]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert json.loads(found.stdout)["method"]["name"] == "impart"
+    assert json.loads(found.stdout)["method"]["name"] == "impart-rd"
     wrong = subprocess.run([optimum, "impart", "verify", "/nowhere/at all"], capture_output=True, text=True)
     assert wrong.returncode == 1 and "impart-hf: error: " in wrong.stderr

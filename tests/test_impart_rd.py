@@ -137,8 +137,8 @@ def test_the_budget_is_the_models(tmp_path: Path) -> None:
     tuned = fine_tune(tuned, 2, strength=0.03, only=lambda name: "layers.0." not in name)
     save_model(base, tmp_path / "base")
     save_model(tuned, tmp_path / "tuned")
-    report = compress(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "delta", ImPartRdConfig(5.0))
-    assert report.ratio >= 5 and not report.shortfall
+    report = compress(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "delta", ImPartRdConfig(4.0))
+    assert report.ratio >= 4 and not report.shortfall
     sizes = {tensor.name: tensor.bytes for tensor in report.tensors if tensor.kind == "encoded"}
     name = "model.layers.{}.mlp.up_proj.weight"
     assert sizes[name.format(0)] > 3 * sizes[name.format(1)]
