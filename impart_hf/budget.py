@@ -13,6 +13,7 @@ from .progress import Progress
 
 # Squares of smaller numbers vanish in float32: such a delta has no norm, and moves no model.
 _NOTHING = 1e-15
+_MOST_SHARE = 2  # of the budget of a matrix by its size alone, up to which its components are looked at
 
 SvdOf = Callable[[str, int], Svd]
 
@@ -58,8 +59,9 @@ def shared_budgets(
                 spectrum = np.empty(0)
                 if is_any:
                     rows, columns = delta.shape
-                    most = method.most_components(rows, columns, tensor.max_bytes // tensor.matrices)
-                    _, sigma, _ = svd_of(tensor.name, number)(delta, partial(_constant, most))
+                    most = _MOST_SHARE * (tensor.max_bytes // tensor.matrices)
+                    wanted = partial(method.wanted, rows=rows, columns=columns, max_bytes=most)
+                    _, sigma, _ = svd_of(tensor.name, number)(delta, wanted)
                     spectrum = sigma.double().cpu().numpy()
                 found.append((tensor, spectrum))
             bar.update(tensor.dense_bytes)
@@ -69,7 +71,3 @@ def shared_budgets(
     for (tensor, _), share in zip(found, shares, strict=True):
         budgets[tensor.name].append(share)
     return budgets
-
-
-def _constant(count: int, _: np.ndarray) -> int:
-    return count

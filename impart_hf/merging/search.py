@@ -142,11 +142,10 @@ def tune_merge(
     grid = _grid(config, lambdas, trims, densities)
     inputs = MergeInputs(config, token=token, cache_dir=cache_dir)
     tokenizer = load_tokenizer(inputs.tokens.source, inputs.tokens.options)
-    vocabulary = text_config(inputs.result_config).vocab_size
+    vocabulary, length = text_config(inputs.result_config).vocab_size, within_positions(length, inputs.result_config)
     texts = {}
     for task, text in validation.items():
-        positions = within_positions(length, inputs.result_config)
-        texts[task] = calibration_tokens(text, tokenizer, samples=samples, length=positions)
+        texts[task] = calibration_tokens(text, tokenizer, samples=samples, length=length)
         check_vocabulary(texts[task], vocabulary, inputs.tokens.source)
     output.parent.mkdir(parents=True, exist_ok=True)
     tried: list[MergeCandidate] = []

@@ -7,9 +7,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..modeling.seeded_mask import keep_mask
 from .base import MethodConfig, Svd, check_number
-from .records import factored_bytes, kept_ratios, thresholds_of
+from .records import factored_bytes, kept_counts, kept_ratios, thresholds_of
 
 _MAX_FITS = 16
 
@@ -62,10 +61,7 @@ class ImportanceAllocation(MethodConfig):
         for _ in range(_MAX_FITS):
             sparsity = self._sparsity_for(spectrum, rows, columns, budget)
             thresholds = thresholds_of(keep_ratios(spectrum, full_rank, sparsity, self.beta, self.c))
-            kept = [
-                keep_mask(mask_seed, side, thresholds, length, delta.device).sum(1).cpu().numpy()
-                for side, length in enumerate((rows, columns))
-            ]
+            kept = kept_counts(mask_seed, thresholds, (rows, columns), delta.device)
             excess = factored_bytes(self.widths(len(thresholds)), *kept) - max_bytes
             if excess <= 0:
                 break

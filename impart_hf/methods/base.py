@@ -110,16 +110,6 @@ class MethodConfig(abc.ABC):
         """How many components a factored method stores, estimated from the leading singular values (see `Wanted`)."""
         raise NotImplementedError(f"{self.name} does not work on singular components")
 
-    def most_components(self, rows: int, columns: int, max_bytes: int) -> int:
-        """How many components of a matrix have to be known to say what they are worth.
-
-        For methods with `shares_budget`.
-
-        Args:
-            max_bytes: budget of the matrix in proportion to its size.
-        """
-        raise NotImplementedError(f"{self.name} spreads no budget")
-
     def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
         """The bytes of every matrix's record, together `max_bytes` at most. For methods with `shares_budget`.
 

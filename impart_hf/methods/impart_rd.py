@@ -24,6 +24,7 @@ from .records import (
     empty_record,
     factored_bytes,
     factored_record,
+    kept_counts,
     nearest_normal,
     runs,
 )
@@ -31,7 +32,6 @@ from .records import (
 _WIDTHS = {bits: bits + 32 if bits + 32 in NORMAL_LEVELS else bits for bits in NOISE}
 # No component that is worth its bytes keeps less than this share of a bit for each entry, see `rate_distortion`
 _LEAST_BITS = 0.75
-_MOST_SHARE = 2.0  # of the budget of a matrix by its size alone, up to which its components are looked at
 _MAX_FITS = 16
 
 
@@ -68,9 +68,6 @@ class ImPartRdConfig(MethodConfig):
         most = 8 * max_bytes / (_LEAST_BITS * (rows + columns) + 8 * COMPONENT_BYTES)
         return min(min(rows, columns), 1 + int(most))
 
-    def most_components(self, rows: int, columns: int, max_bytes: int) -> int:
-        return self.wanted(np.empty(0), rows, columns, int(_MOST_SHARE * max_bytes))
-
     def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
         return allocate(spectra, shapes, max_bytes, self.drop_weight)
 
@@ -104,11 +101,7 @@ class ImPartRdConfig(MethodConfig):
             price = price_for(sigma, rows + columns, budget, self.drop_weight)
             choice = choose(sigma, rows + columns, price, self.drop_weight)
             count = int((choice.bits > 0).sum())
-            masks = [
-                keep_mask(task.mask_seed, side, choice.thresholds[:count], length, task.delta.device)
-                for side, length in enumerate((rows, columns))
-            ]
-            kept = [mask.sum(1).cpu().numpy() for mask in masks]
+            kept = kept_counts(task.mask_seed, choice.thresholds[:count], (rows, columns), task.delta.device)
             excess = factored_bytes(_widths(choice.bits[:count]), *kept) - task.max_bytes
             if excess <= 0:
                 return choice

@@ -71,6 +71,15 @@ def factored_bytes(widths: np.ndarray, *kept: np.ndarray) -> int:
     return size
 
 
+def kept_counts(
+    mask_seed: int, thresholds: np.ndarray, shape: tuple[int, int], device: torch.device
+) -> list[np.ndarray]:
+    """For U and for V of a matrix (m, n), how many entries of each component the masks keep, int64 (r,)."""
+    return [
+        keep_mask(mask_seed, side, thresholds, length, device).sum(1).cpu().numpy() for side, length in enumerate(shape)
+    ]
+
+
 def pack_levels(codes: torch.Tensor, width: int) -> np.ndarray:
     """Codes (uint8, one-dimensional) of `width` bits packed densely, least significant bit first, as uint8.
 
