@@ -25,8 +25,8 @@ from workspaces import differing, finished, hidden
 from impart_hf import compress
 from impart_hf.calibration_text import calibration_tokens
 from impart_hf.cli import main
-from impart_hf.evaluate import evaluate, load
 from impart_hf.distilling import DistillSettings
+from impart_hf.evaluate import evaluate, load
 from impart_hf.methods import DareQtConfig, ImPartConfig, MethodConfig, method_class
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.progress import Progress

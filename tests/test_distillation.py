@@ -12,16 +12,26 @@ from tiny_models import Pair, edit_tensors, fine_tune, load_tensors, make_model,
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from impart_hf import DareConfig, LowRankConfig
+from impart_hf import (
+    BitDeltaConfig,
+    DareConfig,
+    DareQtConfig,
+    ImPartConfig,
+    ImPartQtConfig,
+    ImPartRdConfig,
+    LowRankConfig,
+)
 from impart_hf.distilling import DistillReport, DistillSettings
 from impart_hf.distilling import distill as distill_records
 from impart_hf.distilling.distillation import _divergence
 from impart_hf.distilling.student import attach, load_model, owners_of, student_tensors
+from impart_hf.distilling.trained_delta import TrainedDelta
 from impart_hf.methods import MethodConfig
 from impart_hf.methods.records import empty_record
 from impart_hf.modeling.checkpoints import Checkpoint, CheckpointError, HubOptions
 from impart_hf.modeling.delta_decode import decode_planes, decode_record
 from impart_hf.modeling.delta_record import FACTORED, pack_record, parse_stack
+from impart_hf.training import StepWatch
 
 TOKENS = torch.randint(4, 320, (16, 24), generator=torch.Generator().manual_seed(0))
 HELD_OUT = TOKENS[-2:]
@@ -255,6 +265,131 @@ def test_rows_added_to_the_vocabulary(tmp_path: Path) -> None:
     assert report.untrained == ("lm_head.weight", "model.embed_tokens.weight")
     assert report.after == pytest.approx(held_out_divergence(pair, result, tmp_path / "dense"), rel=1e-3)
     assert report.after < report.before
+
+
+CODED = {
+    "impart-rd": ImPartRdConfig(),
+    "impart-qt": ImPartQtConfig(groups=(1, 4)),
+    "impart": ImPartConfig(),
+    "bitdelta": BitDeltaConfig(),
+    "dare-qt": DareQtConfig(),
+    "dare": DareConfig(),
+}
+
+
+@pytest.mark.parametrize("method", CODED)
+def test_values_are_trained_and_cost_no_byte(pair: Pair, method: str, tmp_path: Path) -> None:
+    records = encode(pair, CODED[method], 24)
+    settings = DistillSettings(steps=60, batch_size=8, validation_share=0.02)
+    tokens = torch.cat([torch.randint(4, 320, (112, 24), generator=torch.Generator().manual_seed(1)), HELD_OUT])
+    result, report = distill(pair, records, settings, tokens)
+    assert report.after < report.before
+    assert report.after == pytest.approx(held_out_divergence(pair, result, tmp_path / "dense"), rel=1e-3)
+    scales = distill(pair, records, dataclasses.replace(settings, trains="scales"), tokens)[1]
+    assert report.after < scales.after and report.before == scales.before
+    before, after = load_tensors(pair.base), load_tensors(pair.finetuned)
+    for name, data in result.items():
+        assert len(data) == len(records[name])
+        (old,), (new,) = parsed(records)[name], parsed(result)[name]
+        assert np.array_equal(old.thresholds, new.thresholds) and old.segments == new.segments
+        if old.rank != 0 or old.layout != FACTORED:
+            assert not np.array_equal(old.codes, new.codes), name
+            delta = after[name].float() - before[name].float()
+            error = (decode_record(new, name) - delta).norm() / delta.norm()
+            assert new.relative_error == pytest.approx(error.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", CODED)
+def test_training_begins_with_what_is_stored(pair: Pair, method: str) -> None:
+    """Values lie in the cells of their codes: before the first step nothing has changed."""
+    records = encode(pair, CODED[method], 12)
+    for name, data in records.items():
+        (record,) = parsed({name: data})[name]
+        exact = load_tensors(pair.finetuned)[name].float() - load_tensors(pair.base)[name].float()
+        delta = TrainedDelta([record], name, exact[None], torch.device("cpu"))
+        assert torch.allclose(delta(torch.zeros_like(exact)), decode_record(record, name), atol=1e-7)
+        (folded,) = delta.fold()
+        assert np.array_equal(folded.codes, record.codes), name
+
+
+def test_gradients_go_straight_through_the_rounding(pair: Pair) -> None:
+    """That of a latent is that of its stored value, in the latent's unit."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    (record,) = parsed(encode(pair, ImPartRdConfig(), 12))[name]
+    exact = load_tensors(pair.finetuned)[name].float() - load_tensors(pair.base)[name].float()
+    delta = TrainedDelta([record], name, exact[None], torch.device("cpu"))
+    weights = torch.randn(exact.shape, generator=torch.Generator().manual_seed(0))
+    (delta(torch.zeros_like(exact)) * weights).sum().backward()
+    u, v = (plane.dense().requires_grad_() for plane in decode_planes(record, name))
+    sigma = torch.from_numpy(record.sigma.astype(np.float32)) * record.scale
+    ((u.t() * sigma) @ v * weights).sum().backward()
+    for plane, exact_values in zip(delta.planes, (u, v), strict=True):
+        assert torch.allclose(plane.latents.grad, exact_values.grad.flatten() * plane.units, rtol=1e-4, atol=1e-7)
+
+
+def test_tied_embeddings_learn_from_both_ends(tmp_path: Path) -> None:
+    pair = save_pair(tmp_path, tiny_config("llama-tied"))
+    records = spoiled({n: d for n, d in encode(pair, ImPartRdConfig(), 8).items() if "embed" in n})
+    assert len(records) == 1
+    result, report = distill(pair, records, DistillSettings(steps=40, batch_size=4))
+    assert report.after < 0.5 * report.before and report.untrained == ()
+    assert report.after == pytest.approx(held_out_divergence(pair, result, tmp_path / "dense"), rel=1e-3)
+
+
+def test_training_stops_early_and_keeps_the_best(pair: Pair) -> None:
+    records = encode(pair, BitDeltaConfig(), 16)
+    settings = DistillSettings(steps=400, scale_rate=1, code_rate=1, batch_size=4, checks=50, patience=2)
+    _, report = distill(pair, records, settings)
+    assert report.steps <= report.best_step + 2 * 8 < 400
+    assert report.after <= report.before
+
+
+def test_interrupted_training_goes_on(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records, settings = (
+        encode(pair, ImPartRdConfig(), 24),
+        DistillSettings(steps=24, batch_size=4, checks=4, patience=8),
+    )
+    options = HubOptions()
+    models = Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options)
+    unbroken = distill_records(*models, records, TOKENS, settings)
+    watched, seen = StepWatch.on_log, []
+
+    def stop(self: StepWatch, args: Any, state: Any, *others: Any, logs: Any = None, **named: Any) -> None:
+        if "loss" in logs:
+            seen.append(state.global_step)
+        if seen == list(range(1, 16)):
+            raise KeyboardInterrupt
+        watched(self, args, state, *others, logs=logs, **named)
+
+    monkeypatch.setattr(StepWatch, "on_log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill_records(*models, records, TOKENS, settings, checkpoints=tmp_path)
+    # A checkpoint that was cut short while it was written
+    shutil.copytree(tmp_path / "checkpoint-12", tmp_path / "checkpoint-18")
+    (tmp_path / "checkpoint-18" / "trainer_state.json").unlink()
+    seen.clear()
+    assert distill_records(*models, records, TOKENS, settings, checkpoints=tmp_path) == unbroken
+    assert seen[0] == 13
+
+
+def test_accumulated_gradients_are_those_of_the_batch(pair: Pair) -> None:
+    records = encode(pair, ImPartRdConfig(), 24)
+    fields = [{"gradient_accumulation_steps": parts} for parts in (1, 4)]
+    settings = [DistillSettings(steps=8, batch_size=4, training=training) for training in fields]
+    reports = [distill(pair, records, each)[1] for each in settings]
+    assert reports[0].after == pytest.approx(reports[1].after, rel=0.05) and reports[1].after < reports[1].before
+
+
+def test_mixed_precision(pair: Pair) -> None:
+    records = encode(pair, ImPartRdConfig(), 24)
+    report = distill(pair, records, DistillSettings(steps=16, batch_size=4, training={"bf16": True}))[1]
+    assert report.after < report.before
+
+
+@pytest.mark.parametrize("name", ["seed", "max_steps", "output_dir", "eval_steps"])
+def test_training_fields_that_are_not_the_users(pair: Pair, name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' cannot be set here"):
+        distill(pair, encode(pair, DareConfig(), 8), DistillSettings(training={name: 1}))
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ from impart_hf import (
     PrunedLlamaForCausalLM,
     compress,
 )
-from impart_hf.hub import push
 from impart_hf.distilling import DistillSettings
+from impart_hf.hub import push
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.plan import IncompatibleModelsError
 from impart_hf.reconstruct import open_repository, reconstruct, verify

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,11 @@ def train(
     """
     latents = [values for delta in pupil.deltas for values in delta.latents()]
     factors = [factor for delta in pupil.deltas for factor in delta.log_factors]
-    first = round(settings.scale_share * settings.steps)
-    groups = [{"params": factors, "lr": settings.scale_rate}]
-    rates = [lambda step: 1 - step / settings.steps]
+    groups: list[dict[str, Any]] = [{"params": factors, "lr": settings.scale_rate}]
+    rates = [partial(_rate, settings, 0.0)]
     if latents:
         groups.append({"params": latents, "lr": settings.code_rate})
-        rates.append(lambda step: (step >= first) * (1 - step / settings.steps))
+        rates.append(partial(_rate, settings, settings.scale_share))
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
     # An epoch's last batch would else be smaller, and its gradient noisier; too little text is one small batch
@@ -154,6 +154,13 @@ def train(
     finally:
         watch.close()
     return trainer.state.global_step, trainer.state.best_global_step or 0
+
+
+def _rate(settings: DistillSettings, start: float, step: int) -> float:
+    """Share of a learning rate that is in force at a step, for what is trained from a share of the steps on."""
+    progress = step / settings.steps
+    # Adam's first steps move all values at once, by as much as their rate: a step into the blue
+    return min(max(0.0, progress - start) / settings.warm_up, 1 - progress)
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -8,7 +8,7 @@ from ..methods.base import check_number
 
 TRAINED = ("codes", "scales")
 _RATES = ("scale_rate", "code_rate")
-_SHARES = ("scale_share", "validation_share")
+_SHARES = ("scale_share", "warm_up", "validation_share")
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,12 @@ class DistillSettings:
         trains: "codes": sizes first, then with them the kept values themselves; "scales": sizes alone, which are the
             singular values of a factored record, or the scales of a direct one.
         scale_rate: learning rate of the logarithms of the factors by which sizes change, in (0, 1]: at 0.01 a step
-            changes a size by about 1 %. All rates fall linearly to zero.
-        code_rate: learning rate of kept values, in (0, 1], in units of their root mean square.
+            changes a size by about 1 %.
+        code_rate: learning rate of kept values, in (0, 1], in units of their root mean square; half of it for each bit
+            of a code beyond the first.
         scale_share: share of the steps, in (0, 1), before values are trained as well.
+        warm_up: share of the steps, in (0, 1), in which a rate comes up to its full height, from when it begins on. All
+            rates fall linearly to zero.
         batch_size: sequences a step, over all processes and accumulated gradients, at least 1.
         validation_share: share of the sequences, in (0, 1), that is held out; rounded, but at least one sequence.
         checks: how often the held-out sequences are looked at, and the state is saved, at least 1.
@@ -35,7 +38,8 @@ class DistillSettings:
     trains: str = "codes"
     scale_rate: float = 0.05
     code_rate: float = 0.03
-    scale_share: float = 0.2
+    scale_share: float = 0.1
+    warm_up: float = 0.1
     batch_size: int = 8
     validation_share: float = 0.125
     checks: int = 8

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..methods.records import value_codes
 from ..modeling.delta_decode import Plane, decode_planes, normal_levels
-from ..modeling.delta_record import BFLOAT16, FACTORED, FLOAT16, NORMAL_LEVELS, Record
+from ..modeling.delta_record import BFLOAT16, FACTORED, FLOAT16, NORMAL_LEVELS, Record, code_bits
 
 _FLOATS = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 
@@ -55,16 +55,17 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0] * ctx.plane.unit, None
+        return gradients[0] * ctx.plane.units, None
 
 
 class _TrainedPlane(nn.Module):
     """The kept values of U, V or a direct plane.
 
     Attributes:
-        latents: float32 (kept,), what rounds to the stored values, in units of their root mean square; a parameter if
-            the values are trained, else None.
-        unit: that root mean square.
+        latents: float32 (kept,), what rounds to the stored values, in `units`; a parameter if the values are trained,
+            else None.
+        units: float32 (kept,), by how much a value may be changed in training in the same time: the root mean square of
+            all, halved for each bit of a code beyond the first, as its levels are closer together.
     """
 
     latents: Tensor | None
@@ -84,17 +85,20 @@ class _TrainedPlane(nn.Module):
         self._positions = plane.positions if len(plane.positions) < size else None
         ends = torch.searchsorted(plane.positions, plane.rows * torch.arange(plane.columns + 1, device=device)).tolist()
         self._runs = [(width, slice(ends[part.start], ends[part.stop])) for width, part in runs]
-        self.unit = float(plane.values.square().mean().sqrt()) if plane.values.any() else 1.0
         if wanted is None:
             self.latents, self._fixed = None, plane.values
             return
         kept = wanted.reshape(-1) if self._positions is None else wanted.reshape(-1)[self._positions]
         values = [_into_cells(kept[part], plane.values[part], width) for width, part in self._runs]
-        self.latents = nn.Parameter(torch.cat(values) / self.unit)
+        rms = float(plane.values.square().mean().sqrt()) or 1.0
+        halvings = [0 if width in _FLOATS else code_bits(width) - 1 for width, _ in self._runs]
+        counts = torch.tensor([part.stop - part.start for _, part in self._runs], device=device)
+        self.units = (rms * 0.5 ** torch.tensor(halvings, device=device)).repeat_interleave(counts)
+        self.latents = nn.Parameter(torch.cat(values) / self.units)
 
     def stored(self, values: Tensor) -> Tensor:
         """What of values (kept,) is stored, in the record's own units."""
-        values = values * self.unit
+        values = values * self.units
         return torch.cat([nearest_stored(values[part], width) for width, part in self._runs])
 
     def values(self) -> Tensor:
