@@ -48,6 +48,9 @@ def add_compress(commands: Any) -> None:
         type=int,
         help=f"sequences a step, over all processes (default: {DistillSettings.batch_size})",
     )
+    group.add_argument(
+        "--distill-blocks", type=int, metavar="N", help="train N decoder layers at a time, for models that do not fit"
+    )
     add_training_fields(group)
 
 
@@ -193,6 +196,7 @@ def _distill_settings(options: argparse.Namespace) -> DistillSettings | None:
         "steps": options.steps,
         "trains": options.trains,
         "batch_size": options.distill_batch_size,
+        "blocks": options.distill_blocks,
         "training": training_fields(options),
     }
     given = {name: value for name, value in given.items() if value is not None}

@@ -116,14 +116,21 @@ class StreamedModel:
         outside: those of `names` that are in no decoder layer.
         entrance: those of `outside` that running the decoder takes: all but the output projection.
         vocabulary: how many tokens it knows.
+        model: the model itself.
     """
 
-    def __init__(self, finetuned: Checkpoint, device: torch.device):
+    def __init__(self, finetuned: Checkpoint, device: torch.device, purpose: str = "calibration"):
+        """Make the model; nothing is read yet.
+
+        Args:
+            purpose: what it is for, for messages.
+        """
         try:
             from accelerate import init_empty_weights
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("calibration needs accelerate: pip install 'impart-hf[calibration]'") from error
-        self._finetuned, self.device = finetuned, device
+            raise ModuleNotFoundError(f"{purpose} needs accelerate: pip install 'impart-hf[calibration]'") from error
+        self._finetuned, self.device, self._purpose = finetuned, device, purpose
+        self._tuples = False  # whether its layers return such
         model_type = str(finetuned.config.get("model_type"))
         if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
             raise self.unsupported("transformers knows no causal language model of that type")
@@ -131,16 +138,16 @@ class StreamedModel:
         fields = json.loads(json.dumps(finetuned.config), object_hook=_special_float)
         config = CONFIG_MAPPING[model_type].from_dict(fields)
         with init_empty_weights(include_buffers=False):
-            self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for module in self._model.modules():
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
-        self._decoder = self._model.get_decoder()
+        self._decoder = self.model.get_decoder()
         self.vocabulary = self._decoder.get_input_embeddings().num_embeddings
-        prefix = next(name for name, module in self._model.named_modules() if module is self._decoder)
+        prefix = next(name for name, module in self.model.named_modules() if module is self._decoder)
         self.layers = self._find_layers(prefix, getattr(config.get_text_config(), "num_hidden_layers", None))
         self._check_parameters(prefix)
-        known = self._model.state_dict()
+        known = self.model.state_dict()
         self.names = [n for n in finetuned.names() if n in known and finetuned.dtype(n).is_floating_point]
         inside = tuple(f"{name}." for name in self.layers)
         self.outside = [name for name in self.names if not name.startswith(inside)]
@@ -149,7 +156,7 @@ class StreamedModel:
     def unsupported(self, why: str) -> ValueError:
         model_type = self._finetuned.config.get("model_type")
         return ValueError(
-            f"calibration is not available for models of type '{model_type}': {why}; compress without calibration"
+            f"{self._purpose} is not available for models of type '{model_type}': {why}; compress without it"
         )
 
     def _find_layers(self, prefix: str, count: int | None) -> dict[str, nn.Module]:
@@ -175,7 +182,7 @@ class StreamedModel:
     def put(self, name: str, tensor: Tensor) -> None:
         """Give a parameter or buffer its values; on the meta device, take them and their memory away."""
         owner, _, attribute = name.rpartition(".")
-        module = self._model.get_submodule(owner)
+        module = self.model.get_submodule(owner)
         tensor = tensor if tensor.is_meta else tensor.to(self.device, torch.float32)
         if attribute in module._buffers:
             module._buffers[attribute] = tensor
@@ -215,7 +222,9 @@ class StreamedModel:
         failures: list[Exception] = []
         for tuples in (False, True):  # what its layers return: in some architectures a tuple
             try:
-                return self._record_as(batch, tuples)
+                found = self._record_as(batch, tuples)
+                self._tuples = tuples
+                return found
             except (_NotPassedOn, TypeError, ValueError, AttributeError) as error:
                 failures.append(error)
         raise self.unsupported(
@@ -247,6 +256,61 @@ class StreamedModel:
         if len(arguments) != len(self.layers):
             raise _NotPassedOn(f"{len(arguments)} of {len(self.layers)} layers are called")
         return first[0], arguments
+
+    def check_output(self) -> None:
+        """See that logits can be had.
+
+        Raises:
+            ValueError: if not.
+        """
+        output = self.model.get_output_embeddings()
+        names = {name for name, module in self.model.named_modules() if module is output}
+        if not self._finetuned.tied and not any(f"{name}.weight" in self.names for name in names):
+            raise self.unsupported("its output projection is stored under another name than transformers uses")
+
+    def run(self, tokens: Tensor, hidden: Tensor | None, window: range) -> Tensor:
+        """Run some successive layers as a part of the model, with what is handed to them beside the hidden states.
+
+        Args:
+            tokens: int64 (sequences, length), on the device.
+            hidden: what the first of them is to be given, (sequences, length, size), on the device; None for what the
+                model itself gives its first layer.
+            window: numbers of the layers, which must be loaded, with the entrance, and the rest of the model if the
+                last layer is among them.
+
+        Returns:
+            What the next layer would be given, or if there is none, the logits.
+        """
+        output = self.model.get_output_embeddings()
+        if output is not None and output.weight.is_meta and self._finetuned.tied:
+            output.weight = self._decoder.get_input_embeddings().weight
+
+        def skipped(states: Tensor, *_: Any, **__: Any) -> Any:
+            handed_on = states if hidden is None else hidden
+            return (handed_on,) if self._tuples else handed_on
+
+        def reached(states: Tensor, *_: Any, **__: Any) -> Any:
+            raise _LayerReached(states)
+
+        layers = list(self.layers.values())
+        replaced = layers[: window.start] + layers[window.stop : window.stop + 1]
+        for layer in replaced:
+            layer.forward = reached if layer is replaced[-1] and window.stop < len(layers) else skipped
+        try:
+            return self.model(input_ids=tokens, use_cache=False).logits
+        except _LayerReached as found:
+            return found.states
+        finally:
+            for layer in replaced:
+                del layer.forward
+
+
+class _LayerReached(Exception):
+    """The layer whose input was wanted has it; what follows need not be run."""
+
+    def __init__(self, states: Tensor):
+        super().__init__()
+        self.states = states
 
 
 class _NotPassedOn(Exception):

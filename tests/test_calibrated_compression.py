@@ -482,7 +482,7 @@ def test_a_run_broken_off_in_distillation_goes_on(where: str, tiny_pair: Pair, d
     method, output = ImPartConfig(compression_ratio=8), tmp_path / "delta"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         if where == "in distillation":
-            patch.setattr("impart_hf.distilling.distillation.train", stop)
+            patch.setattr("impart_hf.distilling.end_to_end.train", stop)
         elif where == "after distillation":
             patch.setattr(RepositoryWriter, "write", stop)
         else:

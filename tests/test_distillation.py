@@ -21,9 +21,8 @@ from impart_hf import (
     ImPartRdConfig,
     LowRankConfig,
 )
-from impart_hf.distilling import DistillReport, DistillSettings
+from impart_hf.distilling import DistillReport, DistillSettings, text
 from impart_hf.distilling import distill as distill_records
-from impart_hf.distilling.distillation import _divergence
 from impart_hf.distilling.student import attach, load_model, owners_of, student_tensors
 from impart_hf.distilling.trained_delta import TrainedDelta
 from impart_hf.methods import MethodConfig
@@ -121,7 +120,7 @@ def test_gradients_are_those_of_the_dense_formula(kind: str, layout: str, tmp_pa
         for delta in deltas.values():
             for factors in delta.log_factors:
                 factors.copy_(0.3 * torch.randn(factors.shape, generator=generator))
-    _divergence(teacher, student, TOKENS).backward()
+    text.divergence(teacher(TOKENS).logits, student(TOKENS).logits).backward()
 
     weights, variables = {}, {}
     for name in names:
@@ -334,6 +333,62 @@ def test_tied_embeddings_learn_from_both_ends(tmp_path: Path) -> None:
     result, report = distill(pair, records, DistillSettings(steps=40, batch_size=4))
     assert report.after < 0.5 * report.before and report.untrained == ()
     assert report.after == pytest.approx(held_out_divergence(pair, result, tmp_path / "dense"), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "gemma2", "gpt-oss"])
+def test_block_by_block(kind: str, tmp_path: Path) -> None:
+    """What a group of layers learns, the next is fed by; the report is true for the whole model."""
+    pair = save_pair(tmp_path / "pair", tiny_config(kind))
+    records = spoiled(encode(pair, ImPartRdConfig(), 12))
+    settings = DistillSettings(steps=16, batch_size=4, blocks=1, patience=8)
+    result, report = distill(pair, records, settings)
+    assert report.after < 0.7 * report.before
+    assert report.before == pytest.approx(held_out_divergence(pair, records, tmp_path / "dense"), rel=1e-3)
+    assert report.after == pytest.approx(held_out_divergence(pair, result, tmp_path / "dense"), rel=1e-3)
+    assert {name: len(data) for name, data in result.items()} == {name: len(data) for name, data in records.items()}
+    outside = {name for name in records if "layers" not in name and name != "lm_head.weight"}
+    assert set(report.untrained) == outside
+    assert all(result[name] == records[name] for name in outside)
+
+
+def test_blocks_may_be_as_large_as_the_model(pair: Pair) -> None:
+    """Then there is one group, trained towards the logits: what end to end is, but for the embeddings."""
+    records = {n: d for n, d in encode(pair, ImPartRdConfig(), 24).items() if "embed" not in n}
+    settings = DistillSettings(steps=8, batch_size=4)
+    whole = distill(pair, records, settings)[1]
+    blocks = distill(pair, records, dataclasses.replace(settings, blocks=99))[1]
+    assert blocks.before == pytest.approx(whole.before, rel=1e-4)
+    assert blocks.after == pytest.approx(whole.after, rel=0.01)
+
+
+def test_interrupted_blocks_go_on(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = encode(pair, ImPartRdConfig(), 24)
+    settings = DistillSettings(steps=8, batch_size=4, checks=2, patience=8, blocks=1)
+    options = HubOptions()
+    models = Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options)
+    unbroken = distill_records(*models, records, TOKENS, settings)
+    watched, seen = StepWatch.on_log, []
+
+    def stop(self: StepWatch, args: Any, state: Any, *others: Any, logs: Any = None, **named: Any) -> None:
+        if "loss" in logs:
+            seen.append(state.global_step)
+        if seen == [*range(1, 9), *range(1, 7)]:
+            raise KeyboardInterrupt
+        watched(self, args, state, *others, logs=logs, **named)
+
+    monkeypatch.setattr(StepWatch, "on_log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill_records(*models, records, TOKENS, settings, checkpoints=tmp_path)
+    seen.clear()
+    assert distill_records(*models, records, TOKENS, settings, checkpoints=tmp_path) == unbroken
+    assert seen[0] == 5
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-neox"])
+def test_blocks_of_models_that_cannot_be_cut(kind: str, tmp_path: Path) -> None:
+    pair = save_pair(tmp_path, tiny_config(kind))
+    with pytest.raises(ValueError, match="distillation by blocks is not available for models of type '.*': its"):
+        distill(pair, encode(pair, DareConfig(), 8), DistillSettings(blocks=1))
 
 
 def test_training_stops_early_and_keeps_the_best(pair: Pair) -> None:

@@ -6,7 +6,8 @@ bits and levels stay: the file does not grow by a byte. BitDelta's loss is the m
 KL(fine-tune || compressed), by which a compressed model is judged in the end.
 """
 
-from .distillation import check_tokens, distill
+from .distillation import distill
 from .settings import TRAINED, DistillReport, DistillSettings
+from .text import check_tokens
 
 __all__ = ["TRAINED", "DistillReport", "DistillSettings", "check_tokens", "distill"]

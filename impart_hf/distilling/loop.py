@@ -131,7 +131,7 @@ def train(
     latents = [values for delta in pupil.deltas for values in delta.latents()]
     factors = [factor for delta in pupil.deltas for factor in delta.log_factors]
     groups: list[dict[str, Any]] = [{"params": factors, "lr": settings.scale_rate}]
-    rates = [partial(_rate, settings, 0.0)]
+    rates: list[Callable[[int], float]] = [partial(_rate, settings, 0.0)]
     if latents:
         groups.append({"params": latents, "lr": settings.code_rate})
         rates.append(partial(_rate, settings, settings.scale_share))

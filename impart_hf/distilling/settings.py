@@ -17,6 +17,9 @@ class DistillSettings:
 
     Attributes:
         steps: of Adam, at least 1.
+        blocks: None to train the whole model, towards the fine-tune's logits; else how many decoder layers are trained
+            at a time, each group in so many steps, towards the fine-tune's hidden states behind them, or its logits
+            behind the last. Not quite as good, and room for so many layers is enough.
         trains: "codes": sizes first, then with them the kept values themselves; "scales": sizes alone, which are the
             singular values of a factored record, or the scales of a direct one.
         scale_rate: learning rate of the logarithms of the factors by which sizes change, in (0, 1]: at 0.01 a step
@@ -35,6 +38,7 @@ class DistillSettings:
     """
 
     steps: int = 300
+    blocks: int | None = None
     trains: str = "codes"
     scale_rate: float = 0.05
     code_rate: float = 0.03
@@ -55,7 +59,8 @@ class DistillSettings:
         """
         if self.trains not in TRAINED:
             raise ValueError(f"trains must be one of {', '.join(TRAINED)}, got {self.trains!r}")
-        for name, least in (("steps", 1), ("batch_size", 1), ("checks", 1), ("patience", 1), ("seed", 0)):
+        counts = {"steps": 1, "batch_size": 1, "checks": 1, "patience": 1, "seed": 0}
+        for name, least in counts.items() if self.blocks is None else {"blocks": 1, **counts}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..modeling.checkpoints import Checkpoint, CheckpointError
-from ..modeling.delta_decode import add_delta
-from ..modeling.delta_record import parse_stack
+from ..modeling.delta_decode import add_delta, decode_record
+from ..modeling.delta_record import Record, pack_record, parse_stack
 from .trained_delta import TrainedDelta
 
 
@@ -69,12 +69,14 @@ def student_tensors(
     tensors, trained = {name: finetuned.tensor(name) for name in finetuned.names()}, set(trained)
     for name, data in records.items():
         before = base.tensor(name)
-        if name in trained:
-            tensors[name] = before
-        else:
-            added_rows = tensors[name][len(before) :].float()
-            tensors[name] = torch.cat([add_delta(before, data, name, torch.float32), added_rows])
+        tensors[name] = before if name in trained else compressed(base, finetuned, name, data)
     return tensors
+
+
+def compressed(base: Checkpoint, finetuned: Checkpoint, name: str, data: np.ndarray) -> torch.Tensor:
+    """A tensor as its records give it, with the rows added to it: float32."""
+    before = base.tensor(name)
+    return torch.cat([add_delta(before, data, name, torch.float32), finetuned.tensor(name)[len(before) :].float()])
 
 
 def attach(
@@ -103,3 +105,18 @@ def attach(
             owner.forward = partial(delta.embedding, base=base, padding=owner.padding_idx)
     assert delta is not None
     return delta
+
+
+def exact_delta(base: Checkpoint, finetuned: Checkpoint, name: str) -> torch.Tensor:
+    """The delta that a tensor's records stand for: float32 (matrices, m, n)."""
+    before, after = base.tensor(name), finetuned.tensor(name)
+    return (after[: len(before)].float() - before.float()).reshape(-1, *before.shape[-2:])
+
+
+def packed(stack: list[Record], exact: torch.Tensor, name: str) -> bytes:
+    """A tensor's records with the errors that they have now."""
+    for record, delta in zip(stack, exact, strict=True):
+        # A matrix of a stack may be equal to the base's: then there is no error to be relative to it
+        if (size := delta.norm()) > 0:
+            record.relative_error = float((decode_record(record, name) - delta).norm() / size)
+    return b"".join(map(pack_record, stack))

@@ -1,0 +1,233 @@
+"""Distillation of a few decoder layers at a time, for models of which two do not fit.
+
+Each group of layers is fed by the compressed layers before it, as they are after their own training, and trained
+towards the fine-tune's hidden states behind it: it makes up for errors of the layers before it as well. The last group
+is trained towards the logits.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+from torch.nn.utils import parametrize
+from transformers import TrainingArguments
+
+from .. import processes
+from ..layer_stream import StreamedModel
+from ..modeling.checkpoints import Checkpoint
+from ..progress import Progress
+from ..workspace import sync_path
+from .loop import Pupil, mean_loss, train
+from .settings import DistillReport, DistillSettings
+from .student import attach, compressed, exact_delta, packed
+from .text import check_tokens, divergence, relative_error, split
+
+_Records = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What came of a group of layers: the records that changed, steps taken, and the best one."""
+
+    records: dict[str, np.ndarray]
+    steps: int
+    best_step: int
+
+    def save(self, path: Path) -> None:
+        """Write it, as a whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".writing")
+        save_file(self.records, temporary, {"steps": str(self.steps), "best_step": str(self.best_step)})
+        sync_path(temporary)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "_Trained":
+        with safe_open(path, "np") as file:
+            numbers = file.metadata()
+            records = {name: file.get_tensor(name) for name in file.keys()}
+        return cls(records, int(numbers["steps"]), int(numbers["best_step"]))
+
+
+def distill_blocks(
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    records: _Records,
+    tokens: Tensor,
+    settings: DistillSettings,
+    arguments: TrainingArguments,
+    progress: Progress,
+) -> tuple[dict[str, bytes], DistillReport]:
+    """`distill`, by groups of `settings.blocks` layers."""
+    work = _Work(base, finetuned, tokens, settings, arguments, progress)
+    folder, count = Path(str(arguments.output_dir)), len(work.teacher.layers)
+    found, trained, steps, best_steps = dict(records), set[str](), 0, 0
+    # Behind the layers so far: what the fine-tune gives, the records as they are, and as they were
+    wanted = hidden = untouched = None
+    for start in range(0, count, settings.blocks or count):
+        group = _Group(range(start, min(start + (settings.blocks or count), count)), count)
+        names = work.names_of(group)
+        own = [name for name in names if name in records and base.shape(name) == finetuned.shape(name)]
+        trained.update(own)
+        work.teacher.load(names)
+        behind = None if group.is_last else work.behind(work.teacher, group, wanted, range(len(tokens)))
+        goal = partial(work.loss, group, wanted, behind)
+        path = folder / f"layers-{start}.safetensors"
+        if path.exists():
+            result = _Trained.load(path)
+        else:
+            arguments.output_dir = str(folder / f"layers-{start}")
+            result = work.train(group, found, own, partial(goal, hidden))
+            if processes.several():
+                result = processes.from_first(result)
+            if processes.is_first():
+                result.save(path)
+        found |= result.records
+        steps, best_steps = steps + result.steps, best_steps + result.best_step
+        students = work.student(found, group), work.student(records, group)
+        if group.is_last:
+            after = work.mean(partial(goal, hidden, students[0]))
+            before = work.mean(partial(goal, untouched, students[1]))
+        else:
+            work.teacher.release(names)
+            hidden = work.behind(students[0], group, hidden, range(len(tokens)))
+            untouched = work.behind(students[1], group, untouched, work.validation)
+            wanted = behind
+    untrained = tuple(sorted(records.keys() - trained))
+    if not after < before:
+        return {name: r.tobytes() for name, r in records.items()}, DistillReport(steps, 0, before, before, untrained)
+    return {name: r.tobytes() for name, r in found.items()}, DistillReport(steps, best_steps, before, after, untrained)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers that are trained together, of so many."""
+
+    layers: range
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.layers.stop == self.count
+
+
+class _Work:
+    """The fine-tune, layer by layer, and compressed models of the same layers.
+
+    Hidden states are float32 (sequences, length, size) on the CPU: of all sequences, or of the last ones, and None
+    before the first layer.
+
+    Attributes:
+        teacher: the fine-tune.
+        training, validation: the sequences that are trained on, and those that are held out.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        finetuned: Checkpoint,
+        tokens: Tensor,
+        settings: DistillSettings,
+        arguments: TrainingArguments,
+        progress: Progress,
+    ):
+        self._base, self._finetuned, self._tokens = base, finetuned, tokens
+        self._settings, self._arguments, self._progress = settings, arguments, progress
+        self.teacher = StreamedModel(finetuned, arguments.device, "distillation by blocks")
+        check_tokens(tokens, self.teacher.vocabulary)
+        self.teacher.check_output()
+        self.teacher.load(self.teacher.entrance)
+        self.teacher.layer_inputs([tokens[:1], tokens[-1:]])
+        self.training, self.validation = split(len(tokens), settings.validation_share)
+
+    def names_of(self, group: _Group) -> list[str]:
+        """The tensors of a group of layers; of the last, also the output projection's and what else is left."""
+        prefixes = tuple(f"{name}." for name in list(self.teacher.layers)[group.layers.start : group.layers.stop])
+        names = [name for name in self.teacher.names if name.startswith(prefixes)]
+        return names + (sorted(set(self.teacher.outside) - set(self.teacher.entrance)) if group.is_last else [])
+
+    def student(self, records: _Records, group: _Group, trained: frozenset[str] = frozenset()) -> StreamedModel:
+        """A group of the compressed model's layers, but with the base's weights for deltas that are to be attached."""
+        model = StreamedModel(self._finetuned, self._arguments.device, "distillation by blocks")
+        for name in [*model.entrance, *self.names_of(group)]:
+            if name in trained:
+                model.put(name, self._base.tensor(name))
+            elif name in records:
+                model.put(name, compressed(self._base, self._finetuned, name, records[name]))
+            else:
+                model.load([name])
+        return model
+
+    def _run(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: Tensor) -> Tensor:
+        """What a group of layers makes of some sequences' hidden states: those behind it, or the logits."""
+        rows = rows.cpu()
+        # Counted from the end, as there may be hidden states of the last sequences only
+        before = None if hidden is None else hidden[rows - len(self._tokens)].to(model.device)
+        with parametrize.cached():
+            return model.run(self._tokens[rows].to(model.device), before, group.layers)
+
+    @torch.no_grad()
+    def behind(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: range) -> Tensor:
+        """The hidden states behind a group of layers that is not the last."""
+        parts = torch.tensor(rows).split(self._arguments.per_device_eval_batch_size)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self._arguments.bf16):
+            return torch.cat([self._run(model, group, hidden, part).float().cpu() for part in parts])
+
+    def loss(
+        self,
+        group: _Group,
+        wanted: Tensor | None,
+        behind: Tensor | None,
+        hidden: Tensor | None,
+        student: StreamedModel,
+        rows: Tensor,
+    ) -> Tensor:
+        """How far a student is from the fine-tune behind a group of layers, for some sequences.
+
+        Args:
+            wanted: the fine-tune's hidden states before the group.
+            behind: those behind it; None for the last group, which is judged by its logits.
+            hidden: the student's before it.
+        """
+        found = self._run(student, group, hidden, rows)
+        if behind is not None:
+            return relative_error(behind[rows.cpu() - len(self._tokens)].to(found.device), found)
+        with torch.no_grad():
+            logits = self._run(self.teacher, group, wanted, rows)
+        return divergence(logits, found)
+
+    def mean(self, loss: Callable[[Tensor], Tensor]) -> float:
+        """Over the sequences that are held out."""
+        return mean_loss(Pupil((), loss), self.validation, self._arguments)
+
+    def train(
+        self, group: _Group, records: _Records, names: list[str], loss: Callable[[StreamedModel, Tensor], Tensor]
+    ) -> _Trained:
+        """Train the records of a group of layers."""
+        student = self.student(records, group, frozenset(names))
+        exact = {name: exact_delta(self._base, self._finetuned, name) for name in names}
+        values = self._settings.trains == "codes"
+        deltas = {n: attach(student.model, n, records[n], exact[n] if values else None) for n in names}
+        pupil = Pupil(deltas.values(), partial(loss, student))
+        before = mean_loss(pupil, self.validation, self._arguments)
+        if not math.isfinite(before):
+            raise ValueError("distillation: the outputs of the fine-tuned or of the compressed model are not finite")
+        if not deltas:
+            return _Trained({}, 0, 0)
+        title = f"Distilling layers {group.layers.start + 1} to {group.layers.stop} of {group.count}"
+        steps, best_step = train(
+            pupil, self.training, self.validation, before, self._settings, self._arguments, self._progress, title
+        )
+        stored = {name: delta.fold() for name, delta in deltas.items()}
+        if not mean_loss(pupil, self.validation, self._arguments) < before:
+            return _Trained({}, steps, 0)
+        changed = {n: np.frombuffer(packed(stack, exact[n], n), np.uint8) for n, stack in stored.items()}
+        return _Trained(changed, steps, best_step)
