@@ -17,7 +17,7 @@ from . import processes
 from .budget import SvdOf, deltas_of, shared_budgets
 from .calibration_text import CalibrationSource, load_tokenizer, model_tokens
 from .devices import usable_device
-from .distilling import DistillReport, DistillSettings, check_tokens, distill
+from .distilling import DistillReport, DistillSettings, check_distillation, distill
 from .evaluate import load
 from .layer_stream import stream_layers, streamed_model
 from .methods import Encoded, ImPartRdConfig, MethodConfig, Svd, method_for
@@ -302,7 +302,7 @@ class ModelPair:
         plan = make_plan(self.tensors, method, self.model.weight_bytes, text_bytes, max_shard_size)
         stream = None if calibration is None else streamed_model(self.model, calibration, self.device)
         if distillation is not None:
-            check_tokens(distillation, self.model.config.get("vocab_size"))
+            check_distillation(self.model, distillation, settings, self.device)
         inputs: list[Any] = [None if ids is None else ids.tolist() for ids in (calibration, distillation)]
         inputs.append(None if distillation is None else asdict(settings))
         workspace.begin(plan.fingerprint(method, inputs), plan.allowed_bytes + plan.fixed_bytes)

@@ -20,19 +20,22 @@ _Arguments = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 
 @torch.no_grad()
-def streamed_model(finetuned: Checkpoint, tokens: Tensor, device: str | torch.device) -> "StreamedModel":
-    """See that a fine-tuned model can be run over calibration text layer by layer, before any work is done.
+def streamed_model(
+    finetuned: Checkpoint, tokens: Tensor, device: str | torch.device, purpose: str = "calibration"
+) -> "StreamedModel":
+    """See that a fine-tuned model can be run over text layer by layer, before any work is done.
 
     Args:
         finetuned: the fine-tuned model.
         tokens: int64, (sequences, length), without padding.
         device: where the model is to run.
+        purpose: what for, for messages.
 
     Raises:
         ValueError: if its architecture cannot be run so, or the tokens are none of its own.
         ModuleNotFoundError: if accelerate is not installed.
     """
-    model = StreamedModel(finetuned, torch.device(device))
+    model = StreamedModel(finetuned, torch.device(device), purpose)
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"calibration needs tokens of shape (sequences, length), not {list(tokens.shape)}")
     check_vocabulary(tokens, model.vocabulary, finetuned.source)
@@ -119,7 +122,7 @@ class StreamedModel:
         model: the model itself.
     """
 
-    def __init__(self, finetuned: Checkpoint, device: torch.device, purpose: str = "calibration"):
+    def __init__(self, finetuned: Checkpoint, device: torch.device, purpose: str):
         """Make the model; nothing is read yet.
 
         Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -212,7 +213,7 @@ def refuses(pair: Pair, root: Path, error: type[Exception], match: str, method: 
 
 def test_architectures_that_cannot_be_calibrated(pair_of: PairOf, tmp_path: Path) -> None:
     method = DareQtConfig(compression_ratio=RATIO)
-    match = "calibration is not available for models of type 'mixtral': .*compress without calibration"
+    match = "calibration is not available for models of type 'mixtral': .*compress without it"
     refuses(pair_of("mixtral"), tmp_path, ValueError, match, method, calibration=[TEXT])
     # which works
     assert run(pair_of("mixtral"), tmp_path / "delta", method).method["calibration"] == "none: rounded"
@@ -499,3 +500,32 @@ def test_other_distillation_starts_afresh(tiny_pair: Pair, distilled: Path, tmp_
     break_off(tiny_pair, tmp_path / "delta", method, 7, **{**STEPS, "distill_settings": DistillSettings(steps=11)})
     assert len(take_up(tiny_pair, tmp_path / "delta", method, **STEPS)) == MATRICES
     assert differing(tmp_path / "delta", distilled) == []
+
+
+def test_what_distillation_cannot_do_shows_before_any_work(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = ImPartConfig(compression_ratio=8)
+    for settings, match in (
+        (DistillSettings(training={"no_such_field": 1}), "has no field 'no_such_field'"),
+        (DistillSettings(batch_size=8, training={"gradient_accumulation_steps": 3}), "cannot be shared evenly"),
+    ):
+        refuses(tiny_pair, tmp_path, ValueError, match, method, **{**STEPS, "distill_settings": settings})
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    refuses(tiny_pair, tmp_path, ModuleNotFoundError, r"pip install 'impart-hf\[distill\]'", method, **STEPS)
+
+
+def test_two_processes_distil_together(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
+    """The gradient of a batch is the mean over the processes: the result is nearly that of one process."""
+    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["impart_hf.cli", "compress", str(tiny_pair.base), str(tiny_pair.finetuned), str(tmp_path / "delta")]
+    command += ["--method", "impart", "--ratio", "8", "--distill", str(tmp_path / "text.txt"), "--steps", "12"]
+    command += ["--calibration-samples", "24", "--calibration-length", "32", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launched = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert launched.stdout.count("distilled: KL to the fine-tune") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "text.txt"]
+    found = [divergence(folder, tiny_pair.finetuned) for folder in (tmp_path / "delta", distilled)]
+    assert found[0] == pytest.approx(found[1], rel=0.2)

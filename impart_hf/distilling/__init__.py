@@ -6,8 +6,7 @@ bits and levels stay: the file does not grow by a byte. BitDelta's loss is the m
 KL(fine-tune || compressed), by which a compressed model is judged in the end.
 """
 
-from .distillation import distill
+from .distillation import check_distillation, distill
 from .settings import TRAINED, DistillReport, DistillSettings
-from .text import check_tokens
 
-__all__ = ["TRAINED", "DistillReport", "DistillSettings", "check_tokens", "distill"]
+__all__ = ["TRAINED", "DistillReport", "DistillSettings", "check_distillation", "distill"]

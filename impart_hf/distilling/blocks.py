@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from transformers import TrainingArguments
 
 from .. import processes
-from ..layer_stream import StreamedModel
+from ..layer_stream import StreamedModel, streamed_model
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
 from ..workspace import sync_path
@@ -29,6 +29,8 @@ from .loop import Pupil, mean_loss, train
 from .settings import DistillReport, DistillSettings
 from .student import attach, compressed, exact_delta, packed
 from .text import check_tokens, divergence, relative_error, split
+
+PURPOSE = "distillation by blocks"
 
 _Records = Mapping[str, np.ndarray]
 
@@ -141,11 +143,10 @@ class _Work:
     ):
         self._base, self._finetuned, self._tokens = base, finetuned, tokens
         self._settings, self._arguments, self._progress = settings, arguments, progress
-        self.teacher = StreamedModel(finetuned, arguments.device, "distillation by blocks")
+        self.teacher = streamed_model(finetuned, tokens, arguments.device, PURPOSE)
         check_tokens(tokens, self.teacher.vocabulary)
         self.teacher.check_output()
         self.teacher.load(self.teacher.entrance)
-        self.teacher.layer_inputs([tokens[:1], tokens[-1:]])
         self.training, self.validation = split(len(tokens), settings.validation_share)
 
     def names_of(self, group: _Group) -> list[str]:
@@ -156,7 +157,7 @@ class _Work:
 
     def student(self, records: _Records, group: _Group, trained: frozenset[str] = frozenset()) -> StreamedModel:
         """A group of the compressed model's layers, but with the base's weights for deltas that are to be attached."""
-        model = StreamedModel(self._finetuned, self._arguments.device, "distillation by blocks")
+        model = StreamedModel(self._finetuned, self._arguments.device, PURPOSE)
         for name in [*model.entrance, *self.names_of(group)]:
             if name in trained:
                 model.put(name, self._base.tensor(name))

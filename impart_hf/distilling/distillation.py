@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..layer_stream import streamed_model
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
-from .blocks import distill_blocks
+from .blocks import PURPOSE, distill_blocks
 from .end_to_end import distill_end_to_end
 from .loop import arguments_for
 from .settings import DistillReport, DistillSettings
+from .text import check_tokens
 
 
 def distill(
@@ -64,3 +66,23 @@ def distill(
         run = distill_end_to_end if settings.blocks is None else distill_blocks
         data = {name: np.frombuffer(record, np.uint8) for name, record in records.items()}
         return run(base, finetuned, data, tokens, settings, arguments, progress or Progress(False))
+
+
+def check_distillation(
+    finetuned: Checkpoint, tokens: Tensor, settings: DistillSettings, device: str | torch.device
+) -> None:
+    """See that a model can be distilled so, before any work is done.
+
+    Raises:
+        ValueError: if tokens, the Trainer's fields or the model's architecture will not do.
+        ModuleNotFoundError: if accelerate is not installed.
+    """
+    try:
+        import accelerate  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("distillation needs accelerate: pip install 'impart-hf[distill]'") from error
+    check_tokens(tokens, finetuned.config.get("vocab_size"))
+    with arguments_for(settings, torch.device(device), None):
+        pass
+    if settings.blocks is not None:
+        streamed_model(finetuned, tokens, device, PURPOSE).check_output()
