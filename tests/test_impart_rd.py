@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
 from impart_hf.cli import main
-from impart_hf.methods.impart_rd import _WIDTHS, _levels
+from impart_hf.methods.impart_rd import _widths
+from impart_hf.methods.mixed_precision import quantised
 from impart_hf.methods.rate_distortion import NOISE, allocate, choose, price_for
 from impart_hf.methods.records import kept_ratios
 from impart_hf.modeling.delta_decode import decode_record
@@ -56,10 +57,12 @@ def test_no_other_choice_costs_less(price: float, drop_weight: float) -> None:
 def test_noise_is_that_of_the_codes() -> None:
     """Relative squared error of the unbiased code of normally distributed numbers, by bits."""
     for bits, noise in NOISE.items():
-        plane = torch.randn(4, 100_000, generator=torch.Generator().manual_seed(bits))
-        found = _levels(plane, torch.ones_like(plane, dtype=torch.bool), _WIDTHS[bits])
-        scaled = found * (plane.square().sum(1) / (plane * found).sum(1))[:, None]
-        error = float((scaled - plane).square().sum() / plane.square().sum())
+        plane = torch.randn(100_000, 4, generator=torch.Generator().manual_seed(bits))
+        plane /= plane.norm(dim=0)
+        whole, widths = np.full(4, 0xFFFF, np.uint16), _widths(np.full(4, bits))
+        levels, weights, _, _ = quantised(plane, torch.ones(4), torch.eye(4), whole, widths, 0, None)
+        scaled = levels * torch.from_numpy(weights)
+        error = float((scaled / (scaled * plane).sum(0) - plane).square().sum() / plane.square().sum())
         assert error == pytest.approx(noise, rel=0.05 if bits < 8 else 1.0), bits
 
 

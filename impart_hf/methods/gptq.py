@@ -11,9 +11,13 @@ where an entry is kept; None keeps all. Rows do not influence each other. script
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..modeling.delta_decode import normal_levels
+from ..modeling.delta_record import NORMAL_LEVELS
 
 DAMPING = 0.01  # added to a Hessian's diagonal, in units of its mean, as in GPTQ
 _BLOCK, _INNER = 128, 16  # columns that wait for a matrix product, and that are updated one by one, in a core's cache
@@ -21,29 +25,72 @@ _DAMPINGS = (1, 10, 100)  # times the damping asked for, until the Hessian can b
 # Scales tried up to the largest entry, and then around the best; long tails want as little as 0.3 times the scale that
 # is best for normally distributed values (here for 1 to 8 bits, in units of their root mean square)
 _COARSE, _FINE, _LEAST, _NORMAL = 9, 6, 0.3, (0.798, 1.494, 2.051, 2.514, 2.9, 3.25, 3.6, 3.9)
+_NORMAL_WIDTHS = {2 * len(levels): width for width, levels in NORMAL_LEVELS.items()}
 _TINY = 1e-12  # scale of a row that has nothing but zeros; an input's power, relative to the largest, that counts as 0
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Evenly spaced levels: code c stands for (2 c / top - 1) scale.
+    """The levels of each row, or of each column: evenly spaced ones, or those for normally distributed numbers.
+
+    Code c of evenly spaced levels stands for (2 c / top - 1) scale.
 
     Attributes:
         scale: positive, (rows, 1) or (1, columns).
         top: 2^width - 1, the largest code, at most 255; shape and dtype of the scale.
+        normal: bool, of that shape too: where levels are `NORMAL_LEVELS`, times the scale. None: nowhere.
     """
 
     scale: Tensor
     top: Tensor
+    normal: Tensor | None = None
 
     def codes(self, values: Tensor) -> Tensor:
         """Codes, uint8, of the levels nearest to values (rows, columns); beyond the outermost, of that one."""
         position = (values / self.scale).add_(1).mul_(self.top / 2)
-        return position.round_().clamp_(torch.zeros_like(self.top), self.top).to(torch.uint8)
+        codes = position.round_().clamp_(torch.zeros_like(self.top), self.top).to(torch.uint8)
+        for part, table in self._tables():
+            codes[part] = table.codes(values[part] / self.scale.expand(values.shape)[part])
+        return codes
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes (rows, columns) stand for, in the scale's dtype."""
-        return (codes * (2 / self.top)).sub_(1).mul_(self.scale)
+        values = (codes * (2 / self.top)).sub_(1).mul_(self.scale)
+        for part, table in self._tables():
+            values[part] = table.levels[codes[part].int()] * self.scale.expand(values.shape)[part]
+        return values
+
+    def kinds(self) -> list[tuple[Tensor, "Table | None"]]:
+        """The rows, or columns, that have the same levels, int64, and what these are; None if evenly spaced."""
+        top = self.top.flatten()
+        normal = torch.zeros_like(top, dtype=torch.bool) if self.normal is None else self.normal.flatten()
+        found: list[tuple[Tensor, Table | None]] = [(part, None) for part in [(~normal).nonzero()[:, 0]] if len(part)]
+        for most in top[normal].unique().tolist():
+            found.append(((normal & (top == most)).nonzero()[:, 0], Table.of(int(most) + 1, self.scale)))
+        return found
+
+    def _tables(self) -> "list[tuple[Any, Table]]":
+        if self.normal is None:
+            return []
+        by_row = self.scale.shape[1] == 1
+        return [(part if by_row else (slice(None), part), table) for part, table in self.kinds() if table is not None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Levels that are not evenly spaced, rising, and the values between them from which on the next one is nearer."""
+
+    levels: Tensor
+    edges: Tensor
+
+    @classmethod
+    def of(cls, count: int, like: Tensor) -> "Table":
+        """The levels for normally distributed numbers, so many of them, in the dtype and on the device of a tensor."""
+        levels = normal_levels(_NORMAL_WIDTHS[count], like.device).to(like.dtype)
+        return cls(levels, (levels[1:] + levels[:-1]) / 2)
+
+    def codes(self, values: Tensor) -> Tensor:
+        return torch.bucketize(values.contiguous(), self.edges).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -104,6 +151,18 @@ def _inverse_of_lower(lower: Tensor, step: int = 512) -> Tensor:
 
 def sparse_gptq(weight: Tensor, mask: Tensor | None, factor: Factor, grid: Grid, block: int = _BLOCK) -> Tensor:
     """ImPart's algorithm 2, with `inverse_factor` of the Hessian: codes, uint8, (rows, columns), 0 where dropped."""
+    kinds = grid.kinds()
+    if grid.scale.shape[1] == 1 and len(kinds) > 1:  # rows do not influence each other
+        codes = torch.empty_like(weight, dtype=torch.uint8)
+        for rows, _ in kinds:
+            normal = None if grid.normal is None else grid.normal[rows]
+            own = Grid(grid.scale[rows], grid.top[rows], normal)
+            codes[rows] = sparse_gptq(weight[rows], None if mask is None else mask[rows], factor, own, block)
+        return codes
+    tables: list[Table | None] = [None] * weight.shape[1]
+    for columns, table in kinds:
+        for column in columns.tolist() if grid.scale.shape[1] > 1 else range(weight.shape[1]):
+            tables[column] = table
     order, upper = factor.order, factor.upper.to(weight.dtype)
     left, unit, most = (part[order] if part.stride(0) else part for part in _in_codes(weight, grid))
     share = 1 / (upper.diagonal()[:, None] * unit)  # a column's error times this is what the others make up for
@@ -113,25 +172,30 @@ def sparse_gptq(weight: Tensor, mask: Tensor | None, factor: Factor, grid: Grid,
         here = slice(start, start + block)
         ahead = upper[here, start:] if grid.scale.shape[1] == 1 else upper[here, start:] * unit[start:, 0]
         passed_on = share[here] if kept is None else kept[here] * share[here]
-        found, errors = _one_block(left[here], passed_on, ahead, most[here])
+        own_tables = [tables[column] for column in order[here].tolist()]
+        found, errors = _one_block(left[here], passed_on, ahead, most[here], own_tables)
         codes[order[here]] = found.to(torch.uint8) if kept is None else found.to(torch.uint8).mul_(kept[here])
         left[start + block :].addmm_(ahead[:, block:].t(), errors, alpha=-1)
     return codes.t().contiguous()
 
 
 def _in_codes(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight and its unit, in which every level is an integer, and the largest codes, transposed: columns first.
+    """The weight in the unit of its levels, that unit, and the largest codes, transposed: columns first.
 
-    A row's own unit drops out of all equations; only columns have one.
+    Evenly spaced levels are the integers from 0. A row's own unit drops out of all equations; only columns have one.
     """
-    density = grid.top / (2 * grid.scale)
-    left = (weight * density).add_(grid.top / 2).t().contiguous()
+    density, zero = grid.top / (2 * grid.scale), grid.top / 2
+    if grid.normal is not None:
+        density, zero = torch.where(grid.normal, 1 / grid.scale, density), torch.where(grid.normal, 0.0, zero)
+    left = (weight * density).add_(zero).t().contiguous()
     unit = left.new_ones(1, 1) if density.shape[1] == 1 else density.t()
     return left, unit.expand(len(left), 1), grid.top.t().expand(len(left), -1)
 
 
-def _one_block(left: Tensor, share: Tensor, ahead: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a block of columns, of shape (block, rows): codes, and errors, which are (value - code) times share.
+def _one_block(
+    left: Tensor, share: Tensor, ahead: Tensor, most: Tensor, tables: list[Table | None]
+) -> tuple[Tensor, Tensor]:
+    """Round a block of columns, of shape (block, rows): codes, and errors, which are (value - level) times share.
 
     `left` is used up: row j of `ahead` times the error of column j is taken from later columns.
     """
@@ -142,8 +206,13 @@ def _one_block(left: Tensor, share: Tensor, ahead: Tensor, most: Tensor) -> tupl
         stop = min(size, start + _INNER)
         for j in range(start, stop):
             column, code, error, part, top = columns[j]
-            torch.clamp(column, zero, top, out=code).round_()
-            torch.sub(column, code, out=error).mul_(part)
+            if (table := tables[j]) is None:
+                torch.clamp(column, zero, top, out=code).round_()
+                torch.sub(column, code, out=error).mul_(part)
+            else:
+                found = torch.bucketize(column, table.edges, out_int32=True)
+                code.copy_(found)
+                torch.sub(column, table.levels[found], out=error).mul_(part)
             left[j + 1 : stop].addr_(ahead[j, j + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(ahead[start:stop, stop:size].t(), errors[start:stop], alpha=-1)
     return codes, errors

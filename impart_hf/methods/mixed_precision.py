@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..modeling.delta_record import NORMAL_LEVELS, code_bits
 from ..modeling.seeded_mask import keep_mask
 from .base import MethodConfig
 from .gptq import DAMPING, Grid, best_scale, quantise
@@ -74,32 +75,33 @@ def quantised(
     mask_seed: int,
     hessian: torch.Tensor | None,
 ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, tuple[str, ...]]:
-    """Levels between -1 and 1 for U and V, masked and quantised (algorithm 2).
+    """Levels for U and V, masked and quantised (algorithm 2): between -1 and 1, or for normally distributed numbers.
 
     Args:
         u, sigma, v: float32 of shapes (m, r), (r,), (n, r).
         thresholds: uint16 (r,), of the masks of both.
-        widths: (r,), bits of each component's values.
+        widths: (r,), width codes of each component's values: bits, or of `NORMAL_LEVELS`.
         mask_seed: the record's.
         hessian: float32 (n, n), or None.
 
     Returns:
         U's levels (m, r), the weights of the components as `factored_record` wants them, V's levels (n, r), notes.
     """
-    tops = torch.from_numpy(2.0**widths - 1).to(u)
+    tops = torch.from_numpy(2.0 ** np.array([code_bits(width) for width in widths]) - 1).to(u)
+    normal = torch.from_numpy(np.isin(widths, list(NORMAL_LEVELS))).to(u.device)
     mask_u, mask_v = (
         keep_mask(mask_seed, side, thresholds, len(part), part.device) for side, part in enumerate((u, v))
     )
     scale_u, scale_v = (_scales(part.t(), mask, widths) for part, mask in ((u, mask_u), (v, mask_v)))
     rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
-    grid = Grid(scale_v[:, None], tops[:, None])
+    grid = Grid(scale_v[:, None], tops[:, None], normal[:, None])
     found_v = quantise(v.t(), mask_v, hessian, grid)
     weights = sigma * rescale * unbiased(v.t(), found_v.values, mask_v, hessian)
     passed = None
     if hessian is not None:
         factor = found_v.values * weights[:, None]
         passed = factor @ hessian @ factor.t()
-    found_u = quantise(u, mask_u.t(), passed, Grid(scale_u[None], tops[None]))
+    found_u = quantise(u, mask_u.t(), passed, Grid(scale_u[None], tops[None], normal[None]))
     weights *= unbiased(u.t(), found_u.values.t(), mask_u) * scale_u * scale_v
     notes = tuple(dict.fromkeys((*found_v.notes, *found_u.notes)))
     return found_u.values / scale_u, weights.double().cpu().numpy(), (found_v.values / scale_v[:, None]).t(), notes
@@ -140,4 +142,10 @@ def unbiased(
 
 def _scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
     """The scale of each component's levels, (r,), for a plane (r, length)."""
-    return torch.cat([best_scale(plane[part], mask[part], width) for width, part in runs(widths)])
+
+    def scales(plane: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
+        if width not in NORMAL_LEVELS:
+            return best_scale(plane, mask, width)
+        return ((plane * mask).square().sum(1) / mask.sum(1).clamp_min(1)).sqrt().clamp_min(1e-20)
+
+    return torch.cat([scales(plane[part], mask[part], width) for width, part in runs(widths)])
