@@ -20,7 +20,7 @@ from .cli_export import add_export_lora
 from .cli_merge import add_merge
 from .cli_prune import add_prune
 from .cli_tune import add_tune
-from .compress import usable_device
+from .devices import usable_device
 from .inspection import Inspection
 from .modeling.checkpoints import HubOptions
 from .progress import Progress

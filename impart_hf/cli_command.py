@@ -3,9 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from . import hub
+from .modeling.checkpoints import read_json
 
 
 def command(
@@ -47,6 +49,18 @@ def push_if_asked(options: argparse.Namespace) -> None:
     if options.push:
         url = hub.push(options.output, options.push, private=options.private)
         print(url, file=sys.stderr if options.json else sys.stdout)
+
+
+def add_training_fields(parser: Any) -> None:
+    """The option of a command that trains for what it has no option for."""
+    parser.add_argument(
+        "--training", metavar="FILE.json", type=Path, help="more of transformers' TrainingArguments, by name"
+    )
+
+
+def training_fields(options: argparse.Namespace) -> dict[str, Any] | None:
+    """What stands in that file; None if there is none."""
+    return read_json(options.training) if options.training else None
 
 
 def numbers(kind: type) -> Callable[[str], tuple]:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli_command import add_push, command, push_if_asked
+from .cli_command import add_push, add_training_fields, command, push_if_asked, training_fields
 from .compress import compress
-from .distillation import DistillSettings
+from .distilling import TRAINED, DistillSettings
 from .methods import MethodConfig, method_class, method_fields, method_names, parse_setting
+from .processes import is_first
 from .report import CompressionReport, human_bytes
 
 _SETTINGS = {
@@ -33,11 +34,21 @@ def add_compress(commands: Any) -> None:
     parser.add_argument("output", metavar="OUT", help="folder of the new repository")
     add_pair(parser, method_names())
     parser.add_argument("--max-bytes", metavar="SIZE", help="of the repository, such as 500MB, instead of --ratio")
-    parser.add_argument(
-        "--distill", metavar="TEXT", help="text on which scales are trained towards the fine-tune's logits"
-    )
     parser.set_defaults(resumes=True)
-    parser.add_argument("--distill-steps", type=int, help=f"of that training (default: {DistillSettings.steps})")
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--distill", metavar="TEXT", help="text on which what is stored is trained towards the fine-tune's logits"
+    )
+    group.add_argument("--steps", type=int, help=f"of that training (default: {DistillSettings.steps})")
+    group.add_argument(
+        "--trains", choices=TRAINED, help=f"kept values too, or their scales alone (default: {DistillSettings.trains})"
+    )
+    group.add_argument(
+        "--distill-batch-size",
+        type=int,
+        help=f"sequences a step, over all processes (default: {DistillSettings.batch_size})",
+    )
+    add_training_fields(group)
 
 
 def add_method(
@@ -169,11 +180,25 @@ def _compress(options: argparse.Namespace) -> None:
         method,
         max_bytes=options.max_bytes,
         distill=options.distill,
-        distill_steps=options.distill_steps,
+        distill_settings=_distill_settings(options),
         **shared,
     )
-    print(json.dumps(report.to_dict(), indent=2) if options.json else summary(report, options.output))
-    push_if_asked(options)
+    if is_first():
+        print(json.dumps(report.to_dict(), indent=2) if options.json else summary(report, options.output))
+        push_if_asked(options)
+
+
+def _distill_settings(options: argparse.Namespace) -> DistillSettings | None:
+    given = {
+        "steps": options.steps,
+        "trains": options.trains,
+        "batch_size": options.distill_batch_size,
+        "training": training_fields(options),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and options.distill is None:
+        raise ValueError(f"{', '.join(given)}: for distillation, which needs --distill TEXT")
+    return DistillSettings(**given) if given else None
 
 
 def summary(report: CompressionReport, output: str) -> str:

@@ -2,14 +2,14 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli_command import add_push, command, numbers, push_if_asked
+from .cli_command import add_push, add_training_fields, command, numbers, push_if_asked, training_fields
 from .hub import is_pruned_model
 from .modeling.checkpoints import HubOptions, read_json
+from .processes import is_first
 from .pruning import PruningReport, prune_layers, prune_width
 from .pruning.importance_report import REPORT, SCORES, Importance
 from .pruning.width_budget import PARTS
@@ -50,19 +50,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=8, help="rank of the LoRA adapters (default: 8)")
     parser.add_argument("--alpha", type=int, default=32, help="alpha of the LoRA adapters (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="of adapters and the order of the text (default: 0)")
-    parser.add_argument(
-        "--training", metavar="FILE.json", type=Path, help="more of transformers' TrainingArguments, by name"
-    )
+    add_training_fields(parser)
     parser.add_argument("--device", help="where to train (default: an accelerator, if there is one)")
-
-
-def _is_first_process() -> bool:
-    """Whether this is the process that reports and publishes, under `accelerate launch` and the like."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _training(options: argparse.Namespace) -> dict[str, Any] | None:
-    return read_json(options.training) if options.training else None
 
 
 def _add_importance(steps: Any) -> None:
@@ -96,12 +85,12 @@ def _importance(options: argparse.Namespace) -> None:
         seed=options.seed,
         top_percent=options.top_percent,
         masks=not options.no_masks,
-        training=_training(options),
+        training=training_fields(options),
         device=options.device,
         revision=options.revision,
         progress=not options.quiet,
     )
-    if not _is_first_process():
+    if not is_first():
         return
     if options.json:
         print(json.dumps(read_json(Path(options.output, REPORT)), indent=2))
@@ -276,13 +265,13 @@ def _recover(options: argparse.Namespace) -> None:
         rank=options.rank,
         alpha=options.alpha,
         seed=options.seed,
-        training=_training(options),
+        training=training_fields(options),
         eval_data=options.eval_data,
         device=options.device,
         revision=options.revision,
         progress=not options.quiet,
     )
-    if not _is_first_process():
+    if not is_first():
         return
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))

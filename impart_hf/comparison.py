@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .calibration_text import CalibrationSource, calibration_tokens, check_vocabulary, load_tokenizer
-from .compress import usable_device
+from .devices import usable_device
 from .evaluate import TaskEvaluation, load, perplexity
 from .model_cost import (
     NEW_TOKENS,

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import time
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import processes
 from .budget import SvdOf, deltas_of, shared_budgets
 from .calibration_text import CalibrationSource, load_tokenizer, model_tokens
-from .distillation import DistillSettings, check_tokens, distill_scales
+from .devices import usable_device
+from .distilling import DistillReport, DistillSettings, check_tokens, distill
 from .evaluate import load
 from .layer_stream import stream_layers, streamed_model
 from .methods import Encoded, ImPartRdConfig, MethodConfig, Svd, method_for
@@ -47,7 +50,7 @@ def compress(
     distill: CalibrationSource | None = None,
     calibration_samples: int = 128,
     calibration_length: int = 2048,
-    distill_steps: int | None = None,
+    distill_settings: DistillSettings | None = None,
     device: str | torch.device = "cpu",
     base_revision: str | None = None,
     finetuned_revision: str | None = None,
@@ -63,6 +66,9 @@ def compress(
     a hidden folder beside `output_dir`, one file a tensor: a run that was killed goes on where it stopped and gives
     the same bytes as an unbroken one. `output_dir` appears, complete, at the end.
 
+    In several processes (`accelerate launch`) the first does everything but distillation, in which all take part; they
+    must see one file system. All return the report.
+
     Args:
         base: local folder or Hub id of the base model.
         finetuned: local folder or Hub id of the fine-tuned model.
@@ -73,11 +79,12 @@ def compress(
         calibration: text for the methods that quantise, as for `calibration_text.calibration_tokens`. Without it they
             round to the nearest level. With it, one decoder layer at a time is run over the text, fed by the layers
             compressed before it.
-        distill: text of the same kinds on which the scales of the finished records (a direct record's scale, a
-            factored one's sigma) are trained towards the fine-tune's logits. Needs room for both models.
+        distill: text of the same kinds on which the numbers in the finished records are trained towards the
+            fine-tune's logits; see `distilling.distill`. Needs room for both models, or with
+            `DistillSettings(blocks=1)` for one decoder layer.
         calibration_samples: sequences of text taken at most, for either purpose.
         calibration_length: tokens of a sequence; not more than the model's positions.
-        distill_steps: steps of that training; a default that fits most if None.
+        distill_settings: how that is done.
         device: where matrices are decomposed, such as "cuda".
         base_revision: branch, tag or commit of the base on the Hub.
         finetuned_revision: the same of the fine-tuned model.
@@ -101,11 +108,13 @@ def compress(
         raise TypeError(f"method must be a method's configuration such as ImPartRdConfig(), got {method!r}")
     if calibration is not None and not method.quantises:
         raise ValueError(f"calibration is for the methods that quantise; '{method.name}' does not")
-    if distill_steps is not None and distill is None:
-        raise ValueError("distill_steps is for distillation, which needs a text: distill is None")
+    if distill_settings is not None and distill is None:
+        raise ValueError("distill_settings are for distillation, which needs a text: distill is None")
     shard_size, device = shard_bytes(max_shard_size), usable_device(device)
     wanted_bytes = None if max_bytes is None else size_bytes(max_bytes, "max_bytes")
-    with Workspace(Path(output_dir)) as workspace:
+    processes.connect(device.type == "cpu")
+    # Whether the output can be written shows before anything is downloaded
+    with Workspace(Path(output_dir)) if processes.is_first() else nullcontext() as workspace:
         pair = ModelPair(
             base,
             finetuned,
@@ -115,6 +124,8 @@ def compress(
             device=device,
             progress=Progress(progress),
         )
+        if workspace is None:
+            return _help(pair)
         if wanted_bytes is not None:
             method = replace(method, compression_ratio=pair.ratio_of(wanted_bytes))
         texts = {
@@ -122,9 +133,43 @@ def compress(
             for purpose, source in (("calibration", calibration), ("distillation", distill))
             if source is not None
         }
-        return pair.compress(
-            workspace, method, texts.get("calibration"), texts.get("distillation"), distill_steps, shard_size
+        report = pair.compress(
+            workspace, method, texts.get("calibration"), texts.get("distillation"), distill_settings, shard_size
         )
+    return processes.from_first(report) if processes.several() else report
+
+
+@dataclass(frozen=True)
+class _Distillation:
+    """What all processes do together.
+
+    Attributes:
+        records: by tensor name, the file of the tensor's records.
+        tokens: int64 (sequences, length).
+        checkpoints: folder for the state of training.
+    """
+
+    records: dict[str, Path]
+    tokens: torch.Tensor
+    settings: DistillSettings
+    checkpoints: Path
+
+    def run(self, pair: "ModelPair") -> tuple[dict[str, bytes], DistillReport]:
+        records = {name: path.read_bytes() for name, path in self.records.items()}
+        return distill(
+            pair.base_model, pair.model, records, self.tokens, self.settings,
+            device=pair.device, checkpoints=self.checkpoints, progress=pair.progress,
+        )  # fmt: skip
+
+
+def _help(pair: "ModelPair") -> CompressionReport:
+    """What a process does that is not the first."""
+    found: _Distillation | CompressionReport = processes.from_first()
+    if isinstance(found, _Distillation):
+        found.run(pair)
+        found = processes.from_first()
+    assert isinstance(found, CompressionReport)
+    return found
 
 
 class ModelPair:
@@ -133,6 +178,8 @@ class ModelPair:
     Attributes:
         model: the fine-tuned checkpoint.
         base_model: the base.
+        device: where matrices are decomposed.
+        progress: shows bars.
     """
 
     def __init__(
@@ -154,7 +201,7 @@ class ModelPair:
         """
         self._finetuned, self._model_options = os.fspath(finetuned), pinned(os.fspath(finetuned), model_options)
         base_options = pinned(os.fspath(base), base_options)
-        self.device, self._progress = device, progress
+        self.device, self.progress = device, progress
         self.model = Checkpoint(self._finetuned, self._model_options)
         self.base_model = Checkpoint(os.fspath(base), base_options, tied=self.model.tied)
         check_pair(self.base_model, self.model)
@@ -164,7 +211,7 @@ class ModelPair:
     @cached_property
     def tensors(self) -> list[TensorPlan]:
         """What is to become of every tensor, before any method has a say."""
-        return scan(self.base_model, self.model, self._progress)
+        return scan(self.base_model, self.model, self.progress)
 
     def ratio_of(self, max_bytes: int) -> float:
         """The compression ratio at which the repository takes so many bytes.
@@ -213,7 +260,7 @@ class ModelPair:
         method: MethodConfig,
         calibration: torch.Tensor | None = None,
         distillation: torch.Tensor | None = None,
-        distill_steps: int | None = None,
+        distill_settings: DistillSettings | None = None,
         max_shard_size: int = 5 * 10**9,
         *,
         svd_of: SvdOf = leading_svd_of,
@@ -226,7 +273,7 @@ class ModelPair:
         Args:
             method: a method's configuration.
             calibration, distillation: int64 (sequences, length), or None.
-            distill_steps: steps of distillation; None for the default.
+            distill_settings: of distillation; None for the defaults.
             max_shard_size: in bytes.
             svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components.
             card_data: more entries for the model card's metadata.
@@ -234,12 +281,12 @@ class ModelPair:
             origin: where the fine-tune comes from, as for `delta_card`.
         """
         started = time.perf_counter()
-        settings = DistillSettings() if distill_steps is None else DistillSettings(steps=distill_steps)
+        settings = distill_settings or DistillSettings()
         training = {}
         if method.quantises:
             training["calibration"] = _text_size(calibration) or "none: rounded"
         if distillation is not None:
-            training["distillation"] = f"{settings.steps} steps, {_text_size(distillation)}"
+            training["distillation"] = f"{settings.trains}, {settings.steps} steps, {_text_size(distillation)}"
         writer = RepositoryWriter(
             base=self._base,
             finetuned=self._finetuned,
@@ -256,27 +303,28 @@ class ModelPair:
         stream = None if calibration is None else streamed_model(self.model, calibration, self.device)
         if distillation is not None:
             check_tokens(distillation, self.model.config.get("vocab_size"))
-        inputs = [None if ids is None else ids.tolist() for ids in (calibration, distillation)]
-        workspace.begin(plan.fingerprint(method, [*inputs, distill_steps]), plan.allowed_bytes + plan.fixed_bytes)
+        inputs: list[Any] = [None if ids is None else ids.tolist() for ids in (calibration, distillation)]
+        inputs.append(None if distillation is None else asdict(settings))
+        workspace.begin(plan.fingerprint(method, inputs), plan.allowed_bytes + plan.fixed_bytes)
         budgets: dict[str, list[int]] = {}
         if method.shares_budget:
             svd_of = SvdStore(workspace.components(), torch.float16).of
             budgets = shared_budgets(
-                plan.encoded, self.base_model, self.model, method, self.device, svd_of, self._progress
+                plan.encoded, self.base_model, self.model, method, self.device, svd_of, self.progress
             )
         work = _Encoding(self, plan.encoded, method, workspace, svd_of, budgets)
-        with self._progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as work.bar:
+        with self.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as work.bar:
             if stream is not None and calibration is not None:
                 stream_layers(stream, calibration, work.compressed, progress=Progress(False))
             for tensor in plan.encoded:
                 work.encode(tensor)
         distilled = None
         if distillation is not None:
-            records = {t.name: workspace.record_path(t.name).read_bytes() for t in plan.encoded}
-            changed, distilled = distill_scales(
-                self.base_model, self.model, records, distillation, settings,
-                device=self.device, progress=self._progress,
-            )  # fmt: skip
+            paths = {tensor.name: workspace.record_path(tensor.name) for tensor in plan.encoded}
+            task = _Distillation(paths, distillation, settings, workspace.checkpoints())
+            if processes.several():
+                processes.from_first(task)
+            changed, distilled = task.run(self)
             for name, data in changed.items():
                 workspace.put_distilled(name, data)
         report = writer.write(workspace, plan, time.perf_counter() - started, distilled)
@@ -331,20 +379,6 @@ class _Encoding:
 
 def _text_size(tokens: torch.Tensor | None) -> str:
     return "" if tokens is None else f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device, if this machine has it.
-
-    Raises:
-        ValueError: if it has not.
-    """
-    try:
-        usable = torch.device(device)
-        torch.zeros(1, device=usable).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
-    return usable
 
 
 def encode_tensor(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .cards import shown_name
 from .checkpoint_writer import new_folder
-from .compress import usable_device
+from .devices import usable_device
 from .methods.svd import leading_svd
 from .modeling.checkpoints import DTYPE_NAMES
 from .modeling.checksums import tensor_bytes

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .distillation import DistillReport
+from .distilling import DistillReport
 from .modeling.delta_record import FACTORED, code_bits, parse_stack
 from .modeling.delta_repository import BASE_CHECKSUMS, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
 

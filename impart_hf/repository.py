@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from .cards import delta_card, inherited_card_data
 from .companions import companion_files
-from .distillation import DistillReport
+from .distilling import DistillReport
 from .modeling import __file__ as _reader_init
 from .modeling.checkpoints import DTYPE_NAMES, Checkpoint, HubOptions, fetch_file
 from .modeling.checksums import tensor_bytes

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration_text import CalibrationSource
-from .compress import ModelPair, usable_device
+from .compress import ModelPair
+from .devices import usable_device
 from .evaluate import TaskEvaluation, evaluate
 from .methods import ImPartConfig, MethodConfig
 from .methods.allocation import ImportanceAllocation

@@ -195,6 +195,10 @@ class Workspace:
         """Where singular components are kept until the workspace is published; a resumed run finds them again."""
         return self.folder / "components"
 
+    def checkpoints(self) -> Path:
+        """Where the state of training is kept until the workspace is published; a resumed run finds it again."""
+        return self.folder / "checkpoints"
+
     def _make(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from impart_hf import compress
 from impart_hf.calibration_text import calibration_tokens
 from impart_hf.cli import main
 from impart_hf.evaluate import evaluate, load
+from impart_hf.distilling import DistillSettings
 from impart_hf.methods import DareQtConfig, ImPartConfig, MethodConfig, method_class
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.progress import Progress
@@ -257,8 +258,13 @@ def test_sequences_of_no_size(size: dict, tiny_pair: Pair, tmp_path: Path) -> No
 
 def test_steps_of_distillation_that_make_no_sense(tiny_pair: Pair, tmp_path: Path) -> None:
     for steps in (0, -1, 2.5):
-        match = f"steps must be a whole number from 1 on, got {steps}"
-        refuses(tiny_pair, tmp_path, ValueError, match, ImPartConfig(RATIO), distill=[TEXT], distill_steps=steps)
+        with pytest.raises(ValueError, match=f"steps must be a whole number from 1 on, got {steps}"):
+            DistillSettings(steps=steps)
+
+
+def test_distillation_settings_without_a_text(tiny_pair: Pair, tmp_path: Path) -> None:
+    settings = DistillSettings(steps=5)
+    refuses(tiny_pair, tmp_path, ValueError, "needs a text", ImPartConfig(RATIO), distill_settings=settings)
 
 
 def test_distillation_needs_a_sequence_to_hold_out(tiny_pair: Pair, tmp_path: Path) -> None:
@@ -377,7 +383,8 @@ def test_a_killed_calibration_goes_on(tmp_path: Path) -> None:
 
 # --- distillation
 
-STEPS = {"distill": [TEXT], "distill_steps": 12, "calibration_samples": 24, "calibration_length": 32}
+SETTINGS = DistillSettings(steps=12)
+STEPS = {"distill": [TEXT], "distill_settings": SETTINGS, "calibration_samples": 24, "calibration_length": 32}
 
 
 @pytest.mark.parametrize("name", ["bitdelta", "impart", "impart-qt"])
@@ -389,12 +396,12 @@ def test_distilled_repositories(name: str, tiny_pair: Pair, tmp_path: Path) -> N
     assert plain.distilled is None and distilled is not None
     assert distilled.after < distilled.before and 0 < distilled.best_step <= distilled.steps <= 12
     assert json.loads(json.dumps(report.to_dict()))["distilled"]["after"] == distilled.after
-    assert report.method["distillation"] == "12 steps, 24 x 32 tokens"
+    assert report.method["distillation"] == "codes, 12 steps, 24 x 32 tokens"
     assert method_of(tmp_path / "distilled") == json.loads(json.dumps(report.method))
     # The same tensors of the same sizes; another scale is in them.
     files = [load_tensors(tmp_path / name) for name in ("distilled", "plain")]
     changed = [n for n in files[1] if n.endswith(".delta") and not torch.equal(files[0][n], files[1][n])]
-    assert len(changed) >= MATRICES - 1  # but for the embedding
+    assert len(changed) == MATRICES
     stated = f"{distilled.before:.4f}, {distilled.after:.4f}"
     cards = [ModelCard.load(tmp_path / name / "README.md").text for name in ("distilled", "plain")]
     line = "KL to the fine-tune on held-out text, before and after distillation"
@@ -418,7 +425,7 @@ def test_calibration_and_distillation_together(tiny_pair: Pair, tmp_path: Path) 
     method = DareQtConfig(compression_ratio=RATIO)
     report = run(tiny_pair, tmp_path / "delta", method, calibration=[HELD_OUT], **STEPS)
     assert report.method["calibration"] == "24 x 32 tokens"
-    assert report.method["distillation"] == "12 steps, 24 x 32 tokens"
+    assert report.method["distillation"] == "codes, 12 steps, 24 x 32 tokens"
     assert report.distilled.after <= report.distilled.before
 
 
@@ -427,7 +434,7 @@ def test_the_command_tells_what_distillation_did(
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT, "utf-8")
     command = ["compress", str(tiny_pair.base), str(tiny_pair.finetuned), str(tmp_path / "delta"), "--quiet"]
-    command += ["--method", "bitdelta", "--ratio", "8", "--distill", str(tmp_path / "text.txt"), "--distill-steps", "5"]
+    command += ["--method", "bitdelta", "--ratio", "8", "--distill", str(tmp_path / "text.txt"), "--steps", "5"]
     command += ["--calibration-samples", "16", "--calibration-length", "32"]
     assert main(command) == 0
     assert "distilled: KL to the fine-tune on held-out text 0." in capsys.readouterr().out
@@ -475,7 +482,7 @@ def test_a_run_broken_off_in_distillation_goes_on(where: str, tiny_pair: Pair, d
     method, output = ImPartConfig(compression_ratio=8), tmp_path / "delta"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         if where == "in distillation":
-            patch.setattr("impart_hf.distillation._train", stop)
+            patch.setattr("impart_hf.distilling.distillation.train", stop)
         elif where == "after distillation":
             patch.setattr(RepositoryWriter, "write", stop)
         else:
@@ -489,6 +496,6 @@ def test_a_run_broken_off_in_distillation_goes_on(where: str, tiny_pair: Pair, d
 
 def test_other_distillation_starts_afresh(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
     method = ImPartConfig(compression_ratio=8)
-    break_off(tiny_pair, tmp_path / "delta", method, 7, **{**STEPS, "distill_steps": 11})
+    break_off(tiny_pair, tmp_path / "delta", method, 7, **{**STEPS, "distill_settings": DistillSettings(steps=11)})
     assert len(take_up(tiny_pair, tmp_path / "delta", method, **STEPS)) == MATRICES
     assert differing(tmp_path / "delta", distilled) == []

@@ -12,8 +12,11 @@ from tiny_models import Pair, edit_tensors, fine_tune, load_tensors, make_model,
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from impart_hf import DareConfig, LowRankConfig, distillation
-from impart_hf.distillation import DistillReport, DistillSettings, distill_scales
+from impart_hf import DareConfig, LowRankConfig
+from impart_hf.distilling import DistillReport, DistillSettings
+from impart_hf.distilling import distill as distill_records
+from impart_hf.distilling.distillation import _divergence
+from impart_hf.distilling.student import attach, load_model, owners_of, student_tensors
 from impart_hf.methods import MethodConfig
 from impart_hf.methods.records import empty_record
 from impart_hf.modeling.checkpoints import Checkpoint, CheckpointError, HubOptions
@@ -22,7 +25,7 @@ from impart_hf.modeling.delta_record import FACTORED, pack_record, parse_stack
 
 TOKENS = torch.randint(4, 320, (16, 24), generator=torch.Generator().manual_seed(0))
 HELD_OUT = TOKENS[-2:]
-SETTINGS = DistillSettings(steps=16, learning_rate=0.05, batch_size=4)
+SETTINGS = DistillSettings(steps=16, trains="scales", batch_size=4)
 METHODS = {"factored": LowRankConfig(), "direct": DareConfig()}
 EVERYTHING = 1e-6  # a ratio at which nothing needs to be left out
 
@@ -55,7 +58,7 @@ def distill(
     pair: Pair, records: dict[str, bytes], settings: DistillSettings = SETTINGS, tokens: torch.Tensor = TOKENS
 ) -> tuple[dict[str, bytes], DistillReport]:
     options = HubOptions()
-    return distill_scales(
+    return distill_records(
         Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options), records, tokens, settings
     )
 
@@ -101,14 +104,14 @@ def test_gradients_are_those_of_the_dense_formula(kind: str, layout: str, tmp_pa
     base, finetuned = Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options)
     records = {n: np.frombuffer(d, np.uint8) for n, d in encode(pair, METHODS[layout], 6).items() if "layers" in n}
     teacher, names = load(pair.finetuned), list(records)
-    student = distillation._student(base, finetuned, records, names)
-    deltas = {name: distillation._attach(student, name, parse_stack(records[name], name)) for name in names}
+    student = load_model(finetuned, student_tensors(base, finetuned, records, names), torch.float32)
+    deltas = {name: attach(student, name, records[name], None, owners_of(teacher)[name]) for name in names}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for delta in deltas.values():
             for factors in delta.log_factors:
                 factors.copy_(0.3 * torch.randn(factors.shape, generator=generator))
-    distillation._divergence(teacher, student, TOKENS).backward()
+    _divergence(teacher, student, TOKENS).backward()
 
     weights, variables = {}, {}
     for name in names:
@@ -141,9 +144,7 @@ def test_gradients_are_those_of_the_dense_formula(kind: str, layout: str, tmp_pa
 @pytest.mark.parametrize("layout", METHODS)
 def test_spoiled_scales_come_back(pair: Pair, layout: str, tmp_path: Path) -> None:
     right = encode(pair, METHODS[layout], EVERYTHING)
-    embeddings = "model.embed_tokens.weight"
-    wrong = {**spoiled(right), embeddings: right[embeddings]}
-    result, report = distill(pair, wrong, DistillSettings(steps=60, learning_rate=0.05, batch_size=8))
+    result, report = distill(pair, spoiled(right), dataclasses.replace(SETTINGS, steps=60, batch_size=8))
     assert report.after < 0.05 * report.before
     for name, (record,) in parsed(result).items():
         (wanted,) = parsed(right)[name]
@@ -151,7 +152,7 @@ def test_spoiled_scales_come_back(pair: Pair, layout: str, tmp_path: Path) -> No
         ours, theirs = (float(r.scale * (r.sigma[0] if r.layout == FACTORED else 1)) for r in (record, wanted))
         assert ours == pytest.approx(theirs, rel=0.1), name
         assert record.relative_error < 0.2, name
-    assert report.untrained == (embeddings,)
+    assert report.untrained == ()
 
 
 @pytest.mark.parametrize("layout", METHODS)
@@ -164,9 +165,8 @@ def test_report_is_true_for_the_records_as_stored(kind: str, layout: str, tmp_pa
     assert report.after < report.before
     assert report.before == pytest.approx(held_out_divergence(pair, records, tmp_path / "dense"), rel=1e-3)
     assert report.after == pytest.approx(held_out_divergence(pair, result, tmp_path / "dense"), rel=1e-3)
-    embeddings = {name for name in records if "embed" in name and name != "embed_out.weight"}
     renamed = {name for name in records if ".experts." in name and kind == "mixtral" or name == "embed_out.weight"}
-    assert set(report.untrained) == embeddings | renamed
+    assert set(report.untrained) == renamed
     assert all((result[name] == records[name]) == (name in report.untrained) for name in records)
 
 
@@ -207,14 +207,14 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_others(pair: Pai
 @pytest.mark.parametrize("layout", METHODS)
 def test_never_worse_than_the_start(pair: Pair, layout: str) -> None:
     records = encode(pair, METHODS[layout], EVERYTHING)
-    result, report = distill(pair, records, DistillSettings(steps=24, learning_rate=1, batch_size=4))
+    result, report = distill(pair, records, dataclasses.replace(SETTINGS, steps=24, scale_rate=1))
     assert (report.steps, report.best_step, report.after) == (9, 0, report.before)
     assert result == records
 
 
 def test_held_out_sequences_are_not_trained_on(pair: Pair) -> None:
     records = encode(pair, DareConfig(), 4)
-    settings = DistillSettings(steps=1, batch_size=14)
+    settings = DistillSettings(steps=1, trains="scales", batch_size=14)
     one = distill(pair, records, settings)
     other_tokens = torch.cat([TOKENS[:-2], TOKENS[-2:].flip(0, 1)])
     other = distill(pair, records, settings, other_tokens)
@@ -239,11 +239,8 @@ def test_empty_records_in_a_stack_and_records_that_cannot_be_trained(tmp_path: P
     first, *others = parsed(result)[name]
     assert (first.rank, first.scale) == (0, 0) and all(r.relative_error < 1 for r in others)
 
-    embeddings = {"model.embed_tokens.weight": encode(pair, LowRankConfig(), 8)["model.embed_tokens.weight"]}
-    result, report = distill(pair, embeddings)
-    assert result == embeddings
-    assert (report.steps, report.best_step, report.before) == (0, 0, report.after)
-    assert distill(pair, {})[1].before == 0
+    report = distill(pair, {})[1]
+    assert (report.steps, report.best_step, report.before, report.after) == (0, 0, 0, 0)
 
 
 def test_rows_added_to_the_vocabulary(tmp_path: Path) -> None:
@@ -272,8 +269,8 @@ def test_tokens_that_will_not_do(pair: Pair, tokens: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     "field, value",
-    [("steps", 0), ("steps", 1.5), ("batch_size", 0), ("batch_size", True), ("seed", -1), ("learning_rate", 0)]
-    + [("learning_rate", float("nan")), ("learning_rate", 1.1), ("learning_rate", "fast")]
+    [("steps", 0), ("steps", 1.5), ("batch_size", 0), ("batch_size", True), ("seed", -1), ("scale_rate", 0)]
+    + [("scale_rate", float("nan")), ("code_rate", 1.1), ("code_rate", "fast"), ("trains", "masks")]
     + [("validation_share", 0), ("validation_share", 1), ("validation_share", None)],
 )
 def test_settings_out_of_range(field: str, value: object) -> None:

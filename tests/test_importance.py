@@ -35,7 +35,7 @@ from impart_hf.workspace import OutputError
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from impart_hf.pruning.training import add_lora
+from impart_hf.pruning.lora import add_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -29,6 +29,7 @@ from impart_hf import (
     compress,
 )
 from impart_hf.hub import push
+from impart_hf.distilling import DistillSettings
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.plan import IncompatibleModelsError
 from impart_hf.reconstruct import open_repository, reconstruct, verify
@@ -178,7 +179,7 @@ def test_distillation(pair: Pair, tmp_path: Path) -> None:
         distill=[TEXT],
         calibration_samples=16,
         calibration_length=32,
-        distill_steps=10,
+        distill_settings=DistillSettings(steps=10),
     )
     assert report.distilled is not None and report.distilled.after < report.distilled.before
     verify(opened(tmp_path / "delta"))

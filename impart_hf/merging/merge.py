@@ -12,7 +12,8 @@ import torch
 from ..cards import merge_card, merge_origin
 from ..checkpoint_writer import DenseTensor, check_free, new_folder, write_weights
 from ..companions import copy_companions
-from ..compress import ModelPair, SvdOf, leading_svd_of, mask_seed, usable_device
+from ..compress import ModelPair, SvdOf, leading_svd_of, mask_seed
+from ..devices import usable_device
 from ..methods import MethodConfig
 from ..modeling.checkpoints import HubOptions, all_finite
 from ..plan import IncompatibleModelsError

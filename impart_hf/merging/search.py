@@ -22,7 +22,7 @@ from ..calibration_text import (
     within_positions,
 )
 from ..checkpoint_writer import WEIGHTS, DenseTensor, write_weights
-from ..compress import usable_device
+from ..devices import usable_device
 from ..evaluate import load, perplexity
 from ..locked_folder import LockedFolder
 from ..methods import MethodConfig

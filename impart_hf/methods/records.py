@@ -100,7 +100,7 @@ def nearest_normal(values: torch.Tensor, width: int) -> torch.Tensor:
     return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
 
-def _codes(values: torch.Tensor, width: int) -> np.ndarray:
+def value_codes(values: torch.Tensor, width: int) -> np.ndarray:
     """The codes of kept values: floats, or levels."""
     if width == FLOAT16:
         return tensor_bytes(values.to(torch.float16))
@@ -121,7 +121,7 @@ def _keep(thresholds: np.ndarray) -> int:
 def _planes_codes(planes: list[torch.Tensor], thresholds: np.ndarray, widths: np.ndarray, seed: int) -> np.ndarray:
     masks = [keep_mask(seed, side, thresholds, plane.shape[1], plane.device) for side, plane in enumerate(planes)]
     codes = [
-        _codes(plane[part][mask[part]], width)
+        value_codes(plane[part][mask[part]], width)
         for width, part in runs(widths)
         for plane, mask in zip(planes, masks, strict=True)
     ]

@@ -25,23 +25,13 @@ from transformers.utils import logging
 from ..calibration_text import CalibrationSource
 from ..checkpoint_writer import check_free, new_folder
 from ..progress import Progress
+from ..training import check_positive, check_seed, check_whole, source_name, train, training_arguments
 from .checks import open_llama, weights_fingerprint
 from .gradient_sums import MatrixSums
 from .importance_plot import draw
 from .importance_report import SCORES, Importance
 from .llama_shape import LINEAR, LlamaShape, layer_prefix
-from .training import (
-    add_lora,
-    check_positive,
-    check_seed,
-    check_whole,
-    load_model,
-    require_training,
-    source_name,
-    train,
-    training_arguments,
-    training_tokens,
-)
+from .lora import add_lora, load_model, require_training, training_tokens
 
 logger = logging.get_logger(__name__)
 

@@ -22,21 +22,11 @@ from ..evaluate import perplexity
 from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
 from ..progress import Progress
+from ..training import check_positive, check_seed, check_whole, source_name, train, training_arguments
 from .checks import open_llama
 from .history import with_step
 from .llama_shape import LlamaShape
-from .training import (
-    add_lora,
-    check_positive,
-    check_seed,
-    check_whole,
-    load_model,
-    require_training,
-    source_name,
-    train,
-    training_arguments,
-    training_tokens,
-)
+from .lora import add_lora, load_model, require_training, training_tokens
 
 _LEARNING_RATES = {"lora": 1e-4, "full": 2e-5}
 _WARM_UP = 0.03  # of the steps

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calibration_text import CalibrationSource
 from ..checkpoint_writer import DenseTensor, check_free
-from ..compress import usable_device
+from ..devices import usable_device
 from ..locked_folder import LockedFolder
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress

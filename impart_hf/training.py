@@ -1,4 +1,4 @@
-"""What importance and recovery share: text as sequences, LoRA, and transformers' Trainer, in one process or in many."""
+"""What everything shares that trains: settings and checks, and transformers' Trainer, in one process or in many."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..calibration_text import CalibrationSource, check_vocabulary, model_tokens
-from ..compress import usable_device
-from ..modeling.checkpoints import Checkpoint
-from ..progress import Progress
-from .llama_shape import LINEAR, LlamaShape
+from .calibration_text import CalibrationSource
+from .devices import usable_device
+from .progress import Progress
 
 # Fields of TrainingArguments that are arguments of these functions, or would take from them what they are there for.
 _RESERVED = {
@@ -48,21 +46,6 @@ _RESERVED = {
 }
 # What spreads parameters, or gradients, over processes: there no process has them whole.
 _SHARDED = {"FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"}
-
-
-def require_training() -> None:
-    """See that the libraries are there that training needs.
-
-    Raises:
-        ModuleNotFoundError: if one is not, saying how to get it.
-    """
-    try:
-        import accelerate  # noqa: F401
-        import peft  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "training is done with the libraries peft and accelerate: pip install 'impart-hf[pruning]'"
-        ) from error
 
 
 def check_whole(least: int, **values: object) -> None:
@@ -105,6 +88,7 @@ def training_arguments(
     defaults: Mapping[str, Any],
     training: Mapping[str, Any] | None,
     reserved: frozenset[str] = frozenset(),
+    own: Mapping[str, Any] | None = None,
 ) -> Iterator[TrainingArguments]:
     """The Trainer's settings, with a folder to itself that nothing is left of. Connects the processes, if many.
 
@@ -114,11 +98,12 @@ def training_arguments(
         defaults: fields of TrainingArguments.
         training: more such fields, which go before the defaults.
         reserved: fields that `training` may not hold, beside those that it never may.
+        own: fields that go before all others, and that `training` may not hold either.
 
     Raises:
         ValueError: if there is no such device or field, or a field's value is none it can have.
     """
-    fields = _checked_fields(training, reserved | _RESERVED)
+    fields = _checked_fields(training, reserved | _RESERVED | (own or {}).keys())
     use_cpu = False
     if device is not None:
         wanted = usable_device(device)
@@ -143,6 +128,7 @@ def training_arguments(
             "logging_nan_inf_filter": False,
             "disable_tqdm": True,
             "use_cpu": use_cpu,
+            **(own or {}),
         }
         try:
             arguments = TrainingArguments(**settings)
@@ -181,56 +167,11 @@ def _checked_fields(training: Mapping[str, Any] | None, reserved: frozenset[str]
     return dict(training)
 
 
-def training_tokens(
-    source: CalibrationSource, checkpoint: Checkpoint, shape: LlamaShape, *, samples: int, length: int, seed: int
-) -> torch.Tensor:
-    """Token sequences for a model to be trained or judged on.
-
-    Args:
-        source: as for `calibration_text.calibration_tokens`.
-        checkpoint, shape: the model, which must have a tokenizer.
-        samples: sequences at most.
-        length: of each, in tokens; at most as many as the model has positions.
-        seed: of the draw.
-
-    Returns:
-        int64, (sequences, length).
-
-    Raises:
-        ValueError: if there is no tokenizer that can be read, not enough text, or tokens that the model has not.
-        FileNotFoundError, ModuleNotFoundError: as `calibration_tokens`.
-    """
-    tokens = model_tokens(checkpoint, source, samples, length, seed)
-    check_vocabulary(tokens, shape.vocab_size, checkpoint.source)
-    return tokens
-
-
 def source_name(source: CalibrationSource) -> str:
     """What a record says of where text came from: a file's name without its folder, a data set's, or how many texts."""
     if not isinstance(source, str | os.PathLike):
         return f"{len(source)} texts"
     return Path(os.path.abspath(source)).name if os.path.exists(source) else os.fspath(source)
-
-
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """A checkpoint as a model, on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint.source, revision=checkpoint.options.revision, dtype=dtype, trust_remote_code=False
-    )
-
-
-def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
-    """PEFT's model with LoRA on the seven linear layers of every decoder layer, its weights in float32.
-
-    The model itself is changed, as PEFT does.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    set_seed(seed)
-    settings = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(LINEAR), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, settings)
 
 
 def train(
@@ -261,7 +202,7 @@ def train(
     # An epoch's last batch would else be smaller, and its gradient noisier; too little text is one small batch
     arguments.dataloader_drop_last = len(tokens) >= arguments.per_device_train_batch_size * arguments.world_size
     use_cache = model.config.use_cache
-    watch = _Watch(title, Progress(progress.enabled and arguments.process_index == 0))
+    watch = StepWatch(title, Progress(progress.enabled and arguments.process_index == 0))
     callbacks: list[Any] = [watch] if callback is None else [callback, watch]
     try:
         trainer = Trainer(model=model, args=arguments, train_dataset=_Sequences(tokens), callbacks=callbacks)
@@ -289,7 +230,7 @@ class _Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-class _Watch(TrainerCallback):
+class StepWatch(TrainerCallback):
     """Keeps the losses, ends a run whose loss is not finite, and moves a bar.
 
     Attributes:
@@ -300,9 +241,11 @@ class _Watch(TrainerCallback):
         self.losses: list[float] = []
         self._title, self._progress = title, progress
         self._bar: Any = None
+        self._held_out = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar = self._progress.bar(state.max_steps, self._title)
+        self._bar.update(state.global_step)  # not from the first step on, if it is resumed
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs:  # the summary at the end
@@ -314,8 +257,12 @@ class _Watch(TrainerCallback):
                 "or lower the learning rate"
             )
         self.losses.append(loss)
-        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.4f}{self._held_out}", refresh=False)
         self._bar.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        self._held_out = f", held out {metrics['eval_loss']:.4f}"
+        self._bar.set_postfix_str(f"loss {self.losses[-1]:.4f}{self._held_out}")
 
     def close(self) -> None:
         """Leave the bar as it is."""

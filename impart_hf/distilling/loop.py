@@ -1,0 +1,174 @@
+"""Training of deltas by transformers' Trainer: in one process or many, with checkpoints, and looks at held-out text."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..progress import Progress
+from ..training import StepWatch, training_arguments
+from .settings import DistillSettings
+from .trained_delta import TrainedDelta
+
+
+class Pupil(nn.Module):
+    """Deltas in training, as the Trainer sees them: nothing else is a parameter of it, or saved.
+
+    Attributes:
+        deltas: to be trained.
+    """
+
+    def __init__(self, deltas: Iterable[TrainedDelta], loss: Callable[[Tensor], Tensor]):
+        """Args:
+        deltas: to be trained; parts of the models that the loss runs.
+        loss: of the examples with these numbers, int64 (batch,): the mean over them.
+        """
+        super().__init__()
+        self.deltas: Any = nn.ModuleList(deltas)
+        self._loss = loss
+
+    def forward(self, rows: Tensor, return_loss: bool = True) -> dict[str, Tensor]:
+        return {"loss": self._loss(rows)}
+
+
+def _examples(rows: range) -> Any:
+    return [{"rows": row} for row in rows]
+
+
+@contextmanager
+def arguments_for(
+    settings: DistillSettings, device: torch.device, checkpoints: Path | None
+) -> Iterator[TrainingArguments]:
+    """The Trainer's settings for a distillation. Connects the processes, if many.
+
+    Args:
+        checkpoints: folder for these; None for one that is removed.
+
+    Raises:
+        ValueError: if `settings.training` holds what it must not, or a device cannot be used.
+    """
+    interval = max(1, settings.steps // settings.checks)
+    own = {
+        "max_steps": settings.steps,
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": interval,
+        "eval_steps": interval,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "remove_unused_columns": False,
+        "seed": settings.seed,
+        # A layer's experts need not all be reached by a batch
+        "ddp_find_unused_parameters": True,
+        **({} if checkpoints is None else {"output_dir": str(checkpoints)}),
+    }
+    defaults = {"max_grad_norm": 0.0}
+    with training_arguments(str(device), settings.batch_size, defaults, settings.training, own=own) as arguments:
+        arguments.per_device_eval_batch_size = arguments.per_device_train_batch_size
+        yield arguments
+
+
+class _Stopping(EarlyStoppingCallback):
+    """Ends training that does no better for a while, be it than at the start; looks at its last step."""
+
+    def __init__(self, patience: int, before: float):
+        super().__init__(early_stopping_patience=patience)
+        self._before = before
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        super().on_train_begin(args, state, control, **others)
+        if state.best_metric is None:
+            state.best_metric = self._before
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_evaluate |= state.global_step == state.max_steps
+
+
+class _Trainer(Trainer):
+    """Drops the rest of an epoch that fills no batch, but nothing that is held out."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+
+@torch.enable_grad()
+def train(
+    pupil: Pupil,
+    training: range,
+    validation: range,
+    before: float,
+    settings: DistillSettings,
+    arguments: TrainingArguments,
+    progress: Progress,
+    title: str,
+) -> tuple[int, int]:
+    """Train, leave the numbers of the best check in place, and return the steps taken and the best one.
+
+    Continues from a checkpoint if the arguments' folder holds one.
+
+    Args:
+        training, validation: the examples.
+        before: the loss of the latter.
+        arguments: from `arguments_for`.
+        title: of the bar.
+
+    Raises:
+        ValueError: if a loss is not finite.
+    """
+    latents = [values for delta in pupil.deltas for values in delta.latents()]
+    factors = [factor for delta in pupil.deltas for factor in delta.log_factors]
+    first = round(settings.scale_share * settings.steps)
+    groups = [{"params": factors, "lr": settings.scale_rate}]
+    rates = [lambda step: 1 - step / settings.steps]
+    if latents:
+        groups.append({"params": latents, "lr": settings.code_rate})
+        rates.append(lambda step: (step >= first) * (1 - step / settings.steps))
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+    # An epoch's last batch would else be smaller, and its gradient noisier; too little text is one small batch
+    arguments.dataloader_drop_last = len(training) >= arguments.per_device_train_batch_size * arguments.world_size
+    watch = StepWatch(title, Progress(progress.enabled and arguments.process_index == 0))
+    trainer = _Trainer(
+        model=pupil,
+        args=arguments,
+        train_dataset=_examples(training),
+        eval_dataset=_examples(validation),
+        callbacks=[watch, _Stopping(settings.patience, before)],
+        optimizers=(optimizer, schedule),
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(Path(str(arguments.output_dir))))
+    finally:
+        watch.close()
+    return trainer.state.global_step, trainer.state.best_global_step or 0
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end."""
+    # The Trainer writes this file last
+    states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    found = {int(path.parent.name.rpartition("-")[2]): path.parent for path in states}
+    return str(found[max(found)]) if found else None
+
+
+@torch.no_grad()
+def mean_loss(pupil: Pupil, rows: range, arguments: TrainingArguments) -> float:
+    """The loss of examples, the mean over all of them, computed as in training."""
+    size, total = arguments.per_device_eval_batch_size, 0.0
+    with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+        for part in torch.tensor(rows).split(size):
+            total += pupil(part)["loss"].item() * len(part)
+    return total / len(rows)

@@ -1,0 +1,105 @@
+"""The fine-tuned model, and the compressed one with its deltas apart from the base's weights."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..modeling.checkpoints import Checkpoint, CheckpointError
+from ..modeling.delta_decode import add_delta
+from ..modeling.delta_record import parse_stack
+from .trained_delta import TrainedDelta
+
+
+def load_model(finetuned: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
+    """A model of the fine-tune's architecture, frozen, of tensors with the checkpoint's names.
+
+    Raises:
+        CheckpointError: if one is missing.
+    """
+    config = AutoConfig.for_model(**finetuned.config)
+    with torch.device("meta"):
+        model_class: Any = type(AutoModelForCausalLM.from_config(config))
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+    )
+    if info["missing_keys"]:  # transformers would go on with random numbers
+        raise CheckpointError(f"'{finetuned.source}' lacks the tensor {min(info['missing_keys'])}")
+    return model.eval().requires_grad_(False)
+
+
+def owners_of(model: Any) -> dict[str, list[str]]:
+    """For every parameter's name, the names under which modules have it: more than one if they share it."""
+    names = defaultdict(list)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names[id(parameter)].append(name)
+    return {name: names[id(parameter)] for name, parameter in parameters.items()}
+
+
+def trainable(model: Any, base: Checkpoint, finetuned: Checkpoint, names: Iterable[str]) -> list[str]:
+    """The tensors that are a parameter of the fine-tuned model as they stand in the checkpoint, the base's size.
+
+    One that several modules share must be an embedding's and linear layers'.
+    """
+    parameters, owners = dict(model.named_parameters(remove_duplicate=False)), owners_of(model)
+
+    def fits(name: str) -> bool:
+        parameter = parameters.get(name)
+        if parameter is None or parameter.shape != base.shape(name):
+            return False
+        modules = [model.get_submodule(owner.rpartition(".")[0]) for owner in owners[name]]
+        if len(modules) > 1 and not all(isinstance(module, nn.Embedding | nn.Linear) for module in modules):
+            return False
+        return torch.equal(parameter, finetuned.tensor(name).to(parameter))
+
+    return [name for name in names if fits(name)]
+
+
+def student_tensors(
+    base: Checkpoint, finetuned: Checkpoint, records: Mapping[str, np.ndarray], trained: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """The compressed model's tensors, but the base's where a delta is still to be attached."""
+    tensors, trained = {name: finetuned.tensor(name) for name in finetuned.names()}, set(trained)
+    for name, data in records.items():
+        before = base.tensor(name)
+        if name in trained:
+            tensors[name] = before
+        else:
+            added_rows = tensors[name][len(before) :].float()
+            tensors[name] = torch.cat([add_delta(before, data, name, torch.float32), added_rows])
+    return tensors
+
+
+def attach(
+    student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None, owners: Iterable[str] | None = None
+) -> TrainedDelta:
+    """Add a tensor's delta to the student's parameter of that name, which is the base's.
+
+    Args:
+        data: the tensor's records.
+        exact: the delta they stand for, if their values are to be trained.
+        owners: all names of the parameter, if modules share it.
+    """
+    delta: TrainedDelta | None = None
+    for own_name in owners or [name]:
+        path, _, leaf = own_name.rpartition(".")
+        owner = student.get_submodule(path)
+        base = getattr(owner, leaf)
+        if delta is None:
+            delta = TrainedDelta(parse_stack(data, name), name, exact, base.device)
+        kind = type(owner)
+        # Whoever reads the weight itself gets the sum
+        parametrize.register_parametrization(owner, leaf, delta, unsafe=True)
+        if kind is nn.Linear:
+            owner.forward = partial(delta.linear, base=base, bias=owner.bias)
+        elif kind is nn.Embedding and owner.max_norm is None:
+            owner.forward = partial(delta.embedding, base=base, padding=owner.padding_idx)
+    assert delta is not None
+    return delta
