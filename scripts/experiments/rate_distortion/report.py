@@ -122,7 +122,8 @@ def _numbers(results: Results, pair: str, number: str) -> str:
     def cell(row: Row | None) -> str:
         if row is None:
             return "–"
-        return f"{row[number]:.4f}" + (f" ± {row[f'{number}_spread']:.4f}" if row["seeds"] > 1 else "")
+        digits = max(2, 2 - math.floor(math.log10(max(row[number], 1e-9))))
+        return f"{row[number]:.{digits}f}" + (f" ± {row[f'{number}_spread']:.{digits}f}" if row["seeds"] > 1 else "")
 
     return measure.table(
         [
@@ -142,7 +143,9 @@ def _parts(results: Results, pair: str) -> str:
         others = [name for name in rows if name.startswith(f"{OURS}/") and Variant.named(name).effort == steps[1:]]
         if not steps:
             others += [name for name in rows if name.startswith(f"{OURS}+")]
-        table.append({"": OURS + steps} | {f"{r:g}": _short(whole[r]["kl"]) for r in results.ratios if r in whole})
+        table.append(
+            {"": f"**{OURS}{steps}**"} | {f"{r:g}": _short(whole[r]["kl"]) for r in results.ratios if r in whole}
+        )
         for name in others:
             both = [ratio for ratio in results.ratios if ratio in whole and ratio in rows[name]]
             changes = {f"{r:g}": f"{100 * (rows[name][r]['kl'] / whole[r]['kl'] - 1):+.0f} %" for r in both}

@@ -39,7 +39,7 @@ DOCS = Path(__file__).resolve().parents[3] / "docs" / "methods"
 _BATCH = 8  # sequences at a time
 
 
-class Results:
+class Log:
     """The lines of a results file: of pairs, and of runs.
 
     Attributes:
@@ -123,7 +123,7 @@ class Judge:
 class Study:
     """Runs one after the other, the models that they are compared with kept at hand."""
 
-    def __init__(self, results: Results, effort: Effort, tokens: int, device: str):
+    def __init__(self, results: Log, effort: Effort, tokens: int, device: str):
         self._results, self._effort, self._device = results, effort, device
         self.judge = lru_cache(maxsize=None)(lambda pair: Judge(pair, tokens, effort.length, device))
 
@@ -163,7 +163,8 @@ class Study:
                 self._results.append({**line, "failed": str(error)})
                 return str(error)
             line |= {"bytes": report.repository_bytes, "ratio": report.ratio, "shortfall": report.shortfall}
-            line |= {"seconds": report.seconds} | self.judge(run.pair).measured(folder)
+            line |= {"checkpoint_bytes": report.checkpoint_bytes, "seconds": report.seconds}
+            line |= self.judge(run.pair).measured(folder)
         self._results.append(line)
         return f"KL {line['kl']:.5f}, {line['seconds']:.0f} s"
 
@@ -212,7 +213,7 @@ def _run(arguments: argparse.Namespace, path: Path) -> None:
         raise ValueError(f"there is no pair '{strange[0]}'")
     work.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(arguments, name) for name in ("steps", "tokens", "samples", "length")}
-    results = Results(path, settings)
+    results = Log(path, settings)
     wanted = [name for name in names if name in (arguments.only or names)]
     # Trained first: the text of a given pair may be one of theirs
     own = {name: trained(name, work) for name in TRAINED if name in wanted}

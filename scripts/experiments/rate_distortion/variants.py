@@ -19,6 +19,7 @@ import torch
 from pairs import Pair
 
 from impart_hf import compress
+from impart_hf.distilling import DistillSettings
 from impart_hf.methods import Encoded, ImPartRdConfig, MethodConfig, impart_rd, method_class, method_names
 from impart_hf.methods.base import EncodingTask
 from impart_hf.methods.rate_distortion import NOISE
@@ -165,8 +166,6 @@ class Variant:
         if CALIBRATION in self.steps:
             training["calibration"] = pair.train
         if self.distilled:
-            from impart_hf.distilling import DistillSettings
-
             training["distill"] = pair.train
             training["distill_settings"] = DistillSettings(steps=effort.steps, trains=self.effort, seed=seed)
         return compress(
