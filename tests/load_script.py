@@ -9,7 +9,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def load_script(name: str) -> ModuleType:
-    """The script `name`, or `FOLDER/name`, as a module; scripts import each other by bare name, as when they are run."""
+    """The script `name` or `FOLDER/name` as a module; scripts import each other by bare name, as when they are run."""
     path = SCRIPTS / name
     sys.path.insert(0, str(path.parent))
     try:

@@ -44,15 +44,14 @@ class Results:
         self.ratios = sorted({line["asked"] for line in lines if "asked" in line})
 
     def level(self, pair: str, effort: str, *, ours: bool) -> dict[str, dict[float, Row]]:
-        """The whole methods' rows to which so much is done, of a peer also those with less."""
+        """The rows of ours, or of the peers, to which so much is done; a peer's also with less."""
         efforts = list(_EFFORTS)
-        least = efforts.index(effort) if ours else 0
-        allowed = efforts[least : efforts.index(effort) + 1]
+        methods, allowed = ((OURS,), [effort]) if ours else (PEERS, efforts[: efforts.index(effort) + 1])
         found = {name: Variant.named(name) for name in self.rows[pair]}
         return {
             name: self.rows[pair][name]
-            for name, v in found.items()
-            if not v.part and (v.method == OURS) == ours and (v.method in PEERS or ours) and v.effort in allowed
+            for name, variant in found.items()
+            if variant.method in methods and not variant.part and variant.effort in allowed
         }
 
 
@@ -259,12 +258,12 @@ def _picture(results: Results, path: Path) -> None:
         2, len(pairs), figsize=(1.8 + 4.6 * len(pairs), 8.4), layout="constrained", squeeze=False
     )
     colors = dict(zip(PEERS, pyplot.get_cmap("Set2").colors, strict=False)) | {OURS: "crimson"}
-    lines: dict[str, Any] = {}
-    rows_of_panels = ({"": "-", CALIBRATION: "--"}, {SCALES: ":", CODES: "-"})
+    styles_above, styles_below = {"": "-", CALIBRATION: "--"}, {SCALES: ":", CODES: "-"}
+    legends: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for column, pair in enumerate(pairs):
         everything = [row for rows in results.rows[pair].values() for row in rows.values()]
         whole = next(line["checkpoint_bytes"] for line in results.lines if line["pair"] == pair and "kl" in line)
-        for axes, styles in zip(panels[:, column], rows_of_panels, strict=True):
+        for axes, styles, legend in zip(panels[:, column], (styles_above, styles_below), legends, strict=True):
             for name, rows in results.rows[pair].items():
                 variant = Variant.named(name)
                 if (
@@ -276,7 +275,7 @@ def _picture(results: Results, path: Path) -> None:
                     continue
                 own = sorted(rows.values(), key=lambda row: row["bytes"])
                 ours = variant.method == OURS
-                (lines[name],) = axes.plot(
+                (legend[name],) = axes.plot(
                     [row["bytes"] for row in own], [max(row["kl"], 1e-9) for row in own], styles[variant.effort],
                     color=colors[variant.method], linewidth=2.6 if ours else 1.2, marker="o", zorder=3 if ours else 2,
                     markersize=4, label=name,
@@ -286,10 +285,8 @@ def _picture(results: Results, path: Path) -> None:
             axes.grid(True, which="major", color="0.9")
         panels[0, column].set_title(pair, fontweight="bold")
         panels[1, column].set_xlabel("bytes on disk of the delta repository")
-    for axes, title in zip(panels[:, 0], ("not distilled", "distilled"), strict=True):
-        axes.set_ylabel(f"{title}: KL, nats a token")
-    for axes in panels[:, -1]:
-        own = {name: line for name, line in lines.items() if line.axes in panels[panels[:, -1] == axes][0]}
-        axes.legend(own.values(), own.keys(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes, title, legend, last in zip(panels[:, 0], ("not", ""), legends, panels[:, -1], strict=True):
+        axes.set_ylabel(f"{title} distilled: KL, nats a token".strip())
+        last.legend(legend.values(), legend.keys(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
