@@ -188,5 +188,4 @@ DEFAULT = (
     *_with(_ALL, SCALES),
     *_with(tuple(f"{OURS}/{part}" for part in PARTS)),
     *_with((OURS, PEERS[0]), CALIBRATION, CODES),
-    *_with(tuple(f"{OURS}/{part}" for part in PARTS), CODES),
 )
