@@ -191,15 +191,18 @@ def _verdict(results: Results) -> str:
                 if own is None:
                     continue
                 at = {name: curve_at(rows.values(), own["bytes"]) for name, rows in peers.items()}
-                best, name = min(((kl, name) for name, kl in at.items() if kl is not None), default=(math.inf, "none"))
+                best, name = min(((kl, name) for name, kl in at.items() if kl is not None), default=(None, ""))
+                if best is None:
+                    line[f"{ratio:g}"] = f"{_short(own['kl'])} / none"
+                    continue
                 won, compared = won + (own["kl"] < best), compared + 1
                 mark = "**" if own["kl"] < best else ""
                 line[f"{ratio:g}"] = f"{mark}{_short(own['kl'])}{mark} / {_short(best)} {name}"
             table.append(line)
         goals.append(f"* `{pair}`: {_goal(results, pair)}")
     return (
-        f"Ours / the best peer with as much or less done to it, at as many bytes (bold: ours is lower). Ours is lower "
-        f"in {won} of {compared}.\n\n{measure.table(table)}\n\n"
+        "Ours / the best peer with as much or less done to it, at as many bytes. Bold: ours is lower; none: no peer has "
+        f"such a small file, which counts for nothing. Ours is lower in {won} of {compared}.\n\n{measure.table(table)}\n\n"
         f"The highest ratio at which ours is no worse than {_GOAL[0]} at {_GOAL[1]:g} (wanted: 128 on every pair, "
         "200 on one), between the measured ratios by logarithms:\n\n" + "\n".join(goals)
     )
