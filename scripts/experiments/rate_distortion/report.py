@@ -201,8 +201,9 @@ def _verdict(results: Results) -> str:
             table.append(line)
         goals.append(f"* `{pair}`: {_goal(results, pair)}")
     return (
-        "Ours / the best peer with as much or less done to it, at as many bytes. Bold: ours is lower; none: no peer has "
-        f"such a small file, which counts for nothing. Ours is lower in {won} of {compared}.\n\n{measure.table(table)}\n\n"
+        "Ours / the best peer with as much or less done to it, at as many bytes. Bold: ours is lower; none: no peer "
+        f"has such a small file, which counts for nothing. Ours is lower in {won} of {compared}.\n\n"
+        f"{measure.table(table)}\n\n"
         f"The highest ratio at which ours is no worse than {_GOAL[0]} at {_GOAL[1]:g} (wanted: 128 on every pair, "
         "200 on one), between the measured ratios by logarithms:\n\n" + "\n".join(goals)
     )
