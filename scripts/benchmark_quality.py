@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -89,21 +88,6 @@ def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[st
     return results
 
 
-def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each method and ratio: mean over the seeds, and half the range between them."""
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for run in results["runs"]:
-        groups.setdefault((run["method"], run["asked"]), []).append(run)
-    rows = []
-    for (method, asked), runs in groups.items():
-        row: dict[str, Any] = {"method": method, "asked": asked, "seeds": len(runs)}
-        for name in ("bytes", "ratio", "perplexity", "kl"):
-            values = [run[name] for run in runs]
-            row[name], row[f"{name}_spread"] = statistics.fmean(values), (max(values) - min(values)) / 2
-        rows.append(row)
-    return rows
-
-
 def markdown(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     def line(name: str, asked: str, ratio: str, size: str, values: dict[str, Any]) -> dict[str, str]:
         several = values.get("seeds", 1) > 1
@@ -133,7 +117,6 @@ def picture(results: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path)
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure, axes = pyplot.subplots(figsize=(9.5, 4.8), layout="constrained")
     styles = zip(pyplot.get_cmap("tab10").colors, "osD^vP*Xhp", strict=True)
@@ -147,38 +130,15 @@ def picture(results: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path)
             axes.plot([r["bytes"] for r in seeds], [max(r["kl"], 1e-9) for r in seeds], ".", color=color, alpha=0.4)
     if math.isfinite(results["base"]["kl"]):
         axes.axhline(results["base"]["kl"], color="0.35", linestyle="--", linewidth=1, label="base (no delta)")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    ticks = sorted({round(math.log2(row["bytes"])) for row in rows})
-    axes.set_xticks([2.0**tick for tick in range(ticks[0] - 1, ticks[-1] + 2)])
-    axes.set_xlim(min(r["bytes"] for r in rows) / 1.2, max(r["bytes"] for r in rows) * 1.2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _human(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    measure.bytes_axes(
+        axes, [row["bytes"] for row in rows], [row["asked"] for row in rows], results["runs"][0]["checkpoint_bytes"]
+    )
     axes.set_xlabel("bytes on disk of the delta repository")
     axes.set_ylabel("KL(fine-tuned || compressed), nats per token")
-    whole = results["runs"][0]["checkpoint_bytes"]
-    top = axes.secondary_xaxis("top", functions=(lambda x: whole / _positive(x), lambda x: whole / _positive(x)))
-    asked = sorted({row["asked"] for row in rows})
-    top.set_xticks(asked, [f"{value:g}x" for value in asked])
-    top.minorticks_off()
-    top.set_xlabel("compression ratio")
     axes.grid(True, which="major", color="0.9")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-def _positive(values: Any) -> Any:
-    import numpy as np
-
-    return np.maximum(values, 1e-9)  # matplotlib tries zero
-
-
-def _human(size: float) -> str:
-    power = min(3, int(math.log(size, 1024)))
-    return f"{size / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"benchmark_quality.py: error: {error}", file=sys.stderr)
         return 1
-    rows = summary(results)
+    rows = measure.over_seeds(results["runs"])
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "quality.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (arguments.output / "quality.md").write_text(markdown(results, rows), encoding="utf-8")

@@ -9,9 +9,10 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def load_script(name: str) -> ModuleType:
-    """The script `name` as a module; scripts import each other by bare name, as they do when they are run."""
-    sys.path.insert(0, str(SCRIPTS))
+    """The script `name` or `FOLDER/name` as a module; scripts import each other by bare name, as when they are run."""
+    path = SCRIPTS / name
+    sys.path.insert(0, str(path.parent))
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(path.name)
     finally:
-        sys.path.remove(str(SCRIPTS))
+        sys.path.remove(str(path.parent))

@@ -1,0 +1,296 @@
+"""Tables, verdict and picture of the study, from the lines of its results and from nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+from variants import CALIBRATION, CODES, DEFAULT, OURS, PARTS, PEERS, RATIOS, SCALES, SEEDS, Variant
+
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+DOCUMENT, PICTURE = "rate-distortion.md", "rate-distortion.png"
+# How much is done to a row: what its last step is
+_EFFORTS = {"": "nothing", CALIBRATION: CALIBRATION, SCALES: "scales distilled", CODES: "values distilled"}
+_GOAL = f"impart-qt+{CALIBRATION}", 32.0  # the quality that ours is to have with fewer bytes
+_NUMBERS = ("bytes", "ratio", "perplexity", "kl", "seconds")
+_SLACK = 1.02  # sizes that differ by less are equal
+
+Row = Mapping[str, Any]
+
+
+class Results:
+    """Means over seeds.
+
+    Attributes:
+        pairs: what is known of each, by name.
+        ratios: that were asked for.
+        rows: by pair, variant and ratio asked.
+    """
+
+    def __init__(self, lines: Sequence[Row]):
+        self.lines = lines
+        self.pairs: dict[str, Row] = {line["pair"]: line["about"] for line in lines if "about" in line}
+        self.rows: dict[str, dict[str, dict[float, Row]]] = {}
+        for pair in self.pairs:
+            done = [line for line in lines if line["pair"] == pair and "kl" in line]
+            names = _NUMBERS + (("other_kl",) if "other_kl" in self.pairs[pair]["base"] else ())
+            found = {(row["method"], row["asked"]): row for row in measure.over_seeds(done, names)}
+            order = sorted({name for name, _ in found}, key=_place)
+            self.rows[pair] = {name: {r: row for (n, r), row in found.items() if n == name} for name in order}
+        self.ratios = sorted({line["asked"] for line in lines if "asked" in line})
+
+    def level(self, pair: str, effort: str, *, ours: bool) -> dict[str, dict[float, Row]]:
+        """The rows of ours, or of the peers, to which so much is done; a peer's also with less."""
+        efforts = list(_EFFORTS)
+        methods, allowed = ((OURS,), [effort]) if ours else (PEERS, efforts[: efforts.index(effort) + 1])
+        found = {name: Variant.named(name) for name in self.rows[pair]}
+        return {
+            name: self.rows[pair][name]
+            for name, variant in found.items()
+            if variant.method in methods and not variant.part and variant.effort in allowed
+        }
+
+
+def _place(name: str) -> tuple[int, int, int]:
+    """Rows by method, ours first, then the parts of ours; and each by what is done to it."""
+    variant = Variant.named(name)
+    methods = [OURS, *PEERS]
+    method = methods.index(variant.method) if variant.method in methods else len(methods)
+    part = 1 + list(PARTS).index(variant.part) if variant.part else 0
+    return part, method, (CALIBRATION in variant.steps) + 2 * list(_EFFORTS).index(variant.effort)
+
+
+def write_report(lines: Sequence[Row], folder: Path) -> None:
+    """Put the report between the document's markers, and the picture beside it."""
+    results = Results(lines)
+    if not any(results.rows.values()):
+        raise ValueError("there are no results as yet")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / DOCUMENT
+    text = path.read_text("utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} lacks the markers {BEGIN} and {END}")
+    path.write_text(f"{before}{BEGIN}\n\n{markdown(results)}\n\n{END}{after}", encoding="utf-8")
+    _picture(results, folder / PICTURE)
+
+
+def markdown(results: Results) -> str:
+    settings = results.lines[0]["settings"]
+    parts = [
+        f"KL(fine-tune ‖ compressed), nats a token, on {settings['tokens']:,} tokens in sequences of "
+        f"{settings['length']}; calibrated and distilled on {settings['samples']} such sequences, distilled for "
+        f"{settings['steps']} steps. Mean over seeds ± half the range; no ± where there is one seed or no use for it.",
+        f"![KL against bytes]({PICTURE})",
+        _pairs(results),
+        "### Verdict",
+        _verdict(results),
+        "### Parts of impart-rd\n\nChange of the KL when a part is replaced, or a step is taken.",
+        *(f"`{pair}`\n\n{table}" for pair in results.pairs if (table := _parts(results, pair))),
+    ]
+    for pair in results.pairs:
+        parts += [f"### {pair}, text of the task", _numbers(results, pair, "kl")]
+        if "other_kl" in results.pairs[pair]["base"]:
+            parts += [f"### {pair}, text of the base's kind", _numbers(results, pair, "other_kl")]
+    return "\n\n".join([*parts, "### What is missing", _missing(results), _machines(results)])
+
+
+def _pairs(results: Results) -> str:
+    def line(name: str, about: Row) -> dict[str, str]:
+        base, finetuned = about["base"], about["finetuned"]
+        return {
+            "pair": name,
+            "parameters": f"{about['parameters'] / 1e6:.2f} M",
+            "hidden × layers": f"{about['hidden']} × {about['layers']}",
+            "mean ‖ΔW‖/‖W‖": f"{about['relative_delta']:.3f}",
+            "perplexity, base": f"{base['perplexity']:.2f}",
+            "fine-tune": f"{finetuned['perplexity']:.2f}",
+            "KL of the base": f"{base['kl']:.3f}",
+            "on the base's kind of text": f"{base['other_kl']:.3f}" if "other_kl" in base else "",
+        }
+
+    return measure.table([line(name, about) for name, about in results.pairs.items()])
+
+
+def _numbers(results: Results, pair: str, number: str) -> str:
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return "–"
+        digits = max(2, 2 - math.floor(math.log10(max(row[number], 1e-9))))
+        return f"{row[number]:.{digits}f}" + (f" ± {row[f'{number}_spread']:.{digits}f}" if row["seeds"] > 1 else "")
+
+    return measure.table(
+        [
+            {"method": name} | {f"{ratio:g}": cell(found.get(ratio)) for ratio in results.ratios}
+            for name, found in results.rows[pair].items()
+        ]
+    )
+
+
+def _parts(results: Results, pair: str) -> str:
+    """What each part of ours does, in per cent of KL."""
+    rows, table = results.rows[pair], []
+    for steps in ("", f"+{CODES}"):
+        whole = rows.get(OURS + steps)
+        if not whole:
+            continue
+        others = [name for name in rows if name.startswith(f"{OURS}/") and Variant.named(name).effort == steps[1:]]
+        if not steps:
+            others += [name for name in rows if name.startswith(f"{OURS}+")]
+        table.append(
+            {"": f"**{OURS}{steps}**"} | {f"{r:g}": _short(whole[r]["kl"]) for r in results.ratios if r in whole}
+        )
+        for name in others:
+            both = [ratio for ratio in results.ratios if ratio in whole and ratio in rows[name]]
+            changes = {f"{r:g}": f"{100 * (rows[name][r]['kl'] / whole[r]['kl'] - 1):+.0f} %" for r in both}
+            table.append({"": name} | changes)
+    return measure.table([{"": ""} | {f"{r:g}": "" for r in results.ratios} | line for line in table]) if table else ""
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def curve_at(rows: Iterable[Row], size: float) -> float | None:
+    """The KL at so many bytes, between the rows' own sizes by logarithms; None below the smallest."""
+    points = sorted((row["bytes"], row["kl"]) for row in rows)
+    if not points or size * _SLACK < points[0][0]:
+        return None
+    sizes, values = np.log(np.array(points)).T
+    return math.exp(np.interp(math.log(size), sizes, values))
+
+
+def reached(rows: Iterable[Row], target: float) -> float | None:
+    """The highest ratio at which the KL is no more than `target`, between the rows by logarithms; None if it never is.
+    Beyond the last row nothing is claimed."""
+    points = sorted((row["ratio"], row["kl"]) for row in rows)
+    best = None
+    for number, (ratio, value) in enumerate(points):
+        if value <= target:
+            best = ratio
+            if number + 1 < len(points) and (after := points[number + 1])[1] > target:
+                share = math.log(target / value) / math.log(after[1] / value)
+                best = math.exp(math.log(ratio) + share * math.log(after[0] / ratio))
+    return best
+
+
+def _verdict(results: Results) -> str:
+    """Ours against the best peer at as many bytes; and how far ours goes with ImPart-Qt's quality at 32."""
+    table, goals, won, compared = [], [], 0, 0
+    for pair in results.pairs:
+        for effort, title in _EFFORTS.items():
+            ours, peers = (results.level(pair, effort, ours=is_ours) for is_ours in (True, False))
+            line = {"pair": pair, "done to it": title} | {f"{ratio:g}": "–" for ratio in results.ratios}
+            for ratio in results.ratios:
+                own = min((rows[ratio] for rows in ours.values() if ratio in rows), key=lambda r: r["kl"], default=None)
+                if own is None:
+                    continue
+                at = {name: curve_at(rows.values(), own["bytes"]) for name, rows in peers.items()}
+                best, name = min(((kl, name) for name, kl in at.items() if kl is not None), default=(None, ""))
+                if best is None:
+                    line[f"{ratio:g}"] = f"{_short(own['kl'])} / none"
+                    continue
+                won, compared = won + (own["kl"] < best), compared + 1
+                mark = "**" if own["kl"] < best else ""
+                line[f"{ratio:g}"] = f"{mark}{_short(own['kl'])}{mark} / {_short(best)} {name}"
+            table.append(line)
+        goals.append(f"* `{pair}`: {_goal(results, pair)}")
+    return (
+        "Ours / the best peer with as much or less done to it, at as many bytes. Bold: ours is lower; none: no peer "
+        f"has such a small file, which counts for nothing. Ours is lower in {won} of {compared}.\n\n"
+        f"{measure.table(table)}\n\n"
+        f"The highest ratio at which ours is no worse than {_GOAL[0]} at {_GOAL[1]:g} (wanted: 128 on every pair, "
+        "200 on one), between the measured ratios by logarithms:\n\n" + "\n".join(goals)
+    )
+
+
+def _goal(results: Results, pair: str) -> str:
+    target = results.rows[pair].get(_GOAL[0], {}).get(_GOAL[1])
+    if target is None:
+        return f"{_GOAL[0]} at {_GOAL[1]:g} is still to be run"
+    found = []
+    for effort, title in _EFFORTS.items():
+        for name, rows in results.level(pair, effort, ours=True).items():
+            ratio = reached(rows.values(), target["kl"])
+            at = "none of the measured" if ratio is None else f"{ratio:.0f}"
+            missed = [f"{rows[r]['kl'] / target['kl']:.2f} times at {r:g}" for r in (128.0, 200.0) if r in rows]
+            found.append(f"{name} ({title}) {at}" + (f" (its KL: {', '.join(missed)})" if missed else ""))
+    return f"KL {_short(target['kl'])} at {target['ratio']:.1f}. " + "; ".join(found)
+
+
+def _missing(results: Results) -> str:
+    done: dict[tuple[str, str], int] = {}
+    for line in results.lines:
+        if "asked" in line and line["asked"] in RATIOS:
+            done[line["pair"], line["method"]] = done.get((line["pair"], line["method"]), 0) + 1
+    texts = []
+    for pair in results.pairs:
+        wanted = {name: len(RATIOS) * (len(SEEDS) if Variant.named(name).random else 1) for name in DEFAULT}
+        lacking = [
+            f"{name} {done.get((pair, name), 0)} of {n}" for name, n in wanted.items() if done.get((pair, name), 0) < n
+        ]
+        texts.append(f"* `{pair}`: {', '.join(lacking)}" if lacking else f"* `{pair}`: nothing")
+    failed = sorted({(line["pair"], line["method"], line["asked"]) for line in results.lines if "failed" in line})
+    if failed:
+        texts.append("* out of reach: " + ", ".join(f"{pair} {name} at {ratio:g}" for pair, name, ratio in failed))
+    return "Runs done of those that a whole study has:\n\n" + "\n".join(texts)
+
+
+def _machines(results: Results) -> str:
+    machines = {
+        ", ".join(f"{name} {value}" for name, value in line["machine"].items() if name != "load average")
+        for line in results.lines
+        if "machine" in line
+    }
+    return "Machine: " + "; ".join(sorted(machines))
+
+
+def _picture(results: Results, path: Path) -> None:
+    """KL against bytes: a column for each pair, without distillation above, with it below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pairs = [pair for pair in results.pairs if results.rows[pair]]
+    figure, panels = pyplot.subplots(
+        2, len(pairs), figsize=(1.8 + 4.6 * len(pairs), 8.4), layout="constrained", squeeze=False
+    )
+    colors = dict(zip(PEERS, pyplot.get_cmap("Set2").colors, strict=False)) | {OURS: "crimson"}
+    styles_above, styles_below = {"": "-", CALIBRATION: "--"}, {SCALES: ":", CODES: "-"}
+    legends: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for column, pair in enumerate(pairs):
+        everything = [row for rows in results.rows[pair].values() for row in rows.values()]
+        whole = next(line["checkpoint_bytes"] for line in results.lines if line["pair"] == pair and "kl" in line)
+        for axes, styles, legend in zip(panels[:, column], (styles_above, styles_below), legends, strict=True):
+            for name, rows in results.rows[pair].items():
+                variant = Variant.named(name)
+                if (
+                    variant.part
+                    or variant.effort not in styles
+                    or len(variant.steps) > 1
+                    or variant.method not in colors
+                ):
+                    continue
+                own = sorted(rows.values(), key=lambda row: row["bytes"])
+                ours = variant.method == OURS
+                (legend[name],) = axes.plot(
+                    [row["bytes"] for row in own], [max(row["kl"], 1e-9) for row in own], styles[variant.effort],
+                    color=colors[variant.method], linewidth=2.6 if ours else 1.2, marker="o", zorder=3 if ours else 2,
+                    markersize=4, label=name,
+                )  # fmt: skip
+            measure.bytes_axes(axes, [r["bytes"] for r in everything], results.ratios, whole)
+            axes.set_ylim(min(r["kl"] for r in everything) / 1.3, max(r["kl"] for r in everything) * 1.3)
+            axes.grid(True, which="major", color="0.9")
+        panels[0, column].set_title(pair, fontweight="bold")
+        panels[1, column].set_xlabel("bytes on disk of the delta repository")
+    for axes, title, legend, last in zip(panels[:, 0], ("not", ""), legends, panels[:, -1], strict=True):
+        axes.set_ylabel(f"{title} distilled: KL, nats a token".strip())
+        last.legend(legend.values(), legend.keys(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,232 @@
+"""The study of impart-rd: KL against bytes, of every method and of ours with each of its parts replaced.
+
+    python scripts/experiments/rate_distortion/study.py --pair NAME=BASE,FINETUNED,TRAIN_TEXT,HELDOUT_TEXT[,OTHER_TEXT]
+
+Measured on the pairs that are given (--pair, once for each) and on two that it trains itself, `light` and `wide`
+(pairs.py). Every run is written to WORK/results.jsonl when it is done, and the same command goes on after the last of
+them; --only, --variants, --ratios and --seeds choose some of the runs. At the end, and with --report at once and from
+what is written alone, tables and picture in the documents are made anew (report.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the other scripts
+
+import measure
+import pair_training
+import torch
+from measure import comma_separated
+from pairs import TRAINED, Pair, trained
+from report import write_report
+from transformers import AutoTokenizer
+from transformers.utils import logging
+from variants import DEFAULT, RATIOS, SEEDS, Effort, Variant
+
+from impart_hf.evaluate import evaluate, load
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "methods"
+_BATCH = 8  # sequences at a time
+
+
+class Log:
+    """The lines of a results file: of pairs, and of runs.
+
+    Attributes:
+        settings: that all lines must have been made with.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        """Read what is there.
+
+        Raises:
+            ValueError: if it was made with other settings.
+        """
+        self._path, self._settings = path, settings
+        self.lines: list[dict[str, Any]] = []
+        if path.exists():
+            data = path.read_bytes()
+            if not data.endswith(b"\n"):  # the writing of the last line was cut short
+                path.write_bytes(data[: data.rfind(b"\n") + 1])
+            self.lines = read_lines(path)
+        for line in self.lines:
+            if line["settings"] != settings:
+                raise ValueError(f"{path} was made with {line['settings']}, not {settings}: give another --work")
+
+    def append(self, line: dict[str, Any]) -> None:
+        line = {**line, "settings": self._settings}
+        self.lines.append(line)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def has(self, run: Run) -> bool:
+        return any(run.key.items() <= line.items() for line in self.lines)
+
+    def about(self, pair: str) -> dict[str, Any] | None:
+        return next((line["about"] for line in self.lines if line["pair"] == pair and "about" in line), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    pair: Pair
+    variant: Variant
+    ratio: float
+    seed: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"pair": self.pair.name, "method": self.variant.name, "asked": self.ratio, "seed": self.seed}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def runs(pairs: Sequence[Pair], variants: Sequence[Variant], ratios: Sequence[float], seeds: Sequence[int]) -> Iterator:
+    """All runs; those of the first seed before any of the others, and what has no use for a seed only once."""
+    for seed, variant in itertools.product(seeds, variants):
+        if variant.random or seed == seeds[0]:
+            yield from (Run(pair, variant, ratio, seed) for ratio, pair in itertools.product(ratios, pairs))
+
+
+class Judge:
+    """Compares models with a pair's fine-tune, on text of the task and of the base's own kind."""
+
+    def __init__(self, pair: Pair, tokens: int, length: int, device: str):
+        self._device = device
+        self.reference = load(str(pair.finetuned), torch.float32, device)
+        tokenizer = AutoTokenizer.from_pretrained(pair.finetuned)
+        texts = {"": pair.heldout, "other_": pair.other}
+        self._blocks = {
+            kind: measure.text_sequences(text, tokenizer, tokens, length) for kind, text in texts.items() if text
+        }
+
+    def measured(self, source: Path) -> dict[str, float]:
+        model = load(str(source), torch.float32, self._device)
+        found = {}
+        for kind, blocks in self._blocks.items():
+            perplexity, divergence = evaluate(model, self.reference, blocks, _BATCH)
+            found |= {f"{kind}perplexity": perplexity, f"{kind}kl": divergence}
+        return found
+
+
+class Study:
+    """Runs one after the other, the models that they are compared with kept at hand."""
+
+    def __init__(self, results: Log, effort: Effort, tokens: int, device: str):
+        self._results, self._effort, self._device = results, effort, device
+        self.judge = lru_cache(maxsize=None)(lambda pair: Judge(pair, tokens, effort.length, device))
+
+    def introduce(self, pair: Pair) -> None:
+        """Write down what a pair is, or see that it is the one that was written down.
+
+        Raises:
+            ValueError: if it is another.
+        """
+        digest, known = pair.digest(), self._results.about(pair.name)
+        if known is not None:
+            if known["digest"] != digest:
+                raise ValueError(f"the results are of another pair '{pair.name}': give it another name")
+            return
+        judge = self.judge(pair)
+        base = load(str(pair.base), torch.float32, self._device)
+        weights = [dict(model.named_parameters()) for model in (base, judge.reference)]
+        about = {
+            "digest": digest,
+            "parameters": judge.reference.num_parameters(),
+            "hidden": judge.reference.config.hidden_size,
+            "layers": judge.reference.config.num_hidden_layers,
+            "relative_delta": pair_training.delta_size(*weights),
+            "base": judge.measured(pair.base),
+            "finetuned": judge.measured(pair.finetuned),
+        }
+        self._results.append({"pair": pair.name, "about": about})
+
+    def do(self, run: Run) -> str:
+        """Compress, measure and write the result down; what there is to say of it."""
+        line = {**run.key, "machine": measure.machine(self._device)}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "delta")
+            try:
+                report = run.variant.compress(run.pair, folder, run.ratio, run.seed, self._effort, self._device)
+            except ValueError as error:  # such a ratio is out of this method's reach
+                self._results.append({**line, "failed": str(error)})
+                return str(error)
+            line |= {"bytes": report.repository_bytes, "ratio": report.ratio, "shortfall": report.shortfall}
+            line |= {"checkpoint_bytes": report.checkpoint_bytes, "seconds": report.seconds}
+            line |= self.judge(run.pair).measured(folder)
+        self._results.append(line)
+        return f"KL {line['kl']:.5f}, {line['seconds']:.0f} s"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="study.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--pair", action="append", default=[], dest="pairs", metavar="NAME=PATHS",
+        help="BASE,FINETUNED,TRAIN_TEXT,HELDOUT_TEXT[,OTHER_TEXT]; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--work", type=Path, default=Path("rate-distortion"), help="folder of pairs and results")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of document and picture")
+    parser.add_argument("--only", type=comma_separated(str), metavar="PAIRS", help="only pairs of these names")
+    parser.add_argument("--variants", type=comma_separated(str), default=list(DEFAULT), help="see variants.py")
+    parser.add_argument("--ratios", type=comma_separated(float), default=list(RATIOS))
+    parser.add_argument("--seeds", type=comma_separated(int), default=list(SEEDS))
+    parser.add_argument("--steps", type=int, default=150, help="of distillation (default: 150)")
+    parser.add_argument("--tokens", type=int, default=8192, help="measured on at most so many of each text")
+    parser.add_argument("--samples", type=int, default=256, help="sequences to calibrate and distill on")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: 256)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--report", action="store_true", help="run nothing, only write the report anew")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    logging.disable_progress_bar()
+    path = arguments.work / "results.jsonl"
+    try:
+        if not arguments.report:
+            _run(arguments, path)
+        write_report(read_lines(path), arguments.docs)
+    except (ValueError, OSError) as error:
+        print(f"study.py: error: {error}", file=sys.stderr)
+        return 1
+    print(f"Results: {path}; report and picture: {arguments.docs}", file=sys.stderr)
+    return 0
+
+
+def _run(arguments: argparse.Namespace, path: Path) -> None:
+    work, variants = arguments.work, [Variant.named(name) for name in arguments.variants]
+    given = {pair.name: pair for pair in map(Pair.given, arguments.pairs)}
+    names = [*given, *TRAINED]
+    if strange := sorted({*(arguments.only or names)} - {*names}):
+        raise ValueError(f"there is no pair '{strange[0]}'")
+    work.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(arguments, name) for name in ("steps", "tokens", "samples", "length")}
+    results = Log(path, settings)
+    wanted = [name for name in names if name in (arguments.only or names)]
+    # Trained first: the text of a given pair may be one of theirs
+    own = {name: trained(name, work) for name in TRAINED if name in wanted}
+    pairs = [given.get(name) or own[name] for name in wanted]
+    effort = Effort(arguments.steps, arguments.samples, arguments.length)
+    study = Study(results, effort, arguments.tokens, arguments.device)
+    for pair in pairs:
+        study.introduce(pair)
+    todo = [run for run in runs(pairs, variants, arguments.ratios, arguments.seeds) if not results.has(run)]
+    for number, run in enumerate(todo, 1):
+        print(f"{number} of {len(todo)}: {' '.join(map(str, run.key.values()))}: ", file=sys.stderr, end="", flush=True)
+        print(study.do(run), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

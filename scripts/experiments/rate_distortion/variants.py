@@ -1,0 +1,191 @@
+"""What the study compares: methods, ours with a part of it replaced, and what is done to each: METHOD[/PART][+STEP…].
+
+Steps are `calibration` (GPTQ), and one of `scales` (the scale of a direct record or the singular values of a factored
+one are distilled) and `codes` (the stored values as well).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from pairs import Pair
+
+from impart_hf import compress
+from impart_hf.distilling import DistillSettings
+from impart_hf.methods import Encoded, ImPartRdConfig, MethodConfig, impart_rd, method_class, method_names
+from impart_hf.methods.base import EncodingTask
+from impart_hf.methods.rate_distortion import NOISE
+from impart_hf.report import CompressionReport
+
+OURS = "impart-rd"
+PEERS = ("impart-qt", "delta-come", "dare-qt", "bitdelta", "impart", "lowrank")
+CALIBRATION, SCALES, CODES = STEPS = ("calibration", "scales", "codes")
+RATIOS, SEEDS = (16.0, 32.0, 64.0, 128.0, 200.0), (0, 1, 2)
+
+
+class _Changed(ImPartRdConfig):
+    """Ours while a piece of its module is another. It keeps the name, so that headers and cards are as long."""
+
+    def change(self) -> AbstractContextManager:
+        raise NotImplementedError
+
+    def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
+        with self.change():
+            return super().allocate(spectra, shapes, max_bytes)
+
+    def _encode(self, task: EncodingTask) -> Encoded:
+        with self.change():
+            return super()._encode(task)
+
+
+class _EvenLevels(_Changed):
+    """Evenly spaced levels in the place of those for normally distributed numbers."""
+
+    def change(self) -> AbstractContextManager:
+        return patch.dict(impart_rd._WIDTHS, {bits: bits for bits in NOISE})
+
+
+class _TwoBits(_Changed):
+    """At least two bits a value: no signs."""
+
+    def change(self) -> AbstractContextManager:
+        return patch.dict(NOISE, {bits: noise for bits, noise in NOISE.items() if bits > 1}, clear=True)
+
+
+class _LeastError(_Changed):
+    """Sigma by least squares, which shrinks what is stored, in the place of the unbiased one."""
+
+    def change(self) -> AbstractContextManager:
+        return patch.object(impart_rd, "_rounded", partial(_shrunk, impart_rd._rounded))
+
+
+def _shrunk(rounded: Callable, u: torch.Tensor, sigma: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
+    levels_u, weights, levels_v = rounded(u, sigma, v, *rest)
+    for exact, levels in ((u, levels_u), (v, levels_v)):
+        cosines = torch.nn.functional.cosine_similarity(exact, levels, dim=0)
+        weights = weights * cosines.square().double().cpu().numpy()
+    return levels_u, weights, levels_v
+
+
+class _OwnBudgets(ImPartRdConfig):
+    """Every matrix has bytes in proportion to its size, as under the other methods."""
+
+    shares_budget = False
+
+
+# What stands in the place of a part of ours
+PARTS: Mapping[str, Callable[..., MethodConfig]] = {
+    "even-levels": _EvenLevels,
+    "two-bits": _TwoBits,
+    "least-error": _LeastError,
+    "own-budgets": _OwnBudgets,
+    "lowrank-embeddings": partial(ImPartRdConfig, embeddings="lowrank"),
+    "drop-weight-1": partial(ImPartRdConfig, drop_weight=1.0),
+}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What every run of a study is given.
+
+    Attributes:
+        steps: of distillation.
+        samples, length: sequences of text to calibrate and distill on, and their tokens.
+    """
+
+    steps: int
+    samples: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the tables.
+
+    Attributes:
+        part: which part of ours is replaced, or "".
+        steps: what is done to it, in the order of `STEPS`.
+    """
+
+    method: str
+    part: str = ""
+    steps: tuple[str, ...] = ()
+
+    @classmethod
+    def named(cls, name: str) -> Variant:
+        """Raises ValueError for a name that stands for nothing."""
+        head, *steps = name.split("+")
+        method, slash, part = head.partition("/")
+        if method not in method_names():
+            raise ValueError(f"{name}: there is no method {method}; there are {', '.join(method_names())}")
+        if slash and (method != OURS or part not in PARTS):
+            raise ValueError(f"{name}: after / comes a part of {OURS}: {', '.join(PARTS)}")
+        if steps not in [[], *([step] for step in STEPS), *([CALIBRATION, step] for step in (SCALES, CODES))]:
+            raise ValueError(f"{name}: after + comes {CALIBRATION}, and after that {SCALES} or {CODES}")
+        if CALIBRATION in steps and not method_class(method).quantises:
+            raise ValueError(f"{name}: {method} does not quantise by calibration text")
+        return cls(method, part, tuple(steps))
+
+    @property
+    def name(self) -> str:
+        return "+".join([f"{self.method}/{self.part}" if self.part else self.method, *self.steps])
+
+    @property
+    def effort(self) -> str:
+        """The last of its steps, or ""."""
+        return self.steps[-1] if self.steps else ""
+
+    @property
+    def distilled(self) -> bool:
+        return self.effort in (SCALES, CODES)
+
+    @property
+    def random(self) -> bool:
+        """Whether the seed makes a difference: by masks, which ours has only at a higher drop_weight, or by the order
+        of the text that is distilled on."""
+        return self.distilled or (self.method != OURS and method_class(self.method).random)
+
+    def compress(
+        self, pair: Pair, folder: Path, ratio: float, seed: int, effort: Effort, device: str
+    ) -> CompressionReport:
+        """Compress a pair into a folder.
+
+        Raises:
+            ValueError: if the method cannot reach the ratio.
+        """
+        make = PARTS[self.part] if self.part else method_class(self.method)
+        training: dict[str, Any] = {}
+        if CALIBRATION in self.steps:
+            training["calibration"] = pair.train
+        if self.distilled:
+            training["distill"] = pair.train
+            training["distill_settings"] = DistillSettings(steps=effort.steps, trains=self.effort, seed=seed)
+        return compress(
+            str(pair.base), str(pair.finetuned), folder, make(compression_ratio=ratio, seed=seed), device=device,
+            calibration_samples=effort.samples, calibration_length=effort.length, **training,
+        )  # fmt: skip
+
+
+def _with(methods: tuple[str, ...], *steps: str) -> list[str]:
+    return ["+".join((method, *steps)) for method in methods]
+
+
+_ALL = (OURS, *PEERS)
+_QUANTISING = tuple(method for method in _ALL if method_class(method).quantises)
+# Ordered so that a study which is stopped has said the most
+DEFAULT = (
+    *_with(_ALL),
+    *_with(_QUANTISING, CALIBRATION),
+    *_with(_ALL, CODES),
+    *_with(_ALL, SCALES),
+    *_with(tuple(f"{OURS}/{part}" for part in PARTS)),
+    *_with((OURS, PEERS[0]), CALIBRATION, CODES),
+)
