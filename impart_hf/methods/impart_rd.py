@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from ..modeling.delta_record import NORMAL_LEVELS
+from ..modeling.seeded_mask import keep_mask
 from .base import Encoded, EncodingTask, MethodConfig, check_number
-from .mixed_precision import quantised
-from .rate_distortion import NOISE, Choice, allocate, choose, price_for
+from .mixed_precision import cosines, quantised
+from .rate_distortion import Choice, allocate, choose, price_for
 from .records import (
     COMPONENT_BYTES,
     OVERHEAD_BYTES,
@@ -19,9 +21,9 @@ from .records import (
     factored_bytes,
     factored_record,
     kept_counts,
+    runs,
 )
 
-_WIDTHS = {bits: bits + 32 if bits + 32 in NORMAL_LEVELS else bits for bits in NOISE}
 # No component that is worth its bytes keeps less than this share of a bit for each entry, see `rate_distortion`
 _LEAST_BITS = 0.75
 _MAX_FITS = 16
@@ -72,11 +74,25 @@ class ImPartRdConfig(MethodConfig):
             return Encoded(empty_record(rows, columns, 1.0), ("dropped: its bytes do more good elsewhere",))
         factors = u[:, :count], sigma[:count], v[:, :count]
         bits, thresholds = choice.bits[:count], choice.thresholds[:count]
-        widths = _widths(bits)
-        levels_u, weights, levels_v, notes = quantised(*factors, thresholds, widths, task.mask_seed, task.hessian)
-        return Encoded(
-            factored_record(task.delta, levels_u, weights, levels_v, thresholds, widths, task.mask_seed), notes
+        widths_u, widths_v = (
+            self._widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits)
+            for side, part in enumerate((factors[0], factors[2]))
         )
+        levels_u, weights, levels_v, notes = quantised(
+            *factors, thresholds, widths_u, task.mask_seed, task.hessian, widths_v=widths_v, delta=task.delta
+        )
+        data = factored_record(task.delta, levels_u, weights, levels_v, thresholds, widths_u, task.mask_seed, widths_v)
+        return Encoded(data, notes)
+
+    def _widths(self, plane: torch.Tensor, mask: torch.Tensor, bits: np.ndarray) -> np.ndarray:
+        """The width codes of a plane (r, length): of the levels with so many bits, those with less error."""
+        widths = bits.copy()
+        for width, part in runs(bits):
+            if width + 32 in NORMAL_LEVELS:
+                kinds = [np.full(part.stop - part.start, kind) for kind in (width + 32, width)]
+                normal, even = (cosines(plane[part], mask[part], kind).square().sum() for kind in kinds)
+                widths[part] = kinds[int(even > normal)]
+        return widths
 
     def _fitted(self, sigma: np.ndarray, task: EncodingTask) -> Choice:
         """The choice of components with which the record fits its budget, as the masks turn out."""
@@ -87,12 +103,8 @@ class ImPartRdConfig(MethodConfig):
             choice = choose(sigma, rows + columns, price, self.drop_weight)
             count = int((choice.bits > 0).sum())
             kept = kept_counts(task.mask_seed, choice.thresholds[:count], (rows, columns), task.delta.device)
-            excess = factored_bytes(_widths(choice.bits[:count]), *kept) - task.max_bytes
+            excess = factored_bytes(choice.bits[:count], *kept) - task.max_bytes
             if excess <= 0:
                 return choice
             budget = choice.bytes.sum() - excess
         return Choice(choice.bits * 0, choice.thresholds, choice.bytes * 0)
-
-
-def _widths(bits: np.ndarray) -> np.ndarray:
-    return np.array([_WIDTHS[width] for width in bits.tolist()], np.int64)

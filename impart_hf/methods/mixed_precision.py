@@ -16,6 +16,8 @@ from .gptq import DAMPING, Grid, best_scale, quantise
 from .records import COMPONENT_BYTES, OVERHEAD_BYTES, kept_ratios, runs
 
 _LEAST_BITS, _MOST_BITS = 2, 8
+_LLOYD_STEPS = 3
+_TINY = 1e-20
 _MOST_CORRECTION = 2.0  # more than the bias of any levels: a row of rounding errors alone must not be blown up
 
 
@@ -74,6 +76,9 @@ def quantised(
     widths: np.ndarray,
     mask_seed: int,
     hessian: torch.Tensor | None,
+    *,
+    widths_v: np.ndarray | None = None,
+    delta: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, tuple[str, ...]]:
     """Levels for U and V, masked and quantised (algorithm 2): between -1 and 1, or for normally distributed numbers.
 
@@ -83,25 +88,29 @@ def quantised(
         widths: (r,), width codes of each component's values: bits, or of `NORMAL_LEVELS`.
         mask_seed: the record's.
         hessian: float32 (n, n), or None.
+        widths_v: those of V's values, if they are others than U's.
+        delta: float32 (m, n), if U is to make up for the error of the quantised V: then the U that goes best with that
+            is quantised instead, each of its columns as long as it is along the exact one.
 
     Returns:
         U's levels (m, r), the weights of the components as `factored_record` wants them, V's levels (n, r), notes.
     """
-    tops = torch.from_numpy(2.0 ** np.array([code_bits(width) for width in widths]) - 1).to(u)
-    normal = torch.from_numpy(np.isin(widths, list(NORMAL_LEVELS))).to(u.device)
+    widths_v = widths if widths_v is None else widths_v
     mask_u, mask_v = (
         keep_mask(mask_seed, side, thresholds, len(part), part.device) for side, part in enumerate((u, v))
     )
-    scale_u, scale_v = (_scales(part.t(), mask, widths) for part, mask in ((u, mask_u), (v, mask_v)))
+    scale_v = level_scales(v.t(), mask_v, widths_v)
     rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
-    grid = Grid(scale_v[:, None], tops[:, None], normal[:, None])
-    found_v = quantise(v.t(), mask_v, hessian, grid)
+    found_v = quantise(v.t(), mask_v, hessian, grid_of(scale_v[:, None], widths_v[:, None]))
     weights = sigma * rescale * unbiased(v.t(), found_v.values, mask_v, hessian)
+    if delta is not None:
+        u = _best_partner(delta, u, found_v.values, hessian)
+    scale_u = level_scales(u.t(), mask_u, widths)
     passed = None
     if hessian is not None:
         factor = found_v.values * weights[:, None]
         passed = factor @ hessian @ factor.t()
-    found_u = quantise(u, mask_u.t(), passed, Grid(scale_u[None], tops[None], normal[None]))
+    found_u = quantise(u, mask_u.t(), passed, grid_of(scale_u[None], widths[None]))
     weights *= unbiased(u.t(), found_u.values.t(), mask_u) * scale_u * scale_v
     notes = tuple(dict.fromkeys((*found_v.notes, *found_u.notes)))
     return found_u.values / scale_u, weights.double().cpu().numpy(), (found_v.values / scale_v[:, None]).t(), notes
@@ -140,12 +149,49 @@ def unbiased(
     return factors.clamp(1 / _MOST_CORRECTION, _MOST_CORRECTION)
 
 
-def _scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
-    """The scale of each component's levels, (r,), for a plane (r, length)."""
+def grid_of(scale: torch.Tensor, widths: np.ndarray) -> Grid:
+    """The grid of width codes, with scales of the same shape."""
+    tops = 2.0 ** np.array([code_bits(width) for width in widths.flat]).reshape(widths.shape) - 1
+    normal = torch.from_numpy(np.isin(widths, list(NORMAL_LEVELS))).to(scale.device)
+    return Grid(scale, torch.from_numpy(tops).to(scale), normal)
+
+
+def level_scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
+    """For a plane (r, length) the scales, (r,), of the levels of its width codes, with about the least error."""
 
     def scales(plane: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
         if width not in NORMAL_LEVELS:
             return best_scale(plane, mask, width)
-        return ((plane * mask).square().sum(1) / mask.sum(1).clamp_min(1)).sqrt().clamp_min(1e-20)
+        kept = plane * mask
+        scale = (kept.square().sum(1) / mask.sum(1).clamp_min(1)).sqrt().clamp_min(_TINY)
+        for _ in range(_LLOYD_STEPS):  # right at once where values are distributed so
+            grid = grid_of(scale[:, None], np.full((len(plane), 1), width))
+            levels = grid.values(grid.codes(plane)).mul_(mask).div_(scale[:, None])
+            scale = ((levels * kept).sum(1) / levels.square().sum(1).clamp_min(_TINY)).clamp_min(_TINY)
+        return scale
 
     return torch.cat([scales(plane[part], mask[part], width) for width, part in runs(widths)])
+
+
+def cosines(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
+    """Between the rows of a plane (r, length), as far as a mask keeps them, and themselves rounded: (r,)."""
+    scale = level_scales(plane, mask, widths)[:, None]
+    grid = grid_of(scale, widths[:, None])
+    return torch.nn.functional.cosine_similarity(plane * mask, grid.values(grid.codes(plane)).mul_(mask))
+
+
+def _best_partner(
+    delta: torch.Tensor, u: torch.Tensor, rows: torch.Tensor, hessian: torch.Tensor | None
+) -> torch.Tensor:
+    """The U for which U diag(...) `rows` (r, n) is nearest to delta, in the output if there is a Hessian.
+
+    Least squares would shrink it, by as much as V's error; so each column is stretched until its part along the exact
+    one is right.
+    """
+    image = rows if hessian is None else rows @ hessian
+    gram = image @ rows.t()
+    gram.diagonal().add_(DAMPING * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+    found = torch.linalg.solve(gram, image @ delta.t()).t()
+    along = (found * u).sum(0)
+    # Where nothing is right about it, the exact one is the better guess
+    return torch.where(along > 0, found / along, u)

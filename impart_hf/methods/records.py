@@ -118,14 +118,19 @@ def _keep(thresholds: np.ndarray) -> int:
     return KEEP_SHARED if (thresholds == thresholds[0]).all() else KEEP_PER_COLUMN
 
 
-def _planes_codes(planes: list[torch.Tensor], thresholds: np.ndarray, widths: np.ndarray, seed: int) -> np.ndarray:
+def _planes_codes(planes: list[torch.Tensor], thresholds: np.ndarray, segments: list[Segment], seed: int) -> np.ndarray:
     masks = [keep_mask(seed, side, thresholds, plane.shape[1], plane.device) for side, plane in enumerate(planes)]
     codes = [
         value_codes(plane[part][mask[part]], width)
-        for width, part in runs(widths)
-        for plane, mask in zip(planes, masks, strict=True)
+        for segment, part in zip(segments, _columns_of(segments), strict=True)
+        for width, plane, mask in zip(segment.widths(), planes, masks, strict=True)
     ]
     return np.concatenate(codes) if codes else np.empty(0, np.uint8)
+
+
+def _columns_of(segments: list[Segment]) -> list[slice]:
+    ends = np.cumsum([0, *(segment.columns for segment in segments)]).tolist()
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def factored_record(
@@ -136,6 +141,7 @@ def factored_record(
     thresholds: np.ndarray,
     widths: np.ndarray,
     mask_seed: int,
+    widths_v: np.ndarray | None = None,
 ) -> bytes:
     """A record of the sum of weights_k u_k v_k^T over all components k, entries of u_k and v_k dropped by seeded masks.
 
@@ -148,7 +154,13 @@ def factored_record(
         thresholds: uint16 of shape (r,), the same for U and V.
         widths: width codes of the components, shape (r,).
         mask_seed: the record's 32-bit mask seed.
+        widths_v: those of V's values, if they are others than U's.
     """
+    both = np.stack([widths, widths if widths_v is None else widths_v], 1)
+    segments = [
+        Segment(part.stop - part.start, *both[part.start].tolist(), _keep(thresholds[part]))
+        for _, part in runs(both[:, 0] << 8 | both[:, 1])
+    ]
     scale = float(weights.max(initial=0.0))
     record = Record(
         layout=FACTORED,
@@ -158,11 +170,11 @@ def factored_record(
         mask_seed=mask_seed,
         scale=scale,
         relative_error=0.0,
-        segments=[Segment(p.stop - p.start, width, width, _keep(thresholds[p])) for width, p in runs(widths)],
+        segments=segments,
         sigma=(weights / (scale or 1.0)).astype(np.float16),
         thresholds=thresholds,
-        column_scales=[None for _ in runs(widths)],
-        codes=_planes_codes([u.t(), v.t()], thresholds, widths, mask_seed),
+        column_scales=[None] * len(segments),
+        codes=_planes_codes([u.t(), v.t()], thresholds, segments, mask_seed),
     )
     return measured(record, delta)
 
@@ -189,6 +201,7 @@ def direct_record(
     """
     rows, columns = delta.shape
     thresholds = np.full(rows, threshold, np.uint16)
+    segments = [Segment(rows, width, 0, _keep(thresholds), int(row_scales is not None))]
     record = Record(
         layout=DIRECT,
         rows=rows,
@@ -197,11 +210,11 @@ def direct_record(
         mask_seed=mask_seed,
         scale=scale,
         relative_error=0.0,
-        segments=[Segment(rows, width, 0, _keep(thresholds), int(row_scales is not None))],
+        segments=segments,
         sigma=np.empty(0, np.float16),
         thresholds=thresholds,
         column_scales=[None if row_scales is None else row_scales[None]],
-        codes=_planes_codes([values], thresholds, np.full(rows, width), mask_seed),
+        codes=_planes_codes([values], thresholds, segments, mask_seed),
     )
     return measured(record, delta)
 
