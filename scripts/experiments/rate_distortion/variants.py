@@ -22,12 +22,15 @@ from impart_hf import compress
 from impart_hf.distilling import DistillSettings
 from impart_hf.methods import Encoded, ImPartRdConfig, MethodConfig, impart_rd, method_class, method_names
 from impart_hf.methods.base import EncodingTask
-from impart_hf.methods.rate_distortion import NOISE
+from impart_hf.methods.rate_distortion import BITS, Spectrum
 from impart_hf.report import CompressionReport
 
 OURS = "impart-rd"
 PEERS = ("impart-qt", "delta-come", "dare-qt", "bitdelta", "impart", "lowrank")
 CALIBRATION, SCALES, CODES = STEPS = ("calibration", "scales", "codes")
+# Relative squared error D of the best unbiased codes of normally distributed numbers, as D / (1 - D), by `BITS`
+_NORMAL_NOISE = (0.5708, 0.1331, 0.0358, 0.0096, 5e-5)
+_NEVER = 1e30
 RATIOS, SEEDS = (16.0, 32.0, 64.0, 128.0, 200.0), (0, 1, 2)
 
 
@@ -37,9 +40,9 @@ class _Changed(ImPartRdConfig):
     def change(self) -> AbstractContextManager:
         raise NotImplementedError
 
-    def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
+    def spectrum(self, *components: torch.Tensor) -> Spectrum:
         with self.change():
-            return super().allocate(spectra, shapes, max_bytes)
+            return super().spectrum(*components)
 
     def _encode(self, task: EncodingTask) -> Encoded:
         with self.change():
@@ -47,32 +50,56 @@ class _Changed(ImPartRdConfig):
 
 
 class _EvenLevels(_Changed):
-    """Evenly spaced levels in the place of those for normally distributed numbers."""
+    """Evenly spaced levels only, none for normally distributed numbers."""
 
     def change(self) -> AbstractContextManager:
-        return patch.dict(impart_rd._WIDTHS, {bits: bits for bits in NOISE})
+        return patch.object(impart_rd, "_kinds", lambda bits: [bits])
 
 
-class _TwoBits(_Changed):
-    """At least two bits a value: no signs."""
+class _ExactU(_Changed):
+    """The exact U, which does not make up for the error of the quantised V."""
 
     def change(self) -> AbstractContextManager:
-        return patch.dict(NOISE, {bits: noise for bits, noise in NOISE.items() if bits > 1}, clear=True)
+        return patch.object(impart_rd, "quantised", partial(_from_exact_u, impart_rd.quantised))
+
+
+def _from_exact_u(quantised: Callable, *rest: Any, delta: torch.Tensor, **named: Any) -> Any:
+    return quantised(*rest, **named)
 
 
 class _LeastError(_Changed):
     """Sigma by least squares, which shrinks what is stored, in the place of the unbiased one."""
 
     def change(self) -> AbstractContextManager:
-        return patch.object(impart_rd, "_rounded", partial(_shrunk, impart_rd._rounded))
+        return patch.object(impart_rd, "quantised", partial(_shrunk, impart_rd.quantised))
 
 
-def _shrunk(rounded: Callable, u: torch.Tensor, sigma: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
-    levels_u, weights, levels_v = rounded(u, sigma, v, *rest)
+def _shrunk(
+    quantised: Callable, u: torch.Tensor, sigma: torch.Tensor, v: torch.Tensor, *rest: Any, **named: Any
+) -> Any:
+    levels_u, weights, levels_v, notes = quantised(u, sigma, v, *rest, **named)
     for exact, levels in ((u, levels_u), (v, levels_v)):
         cosines = torch.nn.functional.cosine_similarity(exact, levels, dim=0)
         weights = weights * cosines.square().double().cpu().numpy()
-    return levels_u, weights, levels_v
+    return levels_u, weights, levels_v, notes
+
+
+class _TwoBits(ImPartRdConfig):
+    """At least two bits a value: no signs."""
+
+    def spectrum(self, *components: torch.Tensor) -> Spectrum:
+        found = super().spectrum(*components)
+        found.inflation[BITS.index(1)] = _NEVER
+        return found
+
+
+class _NormalNoise(ImPartRdConfig):
+    """The noise of codes taken to be that of normally distributed numbers, not measured."""
+
+    def spectrum(self, *components: torch.Tensor) -> Spectrum:
+        found = super().spectrum(*components)
+        found.inflation[:] = np.square(1 + np.array(_NORMAL_NOISE))[:, None]
+        return found
 
 
 class _OwnBudgets(ImPartRdConfig):
@@ -85,6 +112,8 @@ class _OwnBudgets(ImPartRdConfig):
 PARTS: Mapping[str, Callable[..., MethodConfig]] = {
     "even-levels": _EvenLevels,
     "two-bits": _TwoBits,
+    "normal-noise": _NormalNoise,
+    "exact-u": _ExactU,
     "least-error": _LeastError,
     "own-budgets": _OwnBudgets,
     "lowrank-embeddings": partial(ImPartRdConfig, embeddings="lowrank"),
