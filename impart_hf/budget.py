@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 
 from .methods import MethodConfig, Svd, method_for
-from .methods.rate_distortion import NO_COMPONENTS, Spectrum
 from .modeling.checkpoints import Checkpoint
 from .plan import TensorPlan
 from .progress import Progress
@@ -51,17 +51,18 @@ def shared_budgets(
         By tensor name, the bytes of each of its matrices.
     """
     tensors = [tensor for tensor in tensors if method_for(method, tensor.vocabulary) is method]
-    found: list[tuple[TensorPlan, Spectrum]] = []
+    found: list[tuple[TensorPlan, np.ndarray]] = []
     with progress.bar(sum(tensor.dense_bytes for tensor in tensors), "Decomposing", "B") as bar:
         for tensor in tensors:
             bar.set_postfix_str(tensor.name)
             for number, (delta, is_any) in enumerate(deltas_of(tensor, base, finetuned, device)):
-                spectrum = NO_COMPONENTS
+                spectrum = np.empty(0)
                 if is_any:
                     rows, columns = delta.shape
                     most = _MOST_SHARE * (tensor.max_bytes // tensor.matrices)
                     wanted = partial(method.wanted, rows=rows, columns=columns, max_bytes=most)
-                    spectrum = method.spectrum(*svd_of(tensor.name, number)(delta, wanted))
+                    _, sigma, _ = svd_of(tensor.name, number)(delta, wanted)
+                    spectrum = sigma.double().cpu().numpy()
                 found.append((tensor, spectrum))
             bar.update(tensor.dense_bytes)
     shapes = [(tensor.shape[-2], tensor.shape[-1]) for tensor, _ in found]

@@ -14,15 +14,12 @@ from transformers import AutoModelForCausalLM
 from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
 from impart_hf.cli import main
 from impart_hf.methods.impart_rd import _kinds, _widths
-from impart_hf.methods.mixed_precision import quantised
-from impart_hf.methods.rate_distortion import BITS, NO_COMPONENTS, Spectrum, allocate, choose, price_for
+from impart_hf.methods.mixed_precision import cosines, quantised
+from impart_hf.methods.rate_distortion import NOISE, allocate, choose, price_for
 from impart_hf.methods.records import kept_ratios
 from impart_hf.modeling.delta_decode import decode_record
 from impart_hf.modeling.delta_record import Record, parse_record
 
-# Relative squared error D of unbiased codes of normally distributed numbers, as D / (1 - D): signs; Lloyd-Max levels of
-# 2 to 4 bits; 256 evenly spaced levels.
-NOISE = dict(zip(BITS, (0.5708, 0.1331, 0.0358, 0.0096, 5e-5), strict=True))
 SHAPES = [(96, 96), (48, 128), (400, 64)]
 
 
@@ -35,11 +32,6 @@ def make_delta(rows: int, columns: int, decay: float = 0.5) -> tuple[torch.Tenso
     return 0.01 * (u * torch.arange(1, rank + 1).float() ** -decay) @ v.T, u, v
 
 
-def normal_spectrum(sigma: np.ndarray) -> Spectrum:
-    """Components whose vectors' entries are normally distributed."""
-    return Spectrum(sigma, np.repeat([[(1 + noise) ** 2] for noise in NOISE.values()], len(sigma), 1))
-
-
 def encode(delta: torch.Tensor, budget: int, hessian: torch.Tensor | None = None, **settings: float) -> Record:
     data = ImPartRdConfig(**settings).encode(delta, budget, 1, hessian=hessian).data
     assert len(data) <= max(budget, 32)
@@ -50,7 +42,7 @@ def encode(delta: torch.Tensor, budget: int, hessian: torch.Tensor | None = None
 @pytest.mark.parametrize("price", [1e-7, 1e-5, 1e-3, 1e-1])
 def test_no_other_choice_costs_less(price: float, drop_weight: float) -> None:
     sigma, length = np.geomspace(1, 1e-3, 40), 320
-    found = choose(normal_spectrum(sigma), length, price, drop_weight)
+    found = choose(sigma, length, price, drop_weight)
     grid = np.linspace(0.01, 1, 400)
     for value, bits, threshold in zip(sigma, found.bits, found.thresholds, strict=True):
 
@@ -62,16 +54,13 @@ def test_no_other_choice_costs_less(price: float, drop_weight: float) -> None:
         assert own <= best * (1 + 1e-3)
 
 
-def test_noise_is_measured() -> None:
-    """That of normally distributed numbers is known; signs are a bad code of vectors with few large entries."""
-    plane = torch.randn(100_000, 4, generator=torch.Generator().manual_seed(0))
-    sparse = plane * (torch.rand(plane.shape, generator=torch.Generator().manual_seed(1)) < 0.05)
-    method = ImPartRdConfig()
-    measured = method.spectrum(plane, torch.ones(4), plane).inflation
-    for bits, noise, found in zip(BITS, NOISE.values(), measured, strict=True):
-        assert found == pytest.approx((1 + noise) ** 2, rel=0.01), bits
-    found = method.spectrum(sparse, torch.ones(4), plane).inflation
-    assert (found[0] > 10 * (1 + NOISE[1]) ** 2).all() and (found[-1] < 1.01).all()
+def test_noise_is_that_of_the_codes() -> None:
+    """Relative squared error of the unbiased code of normally distributed numbers, by bits."""
+    plane = torch.randn(4, 100_000, generator=torch.Generator().manual_seed(0))
+    whole = torch.ones_like(plane, dtype=torch.bool)
+    for bits, noise in NOISE.items():
+        found = cosines(plane, whole, _widths(plane, whole, np.full(4, bits)))
+        assert (found**-2 - 1).numpy() == pytest.approx(noise, rel=0.05 if bits < 8 else 1.0), bits
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -103,13 +92,13 @@ def test_u_makes_up_for_the_error_of_v() -> None:
 @pytest.mark.parametrize("budget", [500, 5_000, 50_000])
 def test_the_price_uses_up_the_budget(budget: int) -> None:
     sigma, length = np.geomspace(1, 1e-2, 300), np.repeat([200, 600], 150)
-    price = price_for(normal_spectrum(sigma), length, budget, 3.0)
-    size = choose(normal_spectrum(sigma), length, price, 3.0).bytes.sum()
+    price = price_for(sigma, length, budget, 3.0)
+    size = choose(sigma, length, price, 3.0).bytes.sum()
     assert 0.9 * budget - 100 < size <= budget
 
 
 def test_bytes_go_where_they_are_worth_most() -> None:
-    spectra = [*(normal_spectrum(np.geomspace(top, top / 10, 64)) for top in (10, 1)), NO_COMPONENTS]
+    spectra = [np.geomspace(10, 1, 64), np.geomspace(1, 0.1, 64), np.empty(0)]
     sizes = allocate(spectra, [(64, 64)] * 3, 3000, 3.0)
     assert sum(sizes) <= 3000 and sizes[0] > 2 * sizes[1] and sizes[2] == 40
     assert sum(sizes) > 2800

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .rate_distortion import Spectrum
 from .svd import Wanted, leading_svd
 
 Svd = Callable[[torch.Tensor, Wanted], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -111,19 +110,11 @@ class MethodConfig(abc.ABC):
         """How many components a factored method stores, estimated from the leading singular values (see `Wanted`)."""
         raise NotImplementedError(f"{self.name} does not work on singular components")
 
-    def spectrum(self, u: torch.Tensor, sigma: torch.Tensor, v: torch.Tensor) -> Spectrum:
-        """What singular components are worth, and cost. For methods with `shares_budget`.
-
-        Args:
-            u, sigma, v: float32 (m, r), (r,), (n, r).
-        """
-        raise NotImplementedError(f"{self.name} spreads no budget")
-
-    def allocate(self, spectra: list[Spectrum], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
+    def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
         """The bytes of every matrix's record, together `max_bytes` at most. For methods with `shares_budget`.
 
         Args:
-            spectra: of each matrix's leading components; none for one that the fine-tune left alone.
+            spectra: float64, of each matrix the leading singular values; empty for one that the fine-tune left alone.
             shapes: (m, n) of each.
         """
         raise NotImplementedError(f"{self.name} spreads no budget")

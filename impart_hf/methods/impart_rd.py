@@ -13,7 +13,7 @@ from ..modeling.delta_record import NORMAL_LEVELS
 from ..modeling.seeded_mask import keep_mask
 from .base import Encoded, EncodingTask, MethodConfig, check_number
 from .mixed_precision import cosines, quantised
-from .rate_distortion import BITS, Choice, Spectrum, allocate, choose, price_for
+from .rate_distortion import Choice, allocate, choose, price_for
 from .records import (
     COMPONENT_BYTES,
     OVERHEAD_BYTES,
@@ -27,7 +27,6 @@ from .records import (
 # No component that is worth its bytes keeps less than this share of a bit for each entry, see `rate_distortion`
 _LEAST_BITS = 0.75
 _MAX_FITS = 16
-_LEAST_COSINE = 1e-3
 
 
 @dataclass
@@ -63,53 +62,42 @@ class ImPartRdConfig(MethodConfig):
         most = 8 * max_bytes / (_LEAST_BITS * (rows + columns) + 8 * COMPONENT_BYTES)
         return min(min(rows, columns), 1 + int(most))
 
-    def spectrum(self, u: torch.Tensor, sigma: torch.Tensor, v: torch.Tensor) -> Spectrum:
-        planes = [(part.t(), torch.ones_like(part.t(), dtype=torch.bool)) for part in (u, v)]
-        inflation = []
-        for bits in BITS:
-            kinds = [np.full(len(sigma), width) for width in _kinds(bits)]
-            best = [torch.stack([cosines(*plane, kind) for kind in kinds]).amax(0) for plane in planes]
-            inflation.append((best[0] * best[1]).clamp_min(_LEAST_COSINE).double().cpu().numpy() ** -2)
-        return Spectrum(sigma.double().cpu().numpy(), np.stack(inflation))
-
-    def allocate(self, spectra: list[Spectrum], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
+    def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
         return allocate(spectra, shapes, max_bytes, self.drop_weight)
 
     def _encode(self, task: EncodingTask) -> Encoded:
         rows, columns = task.delta.shape
-        factors = task.svd(task.delta, lambda spectrum: self.wanted(spectrum, rows, columns, task.max_bytes))
-        kept, choice = self._fitted(self.spectrum(*factors), task)
-        if len(kept) == 0:
+        u, sigma, v = task.svd(task.delta, lambda spectrum: self.wanted(spectrum, rows, columns, task.max_bytes))
+        choice = self._fitted(sigma.double().cpu().numpy(), task)
+        count = int((choice.bits > 0).sum())
+        if count == 0:
             return Encoded(empty_record(rows, columns, 1.0), ("dropped: its bytes do more good elsewhere",))
-        u, sigma, v = (part[..., torch.from_numpy(kept).to(part.device)] for part in factors)
-        bits, thresholds = choice.bits[kept], choice.thresholds[kept]
+        factors = u[:, :count], sigma[:count], v[:, :count]
+        bits, thresholds = choice.bits[:count], choice.thresholds[:count]
         widths_u, widths_v = (
             _widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits)
-            for side, part in enumerate((u, v))
+            for side, part in enumerate((factors[0], factors[2]))
         )
         levels_u, weights, levels_v, notes = quantised(
-            u, sigma, v, thresholds, widths_u, task.mask_seed, task.hessian, widths_v=widths_v, delta=task.delta
+            *factors, thresholds, widths_u, task.mask_seed, task.hessian, widths_v=widths_v, delta=task.delta
         )
         data = factored_record(task.delta, levels_u, weights, levels_v, thresholds, widths_u, task.mask_seed, widths_v)
         return Encoded(data, notes)
 
-    def _fitted(self, spectrum: Spectrum, task: EncodingTask) -> tuple[np.ndarray, Choice]:
-        """The choice with which the record fits its budget, as the masks turn out, and which components are in it.
-
-        Those of as many bits come together: they share a segment.
-        """
+    def _fitted(self, sigma: np.ndarray, task: EncodingTask) -> Choice:
+        """The choice of components with which the record fits its budget, as the masks turn out."""
         rows, columns = task.delta.shape
         budget = float(task.max_bytes - OVERHEAD_BYTES)
         for _ in range(_MAX_FITS):
-            price = price_for(spectrum, rows + columns, budget, self.drop_weight)
-            choice = choose(spectrum, rows + columns, price, self.drop_weight)
-            order = np.argsort(-choice.bits, kind="stable")[: int((choice.bits > 0).sum())]
-            counts = kept_counts(task.mask_seed, choice.thresholds[order], (rows, columns), task.delta.device)
-            excess = factored_bytes(choice.bits[order], *counts) - task.max_bytes
+            price = price_for(sigma, rows + columns, budget, self.drop_weight)
+            choice = choose(sigma, rows + columns, price, self.drop_weight)
+            count = int((choice.bits > 0).sum())
+            kept = kept_counts(task.mask_seed, choice.thresholds[:count], (rows, columns), task.delta.device)
+            excess = factored_bytes(choice.bits[:count], *kept) - task.max_bytes
             if excess <= 0:
-                return order, choice
+                return choice
             budget = choice.bytes.sum() - excess
-        return np.empty(0, np.int64), choice
+        return Choice(choice.bits * 0, choice.thresholds, choice.bytes * 0)
 
 
 def _kinds(bits: int) -> list[int]:

@@ -22,15 +22,12 @@ from impart_hf import compress
 from impart_hf.distilling import DistillSettings
 from impart_hf.methods import Encoded, ImPartRdConfig, MethodConfig, impart_rd, method_class, method_names
 from impart_hf.methods.base import EncodingTask
-from impart_hf.methods.rate_distortion import BITS, Spectrum
+from impart_hf.methods.rate_distortion import NOISE
 from impart_hf.report import CompressionReport
 
 OURS = "impart-rd"
 PEERS = ("impart-qt", "delta-come", "dare-qt", "bitdelta", "impart", "lowrank")
 CALIBRATION, SCALES, CODES = STEPS = ("calibration", "scales", "codes")
-# Relative squared error D of the best unbiased codes of normally distributed numbers, as D / (1 - D), by `BITS`
-_NORMAL_NOISE = (0.5708, 0.1331, 0.0358, 0.0096, 5e-5)
-_NEVER = 1e30
 RATIOS, SEEDS = (16.0, 32.0, 64.0, 128.0, 200.0), (0, 1, 2)
 
 
@@ -40,9 +37,9 @@ class _Changed(ImPartRdConfig):
     def change(self) -> AbstractContextManager:
         raise NotImplementedError
 
-    def spectrum(self, *components: torch.Tensor) -> Spectrum:
+    def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
         with self.change():
-            return super().spectrum(*components)
+            return super().allocate(spectra, shapes, max_bytes)
 
     def _encode(self, task: EncodingTask) -> Encoded:
         with self.change():
@@ -84,22 +81,11 @@ def _shrunk(
     return levels_u, weights, levels_v, notes
 
 
-class _TwoBits(ImPartRdConfig):
+class _TwoBits(_Changed):
     """At least two bits a value: no signs."""
 
-    def spectrum(self, *components: torch.Tensor) -> Spectrum:
-        found = super().spectrum(*components)
-        found.inflation[BITS.index(1)] = _NEVER
-        return found
-
-
-class _NormalNoise(ImPartRdConfig):
-    """The noise of codes taken to be that of normally distributed numbers, not measured."""
-
-    def spectrum(self, *components: torch.Tensor) -> Spectrum:
-        found = super().spectrum(*components)
-        found.inflation[:] = np.square(1 + np.array(_NORMAL_NOISE))[:, None]
-        return found
+    def change(self) -> AbstractContextManager:
+        return patch.dict(NOISE, {bits: noise for bits, noise in NOISE.items() if bits > 1}, clear=True)
 
 
 class _OwnBudgets(ImPartRdConfig):
@@ -112,7 +98,6 @@ class _OwnBudgets(ImPartRdConfig):
 PARTS: Mapping[str, Callable[..., MethodConfig]] = {
     "even-levels": _EvenLevels,
     "two-bits": _TwoBits,
-    "normal-noise": _NormalNoise,
     "exact-u": _ExactU,
     "least-error": _LeastError,
     "own-budgets": _OwnBudgets,
