@@ -17,7 +17,7 @@ from . import processes
 from .budget import SvdOf, deltas_of, shared_budgets
 from .calibration_text import CalibrationSource, load_tokenizer, model_tokens
 from .devices import usable_device
-from .distilling import DistillReport, DistillSettings, check_distillation, distill
+from .distilling import DistillReport, DistillSettings
 from .evaluate import load
 from .layer_stream import stream_layers, streamed_model
 from .methods import Encoded, ImPartRdConfig, MethodConfig, Svd, method_for
@@ -156,10 +156,25 @@ class _Distillation:
 
     def run(self, pair: "ModelPair") -> tuple[dict[str, bytes], DistillReport]:
         records = {name: path.read_bytes() for name, path in self.records.items()}
-        return distill(
+        return _distillation().distill(
             pair.base_model, pair.model, records, self.tokens, self.settings,
             device=pair.device, checkpoints=self.checkpoints, progress=pair.progress,
         )  # fmt: skip
+
+
+def _distillation() -> Any:
+    """The module that distils: it loads the Trainer, which no other use of a compression has to wait for.
+
+    Raises:
+        ModuleNotFoundError: if accelerate is not installed.
+    """
+    try:
+        import accelerate  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("distillation needs accelerate: pip install 'impart-hf[distill]'") from error
+    from .distilling import distillation
+
+    return distillation
 
 
 def _help(pair: "ModelPair") -> CompressionReport:
@@ -302,7 +317,7 @@ class ModelPair:
         plan = make_plan(self.tensors, method, self.model.weight_bytes, text_bytes, max_shard_size)
         stream = None if calibration is None else streamed_model(self.model, calibration, self.device)
         if distillation is not None:
-            check_distillation(self.model, distillation, settings, self.device)
+            _distillation().check_distillation(self.model, distillation, settings, self.device)
         inputs: list[Any] = [None if ids is None else ids.tolist() for ids in (calibration, distillation)]
         inputs.append(None if distillation is None else asdict(settings))
         workspace.begin(plan.fingerprint(method, inputs), plan.allowed_bytes + plan.fixed_bytes)

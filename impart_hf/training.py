@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .calibration_text import CalibrationSource
 from .devices import usable_device
+from .number_checks import check_whole
 from .progress import Progress
 
 # Fields of TrainingArguments that are arguments of these functions, or would take from them what they are there for.
@@ -46,39 +47,6 @@ _RESERVED = {
 }
 # What spreads parameters, or gradients, over processes: there no process has them whole.
 _SHARDED = {"FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"}
-
-
-def check_whole(least: int, **values: object) -> None:
-    """See that settings are whole numbers from `least` on.
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
-
-
-def check_positive(**values: object) -> None:
-    """See that settings are finite numbers above 0.
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a number above 0, got {value!r}")
-
-
-def check_seed(seed: object) -> None:
-    """See that every library can be seeded with a number.
-
-    Raises:
-        ValueError: if not.
-    """
-    check_whole(0, seed=seed)
-    if isinstance(seed, int) and seed >= 1 << 32:
-        raise ValueError(f"seed must be below 2**32, got {seed}")
 
 
 @contextmanager
@@ -199,22 +167,52 @@ def train(
     Raises:
         ValueError: if a loss is not finite, or the Trainer cannot do with its settings.
     """
-    # An epoch's last batch would else be smaller, and its gradient noisier; too little text is one small batch
-    arguments.dataloader_drop_last = len(tokens) >= arguments.per_device_train_batch_size * arguments.world_size
-    use_cache = model.config.use_cache
-    watch = StepWatch(title, Progress(progress.enabled and arguments.process_index == 0))
-    callbacks: list[Any] = [watch] if callback is None else [callback, watch]
+    use_cache, callbacks = model.config.use_cache, [] if callback is None else [callback]
     try:
-        trainer = Trainer(model=model, args=arguments, train_dataset=_Sequences(tokens), callbacks=callbacks)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        _, losses = run_trainer(Trainer, model, _Sequences(tokens), arguments, callbacks, title, progress)
     except (ImportError, TypeError, AttributeError) as error:  # a setting of the Trainer that does not work out
         raise ValueError(f"training: {' '.join(str(error).split())}") from error
     finally:
-        watch.close()
         model.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved so
     model.eval()
-    return watch.losses
+    return losses
+
+
+def run_trainer(
+    kind: type[Trainer],
+    model: Any,
+    examples: Any,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+    title: str,
+    progress: Progress,
+    checkpoint: str | None = None,
+    **more: Any,
+) -> tuple[Trainer, list[float]]:
+    """Train under a bar, and return the Trainer and the loss of every step.
+
+    Args:
+        kind: of Trainer.
+        model: what of it requires a gradient is trained.
+        examples: a data set.
+        arguments: from `training_arguments`.
+        callbacks: called before the bar moves.
+        checkpoint: folder to go on from.
+        more: further arguments of the Trainer.
+
+    Raises:
+        ValueError: if a loss is not finite.
+    """
+    # An epoch's last batch would else be smaller, and its gradient noisier; too little text is one small batch
+    arguments.dataloader_drop_last = len(examples) >= arguments.per_device_train_batch_size * arguments.world_size
+    watch = StepWatch(title, Progress(progress.enabled and arguments.process_index == 0))
+    try:
+        trainer = kind(model=model, args=arguments, train_dataset=examples, callbacks=[*callbacks, watch], **more)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        watch.close()
+    return trainer, watch.losses
 
 
 class _Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

@@ -483,7 +483,7 @@ def test_a_run_broken_off_in_distillation_goes_on(where: str, tiny_pair: Pair, d
     method, output = ImPartConfig(compression_ratio=8), tmp_path / "delta"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         if where == "in distillation":
-            patch.setattr("impart_hf.distilling.end_to_end.train", stop)
+            patch.setattr("impart_hf.distilling.course.train", stop)
         elif where == "after distillation":
             patch.setattr(RepositoryWriter, "write", stop)
         else:
@@ -529,3 +529,11 @@ def test_two_processes_distil_together(tiny_pair: Pair, distilled: Path, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "text.txt"]
     found = [divergence(folder, tiny_pair.finetuned) for folder in (tmp_path / "delta", distilled)]
     assert found[0] == pytest.approx(found[1], rel=0.2)
+
+
+def test_only_distillation_needs_accelerate() -> None:
+    """A core install has none, and nothing else has to wait for the Trainer."""
+    program = "import sys; sys.modules['accelerate'] = None; import impart_hf.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    assert "impart_hf.compress" in loaded.stdout.split() and "transformers.trainer" not in loaded.stdout.split()

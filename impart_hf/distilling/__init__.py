@@ -6,7 +6,6 @@ bits and levels stay: the file does not grow by a byte. BitDelta's loss is the m
 KL(fine-tune || compressed), by which a compressed model is judged in the end.
 """
 
-from .distillation import check_distillation, distill
 from .settings import TRAINED, DistillReport, DistillSettings
 
-__all__ = ["TRAINED", "DistillReport", "DistillSettings", "check_distillation", "distill"]
+__all__ = ["TRAINED", "DistillReport", "DistillSettings"]

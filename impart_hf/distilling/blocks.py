@@ -5,7 +5,7 @@ towards the fine-tune's hidden states behind it: it makes up for errors of the l
 is trained towards the logits.
 """
 
-import math
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,38 +25,30 @@ from ..layer_stream import StreamedModel, streamed_model
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
 from ..workspace import sync_path
-from .loop import Pupil, mean_loss, train
+from .course import Course, Outcome
 from .settings import DistillReport, DistillSettings
-from .student import attach, compressed, exact_delta, packed
-from .text import check_tokens, divergence, relative_error, split
+from .student import compressed
+from .text import check_tokens, divergence, relative_error
 
 PURPOSE = "distillation by blocks"
 
 _Records = Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """What came of a group of layers: the records that changed, steps taken, and the best one."""
+def _save(outcome: Outcome, path: Path) -> None:
+    """Write what came of a group of layers, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".writing")
+    numbers = [outcome.steps, outcome.best_step, outcome.before, outcome.after]
+    save_file(outcome.records, temporary, {"numbers": json.dumps(numbers)})
+    sync_path(temporary)
+    os.replace(temporary, path)
 
-    records: dict[str, np.ndarray]
-    steps: int
-    best_step: int
 
-    def save(self, path: Path) -> None:
-        """Write it, as a whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".writing")
-        save_file(self.records, temporary, {"steps": str(self.steps), "best_step": str(self.best_step)})
-        sync_path(temporary)
-        os.replace(temporary, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "_Trained":
-        with safe_open(path, "np") as file:
-            numbers = file.metadata()
-            records = {name: file.get_tensor(name) for name in file.keys()}
-        return cls(records, int(numbers["steps"]), int(numbers["best_step"]))
+def _load(path: Path) -> Outcome:
+    with safe_open(path, "np") as file:
+        records = {name: file.get_tensor(name) for name in file.keys()}
+        return Outcome(records, *json.loads(file.metadata()["numbers"]))
 
 
 def distill_blocks(
@@ -74,8 +66,9 @@ def distill_blocks(
     found, trained, steps, best_steps = dict(records), set[str](), 0, 0
     # Behind the layers so far: what the fine-tune gives, the records as they are, and as they were
     wanted = hidden = untouched = None
-    for start in range(0, count, settings.blocks or count):
-        group = _Group(range(start, min(start + (settings.blocks or count), count)), count)
+    assert settings.blocks is not None
+    for start in range(0, count, settings.blocks):
+        group = _Group(range(start, min(start + settings.blocks, count)), count)
         names = work.names_of(group)
         own = [name for name in names if name in records and base.shape(name) == finetuned.shape(name)]
         trained.update(own)
@@ -84,24 +77,24 @@ def distill_blocks(
         goal = partial(work.loss, group, wanted, behind)
         path = folder / f"layers-{start}.safetensors"
         if path.exists():
-            result = _Trained.load(path)
+            result = _load(path)
         else:
             arguments.output_dir = str(folder / f"layers-{start}")
             result = work.train(group, found, own, partial(goal, hidden))
             if processes.several():
                 result = processes.from_first(result)
             if processes.is_first():
-                result.save(path)
+                _save(result, path)
         found |= result.records
         steps, best_steps = steps + result.steps, best_steps + result.best_step
         students = work.student(found, group), work.student(records, group)
         if group.is_last:
-            after = work.mean(partial(goal, hidden, students[0]))
-            before = work.mean(partial(goal, untouched, students[1]))
+            after = work.course.mean(partial(goal, hidden, students[0]))
+            before = work.course.mean(partial(goal, untouched, students[1]))
         else:
             work.teacher.release(names)
             hidden = work.behind(students[0], group, hidden, range(len(tokens)))
-            untouched = work.behind(students[1], group, untouched, work.validation)
+            untouched = work.behind(students[1], group, untouched, work.course.validation)
             wanted = behind
     untrained = tuple(sorted(records.keys() - trained))
     if not after < before:
@@ -129,7 +122,7 @@ class _Work:
 
     Attributes:
         teacher: the fine-tune.
-        training, validation: the sequences that are trained on, and those that are held out.
+        course: the training of a group's records.
     """
 
     def __init__(
@@ -142,12 +135,12 @@ class _Work:
         progress: Progress,
     ):
         self._base, self._finetuned, self._tokens = base, finetuned, tokens
-        self._settings, self._arguments, self._progress = settings, arguments, progress
+        self._arguments = arguments
+        self.course = Course(base, finetuned, len(tokens), settings, arguments, progress)
         self.teacher = streamed_model(finetuned, tokens, arguments.device, PURPOSE)
         check_tokens(tokens, self.teacher.vocabulary)
         self.teacher.check_output()
         self.teacher.load(self.teacher.entrance)
-        self.training, self.validation = split(len(tokens), settings.validation_share)
 
     def names_of(self, group: _Group) -> list[str]:
         """The tensors of a group of layers; of the last, also the output projection's and what else is left."""
@@ -205,30 +198,11 @@ class _Work:
             logits = self._run(self.teacher, group, wanted, rows)
         return divergence(logits, found)
 
-    def mean(self, loss: Callable[[Tensor], Tensor]) -> float:
-        """Over the sequences that are held out."""
-        return mean_loss(Pupil((), loss), self.validation, self._arguments)
-
     def train(
         self, group: _Group, records: _Records, names: list[str], loss: Callable[[StreamedModel, Tensor], Tensor]
-    ) -> _Trained:
+    ) -> Outcome:
         """Train the records of a group of layers."""
         student = self.student(records, group, frozenset(names))
-        exact = {name: exact_delta(self._base, self._finetuned, name) for name in names}
-        values = self._settings.trains == "codes"
-        deltas = {n: attach(student.model, n, records[n], exact[n] if values else None) for n in names}
-        pupil = Pupil(deltas.values(), partial(loss, student))
-        before = mean_loss(pupil, self.validation, self._arguments)
-        if not math.isfinite(before):
-            raise ValueError("distillation: the outputs of the fine-tuned or of the compressed model are not finite")
-        if not deltas:
-            return _Trained({}, 0, 0)
+        deltas = self.course.attach(student.model, names, records, {})
         title = f"Distilling layers {group.layers.start + 1} to {group.layers.stop} of {group.count}"
-        steps, best_step = train(
-            pupil, self.training, self.validation, before, self._settings, self._arguments, self._progress, title
-        )
-        stored = {name: delta.fold() for name, delta in deltas.items()}
-        if not mean_loss(pupil, self.validation, self._arguments) < before:
-            return _Trained({}, steps, 0)
-        changed = {n: np.frombuffer(packed(stack, exact[n], n), np.uint8) for n, stack in stored.items()}
-        return _Trained(changed, steps, best_step)
+        return self.course.train(deltas, partial(loss, student), title, "outputs")

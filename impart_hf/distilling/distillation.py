@@ -59,7 +59,6 @@ def distill(
         ValueError: if tokens are too few, of another shape or dtype, or outside the vocabulary, or if the loss is not
             finite.
         CheckpointError: if the fine-tune lacks tensors of its architecture.
-        ModuleNotFoundError: if accelerate is not installed.
     """
     settings = settings or DistillSettings()
     with arguments_for(settings, torch.device(device), checkpoints) as arguments:
@@ -75,12 +74,7 @@ def check_distillation(
 
     Raises:
         ValueError: if tokens, the Trainer's fields or the model's architecture will not do.
-        ModuleNotFoundError: if accelerate is not installed.
     """
-    try:
-        import accelerate  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("distillation needs accelerate: pip install 'impart-hf[distill]'") from error
     check_tokens(tokens, finetuned.config.get("vocab_size"))
     with arguments_for(settings, torch.device(device), None):
         pass

@@ -1,6 +1,5 @@
 """Distillation with the fine-tuned and the compressed model side by side."""
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,10 +10,10 @@ from transformers import TrainingArguments
 
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
-from .loop import Pupil, mean_loss, train
+from .course import Course
 from .settings import DistillReport, DistillSettings
-from .student import attach, exact_delta, load_model, owners_of, packed, student_tensors, trainable
-from .text import check_tokens, divergence, split
+from .student import load_model, owners_of, student_tensors, trainable
+from .text import check_tokens, divergence
 
 
 def distill_end_to_end(
@@ -41,23 +40,9 @@ def distill_end_to_end(
         with parametrize.cached():  # some layers read a stack once for each of its matrices
             return divergence(wanted, student(input_ids=batch, use_cache=False).logits)
 
-    deltas = {}
-    for name in names:
-        exact = exact_delta(base, finetuned, name) if settings.trains == "codes" else None
-        deltas[name] = attach(student, name, records[name], exact, owners[name])
-    pupil = Pupil(deltas.values(), loss)
-    training, validation = split(len(tokens), settings.validation_share)
-    before = mean_loss(pupil, validation, arguments)
-    if not math.isfinite(before):
-        raise ValueError("distillation: the logits of the fine-tuned or of the compressed model are not finite")
-    steps, best_step = 0, 0
-    if deltas:
-        steps, best_step = train(pupil, training, validation, before, settings, arguments, progress, "Distilling")
-    stored = {name: delta.fold() for name, delta in deltas.items()}
-    after = mean_loss(pupil, validation, arguments)
+    course = Course(base, finetuned, len(tokens), settings, arguments, progress)
+    deltas = course.attach(student, names, records, owners)
+    found = course.train(deltas, loss, "Distilling", "logits")
     untrained = tuple(sorted(records.keys() - deltas.keys()))
-    unchanged = {name: record.tobytes() for name, record in records.items()}
-    if not after < before:
-        return unchanged, DistillReport(steps, 0, before, before, untrained)
-    changed = {name: packed(stack, exact_delta(base, finetuned, name), name) for name, stack in stored.items()}
-    return unchanged | changed, DistillReport(steps, best_step, before, after, untrained)
+    report = DistillReport(found.steps, found.best_step, found.before, found.after, untrained)
+    return {name: record.tobytes() for name, record in {**records, **found.records}.items()}, report

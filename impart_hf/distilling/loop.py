@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..progress import Progress
-from ..training import StepWatch, training_arguments
+from ..training import run_trainer, training_arguments
 from .settings import DistillSettings
 from .trained_delta import TrainedDelta
 
@@ -137,22 +136,18 @@ def train(
         rates.append(partial(_rate, settings, settings.scale_share))
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-    # An epoch's last batch would else be smaller, and its gradient noisier; too little text is one small batch
-    arguments.dataloader_drop_last = len(training) >= arguments.per_device_train_batch_size * arguments.world_size
-    watch = StepWatch(title, Progress(progress.enabled and arguments.process_index == 0))
-    trainer = _Trainer(
-        model=pupil,
-        args=arguments,
-        train_dataset=_examples(training),
+    trainer, _ = run_trainer(
+        _Trainer,
+        pupil,
+        _examples(training),
+        arguments,
+        [_Stopping(settings.patience, before)],
+        title,
+        progress,
+        _last_checkpoint(Path(str(arguments.output_dir))),
         eval_dataset=_examples(validation),
-        callbacks=[watch, _Stopping(settings.patience, before)],
         optimizers=(optimizer, schedule),
     )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(Path(str(arguments.output_dir))))
-    finally:
-        watch.close()
     return trainer.state.global_step, trainer.state.best_global_step or 0
 
 

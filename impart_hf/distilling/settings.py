@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..methods.base import check_number
+from ..number_checks import check_seed, check_whole
 
 TRAINED = ("codes", "scales")
 _RATES = ("scale_rate", "code_rate")
@@ -59,13 +60,9 @@ class DistillSettings:
         """
         if self.trains not in TRAINED:
             raise ValueError(f"trains must be one of {', '.join(TRAINED)}, got {self.trains!r}")
-        counts = {"steps": 1, "batch_size": 1, "checks": 1, "patience": 1, "seed": 0}
-        for name, least in counts.items() if self.blocks is None else {"blocks": 1, **counts}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
-        if self.seed >= 1 << 32:
-            raise ValueError(f"seed must be below 2**32, got {self.seed}")
+        counts = ["steps", "batch_size", "checks", "patience", *([] if self.blocks is None else ["blocks"])]
+        check_whole(1, **{name: getattr(self, name) for name in counts})
+        check_seed(self.seed)
         for name in (*_RATES, *_SHARES):
             value = getattr(self, name)
             check_number(name, value)

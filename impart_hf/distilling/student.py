@@ -68,8 +68,7 @@ def student_tensors(
     """The compressed model's tensors, but the base's where a delta is still to be attached."""
     tensors, trained = {name: finetuned.tensor(name) for name in finetuned.names()}, set(trained)
     for name, data in records.items():
-        before = base.tensor(name)
-        tensors[name] = before if name in trained else compressed(base, finetuned, name, data)
+        tensors[name] = base.tensor(name) if name in trained else compressed(base, finetuned, name, data)
     return tensors
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..methods.records import value_codes
+from ..methods.mixed_precision import least_squares
+from ..methods.records import columns_of, midpoints, nearest_normal, value_codes
 from ..modeling.delta_decode import Plane, decode_planes, normal_levels
 from ..modeling.delta_record import BFLOAT16, FACTORED, FLOAT16, NORMAL_LEVELS, Record, code_bits
 
+_DAMPING = 1e-4  # of the least squares fit that training begins with
 _FLOATS = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 
 
@@ -20,8 +22,7 @@ def nearest_stored(values: Tensor, width: int) -> Tensor:
     if width in _FLOATS:
         return values.to(_FLOATS[width]).float()
     if width in NORMAL_LEVELS:
-        levels = normal_levels(width, values.device)
-        return levels[torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)]
+        return normal_levels(width, values.device)[nearest_normal(values, width).int()]
     top = (1 << width) - 1
     return ((values + 1) * (top / 2)).round_().clamp_(0, top).mul_(2 / top).sub_(1)
 
@@ -35,7 +36,7 @@ def _into_cells(wanted: Tensor, stored: Tensor, width: int) -> Tensor:
     else:
         levels = torch.linspace(-1, 1, 1 << width, device=stored.device)
     endless = levels.new_tensor([torch.inf])
-    edges = torch.cat([-endless, (levels[1:] + levels[:-1]) / 2, endless])
+    edges = torch.cat([-endless, midpoints(levels), endless])
     cells = torch.bucketize(stored, edges[1:-1])
     # Not to the edge itself, where rounding may go either way
     inside = (
@@ -148,15 +149,10 @@ class TrainedDelta(nn.Module):
             wanted: list[Any] = [None] * len(planes)
             if exact is not None and len(record.codes):
                 wanted = _wanted(record, [plane.dense() for plane in planes], sizes, exact[number].to(device))
-            widths = [segment.widths() for segment in record.segments]
-            ends = np.cumsum([0, *(segment.columns for segment in record.segments)]).tolist()
-            columns = [slice(*ends[i : i + 2]) for i in range(len(widths))]
-            self._planes.append(
-                [
-                    _TrainedPlane(plane, [(w[side], p) for w, p in zip(widths, columns, strict=True)], wanted[side])
-                    for side, plane in enumerate(planes)
-                ]
-            )
+            columns = columns_of(record.segments)
+            widths = zip(*(segment.widths() for segment in record.segments), strict=True)
+            runs = [list(zip(own, columns, strict=True)) for own in widths] or [[] for _ in planes]
+            self._planes.append([_TrainedPlane(*parts) for parts in zip(planes, runs, wanted, strict=True)])
         self.planes = nn.ModuleList([plane for planes in self._planes for plane in planes])
 
     def _parts(self) -> list[tuple[list[Tensor], Tensor]]:
@@ -209,9 +205,9 @@ class TrainedDelta(nn.Module):
             else:
                 exact = np.concatenate([part for part in column_scales if part is not None], 1) * change
                 largest = float(np.abs(exact).max(initial=0.0)) or 1.0
-                ends = np.cumsum([segment.columns for segment in record.segments])[:-1]
                 scale *= largest
-                column_scales = np.split((exact / largest).astype(np.float16), ends, axis=1)
+                stored = (exact / largest).astype(np.float16)
+                column_scales = [stored[:, part] for part in columns_of(record.segments)]
             runs = zip(*(plane.codes() for plane in self._planes[number]), strict=True)
             codes = [side for run in runs for side in run]
             self.records[number] = replace(
@@ -250,9 +246,7 @@ def _wanted(record: Record, planes: list[Tensor], sizes: Tensor, delta: Tensor) 
         return [delta * ratios[:, None] / safe]
     found = []
     for one, other, matrix in ((planes[0], planes[1], delta), (planes[1], planes[0], delta.t())):
-        gram = other @ other.t()
-        gram.diagonal().add_(1e-4 * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
-        best = torch.linalg.solve(gram, other @ matrix.t())
+        best = least_squares(other, matrix, _DAMPING)
         kept = one != 0
         overlap = (best * kept * one).sum(1)
         unit = one.square().sum(1) / torch.where(overlap > 0, overlap, torch.inf)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..modeling.delta_decode import normal_levels
 from ..modeling.delta_record import NORMAL_LEVELS
+from .records import midpoints
 
 DAMPING = 0.01  # added to a Hessian's diagonal, in units of its mean, as in GPTQ
 _BLOCK, _INNER = 128, 16  # columns that wait for a matrix product, and that are updated one by one, in a core's cache
@@ -87,7 +88,7 @@ class Table:
     def of(cls, count: int, like: Tensor) -> "Table":
         """The levels for normally distributed numbers, so many of them, in the dtype and on the device of a tensor."""
         levels = normal_levels(_NORMAL_WIDTHS[count], like.device).to(like.dtype)
-        return cls(levels, (levels[1:] + levels[:-1]) / 2)
+        return cls(levels, midpoints(levels))
 
     def codes(self, values: Tensor) -> Tensor:
         return torch.bucketize(values.contiguous(), self.edges).to(torch.uint8)

@@ -180,6 +180,21 @@ def cosines(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torc
     return torch.nn.functional.cosine_similarity(plane * mask, grid.values(grid.codes(plane)).mul_(mask))
 
 
+def least_squares(
+    rows: torch.Tensor, delta: torch.Tensor, damping: float, hessian: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The X, (r, m), for which X^T `rows` is nearest to delta (m, n), in the output if there is a Hessian (n, n).
+
+    Args:
+        rows: float32 (r, n).
+        damping: added to the diagonal of their inner products, in units of its mean.
+    """
+    image = rows if hessian is None else rows @ hessian
+    gram = image @ rows.t()
+    gram.diagonal().add_(damping * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+    return torch.linalg.solve(gram, image @ delta.t())
+
+
 def _best_partner(
     delta: torch.Tensor, u: torch.Tensor, rows: torch.Tensor, hessian: torch.Tensor | None
 ) -> torch.Tensor:
@@ -188,10 +203,7 @@ def _best_partner(
     Least squares would shrink it, by as much as V's error; so each column is stretched until its part along the exact
     one is right.
     """
-    image = rows if hessian is None else rows @ hessian
-    gram = image @ rows.t()
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
-    found = torch.linalg.solve(gram, image @ delta.t()).t()
+    found = least_squares(rows, delta, DAMPING, hessian).t()
     along = (found * u).sum(0)
     # Where nothing is right about it, the exact one is the better guess
     return torch.where(along > 0, found / along, u)

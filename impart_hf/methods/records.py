@@ -96,8 +96,12 @@ def pack_levels(codes: torch.Tensor, width: int) -> np.ndarray:
 
 def nearest_normal(values: torch.Tensor, width: int) -> torch.Tensor:
     """uint8: the codes of the nearest of the levels for normally distributed numbers."""
-    levels = normal_levels(width, values.device)
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(values, midpoints(normal_levels(width, values.device))).to(torch.uint8)
+
+
+def midpoints(levels: torch.Tensor) -> torch.Tensor:
+    """Between neighbours of rising levels: where the next one becomes the nearest."""
+    return (levels[1:] + levels[:-1]) / 2
 
 
 def value_codes(values: torch.Tensor, width: int) -> np.ndarray:
@@ -122,13 +126,14 @@ def _planes_codes(planes: list[torch.Tensor], thresholds: np.ndarray, segments: 
     masks = [keep_mask(seed, side, thresholds, plane.shape[1], plane.device) for side, plane in enumerate(planes)]
     codes = [
         value_codes(plane[part][mask[part]], width)
-        for segment, part in zip(segments, _columns_of(segments), strict=True)
+        for segment, part in zip(segments, columns_of(segments), strict=True)
         for width, plane, mask in zip(segment.widths(), planes, masks, strict=True)
     ]
     return np.concatenate(codes) if codes else np.empty(0, np.uint8)
 
 
-def _columns_of(segments: list[Segment]) -> list[slice]:
+def columns_of(segments: list[Segment]) -> list[slice]:
+    """The columns of each segment."""
     ends = np.cumsum([0, *(segment.columns for segment in segments)]).tolist()
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 

@@ -21,8 +21,9 @@ from ..companions import copy_companions
 from ..evaluate import perplexity
 from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
+from ..number_checks import check_positive, check_seed, check_whole
 from ..progress import Progress
-from ..training import check_positive, check_seed, check_whole, source_name, train, training_arguments
+from ..training import source_name, train, training_arguments
 from .checks import open_llama
 from .history import with_step
 from .llama_shape import LlamaShape
