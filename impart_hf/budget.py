@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from .methods import MethodConfig, Svd, method_for
+from .methods import MethodConfig, Spectrum, Svd, method_for
 from .modeling.checkpoints import Checkpoint
 from .plan import TensorPlan
 from .progress import Progress
@@ -51,23 +51,37 @@ def shared_budgets(
         By tensor name, the bytes of each of its matrices.
     """
     tensors = [tensor for tensor in tensors if method_for(method, tensor.vocabulary) is method]
-    found: list[tuple[TensorPlan, np.ndarray]] = []
+    found: list[tuple[TensorPlan, Spectrum]] = []
     with progress.bar(sum(tensor.dense_bytes for tensor in tensors), "Decomposing", "B") as bar:
         for tensor in tensors:
             bar.set_postfix_str(tensor.name)
             for number, (delta, is_any) in enumerate(deltas_of(tensor, base, finetuned, device)):
+                rows, columns = delta.shape
                 spectrum = np.empty(0)
                 if is_any:
-                    rows, columns = delta.shape
                     most = _MOST_SHARE * (tensor.max_bytes // tensor.matrices)
                     wanted = partial(method.wanted, rows=rows, columns=columns, max_bytes=most)
                     _, sigma, _ = svd_of(tensor.name, number)(delta, wanted)
                     spectrum = sigma.double().cpu().numpy()
-                found.append((tensor, spectrum))
+                weight = _embedding_weight(base.tensor(tensor.name), delta) if tensor.vocabulary and is_any else 1.0
+                energy = float(delta.double().square().sum())
+                found.append((tensor, Spectrum(spectrum, rows, columns, energy, tensor.vocabulary, weight)))
             bar.update(tensor.dense_bytes)
-    shapes = [(tensor.shape[-2], tensor.shape[-1]) for tensor, _ in found]
-    shares = method.allocate([spectrum for _, spectrum in found], shapes, sum(t.max_bytes for t in tensors))
+    shares = method.allocate([spectrum for _, spectrum in found], sum(t.max_bytes for t in tensors))
     budgets: dict[str, list[int]] = {tensor.name: [] for tensor in tensors}
     for (tensor, _), share in zip(found, shares, strict=True):
         budgets[tensor.name].append(share)
     return budgets
+
+
+def _embedding_weight(base: torch.Tensor, delta: torch.Tensor) -> float:
+    """What squared errors of an embedding (tokens, size) count for, in those of other vocabulary matrices; 1 or more.
+
+    A linear layer has inputs of about unit variance, so that its squared error is that of its output. Of an embedding,
+    a token takes one row, and what comes out is normalised: relative to the mean square of the weights, the squared
+    error is shared by as many tokens as the fine-tune met, of which the rows that it changed tell. Where they are few,
+    each has a large part of it.
+    """
+    energies = delta.double().square().sum(1)
+    tokens = energies.sum().square() / energies.square().sum()
+    return max(1.0, 1 / (float(tokens) * float(base.float().square().mean())))

@@ -1,6 +1,6 @@
 """Compression methods: one file each, found by name."""
 
-from .base import Encoded, MethodConfig, Svd, method_class, method_fields, method_names, parse_setting
+from .base import Encoded, MethodConfig, Spectrum, Svd, method_class, method_fields, method_names, parse_setting
 from .bitdelta import BitDeltaConfig
 from .dare import DareConfig
 from .dare_qt import DareQtConfig
@@ -21,6 +21,7 @@ __all__ = [
     "ImPartRdConfig",
     "LowRankConfig",
     "MethodConfig",
+    "Spectrum",
     "Svd",
     "method_class",
     "method_fields",

@@ -33,6 +33,27 @@ class EncodingTask:
     mask_seed: int
     hessian: torch.Tensor | None
     svd: Svd
+    vocabulary: bool
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What is known of a matrix (m, n) when bytes are spread over a model.
+
+    Attributes:
+        sigma: float64 (r,), the leading singular values of its delta; empty if the fine-tune left it alone.
+        rows, columns: m and n.
+        vocabulary: whether it has a row for every token.
+        weight: what its squared errors count for, in those of other matrices.
+        energy: the squared Frobenius norm of the delta.
+    """
+
+    sigma: np.ndarray
+    rows: int
+    columns: int
+    energy: float
+    vocabulary: bool = False
+    weight: float = 1.0
 
 
 @dataclass
@@ -85,6 +106,7 @@ class MethodConfig(abc.ABC):
         *,
         hessian: torch.Tensor | None = None,
         svd: Svd = leading_svd,
+        vocabulary: bool = False,
     ) -> Encoded:
         """Encode one matrix's delta into a record of at most `max_bytes` bytes.
 
@@ -95,8 +117,9 @@ class MethodConfig(abc.ABC):
             hessian: float32 (n, n), the second moments X X^T / tokens of the layer's inputs, or None; methods that
                 do not quantise have no use for it.
             svd: gives the delta's leading singular components, as `leading_svd` does.
+            vocabulary: whether the matrix has a row for every token.
         """
-        return self._encode(EncodingTask(delta, max_bytes, mask_seed, hessian, svd))
+        return self._encode(EncodingTask(delta, max_bytes, mask_seed, hessian, svd, vocabulary))
 
     @abc.abstractmethod
     def _encode(self, task: EncodingTask) -> Encoded:
@@ -110,13 +133,8 @@ class MethodConfig(abc.ABC):
         """How many components a factored method stores, estimated from the leading singular values (see `Wanted`)."""
         raise NotImplementedError(f"{self.name} does not work on singular components")
 
-    def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
-        """The bytes of every matrix's record, together `max_bytes` at most. For methods with `shares_budget`.
-
-        Args:
-            spectra: float64, of each matrix the leading singular values; empty for one that the fine-tune left alone.
-            shapes: (m, n) of each.
-        """
+    def allocate(self, spectra: list[Spectrum], max_bytes: int) -> list[int]:
+        """The bytes of every matrix's record, together `max_bytes` at most. For methods with `shares_budget`."""
         raise NotImplementedError(f"{self.name} spreads no budget")
 
     def check_shapes(self, shapes: list[tuple[int, int]]) -> None:

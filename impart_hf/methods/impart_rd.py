@@ -1,6 +1,6 @@
 """ImPart by rate and distortion: unbiased codes of 1 to 8 bits, as many of each as do most good for their bytes.
 
-Vectors are rounded to the levels that are best for normally distributed numbers; with calibration, by sparse GPTQ.
+Vectors are rounded by sparse GPTQ; without calibration text, against the inputs that the delta itself tells of.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import torch
 
 from ..modeling.delta_record import NORMAL_LEVELS
 from ..modeling.seeded_mask import keep_mask
-from .base import Encoded, EncodingTask, MethodConfig, check_number
+from .base import Encoded, EncodingTask, MethodConfig, Spectrum, check_number
 from .mixed_precision import cosines, quantised
-from .rate_distortion import Choice, allocate, choose, price_for
+from .rate_distortion import Choice, Components, Harm, Matrix, allocate
 from .records import (
     COMPONENT_BYTES,
     OVERHEAD_BYTES,
@@ -24,6 +24,13 @@ from .records import (
     runs,
 )
 
+# What noise in v, and in both vectors, counts for in that of noise in u (docs/impart-rd.md has the measurements)
+_V_NOISE, _BOTH_NOISE = 0.25, 0.06
+# The same where rows are tokens, and what all counts for there in that of other matrices. Noise in u puts a token
+# where other tokens are, as a dropped component does.
+_TOKEN_V_NOISE, _TOKEN_BOTH_NOISE, _TOKEN_WEIGHT = 0.02, 0.1, 6.0
+# Of the likely second moments of inputs: the variance that no singular vector tells of, in that of all
+_UNKNOWN_INPUTS = 1.0
 # No component that is worth its bytes keeps less than this share of a bit for each entry, see `rate_distortion`
 _LEAST_BITS = 0.75
 _MAX_FITS = 16
@@ -62,24 +69,30 @@ class ImPartRdConfig(MethodConfig):
         most = 8 * max_bytes / (_LEAST_BITS * (rows + columns) + 8 * COMPONENT_BYTES)
         return min(min(rows, columns), 1 + int(most))
 
-    def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
-        return allocate(spectra, shapes, max_bytes, self.drop_weight)
+    def allocate(self, spectra: list[Spectrum], max_bytes: int) -> list[int]:
+        return allocate([self._matrix(spectrum) for spectrum in spectra], max_bytes)
+
+    def _matrix(self, spectrum: Spectrum) -> Matrix:
+        return Matrix(spectrum.sigma, spectrum.rows, spectrum.columns, _harm(spectrum, self.drop_weight))
 
     def _encode(self, task: EncodingTask) -> Encoded:
         rows, columns = task.delta.shape
         u, sigma, v = task.svd(task.delta, lambda spectrum: self.wanted(spectrum, rows, columns, task.max_bytes))
         choice = self._fitted(sigma.double().cpu().numpy(), task)
-        count = int((choice.bits > 0).sum())
+        count = choice.count
         if count == 0:
             return Encoded(empty_record(rows, columns, 1.0), ("dropped: its bytes do more good elsewhere",))
         factors = u[:, :count], sigma[:count], v[:, :count]
         bits, thresholds = choice.bits[:count], choice.thresholds[:count]
         widths_u, widths_v = (
-            _widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits)
+            _widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits[:, side])
             for side, part in enumerate((factors[0], factors[2]))
         )
+        hessian = task.hessian
+        if hessian is None and not task.vocabulary:
+            hessian = _likely_hessian(task.delta)
         levels_u, weights, levels_v, notes = quantised(
-            *factors, thresholds, widths_u, task.mask_seed, task.hessian, widths_v=widths_v, delta=task.delta
+            *factors, thresholds, widths_u, task.mask_seed, hessian, widths_v=widths_v, delta=task.delta
         )
         data = factored_record(task.delta, levels_u, weights, levels_v, thresholds, widths_u, task.mask_seed, widths_v)
         return Encoded(data, notes)
@@ -88,16 +101,37 @@ class ImPartRdConfig(MethodConfig):
         """The choice of components with which the record fits its budget, as the masks turn out."""
         rows, columns = task.delta.shape
         budget = float(task.max_bytes - OVERHEAD_BYTES)
+        energy = float(task.delta.double().square().sum())
+        components = Components([self._matrix(Spectrum(sigma, rows, columns, energy, task.vocabulary))])
         for _ in range(_MAX_FITS):
-            price = price_for(sigma, rows + columns, budget, self.drop_weight)
-            choice = choose(sigma, rows + columns, price, self.drop_weight)
-            count = int((choice.bits > 0).sum())
+            choice = components.choose(components.price_for(budget))
+            count = choice.count
             kept = kept_counts(task.mask_seed, choice.thresholds[:count], (rows, columns), task.delta.device)
             excess = factored_bytes(choice.bits[:count], *kept) - task.max_bytes
             if excess <= 0:
                 return choice
             budget = choice.bytes.sum() - excess
         return Choice(choice.bits * 0, choice.thresholds, choice.bytes * 0)
+
+
+def _harm(spectrum: Spectrum, drop_weight: float) -> Harm:
+    """What errors of a matrix count for, by what its singular values tell of the inputs."""
+    if spectrum.vocabulary:
+        weight = _TOKEN_WEIGHT * spectrum.weight
+        return Harm(weight, weight, _TOKEN_V_NOISE * weight, _TOKEN_BOTH_NOISE * weight)
+    # The variance of the inputs along v, in that of all, is about this one squared: training moves a weight in the
+    # directions of its inputs, and most along the strongest. The root is what turns out best.
+    along = spectrum.sigma * np.sqrt(min(spectrum.rows, spectrum.columns) / (spectrum.energy or 1.0))
+    return Harm(drop_weight * along, along, _V_NOISE, np.minimum(_BOTH_NOISE, along))
+
+
+def _likely_hessian(delta: torch.Tensor) -> torch.Tensor:
+    """The second moments of a layer's inputs, (n, n), in units of their mean, as far as its delta (m, n) tells: those
+    of the delta's own rows, for the gradients that it is the sum of are made of inputs."""
+    moments = delta.t() @ delta
+    moments /= moments.diagonal().mean()
+    moments.diagonal().add_(_UNKNOWN_INPUTS)
+    return moments
 
 
 def _kinds(bits: int) -> list[int]:

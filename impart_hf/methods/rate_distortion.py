@@ -1,12 +1,17 @@
 """Bits and keep ratio of every singular component, chosen so that all bytes do the same good.
 
-A component sigma u v^T whose vectors are stored by an unbiased code with relative noise nu has the expected squared
-error sigma^2 ((1 + nu)^2 - 1). With b bits for a value and values kept with probability q, 1 + nu = (1 + eps_b) / q at
-b q bits for each of its m + n entries. For a price of a bit, every component has a choice of b and q that costs least,
-error and price together; the price is one for all matrices of a model, and the highest at which the budget is used up.
+A component sigma u v^T whose vectors are stored by unbiased codes with the relative noise nu_u and nu_v has the
+expected squared error sigma^2 (nu_u + nu_v + nu_u nu_v). Its three parts do not harm a model alike. Where u is noisy,
+the noise answers to inputs along v, to which a fine-tune's deltas are made to answer: they are strong. Where v is, the
+output goes along u, but few inputs go along the noise. Where both are, neither does much. And what is missing is
+missing in the same direction everywhere, while noise averages out. `Harm` is what each counts for.
+
+With b bits for a value and values kept with probability q, 1 + nu = (1 + eps_b) / q at b q bits for each entry. For a
+price of a bit, every component has a choice of bits for u, bits for v and q that costs least, harm and price together;
+the price is one for all matrices of a model, and the highest at which the budget is used up.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -16,8 +21,41 @@ from .records import COMPONENT_BYTES, OVERHEAD_BYTES, kept_ratios, thresholds_of
 # Relative squared error D of the code, as D / (1 - D), for normally distributed numbers: signs; Lloyd-Max levels of 2
 # to 4 bits; 256 evenly spaced levels.
 NOISE = {1: 0.5708, 2: 0.1331, 3: 0.0358, 4: 0.0096, 8: 5e-5}
-_BISECTIONS = 60
+_BISECTIONS = 40
+_NEWTON_STEPS = 4
+_LEAST_KEPT = 1e-3  # the smallest q
+_TINY = 1e-200
 _PRICES = 1e-16, 4.0  # of a bit for each of m + n entries, in units of the largest squared singular value
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What the squared errors of a matrix's components count for: one number for all, or float64 (r,).
+
+    Attributes:
+        dropped: of components that are not stored.
+        u, v, both: of noise in u, in v, and in both at once; the last is no larger than the others.
+    """
+
+    dropped: float | np.ndarray
+    u: float | np.ndarray
+    v: float | np.ndarray
+    both: float | np.ndarray
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix (m, n) of which components are to be stored.
+
+    Attributes:
+        sigma: float64 (r,), its leading singular values: at least as many as can be worth their bytes.
+        rows, columns: m and n.
+    """
+
+    sigma: np.ndarray
+    rows: int
+    columns: int
+    harm: Harm
 
 
 @dataclass(frozen=True)
@@ -25,7 +63,7 @@ class Choice:
     """How components are stored.
 
     Attributes:
-        bits: of a value, (r,); 0 for a component that is dropped.
+        bits: of a value of u and of v, int64 (r, 2); 0 for a component that is dropped.
         thresholds: uint16 (r,), of the masks.
         bytes: float64 (r,), expected.
     """
@@ -34,61 +72,86 @@ class Choice:
     thresholds: np.ndarray
     bytes: np.ndarray
 
+    @property
+    def count(self) -> int:
+        """How many components are stored."""
+        return int((self.bits[:, 0] > 0).sum())
 
-def choose(sigma: np.ndarray, length: np.ndarray | int, price: float, drop_weight: float) -> Choice:
-    """The choice for each component that costs least.
 
-    Args:
-        sigma: float64 (r,), singular values.
-        length: m + n of the component's matrix; one for all, or (r,).
-        price: of a bit, in units of squared error.
-        drop_weight: what the error of a dropped component counts for, in that of noise of the same size.
-    """
-    energy = np.square(sigma)
-    least, bits, ratios = drop_weight * energy, np.zeros(len(sigma), np.int64), np.ones(len(sigma))
-    for width, noise in NOISE.items():
-        # Where the derivative of error and price by q vanishes
-        kept = np.cbrt(2 * energy * (1 + noise) ** 2 / (price * width * length)).clip(1e-3, 1.0)
-        cost = energy * (((1 + noise) / kept) ** 2 - 1) + price * (width * kept * length + 8 * COMPONENT_BYTES)
-        better = cost < least
-        least, bits, ratios = (
-            np.where(better, new, old) for new, old in ((cost, least), (width, bits), (kept, ratios))
+class Components:
+    """The components of matrices, one after the other."""
+
+    def __init__(self, matrices: list[Matrix]):
+        counts = [len(matrix.sigma) for matrix in matrices]
+        self.ends = np.cumsum(counts)[:-1]
+        self._energy = np.square(np.concatenate([matrix.sigma for matrix in matrices]))
+        parts = zip(*((m.rows, m.columns, *astuple(m.harm)) for m in matrices), strict=True)
+        self._rows, self._columns, self._dropped, self._u, self._v, self._both = (
+            np.concatenate([np.full(count, part, float) for count, part in zip(counts, values, strict=True)])
+            for values in parts
         )
-    thresholds = thresholds_of(ratios)
-    sizes = np.where(bits > 0, bits * kept_ratios(thresholds) * length / 8 + COMPONENT_BYTES, 0.0)
-    return Choice(bits, thresholds, sizes)
+
+    def choose(self, price: float) -> Choice:
+        """The choice for each component that costs least.
+
+        Args:
+            price: of a bit, in units of harm.
+        """
+        energy = self._energy
+        least, kept = self._dropped * energy, np.ones(len(energy))
+        bits = np.zeros((len(energy), 2), np.int64)
+        for width_u, noise_u in NOISE.items():
+            for width_v, noise_v in NOISE.items():
+                # The harm is square * z^2 + linear * z and a constant, with z = 1 / q
+                square = energy * self._both * (1 + noise_u) * (1 + noise_v)
+                linear = energy * ((self._u - self._both) * (1 + noise_u) + (self._v - self._both) * (1 + noise_v))
+                bit_price = price * (width_u * self._rows + width_v * self._columns)
+                z = _best_inverse(square, linear, bit_price)
+                cost = square * z**2 + linear * z + energy * (self._both - self._u - self._v)
+                cost += bit_price / z + 8 * price * COMPONENT_BYTES
+                better = cost < least
+                least, kept = np.where(better, cost, least), np.where(better, 1 / z, kept)
+                bits[better] = width_u, width_v
+        thresholds = thresholds_of(kept)
+        sizes = (bits * np.stack([self._rows, self._columns], 1)).sum(1) * kept_ratios(thresholds) / 8
+        return Choice(bits, thresholds, np.where(bits[:, 0] > 0, sizes + COMPONENT_BYTES, 0.0))
+
+    def price_for(self, max_bytes: float) -> float:
+        """The lowest price, nearly, at which the chosen components take no more than so many bytes."""
+        unit = float(self._energy.max(initial=0.0)) or 1.0
+        low, high = np.log(unit * _PRICES[0]), np.log(unit * _PRICES[1])
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            fits = self.choose(np.exp(middle)).bytes.sum() <= max_bytes
+            low, high = (low, middle) if fits else (middle, high)
+        return float(np.exp(high))
 
 
-def price_for(sigma: np.ndarray, length: np.ndarray | int, max_bytes: float, drop_weight: float) -> float:
-    """The lowest price, nearly, at which the chosen components take no more than so many bytes; arguments as above."""
-    unit = float(np.square(sigma).max(initial=0.0)) or 1.0
-    low, high = np.log(unit * _PRICES[0]), np.log(unit * _PRICES[1])
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        fits = choose(sigma, length, np.exp(middle), drop_weight).bytes.sum() <= max_bytes
-        low, high = (low, middle) if fits else (middle, high)
-    return float(np.exp(high))
+def _best_inverse(square: np.ndarray, linear: np.ndarray, bit_price: np.ndarray) -> np.ndarray:
+    """The z = 1 / q, from 1 on, at which square z^2 + linear z + bit_price / z is least."""
+    # Each term alone puts the zero of the derivative, 2 square z^3 + linear z^2 - bit_price, too high. Newton's method
+    # comes down from there, for the derivative is convex.
+    z = np.minimum(np.cbrt(bit_price / (2 * square + _TINY)), np.sqrt(bit_price / (linear + _TINY)))
+    z = np.clip(z, 1.0, 1 / _LEAST_KEPT)
+    for _ in range(_NEWTON_STEPS):
+        slope = 6 * square * z**2 + 2 * linear * z + _TINY
+        z = np.clip(z - (2 * square * z**3 + linear * z**2 - bit_price) / slope, 1.0, 1 / _LEAST_KEPT)
+    return z
 
 
-def allocate(spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int, drop_weight: float) -> list[int]:
-    """The bytes of every matrix's record, together at most `max_bytes`, at which a byte does the same good in each.
-
-    Args:
-        spectra: float64, the leading singular values of each matrix: at least as many as can be worth their bytes.
-        shapes: (m, n) of each.
-    """
-    counts = [len(spectrum) for spectrum in spectra]
-    sigma = np.concatenate(spectra)
-    length = np.repeat([rows + columns for rows, columns in shapes], counts)
-    ends = np.cumsum(counts)[:-1]
-    headers = OVERHEAD_BYTES * len(spectra)
+def allocate(matrices: list[Matrix], max_bytes: int) -> list[int]:
+    """The bytes of every matrix's record, together at most `max_bytes`, at which a byte does the same good in each."""
+    components = Components(matrices)
+    headers = OVERHEAD_BYTES * len(matrices)
     while True:
-        price = price_for(sigma, length, max_bytes - headers, drop_weight)
-        choice = choose(sigma, length, price, drop_weight)
-        segments = [max(1, len(set(bits.tolist()) - {0})) for bits in np.split(choice.bits, ends)]
+        choice = components.choose(components.price_for(max_bytes - headers))
+        segments = [
+            max(1, len({tuple(pair) for pair in bits.tolist()} - {(0, 0)}))
+            for bits in np.split(choice.bits, components.ends)
+        ]
         sizes = [
             HEADER_BYTES + SEGMENT_BYTES * count + int(np.ceil(part.sum()))
-            for count, part in zip(segments, np.split(choice.bytes, ends), strict=True)
+            for count, part in zip(segments, np.split(choice.bytes, components.ends), strict=True)
         ]
         excess = sum(sizes) - max_bytes
         if excess <= 0 or not choice.bits.any():

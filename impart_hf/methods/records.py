@@ -62,12 +62,14 @@ def factored_bytes(widths: np.ndarray, *kept: np.ndarray) -> int:
     """Size at most of a factored record.
 
     Args:
-        widths: of each component's values, shape (r,).
+        widths: of each component's values, shape (r,), or of its values of U and of V, (r, 2).
         kept: for U and for V, how many entries of each component are kept.
     """
     size = HEADER_BYTES + COMPONENT_BYTES * len(widths)
-    for width, part in runs(widths):
-        size += SEGMENT_BYTES + sum(code_bytes(int(np.ceil(side[part].sum())), width) for side in kept)
+    both = widths if widths.ndim == 2 else np.stack([widths, widths], 1)
+    for pair, part in runs(both):
+        counts = [int(np.ceil(side[part].sum())) for side in kept]
+        size += SEGMENT_BYTES + sum(code_bytes(count, width) for count, width in zip(counts, pair, strict=True))
     return size
 
 

@@ -20,7 +20,7 @@ from pairs import Pair
 
 from impart_hf import compress
 from impart_hf.distilling import DistillSettings
-from impart_hf.methods import Encoded, ImPartRdConfig, MethodConfig, impart_rd, method_class, method_names
+from impart_hf.methods import Encoded, ImPartRdConfig, MethodConfig, Spectrum, impart_rd, method_class, method_names
 from impart_hf.methods.base import EncodingTask
 from impart_hf.methods.rate_distortion import NOISE
 from impart_hf.report import CompressionReport
@@ -37,9 +37,9 @@ class _Changed(ImPartRdConfig):
     def change(self) -> AbstractContextManager:
         raise NotImplementedError
 
-    def allocate(self, spectra: list[np.ndarray], shapes: list[tuple[int, int]], max_bytes: int) -> list[int]:
+    def allocate(self, spectra: list[Spectrum], max_bytes: int) -> list[int]:
         with self.change():
-            return super().allocate(spectra, shapes, max_bytes)
+            return super().allocate(spectra, max_bytes)
 
     def _encode(self, task: EncodingTask) -> Encoded:
         with self.change():
