@@ -215,8 +215,12 @@ def summary(report: CompressionReport, output: str) -> str:
     ]
     if not report.tensors:
         lines.append("the fine-tuned model equals the base: are BASE and FINETUNED the right ones?")
-    if report.method.get("calibration", "").startswith("none"):
-        lines.append("values were rounded to the nearest level: no calibration text was given (--calibration FILE)")
+    without = {
+        "none: rounded": "values were rounded to the nearest level",
+        "none: inputs guessed": "the layers' inputs were guessed from the delta",
+    }
+    if done := without.get(report.method.get("calibration", "")):
+        lines.append(f"{done}: no calibration text was given (--calibration FILE)")
     if report.distilled:
         lines.append(
             f"distilled: KL to the fine-tune on held-out text {report.distilled.before:.4f} before, "

@@ -299,7 +299,7 @@ class ModelPair:
         settings = distill_settings or DistillSettings()
         training = {}
         if method.quantises:
-            training["calibration"] = _text_size(calibration) or "none: rounded"
+            training["calibration"] = _text_size(calibration) or method.uncalibrated
         if distillation is not None:
             training["distillation"] = f"{settings.trains}, {settings.steps} steps, {_text_size(distillation)}"
         writer = RepositoryWriter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import naive_reader
@@ -13,13 +14,16 @@ from transformers import AutoModelForCausalLM
 
 from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
 from impart_hf.cli import main
+from impart_hf.budget import _embedding_weight
+from impart_hf.methods import Spectrum
 from impart_hf.methods.impart_rd import _kinds, _widths
 from impart_hf.methods.mixed_precision import cosines, quantised
-from impart_hf.methods.rate_distortion import NOISE, allocate, choose, price_for
+from impart_hf.methods.rate_distortion import NOISE, Components, Harm, Matrix, allocate
 from impart_hf.methods.records import kept_ratios
 from impart_hf.modeling.delta_decode import decode_record
 from impart_hf.modeling.delta_record import Record, parse_record
 
+HARM = Harm(3, 1, 0.25, 0.06)
 SHAPES = [(96, 96), (48, 128), (400, 64)]
 
 
@@ -38,20 +42,46 @@ def encode(delta: torch.Tensor, budget: int, hessian: torch.Tensor | None = None
     return parse_record(np.frombuffer(data, np.uint8), tuple(delta.shape), "delta")[0]
 
 
-@pytest.mark.parametrize("drop_weight", [1.5, 3.0, 8.0])
+@pytest.mark.parametrize("harm", [Harm(3, 1, 0.25, 0.06), Harm(1.5, 1, 1, 1), Harm(9, 1, 0.02, 0.01)])
 @pytest.mark.parametrize("price", [1e-7, 1e-5, 1e-3, 1e-1])
-def test_no_other_choice_costs_less(price: float, drop_weight: float) -> None:
-    sigma, length = np.geomspace(1, 1e-3, 40), 320
-    found = choose(sigma, length, price, drop_weight)
+def test_no_other_choice_costs_less(price: float, harm: Harm) -> None:
+    sigma, rows, columns = np.geomspace(1, 1e-3, 40), 250, 70
+    found = Components([Matrix(sigma, rows, columns, harm)]).choose(price)
     grid = np.linspace(0.01, 1, 400)
-    for value, bits, threshold in zip(sigma, found.bits, found.thresholds, strict=True):
 
-        def cost(bits: int, kept: np.ndarray | float, energy: float = value**2) -> np.ndarray:
-            return energy * (((1 + NOISE[bits]) / kept) ** 2 - 1) + price * (bits * kept * length + 32)
+    def cost(energy: float, bits: tuple[int, int], kept: np.ndarray | float) -> np.ndarray:
+        noise_u, noise_v = ((1 + NOISE[width]) / kept - 1 for width in bits)
+        error = harm.u * noise_u + harm.v * noise_v + harm.both * noise_u * noise_v
+        return energy * error + price * ((bits[0] * rows + bits[1] * columns) * kept + 32)
 
-        best = min(drop_weight * value**2, *(cost(width, grid).min() for width in NOISE))
-        own = drop_weight * value**2 if bits == 0 else float(cost(bits, kept_ratios(np.array(threshold))))
-        assert own <= best * (1 + 1e-3)
+    for energy, bits, threshold in zip(sigma**2, found.bits, found.thresholds, strict=True):
+        best = min(cost(energy, pair, grid).min() for pair in itertools.product(NOISE, NOISE))
+        own = harm.dropped * energy
+        if bits[0]:
+            own = cost(energy, tuple(bits.tolist()), float(kept_ratios(np.array(threshold))))
+        assert own <= min(best, harm.dropped * energy) * (1 + 1e-3)
+
+
+def test_what_harms_more_has_more_bits() -> None:
+    """Noise in u more than noise in v; strong components more than weak ones, and a matrix that counts for more."""
+    sigma = np.geomspace(1, 0.1, 30)
+    spectra = [Spectrum(sigma, 128, 128, float(np.square(sigma).sum()), weight=1.0)]
+    spectra += [Spectrum(sigma, 128, 128, spectra[0].energy, vocabulary=True, weight=weight) for weight in (1.0, 9.0)]
+    method = ImPartRdConfig()
+    for spectrum in spectra:
+        components = Components([method._matrix(spectrum)])
+        bits_u, bits_v = components.choose(components.price_for(4000)).bits.T
+        assert (bits_u >= bits_v).all() and (bits_u > bits_v).any() and (np.diff(bits_u) <= 0).all()
+    _, tokens, rare = method.allocate(spectra, 6000)
+    assert rare > tokens
+
+
+def test_embeddings_of_few_changed_rows_count_for_more() -> None:
+    base = 0.1 * torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    delta = torch.randn(400, 32, generator=torch.Generator().manual_seed(1))
+    assert _embedding_weight(base, delta) == 1.0
+    delta[4:] = 0
+    assert _embedding_weight(base, delta) == pytest.approx(1 / (4 * 0.01), rel=0.2)
 
 
 def test_noise_is_that_of_the_codes() -> None:
@@ -91,18 +121,19 @@ def test_u_makes_up_for_the_error_of_v() -> None:
 
 @pytest.mark.parametrize("budget", [500, 5_000, 50_000])
 def test_the_price_uses_up_the_budget(budget: int) -> None:
-    sigma, length = np.geomspace(1, 1e-2, 300), np.repeat([200, 600], 150)
-    price = price_for(sigma, length, budget, 3.0)
-    size = choose(sigma, length, price, 3.0).bytes.sum()
+    sigma = np.geomspace(1, 1e-2, 300)
+    components = Components([Matrix(part, size, 300, HARM) for part, size in ((sigma[::2], 100), (sigma[1::2], 300))])
+    size = components.choose(components.price_for(budget)).bytes.sum()
     assert 0.9 * budget - 100 < size <= budget
 
 
 def test_bytes_go_where_they_are_worth_most() -> None:
     spectra = [np.geomspace(10, 1, 64), np.geomspace(1, 0.1, 64), np.empty(0)]
-    sizes = allocate(spectra, [(64, 64)] * 3, 3000, 3.0)
+    matrices = [Matrix(sigma, 64, 64, HARM) for sigma in spectra]
+    sizes = allocate(matrices, 3000)
     assert sum(sizes) <= 3000 and sizes[0] > 2 * sizes[1] and sizes[2] == 40
     assert sum(sizes) > 2800
-    assert allocate(spectra, [(64, 64)] * 3, 10, 3.0) == [40, 40, 40]  # nothing but headers
+    assert allocate(matrices, 10) == [40, 40, 40]  # nothing but headers
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -71,6 +71,7 @@ class MethodConfig(abc.ABC):
 
     name: ClassVar[str]
     quantises: ClassVar[bool] = False  # whether it can use the second moments of a layer's inputs
+    uncalibrated: ClassVar[str] = "none: rounded"  # what it does without such, for the records
     factored: ClassVar[bool] = False  # whether it works on the singular components
     shares_budget: ClassVar[bool] = False  # whether one budget is spread over all matrices by their spectra
     random: ClassVar[bool] = True  # whether the seed makes a difference: whether entries are dropped

@@ -29,7 +29,8 @@ _V_NOISE, _BOTH_NOISE = 0.25, 0.06
 # The same where rows are tokens, and what all counts for there in that of other matrices. Noise in u puts a token
 # where other tokens are, as a dropped component does.
 _TOKEN_V_NOISE, _TOKEN_BOTH_NOISE, _TOKEN_WEIGHT = 0.02, 0.1, 6.0
-# Of the likely second moments of inputs: the variance that no singular vector tells of, in that of all
+# Added to the inputs' variance in each direction, in units of its mean: others than the text's or the fine-tune's will
+# come. Hardly any at all is the optimum of GPTQ, but U, which makes up for V, would answer to what is hardly there.
 _UNKNOWN_INPUTS = 1.0
 # No component that is worth its bytes keeps less than this share of a bit for each entry, see `rate_distortion`
 _LEAST_BITS = 0.75
@@ -52,6 +53,7 @@ class ImPartRdConfig(MethodConfig):
     factored: ClassVar[bool] = True
     shares_budget: ClassVar[bool] = True
     quantises: ClassVar[bool] = True
+    uncalibrated: ClassVar[str] = "none: inputs guessed"
 
     embeddings: str = "method"
     drop_weight: float = 3.0
@@ -88,11 +90,8 @@ class ImPartRdConfig(MethodConfig):
             _widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits[:, side])
             for side, part in enumerate((factors[0], factors[2]))
         )
-        hessian = task.hessian
-        if hessian is None and not task.vocabulary:
-            hessian = _likely_hessian(task.delta)
         levels_u, weights, levels_v, notes = quantised(
-            *factors, thresholds, widths_u, task.mask_seed, hessian, widths_v=widths_v, delta=task.delta
+            *factors, thresholds, widths_u, task.mask_seed, _moments(task), widths_v=widths_v, delta=task.delta
         )
         data = factored_record(task.delta, levels_u, weights, levels_v, thresholds, widths_u, task.mask_seed, widths_v)
         return Encoded(data, notes)
@@ -125,11 +124,16 @@ def _harm(spectrum: Spectrum, drop_weight: float) -> Harm:
     return Harm(drop_weight * along, along, _V_NOISE, np.minimum(_BOTH_NOISE, along))
 
 
-def _likely_hessian(delta: torch.Tensor) -> torch.Tensor:
-    """The second moments of a layer's inputs, (n, n), in units of their mean, as far as its delta (m, n) tells: those
-    of the delta's own rows, for the gradients that it is the sum of are made of inputs."""
-    moments = delta.t() @ delta
-    moments /= moments.diagonal().mean()
+def _moments(task: EncodingTask) -> torch.Tensor | None:
+    """The second moments of a matrix's inputs, (n, n), in units of their mean; None where rows are tokens.
+
+    Without calibration text they are those of the delta's own rows: the gradients that it is the sum of were made of
+    inputs.
+    """
+    if task.hessian is None and task.vocabulary:
+        return None
+    known = task.delta.t() @ task.delta if task.hessian is None else task.hessian
+    moments = known / known.diagonal().mean()
     moments.diagonal().add_(_UNKNOWN_INPUTS)
     return moments
 

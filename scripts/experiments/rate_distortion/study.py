@@ -181,10 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", type=comma_separated(str), default=list(DEFAULT), help="see variants.py")
     parser.add_argument("--ratios", type=comma_separated(float), default=list(RATIOS))
     parser.add_argument("--seeds", type=comma_separated(int), default=list(SEEDS))
-    parser.add_argument("--steps", type=int, default=150, help="of distillation (default: 150)")
+    parser.add_argument("--steps", type=int, default=60, help="of distillation (default: 60)")
     parser.add_argument("--tokens", type=int, default=8192, help="measured on at most so many of each text")
     parser.add_argument("--samples", type=int, default=256, help="sequences to calibrate and distill on")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: 256)")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (default: 128)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="run nothing, only write the report anew")
     return parser

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from impart_hf import compress
 from impart_hf.distilling import DistillSettings
 from impart_hf.methods import Encoded, ImPartRdConfig, MethodConfig, Spectrum, impart_rd, method_class, method_names
 from impart_hf.methods.base import EncodingTask
-from impart_hf.methods.rate_distortion import NOISE
+from impart_hf.methods.rate_distortion import NOISE, Harm
 from impart_hf.report import CompressionReport
 
 OURS = "impart-rd"
@@ -64,6 +64,45 @@ def _from_exact_u(quantised: Callable, *rest: Any, delta: torch.Tensor, **named:
     return quantised(*rest, **named)
 
 
+class _OneHarm(_Changed):
+    """Noise counts for the same in u, in v and in both."""
+
+    def change(self) -> AbstractContextManager:
+        return patch.multiple(impart_rd, _V_NOISE=1.0, _BOTH_NOISE=1.0, _TOKEN_V_NOISE=1.0, _TOKEN_BOTH_NOISE=1.0)
+
+
+class _SameInputs(_Changed):
+    """All singular vectors have inputs of the same strength."""
+
+    def change(self) -> AbstractContextManager:
+        return patch.object(impart_rd, "_harm", partial(_flat, impart_rd._harm))
+
+
+def _flat(harm: Callable, spectrum: Spectrum, drop_weight: float) -> Harm:
+    found = harm(spectrum, drop_weight)
+    if spectrum.vocabulary:
+        return found
+    return Harm(drop_weight, 1.0, found.v, impart_rd._BOTH_NOISE)
+
+
+class _NoGuess(_Changed):
+    """Rounded to the nearest level, not against the inputs that the delta tells of."""
+
+    def change(self) -> AbstractContextManager:
+        return patch.object(impart_rd, "_moments", lambda task: task.hessian)
+
+
+class _TokensAlike(_Changed):
+    """Errors of embeddings count for no more than those of other matrices."""
+
+    def change(self) -> AbstractContextManager:
+        return patch.object(impart_rd, "_harm", partial(_as_layer, impart_rd._harm))
+
+
+def _as_layer(harm: Callable, spectrum: Spectrum, drop_weight: float) -> Harm:
+    return harm(replace(spectrum, vocabulary=False), drop_weight)
+
+
 class _LeastError(_Changed):
     """Sigma by least squares, which shrinks what is stored, in the place of the unbiased one."""
 
@@ -96,6 +135,10 @@ class _OwnBudgets(ImPartRdConfig):
 
 # What stands in the place of a part of ours
 PARTS: Mapping[str, Callable[..., MethodConfig]] = {
+    "one-harm": _OneHarm,
+    "same-inputs": _SameInputs,
+    "no-guess": _NoGuess,
+    "tokens-alike": _TokensAlike,
     "even-levels": _EvenLevels,
     "two-bits": _TwoBits,
     "exact-u": _ExactU,
@@ -163,9 +206,8 @@ class Variant:
 
     @property
     def random(self) -> bool:
-        """Whether the seed makes a difference: by masks, which ours has only at a higher drop_weight, or by the order
-        of the text that is distilled on."""
-        return self.distilled or (self.method != OURS and method_class(self.method).random)
+        """Whether the seed makes a difference: by masks, or by the order of the text that is distilled on."""
+        return self.distilled or method_class(self.method).random
 
     def compress(
         self, pair: Pair, folder: Path, ratio: float, seed: int, effort: Effort, device: str
@@ -198,8 +240,8 @@ _QUANTISING = tuple(method for method in _ALL if method_class(method).quantises)
 DEFAULT = (
     *_with(_ALL),
     *_with(_QUANTISING, CALIBRATION),
-    *_with(_ALL, CODES),
-    *_with(_ALL, SCALES),
     *_with(tuple(f"{OURS}/{part}" for part in PARTS)),
+    *_with(_ALL, CODES),
+    *_with((OURS, "impart-qt", "bitdelta"), SCALES),
     *_with((OURS, PEERS[0]), CALIBRATION, CODES),
 )
