@@ -420,9 +420,7 @@ def encode_tensor(
         if is_any:
             svd = svd_of(tensor.name, number)
             budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
-            encoded = encoder.encode(
-                delta, budget, seed, hessian=hessian, svd=svd, vocabulary=tensor.vocabulary
-            )
+            encoded = encoder.encode(delta, budget, seed, hessian=hessian, svd=svd, vocabulary=tensor.vocabulary)
         else:
             encoded = Encoded(empty_record(delta.shape[0], delta.shape[1], float(delta.any())))
         records.append(encoded.data)

@@ -16,7 +16,7 @@ from tiny_models import save_pair, tiny_config
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
-from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
+from impart_hf import DeltaComeConfig, ImPartRdConfig, compress
 from impart_hf.evaluate import evaluate, load
 from impart_hf.modeling.delta_record import NORMAL_LEVELS, parse_stack
 
@@ -39,7 +39,7 @@ TEXTS = {
 def arguments(folder: Path) -> list[str]:
     """Of the script, for a folder that holds a pair and texts."""
     paths = [folder / "pair" / "base", folder / "pair" / "finetuned", *(folder / name for name in TEXTS)]
-    small = {"pair": f"tiny={','.join(map(str, paths))}", "variants": "impart-rd,impart-qt,impart-rd+scales"}
+    small = {"pair": f"tiny={','.join(map(str, paths))}", "variants": "delta-come,impart-rd,impart-rd+scales"}
     small |= {"ratios": "3,4", "seeds": "0,1", "steps": "2", "tokens": "256", "samples": "6", "length": "32"}
     small |= {"work": str(folder / "work"), "docs": str(folder / "docs"), "only": "tiny"}
     return [part for name, value in small.items() for part in (f"--{name}", value)]
@@ -67,14 +67,14 @@ def test_what_is_run(study: Path) -> None:
     pair, *runs = lines_in(study)
     assert pair["about"]["finetuned"]["kl"] == pytest.approx(0, abs=1e-6) and pair["about"]["base"]["other_kl"] > 0.01
     found = [(run["method"], run["asked"], run["seed"]) for run in runs]
-    first = [(name, ratio, 0) for name in ("impart-rd", "impart-qt", "impart-rd+scales") for ratio in (3, 4)]
-    assert found == [*first, *((name, ratio, 1) for name in ("impart-qt", "impart-rd+scales") for ratio in (3, 4))]
+    first = [(name, ratio, 0) for name in ("delta-come", "impart-rd", "impart-rd+scales") for ratio in (3, 4)]
+    assert found == [*first, *((name, ratio, 1) for name in ("impart-rd", "impart-rd+scales") for ratio in (3, 4))]
     for run in runs:
         assert run["bytes"] <= run["checkpoint_bytes"] / run["asked"] and run["seconds"] > 0 and not run["shortfall"]
         assert 0 < run["kl"] < pair["about"]["base"]["kl"] and run["kl"] != run["other_kl"]
 
 
-@pytest.mark.parametrize("config", [ImPartRdConfig(4), ImPartQtConfig(4, seed=1)], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [DeltaComeConfig(4), ImPartRdConfig(4, seed=1)], ids=lambda config: config.name)
 def test_numbers_are_those_of_the_method(config: Any, study: Path, tmp_path: Path) -> None:
     base, finetuned = study / "pair" / "base", study / "pair" / "finetuned"
     compress(str(base), str(finetuned), tmp_path / "delta", config)
@@ -96,11 +96,11 @@ def test_report(study: Path) -> None:
     runs = {(line["method"], line["asked"]): line for line in lines_in(study) if line.get("seed") == 0}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     (own,) = (
-        row for row in rows if row[0] == "impart-rd" and float(row[1]) == pytest.approx(runs[row[0], 3]["kl"], 0.01)
+        row for row in rows if row[0] == "delta-come" and float(row[1]) == pytest.approx(runs[row[0], 3]["kl"], 0.01)
     )
     assert "±" not in own[1]
-    assert all("±" in row[1] for row in rows if row[0] in ("impart-qt", "impart-rd+scales") and "%" not in row[1])
-    for word in ("| tiny | nothing | **", " impart-qt |", "impart-qt 0 of 15", "Machine: "):
+    assert all("±" in row[1] for row in rows if row[0] in ("impart-rd", "impart-rd+scales") and "%" not in row[1])
+    for word in ("| tiny | nothing | **", " delta-come |", "impart-qt 0 of 15", "Machine: "):
         assert word in text
     picture = (study / "docs" / report.PICTURE).read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000

@@ -9,12 +9,18 @@ from typing import Any
 
 import measure
 import numpy as np
-from variants import CALIBRATION, CODES, DEFAULT, OURS, PARTS, PEERS, RATIOS, SCALES, SEEDS, Variant
+from variants import CALIBRATION, CODES, DEFAULT, LONG, LONGER, OURS, PARTS, PEERS, RATIOS, SCALES, SEEDS, Variant
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 DOCUMENT, PICTURE = "rate-distortion.md", "rate-distortion.png"
 # How much is done to a row: what its last step is
-_EFFORTS = {"": "nothing", CALIBRATION: CALIBRATION, SCALES: "scales distilled", CODES: "values distilled"}
+_EFFORTS = {
+    "": "nothing",
+    CALIBRATION: CALIBRATION,
+    SCALES: "scales distilled",
+    CODES: "values distilled",
+    LONG: f"{LONGER} times as long",
+}
 _GOAL = f"impart-qt+{CALIBRATION}", 32.0  # the quality that ours is to have with fewer bytes
 _NUMBERS = ("bytes", "ratio", "perplexity", "kl", "seconds")
 _SLACK = 1.02  # sizes that differ by less are equal
@@ -262,7 +268,7 @@ def _picture(results: Results, path: Path) -> None:
         2, len(pairs), figsize=(1.8 + 4.6 * len(pairs), 8.4), layout="constrained", squeeze=False
     )
     colors = dict(zip(PEERS, pyplot.get_cmap("Set2").colors, strict=False)) | {OURS: "crimson"}
-    styles_above, styles_below = {"": "-", CALIBRATION: "--"}, {SCALES: ":", CODES: "-"}
+    styles_above, styles_below = {"": "-", CALIBRATION: "--"}, {SCALES: ":", CODES: "-", LONG: "--"}
     legends: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for column, pair in enumerate(pairs):
         everything = [row for rows in results.rows[pair].values() for row in rows.values()]

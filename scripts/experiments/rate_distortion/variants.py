@@ -1,7 +1,7 @@
 """What the study compares: methods, ours with a part of it replaced, and what is done to each: METHOD[/PART][+STEP…].
 
 Steps are `calibration` (GPTQ), and one of `scales` (the scale of a direct record or the singular values of a factored
-one are distilled) and `codes` (the stored values as well).
+one are distilled), `codes` (the stored values as well) and `long` (these, for `LONGER` times as many steps).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from impart_hf.report import CompressionReport
 
 OURS = "impart-rd"
 PEERS = ("impart-qt", "delta-come", "dare-qt", "bitdelta", "impart", "lowrank")
-CALIBRATION, SCALES, CODES = STEPS = ("calibration", "scales", "codes")
+CALIBRATION, SCALES, CODES, LONG = STEPS = ("calibration", "scales", "codes", "long")
+LONGER = 5
 RATIOS, SEEDS = (16.0, 32.0, 64.0, 128.0, 200.0), (0, 1, 2)
 
 
@@ -185,8 +186,8 @@ class Variant:
             raise ValueError(f"{name}: there is no method {method}; there are {', '.join(method_names())}")
         if slash and (method != OURS or part not in PARTS):
             raise ValueError(f"{name}: after / comes a part of {OURS}: {', '.join(PARTS)}")
-        if steps not in [[], *([step] for step in STEPS), *([CALIBRATION, step] for step in (SCALES, CODES))]:
-            raise ValueError(f"{name}: after + comes {CALIBRATION}, and after that {SCALES} or {CODES}")
+        if steps not in [[], *([step] for step in STEPS), *([CALIBRATION, step] for step in STEPS[1:])]:
+            raise ValueError(f"{name}: after + comes {CALIBRATION}, and after that {SCALES}, {CODES} or {LONG}")
         if CALIBRATION in steps and not method_class(method).quantises:
             raise ValueError(f"{name}: {method} does not quantise by calibration text")
         return cls(method, part, tuple(steps))
@@ -202,7 +203,7 @@ class Variant:
 
     @property
     def distilled(self) -> bool:
-        return self.effort in (SCALES, CODES)
+        return self.effort in STEPS[1:]
 
     @property
     def random(self) -> bool:
@@ -223,7 +224,8 @@ class Variant:
             training["calibration"] = pair.train
         if self.distilled:
             training["distill"] = pair.train
-            training["distill_settings"] = DistillSettings(steps=effort.steps, trains=self.effort, seed=seed)
+            trains, times = (CODES, LONGER) if self.effort == LONG else (self.effort, 1)
+            training["distill_settings"] = DistillSettings(steps=times * effort.steps, trains=trains, seed=seed)
         return compress(
             str(pair.base), str(pair.finetuned), folder, make(compression_ratio=ratio, seed=seed), device=device,
             calibration_samples=effort.samples, calibration_length=effort.length, **training,
@@ -242,6 +244,7 @@ DEFAULT = (
     *_with(_QUANTISING, CALIBRATION),
     *_with(tuple(f"{OURS}/{part}" for part in PARTS)),
     *_with(_ALL, CODES),
+    *_with((OURS, "impart-qt"), LONG),
     *_with((OURS, "impart-qt", "bitdelta"), SCALES),
     *_with((OURS, PEERS[0]), CALIBRATION, CODES),
 )
