@@ -13,8 +13,8 @@ from tiny_models import Pair, fine_tune, make_model, same_files, save_model, sav
 from transformers import AutoModelForCausalLM
 
 from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
-from impart_hf.cli import main
 from impart_hf.budget import _embedding_weight
+from impart_hf.cli import main
 from impart_hf.methods import Spectrum
 from impart_hf.methods.impart_rd import _kinds, _widths
 from impart_hf.methods.mixed_precision import cosines, quantised

@@ -1,6 +1,7 @@
 """Building records from planes of numbers."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,8 +49,8 @@ def check_value_dtype(value_dtype: str) -> None:
         raise ValueError(f"value_dtype must be one of {', '.join(VALUE_WIDTHS)}, got {value_dtype!r}")
 
 
-def runs(widths: np.ndarray) -> list[tuple[int, slice]]:
-    """The runs of equal numbers, each with its place: what becomes a segment."""
+def runs(widths: np.ndarray) -> list[tuple[Any, slice]]:
+    """The runs of equal numbers (r,), or rows (r, c) of them, each with its place: what becomes a segment."""
     found, start = [], 0
     for width, group in itertools.groupby(widths.tolist()):
         stop = start + len(list(group))
