@@ -210,3 +210,21 @@ def test_exercises_are_right(tmp_path: Path) -> None:
         else:
             record = json.loads(answer)
             assert record["total"] == record["count"] * record["price"] and question.startswith(record["buyer"])
+
+
+def test_harm(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An error of twice the size harms more, in each place; its tables have numbers of all of them."""
+    harm = load_script(f"{FOLDER}/harm")
+    pair = [str(study / "pair" / "base"), str(study / "pair" / "finetuned")]
+    assert harm.main([*pair, "--text", str(study / "held.txt"), "--tokens", "256", "--length", "32"]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    errors = np.array(
+        [[float(cell) for cell in row[2:]] for row in rows if row[0].strip() in ("linear layers", "embeddings, output")]
+    )
+    assert errors.shape == (4, 4) and (errors[1::2] > errors[::2]).all() and (errors > 0).all()
+    found = harm.Pair(
+        *pair, measure.text_sequences(study / "held.txt", script.AutoTokenizer.from_pretrained(pair[0]), 64, 32)
+    )
+    assert found.divergence(lambda factors, *_: (factors[0] * factors[1]) @ factors[2], 0.0, True) < 1e-6
+    (kind, both), *_ = found.alignment().items()
+    assert kind == "q_proj" and both.shape[0] == 2 and (both > 0).all()
