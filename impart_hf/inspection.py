@@ -108,7 +108,7 @@ def _row(t: TensorReport) -> tuple[str, ...]:
         t.name if t.kind != "added rows" else f"{t.name} (added rows)",
         "x".join(map(str, t.shape)),
         "as it is" if t.kind != "encoded" else rank,
-        "/".join(map(str, t.bits)) or "-",
+        "/".join(":".join(map(str, dict.fromkeys(bits))) for bits in t.bits) or "-",
         "-" if t.keep_ratio is None else f"{t.keep_ratio:.4f}",
         str(t.bytes),
         "-" if t.relative_error is None else f"{t.relative_error:.4f}",

@@ -36,7 +36,8 @@ class TensorReport:
         bytes: size of its data in the file.
         rank: singular components stored, the mean over a stack; None for a direct or kept tensor.
         full_rank: min(m, n).
-        bits: of a stored value, one number for each segment of columns, the first matrix's in a stack.
+        bits: of a stored value, for each segment of columns: of U's and of V's where the record has both. The first
+            matrix's in a stack.
         keep_ratio: share of entries kept in the stored columns, the mean over a stack.
         relative_error: ||delta - decoded|| / ||delta||, over the whole stack the root mean square.
     """
@@ -47,7 +48,7 @@ class TensorReport:
     bytes: int
     rank: float | None = None
     full_rank: int | None = None
-    bits: tuple[int, ...] = ()
+    bits: tuple[tuple[int, ...], ...] = ()
     keep_ratio: float | None = None
     relative_error: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -110,7 +111,7 @@ def tensor_report(name: str, data: Any) -> TensorReport:
         bytes=len(data),
         rank=sum(r.rank for r in records) / len(records) if first.layout == FACTORED else None,
         full_rank=min(first.rows, first.columns),
-        bits=tuple(code_bits(s.width_u) for s in first.segments),
+        bits=tuple(tuple(map(code_bits, s.widths())) for s in first.segments),
         keep_ratio=sum(ratios) / len(ratios) if ratios else None,
         relative_error=math.sqrt(sum(r.relative_error**2 for r in records) / len(records)),
     )
