@@ -11,6 +11,7 @@ price of a bit, every component has a choice of bits for u, bits for v and q tha
 the price is one for all matrices of a model, and the highest at which the budget is used up.
 """
 
+import itertools
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -90,6 +91,9 @@ class Components:
             np.concatenate([np.full(count, part, float) for count, part in zip(counts, values, strict=True)])
             for values in parts
         )
+        # All pairs of bits for u and for v, (codes, 2), and 1 + eps of each, (codes, 1)
+        self._codes = np.array(list(itertools.product(NOISE, NOISE)))
+        self._of_u, self._of_v = (1 + np.vectorize(NOISE.get)(self._codes)).T[:, :, None]
 
     def choose(self, price: float) -> Choice:
         """The choice for each component that costs least.
@@ -97,21 +101,17 @@ class Components:
         Args:
             price: of a bit, in units of harm.
         """
-        energy = self._energy
-        least, kept = self._dropped * energy, np.ones(len(energy))
-        bits = np.zeros((len(energy), 2), np.int64)
-        for width_u, noise_u in NOISE.items():
-            for width_v, noise_v in NOISE.items():
-                # The harm is square * z^2 + linear * z and a constant, with z = 1 / q
-                square = energy * self._both * (1 + noise_u) * (1 + noise_v)
-                linear = energy * ((self._u - self._both) * (1 + noise_u) + (self._v - self._both) * (1 + noise_v))
-                bit_price = price * (width_u * self._rows + width_v * self._columns)
-                z = _best_inverse(square, linear, bit_price)
-                cost = square * z**2 + linear * z + energy * (self._both - self._u - self._v)
-                cost += bit_price / z + 8 * price * COMPONENT_BYTES
-                better = cost < least
-                least, kept = np.where(better, cost, least), np.where(better, 1 / z, kept)
-                bits[better] = width_u, width_v
+        # The harm is square * z^2 + linear * z and a constant, with z = 1 / q; all codes at once, (codes, r)
+        square = self._energy * self._both * self._of_u * self._of_v
+        linear = self._energy * ((self._u - self._both) * self._of_u + (self._v - self._both) * self._of_v)
+        bit_price = price * (self._codes[:, :1] * self._rows + self._codes[:, 1:] * self._columns)
+        z = _best_inverse(square, linear, bit_price)
+        costs = square * z**2 + linear * z + bit_price / z
+        best = costs.argmin(0)[None]
+        least, kept = np.take_along_axis(costs, best, 0)[0], 1 / np.take_along_axis(z, best, 0)[0]
+        least += self._energy * (self._both - self._u - self._v) + 8 * price * COMPONENT_BYTES
+        stored = least < self._dropped * self._energy
+        bits, kept = self._codes[best[0]] * stored[:, None], np.where(stored, kept, 1.0)
         thresholds = thresholds_of(kept)
         sizes = (bits * np.stack([self._rows, self._columns], 1)).sum(1) * kept_ratios(thresholds) / 8
         return Choice(bits, thresholds, np.where(bits[:, 0] > 0, sizes + COMPONENT_BYTES, 0.0))
