@@ -64,7 +64,7 @@ def shared_budgets(
                     _, sigma, _ = svd_of(tensor.name, number)(delta, wanted)
                     spectrum = sigma.double().cpu().numpy()
                 weight = _embedding_weight(base.tensor(tensor.name), delta) if tensor.vocabulary and is_any else 1.0
-                energy = float(delta.double().square().sum())
+                energy = float(torch.linalg.vector_norm(delta)) ** 2
                 found.append((tensor, Spectrum(spectrum, rows, columns, energy, tensor.vocabulary, weight)))
             bar.update(tensor.dense_bytes)
     shares = method.allocate([spectrum for _, spectrum in found], sum(t.max_bytes for t in tensors))
@@ -82,6 +82,7 @@ def _embedding_weight(base: torch.Tensor, delta: torch.Tensor) -> float:
     error is shared by as many tokens as the fine-tune met, of which the rows that it changed tell. Where they are few,
     each has a large part of it.
     """
-    energies = delta.double().square().sum(1)
-    tokens = energies.sum().square() / energies.square().sum()
-    return max(1.0, 1 / (float(tokens) * float(base.float().square().mean())))
+    energies = torch.linalg.vector_norm(delta, dim=1).double().square()
+    tokens = float(energies.sum().square() / energies.square().sum())
+    shared = tokens * float(torch.linalg.vector_norm(base, dtype=torch.float32)) ** 2 / base.numel()
+    return max(1.0, 1 / shared) if shared else 1.0

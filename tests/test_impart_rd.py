@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
 from impart_hf.budget import _embedding_weight
 from impart_hf.cli import main
-from impart_hf.methods import Spectrum
+from impart_hf.methods import Spectrum, impart_rd
 from impart_hf.methods.impart_rd import _kinds, _widths
 from impart_hf.methods.mixed_precision import cosines, quantised
 from impart_hf.methods.rate_distortion import NOISE, Components, Harm, Matrix, allocate
@@ -82,6 +82,7 @@ def test_embeddings_of_few_changed_rows_count_for_more() -> None:
     assert _embedding_weight(base, delta) == 1.0
     delta[4:] = 0
     assert _embedding_weight(base, delta) == pytest.approx(1 / (4 * 0.01), rel=0.2)
+    assert _embedding_weight(torch.zeros_like(base), delta) == 1.0  # of which nothing can be told
 
 
 def test_noise_is_that_of_the_codes() -> None:
@@ -172,6 +173,24 @@ def test_calibration_changes_the_output_less() -> None:
         error = decode_record(encode(delta, 2500, given), "delta") - delta
         errors.append(float((error @ hessian * error).sum()))
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_delta_tells_of_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of gradients is rounded so that the output on inputs like those it was made of changes less."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(128, 128, generator=generator) * torch.arange(1, 129).float() ** -0.7
+    inputs = torch.randn(4096, 128, generator=generator) @ mixing.T
+    gradients = torch.randn(4096, 96, generator=generator)
+    delta = 1e-4 * gradients[:2048].T @ inputs[:2048]
+    moments = inputs[2048:].T @ inputs[2048:]
+    errors = []
+    for guess in (True, False):
+        with monkeypatch.context() as patch:
+            if not guess:
+                patch.setattr(impart_rd, "_moments", lambda task: None)
+            error = decode_record(encode(delta, 2500), "delta") - delta
+        errors.append(float((error @ moments * error).sum()))
+    assert errors[0] < 0.97 * errors[1]
 
 
 def test_a_matrix_that_is_worth_nothing_is_dropped() -> None:

@@ -43,9 +43,9 @@ class Spectrum:
     Attributes:
         sigma: float64 (r,), the leading singular values of its delta; empty if the fine-tune left it alone.
         rows, columns: m and n.
-        vocabulary: whether it has a row for every token.
-        weight: what its squared errors count for, in those of other matrices.
         energy: the squared Frobenius norm of the delta.
+        vocabulary: whether it has a row for every token.
+        weight: what its squared errors count for, in those of other matrices of its kind.
     """
 
     sigma: np.ndarray

@@ -100,7 +100,7 @@ class ImPartRdConfig(MethodConfig):
         """The choice of components with which the record fits its budget, as the masks turn out."""
         rows, columns = task.delta.shape
         budget = float(task.max_bytes - OVERHEAD_BYTES)
-        energy = float(task.delta.double().square().sum())
+        energy = float(torch.linalg.vector_norm(task.delta)) ** 2
         components = Components([self._matrix(Spectrum(sigma, rows, columns, energy, task.vocabulary))])
         for _ in range(_MAX_FITS):
             choice = components.choose(components.price_for(budget))
