@@ -85,15 +85,21 @@ class Components:
     def __init__(self, matrices: list[Matrix]):
         counts = [len(matrix.sigma) for matrix in matrices]
         self.ends = np.cumsum(counts)[:-1]
-        self._energy = np.square(np.concatenate([matrix.sigma for matrix in matrices]))
+        energy = self._energy = np.square(np.concatenate([matrix.sigma for matrix in matrices]))
         parts = zip(*((m.rows, m.columns, *astuple(m.harm)) for m in matrices), strict=True)
-        self._rows, self._columns, self._dropped, self._u, self._v, self._both = (
+        rows, columns, dropped, u, v, both = (
             np.concatenate([np.full(count, part, float) for count, part in zip(counts, values, strict=True)])
             for values in parts
         )
         # All pairs of bits for u and for v, (codes, 2), and 1 + eps of each, (codes, 1)
         self._codes = np.array(list(itertools.product(NOISE, NOISE)))
-        self._of_u, self._of_v = (1 + np.vectorize(NOISE.get)(self._codes)).T[:, :, None]
+        of_u, of_v = (1 + np.vectorize(NOISE.get)(self._codes)).T[:, :, None]
+        # With z = 1 / q, the harm is square * z^2 + linear * z and a constant; (codes, r), as are the bits at q = 1
+        self._square = energy * both * of_u * of_v
+        self._linear = energy * ((u - both) * of_u + (v - both) * of_v)
+        self._constant = energy * (both - u - v)
+        self._dropped = dropped * energy
+        self._bits = self._codes[:, :1] * rows + self._codes[:, 1:] * columns
 
     def choose(self, price: float) -> Choice:
         """The choice for each component that costs least.
@@ -101,20 +107,15 @@ class Components:
         Args:
             price: of a bit, in units of harm.
         """
-        # The harm is square * z^2 + linear * z and a constant, with z = 1 / q; all codes at once, (codes, r)
-        square = self._energy * self._both * self._of_u * self._of_v
-        linear = self._energy * ((self._u - self._both) * self._of_u + (self._v - self._both) * self._of_v)
-        bit_price = price * (self._codes[:, :1] * self._rows + self._codes[:, 1:] * self._columns)
-        z = _best_inverse(square, linear, bit_price)
-        costs = square * z**2 + linear * z + bit_price / z
-        best = costs.argmin(0)[None]
-        least, kept = np.take_along_axis(costs, best, 0)[0], 1 / np.take_along_axis(z, best, 0)[0]
-        least += self._energy * (self._both - self._u - self._v) + 8 * price * COMPONENT_BYTES
-        stored = least < self._dropped * self._energy
-        bits, kept = self._codes[best[0]] * stored[:, None], np.where(stored, kept, 1.0)
-        thresholds = thresholds_of(kept)
-        sizes = (bits * np.stack([self._rows, self._columns], 1)).sum(1) * kept_ratios(thresholds) / 8
-        return Choice(bits, thresholds, np.where(bits[:, 0] > 0, sizes + COMPONENT_BYTES, 0.0))
+        bit_price = price * self._bits
+        z = _best_inverse(self._square, self._linear, bit_price)
+        costs = self._square * z**2 + self._linear * z + bit_price / z
+        best = costs.argmin(0)
+        least, kept, whole = (np.take_along_axis(of, best[None], 0)[0] for of in (costs, 1 / z, self._bits))
+        stored = least + self._constant + 8 * price * COMPONENT_BYTES < self._dropped
+        thresholds = thresholds_of(np.where(stored, kept, 1.0))
+        sizes = whole * kept_ratios(thresholds) / 8 + COMPONENT_BYTES
+        return Choice(self._codes[best] * stored[:, None], thresholds, np.where(stored, sizes, 0.0))
 
     def price_for(self, max_bytes: float) -> float:
         """The lowest price, nearly, at which the chosen components take no more than so many bytes."""
