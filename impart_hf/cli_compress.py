@@ -33,7 +33,6 @@ def add_compress(commands: Any) -> None:
     parser.add_argument("finetuned", metavar="FINETUNED", help="fine-tuned model: local folder or Hub id")
     parser.add_argument("output", metavar="OUT", help="folder of the new repository")
     add_pair(parser, method_names())
-    parser.add_argument("--max-bytes", metavar="SIZE", help="of the repository, such as 500MB, instead of --ratio")
     parser.set_defaults(resumes=True)
     group = parser.add_argument_group("distillation")
     group.add_argument(
@@ -63,6 +62,7 @@ def add_method(
     """A method and its settings, but for those that the command searches itself."""
     parser.add_argument("--method", choices=methods, default=default, help=f"default: {default or 'a dense model'}")
     parser.add_argument("--ratio", type=float, help="checkpoint bytes over repository bytes (default: 32)")
+    parser.add_argument("--max-bytes", metavar="SIZE", help="of the repository, such as 500MB, instead of --ratio")
     if "seed" not in searched:
         parser.add_argument("--seed", type=int, help="seed of the masks (default: 0)")
     parser.add_argument("--embeddings", choices=("lowrank", "method"), help="how embeddings are compressed")
@@ -124,6 +124,8 @@ def method_config(options: argparse.Namespace) -> MethodConfig:
     Raises:
         ValueError: if a setting is out of range, or belongs to another method.
     """
+    if options.max_bytes is not None and options.ratio is not None:
+        raise ValueError("give --ratio or --max-bytes, not both")
     chosen = method_class(options.method)
     owners = {name: methods for name, _, methods in method_fields()}
     settings = given_settings(options)
@@ -160,6 +162,7 @@ def pair_options(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments that `compress` and `tune` share."""
     check_push(options, options.base)
     return {
+        "max_bytes": options.max_bytes,
         "calibration": options.calibration,
         "calibration_samples": options.calibration_samples,
         "calibration_length": options.calibration_length,
@@ -174,14 +177,11 @@ def pair_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _compress(options: argparse.Namespace) -> None:
     method, shared = method_config(options), pair_options(options)
-    if options.max_bytes is not None and options.ratio is not None:
-        raise ValueError("give --ratio or --max-bytes, not both")
     report = compress(
         options.base,
         options.finetuned,
         options.output,
         method,
-        max_bytes=options.max_bytes,
         distill=options.distill,
         distill_settings=_distill_settings(options),
         **shared,

@@ -29,6 +29,7 @@ def _merge(options: argparse.Namespace) -> None:
         config,
         options.output,
         compression=merged_as(options, config),
+        max_bytes=options.max_bytes,
         base_name=options.base_name,
         device=options.device,
         max_shard_size=options.max_shard_size,
@@ -47,7 +48,7 @@ def merged_as(options: argparse.Namespace, config: MergeConfig) -> MethodConfig 
     if options.method is not None:
         check_push(options, config.base_model)
         return method_config(options)
-    given = [*given_settings(options), *(name for name in ("push", "base_name") if getattr(options, name))]
+    given = [*given_settings(options), *(name for name in ("max_bytes", "push", "base_name") if getattr(options, name))]
     if given:
         option = option_of(given[0])
         raise ValueError(f"{option} is for a delta repository: choose its --method, or leave {option} out")

@@ -13,7 +13,7 @@ from .tune import BETAS, CS, tune
 
 # Options that only one of the two searches has a use for.
 _FOR_PAIRS = (
-    "method", "ratio", "embeddings", "value_dtype", "bits", "groups", "calibration", "calibration_samples",
+    "method", "ratio", "max_bytes", "embeddings", "value_dtype", "bits", "groups", "calibration", "calibration_samples",
     "calibration_length", "revision", "base_revision", "base_name", "push", "private", "task", "task_limit", "betas",
     "cs", "seeds",
 )  # fmt: skip

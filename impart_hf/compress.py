@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from .repository import RepositoryWriter, describe_base
 from .safetensors_writer import shard_bytes, size_bytes
 from .svd_store import SvdStore
 from .workspace import Workspace
+
+Method = TypeVar("Method", bound=MethodConfig)
 
 
 def leading_svd_of(name: str, number: int) -> Svd:
@@ -111,7 +113,7 @@ def compress(
     if distill_settings is not None and distill is None:
         raise ValueError("distill_settings are for distillation, which needs a text: distill is None")
     shard_size, device = shard_bytes(max_shard_size), usable_device(device)
-    wanted_bytes = None if max_bytes is None else size_bytes(max_bytes, "max_bytes")
+    wanted_bytes = wanted_size(max_bytes)
     processes.connect(device.type == "cpu")
     # Whether the output can be written shows before anything is downloaded
     with Workspace(Path(output_dir)) if processes.is_first() else nullcontext() as workspace:
@@ -126,8 +128,7 @@ def compress(
         )
         if workspace is None:
             return _help(pair)
-        if wanted_bytes is not None:
-            method = replace(method, compression_ratio=pair.ratio_of(wanted_bytes))
+        method = sized(method, wanted_bytes, pair.model.weight_bytes)
         texts = {
             purpose: pair.tokens(source, calibration_samples, calibration_length)
             for purpose, source in (("calibration", calibration), ("distillation", distill))
@@ -137,6 +138,31 @@ def compress(
             workspace, method, texts.get("calibration"), texts.get("distillation"), distill_settings, shard_size
         )
     return processes.from_first(report) if processes.several() else report
+
+
+def wanted_size(max_bytes: int | str | None) -> int | None:
+    """A number of bytes, or what such a string as "500MB" stands for.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    return None if max_bytes is None else size_bytes(max_bytes, "max_bytes")
+
+
+def sized(method: Method, max_bytes: int | None, weight_bytes: int) -> Method:
+    """A method with the ratio at which the repository takes `max_bytes`; as it is, if that is None.
+
+    Args:
+        weight_bytes: of the fine-tuned checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint takes no more.
+    """
+    if max_bytes is None:
+        return method
+    if max_bytes >= weight_bytes:
+        raise ValueError(f"max_bytes={max_bytes} is no less than what the model's own weights take: {weight_bytes}")
+    return replace(method, compression_ratio=weight_bytes / max_bytes)
 
 
 @dataclass(frozen=True)
@@ -227,19 +253,6 @@ class ModelPair:
     def tensors(self) -> list[TensorPlan]:
         """What is to become of every tensor, before any method has a say."""
         return scan(self.base_model, self.model, self.progress)
-
-    def ratio_of(self, max_bytes: int) -> float:
-        """The compression ratio at which the repository takes so many bytes.
-
-        Raises:
-            ValueError: if the fine-tuned checkpoint itself takes no more.
-        """
-        if max_bytes >= self.model.weight_bytes:
-            raise ValueError(
-                f"max_bytes={max_bytes} is no less than what the weights of '{self._finetuned}' take: "
-                f"{self.model.weight_bytes}"
-            )
-        return self.model.weight_bytes / max_bytes
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The fine-tune's.

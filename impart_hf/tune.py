@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration_text import CalibrationSource
-from .compress import ModelPair
+from .compress import ModelPair, sized, wanted_size
 from .devices import usable_device
 from .evaluate import TaskEvaluation, evaluate
 from .methods import ImPartConfig, MethodConfig
@@ -87,6 +87,7 @@ def tune(
     output_dir: str | Path,
     method: MethodConfig | None = None,
     *,
+    max_bytes: int | str | None = None,
     validation: CalibrationSource | None = None,
     task: str | None = None,
     betas: Sequence[float] = BETAS,
@@ -116,6 +117,7 @@ def tune(
     Args:
         base, finetuned, output_dir: as for `compress`.
         method: ImPart's or ImPart-Qt's configuration, for what is not searched; ImPart at ratio 32 if None.
+        max_bytes: as for `compress`.
         validation: text, as `compress` takes for calibration; judged by KL(fine-tune || candidate).
         task: a task of lm-eval, or the path of a task's YAML file; judged by the task's first metric. One of
             `validation` and `task` must be given.
@@ -146,7 +148,7 @@ def tune(
     candidates = [dataclasses.replace(method, beta=beta, c=c, seed=seed) for beta, c, seed in grid]
     if not candidates:
         raise ValueError("nothing to search: betas, cs and seeds need at least one value each")
-    device, shard_size = usable_device(device), shard_bytes(max_shard_size)
+    device, shard_size, wanted_bytes = usable_device(device), shard_bytes(max_shard_size), wanted_size(max_bytes)
     with Workspace(Path(output_dir)) as workspace:
         scratch, search_started = workspace.scratch(), time.perf_counter()
         pair = ModelPair(
@@ -158,6 +160,7 @@ def tune(
             device=device,
             progress=Progress(False),
         )
+        candidates = [sized(candidate, wanted_bytes, pair.model.weight_bytes) for candidate in candidates]
         inputs = None if calibration is None else pair.tokens(calibration, calibration_samples, calibration_length)
         judge = (
             _TextJudge(pair, validation, samples, length, batch_size)
@@ -183,7 +186,7 @@ def tune(
         best = (max if judge.higher_is_better else min)(tried, key=lambda found: found.score)
         report = pair.compress(
             workspace,
-            dataclasses.replace(method, beta=best.beta, c=best.c, seed=best.seed),
+            candidates[tried.index(best)],
             inputs,
             max_shard_size=shard_size,
             svd_of=svds.of,

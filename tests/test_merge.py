@@ -313,6 +313,18 @@ def test_to_a_delta_repository(tunes, tmp_path):
     merge(mixed, tmp_path / "delta", compression=ImPartConfig(compression_ratio=3))
 
 
+def test_to_a_delta_repository_of_so_many_bytes(tunes, tmp_path):
+    mixed, method = config(tunes, "ties", {"a": {}, "c-delta": {}}), ImPartConfig()
+    for size, message in (("1TB", "is no less than what the model's own weights"), ("much", "must be a number of b")):
+        with pytest.raises(ValueError, match=message):
+            merge(mixed, tmp_path / "no", compression=method, max_bytes=size)
+    with pytest.raises(ValueError, match="max_bytes is for a delta repository"):
+        merge(mixed, tmp_path / "no", max_bytes="60KB")
+    assert not list(tmp_path.iterdir())
+    report = merge(mixed, tmp_path / "delta", compression=method, max_bytes="200KB")
+    assert report.compression is not None and 150_000 < report.compression.repository_bytes <= 200_000
+
+
 def test_dtype_and_shards(tunes, tmp_path):
     merge(config(tunes, "ties", {"a": {}}, dtype="bfloat16"), tmp_path / "out", max_shard_size="100KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1

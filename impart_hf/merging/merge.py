@@ -12,7 +12,7 @@ import torch
 from ..cards import merge_card, merge_origin
 from ..checkpoint_writer import DenseTensor, check_free, new_folder, write_weights
 from ..companions import copy_companions
-from ..compress import ModelPair, SvdOf, leading_svd_of, mask_seed
+from ..compress import ModelPair, SvdOf, leading_svd_of, mask_seed, sized, wanted_size
 from ..devices import usable_device
 from ..methods import MethodConfig
 from ..modeling.checkpoints import HubOptions, all_finite
@@ -57,6 +57,7 @@ def merge(
     output_dir: str | Path,
     *,
     compression: MethodConfig | None = None,
+    max_bytes: int | str | None = None,
     base_name: str | None = None,
     device: str | torch.device = "cpu",
     token: str | bool | None = None,
@@ -74,6 +75,7 @@ def merge(
         config: what to merge: a `MergeConfig`, the same as a dictionary, or the path of a YAML file.
         output_dir: folder to make. Must not exist or be empty; for a delta repository it may hold an older one.
         compression: make a delta repository by this method instead of a dense checkpoint.
+        max_bytes: what that may take, as for `compress`.
         base_name: Hub id that the delta repository is to record for a base in a local folder.
         device: where tensors are combined and decomposed.
         token, cache_dir: as for any download from the Hub.
@@ -90,12 +92,16 @@ def merge(
     config = MergeConfig.of(config)
     require_peft()
     shard_size, device, bars = shard_bytes(max_shard_size), usable_device(device), Progress(progress)
+    wanted_bytes = wanted_size(max_bytes)
+    if wanted_bytes is not None and compression is None:
+        raise ValueError("max_bytes is for a delta repository: choose its method (compression)")
     output = free_output(output_dir, config, compression)
     merged = Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device)
     if compression is None:
         with new_folder(output) as folder:
             merged.write(folder, output.name, shard_size, bars)
             return merged.report()
+    compression = sized(compression, wanted_bytes, merged.weight_bytes())
     with Workspace(output) as workspace:
         dense = workspace.scratch() / workspace.output.name
         dense.mkdir()
@@ -171,6 +177,10 @@ class Merge:
     def dtype(self, name: str) -> torch.dtype:
         dtype = self.inputs.base.dtype(name)
         return self.config.torch_dtype or dtype if dtype.is_floating_point else dtype
+
+    def weight_bytes(self) -> int:
+        """What the merged model's weights take."""
+        return sum(torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize for name in self.names())
 
     def delta(self, name: str) -> torch.Tensor:
         """The models' deltas of one tensor, combined: float32, of the base's shape, before the factor lambda.
