@@ -215,12 +215,9 @@ def summary(report: CompressionReport, output: str) -> str:
     ]
     if not report.tensors:
         lines.append("the fine-tuned model equals the base: are BASE and FINETUNED the right ones?")
-    without = {
-        "none: rounded": "values were rounded to the nearest level",
-        "none: inputs guessed": "the layers' inputs were guessed from the delta",
-    }
-    if done := without.get(report.method.get("calibration", "")):
-        lines.append(f"{done}: no calibration text was given (--calibration FILE)")
+    calibration, _, instead = report.method.get("calibration", "").partition(": ")
+    if calibration == "none":
+        lines.append(f"{instead}, as no calibration text was given (--calibration FILE)")
     if report.distilled:
         lines.append(
             f"distilled: KL to the fine-tune on held-out text {report.distilled.before:.4f} before, "
