@@ -9,7 +9,7 @@ from typing import Any
 
 import measure
 import numpy as np
-from variants import CALIBRATION, CODES, DEFAULT, LONG, LONGER, OURS, PARTS, PEERS, RATIOS, SCALES, SEEDS, Variant
+from variants import CALIBRATION, CODES, DEFAULT, LONG, LONGER, OURS, PARTS, PEERS, SCALES, Variant
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 DOCUMENT, PICTURE = "rate-distortion.md", "rate-distortion.png"
@@ -232,11 +232,12 @@ def _goal(results: Results, pair: str) -> str:
 def _missing(results: Results) -> str:
     done: dict[tuple[str, str], int] = {}
     for line in results.lines:
-        if "asked" in line and line["asked"] in RATIOS:
-            done[line["pair"], line["method"]] = done.get((line["pair"], line["method"]), 0) + 1
+        if "asked" in line:
+            variant, key = Variant.named(line["method"]), (line["pair"], line["method"])
+            done[key] = done.get(key, 0) + (line["asked"] in variant.ratios and line["seed"] in variant.seeds)
     texts = []
     for pair in results.pairs:
-        wanted = {name: len(RATIOS) * (len(SEEDS) if Variant.named(name).random else 1) for name in DEFAULT}
+        wanted = {name: len(Variant.named(name).ratios) * len(Variant.named(name).seeds) for name in DEFAULT}
         lacking = [
             f"{name} {done.get((pair, name), 0)} of {n}" for name, n in wanted.items() if done.get((pair, name), 0) < n
         ]

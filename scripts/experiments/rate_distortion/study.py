@@ -31,7 +31,7 @@ from pairs import TRAINED, Pair, trained
 from report import write_report
 from transformers import AutoTokenizer
 from transformers.utils import logging
-from variants import DEFAULT, RATIOS, SEEDS, Effort, Variant
+from variants import DEFAULT, SEEDS, Effort, Variant
 
 from impart_hf.evaluate import evaluate, load
 
@@ -92,11 +92,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def runs(pairs: Sequence[Pair], variants: Sequence[Variant], ratios: Sequence[float], seeds: Sequence[int]) -> Iterator:
-    """All runs; those of the first seed before any of the others, and what has no use for a seed only once."""
-    for seed, variant in itertools.product(seeds, variants):
-        if variant.random or seed == seeds[0]:
-            yield from (Run(pair, variant, ratio, seed) for ratio, pair in itertools.product(ratios, pairs))
+def runs(
+    pairs: Sequence[Pair],
+    variants: Sequence[Variant],
+    ratios: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[Run]:
+    """All runs; those of the first seed before any of the others.
+
+    Args:
+        ratios, seeds: None for those that each variant has in a whole study. A variant that has no use for a seed is
+            run with the first one alone.
+    """
+    for seed, variant in itertools.product(SEEDS if seeds is None else seeds, variants):
+        if seed in (variant.seeds if seeds is None else seeds if variant.random else seeds[:1]):
+            own = variant.ratios if ratios is None else ratios
+            yield from (Run(pair, variant, ratio, seed) for ratio, pair in itertools.product(own, pairs))
 
 
 class Judge:
@@ -179,8 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of document and picture")
     parser.add_argument("--only", type=comma_separated(str), metavar="PAIRS", help="only pairs of these names")
     parser.add_argument("--variants", type=comma_separated(str), default=list(DEFAULT), help="see variants.py")
-    parser.add_argument("--ratios", type=comma_separated(float), default=list(RATIOS))
-    parser.add_argument("--seeds", type=comma_separated(int), default=list(SEEDS))
+    parser.add_argument("--ratios", type=comma_separated(float), help="default: those of a whole study")
+    parser.add_argument("--seeds", type=comma_separated(int), help="default: those of a whole study")
     parser.add_argument("--steps", type=int, default=60, help="of distillation (default: 60)")
     parser.add_argument("--tokens", type=int, default=8192, help="measured on at most so many of each text")
     parser.add_argument("--samples", type=int, default=256, help="sequences to calibrate and distill on")

@@ -29,6 +29,7 @@ PEERS = ("impart-qt", "delta-come", "dare-qt", "bitdelta", "impart", "lowrank")
 CALIBRATION, SCALES, CODES, LONG = STEPS = ("calibration", "scales", "codes", "long")
 LONGER = 5
 RATIOS, SEEDS = (16.0, 32.0, 64.0, 128.0, 200.0), (0, 1, 2)
+_LONG_RATIOS = RATIOS[2:]  # where most is left to be gained
 
 
 class _Changed(ImPartRdConfig):
@@ -209,6 +210,17 @@ class Variant:
         """Whether the seed makes a difference: by masks, or by the order of the text that is distilled on."""
         return self.distilled or method_class(self.method).random
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those of a whole study: one where it makes no difference, or where all of them would take days."""
+        costly = self.distilled and self.name not in _REPEATED
+        return SEEDS if self.random and not costly else SEEDS[:1]
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Those of a whole study."""
+        return _LONG_RATIOS if self.effort == LONG else RATIOS
+
     def compress(
         self, pair: Pair, folder: Path, ratio: float, seed: int, effort: Effort, device: str
     ) -> CompressionReport:
@@ -236,6 +248,7 @@ def _with(methods: tuple[str, ...], *steps: str) -> list[str]:
 
 
 _ALL = (OURS, *PEERS)
+_REPEATED = _with((OURS, PEERS[0]), CODES)  # of what is distilled, with all seeds
 _QUANTISING = tuple(method for method in _ALL if method_class(method).quantises)
 # Ordered so that a study which is stopped has said the most
 DEFAULT = (
