@@ -74,6 +74,21 @@ def test_what_is_run(study: Path) -> None:
         assert 0 < run["kl"] < pair["about"]["base"]["kl"] and run["kl"] != run["other_kl"]
 
 
+def test_what_a_whole_study_runs() -> None:
+    """Seeds only where they make a difference; one of what takes long, and that at high ratios alone."""
+
+    def of(name: str, **chosen: Any) -> list[tuple[float, int]]:
+        return [(run.ratio, run.seed) for run in script.runs([pairs.Pair], [variants.Variant.named(name)], **chosen)]
+
+    ratios = [16, 32, 64, 128, 200]
+    assert of("delta-come+calibration") == of("impart-qt+scales") == [(ratio, 0) for ratio in ratios]
+    for name in ("impart-qt", "impart-rd/two-bits", "impart-rd+codes"):
+        assert of(name) == [(ratio, seed) for seed in (0, 1, 2) for ratio in ratios]
+    assert of("impart-rd+long") == [(64, 0), (128, 0), (200, 0)]
+    assert of("impart-rd+long", ratios=[16], seeds=[1, 2]) == [(16, 1), (16, 2)]
+    assert of("delta-come", seeds=[1, 2]) == [(ratio, 1) for ratio in ratios]
+
+
 @pytest.mark.parametrize("config", [DeltaComeConfig(4), ImPartRdConfig(4, seed=1)], ids=lambda config: config.name)
 def test_numbers_are_those_of_the_method(config: Any, study: Path, tmp_path: Path) -> None:
     base, finetuned = study / "pair" / "base", study / "pair" / "finetuned"
