@@ -51,6 +51,8 @@ def shared_budgets(
         By tensor name, the bytes of each of its matrices.
     """
     tensors = [tensor for tensor in tensors if method_for(method, tensor.vocabulary) is method]
+    if not tensors:
+        return {}
     found: list[tuple[TensorPlan, Spectrum]] = []
     with progress.bar(sum(tensor.dense_bytes for tensor in tensors), "Decomposing", "B") as bar:
         for tensor in tensors:

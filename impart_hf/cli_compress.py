@@ -8,7 +8,7 @@ from typing import Any
 
 from .cli_command import add_push, add_training_fields, command, push_if_asked, training_fields
 from .compress import compress
-from .distilling import TRAINED, DistillSettings
+from .distilling import TRAINED, DistillReport, DistillSettings
 from .methods import MethodConfig, method_class, method_fields, method_names, parse_setting
 from .processes import is_first
 from .report import CompressionReport, human_bytes
@@ -38,7 +38,11 @@ def add_compress(commands: Any) -> None:
     group.add_argument(
         "--distill", metavar="TEXT", help="text on which what is stored is trained towards the fine-tune's logits"
     )
-    group.add_argument("--steps", type=int, help=f"of that training (default: {DistillSettings.steps})")
+    group.add_argument(
+        "--steps", type=int,
+        help=f"of that training, fewer if held-out text shows no gain (default: {DistillSettings.steps}); with "
+        "--distill-blocks for each N layers",
+    )  # fmt: skip
     group.add_argument(
         "--trains", choices=TRAINED, help=f"kept values too, or their scales alone (default: {DistillSettings.trains})"
     )
@@ -62,10 +66,14 @@ def add_method(
     """A method and its settings, but for those that the command searches itself."""
     parser.add_argument("--method", choices=methods, default=default, help=f"default: {default or 'a dense model'}")
     parser.add_argument("--ratio", type=float, help="checkpoint bytes over repository bytes (default: 32)")
-    parser.add_argument("--max-bytes", metavar="SIZE", help="of the repository, such as 500MB, instead of --ratio")
+    parser.add_argument("--max-bytes", metavar="SIZE", help="most that the repository may take, such as 500MB, instead of --ratio")
     if "seed" not in searched:
         parser.add_argument("--seed", type=int, help="seed of the masks (default: 0)")
-    parser.add_argument("--embeddings", choices=("lowrank", "method"), help="how embeddings are compressed")
+    parser.add_argument(
+        "--embeddings", choices=("lowrank", "method"),
+        help="how embeddings are compressed: by their leading components, or as all else (default: method for impart-rd, "
+        "lowrank for the others)",
+    )
     for name, fields, all_owners in method_fields():
         defaults = {owner: field.default for owner, field in zip(all_owners, fields, strict=True) if owner in methods}
         if defaults and name not in searched:
@@ -84,11 +92,11 @@ def add_pair(
     parser.add_argument(
         "--calibration",
         metavar="TEXT",
-        help="text for the methods that quantise: a .txt, .json or .jsonl file, a folder or the name of a data "
-        "set; without it they round",
+        help="text for the methods that quantise: a .txt, .json or .jsonl file, a folder of such or the name of "
+        "a data set; without it they round, impart-rd against inputs guessed from the delta",
     )
     parser.add_argument(
-        "--calibration-samples", type=int, default=128, help="sequences of any such text, at most (default: 128)"
+        "--calibration-samples", type=int, default=128, help="sequences of that text, and of --distill, at most (default: 128)"
     )
     parser.add_argument(
         "--calibration-length",
@@ -205,6 +213,12 @@ def _distill_settings(options: argparse.Namespace) -> DistillSettings | None:
     return DistillSettings(**given) if given else None
 
 
+def _best_step(distilled: DistillReport) -> str:
+    if not distilled.best_step:
+        return f"none of {distilled.steps} steps did better, nothing was changed"
+    return f"best of {distilled.steps} steps: {distilled.best_step}"
+
+
 def summary(report: CompressionReport, output: str) -> str:
     """What a user should know of a compression."""
     lines = [
@@ -221,7 +235,7 @@ def summary(report: CompressionReport, output: str) -> str:
     if report.distilled:
         lines.append(
             f"distilled: KL to the fine-tune on held-out text {report.distilled.before:.4f} before, "
-            f"{report.distilled.after:.4f} after, nats per token"
+            f"{report.distilled.after:.4f} after, nats per token; {_best_step(report.distilled)}"
         )
     if report.shortfall:
         lines.append(f"ratio missed: {report.shortfall}")

@@ -77,7 +77,7 @@ def compress(
         output_dir: where the repository goes; must not exist, be empty, or hold a delta repository, which is replaced.
         method: a method's configuration; `ImPartRdConfig` at ratio 32 if None.
         max_bytes: what the repository may take, as a number of bytes or a string such as "500MB", in the place of the
-            method's ratio. The same is counted as for that.
+            method's ratio. The same is counted as for that; but where a ratio may be missed, this is a limit.
         calibration: text for the methods that quantise, as for `calibration_text.calibration_tokens`. Without it they
             round to the nearest level. With it, one decoder layer at a time is run over the text, fed by the layers
             compressed before it.
@@ -135,8 +135,9 @@ def compress(
             if source is not None
         }
         report = pair.compress(
-            workspace, method, texts.get("calibration"), texts.get("distillation"), distill_settings, shard_size
-        )
+            workspace, method, texts.get("calibration"), texts.get("distillation"), distill_settings, shard_size,
+            must_fit=wanted_bytes is not None,
+        )  # fmt: skip
     return processes.from_first(report) if processes.several() else report
 
 
@@ -291,6 +292,7 @@ class ModelPair:
         distill_settings: DistillSettings | None = None,
         max_shard_size: int = 5 * 10**9,
         *,
+        must_fit: bool = False,
         svd_of: SvdOf = leading_svd_of,
         card_data: dict[str, Any] | None = None,
         planned_card_data: dict[str, Any] | None = None,
@@ -303,6 +305,7 @@ class ModelPair:
             calibration, distillation: int64 (sequences, length), or None.
             distill_settings: of distillation; None for the defaults.
             max_shard_size: in bytes.
+            must_fit: whether a repository that is larger than the method's ratio allows is an error.
             svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components.
             card_data: more entries for the model card's metadata.
             planned_card_data: what the plan leaves room for in their place, if that is to be something else.
@@ -328,6 +331,8 @@ class ModelPair:
         )
         text_bytes = writer.text_bytes(writer.card_data if planned_card_data is None else planned_card_data)
         plan = make_plan(self.tensors, method, self.model.weight_bytes, text_bytes, max_shard_size)
+        if must_fit:
+            plan.check_size()
         stream = None if calibration is None else streamed_model(self.model, calibration, self.device)
         if distillation is not None:
             _distillation().check_distillation(self.model, distillation, settings, self.device)

@@ -90,6 +90,20 @@ class CompressionPlan:
     def encoded(self) -> list[TensorPlan]:
         return [t for t in self.tensors if t.kind == "encoded"]
 
+    def check_size(self) -> None:
+        """See that the repository will take no more than it may.
+
+        Raises:
+            ValueError: if what is fixed leaves too little for the matrices.
+        """
+        if self.fixed_bytes + sum(t.max_bytes for t in self.encoded) > self.allowed_bytes:
+            dense = sum(t.dense_bytes for t in self.encoded)
+            raise ValueError(
+                f"a repository of {self.allowed_bytes} bytes cannot be made: {self.fixed_bytes} are fixed (norms, added "
+                f"vocabulary rows, headers, config.json and model card), and the matrices need the rest; "
+                f"{_certain(_met_ratio(self.checkpoint_bytes, self.fixed_bytes, dense), self.checkpoint_bytes)}"
+            )
+
     def shortfall(self, repository_bytes: int, record_bytes: int, ratio: float) -> str:
         """Why and by how much the requested ratio is missed; empty if it is not.
 
@@ -282,16 +296,27 @@ def make_plan(
         # itself is out of reach.
         if share < 1 and sum(t.dense_bytes for t in unreachable) > 0.1 * allowed:
             worst = min(unreachable, key=lambda t: _most_ratio(t, method))
-            # Rounded down: the ratio that the message names is to be reachable.
-            reachable = math.floor(100 * min(_most_ratio(t, method) for t in encoded) - 0.5) / 100
+            reachable = min(_most_ratio(t, method) for t in encoded)
             raise ValueError(
                 f"compression_ratio={method.compression_ratio:g} cannot be reached: {worst.name} "
                 f"({'x'.join(map(str, worst.shape))}) would get {worst.max_bytes} bytes, and the smallest record of "
-                f"'{method.name}' takes {_least_bytes(worst, method)}; {reachable:.2f} is certain to work"
+                f"'{method.name}' takes {_least_bytes(worst, method)}; "
+                f"{_certain(min(reachable, _met_ratio(checkpoint_bytes, fixed, dense)), checkpoint_bytes)}"
             )
         for t in unreachable:
             t.kind, t.max_bytes = "kept", 0
     return CompressionPlan(tensors, checkpoint_bytes, allowed, fixed)
+
+
+def _met_ratio(checkpoint_bytes: int, fixed: int, dense: int) -> float:
+    """The ratio at which matrices of `dense` bytes, compressed `_MOST_EXTRA` times further, make up for what is fixed."""
+    return (checkpoint_bytes - dense / _MOST_EXTRA) / fixed
+
+
+def _certain(ratio: float, checkpoint_bytes: int) -> str:
+    """What to ask for instead, rounded so that it can be had."""
+    ratio = math.floor(100 * ratio - 0.5) / 100
+    return f"a ratio of {ratio:.2f}, which is {math.ceil(checkpoint_bytes / ratio)} bytes, is certain to be met"
 
 
 def _most_ratio(tensor: TensorPlan, method: MethodConfig) -> float:

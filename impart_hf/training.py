@@ -131,7 +131,7 @@ def _checked_fields(training: Mapping[str, Any] | None, reserved: frozenset[str]
         if name not in known:
             raise ValueError(f"training: TrainingArguments has no field '{name}'")
         if name in reserved:
-            raise ValueError(f"training: '{name}' cannot be set here: it is an argument of its own, or of no use")
+            raise ValueError(f"training: '{name}' cannot be set here: what it says is set by other arguments, or of no use here")
     return dict(training)
 
 
@@ -170,8 +170,6 @@ def train(
     use_cache, callbacks = model.config.use_cache, [] if callback is None else [callback]
     try:
         _, losses = run_trainer(Trainer, model, _Sequences(tokens), arguments, callbacks, title, progress)
-    except (ImportError, TypeError, AttributeError) as error:  # a setting of the Trainer that does not work out
-        raise ValueError(f"training: {' '.join(str(error).split())}") from error
     finally:
         model.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved so
     model.eval()
@@ -201,7 +199,7 @@ def run_trainer(
         more: further arguments of the Trainer.
 
     Raises:
-        ValueError: if a loss is not finite.
+        ValueError: if a loss is not finite, or the Trainer cannot do with a setting.
     """
     # An epoch's last batch would else be smaller, and its gradient noisier; too little text is one small batch
     arguments.dataloader_drop_last = len(examples) >= arguments.per_device_train_batch_size * arguments.world_size
@@ -210,6 +208,8 @@ def run_trainer(
         trainer = kind(model=model, args=arguments, train_dataset=examples, callbacks=[*callbacks, watch], **more)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
+    except (ImportError, TypeError, AttributeError, KeyError) as error:  # a setting that does not work out
+        raise ValueError(f"training: {' '.join(str(error).split())}") from error
     finally:
         watch.close()
     return trainer, watch.losses

@@ -178,7 +178,7 @@ def tune(
             with Workspace(folder) as candidate_workspace:
                 size = pair.compress(
                     candidate_workspace, candidate, inputs, max_shard_size=shard_size, svd_of=svds.of,
-                    planned_card_data=planned,
+                    planned_card_data=planned, must_fit=wanted_bytes is not None,
                 ).repository_bytes  # fmt: skip
             score = judge.score(pair.load(folder))
             seconds = time.perf_counter() - started

@@ -282,9 +282,12 @@ def test_devices_that_are_none(pair: Pair, device: str) -> None:
 def test_a_ratio_out_of_reach_names_one_within(pair: Pair, tmp_path: Path, method: MethodConfig) -> None:
     match = r"^compression_ratio=400 cannot be reached: \S+\.weight \(\d+x\d+\) would get"
     message = refuses(pair, ValueError, match, method=method)
-    reachable = float(message.removesuffix(" is certain to work").rsplit(" ", 1)[1])
+    found = re.search(r"a ratio of ([\d.]+), which is (\d+) bytes, is certain to be met$", message)
+    assert found is not None
+    reachable = float(found[1])
     assert 1 < reachable < 400
     run(pair, tmp_path / "delta", type(method)(compression_ratio=reachable))
+    run(pair, tmp_path / "delta", max_bytes=int(found[2]))
     # It is no idle modesty: at twice that there is an error again.
     refuses(pair, ValueError, "cannot be reached", method=type(method)(compression_ratio=2 * reachable))
 

@@ -406,12 +406,29 @@ def test_blocks_of_models_that_cannot_be_cut(kind: str, tmp_path: Path) -> None:
         distill(pair, encode(pair, DareConfig(), 8), DistillSettings(blocks=1))
 
 
-def test_training_stops_early_and_keeps_the_best(pair: Pair) -> None:
-    records = encode(pair, BitDeltaConfig(), 16)
+def test_training_stops_early_and_keeps_the_best(pair: Pair, tmp_path: Path) -> None:
+    records, options = encode(pair, BitDeltaConfig(), 16), HubOptions()
+    models = Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options)
     settings = DistillSettings(steps=400, scale_rate=1, code_rate=1, batch_size=4, checks=50, patience=2)
-    _, report = distill(pair, records, settings)
-    assert report.steps <= report.best_step + 2 * 8 < 400
+    first = distill_records(*models, records, TOKENS, settings, checkpoints=tmp_path)
+    report = first[1]
+    assert 0.2 * 400 < report.steps < 400 and report.steps % 8 == 0
     assert report.after <= report.before
+    # Killed after that, it stops there again
+    assert distill_records(*models, records, TOKENS, settings, checkpoints=tmp_path) == first
+
+
+def test_training_goes_on_until_rates_have_fallen(pair: Pair) -> None:
+    """High rates do harm at first, and little is lost that could be gained: no reason to stop."""
+    records = encode(pair, ImPartRdConfig(), 3)
+    report = distill(pair, records, DistillSettings(steps=48, batch_size=4))[1]
+    assert report.steps == 48 and report.best_step > 24 and report.after < report.before
+
+
+def test_a_single_step_trains(pair: Pair) -> None:
+    records = spoiled(encode(pair, LowRankConfig(), 4))
+    report = distill(pair, records, DistillSettings(steps=1, trains="scales"))[1]
+    assert report.best_step == 1 and report.after < report.before
 
 
 def test_interrupted_training_goes_on(pair: Pair, tmp_path: Path) -> None:
@@ -420,7 +437,8 @@ def test_interrupted_training_goes_on(pair: Pair, tmp_path: Path) -> None:
     unbroken, go_on = interrupted(pair, settings, tmp_path, seen, list(range(1, 16)))
     # A checkpoint that was cut short while it was written
     shutil.copytree(tmp_path / "checkpoint-12", tmp_path / "checkpoint-18")
-    (tmp_path / "checkpoint-18" / "trainer_state.json").unlink()
+    state = tmp_path / "checkpoint-18" / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:100])
     assert go_on() == unbroken
     assert seen[0] == 13
 

@@ -1,14 +1,16 @@
 """Training of deltas by transformers' Trainer: in one process or many, with checkpoints, and looks at held-out text."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -64,6 +66,14 @@ def arguments_for(
         "save_total_limit": 1,
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
+        "greater_is_better": False,
+        "save_only_model": False,
+        "eval_on_start": False,
+        # Of language models, which deltas are not
+        "gradient_checkpointing": False,
+        "neftune_noise_alpha": None,
+        "label_smoothing_factor": 0.0,
+        "use_liger_kernel": False,
         "remove_unused_columns": False,
         "seed": settings.seed,
         # A layer's experts need not all be reached by a batch
@@ -76,20 +86,28 @@ def arguments_for(
         yield arguments
 
 
-class _Stopping(EarlyStoppingCallback):
-    """Ends training that does no better for a while, be it than at the start; looks at its last step."""
+class _Stopping(TrainerCallback):
+    """Ends training that does harm: once held-out text is matched worse at every check than at the one before, so many
+    times in a row, after all rates have come up.
 
-    def __init__(self, patience: int, before: float):
-        super().__init__(early_stopping_patience=patience)
-        self._before = before
+    That it is matched worse than at the start says nothing yet: values that are trained by high rates come to rest as
+    these fall.
+    """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        super().on_train_begin(args, state, control, **others)
-        if state.best_metric is None:
-            state.best_metric = self._before
+    def __init__(self, settings: DistillSettings):
+        self._patience = settings.patience
+        self._warm = (settings.scale_share + settings.warm_up) * settings.steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_evaluate |= state.global_step == state.max_steps
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # From the log, which a checkpoint holds: a resumed run counts on
+        checks = [e["eval_loss"] for e in state.log_history if "eval_loss" in e and e["step"] >= self._warm]
+        rises = [after > before for before, after in pairwise(checks)]
+        if len(rises) >= self._patience and all(rises[-self._patience :]):
+            control.should_training_stop = True
+            control.should_save = False  # from a checkpoint of the last step, a resumed run would go on
 
 
 class _Trainer(Trainer):
@@ -108,7 +126,6 @@ def train(
     pupil: Pupil,
     training: range,
     validation: range,
-    before: float,
     settings: DistillSettings,
     arguments: TrainingArguments,
     progress: Progress,
@@ -120,7 +137,6 @@ def train(
 
     Args:
         training, validation: the examples.
-        before: the loss of the latter.
         arguments: from `arguments_for`.
         title: of the bar.
 
@@ -141,7 +157,7 @@ def train(
         pupil,
         _examples(training),
         arguments,
-        [_Stopping(settings.patience, before)],
+        [_Stopping(settings)],
         title,
         progress,
         _last_checkpoint(Path(str(arguments.output_dir))),
@@ -153,17 +169,25 @@ def train(
 
 def _rate(settings: DistillSettings, start: float, step: int) -> float:
     """Share of a learning rate that is in force at a step, for what is trained from a share of the steps on."""
-    progress = step / settings.steps
+    progress = (step + 0.5) / settings.steps  # in the middle of the step: none is without any effect
     # Adam's first steps move all values at once, by as much as their rate: a step into the blue
     return min(max(0.0, progress - start) / settings.warm_up, 1 - progress)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that was written to its end."""
-    # The Trainer writes this file last
-    states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    states = filter(_is_whole, folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"))
     found = {int(path.parent.name.rpartition("-")[2]): path.parent for path in states}
     return str(found[max(found)]) if found else None
+
+
+def _is_whole(state: Path) -> bool:
+    """Whether this file, which the Trainer writes last, has been written to its end."""
+    try:
+        json.loads(state.read_text("utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 @torch.no_grad()

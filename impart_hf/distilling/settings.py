@@ -33,7 +33,8 @@ class DistillSettings:
         batch_size: sequences a step, over all processes and accumulated gradients, at least 1.
         validation_share: share of the sequences, in (0, 1), that is held out; rounded, but at least one sequence.
         checks: how often the held-out sequences are looked at, and the state is saved, at least 1.
-        patience: checks in a row without a new best, after which training stops; at least 1.
+        patience: checks in a row, each worse than the one before, after which training stops; at least 1. Checks while
+            rates come up do not count.
         seed: of the order of the sequences, from 0 to 2^32 - 1.
         training: more fields of transformers' TrainingArguments, such as {"gradient_accumulation_steps": 4}.
     """

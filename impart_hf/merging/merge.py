@@ -112,8 +112,9 @@ def merge(
         )
         report = merged.report()
         report.compression = pair.compress(
-            workspace, compression, max_shard_size=shard_size, origin=merge_origin(config.to_dict())
-        )
+            workspace, compression, max_shard_size=shard_size, must_fit=wanted_bytes is not None,
+            origin=merge_origin(config.to_dict()),
+        )  # fmt: skip
         return report
 
 

@@ -133,7 +133,7 @@ def _moments(task: EncodingTask) -> torch.Tensor | None:
     if task.hessian is None and task.vocabulary:
         return None
     known = task.delta.t() @ task.delta if task.hessian is None else task.hessian
-    moments = known / known.diagonal().mean()
+    moments = known / (float(known.diagonal().mean()) or 1.0)  # inputs may all be zero
     moments.diagonal().add_(_UNKNOWN_INPUTS)
     return moments
 

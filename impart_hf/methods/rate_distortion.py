@@ -26,7 +26,8 @@ _BISECTIONS = 40
 _NEWTON_STEPS = 4
 _LEAST_KEPT = 1e-3  # the smallest q
 _TINY = 1e-200
-_PRICES = 1e-16, 4.0  # of a bit for each of m + n entries, in units of the largest squared singular value
+_PRICES = 1e-60, 1.0  # of a bit, in units of the most harm: at the last, nothing is worth a byte
+_CHUNK = 4096  # components looked at together: their numbers stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Components:
     def __init__(self, matrices: list[Matrix]):
         counts = [len(matrix.sigma) for matrix in matrices]
         self.ends = np.cumsum(counts)[:-1]
-        energy = self._energy = np.square(np.concatenate([matrix.sigma for matrix in matrices]))
+        energy = np.square(np.concatenate([matrix.sigma for matrix in matrices]))
         parts = zip(*((m.rows, m.columns, *astuple(m.harm)) for m in matrices), strict=True)
         rows, columns, dropped, u, v, both = (
             np.concatenate([np.full(count, part, float) for count, part in zip(counts, values, strict=True)])
@@ -93,13 +94,9 @@ class Components:
         )
         # All pairs of bits for u and for v, (codes, 2), and 1 + eps of each, (codes, 1)
         self._codes = np.array(list(itertools.product(NOISE, NOISE)))
-        of_u, of_v = (1 + np.vectorize(NOISE.get)(self._codes)).T[:, :, None]
-        # With z = 1 / q, the harm is square * z^2 + linear * z and a constant; (codes, r), as are the bits at q = 1
-        self._square = energy * both * of_u * of_v
-        self._linear = energy * ((u - both) * of_u + (v - both) * of_v)
-        self._constant = energy * (both - u - v)
-        self._dropped = dropped * energy
-        self._bits = self._codes[:, :1] * rows + self._codes[:, 1:] * columns
+        self._noise = (1 + np.vectorize(NOISE.get)(self._codes)).T[:, :, None]
+        self._worst = float((dropped * energy).max(initial=0.0)) or 1.0
+        self._table = np.stack([rows, columns, energy * dropped, energy * u, energy * v, energy * both])
 
     def choose(self, price: float) -> Choice:
         """The choice for each component that costs least.
@@ -107,20 +104,30 @@ class Components:
         Args:
             price: of a bit, in units of harm.
         """
-        bit_price = price * self._bits
-        z = _best_inverse(self._square, self._linear, bit_price)
-        costs = self._square * z**2 + self._linear * z + bit_price / z
+        starts = range(0, max(1, self._table.shape[1]), _CHUNK)
+        parts = [self._chosen(self._table[:, start : start + _CHUNK], price) for start in starts]
+        return Choice(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _chosen(self, table: np.ndarray, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bits, thresholds and bytes of some components."""
+        rows, columns, dropped, u, v, both = table
+        of_u, of_v = self._noise
+        # With z = 1 / q, the harm is square * z^2 + linear * z and a constant; (codes, r), as are the bits at q = 1
+        square, linear = both * of_u * of_v, (u - both) * of_u + (v - both) * of_v
+        bits = self._codes[:, :1] * rows + self._codes[:, 1:] * columns
+        bit_price = price * bits
+        z = _best_inverse(square, linear, bit_price)
+        costs = square * z**2 + linear * z + bit_price / z
         best = costs.argmin(0)
-        least, kept, whole = (np.take_along_axis(of, best[None], 0)[0] for of in (costs, 1 / z, self._bits))
-        stored = least + self._constant + 8 * price * COMPONENT_BYTES < self._dropped
+        least, kept, whole = (np.take_along_axis(of, best[None], 0)[0] for of in (costs, 1 / z, bits))
+        stored = least + both - u - v + 8 * price * COMPONENT_BYTES < dropped
         thresholds = thresholds_of(np.where(stored, kept, 1.0))
         sizes = whole * kept_ratios(thresholds) / 8 + COMPONENT_BYTES
-        return Choice(self._codes[best] * stored[:, None], thresholds, np.where(stored, sizes, 0.0))
+        return self._codes[best] * stored[:, None], thresholds, np.where(stored, sizes, 0.0)
 
     def price_for(self, max_bytes: float) -> float:
         """The lowest price, nearly, at which the chosen components take no more than so many bytes."""
-        unit = float(self._energy.max(initial=0.0)) or 1.0
-        low, high = np.log(unit * _PRICES[0]), np.log(unit * _PRICES[1])
+        low, high = np.log(self._worst * np.array(_PRICES))
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             fits = self.choose(np.exp(middle)).bytes.sum() <= max_bytes
