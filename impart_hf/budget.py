@@ -30,6 +30,29 @@ def deltas_of(
         yield delta, bool(delta.abs().max() > _NOTHING)
 
 
+def _sharing(tensors: list[TensorPlan], method: MethodConfig) -> list[TensorPlan]:
+    """The tensors that the user's own method encodes; others keep their budgets."""
+    return [tensor for tensor in tensors if method_for(method, tensor.vocabulary) is method]
+
+
+def _wanted_of(tensor: TensorPlan, method: MethodConfig) -> Callable[[np.ndarray], int]:
+    """How many components of each matrix of a tensor are looked at, by the singular values."""
+    rows, columns = tensor.shape[-2:]
+    most = _MOST_SHARE * (tensor.max_bytes // tensor.matrices)
+    return partial(method.wanted, rows=rows, columns=columns, max_bytes=most)
+
+
+def components_bytes(tensors: list[TensorPlan], method: MethodConfig, number_bytes: int) -> int:
+    """What the components take at most that `shared_budgets` has `svd_of` keep, each number in so many bytes."""
+    total = 0
+    for tensor in _sharing(tensors, method):
+        rows, columns = tensor.shape[-2:]
+        rank = min(rows, columns)
+        count = min(rank, _wanted_of(tensor, method)(np.ones(rank)))
+        total += tensor.matrices * count * (number_bytes * (rows + columns) + 4)
+    return total
+
+
 def shared_budgets(
     tensors: list[TensorPlan],
     base: Checkpoint,
@@ -50,7 +73,7 @@ def shared_budgets(
     Returns:
         By tensor name, the bytes of each of its matrices.
     """
-    tensors = [tensor for tensor in tensors if method_for(method, tensor.vocabulary) is method]
+    tensors = _sharing(tensors, method)
     if not tensors:
         return {}
     found: list[tuple[TensorPlan, Spectrum]] = []
@@ -61,9 +84,7 @@ def shared_budgets(
                 rows, columns = delta.shape
                 spectrum = np.empty(0)
                 if is_any:
-                    most = _MOST_SHARE * (tensor.max_bytes // tensor.matrices)
-                    wanted = partial(method.wanted, rows=rows, columns=columns, max_bytes=most)
-                    _, sigma, _ = svd_of(tensor.name, number)(delta, wanted)
+                    _, sigma, _ = svd_of(tensor.name, number)(delta, _wanted_of(tensor, method))
                     spectrum = sigma.double().cpu().numpy()
                 weight = _embedding_weight(base.tensor(tensor.name), delta) if tensor.vocabulary and is_any else 1.0
                 energy = float(torch.linalg.vector_norm(delta)) ** 2

@@ -66,13 +66,16 @@ def add_method(
     """A method and its settings, but for those that the command searches itself."""
     parser.add_argument("--method", choices=methods, default=default, help=f"default: {default or 'a dense model'}")
     parser.add_argument("--ratio", type=float, help="checkpoint bytes over repository bytes (default: 32)")
-    parser.add_argument("--max-bytes", metavar="SIZE", help="most that the repository may take, such as 500MB, instead of --ratio")
+    parser.add_argument(
+        "--max-bytes", metavar="SIZE", help="most that the repository may take, such as 500MB, instead of --ratio"
+    )
     if "seed" not in searched:
         parser.add_argument("--seed", type=int, help="seed of the masks (default: 0)")
     parser.add_argument(
-        "--embeddings", choices=("lowrank", "method"),
-        help="how embeddings are compressed: by their leading components, or as all else (default: method for impart-rd, "
-        "lowrank for the others)",
+        "--embeddings",
+        choices=("lowrank", "method"),
+        help="how embeddings are compressed: by their leading components, or as all else (default: method for "
+        "impart-rd, lowrank for the others)",
     )
     for name, fields, all_owners in method_fields():
         defaults = {owner: field.default for owner, field in zip(all_owners, fields, strict=True) if owner in methods}
@@ -96,7 +99,10 @@ def add_pair(
         "a data set; without it they round, impart-rd against inputs guessed from the delta",
     )
     parser.add_argument(
-        "--calibration-samples", type=int, default=128, help="sequences of that text, and of --distill, at most (default: 128)"
+        "--calibration-samples",
+        type=int,
+        default=128,
+        help="sequences of that text, and of --distill, at most (default: 128)",
     )
     parser.add_argument(
         "--calibration-length",

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import processes
-from .budget import SvdOf, deltas_of, shared_budgets
+from .budget import SvdOf, components_bytes, deltas_of, shared_budgets
 from .calibration_text import CalibrationSource, load_tokenizer, model_tokens
 from .devices import usable_device
 from .distilling import DistillReport, DistillSettings
@@ -33,6 +33,7 @@ from .safetensors_writer import shard_bytes, size_bytes
 from .svd_store import SvdStore
 from .workspace import Workspace
 
+_KEPT = torch.float16  # of singular components that are kept on disk until they are encoded
 Method = TypeVar("Method", bound=MethodConfig)
 
 
@@ -338,10 +339,11 @@ class ModelPair:
             _distillation().check_distillation(self.model, distillation, settings, self.device)
         inputs: list[Any] = [None if ids is None else ids.tolist() for ids in (calibration, distillation)]
         inputs.append(None if distillation is None else asdict(settings))
-        workspace.begin(plan.fingerprint(method, inputs), plan.allowed_bytes + plan.fixed_bytes)
+        kept = components_bytes(plan.encoded, method, _KEPT.itemsize) if method.shares_budget else 0
+        workspace.begin(plan.fingerprint(method, inputs), plan.allowed_bytes + plan.fixed_bytes, kept)
         budgets: dict[str, list[int]] = {}
         if method.shares_budget:
-            svd_of = SvdStore(workspace.components(), torch.float16).of
+            svd_of = SvdStore(workspace.components(), _KEPT).of
             budgets = shared_budgets(
                 plan.encoded, self.base_model, self.model, method, self.device, svd_of, self.progress
             )

@@ -99,8 +99,8 @@ class CompressionPlan:
         if self.fixed_bytes + sum(t.max_bytes for t in self.encoded) > self.allowed_bytes:
             dense = sum(t.dense_bytes for t in self.encoded)
             raise ValueError(
-                f"a repository of {self.allowed_bytes} bytes cannot be made: {self.fixed_bytes} are fixed (norms, added "
-                f"vocabulary rows, headers, config.json and model card), and the matrices need the rest; "
+                f"a repository of {self.allowed_bytes} bytes cannot be made: {self.fixed_bytes} are fixed (norms, "
+                f"added vocabulary rows, headers, config.json and model card), and the matrices need the rest; "
                 f"{_certain(_met_ratio(self.checkpoint_bytes, self.fixed_bytes, dense), self.checkpoint_bytes)}"
             )
 
@@ -309,7 +309,7 @@ def make_plan(
 
 
 def _met_ratio(checkpoint_bytes: int, fixed: int, dense: int) -> float:
-    """The ratio at which matrices of `dense` bytes, compressed `_MOST_EXTRA` times further, make up for what is fixed."""
+    """The ratio at which matrices of so many bytes, compressed `_MOST_EXTRA` times further, make up for the rest."""
     return (checkpoint_bytes - dense / _MOST_EXTRA) / fixed
 
 

@@ -103,7 +103,9 @@ def size_bytes(size: int | str, name: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
     found = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
     if found < 1:
-        raise ValueError(f'{name} must be a number of bytes or a string such as "5GB" (K, M, G or T: thousands), got {size!r}')
+        raise ValueError(
+            f'{name} must be a number of bytes or a string such as "5GB" (K, M, G or T: thousands), got {size!r}'
+        )
     return found
 
 

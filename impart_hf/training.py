@@ -131,7 +131,9 @@ def _checked_fields(training: Mapping[str, Any] | None, reserved: frozenset[str]
         if name not in known:
             raise ValueError(f"training: TrainingArguments has no field '{name}'")
         if name in reserved:
-            raise ValueError(f"training: '{name}' cannot be set here: what it says is set by other arguments, or of no use here")
+            raise ValueError(
+                f"training: '{name}' cannot be set here: what it says is set by other arguments, or of no use here"
+            )
     return dict(training)
 
 

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import IO
 
+from safetensors import SafetensorError
+
 from .safetensors_writer import write_json
 
 _PLAN, _LOCK, _SCRATCH = "plan.json", "lock", "scratch"
@@ -58,6 +60,15 @@ def _fingerprint(plan: Path) -> str | None:
         return json.loads(plan.read_text("utf-8"))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _tells_of_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, from whatever library, says that there is no room for what was to be written."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors and torch.save have errors of their own
+    texts = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "file write failed"
+    return isinstance(error, SafetensorError | RuntimeError) and any(text in str(error) for text in texts)
 
 
 class Workspace:
@@ -113,14 +124,14 @@ class Workspace:
     def __enter__(self) -> "Workspace":
         return self
 
-    def __exit__(self, _: object, error: object, __: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
         resumable = (self.folder / _PLAN).exists()
         if self._lock is not None and not resumable:
             self.discard()
         self._release_lock()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _tells_of_full_disk(error):
             kept = (
                 f"what is finished is kept in {self.folder}, and the same command goes on from there once there is room"
             )
@@ -148,12 +159,13 @@ class Workspace:
             self._lock.close()
             self._lock = None
 
-    def begin(self, fingerprint: str, expected_bytes: int) -> bool:
+    def begin(self, fingerprint: str, expected_bytes: int, kept_bytes: int = 0) -> bool:
         """Make the workspace, or take up the one that an earlier run of the same work left.
 
         Args:
             fingerprint: of everything that the result depends on; other work is discarded.
             expected_bytes: size of the repository.
+            kept_bytes: of what is kept beside it until it is published.
 
         Returns:
             Whether earlier work is taken up.
@@ -161,16 +173,18 @@ class Workspace:
         Raises:
             OutputError: if another process is at work there, or the disk has not enough room.
         """
+        needed = 2 * expected_bytes + kept_bytes + _SPARE_BYTES
         if not self.folder.exists():
-            self._check_room(expected_bytes)
+            self._check_room(needed)
         self._make()
         if self._replaced.exists() and not self.output.exists():
             os.rename(self._replaced, self.output)  # killed between the two renames of `publish`
+        shutil.rmtree(self._replaced, ignore_errors=True)  # killed after them
         plan = self.folder / _PLAN
         resumes = _fingerprint(plan) == fingerprint
         if not resumes:
             self._clear()
-            self._check_room(expected_bytes)
+            self._check_room(needed)
             write_json(plan, {"fingerprint": fingerprint})
         (self.folder / "records").mkdir(exist_ok=True)
         shutil.rmtree(self._distilled, ignore_errors=True)  # made from all records at once: not resumed
@@ -208,8 +222,7 @@ class Workspace:
         except OSError as error:
             raise OutputError(f"{self.output} cannot be written: {error.strerror}") from error
 
-    def _check_room(self, expected_bytes: int) -> None:
-        needed = 2 * expected_bytes + _SPARE_BYTES
+    def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self._ground()).free
         if free < needed:
             self.discard()

@@ -9,7 +9,7 @@ import naive_reader
 import numpy as np
 import pytest
 import torch
-from tiny_models import Pair, fine_tune, make_model, same_files, save_model, save_pair, tiny_config
+from tiny_models import Pair, edit_tensors, fine_tune, make_model, same_files, save_model, save_pair, tiny_config
 from transformers import AutoModelForCausalLM
 
 from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
@@ -204,6 +204,45 @@ def test_a_matrix_that_is_worth_nothing_is_dropped() -> None:
 def test_wrong_settings(weight: object) -> None:
     with pytest.raises(ValueError, match="drop_weight must be"):
         ImPartRdConfig(drop_weight=weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e4, 1e12])
+@pytest.mark.parametrize("count", [0, 1, 64])
+def test_a_budget_of_next_to_nothing(weight: float, count: int) -> None:
+    """However much errors count for, there is a price at which nothing is stored."""
+    sigma = np.geomspace(1, 0.01, 64)[:count]
+    spectra = [Spectrum(sigma, 320, 64, 1.0, True, weight), Spectrum(1e-9 * sigma, 64, 64, 1e-18)]
+    assert ImPartRdConfig().allocate(spectra, 100) == [40, 40]
+    assert sum(ImPartRdConfig().allocate(spectra, 3000)) <= 3000
+
+
+def test_a_large_delta_leaves_room_for_small_ones() -> None:
+    sigma = np.geomspace(1, 0.5, 64)
+    spectra = [Spectrum(scale * sigma, 64, 64, float(np.square(scale * sigma).sum())) for scale in (1e9, 1.0)]
+    large, small = ImPartRdConfig().allocate(spectra, 2 * 64 * 140)
+    assert small > 0.9 * large
+
+
+@pytest.mark.parametrize("changed", ["norm", "embed_tokens", "nothing"])
+def test_fine_tunes_that_leave_nothing_to_spread(changed: str, tmp_path: Path) -> None:
+    pair = save_pair(tmp_path / "pair", tiny_config("llama"), only=lambda name: changed in name)
+    config = ImPartRdConfig(compression_ratio=8, embeddings="lowrank")
+    report = compress(str(pair.base), str(pair.finetuned), tmp_path / "delta", config)
+    assert bool(report.tensors) == (changed != "nothing")
+    found, expected = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "delta", pair.finetuned)
+    )
+    assert all(torch.allclose(found[name], value, atol=0.05) for name, value in expected.items())
+
+
+def test_calibration_of_a_layer_that_sees_nothing(tmp_path: Path) -> None:
+    pair = save_pair(tmp_path / "pair", tiny_config("llama"))
+    for folder in (pair.base, pair.finetuned):
+        edit_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].zero_())
+    text = {"calibration": ["A small difference. " * 400], "calibration_samples": 4, "calibration_length": 32}
+    report = compress(str(pair.base), str(pair.finetuned), tmp_path / "delta", ImPartRdConfig(8.0), **text)
+    (down,) = (tensor for tensor in report.tensors if tensor.name == "model.layers.1.mlp.down_proj.weight")
+    assert down.relative_error < 1.2
 
 
 def test_the_budget_is_the_models(tmp_path: Path) -> None:

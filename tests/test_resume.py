@@ -246,6 +246,23 @@ def test_same_inputs_and_seed_same_bytes(tiny_pair: Pair, tmp_path: Path, config
     assert files[0] != files[1]
 
 
+def test_killed_after_publishing(tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older repository is still in the workspace, which has a plan: the same command must be able to replace it."""
+    output, other = tmp_path / "delta", LowRankConfig(compression_ratio=4)
+    finish(tiny_pair, output)
+
+    def killed(self: Workspace) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Workspace, "discard", killed)
+        compress(str(tiny_pair.base), str(tiny_pair.finetuned), output, other)
+    assert (hidden(output) / "replaced").exists()
+    for _ in range(2):
+        compress(str(tiny_pair.base), str(tiny_pair.finetuned), output, other)
+        assert [p.name for p in tmp_path.iterdir()] == ["delta"]
+
+
 def test_killed_between_the_renames_of_publishing(tiny_pair: Pair, tmp_path: Path) -> None:
     """The older repository has gone into the workspace already: other work must not throw it away."""
     output = tmp_path / "delta"

@@ -92,9 +92,7 @@ class Course:
         if not deltas:
             return Outcome({}, 0, 0, before, before)
         pupil, settings, arguments = Pupil(deltas.values(), loss), self._settings, self._arguments
-        steps, best_step = train(
-            pupil, self._training, self.validation, settings, arguments, self._progress, title
-        )
+        steps, best_step = train(pupil, self._training, self.validation, settings, arguments, self._progress, title)
         stored = {name: delta.fold() for name, delta in deltas.items()}
         after = self.mean(loss)
         if not after < before:

@@ -101,7 +101,7 @@ def merge(
         with new_folder(output) as folder:
             merged.write(folder, output.name, shard_size, bars)
             return merged.report()
-    compression = sized(compression, wanted_bytes, merged.weight_bytes())
+    sized(compression, wanted_bytes, merged.weight_bytes())  # before any work; its file will have a header as well
     with Workspace(output) as workspace:
         dense = workspace.scratch() / workspace.output.name
         dense.mkdir()
@@ -111,6 +111,7 @@ def merge(
             base.source, str(dense), base.options, HubOptions(), base_name=base_name, device=device, progress=bars
         )
         report = merged.report()
+        compression = sized(compression, wanted_bytes, pair.model.weight_bytes)
         report.compression = pair.compress(
             workspace, compression, max_shard_size=shard_size, must_fit=wanted_bytes is not None,
             origin=merge_origin(config.to_dict()),
