@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -119,7 +120,8 @@ def picture(results: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path)
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9.5, 4.8), layout="constrained")
-    styles = zip(pyplot.get_cmap("tab10").colors, "osD^vP*Xhp", strict=True)
+    # As many pairs of a color and a marker as there may be methods: 10 and 11 have no divisor in common
+    styles = zip(itertools.cycle(pyplot.get_cmap("tab10").colors), itertools.cycle("osD^vP*Xhp<"))
     for method in dict.fromkeys(row["method"] for row in rows):
         color, marker = next(styles)
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bytes"])
