@@ -299,6 +299,11 @@ def _dataset(name: str, config: str | None, split: str) -> Iterator[tuple[Any, s
     try:
         records = load_dataset(name, config, split=split, streaming=True)
     except (FileNotFoundError, ConnectionError) as error:
+        if os.path.isdir(name):
+            kinds = ", ".join(_FILE_TYPES)
+            raise FileNotFoundError(
+                f"text: there is no file in '{name}' that datasets reads, such as {kinds}"
+            ) from error
         raise FileNotFoundError(
             f"text: '{name}' is neither a file, nor a folder of data files, nor a data set that can be "
             f"read on the Hub: {error}"

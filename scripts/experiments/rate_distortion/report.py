@@ -254,7 +254,8 @@ def _machines(results: Results) -> str:
         for line in results.lines
         if "machine" in line
     }
-    return "Machine: " + "; ".join(sorted(machines))
+    hours = sum(line.get("seconds", 0.0) for line in results.lines) / 3600
+    return f"Machine: {'; '.join(sorted(machines))}. Compressing alone took {hours:.1f} hours."
 
 
 def _picture(results: Results, path: Path) -> None:

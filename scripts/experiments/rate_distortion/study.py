@@ -5,7 +5,7 @@
 Measured on the pairs that are given (--pair, once for each) and on two that it trains itself, `light` and `wide`
 (pairs.py). Every run is written to WORK/results.jsonl when it is done, and the same command goes on after the last of
 them; --only, --variants, --ratios and --seeds choose some of the runs. At the end, and with --report at once and from
-what is written alone, tables and picture in the documents are made anew (report.py).
+what is written alone, a document with tables, and a picture, are made anew (report.py): in the folder --docs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from variants import DEFAULT, SEEDS, Effort, Variant
 
 from impart_hf.evaluate import evaluate, load
 
-DOCS = Path(__file__).resolve().parents[3] / "docs" / "methods"
 _BATCH = 8  # sequences at a time
 
 
@@ -187,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         help="BASE,FINETUNED,TRAIN_TEXT,HELDOUT_TEXT[,OTHER_TEXT]; may be given several times",
     )  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("rate-distortion"), help="folder of pairs and results")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of document and picture")
+    parser.add_argument("--docs", type=Path, help="folder of document and picture (default: that of --work)")
     parser.add_argument("--only", type=comma_separated(str), metavar="PAIRS", help="only pairs of these names")
     parser.add_argument("--variants", type=comma_separated(str), default=list(DEFAULT), help="see variants.py")
     parser.add_argument("--ratios", type=comma_separated(float), help="default: those of a whole study")
@@ -208,11 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not arguments.report:
             _run(arguments, path)
-        write_report(read_lines(path), arguments.docs)
+        docs = arguments.docs or arguments.work
+        write_report(read_lines(path), docs)
     except (ValueError, OSError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 1
-    print(f"Results: {path}; report and picture: {arguments.docs}", file=sys.stderr)
+    print(f"Results: {path}; report and picture: {docs}", file=sys.stderr)
     return 0
 
 
@@ -221,7 +221,7 @@ def _run(arguments: argparse.Namespace, path: Path) -> None:
     given = {pair.name: pair for pair in map(Pair.given, arguments.pairs)}
     names = [*given, *TRAINED]
     if strange := sorted({*(arguments.only or names)} - {*names}):
-        raise ValueError(f"there is no pair '{strange[0]}'")
+        raise ValueError(f"there is no pair '{strange[0]}': give it by --pair {strange[0]}=…, or choose of {names}")
     work.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(arguments, name) for name in ("steps", "tokens", "samples", "length")}
     results = Log(path, settings)
