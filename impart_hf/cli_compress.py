@@ -40,7 +40,7 @@ def add_compress(commands: Any) -> None:
     )
     group.add_argument(
         "--steps", type=int,
-        help=f"of that training, fewer if held-out text shows no gain (default: {DistillSettings.steps}); with "
+        help=f"of that training, fewer if held-out text only gets worse (default: {DistillSettings.steps}); with "
         "--distill-blocks for each N layers",
     )  # fmt: skip
     group.add_argument(

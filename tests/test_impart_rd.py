@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
 from impart_hf.budget import _embedding_weight
 from impart_hf.cli import main
-from impart_hf.methods import Spectrum, impart_rd
+from impart_hf.methods import Spectrum, impart_rd, rate_distortion
 from impart_hf.methods.impart_rd import _kinds, _widths
 from impart_hf.methods.mixed_precision import cosines, quantised
 from impart_hf.methods.rate_distortion import NOISE, Components, Harm, Matrix, allocate
@@ -126,6 +126,17 @@ def test_the_price_uses_up_the_budget(budget: int) -> None:
     components = Components([Matrix(part, size, 300, HARM) for part, size in ((sigma[::2], 100), (sigma[1::2], 300))])
     size = components.choose(components.price_for(budget)).bytes.sum()
     assert 0.9 * budget - 100 < size <= budget
+
+
+@pytest.mark.parametrize("budget", [3_000, 300_000, 3_000_000])
+def test_a_sample_of_many_components_changes_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    sigma = [size * np.sort(draw.random(500))[::-1] for size in draw.lognormal(0, 2, 50)]
+    components = Components([Matrix(part, 64, 300, HARM) for part in sigma])
+    found = components.choose(components.price_for(budget))
+    monkeypatch.setattr(rate_distortion, "_CHUNK", 10**9)
+    whole = components.choose(components.price_for(budget))
+    assert np.array_equal(found.bits, whole.bits) and 0.98 * budget < found.bytes.sum() <= budget
 
 
 def test_bytes_go_where_they_are_worth_most() -> None:
