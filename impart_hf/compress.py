@@ -1,6 +1,5 @@
 """The pipeline: base and fine-tuned model in, delta repository out, one tensor at a time."""
 
-import hashlib
 import os
 import time
 from contextlib import nullcontext
@@ -9,22 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import processes
-from .budget import SvdOf, components_bytes, deltas_of, shared_budgets
+from .budget import SvdOf, components_bytes, shared_budgets
 from .calibration_text import CalibrationSource, load_tokenizer, model_tokens
 from .devices import usable_device
 from .distilling import DistillReport, DistillSettings
+from .encoding import Encoding, leading_svd_of
 from .evaluate import load
 from .layer_stream import stream_layers, streamed_model
-from .methods import Encoded, ImPartRdConfig, MethodConfig, Svd, method_for
-from .methods.records import empty_record
-from .methods.svd import leading_svd
+from .methods import ImPartRdConfig, MethodConfig
 from .modeling.checkpoints import Checkpoint, HubOptions, pinned
-from .modeling.delta_decode import add_delta
 from .plan import TensorPlan, check_pair, make_plan, scan
 from .progress import Progress
 from .report import CompressionReport
@@ -35,11 +31,6 @@ from .workspace import Workspace
 
 _KEPT = torch.float16  # of singular components that are kept on disk until they are encoded
 Method = TypeVar("Method", bound=MethodConfig)
-
-
-def leading_svd_of(name: str, number: int) -> Svd:
-    """What decomposes a matrix that is decomposed once."""
-    return leading_svd
 
 
 def compress(
@@ -347,7 +338,7 @@ class ModelPair:
             budgets = shared_budgets(
                 plan.encoded, self.base_model, self.model, method, self.device, svd_of, self.progress
             )
-        work = _Encoding(self, plan.encoded, method, workspace, svd_of, budgets)
+        work = Encoding(self.base_model, self.model, self.device, plan.encoded, method, workspace, svd_of, budgets)
         with self.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as work.bar:
             if stream is not None and calibration is not None:
                 stream_layers(stream, calibration, work.compressed, progress=Progress(False))
@@ -367,93 +358,5 @@ class ModelPair:
         return report
 
 
-class _Encoding:
-    """The encoding of a pair's tensors into a workspace, each once, in whatever order they come."""
-
-    def __init__(
-        self,
-        pair: ModelPair,
-        encoded: list[TensorPlan],
-        method: MethodConfig,
-        workspace: Workspace,
-        svd_of: SvdOf,
-        budgets: dict[str, list[int]],
-    ):
-        self.pair, self.method, self.workspace, self.svd_of, self._budgets = pair, method, workspace, svd_of, budgets
-        self.bar: Any = None
-        self._waiting = {t.name: t for t in encoded}
-        self._by_name = dict(self._waiting)
-        self._done = self._written = 0
-
-    def encode(self, tensor: TensorPlan, hessian: torch.Tensor | None = None) -> None:
-        """Make the tensor's records, unless that has been done."""
-        if self._waiting.pop(tensor.name, None) is None:
-            return
-        self.bar.set_postfix_str(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
-        if not self.workspace.has_record(tensor.name):
-            data, notes = encode_tensor(
-                tensor, self.pair.base_model, self.pair.model, self.method, self.pair.device, hessian, self.svd_of,
-                self._budgets.get(tensor.name),
-            )  # fmt: skip
-            self.workspace.put_record(tensor.name, data, notes)
-        self._done += tensor.dense_bytes
-        self._written += self.workspace.record_path(tensor.name).stat().st_size
-        self.bar.update(tensor.dense_bytes)
-
-    def compressed(self, name: str, hessian: torch.Tensor | None) -> torch.Tensor:
-        """The tensor as a reader will see it, encoded with the second moments of its inputs if need be."""
-        dense = self.pair.model.tensor(name)
-        tensor = self._by_name.get(name)
-        if tensor is None:
-            return dense
-        self.encode(tensor, hessian)
-        data = np.frombuffer(self.workspace.record_path(name).read_bytes(), np.uint8)
-        shared = add_delta(self.pair.base_model.tensor(name), data, name, tensor.dtype)
-        return torch.cat([shared, dense[tensor.shape[0] :]]) if tensor.added_rows else shared
-
-
 def _text_size(tokens: torch.Tensor | None) -> str:
     return "" if tokens is None else f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
-
-
-def encode_tensor(
-    tensor: TensorPlan,
-    base: Checkpoint,
-    finetuned: Checkpoint,
-    method: MethodConfig,
-    device: torch.device,
-    hessian: torch.Tensor | None = None,
-    svd_of: SvdOf = leading_svd_of,
-    budgets: list[int] | None = None,
-) -> tuple[bytes, list[str]]:
-    """The records of one tensor, and the notes of its method.
-
-    A stack of matrices gives a record for each.
-
-    Args:
-        budgets: bytes of each matrix; None for equal shares of the tensor's.
-    """
-    encoder = method_for(method, tensor.vocabulary)
-    records, notes = [], []
-    for number, (delta, is_any) in enumerate(deltas_of(tensor, base, finetuned, device)):
-        seed = mask_seed(method.seed, tensor.name, number)
-        if is_any:
-            svd = svd_of(tensor.name, number)
-            budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
-            encoded = encoder.encode(delta, budget, seed, hessian=hessian, svd=svd, vocabulary=tensor.vocabulary)
-        else:
-            encoded = Encoded(empty_record(delta.shape[0], delta.shape[1], float(delta.any())))
-        records.append(encoded.data)
-        notes += [note for note in encoded.notes if note not in notes]
-    return b"".join(records), notes
-
-
-def mask_seed(seed: int, name: str, number: int) -> int:
-    """The 32-bit mask seed of a matrix: each matrix of a model gets masks of its own from the user's one seed.
-
-    Args:
-        seed: the method's seed.
-        name: the tensor's name.
-        number: of the matrix in its stack; 0 for a plain matrix.
-    """
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}:{number}".encode()).digest()[:4], "little")

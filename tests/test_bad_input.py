@@ -460,7 +460,7 @@ def test_disk_that_fills_up_during_the_work(
     pair: Pair, small_disk: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Another program takes the space meanwhile; when it is given back, the run goes on."""
-    pipeline = importlib.import_module("impart_hf.compress")
+    pipeline = importlib.import_module("impart_hf.encoding")
     encode, encoded = pipeline.encode_tensor, []
     ballast = small_disk / "ballast"
 

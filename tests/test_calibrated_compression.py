@@ -304,7 +304,7 @@ class Stop(BaseException):
 
 def break_off(pair: Pair, output: Path, method: MethodConfig, after: int, **kwargs: Any) -> dict[str, int]:
     """Leave the workspace as a run leaves it that stops after some tensors."""
-    pipeline = importlib.import_module("impart_hf.compress")
+    pipeline = importlib.import_module("impart_hf.encoding")
     encode, count = pipeline.encode_tensor, iter(range(after))
 
     def stopping(*args: Any) -> Any:
@@ -321,7 +321,7 @@ def break_off(pair: Pair, output: Path, method: MethodConfig, after: int, **kwar
 
 def take_up(pair: Pair, output: Path, method: MethodConfig, **kwargs: Any) -> list[str]:
     """Run to the end; the tensors that were encoded."""
-    pipeline = importlib.import_module("impart_hf.compress")
+    pipeline = importlib.import_module("impart_hf.encoding")
     encode, redone = pipeline.encode_tensor, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "encode_tensor", lambda t, *args: redone.append(t.name) or encode(t, *args))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import Pair
 
 from impart_hf import compress
-from impart_hf.compress import mask_seed
+from impart_hf.encoding import mask_seed
 from impart_hf.methods import method_class, method_names
 from impart_hf.methods.records import pack_levels
 from impart_hf.modeling.checkpoints import HubOptions

@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
     kept = finished(output)
     assert kept
 
-    pipeline = importlib.import_module("impart_hf.compress")
+    pipeline = importlib.import_module("impart_hf.encoding")
     encode, redone = pipeline.encode_tensor, []
     monkeypatch.setattr(pipeline, "encode_tensor", lambda t, *args: redone.append(t.name) or encode(t, *args))
     finish(slow_pair, output)
@@ -137,7 +137,7 @@ def break_off(pair: Pair, output: Path, method: MethodConfig = METHOD, after: in
     class Stop(BaseException):
         pass
 
-    pipeline = importlib.import_module("impart_hf.compress")
+    pipeline = importlib.import_module("impart_hf.encoding")
     encode, count = pipeline.encode_tensor, iter(range(after))
 
     def stopping(*args: Any) -> Any:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from ..budget import SvdOf
 from ..cards import merge_card, merge_origin
 from ..checkpoint_writer import DenseTensor, check_free, new_folder, write_weights
 from ..companions import copy_companions
-from ..compress import ModelPair, SvdOf, leading_svd_of, mask_seed, sized, wanted_size
+from ..compress import ModelPair, sized, wanted_size
 from ..devices import usable_device
+from ..encoding import leading_svd_of, mask_seed
 from ..methods import MethodConfig
 from ..modeling.checkpoints import HubOptions, all_finite
 from ..plan import IncompatibleModelsError
