@@ -457,10 +457,18 @@ def test_mixed_precision(pair: Pair) -> None:
     assert report.after < report.before
 
 
-@pytest.mark.parametrize("name", ["seed", "max_steps", "output_dir", "eval_steps"])
+@pytest.mark.parametrize(
+    "name", ["seed", "max_steps", "output_dir", "eval_steps", "save_only_model", "greater_is_better",
+             "gradient_checkpointing"]
+)  # fmt: skip
 def test_training_fields_that_are_not_the_users(pair: Pair, name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' cannot be set here"):
         distill(pair, encode(pair, DareConfig(), 8), DistillSettings(training={name: 1}))
+
+
+def test_training_fields_that_the_trainer_cannot_do_with(pair: Pair) -> None:
+    with pytest.raises(ValueError, match="^training: "):
+        distill(pair, encode(pair, LowRankConfig(), 8), dataclasses.replace(SETTINGS, training={"max_grad_norm": "x"}))
 
 
 @pytest.mark.parametrize(
