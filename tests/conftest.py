@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,14 @@ def one_thread() -> Iterator[None]:
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A tiny LLaMA and its fine-tune; not to be written to."""
     return save_pair(tmp_path_factory.mktemp("pair"), tiny_config("llama"))
+
+
+@pytest.fixture
+def pair(tiny_pair: Pair, tmp_path: Path) -> Pair:
+    """A copy of the tiny pair that a test may spoil."""
+    for folder in (tiny_pair.base, tiny_pair.finetuned):
+        shutil.copytree(folder, tmp_path / folder.name)
+    return Pair(tmp_path / tiny_pair.base.name, tmp_path / tiny_pair.finetuned.name)
 
 
 @pytest.fixture(scope="session")
