@@ -14,16 +14,7 @@ import pytest
 import torch
 from refusals import METHOD, refuses, run
 from safetensors.torch import load_file, save_file
-from tiny_models import (
-    Pair,
-    edit_json,
-    fine_tune,
-    load_tensors,
-    make_model,
-    save_model,
-    tiny_config,
-    to_bin,
-)
+from tiny_models import Pair, edit_json, fine_tune, load_tensors, make_model, save_model, tiny_config, to_bin
 from transformers import AutoModelForCausalLM
 
 from impart_hf import ImPartConfig, compress

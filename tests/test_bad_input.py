@@ -10,14 +10,7 @@ import pytest
 import torch
 from refusals import METHOD, refuses, run
 from safetensors.torch import save_file
-from tiny_models import (
-    Pair,
-    edit_json,
-    edit_tensors,
-    load_tensors,
-    save_pair,
-    tiny_config,
-)
+from tiny_models import Pair, edit_json, edit_tensors, load_tensors, save_pair, tiny_config
 from transformers import AutoModelForCausalLM
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress

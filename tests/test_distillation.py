@@ -246,7 +246,7 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_others(pair: Pai
 def test_never_worse_than_the_start(pair: Pair, layout: str) -> None:
     records = encode(pair, METHODS[layout], EVERYTHING)
     result, report = distill(pair, records, dataclasses.replace(SETTINGS, steps=24, scale_rate=1))
-    assert (report.best_step, report.after) == (0, report.before)
+    assert (report.steps, report.best_step, report.after) == (24, 0, report.before)
     assert result == records
 
 

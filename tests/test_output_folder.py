@@ -14,10 +14,7 @@ from typing import Any
 
 import pytest
 from refusals import refuses, run
-from tiny_models import (
-    Pair,
-    load_tensors,
-)
+from tiny_models import Pair, load_tensors
 
 from impart_hf import ImPartRdConfig, LowRankConfig
 from impart_hf.workspace import OutputError
