@@ -120,7 +120,6 @@ def compress(
         )
         if workspace is None:
             return _help(pair)
-        method = sized(method, wanted_bytes, pair.model.weight_bytes)
         texts = {
             purpose: pair.tokens(source, calibration_samples, calibration_length)
             for purpose, source in (("calibration", calibration), ("distillation", distill))
@@ -128,7 +127,7 @@ def compress(
         }
         report = pair.compress(
             workspace, method, texts.get("calibration"), texts.get("distillation"), distill_settings, shard_size,
-            must_fit=wanted_bytes is not None,
+            max_bytes=wanted_bytes,
         )  # fmt: skip
     return processes.from_first(report) if processes.several() else report
 
@@ -284,7 +283,7 @@ class ModelPair:
         distill_settings: DistillSettings | None = None,
         max_shard_size: int = 5 * 10**9,
         *,
-        must_fit: bool = False,
+        max_bytes: int | None = None,
         svd_of: SvdOf = leading_svd_of,
         card_data: dict[str, Any] | None = None,
         planned_card_data: dict[str, Any] | None = None,
@@ -297,13 +296,14 @@ class ModelPair:
             calibration, distillation: int64 (sequences, length), or None.
             distill_settings: of distillation; None for the defaults.
             max_shard_size: in bytes.
-            must_fit: whether a repository that is larger than the method's ratio allows is an error.
+            max_bytes: that the repository may take, in the place of the method's ratio.
             svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components.
             card_data: more entries for the model card's metadata.
             planned_card_data: what the plan leaves room for in their place, if that is to be something else.
             origin: where the fine-tune comes from, as for `delta_card`.
         """
         started = time.perf_counter()
+        method = sized(method, max_bytes, self.model.weight_bytes)
         settings = distill_settings or DistillSettings()
         training = {}
         if method.quantises:
@@ -323,7 +323,7 @@ class ModelPair:
         )
         text_bytes = writer.text_bytes(writer.card_data if planned_card_data is None else planned_card_data)
         plan = make_plan(self.tensors, method, self.model.weight_bytes, text_bytes, max_shard_size)
-        if must_fit:
+        if max_bytes is not None:
             plan.check_size()
         stream = None if calibration is None else streamed_model(self.model, calibration, self.device)
         if distillation is not None:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration_text import CalibrationSource
-from .compress import ModelPair, sized, wanted_size
+from .compress import ModelPair, wanted_size
 from .devices import usable_device
 from .evaluate import TaskEvaluation, evaluate
 from .methods import ImPartConfig, MethodConfig
@@ -160,7 +160,6 @@ def tune(
             device=device,
             progress=Progress(False),
         )
-        candidates = [sized(candidate, wanted_bytes, pair.model.weight_bytes) for candidate in candidates]
         inputs = None if calibration is None else pair.tokens(calibration, calibration_samples, calibration_length)
         judge = (
             _TextJudge(pair, validation, samples, length, batch_size)
@@ -178,7 +177,7 @@ def tune(
             with Workspace(folder) as candidate_workspace:
                 size = pair.compress(
                     candidate_workspace, candidate, inputs, max_shard_size=shard_size, svd_of=svds.of,
-                    planned_card_data=planned, must_fit=wanted_bytes is not None,
+                    planned_card_data=planned, max_bytes=wanted_bytes,
                 ).repository_bytes  # fmt: skip
             score = judge.score(pair.load(folder))
             seconds = time.perf_counter() - started
@@ -189,6 +188,7 @@ def tune(
             candidates[tried.index(best)],
             inputs,
             max_shard_size=shard_size,
+            max_bytes=wanted_bytes,
             svd_of=svds.of,
             card_data=_card_data(judge.metric, tried, best),
             planned_card_data=planned,

@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
+import resource
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -19,11 +21,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from loaded_models import decode_all, load
 from merging import make_family
 from tiny_models import Pair, fine_tune, make_model, save_model, save_pair, tiny_config
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
 from vllm_engines import HEADS, LONG, PROMPTS, delta_of, tokens_of
 
 from impart_hf import LowRankConfig, compress
+
+# Beside what the process has already. A repository of the tiny model takes a few megabytes to open and decode.
+ROOM = 300 << 20
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,51 @@ def tiny_repository(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("repository") / "delta"
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), folder, LowRankConfig(compression_ratio=3))
     return folder
+
+
+@pytest.fixture
+def repository(tiny_repository: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny repository that a test may spoil."""
+    return Path(shutil.copytree(tiny_repository, tmp_path / "delta"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tensors(tiny_repository: Path) -> dict[str, torch.Tensor]:
+    """What `tiny_repository` stands for."""
+    return decode_all(tiny_repository)
+
+
+@pytest.fixture(scope="session")
+def dense_folder(
+    tiny_repository: Path, tiny_tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same model as a plain checkpoint, written without any of the code that is tested here."""
+    folder = tmp_path_factory.mktemp("dense")
+    text_config = json.loads((tiny_repository / "config.json").read_text())["text_config"]
+    model = LlamaForCausalLM(transformers.LlamaConfig(**text_config)).to(torch.bfloat16)
+    model.load_state_dict(tiny_tensors)
+    model.config.dtype = torch.bfloat16
+    model.generation_config = GenerationConfig.from_pretrained(tiny_repository)
+    return save_model(model, folder)
+
+
+@pytest.fixture
+def model(tiny_repository: Path) -> PreTrainedModel:
+    """Of `tiny_repository`."""
+    return load(tiny_repository)
+
+
+@pytest.fixture
+def little_memory(tiny_tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The test may not allocate more than `ROOM`: the kernel then refuses, and torch raises a RuntimeError.
+
+    `tiny_tensors` comes first, for thread pools and libraries to take their share.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.fixture(scope="session")

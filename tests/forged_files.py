@@ -13,6 +13,7 @@ from typing import Any
 
 DELTA = "delta_model.safetensors"
 UP = "model.layers.0.mlp.up_proj.weight"
+NORM = "model.norm.weight"
 
 Entries = dict[str, tuple[str, list[int], bytes]]
 

@@ -113,9 +113,8 @@ def merge(
             base.source, str(dense), base.options, HubOptions(), base_name=base_name, device=device, progress=bars
         )
         report = merged.report()
-        compression = sized(compression, wanted_bytes, pair.model.weight_bytes)
         report.compression = pair.compress(
-            workspace, compression, max_shard_size=shard_size, must_fit=wanted_bytes is not None,
+            workspace, compression, max_shard_size=shard_size, max_bytes=wanted_bytes,
             origin=merge_origin(config.to_dict()),
         )  # fmt: skip
         return report
