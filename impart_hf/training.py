@@ -9,9 +9,10 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -127,13 +128,19 @@ def _checked_fields(training: Mapping[str, Any] | None, reserved: frozenset[str]
     if not isinstance(training, Mapping):
         raise ValueError(f"training must be a mapping of TrainingArguments' fields, not {training!r:.80}")
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for name in training:
+    types = get_type_hints(TrainingArguments)
+    for name, value in training.items():
         if name not in known:
             raise ValueError(f"training: TrainingArguments has no field '{name}'")
         if name in reserved:
             raise ValueError(
                 f"training: '{name}' cannot be set here: what it says is set by other arguments, or of no use here"
             )
+        takes_float = float in (types[name], *get_args(types[name]))
+        try:
+            type_validator(name, value, types[name] | int if takes_float else types[name])
+        except TypeError as error:
+            raise ValueError(f"training: {error}") from error
     return dict(training)
 
 

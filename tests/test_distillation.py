@@ -445,7 +445,7 @@ def test_interrupted_training_goes_on(pair: Pair, tmp_path: Path) -> None:
 
 def test_accumulated_gradients_are_those_of_the_batch(pair: Pair) -> None:
     records = encode(pair, ImPartRdConfig(), 24)
-    fields = [{"gradient_accumulation_steps": parts} for parts in (1, 4)]
+    fields = [{"gradient_accumulation_steps": parts, "weight_decay": 0} for parts in (1, 4)]
     settings = [DistillSettings(steps=8, batch_size=4, training=training) for training in fields]
     reports = [distill(pair, records, each)[1] for each in settings]
     assert reports[0].after == pytest.approx(reports[1].after, rel=0.05) and reports[1].after < reports[1].before
@@ -466,9 +466,13 @@ def test_training_fields_that_are_not_the_users(pair: Pair, name: str) -> None:
         distill(pair, encode(pair, DareConfig(), 8), DistillSettings(training={name: 1}))
 
 
-def test_training_fields_that_the_trainer_cannot_do_with(pair: Pair) -> None:
+@pytest.mark.parametrize(
+    "training",
+    [{"max_grad_norm": "x"}, {"data_seed": "x"}, {"bf16": 1}, {"optim": "nothing"}, {"lr_scheduler_type": 3}],
+)
+def test_training_fields_that_the_trainer_cannot_do_with(pair: Pair, training: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="^training: "):
-        distill(pair, encode(pair, LowRankConfig(), 8), dataclasses.replace(SETTINGS, training={"max_grad_norm": "x"}))
+        distill(pair, encode(pair, LowRankConfig(), 8), dataclasses.replace(SETTINGS, training=training))
 
 
 @pytest.mark.parametrize(
