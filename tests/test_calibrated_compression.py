@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from refusals import tree
 from tiny_models import Pair, edit_tensors, load_tensors, save_pair, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from workspaces import differing, finished, hidden
@@ -196,10 +197,6 @@ def test_the_command_says_whether_it_rounded(
 
 
 # --- bad input
-
-
-def tree(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
 def refuses(pair: Pair, root: Path, error: type[Exception], match: str, method: MethodConfig, **kwargs: Any) -> None:

@@ -63,13 +63,14 @@ def spoiled(records: dict[str, bytes]) -> dict[str, bytes]:
     }
 
 
+def checkpoints(pair: Pair) -> tuple[Checkpoint, Checkpoint]:
+    return Checkpoint(str(pair.base), HubOptions()), Checkpoint(str(pair.finetuned), HubOptions())
+
+
 def distill(
     pair: Pair, records: dict[str, bytes], settings: DistillSettings = SETTINGS, tokens: torch.Tensor = TOKENS
 ) -> tuple[dict[str, bytes], DistillReport]:
-    options = HubOptions()
-    return distill_records(
-        Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options), records, tokens, settings
-    )
+    return distill_records(*checkpoints(pair), records, tokens, settings)
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -106,8 +107,8 @@ def interrupted(pair: Pair, settings: DistillSettings, folder: Path, seen: list[
     Returns:
         What the whole run gave, and what goes on with the other one and returns its result; `seen` has its steps then.
     """
-    records, options = encode(pair, ImPartRdConfig(), 24), HubOptions()
-    models = Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options)
+    records = encode(pair, ImPartRdConfig(), 24)
+    models = checkpoints(pair)
     watched = StepWatch.on_log
 
     def watch(self: StepWatch, args: Any, state: Any, *others: Any, logs: Any = None, **named: Any) -> None:
@@ -138,8 +139,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt-oss"])
 def test_gradients_are_those_of_the_dense_formula(kind: str, layout: str, tmp_path: Path) -> None:
     pair = save_pair(tmp_path, tiny_config(kind))
-    options = HubOptions()
-    base, finetuned = Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options)
+    base, finetuned = checkpoints(pair)
     records = {n: np.frombuffer(d, np.uint8) for n, d in encode(pair, METHODS[layout], 6).items() if "layers" in n}
     teacher, names = load(pair.finetuned), list(records)
     student = load_model(finetuned, student_tensors(base, finetuned, records, names), torch.float32)
@@ -407,8 +407,8 @@ def test_blocks_of_models_that_cannot_be_cut(kind: str, tmp_path: Path) -> None:
 
 
 def test_training_stops_early_and_keeps_the_best(pair: Pair, tmp_path: Path) -> None:
-    records, options = encode(pair, BitDeltaConfig(), 16), HubOptions()
-    models = Checkpoint(str(pair.base), options), Checkpoint(str(pair.finetuned), options)
+    records = encode(pair, BitDeltaConfig(), 16)
+    models = checkpoints(pair)
     settings = DistillSettings(steps=400, scale_rate=1, code_rate=1, batch_size=4, checks=50, patience=2)
     first = distill_records(*models, records, TOKENS, settings, checkpoints=tmp_path)
     report = first[1]

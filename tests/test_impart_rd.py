@@ -9,6 +9,7 @@ import naive_reader
 import numpy as np
 import pytest
 import torch
+from random_deltas import delta_and_vectors, make_delta
 from tiny_models import Pair, edit_tensors, fine_tune, make_model, same_files, save_model, save_pair, tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -25,15 +26,6 @@ from impart_hf.modeling.delta_record import Record, parse_record
 
 HARM = Harm(3, 1, 0.25, 0.06)
 SHAPES = [(96, 96), (48, 128), (400, 64)]
-
-
-def make_delta(rows: int, columns: int, decay: float = 0.5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A delta whose singular values fall as a power of their index, and its singular vectors."""
-    generator = torch.Generator().manual_seed(0)
-    rank = min(rows, columns)
-    u = torch.linalg.qr(torch.randn(rows, rank, generator=generator))[0]
-    v = torch.linalg.qr(torch.randn(columns, rank, generator=generator))[0]
-    return 0.01 * (u * torch.arange(1, rank + 1).float() ** -decay) @ v.T, u, v
 
 
 def encode(delta: torch.Tensor, budget: int, hessian: torch.Tensor | None = None, **settings: float) -> Record:
@@ -107,7 +99,7 @@ def test_levels_are_those_that_round_best(bits: int) -> None:
 
 def test_u_makes_up_for_the_error_of_v() -> None:
     """The record is nearer to the delta than with the exact U rounded, and no more biased."""
-    delta, u, v = make_delta(96, 128)
+    delta, u, v = delta_and_vectors(96, 128)
     whole, widths = np.full(40, 0xFFFF, np.uint16), np.full(40, 34)
     factors = u[:, :40], torch.linalg.svdvals(delta)[:40], v[:, :40]
     errors, along = [], []
@@ -153,7 +145,7 @@ def test_bytes_go_where_they_are_worth_most() -> None:
 @pytest.mark.parametrize("drop_weight", [3.0, 10.0])
 def test_records_fit_and_another_reader_agrees(shape: tuple[int, int], ratio: int, drop_weight: float) -> None:
     """With a high weight for what is dropped, entries are dropped instead: masks come into play."""
-    delta, _, _ = make_delta(*shape)
+    delta = make_delta(*shape)
     budget = delta.numel() * 2 // ratio
     data = ImPartRdConfig(drop_weight=drop_weight).encode(delta, budget, 1).data
     assert budget * 0.8 - sum(shape) // 4 < len(data) <= budget
@@ -165,7 +157,7 @@ def test_records_fit_and_another_reader_agrees(shape: tuple[int, int], ratio: in
 
 
 def test_every_width_is_used_and_none_is_biased() -> None:
-    delta, u, v = make_delta(256, 256, decay=1.2)
+    delta, u, v = delta_and_vectors(256, 256, decay=1.2)
     record = encode(delta, 9000)
     assert {segment.width_u for segment in record.segments} == {8, 36, 35, 34, 1}
     found = decode_record(record, "delta")
@@ -174,7 +166,7 @@ def test_every_width_is_used_and_none_is_biased() -> None:
 
 
 def test_calibration_changes_the_output_less() -> None:
-    delta, _, _ = make_delta(96, 128)
+    delta = make_delta(96, 128)
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(128, 128, generator=generator) * torch.arange(1, 129).float() ** -0.7
     inputs = torch.randn(1024, 128, generator=generator) @ mixing.T
@@ -205,7 +197,7 @@ def test_a_delta_tells_of_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_matrix_that_is_worth_nothing_is_dropped() -> None:
-    delta, _, _ = make_delta(64, 64)
+    delta = make_delta(64, 64)
     encoded = ImPartRdConfig().encode(delta, 40, 1)
     assert len(encoded.data) == 32 and "dropped" in encoded.notes[0]
     assert not decode_record(parse_record(np.frombuffer(encoded.data, np.uint8), (64, 64), "d")[0], "d").any()

@@ -4,6 +4,7 @@ import naive_impart
 import numpy as np
 import pytest
 import torch
+from random_deltas import make_delta
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig
 from impart_hf.methods import MethodConfig, method_class, method_names
@@ -12,15 +13,6 @@ from impart_hf.modeling.delta_decode import decode_planes, decode_record
 from impart_hf.modeling.delta_record import Record, parse_record
 
 SHAPES = [(96, 96), (48, 128), (128, 48), (400, 64)]
-
-
-def make_delta(rows: int, columns: int, seed: int = 0, decay: float = 0.5) -> torch.Tensor:
-    """Singular values that fall as a power of their index, random singular vectors."""
-    generator = torch.Generator().manual_seed(seed)
-    rank = min(rows, columns)
-    u = torch.linalg.qr(torch.randn(rows, rank, generator=generator))[0]
-    v = torch.linalg.qr(torch.randn(columns, rank, generator=generator))[0]
-    return 0.01 * (u * torch.arange(1, rank + 1).float() ** -decay) @ v.T
 
 
 def encode(method: MethodConfig, delta: torch.Tensor, ratio: float, seed: int = 1) -> tuple[Record, int]:
