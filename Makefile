@@ -23,7 +23,8 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch first and alone, at the constraint's version: asked for as a dependency, pip would fetch the build with CUDA.
+# torch first and alone, at the constraint's version: asked for as a dependency, pip would fetch the build with CUDA
+# even where a CPU build of that version can be had.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -187,7 +187,8 @@ def reached(rows: Iterable[Row], target: float) -> float | None:
 
 def _verdict(results: Results) -> str:
     """Ours against the best peer at as many bytes; and how far ours goes with ImPart-Qt's quality at 32."""
-    table, goals, won, compared = [], [], 0, 0
+    table, goals = [], []
+    counts = {title: [0, 0] for title in _EFFORTS.values()}  # won, and compared
     for pair in results.pairs:
         for effort, title in _EFFORTS.items():
             ours, peers = (results.level(pair, effort, ours=is_ours) for is_ours in (True, False))
@@ -201,14 +202,18 @@ def _verdict(results: Results) -> str:
                 if best is None:
                     line[f"{ratio:g}"] = f"{_short(own['kl'])} / none"
                     continue
-                won, compared = won + (own["kl"] < best), compared + 1
+                counts[title] = [counts[title][0] + (own["kl"] < best), counts[title][1] + 1]
                 mark = "**" if own["kl"] < best else ""
                 line[f"{ratio:g}"] = f"{mark}{_short(own['kl'])}{mark} / {_short(best)} {name}"
             table.append(line)
         goals.append(f"* `{pair}`: {_goal(results, pair)}")
+    by_effort = ", ".join(f"{title} {won} of {all_}" for title, (won, all_) in counts.items() if all_)
+    won, compared = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
+    long = sorted({Variant.named(name).method for name in DEFAULT if name.endswith(LONG)} - {OURS})
     return (
         "Ours / the best peer with as much or less done to it, at as many bytes. Bold: ours is lower; none: no peer "
-        f"has such a small file, which counts for nothing. Ours is lower in {won} of {compared}.\n\n"
+        f"has such a small file, which counts for nothing. Ours is lower in {won} of {compared}: {by_effort}. "
+        f"(Of the peers, {' and '.join(long)} are distilled {_EFFORTS[LONG]}; others stand there with less.)\n\n"
         f"{measure.table(table)}\n\n"
         f"The highest ratio at which ours is no worse than {_GOAL[0]} at {_GOAL[1]:g} (wanted: 128 on every pair, "
         "200 on one), between the measured ratios by logarithms:\n\n" + "\n".join(goals)

@@ -256,7 +256,7 @@ DEFAULT = (
     *_with(_QUANTISING, CALIBRATION),
     *_with(tuple(f"{OURS}/{part}" for part in PARTS)),
     *_with(_ALL, CODES),
-    *_with((OURS, "impart-qt"), LONG),
+    *_with((OURS, "impart-qt", "bitdelta"), LONG),
     *_with((OURS, "impart-qt", "bitdelta"), SCALES),
     *_with((OURS, PEERS[0]), CALIBRATION, CODES),
 )
