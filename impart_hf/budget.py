@@ -107,5 +107,6 @@ def _embedding_weight(base: torch.Tensor, delta: torch.Tensor) -> float:
     """
     energies = torch.linalg.vector_norm(delta, dim=1).double().square()
     tokens = float(energies.sum().square() / energies.square().sum())
-    shared = tokens * float(torch.linalg.vector_norm(base, dtype=torch.float32)) ** 2 / base.numel()
+    size = torch.linalg.vector_norm(base, dtype=torch.promote_types(base.dtype, torch.float32))
+    shared = tokens * float(size) ** 2 / base.numel()
     return max(1.0, 1 / shared) if shared else 1.0

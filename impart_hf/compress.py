@@ -104,9 +104,9 @@ def compress(
         raise ValueError(f"calibration is for the methods that quantise; '{method.name}' does not")
     if distill_settings is not None and distill is None:
         raise ValueError("distill_settings are for distillation, which needs a text: distill is None")
-    shard_size, device = shard_bytes(max_shard_size), usable_device(device)
-    wanted_bytes = wanted_size(max_bytes)
-    processes.connect(device.type == "cpu")
+    shard_size, wanted_bytes = shard_bytes(max_shard_size), wanted_size(max_bytes)
+    processes.connect(str(device).startswith("cpu"))  # gives each process a GPU of its own: before any is used
+    device = usable_device(device)
     # Whether the output can be written shows before anything is downloaded
     with Workspace(Path(output_dir)) if processes.is_first() else nullcontext() as workspace:
         pair = ModelPair(
@@ -335,8 +335,10 @@ class ModelPair:
         budgets: dict[str, list[int]] = {}
         if method.shares_budget:
             svd_of = SvdStore(workspace.components(), _KEPT).of
-            budgets = shared_budgets(
-                plan.encoded, self.base_model, self.model, method, self.device, svd_of, self.progress
+            budgets = workspace.budgets(
+                lambda: shared_budgets(
+                    plan.encoded, self.base_model, self.model, method, self.device, svd_of, self.progress
+                )
             )
         work = Encoding(self.base_model, self.model, self.device, plan.encoded, method, workspace, svd_of, budgets)
         with self.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as work.bar:

@@ -1,6 +1,5 @@
 """Calibration: a model run layer by layer over text, every layer behind the already compressed ones before it."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from .calibration_text import check_vocabulary
-from .modeling.checkpoints import Checkpoint, all_finite
+from .modeling.checkpoints import Checkpoint, all_finite, config_fields
 from .progress import Progress
 
 # What a decoder layer is called with beside the hidden states: positional arguments, and pairs of named ones.
@@ -137,9 +136,7 @@ class StreamedModel:
         model_type = str(finetuned.config.get("model_type"))
         if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
             raise self.unsupported("transformers knows no causal language model of that type")
-        # A copy, as transformers rewrites nested fields, with its notation for infinities resolved.
-        fields = json.loads(json.dumps(finetuned.config), object_hook=_special_float)
-        config = CONFIG_MAPPING[model_type].from_dict(fields)
+        config = CONFIG_MAPPING[model_type].from_dict(config_fields(finetuned.config))
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for module in self.model.modules():
@@ -439,11 +436,6 @@ def _watched(linears: dict[str, nn.Linear], see: Callable[[str, Tensor], None]) 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _special_float(field: dict[str, Any]) -> Any:
-    """What {"__float__": "Infinity"} means in a config.json; other objects as they are."""
-    return float(field["__float__"]) if field.keys() == {"__float__"} else field
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from .methods import Svd
 from .methods.base import Wanted
 from .methods.svd import leading_svd
+from .workspace import sync_path
 
 
 class SvdStore:
@@ -43,6 +44,7 @@ class SvdStore:
             u, v = u.contiguous().to(self._dtype), v.contiguous().to(self._dtype)
             new = path.with_suffix(".writing")
             save_file({"u": u, "sigma": sigma.contiguous(), "v": v}, new)
+            sync_path(new)
             os.replace(new, path)
             return u.float(), sigma, v.float()
 

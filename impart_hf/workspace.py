@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 
 from .safetensors_writer import write_json
 
-_PLAN, _LOCK, _SCRATCH = "plan.json", "lock", "scratch"
+_PLAN, _LOCK, _SCRATCH, _BUDGETS = "plan.json", "lock", "scratch", "budgets.json"
 # Beyond the records and the file made of them, a file system wants some room to breathe.
 _SPARE_BYTES = 16 << 20
 
@@ -208,6 +209,15 @@ class Workspace:
     def components(self) -> Path:
         """Where singular components are kept until the workspace is published; a resumed run finds them again."""
         return self.folder / "components"
+
+    def budgets(self, make: Callable[[], dict[str, list[int]]]) -> dict[str, list[int]]:
+        """The bytes of every tensor's matrices: made once, as matrices that are decomposed anew may give others."""
+        path = self.folder / _BUDGETS
+        if not path.exists():
+            temporary = path.with_suffix(".writing")
+            write_json(temporary, make())
+            os.replace(temporary, path)
+        return json.loads(path.read_text("utf-8"))
 
     def checkpoints(self) -> Path:
         """Where the state of training is kept until the workspace is published; a resumed run finds it again."""

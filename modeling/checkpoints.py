@@ -299,14 +299,25 @@ def _ties_embeddings(config: dict[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", default))
 
 
+def config_fields(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says, for transformers: a copy, as it rewrites nested fields, its own notation for infinities
+    resolved."""
+    return json.loads(json.dumps(content), object_hook=_special_float)
+
+
+def _special_float(field: dict[str, Any]) -> Any:
+    """What {"__float__": "Infinity"} means; other objects as they are."""
+    return float(field["__float__"]) if field.keys() == {"__float__"} else field
+
+
 def text_config(content: Mapping[str, Any]) -> PreTrainedConfig:
     """What a config.json says of the decoder, under transformers' own names whatever the architecture calls them.
 
     Args:
         content: the whole config.json; of a model that transformers does not know, names are taken as they are.
     """
-    fields = {name: value for name, value in content.items() if name != "model_type"}
-    model_type = str(content.get("model_type"))
+    fields = config_fields(content)
+    model_type = str(fields.pop("model_type", None))
     kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else PreTrainedConfig
     return kind.from_dict(fields).get_text_config(decoder=True)
 

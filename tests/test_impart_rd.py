@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from pathlib import Path
+from typing import Any
 
 import naive_reader
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from random_deltas import delta_and_vectors, make_delta
 from tiny_models import Pair, edit_tensors, fine_tune, make_model, same_files, save_model, save_pair, tiny_config
 from transformers import AutoModelForCausalLM
+from workspaces import differing
 
 from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
 from impart_hf.budget import _embedding_weight
@@ -246,6 +249,34 @@ def test_calibration_of_a_layer_that_sees_nothing(tmp_path: Path) -> None:
     report = compress(str(pair.base), str(pair.finetuned), tmp_path / "delta", ImPartRdConfig(8.0), **text)
     (down,) = (tensor for tensor in report.tensors if tensor.name == "model.layers.1.mlp.down_proj.weight")
     assert down.relative_error < 1.2
+
+
+def test_float64_weights(tmp_path: Path) -> None:
+    pair = save_pair(tmp_path, tiny_config("llama"), dtype=torch.float64)
+    report = compress(str(pair.base), str(pair.finetuned), tmp_path / "delta", ImPartRdConfig(4.0))
+    assert all(tensor.relative_error < 0.9 for tensor in report.tensors if tensor.kind == "encoded")
+
+
+def test_a_resumed_run_has_the_budgets_of_the_first(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices that are decomposed once more, deeper, have slightly other leading singular values."""
+    encoding = importlib.import_module("impart_hf.encoding")
+    real = encoding.encode_tensor
+
+    def interrupts(tensor: Any, *others: Any) -> Any:
+        if "layers.1" in tensor.name:
+            raise KeyboardInterrupt
+        return real(tensor, *others)
+
+    models = str(tiny_pair.base), str(tiny_pair.finetuned)
+    compress(*models, tmp_path / "unbroken", ImPartRdConfig(8.0))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encoding, "encode_tensor", interrupts)
+        compress(*models, tmp_path / "delta", ImPartRdConfig(8.0))
+    monkeypatch.setattr(importlib.import_module("impart_hf.compress"), "shared_budgets", None)
+    compress(*models, tmp_path / "delta", ImPartRdConfig(8.0))
+    assert differing(tmp_path / "unbroken", tmp_path / "delta") == []
 
 
 def test_the_budget_is_the_models(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ is trained towards the logits.
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +62,7 @@ def distill_blocks(
     progress: Progress,
 ) -> tuple[dict[str, bytes], DistillReport]:
     """`distill`, by groups of `settings.blocks` layers."""
-    work = _Work(base, finetuned, tokens, settings, arguments, progress)
+    work = _Work(base, finetuned, records, tokens, settings, arguments, progress)
     folder, count = Path(str(arguments.output_dir)), len(work.teacher.layers)
     found, trained, steps, best_steps = dict(records), set[str](), 0, 0
     # Behind the layers so far: what the fine-tune gives, the records as they are, and as they were
@@ -73,7 +74,10 @@ def distill_blocks(
         own = [name for name in names if name in records and base.shape(name) == finetuned.shape(name)]
         trained.update(own)
         work.teacher.load(names)
-        behind = None if group.is_last else work.behind(work.teacher, group, wanted, range(len(tokens)))
+        behind = None
+        if not group.is_last:
+            behind = work.behind(work.teacher, group, wanted, range(len(tokens)))
+            work.teacher.release(names)
         goal = partial(work.loss, group, wanted, behind)
         path = folder / f"layers-{start}.safetensors"
         if path.exists():
@@ -85,16 +89,16 @@ def distill_blocks(
                 result = processes.from_first(result)
             if processes.is_first():
                 _save(result, path)
+                shutil.rmtree(arguments.output_dir, ignore_errors=True)  # the state of training, many times as large
         found |= result.records
         steps, best_steps = steps + result.steps, best_steps + result.best_step
-        students = work.student(found, group), work.student(records, group)
+        # One student after the other, none of which stays
         if group.is_last:
-            after = work.course.mean(partial(goal, hidden, students[0]))
-            before = work.course.mean(partial(goal, untouched, students[1]))
+            after = work.course.mean(partial(goal, hidden, work.student(found, group)))
+            before = work.course.mean(partial(goal, untouched, work.student(records, group)))
         else:
-            work.teacher.release(names)
-            hidden = work.behind(students[0], group, hidden, range(len(tokens)))
-            untouched = work.behind(students[1], group, untouched, work.course.validation)
+            hidden = work.behind(work.student(found, group), group, hidden, range(len(tokens)))
+            untouched = work.behind(work.student(records, group), group, untouched, work.course.validation)
             wanted = behind
     untrained = tuple(sorted(records.keys() - trained))
     if not after < before:
@@ -129,6 +133,7 @@ class _Work:
         self,
         base: Checkpoint,
         finetuned: Checkpoint,
+        records: _Records,
         tokens: Tensor,
         settings: DistillSettings,
         arguments: TrainingArguments,
@@ -141,6 +146,8 @@ class _Work:
         check_tokens(tokens, self.teacher.vocabulary)
         self.teacher.check_output()
         self.teacher.load(self.teacher.entrance)
+        # No group of layers trains it, so that all students share it
+        self._entrance = {name: self._tensor(name, records).to(arguments.device) for name in self.teacher.entrance}
 
     def names_of(self, group: _Group) -> list[str]:
         """The tensors of a group of layers; of the last, also the output projection's and what else is left."""
@@ -151,14 +158,17 @@ class _Work:
     def student(self, records: _Records, group: _Group, trained: frozenset[str] = frozenset()) -> StreamedModel:
         """A group of the compressed model's layers, but with the base's weights for deltas that are to be attached."""
         model = StreamedModel(self._finetuned, self._arguments.device, PURPOSE)
-        for name in [*model.entrance, *self.names_of(group)]:
-            if name in trained:
-                model.put(name, self._base.tensor(name))
-            elif name in records:
-                model.put(name, compressed(self._base, self._finetuned, name, records[name]))
-            else:
-                model.load([name])
+        for name, tensor in self._entrance.items():
+            model.put(name, tensor)
+        for name in self.names_of(group):
+            model.put(name, self._base.tensor(name) if name in trained else self._tensor(name, records))
         return model
+
+    def _tensor(self, name: str, records: _Records) -> Tensor:
+        """A tensor of the compressed model, float32."""
+        if name in records:
+            return compressed(self._base, self._finetuned, name, records[name])
+        return self._finetuned.tensor(name).float()
 
     def _run(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: Tensor) -> Tensor:
         """What a group of layers makes of some sequences' hidden states: those behind it, or the logits."""

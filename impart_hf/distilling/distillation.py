@@ -37,10 +37,15 @@ def distill(
     layers, and of those that transformers renames or fuses when it loads them (Mixtral's experts). The others learn to
     live with them.
 
-    Held in memory, on `device`: the fine-tuned and the compressed model, both whole; for every kept value of a trained
-    record 16 bytes, for it, its gradient and Adam's moments; a batch's activations and about five times its logits. A
-    matrix that is no weight of nn.Linear or nn.Embedding takes as much again when its sum with the base is formed, and
-    so does its gradient. All is in float32, unless the settings ask for bf16: the models are in bfloat16 then.
+    Held in memory, on `device`: the fine-tuned and the compressed model, both whole, in float32, or in bfloat16 with
+    bf16, which is the default on CUDA; for every kept value of a trained record 16 bytes, for it, its gradient and
+    Adam's moments, 4 for the stored value, and under a mask 8 for its position; a batch's activations and about five
+    times its logits. A matrix that is no weight of nn.Linear or nn.Embedding takes as much again when its sum with the
+    base is formed, and so does its gradient.
+
+    With `settings.blocks`, both models in float32, but of each only the embeddings and so many layers, for whose
+    records alone there is a state of training; in the computer's memory about four times a float32 hidden state for
+    every token. Embeddings are not trained then, and the steps of a report are the sums over all groups of layers.
 
     Args:
         base: the base model.

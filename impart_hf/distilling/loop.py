@@ -1,5 +1,6 @@
 """Training of deltas by transformers' Trainer: in one process or many, with checkpoints, and looks at held-out text."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..progress import Progress
 from ..training import run_trainer, training_arguments
 from .settings import DistillSettings
 from .trained_delta import TrainedDelta
+
+# The optimizer and its rates are this module's, and held-out text is looked at in batches like those of training
+_OF_OPTIMIZERS = frozenset(
+    field.name
+    for field in dataclasses.fields(TrainingArguments)
+    if field.name.startswith(("adafactor", "adam_", "lr_", "optim", "warmup_"))
+) | {"weight_decay", "per_device_eval_batch_size"}
 
 
 class Pupil(nn.Module):
@@ -81,7 +91,9 @@ def arguments_for(
         **({} if checkpoints is None else {"output_dir": str(checkpoints)}),
     }
     defaults = {"max_grad_norm": 0.0}
-    with training_arguments(str(device), settings.batch_size, defaults, settings.training, own=own) as arguments:
+    with training_arguments(
+        str(device), settings.batch_size, defaults, settings.training, _OF_OPTIMIZERS, own
+    ) as arguments:
         arguments.per_device_eval_batch_size = arguments.per_device_train_batch_size
         yield arguments
 
@@ -143,6 +155,14 @@ def train(
     Raises:
         ValueError: if a loss is not finite.
     """
+    folder = Path(str(arguments.output_dir))
+    checkpoint = _last_checkpoint(folder)
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step >= settings.steps:  # killed after the last step: the Trainer would take one more
+            best = state.best_global_step or state.global_step
+            load_model(pupil, folder / f"{PREFIX_CHECKPOINT_DIR}-{best}" / SAFE_WEIGHTS_NAME)
+            return state.global_step, best
     latents = [values for delta in pupil.deltas for values in delta.latents()]
     factors = [factor for delta in pupil.deltas for factor in delta.log_factors]
     groups: list[dict[str, Any]] = [{"params": factors, "lr": settings.scale_rate}]
@@ -160,7 +180,7 @@ def train(
         [_Stopping(settings)],
         title,
         progress,
-        _last_checkpoint(Path(str(arguments.output_dir))),
+        None if checkpoint is None else str(checkpoint),
         eval_dataset=_examples(validation),
         optimizers=(optimizer, schedule),
     )
@@ -174,11 +194,11 @@ def _rate(settings: DistillSettings, start: float, step: int) -> float:
     return min(max(0.0, progress - start) / settings.warm_up, 1 - progress)
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def _last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end."""
     states = filter(_is_whole, folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"))
     found = {int(path.parent.name.rpartition("-")[2]): path.parent for path in states}
-    return str(found[max(found)]) if found else None
+    return found[max(found)] if found else None
 
 
 def _is_whole(state: Path) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..modeling.checkpoints import Checkpoint, CheckpointError
+from ..modeling.checkpoints import Checkpoint, CheckpointError, config_fields
 from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
 from .trained_delta import TrainedDelta
@@ -23,7 +23,7 @@ def load_model(finetuned: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype
     Raises:
         CheckpointError: if one is missing.
     """
-    config = AutoConfig.for_model(**finetuned.config)
+    config = AutoConfig.for_model(**config_fields(finetuned.config))
     with torch.device("meta"):
         model_class: Any = type(AutoModelForCausalLM.from_config(config))
     model, info = model_class.from_pretrained(

@@ -56,17 +56,16 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0] * ctx.plane.units, None
+        return torch.cat(ctx.plane.in_units(gradients[0])), None
 
 
 class _TrainedPlane(nn.Module):
     """The kept values of U, V or a direct plane.
 
     Attributes:
-        latents: float32 (kept,), what rounds to the stored values, in `units`; a parameter if the values are trained,
-            else None.
-        units: float32 (kept,), by how much a value may be changed in training in the same time: the root mean square of
-            all, halved for each bit of a code beyond the first, as its levels are closer together.
+        latents: float32 (kept,), what rounds to the stored values, in units: by how much a value may be changed in
+            training in the same time, which is the root mean square of all, halved for each bit of a code beyond the
+            first, as its levels are closer together. A parameter if the values are trained, else None.
     """
 
     latents: Tensor | None
@@ -92,15 +91,18 @@ class _TrainedPlane(nn.Module):
         kept = wanted.reshape(-1) if self._positions is None else wanted.reshape(-1)[self._positions]
         values = [_into_cells(kept[part], plane.values[part], width) for width, part in self._runs]
         rms = float(plane.values.square().mean().sqrt()) or 1.0
-        halvings = [0 if width in _FLOATS else code_bits(width) - 1 for width, _ in self._runs]
-        counts = torch.tensor([part.stop - part.start for _, part in self._runs], device=device)
-        self.units = (rms * 0.5 ** torch.tensor(halvings, device=device)).repeat_interleave(counts)
-        self.latents = nn.Parameter(torch.cat(values) / self.units)
+        self._units = [rms if width in _FLOATS else rms * 0.5 ** (code_bits(width) - 1) for width, _ in self._runs]
+        parts = [part / unit for part, unit in zip(values, self._units, strict=True)]
+        self.latents = nn.Parameter(torch.cat(parts))
 
     def stored(self, values: Tensor) -> Tensor:
         """What of values (kept,) is stored, in the record's own units."""
-        values = values * self.units
-        return torch.cat([nearest_stored(values[part], width) for width, part in self._runs])
+        parts = zip(self.in_units(values), self._runs, strict=True)
+        return torch.cat([nearest_stored(part, width) for part, (width, _) in parts])
+
+    def in_units(self, values: Tensor) -> list[Tensor]:
+        """Of each run of columns, values (kept,) times their units."""
+        return [values[part] * unit for unit, (_, part) in zip(self._units, self._runs, strict=True)]
 
     def values(self) -> Tensor:
         """float32 (kept,), as stored."""

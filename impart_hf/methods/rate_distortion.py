@@ -36,7 +36,8 @@ class Harm:
 
     Attributes:
         dropped: of components that are not stored.
-        u, v, both: of noise in u, in v, and in both at once; the last is no larger than the others.
+        u, v, both: of noise in u, in v, and in both at once; twice the last is well below the sum of the others, so
+            that less noise never counts for more.
     """
 
     dropped: float | np.ndarray
