@@ -239,13 +239,13 @@ def _sizes(record: Record, device: torch.device) -> Tensor:
 def _wanted(record: Record, planes: list[Tensor], sizes: Tensor, delta: Tensor) -> list[Tensor]:
     """What the planes of a record stand for, (columns, rows) each, in the units of its levels.
 
-    A direct record's are the delta's own entries. Of a factored one U is what goes best with the stored V, and the
-    other way round, each column in the unit in which the stored one is its own best approximation.
+    A direct record's are the delta's own entries, less what its sizes make up for where masks drop others. Of a
+    factored one U is what goes best with the stored V, and the other way round, each column in the unit in which the
+    stored one is its own best approximation.
     """
-    ratios = torch.from_numpy(record.keep_ratios()).to(delta)
     if len(planes) == 1:
-        safe = torch.where(sizes == 0, 1.0, sizes)[:, None]
-        return [delta * ratios[:, None] / safe]
+        rows = sizes * torch.from_numpy(record.keep_ratios()).to(delta)
+        return [delta / torch.where(rows == 0, 1.0, rows)[:, None]]
     found = []
     for one, other, matrix in ((planes[0], planes[1], delta), (planes[1], planes[0], delta.t())):
         best = least_squares(other, matrix, _DAMPING)
