@@ -460,9 +460,7 @@ def test_training_goes_on_until_rates_have_fallen(pair: Pair) -> None:
     assert report.steps == 48 and report.best_step > 24 and report.after < report.before
 
 
-@pytest.mark.parametrize(
-    "method, ratio", [(BitDeltaConfig(), 48), (DareQtConfig(), 24), (ImPartQtConfig(), 12), (ImPartRdConfig(), 24)]
-)
+@pytest.mark.parametrize("method, ratio", [(BitDeltaConfig(), 48), (DareQtConfig(), 24), (ImPartRdConfig(), 24)])
 def test_values_begin_where_they_are_stored(pair: Pair, method: MethodConfig, ratio: float) -> None:
     """Not at an edge between two codes, under a mask either."""
     before, after = load_tensors(pair.base), load_tensors(pair.finetuned)
@@ -470,7 +468,7 @@ def test_values_begin_where_they_are_stored(pair: Pair, method: MethodConfig, ra
         exact = (after[name].float() - before[name].float())[None]
         for plane in TrainedDelta(stack, name, exact, torch.device("cpu")).planes:
             found, stored = torch.cat(plane.in_units(plane.latents.detach())), plane.values().detach()
-            assert (found * stored).sum().item() == pytest.approx(stored.square().sum().item(), rel=0.4), name
+            assert (found * stored).sum().item() == pytest.approx(stored.square().sum().item(), rel=0.2), name
 
 
 def test_a_single_step_trains(pair: Pair) -> None:
