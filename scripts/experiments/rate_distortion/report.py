@@ -49,15 +49,14 @@ class Results:
             self.rows[pair] = {name: {r: row for (n, r), row in found.items() if n == name} for name in order}
         self.ratios = sorted({line["asked"] for line in lines if "asked" in line})
 
-    def level(self, pair: str, effort: str, *, ours: bool) -> dict[str, dict[float, Row]]:
-        """The rows of ours, or of the peers, to which so much is done; a peer's also with less."""
-        efforts = list(_EFFORTS)
-        methods, allowed = ((OURS,), [effort]) if ours else (PEERS, efforts[: efforts.index(effort) + 1])
+    def level(self, pair: str, efforts: Sequence[str], *, ours: bool) -> dict[str, dict[float, Row]]:
+        """The rows of ours, or of the peers, to which one of these is done at last."""
+        methods = (OURS,) if ours else PEERS
         found = {name: Variant.named(name) for name in self.rows[pair]}
         return {
             name: self.rows[pair][name]
             for name, variant in found.items()
-            if variant.method in methods and not variant.part and variant.effort in allowed
+            if variant.method in methods and not variant.part and variant.effort in efforts
         }
 
 
@@ -190,29 +189,31 @@ def _verdict(results: Results) -> str:
     table, goals = [], []
     counts = {title: [0, 0] for title in _EFFORTS.values()}  # won, and compared
     for pair in results.pairs:
-        for effort, title in _EFFORTS.items():
-            ours, peers = (results.level(pair, effort, ours=is_ours) for is_ours in (True, False))
+        for number, (effort, title) in enumerate(_EFFORTS.items(), 1):
+            allowed = list(_EFFORTS)[:number]
+            ours, peers = (results.level(pair, allowed, ours=is_ours) for is_ours in (True, False))
             line = {"pair": pair, "done to it": title} | {f"{ratio:g}": "–" for ratio in results.ratios}
             for ratio in results.ratios:
-                own = min((rows[ratio] for rows in ours.values() if ratio in rows), key=lambda r: r["kl"], default=None)
-                if own is None:
+                if not any(ratio in ours[name] for name in ours if Variant.named(name).effort == effort):
                     continue
+                own = min((rows[ratio] for rows in ours.values() if ratio in rows), key=lambda row: row["kl"])
                 at = {name: curve_at(rows.values(), own["bytes"]) for name, rows in peers.items()}
                 best, name = min(((kl, name) for name, kl in at.items() if kl is not None), default=(None, ""))
+                less = "" if Variant.named(own["method"]).effort == effort else f" {own['method']}"
                 if best is None:
-                    line[f"{ratio:g}"] = f"{_short(own['kl'])} / none"
+                    line[f"{ratio:g}"] = f"{_short(own['kl'])}{less} / none"
                     continue
                 counts[title] = [counts[title][0] + (own["kl"] < best), counts[title][1] + 1]
                 mark = "**" if own["kl"] < best else ""
-                line[f"{ratio:g}"] = f"{mark}{_short(own['kl'])}{mark} / {_short(best)} {name}"
+                line[f"{ratio:g}"] = f"{mark}{_short(own['kl'])}{mark}{less} / {_short(best)} {name}"
             table.append(line)
         goals.append(f"* `{pair}`: {_goal(results, pair)}")
     by_effort = ", ".join(f"{title} {won} of {all_}" for title, (won, all_) in counts.items() if all_)
     won, compared = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
     long = sorted({Variant.named(name).method for name in DEFAULT if name.endswith(LONG)} - {OURS})
     return (
-        "Ours / the best peer with as much or less done to it, at as many bytes. Bold: ours is lower; none: no peer "
-        f"has such a small file, which counts for nothing. Ours is lower in {won} of {compared}: {by_effort}. "
+        "Ours / the best peer at as many bytes, each with as much or less done to it. Bold: ours is lower; none: no "
+        f"peer has such a small file, which counts for nothing. Ours is lower in {won} of {compared}: {by_effort}. "
         f"(Of the peers, {' and '.join(long)} are distilled {_EFFORTS[LONG]}; others stand there with less.)\n\n"
         f"{measure.table(table)}\n\n"
         f"The highest ratio at which ours is no worse than {_GOAL[0]} at {_GOAL[1]:g} (wanted: 128 on every pair, "
@@ -226,7 +227,7 @@ def _goal(results: Results, pair: str) -> str:
         return f"{_GOAL[0]} at {_GOAL[1]:g} is still to be run"
     found = []
     for effort, title in _EFFORTS.items():
-        for name, rows in results.level(pair, effort, ours=True).items():
+        for name, rows in results.level(pair, [effort], ours=True).items():
             ratio = reached(rows.values(), target["kl"])
             at = "none of the measured" if ratio is None else f"{ratio:.0f}"
             missed = [f"{rows[r]['kl'] / target['kl']:.2f} times at {r:g}" for r in (128.0, 200.0) if r in rows]

@@ -257,6 +257,6 @@ DEFAULT = (
     *_with(tuple(f"{OURS}/{part}" for part in PARTS)),
     *_with(_ALL, CODES),
     *_with((OURS, "impart-qt", "bitdelta"), LONG),
-    *_with((OURS, "impart-qt", "bitdelta"), SCALES),
+    *_with((OURS, *PEERS[:4]), SCALES),
     *_with((OURS, PEERS[0]), CALIBRATION, CODES),
 )
