@@ -81,6 +81,19 @@ def normal_levels(width: int, device: torch.device | str = "cpu") -> torch.Tenso
     return torch.cat([-above.flip(0), above])
 
 
+def _unpacked(packed: torch.Tensor, width: int, count: int) -> torch.Tensor:
+    """float32: the levels that `count` packed codes of a width stand for."""
+    bits, device = code_bits(width), packed.device
+    codes = torch.arange(1 << bits, device=device)
+    levels = normal_levels(width, device) if width in NORMAL_LEVELS else evenly_spaced(codes, bits)
+    if 8 % bits:
+        return levels[unpack_levels(packed, bits, count)]
+    # A byte holds whole codes: a table of all bytes gives several values at once
+    every_byte = torch.arange(256, device=device).to(torch.uint8)
+    table = levels[unpack_levels(every_byte, bits, 256 * 8 // bits)].view(256, -1)
+    return torch.nn.functional.embedding(packed.int(), table).view(-1)[:count]
+
+
 def _segment_values(
     packed: torch.Tensor, width: int, per_column: torch.Tensor, scales: np.ndarray | None
 ) -> torch.Tensor:
@@ -90,8 +103,7 @@ def _segment_values(
         aligned = packed.clone(memory_format=torch.contiguous_format)
         values = aligned.view(torch.float16 if width == FLOAT16 else torch.bfloat16).float()
     else:
-        codes = unpack_levels(packed, code_bits(width), int(per_column.sum()))
-        values = normal_levels(width, packed.device)[codes] if width in NORMAL_LEVELS else evenly_spaced(codes, width)
+        values = _unpacked(packed, width, int(per_column.sum()))
     if scales is None:
         return values
     return values * torch.from_numpy(scales.astype(np.float32)).to(packed.device).repeat_interleave(per_column)
