@@ -46,7 +46,9 @@ class Plane:
     values: torch.Tensor
 
     def dense(self) -> torch.Tensor:
-        """float32, shape (columns, rows), zeros where entries were dropped."""
+        """float32, shape (columns, rows), zeros where entries were dropped; the values' own memory if none were."""
+        if len(self.values) == self.columns * self.rows:
+            return self.values.view(self.columns, self.rows)
         out = torch.zeros(self.columns * self.rows, dtype=torch.float32, device=self.values.device)
         out[self.positions] = self.values
         return out.view(self.columns, self.rows)
@@ -154,7 +156,7 @@ def _row_adder(record: Record, name: str, device: torch.device | str) -> Callabl
     if record.layout != FACTORED:
         return lambda tile, rows: tile.add_(planes[0].select(rows).dense(), alpha=record.scale)
     sigma = torch.from_numpy(record.sigma.astype(np.float32) * np.float32(record.scale)).to(device)
-    u, v = planes[0].dense().mul_(sigma[:, None]).t(), planes[1].dense()
+    u, v = (planes[0].dense() * sigma[:, None]).t(), planes[1].dense()
     return lambda tile, rows: tile.addmm_(u[rows], v)
 
 
