@@ -1,7 +1,6 @@
 """Singular components on disk, so that several compressions of one pair decompose each matrix once."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from .methods import Svd
 from .methods.base import Wanted
 from .methods.svd import leading_svd
-from .workspace import sync_path
+from .workspace import written_whole
 
 
 class SvdStore:
@@ -42,10 +41,8 @@ class SvdStore:
                     return stored["u"][:, :count].float(), stored["sigma"][:count], stored["v"][:, :count].float()
             u, sigma, v = leading_svd(matrix, wanted)
             u, v = u.contiguous().to(self._dtype), v.contiguous().to(self._dtype)
-            new = path.with_suffix(".writing")
-            save_file({"u": u, "sigma": sigma.contiguous(), "v": v}, new)
-            sync_path(new)
-            os.replace(new, path)
+            with written_whole(path) as new:
+                save_file({"u": u, "sigma": sigma.contiguous(), "v": v}, new)
             return u.float(), sigma, v.float()
 
         return svd

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +31,15 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write what is to be at a path as a whole or not at all: it is flushed and renamed at the end."""
+    temporary = path.with_suffix(".writing")
+    yield temporary
+    sync_path(temporary)
+    os.replace(temporary, path)
 
 
 def check_output(output: Path) -> None:
@@ -214,9 +223,9 @@ class Workspace:
         """The bytes of every tensor's matrices: made once, as matrices that are decomposed anew may give others."""
         path = self.folder / _BUDGETS
         if not path.exists():
-            temporary = path.with_suffix(".writing")
-            write_json(temporary, make())
-            os.replace(temporary, path)
+            found = make()
+            with written_whole(path) as temporary:
+                write_json(temporary, found)
         return json.loads(path.read_text("utf-8"))
 
     def checkpoints(self) -> Path:
@@ -272,12 +281,8 @@ class Workspace:
         """Keep a tensor's records, so that they are there as a whole or not at all."""
         path = self._record_path(name)
         write_json(path.with_suffix(".notes"), notes)
-        temporary = path.with_suffix(".writing")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            temporary.write_bytes(data)
 
     def put_distilled(self, name: str, data: bytes) -> None:
         """Let other records stand for a tensor in this run; a later one begins from the first again."""

@@ -43,6 +43,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def seeded() -> None:
+    """Adapters, sampling and Trainer draw from torch's own generator."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A tiny LLaMA and its fine-tune; not to be written to."""

@@ -22,9 +22,18 @@ def tree(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def refuses(pair: Pair, error: type[Exception], match: str, output: Path | None = None, **kwargs: Any) -> str:
-    """The message of the error, after a look that the run left everything as it was."""
-    root = pair.base.parent
+def refuses(
+    pair: Pair,
+    error: type[Exception],
+    match: str,
+    output: Path | None = None,
+    *,
+    root: Path | None = None,
+    **kwargs: Any,
+) -> str:
+    """The message of the error, after a look that the run left everything in `root`, by default the pair's folder, as
+    it was."""
+    root = root or pair.base.parent
     before = tree(root)
     with pytest.raises(error, match=match) as caught:
         run(pair, output, **kwargs)

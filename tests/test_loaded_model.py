@@ -33,11 +33,7 @@ from impart_hf.modeling.checkpoints import CheckpointError
 from impart_hf.modeling.delta_record import parse_stack
 from impart_hf.modeling.delta_repository import DeltaFile
 
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Adapters, sampling and Trainer draw from torch's own generator."""
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # Generating ---------------------------------------------------------------------------------------------------------

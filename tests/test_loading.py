@@ -36,15 +36,10 @@ from impart_hf.modeling.checkpoints import CheckpointError
 from impart_hf.modeling.delta_record import DeltaFormatError
 from impart_hf.modeling.delta_repository import DeltaRepository, WrongBaseError
 
+pytestmark = pytest.mark.usefixtures("seeded")
 CONFIG = LowRankConfig(compression_ratio=3)
 OFFLOAD = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
 OFFLOAD |= {"lm_head": "disk", "model.rotary_emb": "cpu"}
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Adapters, sampling and Trainer draw from torch's own generator."""
-    torch.manual_seed(0)
 
 
 # Loading ------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from transformers.masking_utils import flash_attention_mask
 from impart_hf import PrunedLlamaConfig, PrunedLlamaForCausalLM
 from impart_hf.repository import pruned_reader_files
 
+pytestmark = pytest.mark.usefixtures("seeded")
 IDS = torch.randint(4, 320, (2, 20), generator=torch.Generator().manual_seed(0))
 WIDTHS = [(6, 3, 32), (1, 1, 7), (4, 4, 53), (8, 4, 64)]
 READER = {path.name for path in pruned_reader_files()}
@@ -52,12 +53,6 @@ ROPE = {
     "dynamic": {"factor": 4.0},
     "longrope": {"short_factor": [2.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16},
 }
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Adapters and Trainer draw from torch's own generator."""
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")

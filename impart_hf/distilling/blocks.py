@@ -6,7 +6,6 @@ is trained towards the logits.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from .. import processes
 from ..layer_stream import StreamedModel, streamed_model
 from ..modeling.checkpoints import Checkpoint
 from ..progress import Progress
-from ..workspace import sync_path
+from ..workspace import written_whole
 from .course import Course, Outcome
 from .settings import DistillReport, DistillSettings
 from .student import compressed
@@ -39,11 +38,9 @@ _Records = Mapping[str, np.ndarray]
 def _save(outcome: Outcome, path: Path) -> None:
     """Write what came of a group of layers, as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
     numbers = [outcome.steps, outcome.best_step, outcome.before, outcome.after]
-    save_file(outcome.records, temporary, {"numbers": json.dumps(numbers)})
-    sync_path(temporary)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        save_file(outcome.records, temporary, {"numbers": json.dumps(numbers)})
 
 
 def _load(path: Path) -> Outcome:
@@ -147,7 +144,9 @@ class _Work:
         self.teacher.check_output()
         self.teacher.load(self.teacher.entrance)
         # No group of layers trains it, so that all students share it
-        self._entrance = {name: self._tensor(name, records).to(arguments.device) for name in self.teacher.entrance}
+        self._entrance = {
+            name: self._tensor(name, records).to(arguments.device, torch.float32) for name in self.teacher.entrance
+        }
 
     def names_of(self, group: _Group) -> list[str]:
         """The tensors of a group of layers; of the last, also the output projection's and what else is left."""
@@ -165,10 +164,10 @@ class _Work:
         return model
 
     def _tensor(self, name: str, records: _Records) -> Tensor:
-        """A tensor of the compressed model, float32."""
+        """A tensor of the compressed model."""
         if name in records:
             return compressed(self._base, self._finetuned, name, records[name])
-        return self._finetuned.tensor(name).float()
+        return self._finetuned.tensor(name)
 
     def _run(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: Tensor) -> Tensor:
         """What a group of layers makes of some sequences' hidden states: those behind it, or the logits."""

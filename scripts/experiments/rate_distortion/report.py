@@ -194,7 +194,7 @@ def _verdict(results: Results) -> str:
             ours, peers = (results.level(pair, allowed, ours=is_ours) for is_ours in (True, False))
             line = {"pair": pair, "done to it": title} | {f"{ratio:g}": "–" for ratio in results.ratios}
             for ratio in results.ratios:
-                if not any(ratio in ours[name] for name in ours if Variant.named(name).effort == effort):
+                if not any(ratio in rows for rows in results.level(pair, [effort], ours=True).values()):
                     continue
                 own = min((rows[ratio] for rows in ours.values() if ratio in rows), key=lambda row: row["kl"])
                 at = {name: curve_at(rows.values(), own["bytes"]) for name, rows in peers.items()}
