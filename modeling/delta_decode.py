@@ -7,6 +7,7 @@ multiply-adds cost 15 to 30 times as much, which pays only where fewer than abou
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from .delta_record import (
     BFLOAT16,
     FACTORED,
     FLOAT16,
+    MAX_THRESHOLD,
     NORMAL_LEVELS,
     DeltaFormatError,
     Record,
@@ -25,40 +27,123 @@ from .delta_record import (
 )
 from .seeded_mask import keep_mask
 
-# Rows of a matrix that are decoded and added to the base at once on a CPU. A whole matrix in float32 would take as long
-# to be allocated as to be computed, and needs the memory; with fewer rows the product becomes slower.
-_TILE_ROWS = 128
+# Rows of a matrix that are decoded and added to the base at once on a CPU. A whole matrix in float32 would need the
+# memory, and is no faster; with fewer rows the product becomes slower (with 128 by a quarter).
+_TILE_ROWS = 512
 
 
 @dataclass
-class Plane:
-    """The kept entries of U, V or a direct plane, column by column, rows ascending within a column.
+class _Run:
+    """Neighbouring columns of a plane: of all of them entries were dropped, or of none.
 
     Attributes:
-        columns, rows: the plane's shape; column c holds `rows` entries when nothing is dropped.
-        positions: int64, shape (kept,): column * rows + row of every kept entry.
-        values: float32, shape (kept,).
+        columns, rows: how many columns, and entries of each when nothing is dropped.
+        values: float32, shape (kept,), column by column, rows ascending within a column.
+        positions: int64, shape (kept,): column * rows + row of every kept entry, the run's first column being 0; None
+            if all are kept.
     """
 
     columns: int
     rows: int
-    positions: torch.Tensor
     values: torch.Tensor
+    positions: torch.Tensor | None
 
     def dense(self) -> torch.Tensor:
         """float32, shape (columns, rows), zeros where entries were dropped; the values' own memory if none were."""
-        if len(self.values) == self.columns * self.rows:
+        if self.positions is None:
             return self.values.view(self.columns, self.rows)
         out = torch.zeros(self.columns * self.rows, dtype=torch.float32, device=self.values.device)
         out[self.positions] = self.values
         return out.view(self.columns, self.rows)
 
+    def select(self, start: int, stop: int) -> "_Run":
+        """The run of the columns from `start` to before `stop`."""
+        bounds = torch.tensor([start * self.rows, stop * self.rows], device=self.values.device)
+        first, last = (bounds if self.positions is None else torch.searchsorted(self.positions, bounds)).tolist()
+        positions = None if self.positions is None else self.positions[first:last] - start * self.rows
+        return _Run(stop - start, self.rows, self.values[first:last], positions)
+
+
+@dataclass
+class Plane:
+    """U, V or a direct plane, as it is decoded.
+
+    Attributes:
+        columns, rows: the plane's shape; a column holds `rows` entries when nothing is dropped.
+        runs: at least one; of them the columns are made up.
+    """
+
+    columns: int
+    rows: int
+    runs: list[_Run]
+
+    def dense(self) -> torch.Tensor:
+        """float32, shape (columns, rows), zeros where entries were dropped; a single run's own memory."""
+        return self.runs[0].dense() if len(self.runs) == 1 else torch.cat([run.dense() for run in self.runs])
+
+    def values(self) -> torch.Tensor:
+        """float32, shape (kept,): the kept entries, column by column, rows ascending within a column."""
+        return torch.cat([run.values for run in self.runs])
+
+    def positions(self) -> torch.Tensor:
+        """int64, shape (kept,): column * rows + row of every kept entry."""
+        parts, at = [], 0
+        for run in self.runs:
+            every = torch.arange(len(run.values), device=run.values.device)
+            parts.append(at * self.rows + (every if run.positions is None else run.positions))
+            at += run.columns
+        return torch.cat(parts)
+
     def select(self, columns: slice) -> "Plane":
         """The plane of a contiguous range of columns."""
         start, stop, _ = columns.indices(self.columns)
-        bounds = torch.tensor([start * self.rows, stop * self.rows], device=self.positions.device)
-        first, last = torch.searchsorted(self.positions, bounds).tolist()
-        return Plane(stop - start, self.rows, self.positions[first:last] - start * self.rows, self.values[first:last])
+        runs, at = [], 0
+        for run in self.runs:
+            first, last = max(start - at, 0), min(stop - at, run.columns)
+            if first < last:
+                runs.append(run.select(first, last))
+            at += run.columns
+        return Plane(stop - start, self.rows, runs)
+
+
+class _Kept:
+    """Which entries of a plane are kept.
+
+    Nothing is computed for columns of which all are: finding and scattering their entries takes longer than unpacking
+    them.
+
+    Attributes:
+        counts: int64, shape (plane columns,): entries kept of each column.
+    """
+
+    def __init__(self, record: Record, side: int, device: torch.device | str):
+        self.rows = record.plane_rows(side)
+        self.counts = np.full(record.plane_columns, self.rows)
+        self._partial = record.thresholds < MAX_THRESHOLD
+        numbers = np.flatnonzero(self._partial)
+        # Of each column, the partial ones before it
+        self._before = np.concatenate([[0], np.cumsum(self._partial)])
+        mask = keep_mask(record.mask_seed, side, record.thresholds[numbers], self.rows, device, numbers)
+        self._positions = mask.view(-1).nonzero().view(-1)
+        # Much faster than summing the mask
+        ends = torch.searchsorted(self._positions, self.rows * torch.arange(len(numbers) + 1, device=device))
+        self._ends = ends.tolist()
+        self.counts[numbers] = np.diff(self._ends)
+
+    def runs(self, start: int, stop: int, values: torch.Tensor) -> list[_Run]:
+        """The columns from `start` to before `stop`, whose kept entries are `values`."""
+        edges = start + 1 + np.flatnonzero(np.diff(self._partial[start:stop]))
+        bounds = list(pairwise([start, *edges.tolist(), stop]))
+        parts = values.split([int(self.counts[first:last].sum()) for first, last in bounds])
+        return [
+            _Run(last - first, self.rows, part, self._run_positions(first, last) if self._partial[first] else None)
+            for (first, last), part in zip(bounds, parts, strict=True)
+        ]
+
+    def _run_positions(self, first: int, last: int) -> torch.Tensor:
+        among_partial = self._before[first]
+        kept = slice(self._ends[among_partial], self._ends[self._before[last]])
+        return self._positions[kept] - int(among_partial) * self.rows
 
 
 def unpack_levels(packed: torch.Tensor, width: int, count: int) -> torch.Tensor:
@@ -97,7 +182,7 @@ def _unpacked(packed: torch.Tensor, width: int, count: int) -> torch.Tensor:
 
 
 def _segment_values(
-    packed: torch.Tensor, width: int, per_column: torch.Tensor, scales: np.ndarray | None
+    packed: torch.Tensor, width: int, per_column: np.ndarray, scales: np.ndarray | None
 ) -> torch.Tensor:
     """float32 values of one side of one segment; `per_column` is the number kept in each column."""
     if width in (FLOAT16, BFLOAT16):
@@ -108,7 +193,8 @@ def _segment_values(
         values = _unpacked(packed, width, int(per_column.sum()))
     if scales is None:
         return values
-    return values * torch.from_numpy(scales.astype(np.float32)).to(packed.device).repeat_interleave(per_column)
+    repeats = torch.from_numpy(per_column).to(packed.device)
+    return values * torch.from_numpy(scales.astype(np.float32)).to(packed.device).repeat_interleave(repeats)
 
 
 def decode_planes(record: Record, name: str, device: torch.device | str = "cpu") -> list[Plane]:
@@ -117,37 +203,32 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
     Raises:
         DeltaFormatError: if the codes are not exactly as many as the masks keep, or a value is not finite.
     """
-    positions, counts = [], []
-    for side in range(record.sides):
-        rows = record.plane_rows(side)
-        kept = keep_mask(record.mask_seed, side, record.thresholds, rows, device).view(-1).nonzero().view(-1)
-        # Much faster than summing the mask
-        ends = torch.searchsorted(kept, rows * torch.arange(record.plane_columns + 1, device=device))
-        positions.append(kept)
-        counts.append(ends.diff())
+    kept = [_Kept(record, side, device) for side in range(record.sides)]
     codes = torch.from_numpy(np.array(record.codes)).to(device)
-    parts: list[list[torch.Tensor]] = [[] for _ in positions]
-    at, column = 0, 0
+    runs: list[list[_Run]] = [[] for _ in kept]
+    at = start = 0
     for segment, scales in zip(record.segments, record.column_scales, strict=True):
-        for side in range(record.sides):
-            width = segment.widths()[side]
-            per_column = counts[side][column : column + segment.columns]
+        stop = start + segment.columns
+        for side, width in enumerate(segment.widths()):
+            per_column = kept[side].counts[start:stop]
             size = code_bytes(int(per_column.sum()), width)
             if at + size > len(codes):
                 raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are fewer than the masks keep")
             side_scales = None if scales is None else scales[side]
-            parts[side].append(_segment_values(codes[at : at + size], width, per_column, side_scales))
+            values = _segment_values(codes[at : at + size], width, per_column, side_scales)
+            if not all_finite(values):
+                raise DeltaFormatError(f"{name}: a stored value is not finite")
+            runs[side] += kept[side].runs(start, stop, values)
             at += size
-        column += segment.columns
+        start = stop
     if at != len(codes):
         raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are more than the masks keep ({at})")
-    planes = []
-    for side, (kept, values) in enumerate(zip(positions, parts, strict=True)):
-        joined = torch.cat(values) if values else torch.empty(0, device=device)
-        if not all_finite(joined):
-            raise DeltaFormatError(f"{name}: a stored value is not finite")
-        planes.append(Plane(record.plane_columns, record.plane_rows(side), kept, joined))
-    return planes
+    rows = [record.plane_rows(side) for side in range(record.sides)]
+    nothing = torch.empty(0, device=device)
+    return [
+        Plane(record.plane_columns, length, found or [_Run(0, length, nothing, None)])
+        for length, found in zip(rows, runs, strict=True)
+    ]
 
 
 def _row_adder(record: Record, name: str, device: torch.device | str) -> Callable[[torch.Tensor, slice], object]:

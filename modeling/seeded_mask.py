@@ -42,7 +42,12 @@ def column_keys(seed: int, side: int, columns: np.ndarray) -> np.ndarray:
 
 
 def keep_mask(
-    seed: int, side: int, thresholds: np.ndarray, rows: int, device: torch.device | str = "cpu", first_column: int = 0
+    seed: int,
+    side: int,
+    thresholds: np.ndarray,
+    rows: int,
+    device: torch.device | str = "cpu",
+    numbers: np.ndarray | None = None,
 ) -> torch.Tensor:
     """Boolean mask of shape (columns, rows), True where the entry is kept.
 
@@ -55,10 +60,11 @@ def keep_mask(
         thresholds: uint16 of shape (columns,).
         rows: entries per column.
         device: where the mask is computed.
-        first_column: number of the first column, for computing a part of a plane.
+        numbers: integers, shape (columns,): the columns' numbers in the plane, of which these are some; None if they
+            are all of it.
     """
     columns = len(thresholds)
-    keys = column_keys(seed, side, np.arange(first_column, first_column + columns))
+    keys = column_keys(seed, side, np.arange(columns) if numbers is None else numbers)
     keys_t = torch.from_numpy(keys.view(np.int32)).to(device)[:, None]
     # Flipping the top bit of both sides turns torch's signed comparison into the unsigned one.
     limits = torch.from_numpy((thresholds.astype(np.int32) - 32768).astype(np.int16)).to(device)[:, None]

@@ -31,7 +31,6 @@ from impart_hf.modeling.checksums import tensor_checksum
 from impart_hf.modeling.configuration_delta_compressed import DeltaCompressedConfig
 from impart_hf.modeling.delta_record import FACTORED, parse_record
 from impart_hf.modeling.delta_repository import DeltaRepository
-from impart_hf.modeling.seeded_mask import keep_mask
 
 _PAGE = 4096
 
@@ -101,7 +100,7 @@ def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int)
 
         def masks(record: Any = record) -> None:
             for side in range(record.sides):
-                keep_mask(record.mask_seed, side, record.thresholds, record.plane_rows(side), device)
+                delta_decode._Kept(record, side, device)
 
         mask_time = best(masks)
         plane_time = best(lambda r=record, n=name: delta_decode.decode_planes(r, n, device))

@@ -80,17 +80,18 @@ class _TrainedPlane(nn.Module):
                 decides how easily it goes there. None if values are not trained.
         """
         super().__init__()
-        size, device = plane.columns * plane.rows, plane.values.device
+        stored, positions = plane.values(), plane.positions()
         self._shape = plane.columns, plane.rows
-        self._positions = plane.positions if len(plane.positions) < size else None
-        ends = torch.searchsorted(plane.positions, plane.rows * torch.arange(plane.columns + 1, device=device)).tolist()
+        self._positions = positions if len(stored) < plane.columns * plane.rows else None
+        starts = plane.rows * torch.arange(plane.columns + 1, device=stored.device)
+        ends = torch.searchsorted(positions, starts).tolist()
         self._runs = [(width, slice(ends[part.start], ends[part.stop])) for width, part in runs]
         if wanted is None:
-            self.latents, self._fixed = None, plane.values
+            self.latents, self._fixed = None, stored
             return
         kept = wanted.reshape(-1) if self._positions is None else wanted.reshape(-1)[self._positions]
-        values = [_into_cells(kept[part], plane.values[part], width) for width, part in self._runs]
-        rms = float(plane.values.square().mean().sqrt()) or 1.0
+        values = [_into_cells(kept[part], stored[part], width) for width, part in self._runs]
+        rms = float(stored.square().mean().sqrt()) or 1.0
         self._units = [rms if width in _FLOATS else rms * 0.5 ** (code_bits(width) - 1) for width, _ in self._runs]
         parts = [part / unit for part, unit in zip(values, self._units, strict=True)]
         self.latents = nn.Parameter(torch.cat(parts))
