@@ -1,7 +1,7 @@
 """From a record's bytes to the delta it stands for: unpacking, planes, and the product U diag(sigma) V^T.
 
 All arithmetic is float32. The product is a dense one though most entries of U and V are zeros: a sparse product's
-multiply-adds cost 15 to 30 times as much, which pays only where fewer than about 4 % are kept
+multiply-adds cost 7 to 40 times as much, which pays clearly only where fewer than about 4 % are kept
 (scripts/benchmark_load.py prints the factor).
 """
 
