@@ -100,7 +100,7 @@ class Plane:
         runs, at = [], 0
         for run in self.runs:
             first, last = max(start - at, 0), min(stop - at, run.columns)
-            if first < last:
+            if first <= last:  # of no columns too, so that a plane of none has a run
                 runs.append(run.select(first, last))
             at += run.columns
         return Plane(stop - start, self.rows, runs)

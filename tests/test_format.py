@@ -222,6 +222,18 @@ def test_naive_reader_reads_a_repository(name: str, tiny_pair: Pair, tmp_path: P
         torch.testing.assert_close(tensor.double(), torch.from_numpy(expected), rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", [FACTORED, DIRECT])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_a_matrix_without_entries_decodes(layout: int, shape: tuple[int, int]) -> None:
+    columns = shape[0] if layout == DIRECT else 0
+    segments = [Segment(columns, 1)] if columns else []
+    empty = np.empty(0, np.uint8)
+    limits, none = np.full(columns, 65535, np.uint16), [None] * len(segments)
+    record = Record(layout, *shape, 0, 0, 1.0, 0.0, segments, empty.astype(np.float16), limits, none, empty)
+    parsed, _ = parse_record(np.frombuffer(pack_record(record), np.uint8), shape, "record")
+    assert decode_record(parsed, "record").shape == shape
+
+
 def test_masks_of_a_part_are_the_part_of_the_masks() -> None:
     thresholds = np.linspace(0, 65535, 301).astype(np.uint16)
     whole = keep_mask(9, 1, thresholds, 1001)
