@@ -109,8 +109,8 @@ class Plane:
 class _Kept:
     """Which entries of a plane are kept.
 
-    Nothing is computed for columns of which all are: finding and scattering their entries takes longer than unpacking
-    them.
+    On a CPU nothing is computed for columns of which all are: finding and scattering their entries takes longer than
+    unpacking them.
 
     Attributes:
         counts: int64, shape (plane columns,): entries kept of each column.
@@ -120,6 +120,8 @@ class _Kept:
         self.rows = record.plane_rows(side)
         self.counts = np.full(record.plane_columns, self.rows)
         self._partial = record.thresholds < MAX_THRESHOLD
+        if torch.device(device).type != "cpu":
+            self._partial[:] = self._partial.any()  # on an accelerator few launches over everything are best
         numbers = np.flatnonzero(self._partial)
         # Of each column, the partial ones before it
         self._before = np.concatenate([[0], np.cumsum(self._partial)])
