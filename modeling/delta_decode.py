@@ -1,13 +1,14 @@
 """From a record's bytes to the delta it stands for: unpacking, planes, and the product U diag(sigma) V^T.
 
 All arithmetic is float32. The product is a dense one though most entries of U and V are zeros: a sparse product's
-multiply-adds cost 7 to 40 times as much, which pays clearly only where fewer than about 4 % are kept
+multiply-adds cost 5 to 40 times as much, which pays where fewer than a tenth are kept, and not where a fifth is
 (scripts/benchmark_load.py prints the factor).
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -28,19 +29,22 @@ from .delta_record import (
 from .seeded_mask import keep_mask
 
 # Rows of a matrix that are decoded and added to the base at once on a CPU. A whole matrix in float32 would need the
-# memory, and is no faster; with fewer rows the product becomes slower (with 128 by a quarter).
+# memory, and is no faster; with fewer rows the product becomes slower (with 128 by a tenth to a quarter).
 _TILE_ROWS = 512
+# Columns with a mask and columns without take turns no more often than this in a plane that is decoded in runs:
+# writers put those with a mask last
+_MOST_TURNS = 64
 
 
 @dataclass
 class _Run:
-    """Neighbouring columns of a plane: of all of them entries were dropped, or of none.
+    """Neighbouring columns of a plane.
 
     Attributes:
         columns, rows: how many columns, and entries of each when nothing is dropped.
         values: float32, shape (kept,), column by column, rows ascending within a column.
         positions: int64, shape (kept,): column * rows + row of every kept entry, the run's first column being 0; None
-            if all are kept.
+            if they have no mask, so that all are kept.
     """
 
     columns: int
@@ -49,7 +53,7 @@ class _Run:
     positions: torch.Tensor | None
 
     def dense(self) -> torch.Tensor:
-        """float32, shape (columns, rows), zeros where entries were dropped; the values' own memory if none were."""
+        """float32, shape (columns, rows), zeros where entries were dropped; without a mask the values' own memory."""
         if self.positions is None:
             return self.values.view(self.columns, self.rows)
         out = torch.zeros(self.columns * self.rows, dtype=torch.float32, device=self.values.device)
@@ -77,8 +81,12 @@ class Plane:
     rows: int
     runs: list[_Run]
 
+    def __post_init__(self) -> None:
+        # The first column of each run
+        self._starts = list(accumulate([run.columns for run in self.runs[:-1]], initial=0))
+
     def dense(self) -> torch.Tensor:
-        """float32, shape (columns, rows), zeros where entries were dropped; a single run's own memory."""
+        """float32, shape (columns, rows), zeros where entries were dropped; it may be the memory of its run."""
         return self.runs[0].dense() if len(self.runs) == 1 else torch.cat([run.dense() for run in self.runs])
 
     def values(self) -> torch.Tensor:
@@ -87,30 +95,29 @@ class Plane:
 
     def positions(self) -> torch.Tensor:
         """int64, shape (kept,): column * rows + row of every kept entry."""
-        parts, at = [], 0
-        for run in self.runs:
+        parts = []
+        for at, run in zip(self._starts, self.runs, strict=True):
             every = torch.arange(len(run.values), device=run.values.device)
             parts.append(at * self.rows + (every if run.positions is None else run.positions))
-            at += run.columns
         return torch.cat(parts)
 
     def select(self, columns: slice) -> "Plane":
         """The plane of a contiguous range of columns."""
         start, stop, _ = columns.indices(self.columns)
-        runs, at = [], 0
-        for run in self.runs:
-            first, last = max(start - at, 0), min(stop - at, run.columns)
-            if first <= last:  # of no columns too, so that a plane of none has a run
-                runs.append(run.select(first, last))
-            at += run.columns
+        first = bisect_right(self._starts, start) - 1
+        last = max(first + 1, bisect_left(self._starts, stop))
+        runs = [
+            run.select(max(start - at, 0), min(stop - at, run.columns))
+            for at, run in zip(self._starts[first:last], self.runs[first:last], strict=True)
+        ]
         return Plane(stop - start, self.rows, runs)
 
 
 class _Kept:
     """Which entries of a plane are kept.
 
-    On a CPU nothing is computed for columns of which all are: finding and scattering their entries takes longer than
-    unpacking them.
+    Nothing is computed for columns without a mask, unless these and others take turns too often: finding and
+    scattering their entries takes longer than unpacking them.
 
     Attributes:
         counts: int64, shape (plane columns,): entries kept of each column.
@@ -120,8 +127,8 @@ class _Kept:
         self.rows = record.plane_rows(side)
         self.counts = np.full(record.plane_columns, self.rows)
         self._partial = record.thresholds < MAX_THRESHOLD
-        if torch.device(device).type != "cpu":
-            self._partial[:] = self._partial.any()  # on an accelerator few launches over everything are best
+        if np.count_nonzero(np.diff(self._partial)) > _MOST_TURNS:
+            self._partial[:] = True
         numbers = np.flatnonzero(self._partial)
         # Of each column, the partial ones before it
         self._before = np.concatenate([[0], np.cumsum(self._partial)])
@@ -218,7 +225,8 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
                 raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are fewer than the masks keep")
             side_scales = None if scales is None else scales[side]
             values = _segment_values(codes[at : at + size], width, per_column, side_scales)
-            if not all_finite(values):
+            # Levels are finite, and so is a level times a scale
+            if width in (FLOAT16, BFLOAT16) and not all_finite(values):
                 raise DeltaFormatError(f"{name}: a stored value is not finite")
             runs[side] += kept[side].runs(start, stop, values)
             at += size

@@ -60,8 +60,7 @@ def keep_mask(
         thresholds: uint16 of shape (columns,).
         rows: entries per column.
         device: where the mask is computed.
-        numbers: integers, shape (columns,): the columns' numbers in the plane, of which these are some; None if they
-            are all of it.
+        numbers: integers, shape (columns,): the columns' numbers in their plane; None for 0, 1, 2, ….
     """
     columns = len(thresholds)
     keys = column_keys(seed, side, np.arange(columns) if numbers is None else numbers)

@@ -105,11 +105,11 @@ def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int)
         mask_time = best(masks)
         plane_time = best(lambda r=record, n=name: delta_decode.decode_planes(r, n, device))
         all_time = best(lambda d=data, b=base, n=name: delta_decode.add_delta(b, d, n, b.dtype))
-        # By tiles too, as when it is decoded
+        # By tiles too, as when it is decoded on a CPU
+        step = delta_decode._TILE_ROWS if device == "cpu" else len(base)
         cast_time = best(
-            lambda o=finetuned, b=base: [
-                to.copy_(rows.to(torch.float32, copy=True))
-                for to, rows in zip(o.split(delta_decode._TILE_ROWS), b.split(delta_decode._TILE_ROWS), strict=True)
+            lambda o=finetuned, b=base, n=step: [
+                to.copy_(rows.to(torch.float32, copy=True)) for to, rows in zip(o.split(n), b.split(n), strict=True)
             ]
         )
         row = {
@@ -140,7 +140,7 @@ def multiply_add_costs(size: int, repeats: int) -> list[dict[str, float]]:
     dense_time = measure.best_seconds(lambda: dense @ other, repeats)
     rows = []
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    for kept in (0.01, 0.02, 0.04, 0.1):
+    for kept in (0.01, 0.02, 0.04, 0.1, 0.2):
         drawn = torch.rand(size, rank, generator=generator) < kept
         sparse = torch.where(drawn, dense, torch.zeros(())).to_sparse_csr()
         sparse_time = measure.best_seconds(lambda sparse=sparse: sparse @ other, repeats)

@@ -292,6 +292,19 @@ def test_empty_records_in_a_stack_and_records_that_cannot_be_trained(tmp_path: P
     assert (report.steps, report.best_step, report.before, report.after) == (0, 0, 0, 0)
 
 
+def test_scales_of_some_rows_alone(pair: Pair) -> None:
+    """The format has room for them, no method makes them."""
+    (record,) = parsed(encode(pair, BitDeltaConfig(), 8))["model.layers.0.self_attn.q_proj.weight"]
+    (whole,) = record.segments
+    record.segments = [
+        dataclasses.replace(whole, columns=1, scaled=1),
+        dataclasses.replace(whole, columns=whole.columns - 1),
+    ]
+    record.column_scales = [np.ones((1, 1), np.float16), None]
+    with pytest.raises(ValueError, match="only some rows have scales"):
+        TrainedDelta([record], "q_proj", None, torch.device("cpu"))
+
+
 def test_rows_added_to_the_vocabulary(tmp_path: Path) -> None:
     base = make_model(tiny_config("llama"))
     model = fine_tune(base)

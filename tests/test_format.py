@@ -20,7 +20,7 @@ from impart_hf.methods.records import pack_levels
 from impart_hf.modeling import delta_decode
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.checksums import tensor_bytes, tensor_checksum
-from impart_hf.modeling.delta_decode import add_delta, decode_record, unpack_levels
+from impart_hf.modeling.delta_decode import add_delta, decode_planes, decode_record, unpack_levels
 from impart_hf.modeling.delta_record import (
     BFLOAT16,
     DIRECT,
@@ -194,6 +194,8 @@ def test_every_record_round_trips_and_means_the_same_to_both_readers(record: Rec
     # Rows of a matrix are decoded some at a time
     with patch.object(delta_decode, "_TILE_ROWS", 5):
         near(add_delta(torch.zeros(decoded.shape), np.frombuffer(data, np.uint8), "record", torch.float32), naive)
+    with patch.object(delta_decode, "_MOST_TURNS", 0):
+        assert torch.equal(decode_record(parsed, "record"), torch.from_numpy(decoded))
 
 
 @settings(max_examples=300, deadline=None)
@@ -220,6 +222,25 @@ def test_naive_reader_reads_a_repository(name: str, tiny_pair: Pair, tmp_path: P
         # The two sum in different orders, so a value at the border of two bfloat16 numbers may fall either way.
         assert (tensor == rounded).float().mean() > 0.99, name
         torch.testing.assert_close(tensor.double(), torch.from_numpy(expected), rtol=2**-8, atol=1e-6)
+
+
+def test_no_record_is_taken_apart_column_by_column() -> None:
+    """A small hostile one could have as many runs as columns, and time is lost on each."""
+    rows, columns = 1000, 3
+    limits = np.where(np.arange(rows) % 2, 65535, 32767).astype(np.uint16)
+    kept = int(keep_mask(0, 0, limits, columns).sum())
+    codes = np.random.default_rng(0).integers(0, 256, code_bytes(kept, 8), np.uint8)
+    segments, sigma = [Segment(rows, 8, 0, KEEP_PER_COLUMN)], np.empty(0, np.float16)
+    record = Record(DIRECT, rows, columns, 0, 0, 1.0, 0.0, segments, sigma, limits, [None], codes)
+    (plane,) = decode_planes(record, "record")
+    assert len(plane.runs) == 1
+    with patch.object(delta_decode, "_MOST_TURNS", rows):
+        (apart,) = decode_planes(record, "record")
+    assert len(apart.runs) == rows
+    for part in (slice(0, rows), slice(17, 18), slice(511, 777), slice(999, 1000)):
+        assert torch.equal(plane.select(part).dense(), apart.select(part).dense())
+        assert torch.equal(plane.dense()[part], apart.select(part).dense())
+    assert torch.equal(plane.positions(), apart.positions()) and torch.equal(plane.values(), apart.values())
 
 
 @pytest.mark.parametrize("layout", [FACTORED, DIRECT])

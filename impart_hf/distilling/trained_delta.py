@@ -226,12 +226,18 @@ class TrainedDelta(nn.Module):
 
 
 def _sizes(record: Record, device: torch.device) -> Tensor:
-    """What the levels of a record's columns are multiplied by: (rank,), or of a direct record (rows,) or (1,)."""
+    """What the levels of a record's columns are multiplied by: (rank,), or of a direct record (rows,) or (1,).
+
+    Raises:
+        ValueError: if some rows of a direct record have scales and others none, as no method writes it.
+    """
     scales = [part for part in record.column_scales if part is not None]
     if record.layout == FACTORED:
         parts = zip(record.segments, record.column_scales, strict=True)
         both = [np.ones(s.columns) if scale is None else scale.astype(np.float64).prod(0) for s, scale in parts]
         sizes = record.sigma.astype(np.float64) * (np.concatenate(both) if both else 1.0)
+    elif scales and len(scales) < len(record.segments):
+        raise ValueError("a direct record of which only some rows have scales cannot be trained")
     else:
         sizes = np.concatenate(scales, 1)[0].astype(np.float64) if scales else np.ones(1)
     return torch.from_numpy((sizes * record.scale).astype(np.float32)).to(device)
