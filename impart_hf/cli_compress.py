@@ -101,13 +101,11 @@ def add_pair(
     parser.add_argument(
         "--calibration-samples",
         type=int,
-        default=128,
         help="sequences of that text, and of --distill, at most (default: 128)",
     )
     parser.add_argument(
         "--calibration-length",
         type=int,
-        default=2048,
         help="tokens of a sequence (default: 2048, or as many as the model has positions)",
     )
     parser.add_argument("--device", default="cpu", help="where matrices are decomposed (default: cpu)")
@@ -175,11 +173,14 @@ def check_push(options: argparse.Namespace, base: str) -> None:
 def pair_options(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments that `compress` and `tune` share."""
     check_push(options, options.base)
+    texts = {name: getattr(options, name) for name in ("calibration_samples", "calibration_length")}
+    texts = {name: value for name, value in texts.items() if value is not None}
+    if texts and options.calibration is None and getattr(options, "distill", None) is None:
+        raise ValueError(f"{option_of(next(iter(texts)))} is of a text, but none is given (--calibration, --distill)")
     return {
         "max_bytes": options.max_bytes,
         "calibration": options.calibration,
-        "calibration_samples": options.calibration_samples,
-        "calibration_length": options.calibration_length,
+        **texts,
         "device": options.device,
         "base_revision": options.base_revision,
         "finetuned_revision": options.revision,
@@ -215,7 +216,9 @@ def _distill_settings(options: argparse.Namespace) -> DistillSettings | None:
     }
     given = {name: value for name, value in given.items() if value is not None}
     if given and options.distill is None:
-        raise ValueError(f"{', '.join(given)}: for distillation, which needs --distill TEXT")
+        names = {"batch_size": "--distill-batch-size", "blocks": "--distill-blocks"}
+        found = ", ".join(names.get(name, f"--{name}") for name in given)
+        raise ValueError(f"{found}: for distillation, which needs --distill TEXT")
     return DistillSettings(**given) if given else None
 
 

@@ -22,7 +22,7 @@ _FOR_MERGES = ("lambdas", "trims", "densities")
 
 def add_tune(commands: Any) -> None:
     """Add the command `tune`."""
-    parser = command(commands, "tune", _tune, "search a method's or a merge's settings on a text or task")
+    parser = command(commands, "tune", _tune, "search the settings of impart, impart-qt or a merge on a text or task")
     parser.set_defaults(parser=parser)
     parser.usage = (
         "impart-hf tune [options] BASE FINETUNED OUT\n"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from .cards import delta_card, inherited_card_data
@@ -65,7 +67,15 @@ def describe_base(base: str, options: HubOptions, base_name: str | None) -> tupl
         base: local folder or Hub id.
         options: pinned to a commit, if it is on the Hub.
         base_name: the id to record instead of a folder.
+
+    Raises:
+        ValueError: if that cannot be an id.
     """
+    if base_name:
+        try:
+            validate_repo_id(base_name)
+        except HFValidationError as error:
+            raise ValueError(f"base_name: '{base_name}' is not a Hub id (owner/name)") from error
     if os.path.isdir(base):
         return (base_name, options.revision) if base_name else (os.path.abspath(base), None)
     return base_name or base, options.revision

@@ -134,7 +134,8 @@ def _checked_fields(training: Mapping[str, Any] | None, reserved: frozenset[str]
             raise ValueError(f"training: TrainingArguments has no field '{name}'")
         if name in reserved:
             raise ValueError(
-                f"training: '{name}' cannot be set here: what it says is set by other arguments, or of no use here"
+                f"training: '{name}' cannot be set here: steps, batch size, learning rates, seed and checkpoints are "
+                "settings of their own, and what else is refused would be of no use"
             )
         takes_float = float in (types[name], *get_args(types[name]))
         try:

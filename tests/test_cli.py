@@ -101,6 +101,15 @@ def test_bad_input_is_one_line(
     assert "--beta belongs to impart" in failure(
         capsys, "compress", base, finetuned, out, "--method", "dare", "--beta", "0.5"
     )
+    assert "--calibration-samples is of a text" in failure(
+        capsys, "compress", base, finetuned, out, "--calibration-samples", "5"
+    )
+    assert "--steps, --distill-blocks: for distillation" in failure(
+        capsys, "compress", base, finetuned, out, "--steps", "5", "--distill-blocks", "1"
+    )
+    assert "'not a name' is not a Hub id" in failure(
+        capsys, "compress", base, finetuned, out, "--base-name", "not a name"
+    )
     assert "--push needs --base-name" in failure(capsys, "compress", base, finetuned, out, "--push", "user/delta")
     assert "cannot be used here" in failure(capsys, "compress", base, finetuned, out, "--device", "cuda:99")
     assert "no config.json" in failure(capsys, "inspect", tmp_path)

@@ -106,7 +106,7 @@ def test_json(model: Path, report: Path, tmp_path: Path, capsys) -> None:
         (("importance", "MODEL", "--data", "nowhere.txt", "--output", "OUT"), "does not exist"),
         (("recover", "QWEN", "OUT", "--data", "TEXT"), "not LLaMA-shaped"),
         (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "BAD"), "no_such_setting"),
-        (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "TWICE"), "set by other arguments"),
+        (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "TWICE"), "settings of their own"),
         (("importance", "MODEL", "--data", "TEXT", "--output", "OUT", "--steps", "1"), "from 2 on"),
         (("recover", "MODEL", "OUT", "--data", "TEXT", "--push", "me/model"), "was never pruned"),
         (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "OPTIMISER"), "galore"),

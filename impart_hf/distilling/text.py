@@ -12,10 +12,12 @@ def check_tokens(tokens: Tensor, vocabulary: int | None) -> None:
         ValueError: if there are fewer than two of them, or a token is not in the vocabulary (None: of unknown size).
     """
     shape = tuple(tokens.shape)
-    if tokens.dtype != torch.int64 or len(shape) != 2 or shape[0] < 2 or shape[1] < 1:
+    if tokens.dtype != torch.int64 or len(shape) != 2 or shape[1] < 1:
+        raise ValueError(f"distillation: tokens must be int64 (sequences, length), got {tokens.dtype} {shape}")
+    if shape[0] < 2:
         raise ValueError(
-            "distillation needs two or more sequences, one of them to be held out: tokens must be int64 "
-            f"(sequences, length), got {tokens.dtype} {shape}"
+            f"distillation needs two or more sequences, one of them to be held out, got {shape[0]}: "
+            "give more text, shorter sequences or more samples"
         )
     if vocabulary is not None and (tokens.min() < 0 or tokens.max() >= vocabulary):
         raise ValueError(

@@ -94,6 +94,7 @@ class MethodConfig(abc.ABC):
         check_number("compression_ratio", self.compression_ratio)
         if not 1 < self.compression_ratio < float("inf"):
             raise ValueError(f"compression_ratio must be above 1, got {self.compression_ratio}")
+        self.compression_ratio = float(self.compression_ratio)  # so that 32 and 32.0 are written alike
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {self.seed!r}")
         if self.embeddings not in ("lowrank", "method"):
