@@ -112,7 +112,7 @@ def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = [(row["page cache"], row["loaded"]) for row in results["loads"]]
     assert found == [(c, n) for c in ("cold", "warm") for n in ("dense fine-tune", "impart delta")]
     assert all(row["seconds (median)"] > 0 for row in results["loads"])
-    assert len(results["decoding"]["impart"]) == 4 and len(results["sparse products"]) == 4
+    assert len(results["decoding"]["impart"]) == 4 and len(results["sparse products"]) == 5
 
 
 @linux_only

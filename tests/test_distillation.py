@@ -551,7 +551,7 @@ def test_training_fields_that_the_trainer_cannot_do_with(pair: Pair, training: d
     ids=["one sequence", "one axis", "no tokens", "int32", "float", "negative", "beyond the vocabulary"],
 )
 def test_tokens_that_will_not_do(pair: Pair, tokens: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="tokens must be"):
+    with pytest.raises(ValueError, match="tokens must be|two or more sequences, .* got 1: give more text"):
         distill(pair, encode(pair, DareConfig(), 8), tokens=tokens)
 
 
