@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ _SETTINGS = {
     "value_bits": "bits of a kept value, 2 to 8",
 }
 DEFAULT_METHOD = "impart-rd"
-_SHARED_SETTINGS = {"compression_ratio": "ratio", "seed": "seed", "embeddings": "embeddings"}  # and their options
+_SHARED_SETTINGS = "compression_ratio", "seed", "embeddings"  # by all methods
+# The options of settings that go by another name there
+_OPTIONS = {"compression_ratio": "ratio", "batch_size": "distill_batch_size", "blocks": "distill_blocks"}
 
 
 def add_compress(commands: Any) -> None:
@@ -150,13 +152,17 @@ def method_config(options: argparse.Namespace) -> MethodConfig:
 
 def option_of(setting: str) -> str:
     """The option that gives a setting."""
-    return "--" + _SHARED_SETTINGS.get(setting, setting).replace("_", "-")
+    return "--" + _OPTIONS.get(setting, setting).replace("_", "-")
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of a method that the command line gives, by name, as they stand there."""
-    names = [*_SHARED_SETTINGS, *(name for name, _, _ in method_fields())]
-    given = {name: getattr(options, _SHARED_SETTINGS.get(name, name), None) for name in names}
+    return _given(options, [*_SHARED_SETTINGS, *(name for name, _, _ in method_fields())])
+
+
+def _given(options: argparse.Namespace, settings: Iterable[str]) -> dict[str, Any]:
+    """Of some settings, those that the command line gives."""
+    given = {name: getattr(options, _OPTIONS.get(name, name), None) for name in settings}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -173,8 +179,7 @@ def check_push(options: argparse.Namespace, base: str) -> None:
 def pair_options(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments that `compress` and `tune` share."""
     check_push(options, options.base)
-    texts = {name: getattr(options, name) for name in ("calibration_samples", "calibration_length")}
-    texts = {name: value for name, value in texts.items() if value is not None}
+    texts = _given(options, ("calibration_samples", "calibration_length"))
     if texts and options.calibration is None and getattr(options, "distill", None) is None:
         raise ValueError(f"{option_of(next(iter(texts)))} is of a text, but none is given (--calibration, --distill)")
     return {
@@ -207,18 +212,11 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _distill_settings(options: argparse.Namespace) -> DistillSettings | None:
-    given = {
-        "steps": options.steps,
-        "trains": options.trains,
-        "batch_size": options.distill_batch_size,
-        "blocks": options.distill_blocks,
-        "training": training_fields(options),
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _given(options, ("steps", "trains", "batch_size", "blocks"))
+    if (training := training_fields(options)) is not None:
+        given["training"] = training
     if given and options.distill is None:
-        names = {"batch_size": "--distill-batch-size", "blocks": "--distill-blocks"}
-        found = ", ".join(names.get(name, f"--{name}") for name in given)
-        raise ValueError(f"{found}: for distillation, which needs --distill TEXT")
+        raise ValueError(f"{', '.join(map(option_of, given))}: for distillation, which needs --distill TEXT")
     return DistillSettings(**given) if given else None
 
 
