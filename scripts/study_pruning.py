@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import statistics
 import sys
@@ -39,6 +38,7 @@ from transformers.utils import logging
 from impart_hf.evaluate import load, perplexity
 from impart_hf.pruning import Importance, PruningReport, compute_importance, prune_layers, prune_width, recover
 from impart_hf.pruning.checks import open_llama
+from impart_hf.workspace import written_whole
 
 REFERENCE = "unpruned"
 _LAYER_RULES = {"IGIA layers": "igia", "gradient-norm layers": "gradient_norm"}
@@ -243,9 +243,8 @@ def _identity(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    with written_whole(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
