@@ -7,8 +7,8 @@ from .modeling.checkpoints import CheckpointError, HubOptions, fetch_file, read_
 from .modeling.delta_repository import DeltaFile, find_delta_files
 from .modeling.repository_files import push_folder
 from .pruning.checks import open_llama
-from .reconstruct import read_config
-from .repository import pruned_reader_files
+from .repository.open import read_config
+from .repository.reader_files import pruned_reader_files
 
 
 def push(

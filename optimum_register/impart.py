@@ -18,7 +18,7 @@ class ImpartCommand(BaseOptimumCLICommand):
         parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `optimum-cli impart help`")
 
     def run(self) -> None:
-        from impart_hf.cli import main
+        from impart_hf.cli.main import main
 
         arguments = self.args.arguments
         raise SystemExit(main(["--help"] if arguments in ([], ["help"]) else arguments))

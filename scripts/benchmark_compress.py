@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from impart_hf import compress
-from impart_hf.memory import PeakMemory
+from impart_hf.coding.svd import leading_svd
+from impart_hf.evaluation.memory import PeakMemory
 from impart_hf.methods import method_class, method_names
-from impart_hf.methods.svd import leading_svd
 
 
 def wanted_ranks(sigma: torch.Tensor, rows: int, columns: int, ratio: float) -> dict[str, int]:
@@ -30,7 +30,7 @@ def wanted_ranks(sigma: torch.Tensor, rows: int, columns: int, ratio: float) -> 
     spectrum = sigma.double().cpu().numpy()
     methods = [method_class(name)(compression_ratio=ratio) for name in method_names() if method_class(name).factored]
     budget = int(2 * rows * columns / ratio)
-    return {m.name: max(1, min(len(spectrum), m.wanted(spectrum, rows, columns, budget))) for m in methods}
+    return {m.name: max(1, min(len(spectrum), m.rank_for(spectrum, rows, columns, budget))) for m in methods}
 
 
 def accuracy(delta: torch.Tensor, parts: Sequence[torch.Tensor], exact: torch.Tensor) -> dict[str, float]:

@@ -18,7 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from impart_hf.methods.gptq import Grid, best_scale, inverse_factor, quantise, sparse_gptq
+from impart_hf.coding.gptq import Grid, best_scale, inverse_factor, quantise, sparse_gptq
 
 _BLOCK = 128
 _MEAN_KEPT = 0.25  # of the entries of the components that are kept at all

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from impart_hf import compress
-from impart_hf.memory import PeakMemory
+from impart_hf.evaluation.memory import PeakMemory
 from impart_hf.methods import method_class, method_names
 from impart_hf.modeling import delta_decode
 from impart_hf.modeling.checkpoints import HubOptions

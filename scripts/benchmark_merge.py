@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from impart_hf import merge
-from impart_hf.memory import PeakMemory
+from impart_hf.evaluation.memory import PeakMemory
 from impart_hf.merging.config import MERGE_METHODS
 
 _MERGEKIT = ("task_arithmetic", "ties")  # what both define alike

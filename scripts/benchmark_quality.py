@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from impart_hf import compress
-from impart_hf.evaluate import evaluate, load
+from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.methods import MethodConfig, method_class, method_names, parse_setting
 
 _TRAINING = ("calibration", "distill")

@@ -24,7 +24,7 @@ import measure
 import torch
 
 from impart_hf import compress
-from impart_hf.memory import PeakMemory, return_freed_memory
+from impart_hf.evaluation.memory import PeakMemory, return_freed_memory
 from impart_hf.methods import method_class, method_names
 from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
 

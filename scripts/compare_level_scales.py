@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from impart_hf import compress
-from impart_hf.evaluate import evaluate, load
+from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.methods import dare_qt, method_class, mixed_precision
 
 METHODS = ("impart-qt", "delta-come", "dare-qt")

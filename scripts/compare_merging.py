@@ -28,8 +28,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from impart_hf import MergeConfig, MergeModel, merge
-from impart_hf.calibration_text import calibration_tokens
-from impart_hf.evaluate import load, perplexity
+from impart_hf.calibration.text import calibration_tokens
+from impart_hf.evaluation.metrics import load, perplexity
 from impart_hf.merging.config import MERGE_METHODS
 from impart_hf.merging.search import DENSITIES, LAMBDAS, TRIMS, tune_merge
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from impart_hf import ImPartConfig, compress
-from impart_hf.evaluate import evaluate, load
+from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from impart_hf.cli import main as impart_hf
+from impart_hf.cli.main import main as impart_hf
 
 RATIO = "16"
 PROMPT = "The statement"

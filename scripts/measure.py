@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from impart_hf.calibration_text import calibration_tokens
+from impart_hf.calibration.text import calibration_tokens
 
 _RESULT = "RESULT "  # what marks a worker's result among its output
 _SPIKES = 512  # components of a synthetic delta that rise above its noise

@@ -35,10 +35,10 @@ from measure import comma_separated
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from impart_hf.evaluate import load, perplexity
+from impart_hf.common.files import written_whole
+from impart_hf.evaluation.metrics import load, perplexity
 from impart_hf.pruning import Importance, PruningReport, compute_importance, prune_layers, prune_width, recover
 from impart_hf.pruning.checks import open_llama
-from impart_hf.workspace import written_whole
 
 REFERENCE = "unpruned"
 _LAYER_RULES = {"IGIA layers": "igia", "gradient-norm layers": "gradient_norm"}

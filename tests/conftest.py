@@ -22,11 +22,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from loaded_models import decode_all, load
-from merging import make_family
-from tiny_models import Pair, fine_tune, make_model, save_model, save_pair, tiny_config
+from support.lm_eval_task import write_task
+from support.loaded_models import decode_all, load
+from support.merge_family import make_family
+from support.tiny_models import Pair, fine_tune, make_model, save_model, save_pair, tiny_config
+from support.vllm_engines import HEADS, LONG, PROMPTS, delta_of, tokens_of
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
-from vllm_engines import HEADS, LONG, PROMPTS, delta_of, tokens_of
 
 from impart_hf import LowRankConfig, compress
 
@@ -140,6 +141,12 @@ def family_tokens(family: Path) -> dict[str, list[list[int]]]:
     found = {name: tokens_of(family / name, [*PROMPTS, LONG]) for name in ("base", "one", "two", "three")}
     assert len({str(tokens) for tokens in found.values()}) == len(found)
     return found
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of lm-eval; not to be written to."""
+    return write_task(tmp_path_factory.mktemp("task"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ..compression.pair import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
 from ..modeling.checkpoints import Checkpoint, HubOptions, all_finite, fetch_file, pinned, read_json
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
 from ..modeling.delta_repository import DeltaRepository
-from ..plan import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
-from ..reconstruct import open_repository
+from ..repository.open import open_repository
 from .config import MergeConfig
 from .vocabulary import Tokens, united
 
@@ -39,7 +39,7 @@ class FineTune:
         self.tensors: Checkpoint | DeltaRepository
         if config is not None and read_json(config).get("model_type") == DeltaCompressedConfig.model_type:
             repository = open_repository(source, options, str(base.folder))
-            self.config: Mapping[str, Any] = repository.config.text_config.to_dict()
+            self.config: Mapping[str, Any] = repository.text_config.to_dict()
             self.tensors = repository
         else:
             checkpoint = Checkpoint(source, options)

@@ -9,21 +9,22 @@ from typing import Any
 
 import torch
 
-from ..budget import SvdOf
-from ..cards import merge_card, merge_origin
-from ..checkpoint_writer import DenseTensor, check_free, new_folder, write_weights
-from ..companions import copy_companions
-from ..compress import ModelPair, sized, wanted_size
-from ..devices import usable_device
-from ..encoding import leading_svd_of, mask_seed
+from ..coding.svd_cache import SvdOf, leading_svd_of
+from ..common.devices import usable_device
+from ..common.files import OutputError, write_json
+from ..common.progress import Progress
+from ..common.validation import shard_bytes, wanted_size
+from ..compression.encoding import mask_seed
+from ..compression.pair import IncompatibleModelsError, ModelPair
+from ..compression.pipeline import CompressionRequest, compress_pair, sized
 from ..methods import MethodConfig
 from ..modeling.checkpoints import HubOptions, all_finite
-from ..plan import IncompatibleModelsError
-from ..progress import Progress
-from ..report import CompressionReport
-from ..repository import copy_pruned_reader
-from ..safetensors_writer import shard_bytes, write_json
-from ..workspace import OutputError, Workspace, check_output
+from ..repository.cards import merge_card, merge_origin
+from ..repository.reader_files import copy_pruned_reader
+from ..repository.report import CompressionReport
+from ..repository.sidecar_files import copy_sidecar_files
+from ..storage.checkpoint_writer import DenseTensor, check_free, new_folder, write_weights
+from ..storage.workspace import Workspace, check_output
 from .config import MergeConfig
 from .inputs import MergeInputs
 from .task_vectors import TaskVector, dare, impart, mixed, trimmed
@@ -113,10 +114,10 @@ def merge(
             base.source, str(dense), base.options, HubOptions(), base_name=base_name, device=device, progress=bars
         )
         report = merged.report()
-        report.compression = pair.compress(
-            workspace, compression, max_shard_size=shard_size, max_bytes=wanted_bytes,
-            origin=merge_origin(config.to_dict()),
-        )  # fmt: skip
+        request = CompressionRequest(
+            compression, wanted_bytes, max_shard_size=shard_size, origin=merge_origin(config.to_dict())
+        )
+        report.compression = compress_pair(pair, workspace, request)
         return report
 
 
@@ -274,7 +275,7 @@ class Merge:
             content["dtype"] = self.config.dtype
         write_json(folder / "config.json", content)
         copy_pruned_reader(str(content.get("model_type")), folder)
-        copy_companions(self.inputs.tokens.source, self.inputs.tokens.options, folder)
+        copy_sidecar_files(self.inputs.tokens.source, self.inputs.tokens.options, folder)
 
     def report(self) -> MergeReport:
         shapes = [self.shape(name) for name in self.names()]

@@ -14,22 +14,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..calibration_text import (
-    CalibrationSource,
-    calibration_tokens,
-    check_vocabulary,
-    load_tokenizer,
-    within_positions,
-)
-from ..checkpoint_writer import WEIGHTS, DenseTensor, write_weights
-from ..devices import usable_device
-from ..evaluate import load, perplexity
-from ..locked_folder import LockedFolder
+from ..calibration.text import CalibrationSource, calibration_tokens, check_vocabulary, load_tokenizer, within_positions
+from ..coding.svd_cache import SvdCache
+from ..common.devices import usable_device
+from ..common.progress import Progress
+from ..common.validation import shard_bytes
+from ..evaluation.metrics import load, perplexity
 from ..methods import MethodConfig
 from ..modeling.checkpoints import text_config
-from ..progress import Progress
-from ..safetensors_writer import shard_bytes
-from ..svd_store import SvdStore
+from ..storage.checkpoint_writer import WEIGHTS, DenseTensor, write_weights
+from ..storage.locked_folder import LockedFolder
 from .config import MergeConfig, MergeModel
 from .inputs import MergeInputs
 from .merge import Merge, MergeReport, free_output, merge, require_peft
@@ -153,7 +147,7 @@ def tune_merge(
         LockedFolder(output.parent, f".{output.name}.work-") as scratch,
         Progress(progress).bar(len(grid) * len(lambdas), "Tuning") as bar,
     ):
-        svds = SvdStore(scratch / "components")
+        svds = SvdCache(scratch / "components")
         for settings in grid:
             started = time.perf_counter()
             deltas = None  # its file takes room as long as it is open

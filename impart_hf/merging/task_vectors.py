@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..methods import Svd
-from ..methods.allocation import keep_ratios, with_margin
-from ..methods.records import kept_ratios, thresholds_of
+from ..coding.keep_ratios import keep_ratios, with_margin
+from ..coding.records import kept_ratios, thresholds_of
+from ..coding.svd import Svd
 from ..modeling.seeded_mask import keep_mask
 
 TaskVector = Callable[[slice], torch.Tensor]  # float32 rows of W_finetuned - W_base, on the device

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from functools import cached_property
 
-from ..calibration_text import load_tokenizer
+from ..calibration.text import load_tokenizer
+from ..compression.pair import IncompatibleModelsError
 from ..modeling.checkpoints import HubOptions
-from ..plan import IncompatibleModelsError
 
 
 class Tokens:

@@ -1,6 +1,7 @@
 """Compression methods: one file each, found by name."""
 
-from .base import Encoded, MethodConfig, Spectrum, Svd, method_class, method_fields, method_names, parse_setting
+from ..coding.svd import Svd
+from .base import Encoded, MethodConfig, Spectrum, method_class, method_fields, method_names, parse_setting
 from .bitdelta import BitDeltaConfig
 from .dare import DareConfig
 from .dare_qt import DareQtConfig

@@ -2,16 +2,15 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from .svd import Wanted, leading_svd
-
-Svd = Callable[[torch.Tensor, Wanted], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+from ..coding.svd import Svd, leading_svd
+from ..common.validation import check_number
 
 _METHODS: dict[str, type["MethodConfig"]] = {}
 
@@ -131,8 +130,8 @@ class MethodConfig(abc.ABC):
     def least_bytes(self, rows: int, columns: int) -> int:
         """The size of the smallest record that makes sense for a matrix of this shape."""
 
-    def wanted(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
-        """How many components a factored method stores, estimated from the leading singular values (see `Wanted`)."""
+    def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
+        """How many components a factored method stores, estimated from the leading singular values (see `RankRule`)."""
         raise NotImplementedError(f"{self.name} does not work on singular components")
 
     def allocate(self, spectra: list[Spectrum], max_bytes: int) -> list[int]:
@@ -150,16 +149,6 @@ class MethodConfig(abc.ABC):
     def to_dict(self) -> dict[str, Any]:
         """The method's name and all its settings, as config.json keeps them."""
         return {"name": self.name, **dataclasses.asdict(self)}
-
-
-def check_number(name: str, value: object) -> None:
-    """See that a setting is a number.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def method_names() -> list[str]:

@@ -6,8 +6,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from ..coding.records import OVERHEAD_BYTES, direct_record, fit_threshold, kept_ratios
 from .base import Encoded, EncodingTask, MethodConfig
-from .records import OVERHEAD_BYTES, direct_record, fit_threshold, kept_ratios
 
 _FIXED_BYTES = OVERHEAD_BYTES + 2  # one threshold for the whole matrix
 

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import Encoded, EncodingTask, MethodConfig
-from .records import (
+from ..coding.records import (
     OVERHEAD_BYTES,
     VALUE_BYTES,
     VALUE_WIDTHS,
@@ -15,6 +14,7 @@ from .records import (
     fit_threshold,
     kept_ratios,
 )
+from .base import Encoded, EncodingTask, MethodConfig
 
 _FIXED_BYTES = OVERHEAD_BYTES + 2  # one threshold for the whole matrix
 

@@ -6,11 +6,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from ..coding.factor_quantisation import unbiased
+from ..coding.gptq import Grid, best_scale, quantise
+from ..coding.records import OVERHEAD_BYTES, direct_record, fit_threshold, kept_ratios
 from ..modeling.seeded_mask import keep_mask
 from .base import Encoded, EncodingTask, MethodConfig
-from .gptq import Grid, best_scale, quantise
-from .mixed_precision import check_bits, unbiased
-from .records import OVERHEAD_BYTES, direct_record, fit_threshold, kept_ratios
+from .mixed_precision import check_bits
 
 _SCALE_BYTES = 2
 

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..coding.factor_quantisation import quantised
+from ..coding.records import factored_bytes, factored_record
 from ..modeling.delta_record import MAX_THRESHOLD
 from .base import Encoded, EncodingTask
-from .mixed_precision import MixedPrecision, quantised
-from .records import factored_bytes, factored_record
+from .mixed_precision import MixedPrecision
 
 
 @dataclass
@@ -18,7 +19,7 @@ class DeltaComeConfig(MixedPrecision):
     name: ClassVar[str] = "delta-come"
     random = False
 
-    def wanted(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
+    def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
         def fits(rank: int) -> bool:
             # No mask: of a component's bytes, the threshold's are saved
             size = factored_bytes(self.widths(rank), np.full(rank, rows), np.full(rank, columns))
@@ -32,7 +33,7 @@ class DeltaComeConfig(MixedPrecision):
 
     def _encode(self, task: EncodingTask) -> Encoded:
         rows, columns = task.delta.shape
-        rank = self.wanted(np.empty(0), rows, columns, task.max_bytes)
+        rank = self.rank_for(np.empty(0), rows, columns, task.max_bytes)
         u, sigma, v = (part[..., :rank] for part in task.svd(task.delta, lambda _: rank))
         keep_all = np.full(rank, MAX_THRESHOLD, np.uint16)
         widths = self.widths(rank)

@@ -5,9 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .allocation import ImportanceAllocation
-from .base import Encoded, EncodingTask
-from .records import (
+from ..coding.records import (
     COMPONENT_BYTES,
     OVERHEAD_BYTES,
     VALUE_BYTES,
@@ -16,6 +14,8 @@ from .records import (
     factored_record,
     kept_ratios,
 )
+from .base import Encoded, EncodingTask
+from .importance_allocation import ImportanceAllocation
 
 
 @dataclass

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .allocation import ImportanceAllocation
+from ..coding.factor_quantisation import quantised
+from ..coding.records import factored_record
 from .base import Encoded, EncodingTask
-from .mixed_precision import MixedPrecision, quantised
-from .records import factored_record
+from .importance_allocation import ImportanceAllocation
+from .mixed_precision import MixedPrecision
 
 
 @dataclass

@@ -9,12 +9,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..modeling.delta_record import NORMAL_LEVELS
-from ..modeling.seeded_mask import keep_mask
-from .base import Encoded, EncodingTask, MethodConfig, Spectrum, check_number
-from .mixed_precision import cosines, quantised
-from .rate_distortion import Choice, Components, Harm, Matrix, allocate
-from .records import (
+from ..coding.factor_quantisation import cosines, quantised
+from ..coding.rate_distortion import Choice, Components, ErrorWeights, Matrix, allocate
+from ..coding.records import (
     COMPONENT_BYTES,
     OVERHEAD_BYTES,
     empty_record,
@@ -23,6 +20,10 @@ from .records import (
     kept_counts,
     runs,
 )
+from ..common.validation import check_number
+from ..modeling.delta_record import NORMAL_LEVELS
+from ..modeling.seeded_mask import keep_mask
+from .base import Encoded, EncodingTask, MethodConfig, Spectrum
 
 # What noise in v, and in both vectors, counts for in that of noise in u (docs/impart-rd.md has the measurements)
 _V_NOISE, _BOTH_NOISE = 0.25, 0.06
@@ -67,7 +68,7 @@ class ImPartRdConfig(MethodConfig):
     def least_bytes(self, rows: int, columns: int) -> int:
         return factored_bytes(np.ones(1, int), np.array([rows]), np.array([columns]))
 
-    def wanted(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
+    def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
         most = 8 * max_bytes / (_LEAST_BITS * (rows + columns) + 8 * COMPONENT_BYTES)
         return min(min(rows, columns), 1 + int(most))
 
@@ -75,11 +76,11 @@ class ImPartRdConfig(MethodConfig):
         return allocate([self._matrix(spectrum) for spectrum in spectra], max_bytes)
 
     def _matrix(self, spectrum: Spectrum) -> Matrix:
-        return Matrix(spectrum.sigma, spectrum.rows, spectrum.columns, _harm(spectrum, self.drop_weight))
+        return Matrix(spectrum.sigma, spectrum.rows, spectrum.columns, _error_weights(spectrum, self.drop_weight))
 
     def _encode(self, task: EncodingTask) -> Encoded:
         rows, columns = task.delta.shape
-        u, sigma, v = task.svd(task.delta, lambda spectrum: self.wanted(spectrum, rows, columns, task.max_bytes))
+        u, sigma, v = task.svd(task.delta, lambda spectrum: self.rank_for(spectrum, rows, columns, task.max_bytes))
         choice = self._fitted(sigma.double().cpu().numpy(), task)
         count = choice.count
         if count == 0:
@@ -113,15 +114,15 @@ class ImPartRdConfig(MethodConfig):
         return Choice(choice.bits * 0, choice.thresholds, choice.bytes * 0)
 
 
-def _harm(spectrum: Spectrum, drop_weight: float) -> Harm:
+def _error_weights(spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
     """What errors of a matrix count for, by what its singular values tell of the inputs."""
     if spectrum.vocabulary:
         weight = _TOKEN_WEIGHT * spectrum.weight
-        return Harm(weight, weight, _TOKEN_V_NOISE * weight, _TOKEN_BOTH_NOISE * weight)
+        return ErrorWeights(weight, weight, _TOKEN_V_NOISE * weight, _TOKEN_BOTH_NOISE * weight)
     # The variance of the inputs along v, in that of all, is about this one squared: training moves a weight in the
     # directions of its inputs, and most along the strongest. The root is what turns out best.
     along = spectrum.sigma * np.sqrt(min(spectrum.rows, spectrum.columns) / (spectrum.energy or 1.0))
-    return Harm(drop_weight * along, along, _V_NOISE, np.minimum(_BOTH_NOISE, along))
+    return ErrorWeights(drop_weight * along, along, _V_NOISE, np.minimum(_BOTH_NOISE, along))
 
 
 def _moments(task: EncodingTask) -> torch.Tensor | None:

@@ -5,9 +5,16 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..coding.records import (
+    COMPONENT_BYTES,
+    OVERHEAD_BYTES,
+    VALUE_BYTES,
+    VALUE_WIDTHS,
+    check_value_dtype,
+    factored_record,
+)
 from ..modeling.delta_record import MAX_THRESHOLD
 from .base import Encoded, EncodingTask, MethodConfig
-from .records import COMPONENT_BYTES, OVERHEAD_BYTES, VALUE_BYTES, VALUE_WIDTHS, check_value_dtype, factored_record
 
 
 @dataclass
@@ -31,14 +38,14 @@ class LowRankConfig(MethodConfig):
     def least_bytes(self, rows: int, columns: int) -> int:
         return OVERHEAD_BYTES + COMPONENT_BYTES + VALUE_BYTES * (rows + columns)
 
-    def wanted(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
+    def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
         # No mask: of a component's bytes, the threshold's are saved
         component = COMPONENT_BYTES - 2 + VALUE_BYTES * (rows + columns)
         return min(rows, columns, (max_bytes - OVERHEAD_BYTES) // component)
 
     def _encode(self, task: EncodingTask) -> Encoded:
         rows, columns = task.delta.shape
-        rank = self.wanted(np.empty(0), rows, columns, task.max_bytes)
+        rank = self.rank_for(np.empty(0), rows, columns, task.max_bytes)
         u, sigma, v = (part[..., :rank] for part in task.svd(task.delta, lambda _: rank))
         keep_all, widths = np.full(rank, MAX_THRESHOLD, np.uint16), np.full(rank, VALUE_WIDTHS[self.value_dtype])
         return Encoded(

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..calibration_text import CalibrationSource, model_tokens
-from ..layer_stream import stream_layers, streamed_model
+from ..calibration.layer_stream import stream_layers, streamed_model
+from ..calibration.text import CalibrationSource, model_tokens
+from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint
-from ..progress import Progress
 
 # Of the mean diagonal of the inputs' second moment, as in GPTQ: with little text the correction stays small.
 _DAMPING = 0.01

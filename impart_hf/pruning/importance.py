@@ -22,11 +22,11 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..calibration_text import CalibrationSource
-from ..checkpoint_writer import check_free, new_folder
-from ..number_checks import check_positive, check_seed, check_whole
-from ..progress import Progress
-from ..training import source_name, train, training_arguments
+from ..calibration.text import CalibrationSource
+from ..common.progress import Progress
+from ..common.validation import check_positive, check_seed, check_whole
+from ..storage.checkpoint_writer import check_free, new_folder
+from ..training.trainer import source_name, train, training_arguments
 from .checks import open_llama, weights_fingerprint
 from .gradient_sums import MatrixSums
 from .importance_plot import draw

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..common.files import write_json
 from ..modeling.checkpoints import Checkpoint, all_finite, read_json
 from ..modeling.checksums import tensor_bytes
-from ..safetensors_writer import Entry, write_json, write_safetensors
+from ..storage.safetensors_writer import Entry, write_safetensors
 from .checks import weights_fingerprint
 from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
 

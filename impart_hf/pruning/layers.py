@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint_writer import DenseTensor, check_free
+from ..common.progress import Progress
+from ..common.validation import shard_bytes
 from ..modeling.checkpoints import Checkpoint
-from ..progress import Progress
-from ..safetensors_writer import shard_bytes
+from ..storage.checkpoint_writer import DenseTensor, check_free
 from .checks import open_llama
 from .importance_report import Importance, check_score
 from .llama_shape import LINEAR, LlamaShape, layer_prefix

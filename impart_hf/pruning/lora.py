@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
-from ..calibration_text import CalibrationSource, check_vocabulary, model_tokens
+from ..calibration.text import CalibrationSource, check_vocabulary, model_tokens
 from ..modeling.checkpoints import Checkpoint
 from .llama_shape import LINEAR, LlamaShape
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cards import inherited_card_data
-from ..checkpoint_writer import DenseTensor, new_folder, write_weights
-from ..companions import copy_companions
+from ..common.files import write_json
+from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint, fetch_file
 from ..modeling.configuration_pruned_llama import PrunedLlamaConfig
 from ..modeling.pruned_llama_card import pruned_model_card
-from ..progress import Progress
-from ..repository import copy_pruned_reader
-from ..safetensors_writer import write_json
+from ..repository.cards import inherited_card_data
+from ..repository.reader_files import copy_pruned_reader
+from ..repository.sidecar_files import copy_sidecar_files
+from ..storage.checkpoint_writer import DenseTensor, new_folder, write_weights
 from .history import with_step
 from .llama_shape import LlamaShape
 
@@ -79,7 +79,7 @@ def write_pruned(
     with new_folder(output) as folder:
         write_weights(folder, tensors, max_shard_size, progress, "Writing")
         write_json(folder / "config.json", config)
-        copy_companions(checkpoint.source, checkpoint.options, folder)
+        copy_sidecar_files(checkpoint.source, checkpoint.options, folder)
         copy_pruned_reader(config["model_type"], folder)
         metadata = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
         card = pruned_model_card(config, Path(os.path.abspath(output)).name, after.parameters, metadata)

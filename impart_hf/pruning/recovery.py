@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..calibration_text import CalibrationSource
-from ..cards import inherited_card_data
-from ..checkpoint_writer import check_free, new_folder
-from ..companions import copy_companions
-from ..evaluate import perplexity
+from ..calibration.text import CalibrationSource
+from ..common.progress import Progress
+from ..common.validation import check_positive, check_seed, check_whole
+from ..evaluation.metrics import perplexity
 from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
-from ..number_checks import check_positive, check_seed, check_whole
-from ..progress import Progress
-from ..training import source_name, train, training_arguments
+from ..repository.cards import inherited_card_data
+from ..repository.sidecar_files import copy_sidecar_files
+from ..storage.checkpoint_writer import check_free, new_folder
+from ..training.trainer import source_name, train, training_arguments
 from .checks import open_llama
 from .history import with_step
 from .llama_shape import LlamaShape
@@ -216,7 +216,7 @@ def _save(
     # Published generation settings need not pass `save_pretrained`'s checks; those of the source are copied as they are
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(folder, max_shard_size="5GB")
-    copy_companions(checkpoint.source, checkpoint.options, folder)
+    copy_sidecar_files(checkpoint.source, checkpoint.options, folder)
     if was_pruned:
         metadata = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
         card = pruned_model_card(model.config.to_dict(), name, shape.parameters, metadata)

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..calibration_text import CalibrationSource
-from ..checkpoint_writer import DenseTensor, check_free
-from ..devices import usable_device
-from ..locked_folder import LockedFolder
+from ..calibration.text import CalibrationSource
+from ..common.devices import usable_device
+from ..common.progress import Progress
+from ..common.validation import shard_bytes
 from ..modeling.checkpoints import Checkpoint
-from ..progress import Progress
-from ..safetensors_writer import shard_bytes
+from ..storage.checkpoint_writer import DenseTensor, check_free
+from ..storage.locked_folder import LockedFolder
 from .checks import open_llama
 from .correction import corrected_weights
 from .importance_report import Importance, check_score

@@ -44,7 +44,7 @@ class DeltaWeights:
             # vLLM logs the time since then, which the stream would have set when it was started
             weights.gi_frame.f_locals["self"].counter_before_loading_weights = time.perf_counter()  # type: ignore[attr-defined]
             repository = EngineFiles(self._vllm_config).open_model()
-            check_complete(repository, repository.config.text_config)
+            check_complete(repository, repository.text_config)
             weights = decoded_tensors(repository, next(self.parameters()).device)  # type: ignore[attr-defined]
         return super().load_weights(weights)  # type: ignore[misc]
 

@@ -79,7 +79,7 @@ class DeltaChecker:
         self._base_checksums: dict[str, int] | None = None
         if self.files.is_delta:
             started_on = self.files.open_model()
-            self._config, self._base_checksums = started_on.config.text_config, started_on.base_checksums
+            self._config, self._base_checksums = started_on.text_config, started_on.base_checksums
         else:
             self._config = _base_config(self.files.base)
 
@@ -113,9 +113,9 @@ class DeltaChecker:
     def _check_delta(self, repo: str, revision: str | None) -> CheckedDelta:
         options = pinned(repo, hub_options(self._vllm_config, revision))
         repository = self.files.open_delta(repo, options.revision)
-        self._check_config(repository.config.text_config, repo)
+        self._check_config(repository.text_config, repo)
         self._check_base(repository)
-        self._check_complete(repository, repository.config.text_config)
+        self._check_complete(repository, repository.text_config)
         for entry in repository.file.names():
             repository.file.read_finite(entry)  # its CRC, too
         notes = tuple(self._notes(repo, options))

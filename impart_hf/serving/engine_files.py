@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, fetch_file, read_json
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
 from ..modeling.delta_repository import DeltaRepository
-from ..reconstruct import open_repository
+from ..repository.open import open_repository
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -5,10 +5,10 @@ import shutil
 from logging import getLogger
 from pathlib import Path
 
-from ..locked_folder import LockedFolder
 from ..modeling.checkpoints import CheckpointError
 from ..modeling.delta_repository import DeltaRepository
-from ..reconstruct import reconstruct
+from ..repository.reconstruct import reconstruct
+from ..storage.locked_folder import LockedFolder
 
 SCRATCH_VARIABLE = "IMPART_HF_SCRATCH"
 _PREFIX, _COPY = "impart-hf-", "copy"

@@ -1,4 +1,4 @@
-"""What errors of a delta do to a model, by where they are: the measurements behind impart-rd's `Harm`.
+"""What errors of a delta do to a model, by where they are: the measurements behind impart-rd's `ErrorWeights`.
 
     python scripts/experiments/rate_distortion/harm.py BASE FINETUNED --text heldout.txt
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from impart_hf.evaluate import evaluate, load
+from impart_hf.evaluation.metrics import evaluate, load
 
 _BATCH = 8
 _COMPONENTS = (0, 3, 10, 30, 100)  # that the second table shows

@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 from variants import DEFAULT, SEEDS, Effort, Variant
 
-from impart_hf.evaluate import evaluate, load
+from impart_hf.evaluation.metrics import evaluate, load
 
 _BATCH = 8  # sequences at a time
 

@@ -18,11 +18,11 @@ import torch
 from pairs import Pair
 
 from impart_hf import compress
-from impart_hf.distilling import DistillSettings
+from impart_hf.coding.rate_distortion import NOISE, ErrorWeights
+from impart_hf.distillation import DistillSettings
 from impart_hf.methods import Encoded, ImPartRdConfig, MethodConfig, Spectrum, impart_rd, method_class, method_names
 from impart_hf.methods.base import EncodingTask
-from impart_hf.methods.rate_distortion import NOISE, Harm
-from impart_hf.report import CompressionReport
+from impart_hf.repository.report import CompressionReport
 
 OURS = "impart-rd"
 PEERS = ("impart-qt", "delta-come", "dare-qt", "bitdelta", "impart", "lowrank")
@@ -76,14 +76,14 @@ class _SameInputs(_Changed):
     """All singular vectors have inputs of the same strength."""
 
     def change(self) -> AbstractContextManager:
-        return patch.object(impart_rd, "_harm", partial(_flat, impart_rd._harm))
+        return patch.object(impart_rd, "_error_weights", partial(_flat, impart_rd._error_weights))
 
 
-def _flat(harm: Callable, spectrum: Spectrum, drop_weight: float) -> Harm:
+def _flat(harm: Callable, spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
     found = harm(spectrum, drop_weight)
     if spectrum.vocabulary:
         return found
-    return Harm(drop_weight, 1.0, found.v, impart_rd._BOTH_NOISE)
+    return ErrorWeights(drop_weight, 1.0, found.v, impart_rd._BOTH_NOISE)
 
 
 class _NoGuess(_Changed):
@@ -97,10 +97,10 @@ class _TokensAlike(_Changed):
     """Errors of embeddings count for no more than those of other matrices."""
 
     def change(self) -> AbstractContextManager:
-        return patch.object(impart_rd, "_harm", partial(_as_layer, impart_rd._harm))
+        return patch.object(impart_rd, "_error_weights", partial(_as_layer, impart_rd._error_weights))
 
 
-def _as_layer(harm: Callable, spectrum: Spectrum, drop_weight: float) -> Harm:
+def _as_layer(harm: Callable, spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
     return harm(replace(spectrum, vocabulary=False), drop_weight)
 
 

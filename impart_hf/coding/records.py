@@ -1,0 +1,253 @@
+"""Building records from planes of numbers."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..modeling.checksums import tensor_bytes
+from ..modeling.delta_decode import decode_record, normal_levels
+from ..modeling.delta_record import (
+    BFLOAT16,
+    DIRECT,
+    FACTORED,
+    FLOAT16,
+    HEADER_BYTES,
+    KEEP_ALL,
+    KEEP_PER_COLUMN,
+    KEEP_SHARED,
+    MAX_THRESHOLD,
+    NORMAL_LEVELS,
+    SEGMENT_BYTES,
+    Record,
+    Segment,
+    code_bits,
+    code_bytes,
+    pack_record,
+)
+from ..modeling.seeded_mask import keep_mask
+
+VALUE_WIDTHS = {"float16": FLOAT16, "bfloat16": BFLOAT16}
+VALUE_BYTES = 2
+OVERHEAD_BYTES = HEADER_BYTES + SEGMENT_BYTES
+COMPONENT_BYTES = 4  # sigma and threshold of a singular component
+
+
+def thresholds_of(keep_ratios: np.ndarray) -> np.ndarray:
+    """The 16-bit thresholds nearest to keep ratios in (0, 1]."""
+    return (np.clip(np.round(keep_ratios * (MAX_THRESHOLD + 1)), 1, MAX_THRESHOLD + 1) - 1).astype(np.uint16)
+
+
+def kept_ratios(thresholds: np.ndarray) -> np.ndarray:
+    """The exact probabilities, float64, with which thresholds keep entries."""
+    return (thresholds.astype(np.float64) + 1) / (MAX_THRESHOLD + 1)
+
+
+def check_value_dtype(value_dtype: str) -> None:
+    if value_dtype not in VALUE_WIDTHS:
+        raise ValueError(f"value_dtype must be one of {', '.join(VALUE_WIDTHS)}, got {value_dtype!r}")
+
+
+def runs(widths: np.ndarray) -> list[tuple[Any, slice]]:
+    """The runs of equal numbers (r,), or rows (r, c) of them, each with its place: what becomes a segment."""
+    found, start = [], 0
+    for width, group in itertools.groupby(widths.tolist()):
+        stop = start + len(list(group))
+        found.append((width, slice(start, stop)))
+        start = stop
+    return found
+
+
+def factored_bytes(widths: np.ndarray, *kept: np.ndarray) -> int:
+    """Size at most of a factored record.
+
+    Args:
+        widths: of each component's values, shape (r,), or of its values of U and of V, (r, 2).
+        kept: for U and for V, how many entries of each component are kept.
+    """
+    size = HEADER_BYTES + COMPONENT_BYTES * len(widths)
+    both = widths if widths.ndim == 2 else np.stack([widths, widths], 1)
+    for pair, part in runs(both):
+        counts = [int(np.ceil(side[part].sum())) for side in kept]
+        size += SEGMENT_BYTES + sum(code_bytes(count, width) for count, width in zip(counts, pair, strict=True))
+    return size
+
+
+def kept_counts(
+    mask_seed: int, thresholds: np.ndarray, shape: tuple[int, int], device: torch.device
+) -> list[np.ndarray]:
+    """For U and for V of a matrix (m, n), how many entries of each component the masks keep, int64 (r,)."""
+    return [
+        keep_mask(mask_seed, side, thresholds, length, device).sum(1).cpu().numpy() for side, length in enumerate(shape)
+    ]
+
+
+def pack_levels(codes: torch.Tensor, width: int) -> np.ndarray:
+    """Codes (uint8, one-dimensional) of `width` bits packed densely, least significant bit first, as uint8.
+
+    The inverse of the reader's `unpack_levels`.
+    """
+    groups = -(-len(codes) // 8)  # eight codes fill exactly `width` bytes
+    lanes = torch.zeros(groups * 8, dtype=torch.int64, device=codes.device)
+    lanes[: len(codes)] = codes
+    shifts = width * torch.arange(8, device=codes.device)
+    words = (lanes.view(groups, 8) << shifts).sum(1)
+    packed = words.view(torch.uint8).view(groups, 8)[:, :width].reshape(-1)
+    return packed[: code_bytes(len(codes), width)].cpu().numpy()
+
+
+def nearest_normal(values: torch.Tensor, width: int) -> torch.Tensor:
+    """uint8: the codes of the nearest of the levels for normally distributed numbers."""
+    return torch.bucketize(values, midpoints(normal_levels(width, values.device))).to(torch.uint8)
+
+
+def midpoints(levels: torch.Tensor) -> torch.Tensor:
+    """Between neighbours of rising levels: where the next one becomes the nearest."""
+    return (levels[1:] + levels[:-1]) / 2
+
+
+def value_codes(values: torch.Tensor, width: int) -> np.ndarray:
+    """The codes of kept values: floats, or levels."""
+    if width == FLOAT16:
+        return tensor_bytes(values.to(torch.float16))
+    if width == BFLOAT16:
+        return tensor_bytes(values.to(torch.bfloat16))
+    if width in NORMAL_LEVELS:
+        return pack_levels(nearest_normal(values, width), code_bits(width))
+    top = (1 << width) - 1
+    return pack_levels(((values + 1) * (top / 2)).round().to(torch.uint8), width)
+
+
+def _keep(thresholds: np.ndarray) -> int:
+    if (thresholds == MAX_THRESHOLD).all():
+        return KEEP_ALL
+    return KEEP_SHARED if (thresholds == thresholds[0]).all() else KEEP_PER_COLUMN
+
+
+def _planes_codes(planes: list[torch.Tensor], thresholds: np.ndarray, segments: list[Segment], seed: int) -> np.ndarray:
+    masks = [keep_mask(seed, side, thresholds, plane.shape[1], plane.device) for side, plane in enumerate(planes)]
+    codes = [
+        value_codes(plane[part][mask[part]], width)
+        for segment, part in zip(segments, columns_of(segments), strict=True)
+        for width, plane, mask in zip(segment.widths(), planes, masks, strict=True)
+    ]
+    return np.concatenate(codes) if codes else np.empty(0, np.uint8)
+
+
+def columns_of(segments: list[Segment]) -> list[slice]:
+    """The columns of each segment."""
+    ends = np.cumsum([0, *(segment.columns for segment in segments)]).tolist()
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+
+def factored_record(
+    delta: torch.Tensor,
+    u: torch.Tensor,
+    weights: np.ndarray,
+    v: torch.Tensor,
+    thresholds: np.ndarray,
+    widths: np.ndarray,
+    mask_seed: int,
+    widths_v: np.ndarray | None = None,
+) -> bytes:
+    """A record of the sum of weights_k u_k v_k^T over all components k, entries of u_k and v_k dropped by seeded masks.
+
+    Args:
+        delta: float32 (m, n), what the record stands for; for the measured error.
+        u, v: float32 of shapes (m, r), (n, r): values to be stored as floats, or levels: between -1 and 1, or for
+            normally distributed numbers.
+        weights: float64 (r,), not negative: singular values times the 1/q^2 of both masks (eq. 4 and 5), and times
+            the scales of the levels. The decoder needs no knowledge of the method then.
+        thresholds: uint16 of shape (r,), the same for U and V.
+        widths: width codes of the components, shape (r,).
+        mask_seed: the record's 32-bit mask seed.
+        widths_v: those of V's values, if they are others than U's.
+    """
+    both = np.stack([widths, widths if widths_v is None else widths_v], 1)
+    segments = [
+        Segment(part.stop - part.start, int(both[part.start, 0]), int(both[part.start, 1]), _keep(thresholds[part]))
+        for _, part in runs(both[:, 0] << 8 | both[:, 1])
+    ]
+    scale = float(weights.max(initial=0.0))
+    record = Record(
+        layout=FACTORED,
+        rows=u.shape[0],
+        columns=v.shape[0],
+        rank=len(weights),
+        mask_seed=mask_seed,
+        scale=scale,
+        relative_error=0.0,
+        segments=segments,
+        sigma=(weights / (scale or 1.0)).astype(np.float16),
+        thresholds=thresholds,
+        column_scales=[None] * len(segments),
+        codes=_planes_codes([u.t(), v.t()], thresholds, segments, mask_seed),
+    )
+    return measured(record, delta)
+
+
+def direct_record(
+    delta: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    threshold: int,
+    width: int,
+    mask_seed: int,
+    row_scales: np.ndarray | None = None,
+) -> bytes:
+    """A record of a matrix's own entries, dropped by a seeded mask with one threshold.
+
+    Args:
+        delta: float32 (m, n), what the record stands for; for the measured error.
+        values: float32 (m, n): values to be stored as floats, or levels between -1 and 1.
+        scale: what all values are multiplied by, 1/q included.
+        threshold: 0 to 65535.
+        width: width code.
+        mask_seed: the record's 32-bit mask seed.
+        row_scales: float16 (m,), a further factor of each row, or None.
+    """
+    rows, columns = delta.shape
+    thresholds = np.full(rows, threshold, np.uint16)
+    segments = [Segment(rows, width, 0, _keep(thresholds), int(row_scales is not None))]
+    record = Record(
+        layout=DIRECT,
+        rows=rows,
+        columns=columns,
+        rank=0,
+        mask_seed=mask_seed,
+        scale=scale,
+        relative_error=0.0,
+        segments=segments,
+        sigma=np.empty(0, np.float16),
+        thresholds=thresholds,
+        column_scales=[None if row_scales is None else row_scales[None]],
+        codes=_planes_codes([values], thresholds, segments, mask_seed),
+    )
+    return measured(record, delta)
+
+
+def fit_threshold(rows: int, columns: int, most_values: int, mask_seed: int, device: torch.device) -> int:
+    """The largest threshold, nearly, with which a direct record's mask keeps no more than so many entries."""
+    threshold = int(thresholds_of(np.array([min(1.0, most_values / (rows * columns))]))[0])
+    while threshold > 0:
+        mask = keep_mask(mask_seed, 0, np.full(rows, threshold, np.uint16), columns, device)
+        excess = int(mask.sum()) - most_values
+        if excess <= 0:
+            break
+        threshold -= max(1, int(excess / (rows * columns) * (MAX_THRESHOLD + 1)))
+    return max(0, threshold)
+
+
+def measured(record: Record, delta: torch.Tensor) -> bytes:
+    """The record's bytes, the error measured by decoding it as a reader would."""
+    record.scale = float(np.float32(record.scale))
+    decoded = decode_record(record, "encoded matrix", delta.device)
+    record.relative_error = float((decoded - delta).norm() / delta.norm())
+    return pack_record(record)
+
+
+def empty_record(rows: int, columns: int, relative_error: float = 0.0) -> bytes:
+    """The record of a matrix that the fine-tune did not change, as happens in a stack, or next to nothing."""
+    sigma, thresholds, codes = (np.empty(0, dtype) for dtype in (np.float16, np.uint16, np.uint8))
+    return pack_record(Record(FACTORED, rows, columns, 0, 0, 0.0, relative_error, [], sigma, thresholds, [], codes))

@@ -1,0 +1,38 @@
+"""Writing files so that they are there as a whole or not at all."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class OutputError(OSError):
+    """An output folder that cannot be written, or that holds something that is not ours to replace."""
+
+
+def sync_path(path: Path) -> None:
+    """Flush a file's contents or a folder's entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write what is to be at a path as a whole or not at all: it is flushed and renamed at the end."""
+    temporary = path.with_suffix(".writing")
+    yield temporary
+    sync_path(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON and flush it to disk."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, sort_keys=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())

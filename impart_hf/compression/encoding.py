@@ -1,0 +1,109 @@
+"""From a tensor's plan to its records in a workspace."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..coding.records import empty_record
+from ..coding.svd_cache import SvdOf, leading_svd_of
+from ..methods import Encoded, MethodConfig, method_for
+from ..modeling.checkpoints import Checkpoint
+from ..modeling.delta_decode import add_delta
+from ..storage.workspace import Workspace
+from .budgets import deltas_of
+from .pair import ModelPair, TensorPlan
+
+
+class Encoding:
+    """The encoding of a pair's tensors into a workspace, each once, in whatever order they come.
+
+    Attributes:
+        bar: shows the bytes that are done.
+    """
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        encoded: list[TensorPlan],
+        method: MethodConfig,
+        workspace: Workspace,
+        svd_of: SvdOf,
+        budgets: dict[str, list[int]],
+    ):
+        self._base, self._finetuned, self._device = pair.base, pair.finetuned, pair.device
+        self._method, self._workspace, self._svd_of, self._budgets = method, workspace, svd_of, budgets
+        self.bar: Any = None
+        self._waiting = {t.name: t for t in encoded}
+        self._by_name = dict(self._waiting)
+        self._done = self._written = 0
+
+    def encode(self, tensor: TensorPlan, hessian: torch.Tensor | None = None) -> None:
+        """Make the tensor's records, unless that has been done."""
+        if self._waiting.pop(tensor.name, None) is None:
+            return
+        self.bar.set_postfix_str(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
+        if not self._workspace.has_record(tensor.name):
+            data, notes = encode_tensor(
+                tensor, self._base, self._finetuned, self._method, self._device, hessian, self._svd_of,
+                self._budgets.get(tensor.name),
+            )  # fmt: skip
+            self._workspace.put_record(tensor.name, data, notes)
+        self._done += tensor.dense_bytes
+        self._written += self._workspace.record_path(tensor.name).stat().st_size
+        self.bar.update(tensor.dense_bytes)
+
+    def compressed(self, name: str, hessian: torch.Tensor | None) -> torch.Tensor:
+        """The tensor as a reader will see it, encoded with the second moments of its inputs if need be."""
+        dense = self._finetuned.tensor(name)
+        tensor = self._by_name.get(name)
+        if tensor is None:
+            return dense
+        self.encode(tensor, hessian)
+        data = np.frombuffer(self._workspace.record_path(name).read_bytes(), np.uint8)
+        shared = add_delta(self._base.tensor(name), data, name, tensor.dtype)
+        return torch.cat([shared, dense[tensor.shape[0] :]]) if tensor.added_rows else shared
+
+
+def encode_tensor(
+    tensor: TensorPlan,
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    method: MethodConfig,
+    device: torch.device,
+    hessian: torch.Tensor | None = None,
+    svd_of: SvdOf = leading_svd_of,
+    budgets: list[int] | None = None,
+) -> tuple[bytes, list[str]]:
+    """The records of one tensor, and the notes of its method.
+
+    A stack of matrices gives a record for each.
+
+    Args:
+        budgets: bytes of each matrix; None for equal shares of the tensor's.
+    """
+    encoder = method_for(method, tensor.vocabulary)
+    records, notes = [], []
+    for number, (delta, is_any) in enumerate(deltas_of(tensor, base, finetuned, device)):
+        seed = mask_seed(method.seed, tensor.name, number)
+        if is_any:
+            svd = svd_of(tensor.name, number)
+            budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
+            encoded = encoder.encode(delta, budget, seed, hessian=hessian, svd=svd, vocabulary=tensor.vocabulary)
+        else:
+            encoded = Encoded(empty_record(delta.shape[0], delta.shape[1], float(delta.any())))
+        records.append(encoded.data)
+        notes += [note for note in encoded.notes if note not in notes]
+    return b"".join(records), notes
+
+
+def mask_seed(seed: int, name: str, number: int) -> int:
+    """The 32-bit mask seed of a matrix: each matrix of a model gets masks of its own from the user's one seed.
+
+    Args:
+        seed: the method's seed.
+        name: the tensor's name.
+        number: of the matrix in its stack; 0 for a plain matrix.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}:{number}".encode()).digest()[:4], "little")

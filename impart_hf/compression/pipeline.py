@@ -1,0 +1,200 @@
+"""The pipeline: a pair in, a delta repository out, one tensor at a time."""
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .. import __version__
+from ..calibration.layer_stream import StreamedModel, stream_layers, streamed_model
+from ..coding.svd_cache import SvdCache, SvdOf, leading_svd_of
+from ..common.progress import Progress
+from ..distillation import DistillReport, DistillSettings
+from ..methods import MethodConfig
+from ..repository.report import CompressionReport
+from ..storage.workspace import Workspace
+from ..training import distributed
+from .budgets import components_bytes, shared_budgets
+from .encoding import Encoding
+from .pair import ModelPair
+from .plan import CompressionPlan, make_plan
+from .writer import json_bytes, repository_config, write_repository
+
+_KEPT = torch.float16  # dtype of singular components that are kept on disk until they are encoded
+Method = TypeVar("Method", bound=MethodConfig)
+
+
+@dataclass(frozen=True)
+class CompressionRequest:
+    """What a pair is compressed to.
+
+    Attributes:
+        method: a method's configuration.
+        max_bytes: most that the repository may take, in place of the method's ratio; None for the ratio.
+        calibration: int64 (sequences, length), or None.
+        distillation: int64 (sequences, length), or None.
+        distill_settings: of distillation.
+        max_shard_size: in bytes; a larger delta file is split.
+        card_data: more entries for the model card's metadata.
+        origin: where the fine-tune comes from, as for `delta_card`.
+    """
+
+    method: MethodConfig
+    max_bytes: int | None = None
+    calibration: torch.Tensor | None = None
+    distillation: torch.Tensor | None = None
+    distill_settings: DistillSettings = field(default_factory=DistillSettings)
+    max_shard_size: int = 5 * 10**9
+    card_data: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+    def recorded_method(self, method: MethodConfig) -> dict[str, Any]:
+        """What config.json records: the method's name and settings, and the text that was used."""
+        recorded = method.to_dict()
+        if method.quantises:
+            recorded["calibration"] = _text_size(self.calibration) or method.uncalibrated
+        if self.distillation is not None:
+            settings = self.distill_settings
+            recorded["distillation"] = f"{settings.trains}, {settings.steps} steps, {_text_size(self.distillation)}"
+        return recorded
+
+    def fingerprint_inputs(self) -> list[Any]:
+        """What the result depends on beside the pair and the method, as JSON can hold it."""
+        texts = [None if ids is None else ids.tolist() for ids in (self.calibration, self.distillation)]
+        return [*texts, None if self.distillation is None else asdict(self.distill_settings)]
+
+
+def sized(method: Method, max_bytes: int | None, weight_bytes: int) -> Method:
+    """A method with the ratio at which the repository takes `max_bytes`; as it is, if that is None.
+
+    Args:
+        weight_bytes: of the fine-tuned checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint takes no more.
+    """
+    if max_bytes is None:
+        return method
+    if max_bytes >= weight_bytes:
+        raise ValueError(f"max_bytes={max_bytes} is no less than what the model's own weights take: {weight_bytes}")
+    return replace(method, compression_ratio=weight_bytes / max_bytes)
+
+
+def compress_pair(
+    pair: ModelPair, workspace: Workspace, request: CompressionRequest, svd_of: SvdOf = leading_svd_of
+) -> CompressionReport:
+    """Compress a pair into a workspace, and publish it.
+
+    Args:
+        svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components.
+    """
+    started = time.perf_counter()
+    method = sized(request.method, request.max_bytes, pair.finetuned.weight_bytes)
+    config = repository_config(pair, request.recorded_method(method))
+    plan = make_plan(pair.tensors, method, pair.finetuned.weight_bytes, json_bytes(config), request.max_shard_size)
+    if request.max_bytes is not None:
+        plan.check_size()
+    stream = None if request.calibration is None else streamed_model(pair.finetuned, request.calibration, pair.device)
+    if request.distillation is not None:
+        _distillation().check_distillation(pair.finetuned, request.distillation, request.distill_settings, pair.device)
+    kept = components_bytes(plan.encoded, method, _KEPT.itemsize) if method.shares_budget else 0
+    inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
+    workspace.begin(plan.fingerprint(method, inputs), plan.allowed_bytes + plan.fixed_bytes, kept)
+    _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
+    distilled = _distil(pair, workspace, plan, request)
+    seconds = time.perf_counter() - started
+    report = write_repository(pair, workspace, plan, config, request.card_data, request.origin, seconds, distilled)
+    workspace.publish()
+    return report
+
+
+def _encode(
+    pair: ModelPair,
+    workspace: Workspace,
+    plan: CompressionPlan,
+    method: MethodConfig,
+    svd_of: SvdOf,
+    stream: StreamedModel | None,
+    calibration: torch.Tensor | None,
+) -> None:
+    """Put the records of every tensor that is to be encoded into the workspace."""
+    budgets: dict[str, list[int]] = {}
+    if method.shares_budget:
+        svd_of = SvdCache(workspace.components(), _KEPT).of
+        budgets = workspace.budgets(lambda: shared_budgets(plan.encoded, pair, method, svd_of))
+    encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets)
+    with pair.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as encoding.bar:
+        if stream is not None and calibration is not None:
+            stream_layers(stream, calibration, encoding.compressed, progress=Progress(False))
+        for tensor in plan.encoded:
+            encoding.encode(tensor)
+
+
+def _distil(
+    pair: ModelPair, workspace: Workspace, plan: CompressionPlan, request: CompressionRequest
+) -> DistillReport | None:
+    """Train the workspace's records, if that is asked for; all processes do."""
+    if request.distillation is None:
+        return None
+    paths = {tensor.name: workspace.record_path(tensor.name) for tensor in plan.encoded}
+    task = _Distillation(paths, request.distillation, request.distill_settings, workspace.checkpoints())
+    if distributed.several():
+        distributed.from_first(task)
+    changed, report = task.run(pair)
+    for name, data in changed.items():
+        workspace.put_distilled(name, data)
+    return report
+
+
+def help_first(pair: ModelPair) -> CompressionReport:
+    """What a process does that is not the first: it takes part in distillation, and waits for the report."""
+    found: _Distillation | CompressionReport = distributed.from_first()
+    if isinstance(found, _Distillation):
+        found.run(pair)
+        found = distributed.from_first()
+    assert isinstance(found, CompressionReport)
+    return found
+
+
+@dataclass(frozen=True)
+class _Distillation:
+    """What all processes do together.
+
+    Attributes:
+        records: by tensor name, the file of the tensor's records.
+        tokens: int64 (sequences, length).
+        checkpoints: folder for the state of training.
+    """
+
+    records: dict[str, Path]
+    tokens: torch.Tensor
+    settings: DistillSettings
+    checkpoints: Path
+
+    def run(self, pair: ModelPair) -> tuple[dict[str, bytes], DistillReport]:
+        records = {name: path.read_bytes() for name, path in self.records.items()}
+        return _distillation().distill(
+            pair.base, pair.finetuned, records, self.tokens, self.settings,
+            device=pair.device, checkpoints=self.checkpoints, progress=pair.progress,
+        )  # fmt: skip
+
+
+def _distillation() -> Any:
+    """The module that distils: it loads the Trainer, which no other use of a compression has to wait for.
+
+    Raises:
+        ModuleNotFoundError: if accelerate is not installed.
+    """
+    try:
+        import accelerate  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("distillation needs accelerate: pip install 'impart-hf[distill]'") from error
+    from ..distillation import distillation
+
+    return distillation
+
+
+def _text_size(tokens: torch.Tensor | None) -> str:
+    return "" if tokens is None else f"{tokens.shape[0]} x {tokens.shape[1]} tokens"

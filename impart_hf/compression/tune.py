@@ -1,0 +1,219 @@
+"""The search for a method's hyperparameters on a validation text or task (arXiv 2504.13237, appendix B.3)."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..calibration.text import CalibrationSource
+from ..coding.svd_cache import SvdCache
+from ..common.devices import usable_device
+from ..common.progress import Progress
+from ..common.validation import shard_bytes, wanted_size
+from ..evaluation.metrics import evaluate
+from ..evaluation.tasks import TaskEvaluation
+from ..methods import ImPartConfig, MethodConfig
+from ..methods.importance_allocation import ImportanceAllocation
+from ..modeling.checkpoints import HubOptions
+from ..repository.report import CompressionReport
+from ..storage.workspace import Workspace
+from .pair import ModelPair
+from .pipeline import CompressionRequest, compress_pair
+
+BETAS = (0.6, 0.7, 0.8)  # the paper's grids
+CS = (0.5, 1.0)
+
+
+@dataclass
+class Candidate:
+    """One setting that was tried.
+
+    Attributes:
+        score: what the candidates are compared by.
+        bytes: size of its repository.
+        seconds: of compressing and judging it.
+    """
+
+    beta: float
+    c: float
+    seed: int
+    score: float
+    bytes: int
+    seconds: float
+
+    def summary(self) -> dict[str, float]:
+        """What the model card says of it."""
+        return {"beta": self.beta, "c": self.c, "seed": self.seed, "score": round(self.score, 6)}
+
+
+@dataclass
+class TuningReport:
+    """What a search found.
+
+    Attributes:
+        metric: what the score is: "KL, nats/token" to the fine-tune, or a task's metric.
+        higher_is_better: which way the metric goes.
+        candidates: in the order in which they were tried.
+        best: the winner, whose repository was written.
+        report: on that repository.
+    """
+
+    metric: str
+    higher_is_better: bool
+    candidates: list[Candidate]
+    best: Candidate
+    report: CompressionReport
+
+    def table(self) -> str:
+        """A line for each candidate, the winner marked."""
+        lines = [f"{'beta':>6}{'C':>7}{'seed':>7}{'bytes':>14}  {self.metric}"]
+        lines += [
+            f"{c.beta:>6g}{c.c:>7g}{c.seed:>7}{c.bytes:>14}  {c.score:.5f}{'  best' if c is self.best else ''}"
+            for c in self.candidates
+        ]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "report": self.report.to_dict()}
+
+
+def tune(
+    base: str,
+    finetuned: str,
+    output_dir: str | Path,
+    method: MethodConfig | None = None,
+    *,
+    max_bytes: int | str | None = None,
+    validation: CalibrationSource | None = None,
+    task: str | None = None,
+    betas: Sequence[float] = BETAS,
+    cs: Sequence[float] = CS,
+    seeds: Sequence[int] | None = None,
+    calibration: CalibrationSource | None = None,
+    samples: int = 64,
+    length: int = 512,
+    calibration_samples: int = 128,
+    calibration_length: int = 2048,
+    task_limit: int | None = None,
+    batch_size: int = 8,
+    device: str | torch.device = "cpu",
+    base_revision: str | None = None,
+    finetuned_revision: str | None = None,
+    base_name: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: bool = False,
+) -> TuningReport:
+    """Compress with every combination of beta, C and seed, and keep the repository that does best.
+
+    Every matrix is decomposed once for all candidates; the components lie in a hidden folder beside `output_dir`
+    meanwhile. Each candidate is loaded and judged as a user would load it.
+
+    Args:
+        base, finetuned, output_dir: as for `compress`.
+        method: ImPart's or ImPart-Qt's configuration, for what is not searched; ImPart at ratio 32 if None.
+        max_bytes: as for `compress`.
+        validation: text, as `compress` takes for calibration; judged by KL(fine-tune || candidate).
+        task: a task of lm-eval, or the path of a task's YAML file; judged by the task's first metric. One of
+            `validation` and `task` must be given.
+        betas, cs, seeds: what is tried; only the method's own seed if `seeds` is None.
+        calibration, calibration_samples, calibration_length: as for `compress`.
+        samples, length: sequences of the validation text at most, and their tokens.
+        task_limit: examples of the task at most.
+        batch_size: sequences judged at a time.
+        device: where matrices are decomposed and models are judged.
+        base_revision, finetuned_revision, base_name, token, cache_dir, max_shard_size, progress: as for `compress`.
+
+    Raises:
+        ValueError: if there is not exactly one thing to judge by, or nothing to search; and as `compress` does.
+    """
+    method = method if method is not None else ImPartConfig()
+    if not isinstance(method, ImportanceAllocation):
+        raise ValueError(f"only ImPart and ImPart-Qt have a beta and a C to search, not '{method.name}'")
+    if (validation is None) == (task is None):
+        raise ValueError("give either a validation text or a task to judge by")
+    if calibration is not None and not method.quantises:
+        raise ValueError(f"calibration is for the methods that quantise; '{method.name}' does not")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    # What wants most components comes first: the decomposition then serves all that follow
+    grid = itertools.product(
+        sorted(set(betas)), sorted(set(cs), reverse=True), [method.seed] if seeds is None else dict.fromkeys(seeds)
+    )
+    candidates = [dataclasses.replace(method, beta=beta, c=c, seed=seed) for beta, c, seed in grid]
+    if not candidates:
+        raise ValueError("nothing to search: betas, cs and seeds need at least one value each")
+    device, shard_size, wanted_bytes = usable_device(device), shard_bytes(max_shard_size), wanted_size(max_bytes)
+    with Workspace(Path(output_dir)) as workspace:
+        scratch, search_started = workspace.scratch(), time.perf_counter()
+        pair = ModelPair(
+            base,
+            finetuned,
+            HubOptions(base_revision, token, cache_dir),
+            HubOptions(finetuned_revision, token, cache_dir),
+            base_name=base_name,
+            device=device,
+            progress=Progress(False),
+        )
+        inputs = None if calibration is None else pair.tokens(calibration, calibration_samples, calibration_length)
+        judge = (
+            _TextJudge(pair, validation, samples, length, batch_size)
+            if validation is not None
+            else _TaskJudge(pair, str(task), task_limit, batch_size)
+        )
+        svds = SvdCache(scratch / "components")
+        tried: list[Candidate] = []
+        request = CompressionRequest(method, wanted_bytes, calibration=inputs, max_shard_size=shard_size)
+        for candidate in Progress(progress).track(candidates, "Tuning"):
+            started = time.perf_counter()
+            folder = scratch / "candidate"
+            with Workspace(folder) as candidate_workspace:
+                report = compress_pair(pair, candidate_workspace, replace(request, method=candidate), svds.of)
+            score = judge.score(pair.load(folder))
+            seconds = time.perf_counter() - started
+            tried.append(
+                Candidate(candidate.beta, candidate.c, candidate.seed, score, report.repository_bytes, seconds)
+            )
+        best = (max if judge.higher_is_better else min)(tried, key=lambda found: found.score)
+        chosen = replace(request, method=candidates[tried.index(best)], card_data=_card_data(judge.metric, tried, best))
+        report = compress_pair(pair, workspace, chosen, svds.of)
+        report.seconds = time.perf_counter() - search_started
+    return TuningReport(judge.metric, judge.higher_is_better, tried, best, report)
+
+
+def _card_data(metric: str, candidates: Sequence[Candidate], best: Candidate) -> dict[str, Any]:
+    """What the model card's data say of a search."""
+    rows = [candidate.summary() for candidate in candidates]
+    return {"impart_hf_tuning": {"metric": metric, "candidates": rows, "chosen": best.summary()}}
+
+
+class _TextJudge:
+    """Judges by the divergence from the fine-tune on a text."""
+
+    metric, higher_is_better = "KL, nats/token", False
+
+    def __init__(self, pair: ModelPair, source: CalibrationSource, samples: int, length: int, batch_size: int):
+        self._sequences = pair.tokens(source, samples, length)
+        self._batch_size = batch_size
+        self._reference = pair.load()
+
+    def score(self, model: PreTrainedModel) -> float:
+        return evaluate(model, self._reference, self._sequences, self._batch_size)[1]
+
+
+class _TaskJudge:
+    """Judges by the first metric of a task of lm-eval."""
+
+    def __init__(self, pair: ModelPair, task: str, limit: int | None, batch_size: int):
+        self._evaluation = TaskEvaluation(task, pair.tokenizer(), limit, batch_size)
+        self.metric, self.higher_is_better = self._evaluation.metric, self._evaluation.higher_is_better
+
+    def score(self, model: PreTrainedModel) -> float:
+        return self._evaluation.score(model)

@@ -1,0 +1,209 @@
+"""Writing a delta repository: its files, its configuration and its card."""
+
+import json
+import shutil
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from ..common.files import write_json
+from ..distillation import DistillReport
+from ..modeling.checkpoints import DTYPE_NAMES, Checkpoint, fetch_file
+from ..modeling.checksums import tensor_bytes
+from ..modeling.configuration_delta_compressed import FORMAT_VERSION
+from ..modeling.delta_repository import (
+    BASE_CHECKSUMS,
+    CRC_ENTRY,
+    DELTA_FILE,
+    DELTA_INDEX,
+    RECORD_SUFFIX,
+    ROWS_SUFFIX,
+    entry_crc,
+    names_checksum,
+)
+from ..repository.cards import delta_card, inherited_card_data
+from ..repository.reader_files import reader_files
+from ..repository.report import CompressionReport, human_bytes, read_reports
+from ..repository.sidecar_files import sidecar_files
+from ..storage.safetensors_writer import Entry, shard_entries, write_safetensors
+from ..storage.workspace import Workspace
+from .pair import IncompatibleModelsError, ModelPair, TensorPlan
+from .plan import CARD_BYTES, CompressionPlan
+
+_METADATA = {"format": "pt", "impart_hf_format": str(FORMAT_VERSION)}
+
+
+def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        method: its name and settings, as they are to be recorded.
+
+    Raises:
+        IncompatibleModelsError: if transformers knows no causal language model of this type.
+    """
+    text_config = dict(pair.finetuned.config)
+    model_type = str(text_config.get("model_type"))
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
+        raise IncompatibleModelsError(
+            f"'{pair.finetuned.source}' has model_type '{model_type}': transformers knows no causal language model of "
+            "it"
+        )
+    floats = {t.name: str(t.dtype).removeprefix("torch.") for t in pair.tensors if t.dtype.is_floating_point}
+    usual = Counter(floats.values()).most_common(1)[0][0]
+    if "dtype" not in text_config and "torch_dtype" not in text_config:
+        text_config["dtype"] = usual
+    name, revision = pair.recorded_base
+    config: dict[str, Any] = {
+        "architectures": ["DeltaCompressedForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_delta_compressed.DeltaCompressedConfig",
+            "AutoModelForCausalLM": "modeling_delta_compressed.DeltaCompressedForCausalLM",
+        },
+        "base_model_name_or_path": name,
+        "base_model_revision": revision,
+        "dtype": usual,
+        "format_version": FORMAT_VERSION,
+        "method": method,
+        "model_type": "delta_compressed",
+        "tensor_dtype": usual,
+        "text_config": text_config,
+    }
+    if exceptions := {name: dtype for name, dtype in floats.items() if dtype != usual}:
+        config["tensor_dtype_exceptions"] = exceptions
+    return config
+
+
+def json_bytes(content: dict[str, Any]) -> int:
+    """Bytes of the file that `write_json` makes of this."""
+    return len(json.dumps(content, indent=2)) + 1
+
+
+def write_repository(
+    pair: ModelPair,
+    workspace: Workspace,
+    plan: CompressionPlan,
+    config: dict[str, Any],
+    card_data: dict[str, Any],
+    origin: str,
+    seconds: float,
+    distilled: DistillReport | None,
+) -> CompressionReport:
+    """Write every file of a repository into the workspace, and report from what was written.
+
+    Args:
+        config: the content of config.json.
+        card_data: more entries for the model card's metadata.
+        origin: where the fine-tune comes from, as for `delta_card`.
+        seconds: that it has taken so far.
+        distilled: what distillation did, if it was asked for.
+    """
+    folder, finetuned = workspace.repository, pair.finetuned
+    counted = _write_deltas(finetuned, workspace, plan.tensors, plan.max_shard_size)
+    write_json(folder / "config.json", config)
+    counted.append(folder / "config.json")
+    sidecars = sidecar_files(finetuned.source, finetuned.options)
+    for path in [*sidecars, *reader_files()]:
+        shutil.copyfile(path, folder / path.name)
+    tensors, _ = read_reports(p for p in counted if p.suffix == ".safetensors")
+    for tensor in tensors:
+        if tensor.kind == "encoded":
+            tensor.notes = workspace.notes(tensor.name)
+    repository_bytes = CARD_BYTES + sum(p.stat().st_size for p in counted)
+    report = CompressionReport(
+        method=config["method"],
+        checkpoint_bytes=plan.checkpoint_bytes,
+        repository_bytes=repository_bytes,
+        sidecar_bytes=sum(p.stat().st_size for p in sidecars),
+        reader_bytes=sum(p.stat().st_size for p in reader_files()),
+        shortfall=plan.shortfall(
+            repository_bytes,
+            sum(t.bytes for t in tensors if t.kind == "encoded"),
+            config["method"]["compression_ratio"],
+        ),
+        tensors=tensors,
+        equal_tensors=sum(t.kind == "equal" for t in plan.tensors),
+        seconds=seconds,
+        distilled=distilled,
+    )
+    inherited = inherited_card_data(fetch_file(finetuned.source, "README.md", finetuned.options))
+    name, revision = pair.recorded_base
+    card = delta_card(
+        base=name,
+        base_revision=revision,
+        finetuned=finetuned.source,
+        method=config["method"],
+        metadata=inherited | card_data,
+        sizes=_sizes(report),
+        shortfall=report.shortfall,
+        origin=origin,
+    )
+    (folder / "README.md").write_text(card, "utf-8")
+    return report
+
+
+def _write_deltas(
+    finetuned: Checkpoint, workspace: Workspace, tensors: list[TensorPlan], max_shard_size: int
+) -> list[Path]:
+    files, index = shard_entries(_entries(finetuned, workspace, tensors), DELTA_FILE, max_shard_size)
+    paths = []
+    for filename, entries in files.items():
+        by_name = sorted(entries, key=lambda entry: entry.name)
+        crcs = np.array([entry_crc(e.name, e.dtype, e.shape, e.data()) for e in by_name], "<u4").tobytes()
+        entries = [*entries, Entry(CRC_ENTRY, "U32", (len(by_name),), len(crcs), partial(bytes, crcs))]
+        # Wide numbers first keeps every entry aligned, as readers of safetensors expect.
+        entries.sort(key=lambda entry: -_dtype_bits(entry.dtype))
+        write_safetensors(workspace.repository / filename, entries, _METADATA)
+        paths.append(workspace.repository / filename)
+    if index is not None:
+        write_json(workspace.repository / DELTA_INDEX, index)
+        paths.append(workspace.repository / DELTA_INDEX)
+    return paths
+
+
+def _entries(finetuned: Checkpoint, workspace: Workspace, tensors: list[TensorPlan]) -> list[Entry]:
+    names = [t.name for t in tensors]
+    table = np.array([t.base_checksum for t in tensors] + [names_checksum(names)], "<u8").tobytes()
+    entries = [Entry(BASE_CHECKSUMS, "U64", (len(names) + 1,), len(table), partial(bytes, table))]
+    for t in tensors:
+        dtype = DTYPE_NAMES[t.dtype]
+        if t.kind == "encoded":
+            path = workspace.record_path(t.name)
+            size = path.stat().st_size
+            entries.append(Entry(t.name + RECORD_SUFFIX, "U8", (size,), size, path.read_bytes))
+        elif t.kind == "kept":
+            entries.append(Entry(t.name, dtype, t.shape, t.dense_bytes, partial(_rows, finetuned, t)))
+        if t.added_rows:
+            shape = (t.added_rows, *t.shape[1:])
+            data = partial(_rows, finetuned, t, True)
+            entries.append(Entry(t.name + ROWS_SUFFIX, dtype, shape, t.added_bytes, data))
+    return entries
+
+
+def _rows(finetuned: Checkpoint, plan: TensorPlan, added: bool = False) -> bytes:
+    """The bytes of a fine-tuned tensor, or of the rows that it has beyond the base's."""
+    tensor = finetuned.tensor(plan.name)
+    if plan.added_rows:
+        tensor = tensor[plan.shape[0] :] if added else tensor[: plan.shape[0]]
+    return tensor_bytes(tensor).tobytes()
+
+
+def _dtype_bits(dtype: str) -> int:
+    digits = "".join(c for c in dtype if c.isdigit())
+    return int(digits) if digits else 8
+
+
+def _sizes(report: CompressionReport) -> dict[str, str]:
+    errors = [t.relative_error for t in report.tensors if t.relative_error is not None]
+    return {
+        "distilled": f"{report.distilled.before:.4f}, {report.distilled.after:.4f}" if report.distilled else "",
+        "ratio": f"{report.ratio:.2f}",
+        "repository": human_bytes(report.repository_bytes),
+        "checkpoint": human_bytes(report.checkpoint_bytes),
+        "error": f"{sum(errors) / len(errors):.3f}" if errors else "none",
+        "tensors": f"{len(report.tensors)} of {len(report.tensors) + report.equal_tensors}",
+    }

@@ -1,0 +1,48 @@
+"""Distillation with the fine-tuned and the compressed model side by side."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+from transformers import TrainingArguments
+
+from ..common.progress import Progress
+from ..modeling.checkpoints import Checkpoint
+from .record_trainer import RecordTrainer
+from .settings import DistillReport, DistillSettings
+from .student import load_model, owners_of, student_tensors, trainable
+from .text import check_tokens, divergence
+
+
+def distill_end_to_end(
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    records: Mapping[str, np.ndarray],
+    tokens: Tensor,
+    settings: DistillSettings,
+    arguments: TrainingArguments,
+    progress: Progress,
+) -> tuple[dict[str, bytes], DistillReport]:
+    """`distill`, by the divergence of the logits."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    teacher = load_model(finetuned, {name: finetuned.tensor(name) for name in finetuned.names()}, dtype)
+    check_tokens(tokens, teacher.get_input_embeddings().num_embeddings)
+    names, owners = trainable(teacher, base, finetuned, records), owners_of(teacher)
+    student = load_model(finetuned, student_tensors(base, finetuned, records, names), dtype)
+    teacher, student = teacher.to(arguments.device), student.to(arguments.device)
+
+    def loss(rows: Tensor) -> Tensor:
+        batch = tokens[rows.cpu()].to(arguments.device)
+        with torch.no_grad():
+            wanted = teacher(input_ids=batch, use_cache=False).logits
+        with parametrize.cached():  # some layers read a stack once for each of its matrices
+            return divergence(wanted, student(input_ids=batch, use_cache=False).logits)
+
+    record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress)
+    deltas = record_trainer.attach(student, names, records, owners)
+    found = record_trainer.train(deltas, loss, "Distilling", "logits")
+    untrained = tuple(sorted(records.keys() - deltas.keys()))
+    report = DistillReport(found.steps, found.best_step, found.before, found.after, untrained)
+    return {name: record.tobytes() for name, record in {**records, **found.records}.items()}, report

@@ -1,0 +1,257 @@
+"""Models side by side: what they cost, and how well they do on a text or task."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..calibration.text import CalibrationSource, calibration_tokens, check_vocabulary, load_tokenizer
+from ..common.devices import usable_device
+from ..common.progress import Progress
+from ..modeling.checkpoints import Checkpoint, HubOptions, fetch_file, read_json
+from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
+from ..repository.open import open_repository
+from ..repository.report import human_bytes
+from .cost import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    Latency,
+    ModelCost,
+    check_positions,
+    empty_model,
+    max_positions,
+    measure_latency,
+    model_cost,
+)
+from .metrics import load, perplexity
+from .tasks import TaskEvaluation
+
+
+@dataclass
+class Evaluation:
+    """One model, judged.
+
+    Attributes:
+        model: folder or Hub id.
+        cost: by its shapes.
+        perplexity: on the text, per token; None without a text.
+        text_tokens: that the perplexity is the mean over.
+        task_metric, task_score: of the task; None without one.
+        latency: measured; None if that was not asked for.
+    """
+
+    model: str
+    cost: ModelCost
+    perplexity: float | None = None
+    text_tokens: int | None = None
+    task_metric: str | None = None
+    task_score: float | None = None
+    latency: Latency | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Comparison:
+    """Several models, judged alike.
+
+    Attributes:
+        evaluations: in the order in which the models were given.
+        other_vocabularies: models whose vocabulary is not the first model's, and which read the text in tokens of
+            their own: their perplexities do not compare.
+    """
+
+    evaluations: list[Evaluation]
+    other_vocabularies: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "models": [evaluation.to_dict() for evaluation in self.evaluations],
+            "other_vocabularies": self.other_vocabularies,
+        }
+
+    def table(self) -> str:
+        """A markdown table, a line for each model."""
+        rows = [_cells(evaluation) for evaluation in self.evaluations]
+        columns = list(rows[0])
+        lines = [columns, *([row[column] for column in columns] for row in rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+        lines.insert(1, [widths[0] * "-", *((width - 1) * "-" + ":" for width in widths[1:])])
+        return "\n".join(
+            f"| {line[0].ljust(widths[0])} | "
+            + " | ".join(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+            + " |"
+            for line in lines
+        )
+
+
+def _cells(evaluation: Evaluation) -> dict[str, str]:
+    """A row of the table, by column."""
+    cost, latency = evaluation.cost, evaluation.latency
+    cells = {"model": evaluation.model}
+    if evaluation.perplexity is not None:
+        cells["perplexity"] = f"{evaluation.perplexity:.3f}"
+    if evaluation.task_score is not None:
+        cells[str(evaluation.task_metric)] = f"{evaluation.task_score:.4f}"
+    cells |= {
+        "parameters": f"{cost.parameters:,}",
+        "without embeddings": f"{cost.parameters_without_embeddings:,}",
+        "weights": f"{human_bytes(cost.weight_bytes)} ({cost.dtype})",
+        "prefill MFLOP/token": f"{cost.prefill_flops_per_token / 1e6:,.2f}",
+        "decode MFLOP/token": f"{cost.decode_flops_per_token / 1e6:,.2f}",
+        "KV cache B/token": f"{sum(cost.kv_cache_bytes_per_token):,}",
+    }
+    if latency is not None:
+        peaks = (latency.prefill_peak_bytes, latency.decode_peak_bytes)
+        prefill, decode = ("unknown" if peak is None else human_bytes(peak) for peak in peaks)
+        cells |= {
+            "prefill ms": f"{latency.prefill_seconds * 1e3:.2f}",
+            "decode tokens/s": f"{latency.decode_tokens_per_second:.1f}",
+            "prefill peak": prefill,
+            "decode peak": decode,
+        }
+    return cells
+
+
+def compare_models(
+    models: Sequence[str],
+    *,
+    text: CalibrationSource | None = None,
+    task: str | None = None,
+    task_limit: int | None = None,
+    samples: int = 64,
+    length: int = 512,
+    batch_size: int = 8,
+    latency: bool = False,
+    prompt_tokens: int | None = None,
+    new_tokens: int = NEW_TOKENS,
+    repeats: int = 5,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    base_model: str | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Judge models alike: what they cost, and if asked for, how well and how fast they do.
+
+    Weights are read only for a text, a task or latency, one model at a time. Everything that can be wrong with the
+    request is looked for before the first of them.
+
+    Args:
+        models: local folders or Hub ids of dense models, delta repositories and pruned models.
+        text: as `compress` takes for calibration; the perplexity on it is measured, on the same tokens for all
+            models whose vocabularies agree.
+        task: a task of lm-eval, or the path of a task's YAML file; the task's first metric is measured.
+        task_limit: examples of the task at most.
+        samples, length: sequences of the text at most, and their tokens; no more than any model has positions.
+        batch_size: sequences, or the task's requests, at a time.
+        latency: measure time and memory of prefill and decode.
+        prompt_tokens: length of the prompt whose cost is counted and measured; None for 512, or as many as leave
+            every model positions for the new tokens.
+        new_tokens, repeats: as for `measure_latency`.
+        device: where models are judged.
+        dtype: of their weights; None for each model's own.
+        revision: branch, tag or commit of those on the Hub.
+        base_model: folder or Hub id to take the base of delta repositories from, instead of the recorded ones.
+        progress: show a progress bar.
+
+    Raises:
+        CheckpointError, DeltaFormatError, WrongBaseError: if a model is missing or damaged.
+        ValueError: if a model is no causal language model, a number is out of range, the text holds no text, the
+            task cannot be had, or the device is not there.
+        ModuleNotFoundError: if the task needs lm-eval and it is missing.
+    """
+    if not models:
+        raise ValueError("there is no model to evaluate")
+    for name, number in (("batch_size", batch_size), ("repeats", repeats), ("task_limit", task_limit)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    device = usable_device(device)
+    empty = [empty_model(model, dtype, revision) for model in models]
+    positions = [found for found in map(max_positions, empty) if found is not None]
+    following = new_tokens if latency else 1
+    if prompt_tokens is None:
+        prompt_tokens = max(1, min([PROMPT_TOKENS, *(found - following for found in positions)]))
+    evaluations = []
+    for source, model in zip(models, empty, strict=True):
+        check_positions(model, prompt_tokens, following)
+        evaluations.append(Evaluation(source, model_cost(model, prompt_tokens)))
+    comparison = Comparison(evaluations, [])
+    if text is None and task is None and not latency:
+        return comparison
+    deltas = {source for source in models if _check_weights(source, HubOptions(revision), base_model)}
+    judges: list[_Judge] = []
+    if text is not None or task is not None:
+        for source in models:
+            tokenizer = load_tokenizer(source, HubOptions(revision))
+            judge = next((judge for judge in judges if judge.reads(tokenizer)), None)
+            if judge is None:
+                judge = _Judge(tokenizer, batch_size)
+                if text is not None:
+                    judge.take_text(text, samples, min([length, *positions]))
+                if task is not None:
+                    judge.take_task(task, task_limit)
+            judge.check_vocabulary(empty[len(judges)])
+            judges.append(judge)
+        comparison.other_vocabularies += [s for s, j in zip(models, judges, strict=True) if j is not judges[0]]
+    for number, source in enumerate(Progress(progress).track(models, "Evaluating")):
+        options = {"base_model": base_model} if source in deltas else {}
+        loaded = load(source, empty[number].dtype, device, revision=revision, **options)
+        if judges:
+            judges[number].judge(loaded, evaluations[number])
+        if latency:
+            evaluations[number].latency = measure_latency(
+                loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+            )
+        del loaded  # before the next one is read
+    return comparison
+
+
+class _Judge:
+    """A text and a task as the models of one vocabulary read them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_size: int):
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+        self._tokens: torch.Tensor | None = None
+        self._task: TaskEvaluation | None = None
+
+    def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether another tokenizer gives the same tokens."""
+        own = self._tokenizer
+        same_ends = (own.bos_token_id, own.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return same_ends and own.get_vocab() == tokenizer.get_vocab()
+
+    def take_text(self, text: CalibrationSource, samples: int, length: int) -> None:
+        self._tokens = calibration_tokens(text, self._tokenizer, samples=samples, length=length)
+
+    def check_vocabulary(self, model: PreTrainedModel) -> None:
+        """See that a model has every token of the text, as `calibration_text.check_vocabulary`."""
+        embeddings: Any = model.get_input_embeddings()
+        if self._tokens is not None:
+            check_vocabulary(self._tokens, embeddings.num_embeddings, str(model.name_or_path))
+
+    def take_task(self, task: str, limit: int | None) -> None:
+        self._task = TaskEvaluation(task, self._tokenizer, limit, self._batch_size)
+
+    def judge(self, model: PreTrainedModel, evaluation: Evaluation) -> None:
+        """Fill in what the model does on text and task."""
+        if self._tokens is not None:
+            evaluation.text_tokens = self._tokens.numel() - len(self._tokens)  # the first is only read
+            evaluation.perplexity = perplexity(model, self._tokens, self._batch_size)
+        if self._task is not None:
+            evaluation.task_metric, evaluation.task_score = self._task.metric, self._task.score(model)
+
+
+def _check_weights(source: str, options: HubOptions, base_model: str | None) -> bool:
+    """See that a model's weight files are there and can be read, and its base's; whether it is a delta repository."""
+    config = fetch_file(source, "config.json", options, required=True)
+    assert config is not None  # it was read before
+    is_delta = read_json(config).get("model_type") == DeltaCompressedConfig.model_type
+    if is_delta:
+        open_repository(source, options, base_model)
+    else:
+        Checkpoint(source, options)
+    return is_delta

@@ -1,0 +1,62 @@
+"""Quality of a causal language model on text: perplexity, and KL divergence from another model."""
+
+import math
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+_CHUNK_ENTRIES = 1 << 25  # logits compared at a time: 128 MiB in float32
+
+
+def load(source: str, dtype: torch.dtype, device: str | torch.device, **options: Any) -> PreTrainedModel:
+    """A model, ready to be evaluated.
+
+    Args:
+        source: local folder or Hub id, a delta repository or not.
+        dtype, device: of its weights.
+        options: more of `from_pretrained`'s.
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    return model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the first parameter
+
+
+def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int) -> float:
+    """Perplexity of the sequences' tokens but the first; arguments as for `evaluate`."""
+    return evaluate(model, None, blocks, batch_size)[0]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel, reference: PreTrainedModel | None, blocks: torch.Tensor, batch_size: int
+) -> tuple[float, float]:
+    """Perplexity of the sequences' tokens but the first, and mean KL(reference || model) in nats per token.
+
+    Args:
+        model: to be judged.
+        reference: what it is compared with; may be the same model. The KL is NaN without one, or if their
+            vocabularies differ in size.
+        blocks: int64 (sequences, length).
+        batch_size: sequences at a time.
+    """
+    loss, divergence, tokens = 0.0, 0.0, 0
+    for rows in blocks.split(batch_size):
+        rows = rows.to(model.device)
+        targets = rows[:, 1:].reshape(-1)
+        logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
+        if reference is None or reference is model:
+            expected = logits if reference is model else logits.new_empty(len(targets), 0)
+        else:
+            expected = reference(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
+        chunk = max(1, _CHUNK_ENTRIES // logits.shape[1])
+        for part, other, target in zip(*(t.split(chunk) for t in (logits, expected, targets)), strict=True):
+            found = part.float().log_softmax(-1)
+            loss -= found.gather(1, target[:, None]).double().sum().item()
+            if part.shape == other.shape:
+                wanted = other.float().log_softmax(-1)
+                divergence += (wanted.exp() * (wanted - found)).sum(-1).double().sum().item()
+            else:
+                divergence = math.nan
+        tokens += len(targets)
+    # Infinite for a model that is broken beyond what a float can say, where math.exp would raise.
+    return torch.tensor(loss / tokens, dtype=torch.float64).exp().item(), divergence / tokens

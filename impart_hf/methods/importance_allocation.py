@@ -1,0 +1,96 @@
+"""ImPart's allocation: keep ratios of the singular components by importance (arXiv 2504.13237, section 3)."""
+
+import abc
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..coding.keep_ratios import keep_ratios, with_margin
+from ..coding.records import factored_bytes, kept_counts, kept_ratios, thresholds_of
+from ..coding.svd import Svd
+from ..common.validation import check_number
+from .base import MethodConfig
+
+_MAX_FITS = 16
+
+
+@dataclass
+class ImportanceAllocation(MethodConfig):
+    """Settings of the methods that allocate keep ratios by importance.
+
+    Attributes:
+        beta: share of the singular components that is pruned beforehand, from the smallest, in [0, 1). Lowered for a
+            matrix whose budget asks for less sparsity than that.
+        c: exponent C of the importance sigma_k / sigma_1 (eq. 7), above 0.
+    """
+
+    factored = True
+
+    beta: float = 0.6
+    c: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("beta", self.beta)
+        check_number("c", self.c)
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta must lie in [0, 1), got {self.beta}")
+        if not 0 < self.c < float("inf"):
+            raise ValueError(f"c must be above 0, got {self.c}")
+
+    @abc.abstractmethod
+    def widths(self, count: int) -> np.ndarray:
+        """Width codes of the first `count` components' values."""
+
+    def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
+        sparsity = self._sparsity_for(spectrum, rows, columns, max_bytes)
+        return with_margin(len(keep_ratios(spectrum, min(rows, columns), sparsity, self.beta, self.c)))
+
+    def sparsify(
+        self, delta: torch.Tensor, max_bytes: int, mask_seed: int, svd: Svd
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], np.ndarray, tuple[str, ...]]:
+        """The components that are kept, and with which thresholds, so that the record fits the budget.
+
+        Returns:
+            U (m, r), sigma (r,), V (n, r); thresholds, uint16 (r,); notes.
+        """
+        rows, columns = delta.shape
+        full_rank = min(rows, columns)
+        u, sigma, v = svd(delta, partial(self.rank_for, rows=rows, columns=columns, max_bytes=max_bytes))
+        spectrum = sigma.double().cpu().numpy()
+        budget = float(max_bytes)
+        for _ in range(_MAX_FITS):
+            sparsity = self._sparsity_for(spectrum, rows, columns, budget)
+            thresholds = thresholds_of(keep_ratios(spectrum, full_rank, sparsity, self.beta, self.c))
+            kept = kept_counts(mask_seed, thresholds, (rows, columns), delta.device)
+            excess = factored_bytes(self.widths(len(thresholds)), *kept) - max_bytes
+            if excess <= 0:
+                break
+            # The masks kept a few more than expected: aim lower than what was expected by that much.
+            budget = self._expected_bytes(kept_ratios(thresholds), rows, columns) - excess
+        else:
+            thresholds = thresholds[:1]
+        rank = len(thresholds)
+        lowered = min(self.beta, sparsity)
+        notes = (f"beta lowered from {self.beta} to {lowered:.3f}",) if lowered < self.beta else ()
+        return (u[:, :rank], sigma[:rank], v[:, :rank]), thresholds, notes
+
+    def _sparsity_for(self, spectrum: np.ndarray, rows: int, columns: int, budget: float) -> float:
+        """The least alpha_uv whose expected record fits the budget, by bisection (algorithm 3).
+
+        Args:
+            spectrum: the leading singular values, more of them than the record is going to keep.
+        """
+        full_rank = min(rows, columns)
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            ratios = kept_ratios(thresholds_of(keep_ratios(spectrum, full_rank, middle, self.beta, self.c)))
+            low, high = (low, middle) if self._expected_bytes(ratios, rows, columns) <= budget else (middle, high)
+        return high
+
+    def _expected_bytes(self, ratios: np.ndarray, rows: int, columns: int) -> float:
+        """Size of a record whose columns keep their entries with these probabilities."""
+        return factored_bytes(self.widths(len(ratios)), rows * ratios, columns * ratios)

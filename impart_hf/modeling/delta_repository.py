@@ -1,0 +1,372 @@
+"""A delta repository together with its base model: the fine-tuned tensors, decoded one at a time."""
+
+import hashlib
+import zlib
+from collections.abc import Container
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+
+from .checkpoints import (
+    DTYPE_NAMES,
+    SAFETENSORS_DTYPES,
+    Checkpoint,
+    CheckpointError,
+    HubOptions,
+    all_finite,
+    fetch_file,
+    is_plain_name,
+    read_json,
+)
+from .checksums import tensor_bytes, tensor_checksum
+from .configuration_delta_compressed import DeltaCompressedConfig
+from .delta_decode import add_delta
+from .delta_record import DeltaFormatError
+
+DELTA_FILE = "delta_model.safetensors"
+DELTA_INDEX = DELTA_FILE + ".index.json"
+RECORD_SUFFIX = ".delta"  # a tensor's records
+ROWS_SUFFIX = ".added_rows"  # rows that the fine-tune has beyond the base's
+BASE_CHECKSUMS = "base_checksums"
+CRC_ENTRY = "crc32"
+
+
+Buffer: TypeAlias = bytes | memoryview
+
+
+class WrongBaseError(ValueError):
+    """The base model is not the one that the delta was made against."""
+
+
+def entry_crc(name: str, dtype: str, shape: tuple[int, ...], data: Buffer) -> int:
+    """CRC-32 of an entry: of its name, safetensors dtype and shape, and of its data."""
+    line = f"{name} {dtype} {'x'.join(map(str, shape))}\n"
+    return zlib.crc32(data, zlib.crc32(line.encode()))
+
+
+@dataclass(frozen=True)
+class TensorParts:
+    """Which entries of the delta file make up one fine-tuned tensor; all None means equal to the base."""
+
+    records: str | None = None
+    replacement: str | None = None
+    added_rows: str | None = None
+
+
+class DeltaFile:
+    """The entries of one or more delta_model*.safetensors, each checked against its CRC-32 as it is read."""
+
+    def __init__(self, paths: list[Path]):
+        """Open the files and read their headers and checksum tables.
+
+        Raises:
+            DeltaFormatError: if a file is truncated, has duplicate or overlapping entries, or no checksum table.
+        """
+        self._handles: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
+        self._crcs: dict[str, int] = {}
+        for path in paths:
+            try:
+                handle = safe_open(str(path), framework="pt")
+                names = sorted(handle.keys())
+                if CRC_ENTRY not in names:
+                    raise DeltaFormatError(f"{path} has no '{CRC_ENTRY}' table: it is not a delta file of impart-hf")
+                names.remove(CRC_ENTRY)
+                crcs = handle.get_tensor(CRC_ENTRY)
+            except (SafetensorError, OSError, RuntimeError) as error:
+                raise DeltaFormatError(f"{path} is damaged or not a safetensors file: {error}") from error
+            if crcs.dtype != torch.uint32 or crcs.shape != (len(names),):
+                raise DeltaFormatError(f"{path}: the '{CRC_ENTRY}' table does not cover the file's entries")
+            for name, crc in zip(names, crcs.tolist(), strict=True):
+                if name in self._handles:
+                    raise DeltaFormatError(f"{path}: entry {name} stands in two files")
+                self._handles[name], self._paths[name], self._crcs[name] = handle, path, crc
+
+    def names(self) -> list[str]:
+        return sorted(self._handles)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handles[name].get_slice(name).get_shape())
+
+    def dtype_name(self, name: str) -> str:
+        return self._handles[name].get_slice(name).get_dtype()
+
+    def read(self, name: str) -> torch.Tensor:
+        """One entry.
+
+        Raises:
+            DeltaFormatError: if its bytes are not those that were written.
+        """
+        try:
+            tensor = self._handles[name].get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            raise DeltaFormatError(f"{self._paths[name]}: delta entry {name} cannot be read: {error}") from error
+        crc = entry_crc(name, self.dtype_name(name), self.shape(name), tensor_bytes(tensor).data)
+        if crc != self._crcs[name]:
+            raise DeltaFormatError(
+                f"{self._paths[name]}: delta entry {name} is damaged (its CRC-32 differs); download the file again"
+            )
+        return tensor
+
+    def read_finite(self, name: str) -> torch.Tensor:
+        """One entry, as `read` gives it, that must hold neither NaN nor infinity."""
+        tensor = self.read(name)
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise DeltaFormatError(f"{self._paths[name]}: delta entry {name} holds NaN or infinity")
+        return tensor
+
+    def read_records(self, name: str) -> np.ndarray:
+        return tensor_bytes(self.read(name + RECORD_SUFFIX))
+
+
+def find_delta_files(repo: str, options: HubOptions) -> tuple[list[Path], Path | None]:
+    """The delta weight files of a repository, and their index if they are sharded.
+
+    Raises:
+        CheckpointError: if it has none, or lacks one that the index names.
+    """
+    single = fetch_file(repo, DELTA_FILE, options)
+    if single is not None:
+        return [single], None
+    index_path = fetch_file(repo, DELTA_INDEX, options)
+    if index_path is None:
+        fetch_file(repo, DELTA_FILE, options, required=True)  # for its error, if the Hub is offline
+        raise CheckpointError(f"'{repo}' has no {DELTA_FILE}: it is not a delta repository")
+    paths = []
+    for name in sorted(set(_weight_map(index_path).values())):
+        path = fetch_file(repo, name, options)
+        if path is None:
+            raise CheckpointError(f"'{repo}' lacks {name}, which {DELTA_INDEX} names")
+        paths.append(path)
+    return paths, index_path
+
+
+def _weight_map(index_path: Path) -> dict[str, str]:
+    weight_map = read_json(index_path).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict) or not all(is_plain_name(n) for n in weight_map.values()):
+        raise DeltaFormatError(f"{index_path} holds no valid weight_map")
+    return weight_map
+
+
+class DeltaRepository:
+    """The fine-tuned tensors that a delta repository and its base stand for.
+
+    Attributes:
+        source: folder or Hub id of the delta repository.
+        config: its configuration.
+        text_config: the fine-tuned model's own.
+        options: how its files are found on the Hub.
+        base: the base checkpoint.
+        base_checksums: of the base's tensors that the delta was made against, by name.
+        file: the delta entries.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        config: DeltaCompressedConfig,
+        options: HubOptions,
+        base_model: str | None = None,
+    ):
+        """Open repository and base; headers are read and compared, no weights.
+
+        Args:
+            source: folder or Hub id of the delta repository.
+            config: its configuration.
+            options: where and as whom to look on the Hub; the revision is the delta repository's.
+            base_model: folder or Hub id to take the base from, instead of the recorded one.
+
+        Raises:
+            CheckpointError: if a file, the base or the permission to read it is missing.
+            DeltaFormatError: if the delta file is damaged or does not fit the base's tensors.
+            WrongBaseError: if the base has other tensors than the delta was made against.
+        """
+        self.source, self.config, self.options = source, config, options
+        if not isinstance(config.text_config, PreTrainedConfig) or config.text_config.model_type == config.model_type:
+            raise DeltaFormatError(f"config.json of '{source}' has no text_config of a fine-tuned model")
+        self.text_config = config.text_config
+        paths, index = find_delta_files(source, options)
+        self.file = DeltaFile(paths)
+        if index and sorted(_weight_map(index)) != self.file.names():
+            # An entry that is lost would pass for a tensor that equals the base's.
+            raise DeltaFormatError(f"{index} names other entries than its files hold: they are not of one repository")
+        self.base = self._open_base(base_model, options)
+        self.base_checksums = self._read_checksums()
+        self.parts = self._match_entries()
+        for name, part in self.parts.items():
+            self._check_parts(name, part)
+
+    def _open_base(self, base_model: str | None, options: HubOptions) -> Checkpoint:
+        recorded = self.config.base_model_name_or_path
+        revision = self.config.base_model_revision if base_model is None else None
+        tied = bool(self.config.tie_word_embeddings)
+        try:
+            return Checkpoint(base_model or recorded, replace(options, revision=revision, subfolder=""), tied)
+        except CheckpointError as error:
+            where = f" at commit {revision}" if revision else ""
+            raise CheckpointError(
+                f"the base model of '{self.source}' ('{base_model or recorded}'{where}) cannot be opened: {error}. "
+                "A local copy can be given with base_model= (--base-model; for vLLM IMPART_HF_BASE_MODEL)"
+            ) from error
+
+    def _match_entries(self) -> dict[str, TensorParts]:
+        """Sort the file's entries by the fine-tuned tensor they belong to, refusing any that belong to none."""
+        parts = dict.fromkeys(self.base.names(), TensorParts())
+        for entry in self.file.names():
+            if entry == BASE_CHECKSUMS:
+                continue
+            name, kind = _entry_kind(entry, parts)
+            if name not in parts:
+                raise DeltaFormatError(f"delta entry {entry} belongs to no tensor of the base '{self.base.source}'")
+            dtype = self.file.dtype_name(entry)
+            if kind == "records" and (dtype != "U8" or len(self.file.shape(entry)) != 1):
+                raise DeltaFormatError(f"delta entry {entry} should be a row of bytes")
+            if kind != "records" and dtype not in SAFETENSORS_DTYPES:
+                raise DeltaFormatError(f"delta entry {entry} has the unknown dtype {dtype}")
+            if self.base.dtype(name).is_floating_point != (kind == "records" or _is_float(dtype)):
+                raise DeltaFormatError(f"delta entry {entry} does not go with {self.base.dtype(name)} of the base")
+            parts[name] = replace(parts[name], **{kind: entry})
+        return parts
+
+    def _check_parts(self, name: str, part: TensorParts) -> None:
+        base_shape, dtype = self.base.shape(name), self.dtype(name)
+        if part.replacement and part.records:
+            raise DeltaFormatError(f"{name} is both replaced and changed by the delta file")
+        if part.replacement and self.file.shape(part.replacement) != base_shape:
+            raise DeltaFormatError(f"{name} has shape {self.file.shape(part.replacement)}, the base has {base_shape}")
+        if part.records and len(base_shape) not in (2, 3):
+            raise DeltaFormatError(f"{name} has records, but its shape is {base_shape}")
+        if part.added_rows:
+            rows = self.file.shape(part.added_rows)
+            if self.file.dtype_name(part.added_rows) != DTYPE_NAMES[dtype]:
+                raise DeltaFormatError(f"the rows added to {name} have another dtype than {dtype}, the tensor's own")
+            if len(base_shape) != 2 or len(rows) != 2 or rows[1] != base_shape[1]:
+                raise DeltaFormatError(f"{name} cannot grow by rows of shape {rows}, the base has {base_shape}")
+
+    def _read_checksums(self) -> dict[str, int]:
+        names = self.base.names()
+        if (
+            BASE_CHECKSUMS not in self.file
+            or self.file.dtype_name(BASE_CHECKSUMS) != "U64"
+            or len(self.file.shape(BASE_CHECKSUMS)) != 1
+        ):
+            raise DeltaFormatError(f"the delta file of '{self.source}' has no checksums of its base")
+        table = self.file.read(BASE_CHECKSUMS).tolist()
+        if len(table) != len(names) + 1 or table[-1] != names_checksum(names):
+            raise WrongBaseError(
+                f"'{self.base.source}' is not the base of '{self.source}': it has other tensors than "
+                f"'{self.config.base_model_name_or_path}'{self._base_revision()}, which the delta was made against"
+            )
+        return dict(zip(names, table, strict=False))
+
+    def _base_revision(self) -> str:
+        revision = self.config.base_model_revision
+        return f" at commit {revision}" if revision else ""
+
+    def names(self) -> list[str]:
+        """Names of the fine-tuned tensors, sorted."""
+        return self.base.names()
+
+    def is_changed(self, name: str) -> bool:
+        """Whether the delta file has anything of a tensor."""
+        return self.parts[name] != TensorParts()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape, rows = self.base.shape(name), self.parts[name].added_rows
+        return (shape[0] + self.file.shape(rows)[0], *shape[1:]) if rows else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype in which the fine-tuned tensor was published."""
+        if replacement := self.parts[name].replacement:
+            return SAFETENSORS_DTYPES[self.file.dtype_name(replacement)]
+        if not self.base.dtype(name).is_floating_point:
+            return self.base.dtype(name)
+        stated = (self.config.tensor_dtype_exceptions or {}).get(name, self.config.tensor_dtype)
+        dtype = getattr(torch, stated, None)
+        if dtype not in DTYPE_NAMES or not dtype.is_floating_point:
+            raise DeltaFormatError(f"config.json states the unknown dtype '{stated}' for {name}")
+        return dtype
+
+    def base_tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the base, on the CPU, its checksum verified.
+
+        Raises:
+            WrongBaseError: if it is not the tensor that the delta was made against.
+        """
+        tensor = self.base.tensor(name)
+        if tensor_checksum(tensor) != self.base_checksums[name]:
+            raise WrongBaseError(
+                f"'{self.base.source}' is not the base of '{self.source}': its tensor {name} differs from that of "
+                f"'{self.config.base_model_name_or_path}'{self._base_revision()}"
+            )
+        return tensor
+
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The fine-tuned tensor, decoded on `device`, in the dtype it was published in.
+
+        Raises:
+            WrongBaseError: if the base's tensor is not the one that the delta was made against.
+            DeltaFormatError: if the delta's bytes are damaged or do not fit.
+        """
+        part, dtype = self.parts[name], self.dtype(name)
+        tensor = self.base_tensor(name).to(device)  # read in any case: a wrong base is to be noticed everywhere
+        if part.replacement:
+            tensor = self.file.read_finite(part.replacement).to(device)
+        elif part.records:
+            tensor = add_delta(tensor, self.file.read_records(name), name, dtype)
+        else:
+            tensor = tensor.to(dtype)
+        if part.added_rows:
+            tensor = torch.cat([tensor, self.file.read_finite(part.added_rows).to(device)])
+        return tensor
+
+    def lazy_state_dict(self, device: torch.device | str = "cpu") -> "dict[str, LazyTensor]":
+        """All fine-tuned tensors as objects that decode themselves when they are sliced."""
+        return {name: LazyTensor(self, name, device) for name in self.names()}
+
+
+class LazyTensor:
+    """One fine-tuned tensor with the interface of a safetensors slice, which transformers materialises lazily."""
+
+    def __init__(self, repository: DeltaRepository, name: str, device: torch.device | str):
+        self._repository, self._name, self._device = repository, name, device
+
+    def get_shape(self) -> list[int]:
+        return list(self._repository.shape(self._name))
+
+    def get_dtype(self) -> str:
+        return DTYPE_NAMES[self._repository.dtype(self._name)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._repository.dtype(self._name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._repository.tensor(self._name, self._device)[index]
+
+
+def names_checksum(names: list[str]) -> int:
+    """64-bit checksum of a sorted list of tensor names, the last number of the checksum table."""
+    return int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:8], "little")
+
+
+def _is_float(dtype_name: str) -> bool:
+    return SAFETENSORS_DTYPES[dtype_name].is_floating_point
+
+
+def _entry_kind(entry: str, names: Container[str]) -> tuple[str, str]:
+    """The tensor an entry belongs to, and which of its `TensorParts` it is."""
+    if entry in names:
+        return entry, "replacement"
+    for suffix, kind in ((RECORD_SUFFIX, "records"), (ROWS_SUFFIX, "added_rows")):
+        if entry.endswith(suffix):
+            return entry[: -len(suffix)], kind
+    return entry, "replacement"

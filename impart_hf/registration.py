@@ -1,0 +1,30 @@
+"""Our configuration and model classes among transformers' Auto classes."""
+
+import sys
+from pathlib import Path
+
+
+def register_with_transformers() -> None:
+    """Register the reader's classes; this imports transformers, and nothing of the writer."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from .modeling.configuration_delta_compressed import DeltaCompressedConfig
+    from .modeling.configuration_pruned_llama import PrunedLlamaConfig
+    from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM
+    from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM, PrunedLlamaModel
+
+    AutoConfig.register("delta_compressed", DeltaCompressedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(DeltaCompressedConfig, DeltaCompressedForCausalLM, exist_ok=True)
+    AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
+    AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)
+    AutoModelForCausalLM.register(PrunedLlamaConfig, PrunedLlamaForCausalLM, exist_ok=True)
+
+
+def is_command_line() -> bool:
+    """Whether this process runs the command `impart-hf` or `python -m impart_hf.cli`.
+
+    The command line registers the classes itself, once it knows which command to run: importing transformers takes
+    seconds of processor time, which `--help` must not.
+    """
+    by_name = Path(sys.argv[0]).stem == "impart-hf"
+    return by_name or (sys.argv[0] == "-m" and "impart_hf.cli" in sys.orig_argv)

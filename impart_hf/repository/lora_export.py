@@ -1,0 +1,276 @@
+"""A delta as a LoRA adapter: the leading singular components of every linear layer, for servers that know only LoRA.
+
+It loses what has no place in an adapter, and says how much that is: the components beyond the rank, and every change
+of embeddings, output projection, norms, biases and experts.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..coding.svd import leading_svd
+from ..common.devices import usable_device
+from ..common.progress import Progress
+from ..modeling.checkpoints import DTYPE_NAMES
+from ..modeling.checksums import tensor_bytes
+from ..modeling.delta_repository import DeltaRepository
+from ..modeling.modeling_delta_compressed import inner_class
+from ..storage.checkpoint_writer import new_folder
+from ..storage.safetensors_writer import Entry, write_safetensors
+from .cards import shown_name
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_LARGEST_RANK = 1 << 16
+_PREFIX = "base_model.model."  # PEFT's, before the names of the model's own modules
+
+
+@dataclass(frozen=True)
+class LoraMatrix:
+    """One matrix of the adapter.
+
+    Attributes:
+        name: of the fine-tuned tensor.
+        norm: Frobenius norm of its delta.
+        relative_error: norm of what the adapter lacks of it, over `norm`; rounding of the factors included.
+    """
+
+    name: str
+    norm: float
+    relative_error: float
+
+
+@dataclass
+class LoraReport:
+    """What an adapter has of a delta.
+
+    Attributes:
+        rank: of every matrix.
+        adapter_bytes: size of the adapter's weight file.
+        matrices: what is in it.
+        left_out: norms of the deltas that it has no place for, by tensor; those of added rows included.
+    """
+
+    rank: int
+    adapter_bytes: int = 0
+    matrices: list[LoraMatrix] = field(default_factory=list)
+    left_out: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def relative_error(self) -> float:
+        """What the adapter lacks of all the matrices that it has: root of summed squares, over that of their norms."""
+        lost = sum((m.norm * m.relative_error) ** 2 for m in self.matrices)
+        return (lost / sum(m.norm**2 for m in self.matrices)) ** 0.5 if self.matrices else 0.0
+
+    @property
+    def left_out_share(self) -> float:
+        """Share of the whole delta's squared norm that is in tensors without a place in the adapter."""
+        left = sum(norm**2 for norm in self.left_out.values())
+        return left / (left + sum(m.norm**2 for m in self.matrices))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "relative_error": self.relative_error, "left_out_share": self.left_out_share}
+
+
+def export_lora(
+    repository: DeltaRepository,
+    output_dir: str | Path,
+    rank: int,
+    *,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> LoraReport:
+    """Write the leading singular components of a delta as a LoRA adapter in PEFT's format.
+
+    For every linear layer W that changed, B = U sqrt(sigma), shape (m, rank), and A = sqrt(sigma) V^T, shape
+    (rank, n), of W_finetuned - W_base, in the fine-tuned dtype, with alpha = rank, so that W_base + B A is what is
+    nearest to W_finetuned at that rank. A layer with fewer components is filled up with zeros: not every server takes
+    a rank for every layer.
+
+    Args:
+        repository: from `open_repository`.
+        output_dir: folder to make; must not exist, or be empty.
+        rank: components of every matrix, 1 to 65536.
+        device: where matrices are decomposed.
+
+    Raises:
+        ValueError: if the rank is none, no linear layer has changed, or PEFT takes no adapter of the model's
+            layers.
+        OutputError: if the folder is not free.
+        ModuleNotFoundError: if PEFT is not installed.
+        DeltaFormatError, WrongBaseError: if delta or base are not as they should be; nothing is left behind.
+    """
+    if not 1 <= rank <= _LARGEST_RANK:
+        raise ValueError(f"a LoRA rank is from 1 to {_LARGEST_RANK}, got {rank}")
+    device, progress = usable_device(str(device)), progress or Progress(False)
+    changed = [name for name in repository.names() if repository.is_changed(name)]
+    skeleton = _skeleton(repository)
+    linear = _linear_layers(skeleton)
+    wanted = [name for name in changed if name in linear]
+    if not wanted:
+        raise ValueError(
+            f"no linear layer of '{repository.source}' differs from the base's: there is nothing to export"
+        )
+    config = _adapter_config(repository, wanted, linear, rank)
+    _check_adapter(skeleton, config)
+    report = LoraReport(rank)
+    with new_folder(output_dir) as folder:
+        entries = [entry for name in wanted for entry in _entries(repository, name, rank, device, report)]
+        report.adapter_bytes = sum(entry.size for entry in entries)
+        config.save_pretrained(folder)
+        write_safetensors(folder / ADAPTER_FILE, list(_tracked(entries, progress)), {"format": "pt"})
+        for name in changed:
+            if name not in linear:
+                report.left_out[name] = _norm_of_delta(repository, name)
+        (folder / "README.md").write_text(_card(repository, report), "utf-8")
+    return report
+
+
+def _skeleton(repository: DeltaRepository) -> PreTrainedModel:
+    """The fine-tuned model without weights."""
+    config = repository.text_config
+    with torch.device("meta"):
+        return inner_class(config)._from_config(config)
+
+
+def _check_adapter(skeleton: PreTrainedModel, config: Any) -> None:
+    """See that PEFT would take the adapter: it refuses some layers of some models.
+
+    Raises:
+        ValueError: if it would not.
+    """
+    from peft import get_peft_model
+
+    trial = copy.copy(config)  # PEFT writes the model's name into it
+    trial.base_model_name_or_path = None
+    try:
+        with torch.device("meta"):
+            get_peft_model(skeleton, trial)
+    except ValueError as error:
+        raise ValueError(f"PEFT takes no such adapter for this model: {error}") from error
+
+
+def _linear_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the weights that LoRA can change: those of linear layers, the output projection aside."""
+    output = model.get_output_embeddings()
+    return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
+
+
+def _adapter_config(repository: DeltaRepository, wanted: list[str], linear: set[str], rank: int) -> Any:
+    """PEFT's configuration of the adapter."""
+    try:
+        from peft import LoraConfig
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("adapters are described by PEFT: pip install 'impart-hf[lora]'") from error
+    kinds = {_module(name).rpartition(".")[2] for name in wanted}
+    alike = [name for name in linear if _module(name).rpartition(".")[2] in kinds]
+    # By kind where every layer of a kind has changed: short, and what servers expect.
+    modules = sorted(kinds) if len(alike) == len(wanted) else [_module(name) for name in wanted]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=rank,
+        target_modules=modules,
+        base_model_name_or_path=repository.config.base_model_name_or_path,
+        revision=repository.config.base_model_revision,
+        inference_mode=True,
+    )
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _entries(
+    repository: DeltaRepository, name: str, rank: int, device: torch.device, report: LoraReport
+) -> Iterator[Entry]:
+    """The adapter's two factors of one matrix; they are made when the first is written."""
+    (m, n), dtype = repository.shape(name), repository.dtype(name)
+    made: dict[str, torch.Tensor] = {}
+
+    def factor(which: str) -> bytes:
+        if not made:
+            delta = _delta(repository, name, device)
+            made["lora_A"], made["lora_B"] = _factors(delta, rank, dtype)
+            norm = float(delta.norm())
+            lost = float((delta - made["lora_B"].float() @ made["lora_A"].float()).norm())
+            report.matrices.append(LoraMatrix(name, norm, lost / norm if norm else 0.0))
+        return tensor_bytes(made.pop(which)).tobytes()
+
+    for which, shape in (("lora_A", (rank, n)), ("lora_B", (m, rank))):
+        size = shape[0] * shape[1] * dtype.itemsize
+        entry = f"{_PREFIX}{_module(name)}.{which}.weight"
+        yield Entry(entry, DTYPE_NAMES[dtype], shape, size, partial(factor, which))
+
+
+def _tracked(entries: list[Entry], progress: Progress) -> Iterator[Entry]:
+    """The entries, advancing a bar as their data is written."""
+    bar = progress.bar(len(entries) // 2, "Decomposing")
+
+    def data(entry: Entry) -> bytes:
+        written = entry.data()
+        bar.update(0.5)
+        return written
+
+    for entry in entries:
+        yield Entry(entry.name, entry.dtype, entry.shape, entry.size, partial(data, entry))
+
+
+def _delta(repository: DeltaRepository, name: str, device: torch.device) -> torch.Tensor:
+    """float32, of the base's shape."""
+    base = repository.base_tensor(name).to(device).float()
+    return repository.tensor(name, device)[: len(base)].float() - base
+
+
+def _factors(delta: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A of shape (rank, n) and B of shape (m, rank), filled up with zeros beyond the matrix's own rank."""
+    u, sigma, v = leading_svd(delta, min(rank, *delta.shape))
+    root = sigma.sqrt()
+    a = delta.new_zeros(rank, delta.shape[1])
+    b = delta.new_zeros(delta.shape[0], rank)
+    a[: len(sigma)], b[:, : len(sigma)] = root[:, None] * v.t(), u * root
+    return a.to(dtype), b.to(dtype)
+
+
+def _norm_of_delta(repository: DeltaRepository, name: str) -> float:
+    base = repository.base_tensor(name).float()
+    tuned = repository.tensor(name).float()
+    return float(((tuned[: len(base)] - base).norm() ** 2 + tuned[len(base) :].norm() ** 2).sqrt())
+
+
+def _card(repository: DeltaRepository, report: LoraReport) -> str:
+    """The adapter's README.md."""
+    base = repository.config.base_model_name_or_path
+    on_hub = not Path(base).is_absolute()
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "impart-hf"],
+    )
+    template = resources.files("impart_hf.model_cards").joinpath("lora_adapter.md").read_text("utf-8")
+    return (
+        str(
+            ModelCard.from_template(
+                data,
+                template_str=template,
+                base=base if on_hub else Path(base).name,
+                base_revision=repository.config.base_model_revision or "",
+                source=shown_name(repository.source),
+                rank=report.rank,
+                error=f"{report.relative_error:.3f}",
+                share=f"{report.left_out_share:.1%}",
+                left_out=len(report.left_out),
+            )
+        )
+        + "\n"
+    )

@@ -1,0 +1,135 @@
+"""What was compressed to how many bytes: read back from the written files, not remembered from writing them."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..distillation import DistillReport
+from ..modeling.delta_record import FACTORED, code_bits, parse_stack
+from ..modeling.delta_repository import BASE_CHECKSUMS, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
+
+
+def human_bytes(count: float) -> str:
+    """A size as people write it: 1.5 MB is 1,500,000 bytes."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """A method's settings in a line: "beta 0.6, bits 8/3/2"."""
+    texts = {k: "/".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in settings.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
+@dataclass
+class TensorReport:
+    """One changed tensor.
+
+    Attributes:
+        kind: "encoded", "kept" (stored as it is) or "added rows".
+        shape: of the entry: of the matrix or stack for "encoded".
+        bytes: size of its data in the file.
+        rank: singular components stored, the mean over a stack; None for a direct or kept tensor.
+        full_rank: min(m, n).
+        bits: of a stored value, for each segment of columns: of U's and of V's where the record has both. The first
+            matrix's in a stack.
+        keep_ratio: share of entries kept in the stored columns, the mean over a stack.
+        relative_error: ||delta - decoded|| / ||delta||, over the whole stack the root mean square.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes: int
+    rank: float | None = None
+    full_rank: int | None = None
+    bits: tuple[tuple[int, ...], ...] = ()
+    keep_ratio: float | None = None
+    relative_error: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class CompressionReport:
+    """The result of a compression.
+
+    Attributes:
+        method: name and settings.
+        checkpoint_bytes: size of the fine-tuned checkpoint's weight files.
+        repository_bytes: size of the delta files, config.json and model card.
+        sidecar_bytes: tokenizer and generation settings, copied unchanged, on both sides of the ratio the same.
+        reader_bytes: the Python files that travel along.
+        shortfall: why and by how much the requested ratio was missed; empty if it was met.
+        tensors: the changed tensors.
+        equal_tensors: how many are equal to the base's.
+        seconds: duration of the run that finished it.
+        distilled: what distillation changed, if it was asked for.
+    """
+
+    method: dict[str, Any]
+    checkpoint_bytes: int
+    repository_bytes: int
+    sidecar_bytes: int
+    reader_bytes: int
+    shortfall: str
+    tensors: list[TensorReport]
+    equal_tensors: int
+    seconds: float
+    distilled: DistillReport | None = None
+
+    @property
+    def requested_ratio(self) -> float:
+        return float(self.method["compression_ratio"])
+
+    @property
+    def ratio(self) -> float:
+        """The ratio that was reached: bytes of the checkpoint over bytes of the repository."""
+        return self.checkpoint_bytes / self.repository_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio, "requested_ratio": self.requested_ratio}
+
+
+def tensor_report(name: str, data: Any) -> TensorReport:
+    """The report on a tensor's records (uint8)."""
+    records = parse_stack(data, name)
+    first = records[0]
+    shape = (first.rows, first.columns) if len(records) == 1 else (len(records), first.rows, first.columns)
+    ratios = [float(r.keep_ratios().mean()) for r in records if r.plane_columns]
+    return TensorReport(
+        name=name,
+        kind="encoded",
+        shape=shape,
+        bytes=len(data),
+        rank=sum(r.rank for r in records) / len(records) if first.layout == FACTORED else None,
+        full_rank=min(first.rows, first.columns),
+        bits=tuple(tuple(map(code_bits, s.widths())) for s in first.segments),
+        keep_ratio=sum(ratios) / len(ratios) if ratios else None,
+        relative_error=math.sqrt(sum(r.relative_error**2 for r in records) / len(records)),
+    )
+
+
+def read_reports(paths: Iterable[Path]) -> tuple[list[TensorReport], int]:
+    """Reports on all entries of delta files, and the number of tensors in the base."""
+    file = DeltaFile(list(paths))
+    reports, base_tensors = [], 0
+    for entry in file.names():
+        if entry == BASE_CHECKSUMS:
+            base_tensors = file.shape(entry)[0] - 1
+        elif entry.endswith(RECORD_SUFFIX) and file.dtype_name(entry) == "U8":
+            name = entry[: -len(RECORD_SUFFIX)]
+            reports.append(tensor_report(name, file.read_records(name)))
+        else:
+            tensor = file.read(entry)
+            kind = "added rows" if entry.endswith(ROWS_SUFFIX) else "kept"
+            name = entry.removesuffix(ROWS_SUFFIX)
+            reports.append(TensorReport(name, kind, tuple(tensor.shape), tensor.numel() * tensor.element_size()))
+    return reports, base_tensors

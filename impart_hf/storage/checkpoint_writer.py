@@ -1,0 +1,121 @@
+"""Writing a folder or a dense checkpoint so that it is there as a whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..common.files import OutputError, sync_path, write_json
+from ..common.progress import Progress
+from ..modeling.checkpoints import DTYPE_NAMES, all_finite
+from ..modeling.checksums import tensor_bytes
+from .locked_folder import LockedFolder
+from .safetensors_writer import Entry, shard_entries, write_safetensors
+
+WEIGHTS = "model.safetensors"
+
+
+def check_free(output: str | Path) -> Path:
+    """The absolute path of a folder that is to be made.
+
+    Raises:
+        OutputError: if it exists and is not an empty folder, or nothing can be written there.
+    """
+    path = Path(os.path.abspath(output))
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise OutputError(f"{path} exists and is not an empty folder; choose another")
+    if path == Path.cwd():
+        raise OutputError(f"{path} is the current folder, which cannot be replaced; choose another")
+    if path.exists() and path.is_mount():
+        raise OutputError(f"{path} is a mount point, which cannot be renamed; choose a folder inside it")
+    ground = next(parent for parent in path.parents if parent.exists())
+    if not ground.is_dir() or not os.access(ground, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: {ground} is not a folder that you may write to")
+    return path
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A hidden folder to be filled, which becomes `output` by one rename when all has gone well; else it is removed.
+
+    Raises:
+        OutputError: as `check_free`, at the beginning and at the end; or if the disk is full.
+    """
+    path = check_free(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with LockedFolder(path.parent, f".{path.name}.new-") as holder:
+        folder = holder / path.name
+        folder.mkdir()
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OutputError(f"the disk of {path.parent} is full; nothing was written") from error
+        check_free(path)  # another process may have been faster
+        for file in folder.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # some libraries write files that only their owner may read
+            sync_path(file)
+        sync_path(folder)
+        if path.exists():
+            path.rmdir()
+        os.rename(folder, path)
+        sync_path(path.parent)
+
+
+class DenseTensor:
+    """A tensor that is made when it is its turn to be written.
+
+    Attributes:
+        name, shape, dtype: as in the file.
+        make: gives it.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], torch.Tensor]):
+        self.name, self.shape, self.dtype, self.make = name, shape, dtype, make
+
+    @property
+    def size(self) -> int:
+        """Bytes of its data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_weights(
+    folder: Path, tensors: Iterable[DenseTensor], max_shard_size: int | str, progress: Progress, title: str
+) -> None:
+    """Write model.safetensors, sharded with an index when large, one tensor in memory at a time.
+
+    Raises:
+        OutputError: if the disk has no room for them.
+        ValueError: if `max_shard_size` is no size, or a tensor is not finite or not as it was announced.
+    """
+    tensors = list(tensors)
+    needed = sum(tensor.size for tensor in tensors)
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OutputError(f"the disk has {free} bytes free, the weights need {needed}")
+    with progress.bar(needed, title, "B") as bar:
+
+        def data(tensor: DenseTensor) -> bytes:
+            bar.set_postfix_str(tensor.name)
+            made = tensor.make()
+            if tuple(made.shape) != tensor.shape or made.dtype != tensor.dtype:
+                raise ValueError(f"{tensor.name} is {made.dtype} {list(made.shape)}, not as announced")
+            if not all_finite(made):
+                raise ValueError(f"{tensor.name} holds NaN or infinity: nothing is written")
+            bar.update(tensor.size)
+            return tensor_bytes(made).tobytes()
+
+        entries = [
+            Entry(t.name, DTYPE_NAMES[t.dtype], t.shape, t.size, partial(data, t))
+            for t in sorted(tensors, key=lambda t: -t.dtype.itemsize)
+        ]
+        files, index = shard_entries(entries, WEIGHTS, max_shard_size)
+        for filename, members in files.items():
+            write_safetensors(folder / filename, members, {"format": "pt"})
+    if index is not None:
+        write_json(folder / f"{WEIGHTS}.index.json", index)

@@ -1,0 +1,86 @@
+"""Writing safetensors files entry by entry, so that no file is ever in memory as a whole."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
+
+from ..common.validation import shard_bytes
+
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written.
+
+    Attributes:
+        dtype: safetensors name of its dtype, such as "BF16".
+        size: bytes of its data.
+        data: gives those bytes; called once, when it is the entry's turn.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    data: Callable[[], bytes]
+
+
+def header_bytes(entries: Iterable[Entry], metadata: dict[str, str]) -> bytes:
+    """The length word and JSON header of a file that holds these entries in this order."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    at = 0
+    for entry in entries:
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [at, at + entry.size]}
+        at += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(path: Path, entries: list[Entry], metadata: dict[str, str]) -> None:
+    """Write a file and flush it to disk. Entries keep their order: put wide dtypes first, to keep them aligned.
+
+    Raises:
+        ValueError: if an entry gives another number of bytes than it announced.
+        OSError: if the disk is full or cannot be written.
+    """
+    with path.open("wb") as file:
+        file.write(header_bytes(entries, metadata))
+        for entry in entries:
+            data = entry.data()
+            if len(data) != entry.size:
+                raise ValueError(f"{entry.name} gave {len(data)} bytes instead of {entry.size}")
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def shard_entries(
+    entries: list[Entry], filename: str, max_shard_size: int | str
+) -> tuple[dict[str, list[Entry]], dict | None]:
+    """Spread entries over files, as transformers does.
+
+    Args:
+        filename: name of the file if one is enough, such as "model.safetensors".
+        max_shard_size: bytes, or a string such as "5GB".
+
+    Returns:
+        The entries of each file, and the index's content if there are several files.
+    """
+    by_name = {entry.name: entry for entry in entries}
+    stem, suffix = os.path.splitext(filename)
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda entry: entry.size,
+        filename_pattern=f"{stem}{{suffix}}{suffix}",
+        max_shard_size=shard_bytes(max_shard_size),
+    )
+    files = {name: [by_name[n] for n in members] for name, members in split.filename_to_tensors.items()}
+    if not split.is_sharded:
+        return files, None
+    return files, {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}

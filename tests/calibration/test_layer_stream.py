@@ -1,0 +1,377 @@
+"""Calibration layer by layer: the inputs of every linear layer are those of the real model, compressed up to there."""
+
+from __future__ import annotations
+
+import re
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import edit_json, edit_tensors, make_model, save_model, tiny_config
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, Mamba2Config, PreTrainedConfig, RwkvConfig
+from transformers.models.llama import modeling_llama
+
+from impart_hf.calibration import layer_stream
+from impart_hf.calibration.layer_stream import stream_layers, streamed_model
+from impart_hf.common.progress import Progress
+from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
+
+# Longer than the tiny models' sliding windows; the last batch is smaller than the others.
+TOKENS = torch.randint(4, 320, (5, 40), generator=torch.Generator().manual_seed(0))
+BATCH_SIZE = 2
+SMALL = {"vocab_size": 320, "hidden_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    **{
+        kind: lambda kind=kind: tiny_config(kind)
+        for kind in ("llama", "llama-tied", "mistral", "qwen2", "gemma2", "gpt-oss", "gpt-neox", "mamba", "mixtral")
+    },
+    # Its layers return tuples, and a bias that follows the attention mask takes the place of positions.
+    "bloom": lambda: BloomConfig(**SMALL, n_layer=3, n_head=4, initializer_range=0.15),
+    "gpt2": lambda: GPT2Config(**SMALL, n_layer=2, n_head=4, n_embd=64, n_positions=64),
+    # Its config.json holds an infinity.
+    "mamba2": lambda: Mamba2Config(**SMALL, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=8, n_groups=1),
+    "rwkv": lambda: RwkvConfig(**SMALL, num_hidden_layers=2, attention_hidden_size=64),
+}
+SUPPORTED = ["llama", "llama-tied", "mistral", "qwen2", "gemma2", "gpt-oss", "gpt-neox", "mamba", "mamba2", "bloom"]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A saved model of each of `CONFIGS`, made when it is first asked for; not to be written to."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = save_model(make_model(CONFIGS[kind]()), tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture
+def own_llama(tmp_path: Path) -> Path:
+    """A tiny LLaMA to be written to."""
+    return save_model(make_model(tiny_config("llama")), tmp_path / "llama")
+
+
+def perturbed(name: str, weight: Tensor) -> Tensor:
+    """What a compressed tensor could be: something near it, the same whenever it is asked for."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    return weight.double() + 0.3 * weight.double().abs().mean() * noise
+
+
+class Calls:
+    """A `compressed` that notes what it is called with."""
+
+    def __init__(self, folder: Path, change: Callable[[str, Tensor], Tensor] = lambda name, weight: weight):
+        self.checkpoint, self._change = Checkpoint(str(folder), HubOptions()), change
+        self.order: list[str] = []
+        self.hessians: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, hessian: Tensor | None) -> Tensor:
+        self.order.append(name)
+        if hessian is not None:
+            self.hessians[name] = hessian
+        return self._change(name, self.checkpoint.tensor(name))
+
+    def run(self, tokens: Tensor = TOKENS, batch_size: int = BATCH_SIZE, progress: Progress | None = None) -> set[str]:
+        progress = progress or Progress(False)
+        model = streamed_model(self.checkpoint, tokens, "cpu")
+        return stream_layers(model, tokens, self, batch_size=batch_size, progress=progress)
+
+
+def real_moments(folder: Path, change: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """The mean of x xᵀ of every linear layer but the output projection, in the whole model with changed weights.
+
+    What reaches a linear layer depends on what comes before it alone; so it does not matter that everything after it
+    is changed too.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            inputs[name + ".weight"] = rows = []
+            module.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0].flatten(0, -2).double()))
+    with torch.no_grad():
+        if change is not None:
+            for name, parameter in model.named_parameters():
+                if parameter is not model.get_output_embeddings().weight or model.config.tie_word_embeddings:
+                    parameter.copy_(change(name, parameter))
+        model(TOKENS)
+    stacked = {name: torch.cat(rows) for name, rows in inputs.items() if rows}
+    return {name: (x.T @ x / len(x)).float() for name, x in stacked.items()}
+
+
+def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, moment in expected.items():
+        assert ours[name].dtype == torch.float32
+        assert (ours[name] - moment).abs().max() <= 1e-4 * moment.abs().max(), name
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_unchanged_weights_give_the_real_models_inputs(folders: Callable[[str], Path], kind: str) -> None:
+    calls = Calls(folders(kind))
+    calls.run()
+    assert_close(calls.hessians, real_moments(folders(kind)))
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_inputs_come_from_compressed_weights(folders: Callable[[str], Path], kind: str) -> None:
+    calls = Calls(folders(kind), perturbed)
+    calls.run()
+    expected = real_moments(folders(kind), perturbed)
+    assert_close(calls.hessians, expected)
+    before = real_moments(folders(kind))
+    changes = [(expected[name] - before[name]).abs().max() / before[name].abs().max() for name in expected]
+    assert min(changes) > 1e-2
+
+
+def layer_of(name: str) -> int:
+    """The number of a tensor's decoder layer; -1 outside them."""
+    found = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+@pytest.mark.parametrize("kind", [*SUPPORTED, "gpt2"])
+def test_every_tensor_comes_once_layer_after_layer(folders: Callable[[str], Path], kind: str) -> None:
+    calls = Calls(folders(kind))
+    names = calls.run()
+    assert len(calls.order) == len(names) and set(calls.order) == names
+    renamed = {"embed_out.weight"} if kind == "gpt-neox" else set()
+    assert names == set(calls.checkpoint.names()) - renamed
+    numbers = [layer_of(name) for name in calls.order]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(range(-1, max(numbers) + 1))
+    for number in set(numbers):
+        has_hessian = [name in calls.hessians for name in calls.order if layer_of(name) == number]
+        assert has_hessian == sorted(has_hessian)
+
+
+def test_linear_layers_come_in_groups_that_share_a_hessian(folders: Callable[[str], Path]) -> None:
+    calls = Calls(folders("llama"))
+    calls.run()
+    groups: list[tuple[int, list[str]]] = []
+    for name in [name for name in calls.order if name in calls.hessians and layer_of(name) == 1]:
+        if not groups or groups[-1][0] != id(calls.hessians[name]):
+            groups.append((id(calls.hessians[name]), []))
+        groups[-1][1].append(name.removeprefix("model.layers.1.").removesuffix(".weight"))
+    assert [sorted(names) for _, names in groups] == [
+        ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+
+
+def test_the_same_input_gives_the_same_hessians(folders: Callable[[str], Path]) -> None:
+    one, same, other = (Calls(folders("mistral")) for _ in range(3))
+    one.run()
+    same.run()
+    other.run(batch_size=5)
+    assert all(torch.equal(hessian, same.hessians[name]) for name, hessian in one.hessians.items())
+    assert_close(other.hessians, one.hessians)
+
+
+class RoutedMLP(nn.Module):
+    """Experts that are linear layers, each called with the tokens whose first entry falls into its range."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
+        self.spare = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2)
+        # Of tokens as normalised as these, the first entry is never beyond 100: the last expert has none.
+        chosen = torch.bucketize(rows[:, 0].contiguous(), torch.tensor([0.0, 1.5, 100.0]))
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            out[chosen == number] = expert(rows[chosen == number])
+        return out.view_as(hidden)
+
+
+def test_experts_that_no_token_reaches_have_no_hessian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", RoutedMLP)
+    folder = save_model(make_model(tiny_config("llama")), tmp_path / "routed")
+    calls = Calls(folder, perturbed)
+    names = calls.run(batch_size=1)
+    assert names == set(calls.checkpoint.names())
+    routed = [f"model.layers.{layer}.mlp.experts.{expert}.weight" for layer in range(2) for expert in range(3)]
+    attention = [n for n in names if "self_attn" in n]
+    assert calls.hessians.keys() == {*routed, *attention}
+    expected = real_moments(folder, perturbed)
+    assert_close(calls.hessians, {name: expected[name] for name in calls.hessians})
+
+
+def test_an_expert_may_be_reached_by_a_later_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", RoutedMLP)
+    folder = save_model(make_model(tiny_config("llama", num_hidden_layers=1)), tmp_path / "routed")
+
+    def reached(tokens: Tensor) -> set[str]:
+        calls = Calls(folder)
+        calls.run(tokens, batch_size=1)
+        return {name for name in calls.hessians if "experts" in name}
+
+    sequences = TOKENS.view(-1, 1)  # a sequence of one token reaches one expert
+    one, others = sequences[:1], [s for s in sequences.split(1) if reached(s) != reached(sequences[:1])]
+    assert reached(torch.cat([one, others[0]])) == reached(one) | reached(others[0])
+
+
+def test_one_decoder_layer_is_in_memory_at_a_time(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folders("llama")
+    models: list[nn.Module] = []
+    make = AutoModelForCausalLM.from_config
+    monkeypatch.setattr(
+        layer_stream.AutoModelForCausalLM,
+        "from_config",
+        lambda *args, **kw: models.append(make(*args, **kw)) or models[-1],
+    )
+    seen: list[str] = []
+
+    def look(name: str, weight: Tensor) -> Tensor:
+        assert all(b.device.type == "cpu" for b in models[0].buffers())
+        real = {n for n, parameter in models[0].named_parameters() if not parameter.is_meta}
+        # Of what lies outside the layers, nothing is there before all of it has been compressed
+        assert {layer_of(n) for n in real} <= {layer_of(name)} and (real or layer_of(name) < 0)
+        assert "lm_head.weight" not in real
+        seen.append(name)
+        return weight
+
+    Calls(folder, look).run()
+    assert len(models) == 1 and len(seen) == 21
+    assert all(parameter.is_meta for parameter in models[0].parameters())
+
+
+def spoilt(name: str) -> Callable[[dict[str, Tensor]], None]:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[:64] = float("nan")
+
+    return edit
+
+
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.down_proj", "input_layernorm"])
+def test_weights_that_are_not_finite_are_named_by_their_layer(own_llama: Path, part: str) -> None:
+    edit_tensors(own_llama, spoilt(f"model.layers.1.{part}.weight"))
+    calls = Calls(own_llama)
+    with pytest.raises(ValueError, match=r"^calibration: activations of layer 1 are not finite$"):
+        calls.run()
+    assert {layer_of(name) for name in calls.order} == {-1, 0}
+
+
+def test_embeddings_that_are_not_finite(own_llama: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["model.embed_tokens.weight"].fill_(float("inf"))
+
+    edit_tensors(own_llama, edit)
+    calls = Calls(own_llama)
+    with pytest.raises(ValueError, match="activations of the embeddings are not finite"):
+        calls.run()
+    assert calls.order == []
+
+
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.down_proj"])
+def test_compression_that_ruins_a_layer_is_noticed_there(folders: Callable[[str], Path], part: str) -> None:
+    ruined = f"model.layers.0.{part}.weight"
+    calls = Calls(folders("llama"), lambda name, weight: weight * float("nan") if name == ruined else weight)
+    with pytest.raises(ValueError, match="activations of layer 0 are not finite"):
+        calls.run()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("mixtral", r"'mixtral': its checkpoint has no model\.layers\.0\.mlp\.\S+ of shape"),
+        ("rwkv", "'rwkv': its decoder does more than hand"),
+    ],
+)
+def test_architectures_that_cannot_be_streamed(folders: Callable[[str], Path], kind: str, message: str) -> None:
+    calls = Calls(folders(kind))
+    with pytest.raises(ValueError, match=message) as caught:
+        calls.run()
+    assert "compress without it" in str(caught.value)
+    assert calls.order == []
+
+
+def test_a_checkpoint_of_other_names_or_shapes(own_llama: Path) -> None:
+    def rename(tensors: dict[str, Tensor]) -> None:
+        tensors["layers.1.mlp.down_proj.weight"] = tensors.pop("model.layers.1.mlp.down_proj.weight")
+
+    edit_tensors(own_llama, rename)
+    calls = Calls(own_llama)
+    with pytest.raises(ValueError, match=r"has no model\.layers\.1\.mlp\.down_proj\.weight of shape \[64, 128\]"):
+        calls.run()
+    edit_json(own_llama / "config.json", intermediate_size=96)
+    with pytest.raises(ValueError, match=r"of shape \[96, 64\]|of shape \[64, 96\]"):
+        Calls(own_llama).run()
+    assert calls.order == []
+
+
+def test_an_architecture_that_transformers_does_not_know(own_llama: Path) -> None:
+    edit_json(own_llama / "config.json", model_type="unheard-of")
+    with pytest.raises(ValueError, match="'unheard-of': transformers knows no causal language model"):
+        Calls(own_llama).run()
+
+
+@pytest.mark.parametrize("trouble", ["between layers", "twice", "state", "text"])
+def test_decoders_that_are_no_plain_chain_of_layers(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """Models whose layers cannot be run one after the other are refused, not run wrongly."""
+
+    def forward(self: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        hidden = self.embed_tokens(input_ids)
+        positions = torch.arange(hidden.shape[1])[None]
+        named: dict[str, Any] = {"position_embeddings": self.rotary_emb(hidden, positions)}
+        if trouble == "state":
+            named["shared"] = {}
+        if trouble == "text":
+            named["position_ids"] = input_ids
+        for layer in self.layers:
+            hidden = layer(hidden, **named)
+            if trouble == "twice":
+                hidden = layer(hidden, **named)
+            if trouble == "between layers":
+                hidden = hidden + 1
+        return hidden
+
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", forward)
+    calls = Calls(folders("llama"))
+    with pytest.raises(ValueError, match="does more than hand|share a state"):
+        calls.run()
+    assert calls.order == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (TOKENS[0], r"shape \(sequences, length\), not \[40\]"),
+        (TOKENS[:0], r"not \[0, 40\]"),
+        (TOKENS + 320, "is not in the model's vocabulary of 320"),
+    ],
+)
+def test_tokens_that_cannot_be_run(folders: Callable[[str], Path], tokens: Tensor, message: str) -> None:
+    calls = Calls(folders("llama"))
+    with pytest.raises(ValueError, match=message):
+        calls.run(tokens)
+    assert calls.order == []
+
+
+def test_the_library_accelerate_is_named_where_it_is_missing(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'impart-hf\[calibration\]'"):
+        Calls(folders("llama")).run()
+
+
+def test_the_bar_goes_over_the_layers(folders: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
+    Calls(folders("llama")).run(progress=Progress())
+    assert re.search(r"Calibrating: 100%.*2/2", capfd.readouterr().err)

@@ -1,0 +1,139 @@
+"""The command line, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.commands import failure
+from support.tiny_models import Pair
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from impart_hf.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "delta"
+    assert (
+        main(["compress", str(tiny_pair.base), str(tiny_pair.finetuned), str(folder), "--ratio", "6", "--quiet"]) == 0
+    )
+    return folder
+
+
+def test_compress_prints_what_is_on_disk(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "delta"
+    arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), str(out), "--method", "dare", "--ratio", "3", "--json"]
+    assert main(["compress", *arguments, "--seed", "7", "--value-dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    counted = sum((out / name).stat().st_size for name in ("delta_model.safetensors", "config.json", "README.md"))
+    assert report["repository_bytes"] == counted
+    assert report["checkpoint_bytes"] == (tiny_pair.finetuned / "model.safetensors").stat().st_size
+    assert report["ratio"] == pytest.approx(report["checkpoint_bytes"] / counted)
+    assert report["method"]["seed"] == 7 and report["method"]["value_dtype"] == "bfloat16"
+    # the progress bar names the tensor at work
+    assert "model.layers.0" in printed.err and "Compressing" in printed.err
+
+
+def test_inspect_table_and_json(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(repository)]) == 0
+    table = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj.weight" in table and "64x128" in table
+    assert main(["inspect", str(repository), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["method"]["name"] == "impart-rd"
+    rows = {t["name"]: t for t in content["tensors"]}
+    down = rows["model.layers.1.mlp.down_proj.weight"]
+    assert down["full_rank"] == 64 and 0 < down["rank"] < 64 and 0 < down["keep_ratio"] <= 1
+    assert 0 < down["relative_error"] and down["kind"] == "encoded"
+    assert rows["model.norm.weight"]["kind"] == "kept" and rows["model.norm.weight"]["bytes"] == 128
+    assert content["delta_bytes"] == (repository / "delta_model.safetensors").stat().st_size
+
+
+def test_inspect_needs_no_base(tiny_pair: Pair, repository: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "delta"
+    copy.mkdir()
+    for path in repository.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = json.loads((copy / "config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (copy / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(copy)]) == 0
+    assert main(["verify", str(copy), "--quiet"]) == 1
+    assert main(["verify", str(copy), "--quiet", "--base-model", str(tiny_pair.base)]) == 0
+
+
+def test_plot(repository: Path, tmp_path: Path) -> None:
+    assert main(["inspect", str(repository), "--plot", str(tmp_path / "delta.png")]) == 0
+    assert (tmp_path / "delta.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reconstruct_gives_the_same_model(repository: Path, tmp_path: Path) -> None:
+    dense_folder = tmp_path / "dense"
+    assert main(["reconstruct", str(repository), str(dense_folder), "--quiet", "--max-shard-size", "50KB"]) == 0
+    assert len(list(dense_folder.glob("model-*.safetensors"))) > 1
+    dense = AutoModelForCausalLM.from_pretrained(dense_folder)
+    loaded = AutoModelForCausalLM.from_pretrained(repository)
+    assert type(dense).__name__ == "LlamaForCausalLM" and dense.dtype == loaded.dtype
+    ids = AutoTokenizer.from_pretrained(dense_folder)("A small difference", return_tensors="pt").input_ids
+    assert torch.equal(dense(ids).logits, loaded(ids).logits)
+
+
+def test_bad_input_is_one_line(
+    tiny_pair: Pair, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, finetuned, out = tiny_pair.base, tiny_pair.finetuned, tmp_path / "out"
+    assert "compression_ratio must be above 1" in failure(capsys, "compress", base, finetuned, out, "--ratio", "1")
+    assert "--beta belongs to impart" in failure(
+        capsys, "compress", base, finetuned, out, "--method", "dare", "--beta", "0.5"
+    )
+    assert "--calibration-samples is of a text" in failure(
+        capsys, "compress", base, finetuned, out, "--calibration-samples", "5"
+    )
+    assert "--steps, --distill-blocks: for distillation" in failure(
+        capsys, "compress", base, finetuned, out, "--steps", "5", "--distill-blocks", "1"
+    )
+    assert "'not a name' is not a Hub id" in failure(
+        capsys, "compress", base, finetuned, out, "--base-name", "not a name"
+    )
+    assert "--push needs --base-name" in failure(capsys, "compress", base, finetuned, out, "--push", "user/delta")
+    assert "cannot be used here" in failure(capsys, "compress", base, finetuned, out, "--device", "cuda:99")
+    assert "no config.json" in failure(capsys, "inspect", tmp_path)
+    assert "not a delta repository" in failure(capsys, "verify", finetuned)
+    assert "not an empty folder" in failure(capsys, "reconstruct", repository, repository, "--quiet")
+    assert "is not a folder" in failure(capsys, "push", out, "user/delta")
+    # a base that only this machine has makes a repository that nobody can load
+    assert "--base-name" in failure(capsys, "push", repository, "user/delta")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_push_without_a_network_is_one_line(tiny_pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "delta"
+    arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), str(out), "--ratio", "4", "--base-name", "user/base"]
+    assert main(["compress", *arguments, "--quiet"]) == 0
+    # nothing listens on the discard port
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
+    command = [str(Path(sys.executable).with_name("impart-hf")), "push", str(out), "user/delta"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the Hub cannot be reached, nothing was published" in done.stderr.splitlines()[-1]
+
+
+def test_the_command_is_installed(repository: Path) -> None:
+    command = [str(Path(sys.executable).with_name("impart-hf")), "inspect", str(repository)]
+    assert "base model" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    wrong = subprocess.run([*command[:1], "inspect", "/nowhere/at all"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "neither a local folder" in wrong.stderr
+
+
+def test_optimum_cli_has_the_same_commands(repository: Path) -> None:
+    optimum = str(Path(sys.executable).with_name("optimum-cli"))
+    command = [optimum, "impart", "inspect", str(repository), "--json"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert json.loads(found.stdout)["method"]["name"] == "impart-rd"
+    wrong = subprocess.run([optimum, "impart", "verify", "/nowhere/at all"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "impart-hf: error: " in wrong.stderr

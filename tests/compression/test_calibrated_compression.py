@@ -1,0 +1,532 @@
+"""Compression with a calibration text, and with scales distilled afterwards, from a user's call to the loaded model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from support import refusals
+from support.tiny_models import Pair, edit_tensors, load_tensors, save_pair, tiny_config, tiny_tokenizer
+from support.workspaces import differing, finished, hidden
+from transformers import AutoModelForCausalLM
+
+from impart_hf import compress
+from impart_hf.calibration.text import calibration_tokens
+from impart_hf.cli.main import main
+from impart_hf.common.progress import Progress
+from impart_hf.distillation import DistillSettings
+from impart_hf.evaluation.metrics import evaluate, load
+from impart_hf.methods import DareQtConfig, ImPartConfig, MethodConfig, method_class
+from impart_hf.modeling.checkpoints import HubOptions
+from impart_hf.repository.open import open_repository
+from impart_hf.repository.verify import verify
+from impart_hf.storage.workspace import Workspace
+
+KINDS = ["llama", "llama-tied", "qwen2", "gemma2"]
+QUANTISING = ["dare-qt", "delta-come", "impart-qt"]
+# Text that comes with Python; of the tiny tokenizer's 320 tokens, nearly one for each byte.
+TEXT, HELD_OUT = (Path(str(module.__file__)).read_text("utf-8") for module in (textwrap, shlex))
+SIZE = {"calibration_samples": 16, "calibration_length": 64}
+RATIO = 4.0
+MATRICES = 12  # that are encoded of the tiny LLaMA; keys and values are too small for it
+
+PairOf = Callable[[str], Pair]
+RepositoryOf = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory: pytest.TempPathFactory) -> PairOf:
+    """A pair of each kind, made when it is first asked for; not to be written to."""
+    made: dict[str, Pair] = {}
+
+    def pair(kind: str) -> Pair:
+        if kind not in made:
+            made[kind] = save_pair(tmp_path_factory.mktemp(kind), tiny_config(kind))
+        return made[kind]
+
+    return pair
+
+
+@pytest.fixture(scope="module")
+def repository_of(pair_of: PairOf, tmp_path_factory: pytest.TempPathFactory) -> RepositoryOf:
+    """A repository, made when it is first asked for; not to be written to."""
+    made: dict[tuple, Path] = {}
+
+    def repository(kind: str, name: str, calibrated: bool, seed: int = 0) -> Path:
+        key = (kind, name, calibrated, seed)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("repository") / "delta"
+            method = method_class(name)(compression_ratio=RATIO, seed=seed)
+            run(pair_of(kind), made[key], method, calibration=[TEXT] if calibrated else None)
+        return made[key]
+
+    return repository
+
+
+@pytest.fixture
+def pair(tiny_pair: Pair, tmp_path: Path) -> Pair:
+    """A copy of the tiny pair in a folder of its own, that a test may spoil."""
+    for folder in (tiny_pair.base, tiny_pair.finetuned):
+        shutil.copytree(folder, tmp_path / "pair" / folder.name)
+    return Pair(tmp_path / "pair" / tiny_pair.base.name, tmp_path / "pair" / tiny_pair.finetuned.name)
+
+
+def run(pair: Pair, output: Path, method: MethodConfig, **kwargs: Any) -> Any:
+    return compress(str(pair.base), str(pair.finetuned), output, method, **{**SIZE, **kwargs})
+
+
+def size(repository: Path) -> int:
+    """What counts towards the ratio."""
+    return sum((repository / name).stat().st_size for name in ("delta_model.safetensors", "config.json", "README.md"))
+
+
+def method_of(repository: Path) -> dict[str, Any]:
+    return json.loads((repository / "config.json").read_text("utf-8"))["method"]
+
+
+def divergence(repository: Path, finetuned: Path) -> float:
+    """KL(fine-tune || what is loaded) on text that no compression has seen."""
+    tokens = calibration_tokens([HELD_OUT], tiny_tokenizer(), samples=24, length=64)
+    models = [load(str(folder), torch.float32, "cpu") for folder in (repository, finetuned)]
+    return evaluate(models[0], models[1], tokens, 24)[1]
+
+
+# --- with calibration text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", QUANTISING)
+def test_calibrated_repositories_load(
+    kind: str, name: str, pair_of: PairOf, repository_of: RepositoryOf, tmp_path: Path
+) -> None:
+    pair, repository = pair_of(kind), repository_of(kind, name, True)
+    assert method_of(repository)["calibration"] == "16 x 64 tokens"
+    assert "calibration 16 x 64 tokens" in (repository / "README.md").read_text("utf-8")
+    verify(open_repository(str(repository), HubOptions(), None), Progress(False))
+    model = AutoModelForCausalLM.from_pretrained(repository)
+    dense = AutoModelForCausalLM.from_pretrained(pair.finetuned)
+    base = load_tensors(pair.base)
+    for parameter, tensor in dense.state_dict().items():
+        ours = model.state_dict()[parameter]
+        assert ours.dtype == tensor.dtype and ours.shape == tensor.shape
+        if parameter in base:
+            # A coarse image of the delta, but of this delta: nothing is exchanged or lost.
+            change, found = (t.float() - base[parameter].float() for t in (tensor, ours))
+            assert not change.any() or (change * found).sum() > 0.5 * change.square().sum(), parameter
+    rounded = repository_of(kind, name, False)
+    assert method_of(rounded)["calibration"] == "none: rounded"
+    # Calibration decides which levels are stored, and costs no byte but those in which it is named.
+    assert abs(size(rounded) - size(repository)) < 40
+    delta, other = (load_tensors(folder) for folder in (repository, rounded))
+    assert delta.keys() == other.keys()
+    assert {n: t.shape for n, t in delta.items()} == {n: t.shape for n, t in other.items()}
+    linear = "model.layers.1.self_attn.q_proj.weight.delta"
+    assert not torch.equal(delta[linear], other[linear])
+    embedding = "model.embed_tokens.weight.delta"
+    assert torch.equal(delta[embedding], other[embedding]), "nothing is known of an embedding's inputs"
+
+
+@pytest.mark.parametrize("name", QUANTISING)
+def test_the_ratio_is_met_on_disk(name: str, tmp_path: Path) -> None:
+    config = tiny_config("llama", hidden_size=128, intermediate_size=256)
+    pair = save_pair(tmp_path / "pair", config, only=lambda n: "norm" not in n)
+    report = run(pair, tmp_path / "delta", method_class(name)(compression_ratio=8), calibration=[TEXT])
+    assert report.repository_bytes == size(tmp_path / "delta")
+    assert report.checkpoint_bytes == (pair.finetuned / "model.safetensors").stat().st_size
+    assert report.ratio >= 8 and not report.shortfall
+
+
+@pytest.mark.parametrize("name, most", [("dare-qt", 0.9), ("delta-come", 0.9), ("impart-qt", 0.97)])
+def test_calibration_brings_models_closer_to_the_fine_tune(
+    name: str, most: float, pair_of: PairOf, repository_of: RepositoryOf
+) -> None:
+    runs = [("llama", 0), ("qwen2", 0), ("llama", 1)]
+    found = [
+        [divergence(repository_of(kind, name, calibrated, seed), pair_of(kind).finetuned) for kind, seed in runs]
+        for calibrated in (True, False)
+    ]
+    assert sum(found[0]) < most * sum(found[1])
+
+
+def test_files_and_lists_of_the_same_text_are_the_same(tiny_pair: Pair, tmp_path: Path) -> None:
+    method = DareQtConfig(compression_ratio=RATIO)
+    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}) + "\n", "utf-8")
+    sources = {"list": [TEXT], "path": tmp_path / "text.txt", "jsonl": str(tmp_path / "text.jsonl")}
+    for name, source in sources.items():
+        run(tiny_pair, tmp_path / name, method, calibration=source)
+    assert differing(tmp_path / "list", tmp_path / "path") == differing(tmp_path / "list", tmp_path / "jsonl") == []
+
+
+def test_sequences_are_no_longer_than_the_model_reads(tiny_pair: Pair, tmp_path: Path) -> None:
+    method = DareQtConfig(compression_ratio=RATIO)
+    report = run(tiny_pair, tmp_path / "delta", method, calibration=[TEXT], calibration_samples=3,
+                 calibration_length=2048)  # fmt: skip
+    assert report.method["calibration"] == "3 x 128 tokens"
+
+
+def test_the_command_says_whether_it_rounded(
+    tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
+    common = ["compress", str(tiny_pair.base), str(tiny_pair.finetuned), str(tmp_path / "delta"), "--quiet"]
+    common += ["--ratio", "4", "--method", "impart-qt", "--bits", "8,2", "--groups", "4"]
+    assert main(common) == 0
+    assert "rounded, as no calibration text was given" in capsys.readouterr().out
+    calibrated = ["--calibration", str(tmp_path / "text.txt"), "--calibration-samples", "5", "--calibration-length"]
+    assert main([*common, *calibrated, "40"]) == 0
+    assert "rounded" not in capsys.readouterr().out
+    method = method_of(tmp_path / "delta")
+    assert (method["bits"], method["groups"], method["calibration"]) == ([8, 2], [4], "5 x 40 tokens")
+    assert main([*common[:5], "--method", "impart", "--ratio", "4"]) == 0
+    assert "rounded" not in capsys.readouterr().out and "calibration" not in method_of(tmp_path / "delta")
+
+
+# --- bad input
+
+
+def refuses(pair: Pair, root: Path, error: type[Exception], match: str, method: MethodConfig, **kwargs: Any) -> None:
+    """See that there is one clear error, and that the run leaves everything in `root` as it was."""
+    refusals.refuses(pair, error, match, root / "delta", root=root, method=method, **{**SIZE, **kwargs})
+
+
+def test_architectures_that_cannot_be_calibrated(pair_of: PairOf, tmp_path: Path) -> None:
+    method = DareQtConfig(compression_ratio=RATIO)
+    match = "calibration is not available for models of type 'mixtral': .*compress without it"
+    refuses(pair_of("mixtral"), tmp_path, ValueError, match, method, calibration=[TEXT])
+    # which works
+    assert run(pair_of("mixtral"), tmp_path / "delta", method).method["calibration"] == "none: rounded"
+
+
+@pytest.mark.parametrize("name", ["bitdelta", "dare", "impart", "lowrank"])
+def test_methods_that_do_not_quantise_take_no_calibration(name: str, tiny_pair: Pair, tmp_path: Path) -> None:
+    method = method_class(name)(compression_ratio=RATIO)
+    match = f"calibration is for the methods that quantise; '{name}' does not"
+    refuses(tiny_pair, tmp_path, ValueError, match, method, calibration=[TEXT])
+
+
+@pytest.mark.parametrize("purpose", ["calibration", "distill"])
+@pytest.mark.parametrize(
+    "source, error, match",
+    [
+        (
+            ["too short"],
+            ValueError,
+            "too few for one sequence of 64: give more text, or ask for sequences of [0-9]+ tokens or less",
+        ),
+        ([], ValueError, "the list holds no text"),
+        ([" \n"], ValueError, "the list holds no text"),
+        ([b"bytes"], ValueError, "entry 0 of the list is b'bytes', not a string"),
+        (7, ValueError, "must be a path, a data set's name or a list of strings"),
+        ("/gone/text.txt", FileNotFoundError, "'/gone/text.txt' does not exist"),
+        (sys.executable, ValueError, "is none of the types .txt, .json"),
+    ],
+    ids=["short", "empty", "blank", "bytes", "number", "missing", "binary"],
+)
+def test_texts_that_cannot_be_used(
+    purpose: str, source: Any, error: type[Exception], match: str, tiny_pair: Pair, tmp_path: Path
+) -> None:
+    refuses(tiny_pair, tmp_path, error, match, DareQtConfig(compression_ratio=RATIO), **{purpose: source})
+
+
+@pytest.mark.parametrize("size", [{"calibration_samples": 0}, {"calibration_length": 1}, {"calibration_length": -5}])
+def test_sequences_of_no_size(size: dict, tiny_pair: Pair, tmp_path: Path) -> None:
+    method = DareQtConfig(compression_ratio=RATIO)
+    match = "at least one sequence of two tokens"
+    refuses(tiny_pair, tmp_path, ValueError, match, method, calibration=[TEXT], **size)
+
+
+def test_steps_of_distillation_that_make_no_sense(tiny_pair: Pair, tmp_path: Path) -> None:
+    for steps in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"steps must be a whole number from 1 on, got {steps}"):
+            DistillSettings(steps=steps)
+
+
+def test_distillation_settings_without_a_text(tiny_pair: Pair, tmp_path: Path) -> None:
+    settings = DistillSettings(steps=5)
+    refuses(tiny_pair, tmp_path, ValueError, "needs a text", ImPartConfig(RATIO), distill_settings=settings)
+
+
+def test_distillation_needs_a_sequence_to_hold_out(tiny_pair: Pair, tmp_path: Path) -> None:
+    method = ImPartConfig(compression_ratio=RATIO)
+    refuses(tiny_pair, tmp_path, ValueError, "two or more sequences", method, distill=[TEXT], calibration_samples=1)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
+    pair = save_pair(tmp_path / "pair", tiny_config("llama", vocab_size=64))
+    method = DareQtConfig(compression_ratio=2)
+    refuses(pair, tmp_path, ValueError, "is not in the model's vocabulary of 64", method, calibration=[TEXT])
+
+
+def test_activations_that_are_not_finite(pair: Pair, tmp_path: Path) -> None:
+    """Weights that are finite, and a product of three of them that is not."""
+
+    def blow_up(tensors: dict[str, torch.Tensor]) -> None:
+        for part in ("gate", "up", "down"):
+            tensors[f"model.layers.0.mlp.{part}_proj.weight"] *= 1e14
+
+    edit_tensors(pair.finetuned, blow_up)
+    method = DareQtConfig(compression_ratio=RATIO)
+    with pytest.raises(ValueError, match="^calibration: activations of layer 0 are not finite$"):
+        run(pair, tmp_path / "delta", method, calibration=[TEXT])
+    assert not (tmp_path / "delta").exists()
+    run(pair, tmp_path / "delta", method)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "pair"]
+
+
+# --- broken off and taken up again
+
+
+class Stop(BaseException):
+    pass
+
+
+def break_off(pair: Pair, output: Path, method: MethodConfig, after: int, **kwargs: Any) -> dict[str, int]:
+    """Leave the workspace as a run leaves it that stops after some tensors."""
+    pipeline = importlib.import_module("impart_hf.compression.encoding")
+    encode, count = pipeline.encode_tensor, iter(range(after))
+
+    def stopping(*args: Any) -> Any:
+        if next(count, None) is None:
+            raise Stop
+        return encode(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(pipeline, "encode_tensor", stopping)
+        run(pair, output, method, **kwargs)
+    assert len(finished(output)) == after and not output.exists()
+    return finished(output)
+
+
+def take_up(pair: Pair, output: Path, method: MethodConfig, **kwargs: Any) -> list[str]:
+    """Run to the end; the tensors that were encoded."""
+    pipeline = importlib.import_module("impart_hf.compression.encoding")
+    encode, redone = pipeline.encode_tensor, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "encode_tensor", lambda t, *args: redone.append(t.name) or encode(t, *args))
+        run(pair, output, method, **kwargs)
+    assert not hidden(output).exists()
+    return redone
+
+
+# After an embedding, in the first layer, before the last matrix, in the second layer.
+@pytest.mark.parametrize("kind, after", [("llama", 1), ("llama", 4), ("llama", 11), ("gemma2", 8)])
+def test_a_broken_off_calibration_goes_on(
+    kind: str, after: int, pair_of: PairOf, repository_of: RepositoryOf, tmp_path: Path
+) -> None:
+    output, method = tmp_path / "delta", method_class("impart-qt")(compression_ratio=RATIO)
+    kept = break_off(pair_of(kind), output, method, after, calibration=[TEXT])
+    redone = take_up(pair_of(kind), output, method, calibration=[TEXT])
+    assert not {Workspace(tmp_path / "any").record_path(name).name for name in redone} & set(kept)
+    matrices = sum(t.dim() == 1 and n.endswith(".delta") for n, t in load_tensors(output).items())
+    assert len(redone) + len(kept) == matrices
+    assert differing(output, repository_of(kind, "impart-qt", True)) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["delta"]
+
+
+@pytest.mark.parametrize("other", [[HELD_OUT], None], ids=["another text", "no text"])
+def test_other_calibration_starts_afresh(tiny_pair: Pair, tmp_path: Path, other: list[str] | None) -> None:
+    method = method_class("delta-come")(compression_ratio=RATIO)
+    break_off(tiny_pair, tmp_path / "delta", method, 9, calibration=[TEXT])
+    redone = take_up(tiny_pair, tmp_path / "delta", method, calibration=other)
+    assert len(redone) == MATRICES
+    run(tiny_pair, tmp_path / "fresh", method, calibration=other)
+    assert differing(tmp_path / "delta", tmp_path / "fresh") == []
+
+
+def test_a_killed_calibration_goes_on(tmp_path: Path) -> None:
+    """A process of its own, killed by SIGKILL while it calibrates."""
+    config = tiny_config("llama", num_hidden_layers=8)
+    pair, method = save_pair(tmp_path / "pair", config), DareQtConfig(compression_ratio=RATIO)
+    code = (
+        "import sys; from impart_hf import compress; from impart_hf.methods import DareQtConfig; "
+        f"compress(*sys.argv[1:4], DareQtConfig(compression_ratio={RATIO}), calibration=sys.argv[4], "
+        "calibration_samples=16, calibration_length=64)"
+    )
+    text, output = tmp_path / "text.txt", tmp_path / "delta"
+    text.write_text(TEXT, "utf-8")
+    command = [sys.executable, "-c", code, *map(str, (pair.base, pair.finetuned, output, text))]
+    child = subprocess.Popen(command)
+    try:
+        deadline = time.monotonic() + 120
+        while len(finished(output)) < 12:
+            assert child.poll() is None and time.monotonic() < deadline, "over before it could be killed"
+            time.sleep(0.001)
+    finally:
+        child.kill()
+    assert child.wait() == -signal.SIGKILL and not output.exists()
+    kept = len(finished(output))
+    assert len(take_up(pair, output, method, calibration=text)) == 8 * 5 + 2 - kept
+    run(pair, tmp_path / "unbroken", method, calibration=text)
+    assert differing(output, tmp_path / "unbroken") == []
+
+
+# --- distillation
+
+SETTINGS = DistillSettings(steps=12)
+STEPS = {"distill": [TEXT], "distill_settings": SETTINGS, "calibration_samples": 24, "calibration_length": 32}
+
+
+@pytest.mark.parametrize("name", ["bitdelta", "impart", "impart-qt"])
+def test_distilled_repositories(name: str, tiny_pair: Pair, tmp_path: Path) -> None:
+    method = method_class(name)(compression_ratio=8)
+    report = run(tiny_pair, tmp_path / "distilled", method, **STEPS)
+    plain = run(tiny_pair, tmp_path / "plain", method)
+    distilled = report.distilled
+    assert plain.distilled is None and distilled is not None
+    assert distilled.after < distilled.before and 0 < distilled.best_step <= distilled.steps <= 12
+    assert json.loads(json.dumps(report.to_dict()))["distilled"]["after"] == distilled.after
+    assert report.method["distillation"] == "codes, 12 steps, 24 x 32 tokens"
+    assert method_of(tmp_path / "distilled") == json.loads(json.dumps(report.method))
+    # The same tensors of the same sizes; another scale is in them.
+    files = [load_tensors(tmp_path / name) for name in ("distilled", "plain")]
+    changed = [n for n in files[1] if n.endswith(".delta") and not torch.equal(files[0][n], files[1][n])]
+    assert len(changed) == MATRICES
+    stated = f"{distilled.before:.4f}, {distilled.after:.4f}"
+    cards = [ModelCard.load(tmp_path / name / "README.md").text for name in ("distilled", "plain")]
+    line = "KL to the fine-tune on held-out text, before and after distillation"
+    assert f"| {line} | {stated} |" in cards[0] and line not in cards[1]
+    assert report.repository_bytes == size(tmp_path / "distilled")
+    found = [divergence(tmp_path / name, tiny_pair.finetuned) for name in ("distilled", "plain")]
+    assert found[0] < found[1]
+    verify(open_repository(str(tmp_path / "distilled"), HubOptions(), None), Progress(False))
+
+
+def test_scales_cost_no_byte(tiny_pair: Pair, tmp_path: Path) -> None:
+    """Records are as long as without distillation, where the card does not take what it needs from their budget."""
+    method = method_class("bitdelta")(compression_ratio=4)  # a bit an entry, whatever the budget
+    run(tiny_pair, tmp_path / "distilled", method, **STEPS)
+    run(tiny_pair, tmp_path / "plain", method)
+    sizes = [(tmp_path / name / "delta_model.safetensors").stat().st_size for name in ("distilled", "plain")]
+    assert sizes[0] == sizes[1]
+
+
+def test_calibration_and_distillation_together(tiny_pair: Pair, tmp_path: Path) -> None:
+    method = DareQtConfig(compression_ratio=RATIO)
+    report = run(tiny_pair, tmp_path / "delta", method, calibration=[HELD_OUT], **STEPS)
+    assert report.method["calibration"] == "24 x 32 tokens"
+    assert report.method["distillation"] == "codes, 12 steps, 24 x 32 tokens"
+    assert report.distilled.after <= report.distilled.before
+
+
+def test_the_command_tells_what_distillation_did(
+    tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
+    command = ["compress", str(tiny_pair.base), str(tiny_pair.finetuned), str(tmp_path / "delta"), "--quiet"]
+    command += ["--method", "bitdelta", "--ratio", "8", "--distill", str(tmp_path / "text.txt"), "--steps", "5"]
+    command += ["--calibration-samples", "16", "--calibration-length", "32"]
+    assert main(command) == 0
+    assert "distilled: KL to the fine-tune on held-out text 0." in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["distilled"]["steps"] == 5 and report["distilled"]["after"] <= report["distilled"]["before"]
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an unbroken run gives."""
+    output = tmp_path_factory.mktemp("distilled") / "delta"
+    run(tiny_pair, output, ImPartConfig(compression_ratio=8), **STEPS)
+    return output
+
+
+def test_distillation_is_the_same_again(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
+    """Also into the same folder, where the first run's repository is replaced, not distilled further."""
+    shutil.copytree(distilled, tmp_path / "delta")
+    assert len(take_up(tiny_pair, tmp_path / "delta", ImPartConfig(compression_ratio=8), **STEPS)) == MATRICES
+    assert differing(tmp_path / "delta", distilled) == []
+
+
+def test_a_run_broken_off_before_distillation_goes_on(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
+    method = ImPartConfig(compression_ratio=8)
+    break_off(tiny_pair, tmp_path / "delta", method, 7, **STEPS)
+    assert len(take_up(tiny_pair, tmp_path / "delta", method, **STEPS)) == MATRICES - 7
+    assert differing(tmp_path / "delta", distilled) == []
+
+
+@pytest.mark.parametrize("where", ["in distillation", "while distilled records are kept", "after distillation"])
+def test_a_run_broken_off_in_distillation_goes_on(where: str, tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
+    """From the records as they were before: scales trained twice would be other scales."""
+    put, kept = Workspace.put_distilled, []
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise Stop
+
+    def keep_some(self: Workspace, name: str, data: bytes) -> None:
+        kept.append(name)
+        if len(kept) > 5:
+            raise Stop
+        put(self, name, data)
+
+    method, output = ImPartConfig(compression_ratio=8), tmp_path / "delta"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        if where == "in distillation":
+            patch.setattr("impart_hf.distillation.record_trainer.train", stop)
+        elif where == "after distillation":
+            patch.setattr("impart_hf.compression.pipeline.write_repository", stop)
+        else:
+            patch.setattr(Workspace, "put_distilled", keep_some)
+        run(tiny_pair, output, method, **STEPS)
+    assert len(finished(output)) == MATRICES and not output.exists()
+    assert take_up(tiny_pair, output, method, **STEPS) == []
+    assert differing(output, distilled) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["delta"]
+
+
+def test_other_distillation_starts_afresh(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
+    method = ImPartConfig(compression_ratio=8)
+    break_off(tiny_pair, tmp_path / "delta", method, 7, **{**STEPS, "distill_settings": DistillSettings(steps=11)})
+    assert len(take_up(tiny_pair, tmp_path / "delta", method, **STEPS)) == MATRICES
+    assert differing(tmp_path / "delta", distilled) == []
+
+
+def test_what_distillation_cannot_do_shows_before_any_work(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = ImPartConfig(compression_ratio=8)
+    for settings, match in (
+        (DistillSettings(training={"no_such_field": 1}), "has no field 'no_such_field'"),
+        (DistillSettings(batch_size=8, training={"gradient_accumulation_steps": 3}), "cannot be shared evenly"),
+    ):
+        refuses(tiny_pair, tmp_path, ValueError, match, method, **{**STEPS, "distill_settings": settings})
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    refuses(tiny_pair, tmp_path, ModuleNotFoundError, r"pip install 'impart-hf\[distill\]'", method, **STEPS)
+
+
+def test_two_processes_distil_together(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
+    """The gradient of a batch is the mean over the processes: the result is nearly that of one process."""
+    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["impart_hf.cli", "compress", str(tiny_pair.base), str(tiny_pair.finetuned), str(tmp_path / "delta")]
+    command += ["--method", "impart", "--ratio", "8", "--distill", str(tmp_path / "text.txt"), "--steps", "12"]
+    command += ["--calibration-samples", "24", "--calibration-length", "32", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launched = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert launched.stdout.count("distilled: KL to the fine-tune") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "text.txt"]
+    found = [divergence(folder, tiny_pair.finetuned) for folder in (tmp_path / "delta", distilled)]
+    assert found[0] == pytest.approx(found[1], rel=0.2)
+
+
+def test_only_distillation_needs_accelerate() -> None:
+    """A core install has none, and nothing else has to wait for the Trainer."""
+    program = "import sys; sys.modules['accelerate'] = None; import impart_hf.compression.compress; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    assert "transformers.trainer" not in loaded.stdout.split()

@@ -1,0 +1,451 @@
+"""Importance: scores and masks equal a direct computation with autograd."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.tiny_models import edit_tensors, fine_tune, make_model, save_model, tiny_config, tiny_tokenizer
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+import impart_hf  # noqa: F401  # registers the pruned model's classes
+from impart_hf.calibration.text import calibration_tokens
+from impart_hf.common.files import OutputError
+from impart_hf.modeling.checkpoints import CheckpointError
+from impart_hf.modeling.configuration_pruned_llama import PrunedLlamaConfig
+from impart_hf.pruning import importance_plot
+from impart_hf.pruning.checks import open_llama
+from impart_hf.pruning.gradient_sums import MatrixSums
+from impart_hf.pruning.importance import compute_importance
+from impart_hf.pruning.importance_report import Importance
+from impart_hf.pruning.llama_shape import LINEAR
+
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+from impart_hf.pruning.lora import add_lora
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXTS = [f"{n} is the number, {n * n} is its square, and {n} texts come before this one. " * 2 for n in range(60)]
+SETTINGS: dict[str, Any] = {"steps": 7, "batch_size": 2, "length": 24, "device": "cpu", "progress": False}
+RATE = 1e-2  # large, so that a step that went otherwise would show
+
+
+def save(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A model with this configuration, its biases and norms random too."""
+    return save_model(fine_tune(make_model(config, dtype=dtype)), folder)
+
+
+def pruned_config() -> PrunedLlamaConfig:
+    """Two layers of different widths, the first narrower than the global ones, with GQA."""
+    return PrunedLlamaConfig.from_llama(
+        tiny_config("llama"), num_attention_heads=[2, 4], num_key_value_heads=[1, 2], intermediate_size=[48, 128]
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("model") / "tiny", tiny_config("llama"))
+
+
+@pytest.fixture(scope="module")
+def report(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be written to."""
+    folder = tmp_path_factory.mktemp("report") / "importance"
+    compute_importance(str(model), folder, TEXTS, **SETTINGS, learning_rate=RATE)
+    return folder
+
+
+class DirectLora(nn.Module):
+    """W x + bias + s B A x, written out."""
+
+    def __init__(self, linear: nn.Linear, a: torch.Tensor, b: torch.Tensor, scale: float):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.a, self.b = (nn.Parameter(start.detach().clone()) for start in (a, b))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.linear(inputs) + self.scale * inputs @ self.a.t() @ self.b.t()
+
+
+def direct_gradients(
+    folder: Path, *, steps: int, batch_size: int, length: int, rank: int, seed: int, **_: Any
+) -> dict[tuple[int, str], list[torch.Tensor]]:
+    """G of every step for every matrix, dense and in float64, by a loop of our own."""
+    lora = add_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), rank, 32, seed)
+    starts = {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in lora_modules(lora)}
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    ours = {}
+    for layer, decoder in enumerate(plain.model.layers):
+        for name in LINEAR:
+            block, leaf = name.split(".")
+            owner = getattr(decoder, block)
+            ours[layer, name] = DirectLora(getattr(owner, leaf), *starts[layer, name], 32 / rank)
+            setattr(owner, leaf, ours[layer, name])
+    tokens = calibration_tokens(TEXTS, tiny_tokenizer(), samples=steps * batch_size, length=length, seed=seed)
+    optimizer = torch.optim.AdamW([p for m in ours.values() for p in (m.a, m.b)], lr=RATE, weight_decay=0.0)
+    gradients: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in ours}
+    for rows in batches(len(tokens), steps, batch_size, seed):
+        logits = plain(input_ids=tokens[rows], use_cache=False).logits[:, :-1]
+        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[rows][:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        for key, module in ours.items():
+            assert module.a.grad is not None and module.b.grad is not None
+            gradients[key].append(module.b.grad.double() @ module.a.grad.double())
+        optimizer.step()
+    return gradients
+
+
+def lora_modules(model: Any) -> Iterator[tuple[tuple[int, str], Any]]:
+    for layer, decoder in enumerate(model.get_base_model().model.layers):
+        for name in LINEAR:
+            block, leaf = name.split(".")
+            yield (layer, name), getattr(getattr(decoder, block), leaf)
+
+
+def batches(sequences: int, steps: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """As the Trainer draws them: a new order every epoch, what is too little for a batch left out."""
+    epoch = 0
+    while steps > 0:
+        order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed + epoch))
+        for rows in order[: sequences // batch_size * batch_size].split(batch_size)[:steps]:
+            steps -= 1
+            yield rows
+        epoch += 1
+
+
+def norms(parts: list[torch.Tensor]) -> float:
+    return sum(part.norm().item() for part in parts)
+
+
+def expected(gradients: dict[tuple[int, str], list[torch.Tensor]], layer: int, widths: Any) -> dict[str, Any]:
+    """All scores of a layer, spelt out."""
+    query, key, value, output, gate, up, down = (gradients[layer, name] for name in LINEAR)
+    steps, groups = len(query), widths.num_key_value_heads
+    head_dim = query[0].shape[0] // widths.num_attention_heads
+
+    def rows(of: list[torch.Tensor], unit: int, size: int) -> list[torch.Tensor]:
+        return [g[unit * size : (unit + 1) * size] for g in of]
+
+    def columns(of: list[torch.Tensor], unit: int, size: int) -> list[torch.Tensor]:
+        return [g[:, unit * size : (unit + 1) * size] for g in of]
+
+    heads = [(rows(query, h, head_dim), columns(output, h, head_dim)) for h in range(widths.num_attention_heads)]
+    per_group = len(heads) // groups
+    parts = {
+        "heads": heads,
+        "groups": [
+            (rows(key, g, head_dim), rows(value, g, head_dim))
+            + tuple(part for head in heads[g * per_group : (g + 1) * per_group] for part in head)
+            for g in range(groups)
+        ],
+        "channels": [(rows(gate, c, 1), rows(up, c, 1), columns(down, c, 1)) for c in range(widths.intermediate_size)],
+        "layer": [(query, key, value, output, gate, up, down)],
+    }
+    return {
+        name: {
+            "igia": torch.tensor([sum(g.square().sum().item() for p in unit for g in p) / steps for unit in units]),
+            "gradient_norm": torch.tensor([sum(map(norms, unit)) for unit in units]),
+        }
+        for name, units in parts.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (tiny_config("llama"), {}),  # GQA; running sums of G² take over from the factors
+        (tiny_config("llama"), {"rank": 1, "steps": 3}),  # factors to the end
+        (tiny_config("llama", num_key_value_heads=4), {}),
+        (tiny_config("llama", num_key_value_heads=1), {"top_percent": 3.3}),
+        (tiny_config("llama-tied", attention_bias=True, mlp_bias=True), {"top_percent": 100}),
+        (tiny_config("llama", head_dim=8), {"seed": 5}),  # heads that do not fill the hidden size
+        (pruned_config(), {}),
+    ],
+    ids=["gqa", "factors", "mha", "mqa", "biases", "head_dim", "pruned"],
+)
+def test_scores_and_masks_equal_autograd(config: Any, changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", config, torch.float32)
+    settings = {"rank": 8, "seed": 0, "top_percent": 20.0, **SETTINGS, **changes}
+    found = compute_importance(str(folder), tmp_path / "importance", TEXTS, learning_rate=RATE, **settings)
+    gradients = direct_gradients(folder, **settings)
+    assert found.steps == settings["steps"]
+    for layer, widths in enumerate(open_llama(str(folder))[1].layers):
+        wanted = expected(gradients, layer, widths)
+        for score in ("igia", "gradient_norm"):
+            assert found.layers[score].dtype == torch.float64
+            torch.testing.assert_close(
+                found.layers[score][layer : layer + 1].float(), wanted["layer"][score], rtol=2e-4, atol=0
+            )
+            for name in ("heads", "groups", "channels"):
+                scores = getattr(found, name)[score][layer]
+                assert scores.dtype == torch.float32
+                torch.testing.assert_close(scores, wanted[name][score], rtol=1e-3, atol=0)
+        for name in LINEAR:
+            check_mask(found.mask(layer, name), gradients[layer, name], settings["top_percent"])
+
+
+def check_mask(mask: torch.Tensor, gradients: list[torch.Tensor], percent: float) -> None:
+    """The mask has its number of entries, and they are the largest but for rounding."""
+    values = torch.stack(gradients).square().mean(0)
+    assert mask.shape == values.shape and mask.dtype == torch.bool
+    count = round(percent / 100 * values.numel())
+    assert int(mask.sum()) == count > 0
+    least = values.flatten().sort(descending=True).values[count - 1]
+    assert values[mask].min() > least * (1 - 1e-3)
+    if count < values.numel():
+        assert values[~mask].max() < least * (1 + 1e-3)
+
+
+def test_few_texts_are_used_again(tmp_path: Path, model: Path) -> None:
+    texts = TEXTS[:2]
+    settings = {**SETTINGS, "steps": 6, "length": 32}
+    found = compute_importance(str(model), tmp_path / "out", texts, **settings, masks=False)
+    assert len(calibration_tokens(texts, tiny_tokenizer(), samples=12, length=32)) < 12
+    assert found.steps == 6 and found.losses[-1] < found.losses[0]
+
+
+def test_gradient_accumulation_changes_nothing_but_memory(tmp_path: Path, model: Path) -> None:
+    one, other = (
+        compute_importance(
+            str(model), tmp_path / str(parts), TEXTS, **{**SETTINGS, "batch_size": 4}, learning_rate=RATE,
+            training={"gradient_accumulation_steps": parts},
+        )
+        for parts in (1, 2)
+    )  # fmt: skip
+    assert_close_scores(one, other)
+    assert other.settings["batch_size"] == 4
+
+
+def assert_close_scores(one: Importance, other: Importance) -> None:
+    for score in ("igia", "gradient_norm"):
+        torch.testing.assert_close(one.layers[score], other.layers[score], rtol=1e-3, atol=0)
+        for units in ("heads", "groups", "channels"):
+            for a, b in zip(getattr(one, units)[score], getattr(other, units)[score], strict=True):
+                torch.testing.assert_close(a, b, rtol=5e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
+def test_folding_changes_no_bit(steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [(torch.randn(3, 10, generator=generator), torch.randn(12, 3, generator=generator)) for _ in range(steps)]
+    sums, total = MatrixSums(4, True, True), torch.zeros(12, 10)
+    for number, (a, b) in enumerate(factors, 1):
+        assert sums.add(a, b)
+        total += (b @ a).square()
+        # 66 numbers a step; the matrix has 120
+        held = 120 if sums._sum is not None else sum(x.numel() for pair in sums._factors for x in pair)
+        assert held == (66 if number == 1 else 120)
+    order = np.argsort(-total.numpy().reshape(-1), kind="stable")
+    wanted = np.zeros(120, bool)
+    wanted[order[:25]] = True
+    mask = sums.mask(25 / 120 * 100)
+    assert mask is not None and np.array_equal(np.unpackbits(mask, count=120).astype(bool), wanted)
+
+
+def test_equal_entries_are_taken_by_index() -> None:
+    sums = MatrixSums(2, True, True)
+    sums.add(torch.ones(1, 5), torch.tensor([[1.0], [2.0], [1.0], [1.0]]))
+    mask = sums.mask(40)
+    assert mask is not None
+    assert np.unpackbits(mask, count=20).tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 1, 1] + [0] * 10
+
+
+def test_a_report_says_what_was_measured(report: Path, model: Path) -> None:
+    assert {p.name for p in report.iterdir()} >= {"importance.json", "importance.safetensors", "masks.safetensors"}
+    content = json.loads((report / "importance.json").read_text())
+    assert content["model"] == "tiny" and content["settings"]["data"] == "60 texts"
+    assert len(content["losses"]) == 7 and all(map(math.isfinite, content["losses"]))
+    assert str(model) not in (report / "importance.json").read_text()
+    weights = sum(t.numel() for n, t in load_file(model / "model.safetensors").items() if "_proj" in n)
+    # a bit a weight, and headers
+    assert weights / 8 < (report / "masks.safetensors").stat().st_size < weights / 8 + 4096
+
+
+def test_a_report_is_read_as_it_was_written(report: Path, tmp_path: Path) -> None:
+    first = Importance.load(report)
+    first.save(tmp_path / "again")
+    for name in ("importance.json", "importance.safetensors", "masks.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (report / name).read_bytes(), name
+
+
+def test_same_seed_same_report(report: Path, model: Path, tmp_path: Path) -> None:
+    compute_importance(str(model), tmp_path / "out", TEXTS, **SETTINGS, learning_rate=RATE)
+    for name in ("importance.json", "importance.safetensors", "masks.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (report / name).read_bytes(), name
+
+
+def test_without_masks(model: Path, tmp_path: Path) -> None:
+    found = compute_importance(str(model), tmp_path / "out", TEXTS, **{**SETTINGS, "steps": 2}, masks=False)
+    assert not (tmp_path / "out" / "masks.safetensors").exists() and not found.has_masks
+    with pytest.raises(ValueError, match="holds no masks"):
+        found.mask(0, "mlp.up_proj")
+
+
+def test_a_mask_that_no_matrix_has(report: Path) -> None:
+    for layer, name in ((2, "mlp.up_proj"), (-1, "mlp.up_proj"), (0, "mlp.up"), (0, "input_layernorm")):
+        with pytest.raises(ValueError, match="no matrix"):
+            Importance.load(report).mask(layer, name)
+
+
+def test_a_chart_is_drawn(report: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert (report / "importance.png").read_bytes().startswith(b"\x89PNG")
+    found = Importance.load(report)
+    for scores in found.heads["igia"]:  # heads without any gradient have no place on a logarithmic scale
+        scores.zero_()
+    found.layers["igia"].zero_()
+    assert importance_plot.draw(found, tmp_path / "zero.png")
+
+
+def test_without_matplotlib_there_is_no_chart(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    compute_importance(str(model), tmp_path / "out", TEXTS, **{**SETTINGS, "steps": 2})
+    assert not (tmp_path / "out" / "importance.png").exists() and (tmp_path / "out" / "importance.json").exists()
+
+
+BAD = [
+    ({"steps": 1}, "steps must be a whole number from 2"),
+    ({"batch_size": 1.5}, "batch_size"),
+    ({"length": 1}, "length"),
+    ({"rank": True}, "rank"),
+    ({"alpha": 0}, "alpha"),
+    ({"learning_rate": math.nan}, "learning_rate"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 1 << 32}, "seed"),
+    ({"top_percent": 0}, "top_percent"),
+    ({"top_percent": 100.5}, "top_percent"),
+    ({"device": "cuda:99"}, "device 'cuda:99'"),
+    ({"device": "nothing"}, "device 'nothing'"),
+    ({"training": {"learning_speed": 1}}, "no field 'learning_speed'"),
+    ({"training": {"max_grad_norm": 1.0}}, "'max_grad_norm' cannot be set"),
+    ({"training": {"fsdp": "full_shard"}}, "'fsdp' cannot be set"),
+    ({"training": {"output_dir": "there"}}, "'output_dir' cannot be set"),
+    ({"training": {"optim": "nothing"}}, "nothing"),
+    ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size"),
+    ({"training": {"learning_rate": "fast"}}, "learning_rate"),
+    ({"training": "fast"}, "must be a mapping"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_settings(model: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compute_importance(str(model), tmp_path / "out", TEXTS, **{**SETTINGS, **changes})
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ([], ValueError, "holds no text"),
+        (["", " \n"], ValueError, "holds no text"),
+        (["short"], ValueError, "too few"),
+        ("nowhere.txt", FileNotFoundError, "does not exist"),
+        ([5], ValueError, "not a string"),
+    ],
+)
+def test_data_without_text(model: Path, tmp_path: Path, data: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        compute_importance(str(model), tmp_path / "out", data, **SETTINGS)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt-neox", "mixtral"])
+def test_models_that_are_not_llama_shaped(kind: str, tmp_path: Path) -> None:
+    folder = save_model(make_model(tiny_config(kind)), tmp_path / "model")
+    with pytest.raises(ValueError, match="not LLaMA-shaped"):
+        compute_importance(str(folder), tmp_path / "out", TEXTS, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_tokenizer(model: Path, tmp_path: Path) -> None:
+    make_model(tiny_config("llama")).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="tokenizer of"):
+        compute_importance(str(tmp_path / "model"), tmp_path / "out", TEXTS, **SETTINGS)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        compute_importance(str(tmp_path / "nowhere"), tmp_path / "out", TEXTS, **SETTINGS)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", tiny_config("llama"))
+    edit_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3].fill_(value))
+    with pytest.raises(ValueError, match=r"step 1: the gradient of model\.layers\.\d\.\S+ is not finite"):
+        compute_importance(str(folder), tmp_path / "out", TEXTS, **SETTINGS)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_interrupted_run_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    added = MatrixSums.add
+
+    def interrupted(self: MatrixSums, a: torch.Tensor, b: torch.Tensor) -> bool:
+        if self.steps == 3:
+            raise KeyboardInterrupt
+        return added(self, a, b)
+
+    monkeypatch.setattr(MatrixSums, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compute_importance(str(model), tmp_path / "out", TEXTS, **SETTINGS)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_is_not_free(report: Path, model: Path) -> None:
+    before = (report / "importance.json").read_bytes()
+    with pytest.raises(OutputError, match="not an empty folder"):
+        compute_importance(str(model), report, TEXTS, **SETTINGS)
+    assert (report / "importance.json").read_bytes() == before
+
+
+def test_without_peft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'impart-hf\[pruning\]'"):
+        compute_importance(str(model), tmp_path / "out", TEXTS, **SETTINGS)
+
+
+_TWO_PROCESSES = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from impart_hf.pruning.importance import compute_importance
+from impart_hf.pruning.recovery import recover
+arguments = json.loads(sys.argv[1])
+found = compute_importance(*arguments["importance"], **arguments["settings"], masks=True)
+assert found.mask(0, "mlp.up_proj").any()
+report = recover(*arguments["recovery"], **arguments["settings"])
+assert report.steps == 7
+"""
+
+
+def test_two_processes_measure_the_same(report: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(_TWO_PROCESSES)
+    arguments = {
+        "importance": [str(model), str(tmp_path / "importance"), TEXTS],
+        "recovery": [str(model), str(tmp_path / "recovered"), TEXTS],
+        "settings": {**SETTINGS, "learning_rate": RATE},
+    }
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(tmp_path / "run.py"), json.dumps(arguments)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["importance", "recovered", "run.py"]
+    assert_close_scores(Importance.load(report), Importance.load(tmp_path / "importance"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "recovered").dtype == torch.bfloat16

@@ -1,0 +1,254 @@
+"""Width pruning: the result is the masked dense model, whatever its biases, groups and embeddings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.pruning_reports import made_up_importance
+from support.tiny_models import VOCABULARY, make_model, save_model, tiny_config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from impart_hf import PrunedLlamaForCausalLM
+from impart_hf.pruning import Importance, prune_layers, prune_width
+from impart_hf.pruning.correction import least_squares
+from impart_hf.pruning.llama_shape import LlamaShape
+
+TEXT = [" ".join(f"{a} and {b} are {a + b}." for a in range(20) for b in range(10))]
+KINDS = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "wide-heads": {"head_dim": 32},
+}
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+def make_llama(folder: Path, kind: str = "gqa", **changes: object) -> Path:
+    """Four layers of eight heads, four KV heads and 96 channels, float32; biases are random."""
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 96}
+    model = make_model(tiny_config("llama", **{**shape, **KINDS[kind], **changes}), dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+    return save_model(model, folder)
+
+
+@pytest.fixture(scope="module")
+def gqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("gqa") / "llama")
+
+
+def masked_dense(model: Path, importance: Importance, pruned: Path, score: str) -> LlamaForCausalLM:
+    """The whole model with zeros where nothing but the removed heads and channels is read; found without our code."""
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    config = AutoModelForCausalLM.from_pretrained(pruned).config
+    head_dim = dense.config.head_dim
+    per_group = dense.config.num_attention_heads // dense.config.num_key_value_heads
+    for number, layer in enumerate(dense.model.layers):
+        width = config.per_layer_config[number]
+        gone_groups = dense.config.num_key_value_heads - width.num_key_value_heads
+        with torch.no_grad():
+            for group in importance.groups[score][number].argsort()[:gone_groups].tolist():
+                start = group * per_group * head_dim
+                layer.self_attn.o_proj.weight[:, start : start + per_group * head_dim] = 0
+            kept_queries = width.num_attention_heads // width.num_key_value_heads
+            if kept_queries < per_group:
+                by_group = importance.heads[score][number].view(-1, per_group)
+                for group, scores in enumerate(by_group):
+                    for query in scores.argsort()[: per_group - kept_queries].tolist():
+                        start = (group * per_group + query) * head_dim
+                        layer.self_attn.o_proj.weight[:, start : start + head_dim] = 0
+            gone = dense.config.intermediate_size - width.intermediate_size
+            layer.mlp.down_proj.weight[:, importance.channels[score][number].argsort()[:gone]] = 0
+    return dense
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("score", ["igia", "gradient_norm"])
+def test_the_pruned_model_equals_the_masked_dense_one(tmp_path: Path, kind: str, score: str) -> None:
+    model = make_llama(tmp_path / "llama", kind)
+    importance = made_up_importance(model)
+    report = prune_width(str(model), tmp_path / "out", importance, ratio=0.35, score=score, progress=False)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(pruned) is PrunedLlamaForCausalLM
+    assert sum(report.step["key_value_heads_removed"]) > 0 and sum(report.step["channels_removed"]) > 0
+    torch.testing.assert_close(logits(pruned), logits(masked_dense(model, importance, tmp_path / "out", score)))
+    assert pruned.num_parameters() == report.parameters_after
+    assert report.parameters_before - report.parameters_after == report.step["removed_parameters"]
+    assert report.step["removed_parameters"] == pytest.approx(0.35 * report.decoder_before, abs=3 * 64 + 2)
+
+
+def test_removing_what_is_zero_changes_no_logit(tmp_path: Path) -> None:
+    """Group 1 and channels 3 to 40 of every layer are zero, and have the lowest scores."""
+    dense = make_model(tiny_config("llama", num_attention_heads=8, num_key_value_heads=4), dtype=torch.float32)
+    with torch.no_grad():
+        for layer in dense.model.layers:
+            layer.self_attn.q_proj.weight[16:32] = 0
+            layer.self_attn.k_proj.weight[8:16] = 0
+            layer.self_attn.v_proj.weight[8:16] = 0
+            layer.self_attn.o_proj.weight[:, 16:32] = 0
+            layer.mlp.gate_proj.weight[3:41] = 0
+            layer.mlp.up_proj.weight[3:41] = 0
+            layer.mlp.down_proj.weight[:, 3:41] = 0
+    model = save_model(dense, tmp_path / "llama")
+    groups, channels = torch.ones(4), torch.ones(128)
+    groups[1], channels[3:41] = 0, 0
+    importance = made_up_importance(
+        model,
+        groups=dict.fromkeys(("igia", "gradient_norm"), [groups] * 2),
+        channels=dict.fromkeys(("igia", "gradient_norm"), [channels] * 2),
+    )
+    for out, parts, removed in [("a", ("attention",), 2 * 48 * 64), ("b", ("mlp",), 2 * 38 * 3 * 64)]:
+        ratio = removed / LlamaShape.of(json.loads((model / "config.json").read_text())).decoder_parameters
+        report = prune_width(
+            str(model), tmp_path / out, importance, ratio=ratio, parts=parts, exponent=0.0, progress=False
+        )
+        assert report.step["removed_parameters"] == removed
+        pruned = AutoModelForCausalLM.from_pretrained(tmp_path / out)
+        torch.testing.assert_close(logits(pruned), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+def test_query_heads_of_every_group(gqa: Path, tmp_path: Path) -> None:
+    importance = made_up_importance(gqa)
+    report = prune_width(
+        str(gqa), tmp_path / "out", importance, ratio=0.08, parts=("attention",), query_heads=True, progress=False
+    )
+    assert set(report.step["key_value_heads_removed"]) == {0} and set(report.step["heads_removed"]) == {0, 4}
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(pruned), logits(masked_dense(gqa, importance, tmp_path / "out", "igia")))
+
+
+def test_multiple_of(gqa: Path, tmp_path: Path) -> None:
+    prune_width(str(gqa), tmp_path / "out", made_up_importance(gqa), ratio=0.3, multiple_of=16, progress=False)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    sizes = [layer.intermediate_size for layer in config.per_layer_config]
+    assert all(size % 16 == 0 for size in sizes) and len(set(sizes)) > 1
+
+
+def test_dtype_shards_card_and_reader_files(tmp_path: Path) -> None:
+    whole = make_model(tiny_config("llama", num_hidden_layers=3), dtype=torch.bfloat16)
+    model = save_model(whole, tmp_path / "llama")
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    prune_width(
+        str(model), tmp_path / "out", made_up_importance(model), ratio=0.3, max_shard_size="50KB", progress=False
+    )
+    assert (tmp_path / "out/model.safetensors.index.json").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert (tmp_path / "out/modeling_pruned_llama.py").exists()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "license: mit" in card and "| layer |" in card
+
+
+def test_both_ways_one_after_the_other(gqa: Path, tmp_path: Path) -> None:
+    """Layers, then widths, then layers without merging, then widths again."""
+    prune_layers(str(gqa), tmp_path / "1", layers=[1], merge=False, progress=False)
+    prune_width(str(tmp_path / "1"), tmp_path / "2", made_up_importance(tmp_path / "1"), ratio=0.2, progress=False)
+    prune_layers(str(tmp_path / "2"), tmp_path / "3", layers=[1], merge=False, progress=False)
+    importance = made_up_importance(tmp_path / "3")
+    report = prune_width(str(tmp_path / "3"), tmp_path / "4", importance, ratio=0.2, progress=False)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "4")
+    assert [step["kind"] for step in pruned.config.pruning["steps"]] == ["layers", "width", "layers", "width"]
+    assert pruned.num_parameters() == report.parameters_after and len(pruned.model.layers) == 2
+    assert torch.isfinite(logits(pruned)).all()
+
+
+def test_layers_of_other_widths_are_not_merged(gqa: Path, tmp_path: Path) -> None:
+    prune_width(str(gqa), tmp_path / "narrow", made_up_importance(gqa), ratio=0.3, progress=False)
+    importance = made_up_importance(tmp_path / "narrow")
+    with pytest.raises(ValueError, match="other widths"):
+        prune_layers(str(tmp_path / "narrow"), tmp_path / "out", importance, layers=[1, 2], progress=False)
+
+
+def test_least_squares_is_the_minimum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(500, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    weight = torch.randn(10, 24, generator=generator)
+    stay = torch.tensor([0, 1, 4, 5, 6, 9, 10, 13, 17, 20, 21, 23])
+    moment = inputs.T @ inputs / len(inputs)
+    found = least_squares(weight, moment, stay).double()
+
+    def loss(candidate: torch.Tensor) -> torch.Tensor:
+        damping = 0.01 * moment.double().diagonal().mean()
+        outputs = inputs.double() @ weight.double().T - inputs.double()[:, stay] @ candidate.T
+        return outputs.square().sum() / len(inputs) + damping * (candidate - weight.double()[:, stay]).square().sum()
+
+    candidate = found.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(candidate), candidate)
+    scale = torch.autograd.grad(loss(c := weight.double()[:, stay].clone().requires_grad_()), c)[0].norm()
+    assert gradient.norm() < 1e-4 * scale
+    assert loss(found) < 0.7 * loss(weight.double()[:, stay])
+
+
+def test_correction_brings_the_outputs_nearer(gqa: Path, tmp_path: Path) -> None:
+    importance = made_up_importance(gqa)
+    for name, text in [("plain", None), ("corrected", TEXT)]:
+        report = prune_width(
+            str(gqa), tmp_path / name, importance, ratio=0.35, calibration=text, calibration_length=64, progress=False
+        )
+        assert report.step["corrected"] == (text is not None)
+    dense, plain, corrected = (
+        AutoModelForCausalLM.from_pretrained(p) for p in (gqa, tmp_path / "plain", tmp_path / "corrected")
+    )
+    assert plain.config.widths == corrected.config.widths
+    for name, parameter in corrected.named_parameters():
+        changed = not torch.equal(parameter, plain.get_parameter(name))
+        assert changed == name.endswith(("o_proj.weight", "down_proj.weight")), name
+    from support.tiny_models import tiny_tokenizer
+
+    from impart_hf.calibration.text import calibration_tokens
+
+    rows = calibration_tokens(TEXT, tiny_tokenizer(), samples=16, length=64)
+    with torch.no_grad():
+        hidden = [m(rows, output_hidden_states=True).hidden_states[-1] for m in (dense, plain, corrected)]
+    assert (hidden[2] - hidden[0]).norm() < 0.9 * (hidden[1] - hidden[0]).norm()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratio": 0.99}, "every layer keeps some"),
+        ({"ratio": 0.0}, "must be above 0"),
+        ({"ratio": 1e-6}, "nothing would be"),
+        ({"ratio": 0.3, "parts": ()}, "parts must be"),
+        ({"ratio": 0.3, "parts": ("heads",)}, "not 'heads'"),
+        ({"ratio": 0.3, "multiple_of": 0}, "multiple_of must be"),
+        ({"ratio": 0.3, "exponent": -1.0}, "exponent must lie between 0 and 10"),
+        ({"ratio": 0.3, "exponent": float("nan")}, "exponent must lie between 0 and 10"),
+        ({"ratio": 0.3, "exponent": float("inf")}, "exponent must lie between 0 and 10"),
+        ({"ratio": 0.3, "score": "size"}, "must be one of igia"),
+        ({"ratio": 0.3, "calibration": ["  "]}, "no text"),
+        ({"ratio": 0.3, "max_shard_size": "0"}, "max_shard_size"),
+        ({"ratio": 0.6, "multiple_of": 96}, "multiple of 96 channels"),
+    ],
+)
+def test_bad_settings(gqa: Path, tmp_path: Path, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prune_width(str(gqa), tmp_path / "out", made_up_importance(gqa), progress=False, **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_query_heads_without_groups(tmp_path: Path) -> None:
+    model = make_llama(tmp_path / "llama", "mha", num_attention_heads=4)
+    with pytest.raises(ValueError, match="single query head"):
+        prune_width(str(model), tmp_path / "out", made_up_importance(model), ratio=0.1, query_heads=True)
+
+
+def test_scores_that_are_no_numbers_or_nothing(gqa: Path) -> None:
+    with pytest.raises(ValueError, match="zero for every layer"):
+        made_up_importance(gqa, layers=[0.0, 0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="not finite"):
+        made_up_importance(gqa, layers=[1.0, float("nan"), 1.0, 1.0])

@@ -1,0 +1,204 @@
+"""The benchmark scripts on tiny settings: they run, and what they say is sane. Their timings are not looked at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.load_script import load_script
+from support.tiny_models import Pair
+
+from impart_hf.evaluation import metrics as evaluate
+from impart_hf.evaluation.memory import PeakMemory
+
+measure = load_script("measure")
+linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
+
+
+@pytest.fixture(scope="module")
+def quality(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quality")
+    text = folder / "held_out.txt"
+    text.write_text("A fine-tuned model is its base model and a small difference. " * 30, encoding="utf-8")
+    script = load_script("benchmark_quality")
+    arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), "--text", str(text), "--output", str(folder / "out")]
+    arguments += ["--methods", "impart,lowrank,dare", "--ratios", "2.5,5", "--seeds", "0,1", "--tokens", "256"]
+    arguments += ["--sequence-length", "32", "--batch-size", "3", "--method-option", "beta=0.5"]
+    assert script.main(arguments) == 0
+    return folder / "out"
+
+
+def test_quality_numbers(quality: Path) -> None:
+    results = json.loads((quality / "quality.json").read_text())
+    assert results["finetuned"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert results["base"]["kl"] > 0.01
+    assert results["tokens"] == 8 * 31
+    runs = {(run["method"], run["asked"], run["seed"]): run for run in results["runs"]}
+    assert len(runs) == 10, "lowrank draws nothing at random, and runs with one seed"
+    for (method, _, _), run in runs.items():
+        assert 0 < run["kl"] and 1 < run["perplexity"] and run["bytes"] > 0
+        assert run["ratio"] == pytest.approx(run["checkpoint_bytes"] / run["bytes"])
+        assert run["settings"].get("beta") == (0.5 if method == "impart" else None)
+    assert runs["lowrank", 2.5, 0]["kl"] < runs["lowrank", 5, 0]["kl"]
+    assert runs["dare", 5, 0]["kl"] != runs["dare", 5, 1]["kl"]
+
+
+def test_quality_files(quality: Path) -> None:
+    text = (quality / "quality.md").read_text()
+    for word in ("fine-tuned", "base", "impart", "lowrank", "dare", "±", "Machine: ", "torch"):
+        assert word in text
+    pytest.importorskip("matplotlib")
+    picture = (quality / "quality.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_quality_is_that_of_the_whole_distribution(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches and chunks make no difference, and the numbers are what a plain computation gives."""
+    base, finetuned = (evaluate.load(str(path), torch.float32, "cpu") for path in (tiny_pair.base, tiny_pair.finetuned))
+    blocks = torch.randint(5, 300, (5, 16), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(evaluate, "_CHUNK_ENTRIES", 320 * 7)
+    perplexity, divergence = evaluate.evaluate(base, finetuned, blocks, 2)
+    with torch.no_grad():
+        found, wanted = (m(input_ids=blocks).logits[:, :-1].log_softmax(-1) for m in (base, finetuned))
+    expected = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
+    loss = -found.gather(-1, blocks[:, 1:, None]).mean()
+    assert divergence == pytest.approx(expected.item(), rel=1e-4)
+    assert perplexity == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--methods", "zip"], "unknown method zip"),
+        (
+            ["--methods", "impart+calibration"],
+            "after + comes calibration or distill, and --calibration must name a text",
+        ),
+        (["--methods", "impart+magic"], "after + comes calibration or distill"),
+        (["--method-option", "zeta=1"], "none of the methods has a setting 'zeta'"),
+    ],
+)
+def test_quality_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_script("benchmark_quality").main(["base", "finetuned", "--text", "text", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@linux_only
+def test_compress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tiny", "--size", "96", "--ratios", "8", "--repeats", "1", "--methods", "impart"]
+    arguments += ["--json", str(tmp_path / "results.json"), "--work", str(tmp_path)]
+    assert load_script("benchmark_compress").main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Machine: " in printed and "96x258" in printed and "peak" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {row["method"] for row in results["encoding"]} >= {"impart", "lowrank", "dare"}
+    for row in results["decomposition"]:
+        if "excess error" in row:
+            assert row["excess error"] < 1e-3 and row["singular values"] < 1e-3 and row["orthogonality"] < 1e-3
+    (memory,) = results["memory"]
+    assert memory["peak bytes"] > 0 and memory["ratio"] >= 8
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"], "nothing temporary is left"
+
+
+@linux_only
+def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tiny", "--layers", "1", "--ratio", "8", "--repeats", "1", "--methods", "impart"]
+    assert load_script("benchmark_load").main([*arguments, "--json", str(tmp_path / "results.json")]) == 0
+    assert "Machine: " in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    found = [(row["page cache"], row["loaded"]) for row in results["loads"]]
+    assert found == [(c, n) for c in ("cold", "warm") for n in ("dense fine-tune", "impart delta")]
+    assert all(row["seconds (median)"] > 0 for row in results["loads"])
+    assert len(results["decoding"]["impart"]) == 4 and len(results["sparse products"]) == 5
+
+
+@linux_only
+def test_peak_memory() -> None:
+    with PeakMemory() as memory:
+        block = torch.ones(1 << 24)  # 64 MiB
+        del block
+        kept = torch.ones(1 << 22)
+    assert 40 << 20 < memory.bytes < 100 << 20
+    assert memory.grown >= 10 << 20 and kept.numel()
+
+
+def test_synthetic_delta() -> None:
+    sigma = torch.linalg.svdvals(measure.synthetic_delta(700, 600, 0))
+    assert sigma[0] == pytest.approx(1, rel=0.2)
+    assert sigma[15] == pytest.approx(0.25, rel=0.3)
+    assert torch.equal(measure.synthetic_delta(70, 60, 0), measure.synthetic_delta(70, 60, 0))
+
+
+def test_gptq(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_script("benchmark_gptq").main(["--side", "96", "--ratio", "8", "--repeats", "1"]) == 0
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    steps = {(line[1].strip(), line[2].strip()) for line in lines[2:]}
+    assert {("V^T", "sparse GPTQ"), ("U", "sparse GPTQ"), ("both", "seconds per layer")} <= steps
+
+
+def test_level_scales(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "held_out.txt"
+    text.write_text("A fine-tuned model is its base model and a small difference. " * 30, encoding="utf-8")
+    arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), "--text", str(text), "--ratios", "6"]
+    assert load_script("compare_level_scales").main([*arguments, "--tokens", "256", "--sequence-length", "32"]) == 0
+    lines = [line.split("|")[2:6] for line in capsys.readouterr().out.splitlines() if line.startswith("| 6")]
+    for name, *found in lines:
+        values = [float(value) for value in found]
+        assert len(set(values)) == 3 and min(values) > 0, f"{name.strip()}: each rule gives something else"
+    assert len(lines) == 3
+
+
+@pytest.mark.vllm
+@linux_only
+def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tiny", "--ratio", "3", "--repeats", "1", "--work", str(tmp_path)]
+    assert load_script("benchmark_serving").main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [row["served"] for row in results["starts"]] == ["dense fine-tune", "delta repository"]
+    assert all(0 < row["LLM(...), seconds"] < row["restart, seconds"] for row in results["starts"])
+    assert len(results["swaps"]) == 6 and all(row["seconds"] >= 0 for row in results["swaps"])
+    said = capsys.readouterr().out
+    assert "Machine: " in said and "of a restart" in said
+    assert not list(tmp_path.glob("tmp*")), "the models are gone"
+
+
+@linux_only
+def test_merging_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tiny", "--models", "2", "--work", str(tmp_path), "--json", str(tmp_path / "results.json")]
+    arguments += ["--methods", "task_arithmetic,ties,impart_linear"]
+    assert load_script("benchmark_merge").main(arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    found = [(row["method"], row["tool"]) for row in results["rows"]]
+    compared = [(method, tool) for method in ("task_arithmetic", "ties") for tool in ("impart-hf", "mergekit")]
+    assert found == [*compared, ("impart_linear", "impart-hf")]
+    assert all(row["seconds"] > 0 for row in results["rows"]) and "Machine: " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_comparison_of_merges(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "held_out.txt"
+    text.write_text("A fine-tuned model is its base and a difference.\n\nThe difference is small.\n\n" * 30, "utf-8")
+    arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), "--text", str(text), "--output", str(tmp_path / "out")]
+    small = {"steps": 2, "batch-size": 2, "length": 32, "samples": 2, "seeds": "0,1", "lambdas": "0.5,1", "trims": 0.5}
+    arguments += [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    script = load_script("compare_merging")
+    assert script.main([*arguments, "--densities", "0.9,0.2", "--second-name", "tables"]) == 0
+    results = json.loads((tmp_path / "out" / "merging.json").read_text())
+    assert list(results["unmerged"]) == ["base", "first", "tables"] and list(results["merged"]) == list(script.METHODS)
+    for title, found in results["merged"].items():
+        dropping = "+" in title
+        assert len(found["runs"]) == (2 if dropping else 1) and found["candidates"] == (4 if dropping else 2)
+    assert (
+        results["merged"]["task arithmetic + DARE"]["runs"][0] != results["merged"]["task arithmetic + DARE"]["runs"][1]
+    )
+    lines = (tmp_path / "out" / "merging.md").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 2 + 3 + 6
+    cells = [cell.strip() for cell in lines[-3].split("|")[1:-1]]
+    assert cells[0] == "TIES + ImPart" and float(cells[2]) == 0.5 and float(cells[3]) in (0.9, 0.2) and "±" in cells[6]
+    # The second fine-tune is kept, and is one
+    assert (tmp_path / "out" / "second" / "heldout.txt").is_file()
+    assert script.main([str(tmp_path / "gone"), *arguments[1:]]) == 1
+    assert "compare_merging.py: error:" in capsys.readouterr().err

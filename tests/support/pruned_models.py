@@ -1,0 +1,133 @@
+"""Width-pruned LLaMAs and their oracle: the dense LLaMA in which everything that was removed contributes nothing.
+
+    pruned, dense = pruned_and_dense()
+
+Both compute the same function. The pruned one holds rows and columns of the dense one's matrices, cut out here by
+plain indexing; the dense one keeps its size, and the columns of o_proj and down_proj that would read a removed head or
+channel are zero. A wrong head, a wrong order or a wrong KV group shows in the logits.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from impart_hf import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from support.tiny_models import make_model, tiny_config
+from support.without_impart_hf import WITHOUT_IMPART_HF
+
+HEAD_DIM = 8
+INTERMEDIATE = 64
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of a layer: KV groups, the query heads of each of them (by their place in it), channels."""
+
+    groups: tuple[int, ...]
+    queries: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+# Eight heads, two on each KV head. One layer is left as it is, one is left with a single head.
+KEPT = (
+    Kept((0, 2, 3), (0, 1), tuple(range(0, INTERMEDIATE, 2))),
+    Kept((1,), (1,), (3, 5, 8, 13, 21, 34, 55)),
+    Kept((0, 1, 2, 3), (0,), tuple(range(11, INTERMEDIATE))),
+    Kept((0, 1, 2, 3), (0, 1), tuple(range(INTERMEDIATE))),
+)
+# Eight heads with keys and values of their own.
+KEPT_MHA = (
+    Kept((0, 2, 3, 6, 7), (0,), tuple(range(1, INTERMEDIATE, 3))),
+    Kept((5,), (0,), (63,)),
+    Kept(tuple(range(8)), (0,), tuple(range(40))),
+)
+
+
+def llama_config(kept: tuple[Kept, ...] = KEPT, **changes: Any) -> LlamaConfig:
+    """The dense model's configuration; `changes` are fields of it."""
+    grouped = kept is not KEPT_MHA
+    fields = {"num_attention_heads": 8, "num_key_value_heads": 4 if grouped else 8, "head_dim": HEAD_DIM}
+    fields |= {"intermediate_size": INTERMEDIATE, "num_hidden_layers": len(kept)}
+    return tiny_config("llama", **{**fields, **changes})
+
+
+def pruned_config(kept: tuple[Kept, ...] = KEPT, **changes: Any) -> PrunedLlamaConfig:
+    """The pruned model's configuration."""
+    return PrunedLlamaConfig.from_llama(
+        llama_config(kept, **changes),
+        num_attention_heads=[len(k.groups) * len(k.queries) for k in kept],
+        num_key_value_heads=[len(k.groups) for k in kept],
+        intermediate_size=[len(k.channels) for k in kept],
+    )
+
+
+@torch.no_grad()
+def pruned_and_dense(
+    kept: tuple[Kept, ...] = KEPT, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> tuple[PrunedLlamaForCausalLM, LlamaForCausalLM]:
+    """A pruned model and the dense one that computes the same; `changes` are fields of the configuration."""
+    dense = make_model(llama_config(kept, **changes), seed, dtype)
+    for name, parameter in dense.named_parameters():  # biases start as zeros, norms as ones: nothing would show
+        if parameter.dim() == 1:
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            parameter.add_(0.3 * noise.to(dtype))
+    pruned = PrunedLlamaForCausalLM(pruned_config(kept, **changes)).to(dtype).eval()
+    pruned.config.dtype = dtype
+    weights = {name: cut(name, tensor, kept, dense.config) for name, tensor in dense.state_dict().items()}
+    pruned.load_state_dict(weights)
+    for layer, keep in zip(dense.model.layers, kept, strict=True):
+        rows = head_rows(_query_heads(keep, dense.config))
+        removed = torch.ones(layer.self_attn.o_proj.in_features, dtype=torch.bool)
+        removed[rows] = False
+        layer.self_attn.o_proj.weight[:, removed] = 0
+        removed = torch.ones(layer.mlp.down_proj.in_features, dtype=torch.bool)
+        removed[list(keep.channels)] = False
+        layer.mlp.down_proj.weight[:, removed] = 0
+    return pruned, dense
+
+
+def cut(name: str, tensor: torch.Tensor, kept: tuple[Kept, ...], config: LlamaConfig) -> torch.Tensor:
+    """What stays of one of the dense model's tensors."""
+    if not name.startswith("model.layers."):
+        return tensor
+    keep = kept[int(name.split(".")[2])]
+    linear, what = name.split(".")[-2:]
+    if linear == "q_proj":
+        return tensor[head_rows(_query_heads(keep, config))]
+    if linear in ("k_proj", "v_proj"):
+        return tensor[head_rows(keep.groups)]
+    if linear == "o_proj" and what == "weight":
+        return tensor[:, head_rows(_query_heads(keep, config))]
+    if linear in ("gate_proj", "up_proj"):
+        return tensor[list(keep.channels)]
+    if linear == "down_proj" and what == "weight":
+        return tensor[:, list(keep.channels)]
+    return tensor
+
+
+def head_rows(heads: tuple[int, ...]) -> list[int]:
+    """The rows of a projection that belong to heads."""
+    return [head * HEAD_DIM + i for head in heads for i in range(HEAD_DIM)]
+
+
+def _query_heads(keep: Kept, config: LlamaConfig) -> tuple[int, ...]:
+    size = config.num_attention_heads // config.num_key_value_heads
+    return tuple(group * size + query for group in keep.groups for query in keep.queries)
+
+
+def run_without_impart_hf(script: str, modules: Path, *args: str) -> str:
+    """Run a script that cannot import impart_hf, with a cache of remote code of its own; returns what it printed."""
+    env = {**os.environ, "HF_HOME": str(modules / "hf_home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_IMPART_HF + script, *args]
+    modules.mkdir(exist_ok=True)
+    done = subprocess.run(command, env=env, cwd=modules, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
