@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import measure
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -41,10 +42,10 @@ def masked_component_rows(side: int, components: int, ratios: torch.Tensor, seed
     return plane, mask
 
 
-def scales(plane: torch.Tensor, mask: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+def scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
     found = torch.empty(len(plane), device=plane.device)
     for width in sorted(set(widths.tolist())):
-        rows = (widths == width).to(plane.device)
+        rows = torch.from_numpy(widths == width).to(plane.device)
         found[rows] = best_scale(plane[rows], mask[rows], width)
     return found
 
@@ -136,17 +137,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # About 2 bits a value of both planes: side * side * 16 / ratio = 2 * side * components * kept * 2
     components = max(8, min(int(0.4 * side), round(side * 4 / options.ratio / _MEAN_KEPT)))
     kept = _MEAN_KEPT * 2 * (1 - (torch.arange(components) + 0.5) / components)
-    widths = torch.tensor([8] * 2 + [3] * 32 + [2] * components)[:components]
-    tops = (2.0**widths - 1).to(device)
+    widths = np.array([8] * 2 + [3] * 32 + [2] * components)[:components]
     hessian = correlated_hessian(side, device)
     v, mask_v = masked_component_rows(side, components, kept, 2, device)
-    grid_v = Grid(scales(v, mask_v, widths)[:, None], tops[:, None])
+    grid_v = Grid(scales(v, mask_v, widths)[:, None], widths)
     passed = (
         quantise(v, mask_v, None, grid_v).values * (torch.arange(1, components + 1, device=device) ** -0.5)[:, None]
     )
     passed = passed @ hessian @ passed.t()
     u, mask_u = masked_component_rows(side, components, kept, 3, device)
-    grid_u = Grid(scales(u, mask_u, widths)[None], tops[None])
+    grid_u = Grid(scales(u, mask_u, widths)[None], widths)
     rows = one_side("V^T", v, mask_v, grid_v, hessian, options)
     rows += one_side("U", u.t().contiguous(), mask_u.t().contiguous(), grid_u, passed, options)
     total = {"plane": "both", "step": "seconds per layer"}

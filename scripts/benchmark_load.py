@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from impart_hf import compress
 from impart_hf.evaluation.memory import PeakMemory
 from impart_hf.methods import method_class, method_names
-from impart_hf.modeling import delta_decode
+from impart_hf.modeling import delta_decode, planes
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.checksums import tensor_checksum
 from impart_hf.modeling.configuration_delta_compressed import DeltaCompressedConfig
@@ -100,13 +100,13 @@ def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int)
 
         def masks(record: Any = record) -> None:
             for side in range(record.sides):
-                delta_decode._Kept(record, side, device)
+                planes.KeptEntries(record, side, device)
 
         mask_time = best(masks)
         plane_time = best(lambda r=record, n=name: delta_decode.decode_planes(r, n, device))
         all_time = best(lambda d=data, b=base, n=name: delta_decode.add_delta(b, d, n, b.dtype))
         # By tiles too, as when it is decoded on a CPU
-        step = delta_decode._TILE_ROWS if device == "cpu" else len(base)
+        step = delta_decode.TILE_ROWS if device == "cpu" else len(base)
         cast_time = best(
             lambda o=finetuned, b=base, n=step: [
                 to.copy_(rows.to(torch.float32, copy=True)) for to, rows in zip(o.split(n), b.split(n), strict=True)

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from impart_hf import compress
+from impart_hf.coding import factor_quantisation
 from impart_hf.evaluation.metrics import evaluate, load
-from impart_hf.methods import dare_qt, method_class, mixed_precision
+from impart_hf.methods import dare_qt, method_class
 
 METHODS = ("impart-qt", "delta-come", "dare-qt")
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row: dict[str, object] = {"ratio": ratio, "method": name}
             for rule, replaced in RULES.items():
                 with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
-                    for module in (mixed_precision, dare_qt):
+                    for module in (factor_quantisation, dare_qt):
                         for function, other in replaced.items():
                             patches.enter_context(patch.object(module, function, other))
                     out = Path(folder, "delta")

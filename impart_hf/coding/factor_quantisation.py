@@ -7,7 +7,7 @@ rounding.
 import numpy as np
 import torch
 
-from ..modeling.delta_record import NORMAL_LEVELS, code_bits
+from ..modeling.codebook import EvenLevels, level_codebook
 from ..modeling.seeded_mask import keep_mask
 from .gptq import DAMPING, Grid, best_scale, quantise
 from .records import kept_ratios, runs
@@ -42,7 +42,7 @@ def quantised(
             is quantised instead, each of its columns as long as it is along the exact one.
 
     Returns:
-        U's levels (m, r), the weights of the components as `factored_record` wants them, V's levels (n, r), notes.
+        U's levels (m, r), sigma as `factored_record` takes it, V's levels (n, r), notes.
     """
     widths_v = widths if widths_v is None else widths_v
     mask_u, mask_v = (
@@ -50,19 +50,19 @@ def quantised(
     )
     scale_v = level_scales(v.t(), mask_v, widths_v)
     rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
-    found_v = quantise(v.t(), mask_v, hessian, grid_of(scale_v[:, None], widths_v[:, None]))
-    weights = sigma * rescale * unbiased(v.t(), found_v.values, mask_v, hessian)
+    found_v = quantise(v.t(), mask_v, hessian, Grid(scale_v[:, None], widths_v))
+    scaled_sigma = sigma * rescale * unbiased(v.t(), found_v.values, mask_v, hessian)
     if delta is not None:
         u = _best_partner(delta, u, found_v.values, hessian)
     scale_u = level_scales(u.t(), mask_u, widths)
     passed = None
     if hessian is not None:
-        factor = found_v.values * weights[:, None]
+        factor = found_v.values * scaled_sigma[:, None]
         passed = factor @ hessian @ factor.t()
-    found_u = quantise(u, mask_u.t(), passed, grid_of(scale_u[None], widths[None]))
-    weights *= unbiased(u.t(), found_u.values.t(), mask_u) * scale_u * scale_v
+    found_u = quantise(u, mask_u.t(), passed, Grid(scale_u[None], widths))
+    scaled_sigma *= unbiased(u.t(), found_u.values.t(), mask_u) * scale_u * scale_v
     notes = tuple(dict.fromkeys((*found_v.notes, *found_u.notes)))
-    return found_u.values / scale_u, weights.double().cpu().numpy(), (found_v.values / scale_v[:, None]).t(), notes
+    return found_u.values / scale_u, scaled_sigma.double().cpu().numpy(), (found_v.values / scale_v[:, None]).t(), notes
 
 
 def unbiased(
@@ -87,23 +87,16 @@ def unbiased(
     return factors.clamp(1 / _MOST_CORRECTION, _MOST_CORRECTION)
 
 
-def grid_of(scale: torch.Tensor, widths: np.ndarray) -> Grid:
-    """The grid of width codes, with scales of the same shape."""
-    tops = 2.0 ** np.array([code_bits(width) for width in widths.flat]).reshape(widths.shape) - 1
-    normal = torch.from_numpy(np.isin(widths, list(NORMAL_LEVELS))).to(scale.device)
-    return Grid(scale, torch.from_numpy(tops).to(scale), normal)
-
-
 def level_scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
     """For a plane (r, length) the scales, (r,), of the levels of its width codes, with about the least error."""
 
     def scales(plane: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
-        if width not in NORMAL_LEVELS:
+        if isinstance(level_codebook(width), EvenLevels):
             return best_scale(plane, mask, width)
         kept = plane * mask
         scale = (kept.square().sum(1) / mask.sum(1).clamp_min(1)).sqrt().clamp_min(_TINY)
         for _ in range(_LLOYD_STEPS):  # right at once where values are distributed so
-            grid = grid_of(scale[:, None], np.full((len(plane), 1), width))
+            grid = Grid(scale[:, None], np.full(len(plane), width))
             levels = grid.values(grid.codes(plane)).mul_(mask).div_(scale[:, None])
             scale = ((levels * kept).sum(1) / levels.square().sum(1).clamp_min(_TINY)).clamp_min(_TINY)
         return scale
@@ -114,7 +107,7 @@ def level_scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) ->
 def cosines(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
     """Between the rows of a plane (r, length), as far as a mask keeps them, and themselves rounded: (r,)."""
     scale = level_scales(plane, mask, widths)[:, None]
-    grid = grid_of(scale, widths[:, None])
+    grid = Grid(scale, widths)
     return torch.nn.functional.cosine_similarity(plane * mask, grid.values(grid.codes(plane)).mul_(mask))
 
 

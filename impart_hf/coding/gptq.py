@@ -13,12 +13,12 @@ where an entry is kept; None keeps all. Rows do not influence each other. script
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..modeling.delta_decode import normal_levels
-from ..modeling.delta_record import NORMAL_LEVELS
-from .records import midpoints
+from ..modeling.codebook import EvenLevels, Levels, level_codebook
+from .records import runs
 
 DAMPING = 0.01  # added to a Hessian's diagonal, in units of its mean, as in GPTQ
 _BLOCK, _INNER = 128, 16  # columns that wait for a matrix product, and that are updated one by one, in a core's cache
@@ -26,72 +26,43 @@ _DAMPINGS = (1, 10, 100)  # times the damping asked for, until the Hessian can b
 # Scales tried up to the largest entry, and then around the best; long tails want as little as 0.3 times the scale that
 # is best for normally distributed values (here for 1 to 8 bits, in units of their root mean square)
 _COARSE, _FINE, _LEAST, _NORMAL = 9, 6, 0.3, (0.798, 1.494, 2.051, 2.514, 2.9, 3.25, 3.6, 3.9)
-_NORMAL_WIDTHS = {2 * len(levels): width for width, levels in NORMAL_LEVELS.items()}
 _TINY = 1e-12  # scale of a row that has nothing but zeros; an input's power, relative to the largest, that counts as 0
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels of each row, or of each column: evenly spaced ones, or those for normally distributed numbers.
-
-    Code c of evenly spaced levels stands for (2 c / top - 1) scale.
+    """The levels of each row, or of each column: those of its codebook, times its scale.
 
     Attributes:
         scale: positive, (rows, 1) or (1, columns).
-        top: 2^width - 1, the largest code, at most 255; shape and dtype of the scale.
-        normal: bool, of that shape too: where levels are `NORMAL_LEVELS`, times the scale. None: nowhere.
+        widths: width codes of levels, one for each scale; int64 (rows,) or (columns,).
     """
 
     scale: Tensor
-    top: Tensor
-    normal: Tensor | None = None
+    widths: np.ndarray
+
+    @property
+    def by_row(self) -> bool:
+        return self.scale.shape[1] == 1
 
     def codes(self, values: Tensor) -> Tensor:
         """Codes, uint8, of the levels nearest to values (rows, columns); beyond the outermost, of that one."""
-        position = (values / self.scale).add_(1).mul_(self.top / 2)
-        codes = position.round_().clamp_(torch.zeros_like(self.top), self.top).to(torch.uint8)
-        for part, table in self._tables():
-            codes[part] = table.codes(values[part] / self.scale.expand(values.shape)[part])
+        units, codes = values / self.scale, torch.empty_like(values, dtype=torch.uint8)
+        for book, part in self.parts():
+            codes[part] = book.nearest(units[part])
         return codes
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes (rows, columns) stand for, in the scale's dtype."""
-        values = (codes * (2 / self.top)).sub_(1).mul_(self.scale)
-        for part, table in self._tables():
-            values[part] = table.levels[codes[part].int()] * self.scale.expand(values.shape)[part]
-        return values
+        values = torch.empty_like(codes, dtype=self.scale.dtype)
+        for book, part in self.parts():
+            values[part] = book.values(codes[part], values.dtype)
+        return values.mul_(self.scale)
 
-    def kinds(self) -> list[tuple[Tensor, "Table | None"]]:
-        """The rows, or columns, that have the same levels, int64, and what these are; None if evenly spaced."""
-        top = self.top.flatten()
-        normal = torch.zeros_like(top, dtype=torch.bool) if self.normal is None else self.normal.flatten()
-        found: list[tuple[Tensor, Table | None]] = [(part, None) for part in [(~normal).nonzero()[:, 0]] if len(part)]
-        for most in top[normal].unique().tolist():
-            found.append(((normal & (top == most)).nonzero()[:, 0], Table.of(int(most) + 1, self.scale)))
-        return found
-
-    def _tables(self) -> "list[tuple[Any, Table]]":
-        if self.normal is None:
-            return []
-        by_row = self.scale.shape[1] == 1
-        return [(part if by_row else (slice(None), part), table) for part, table in self.kinds() if table is not None]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Levels that are not evenly spaced, rising, and the values between them from which on the next one is nearer."""
-
-    levels: Tensor
-    edges: Tensor
-
-    @classmethod
-    def of(cls, count: int, like: Tensor) -> "Table":
-        """The levels for normally distributed numbers, so many of them, in the dtype and on the device of a tensor."""
-        levels = normal_levels(_NORMAL_WIDTHS[count], like.device).to(like.dtype)
-        return cls(levels, midpoints(levels))
-
-    def codes(self, values: Tensor) -> Tensor:
-        return torch.bucketize(values.contiguous(), self.edges).to(torch.uint8)
+    def parts(self) -> list[tuple[Levels, Any]]:
+        """The codebooks, each with an index of the rows or columns, in runs, that have it."""
+        found = [(level_codebook(width), part) for width, part in runs(self.widths)]
+        return found if self.by_row else [(book, (slice(None), part)) for book, part in found]
 
 
 @dataclass(frozen=True)
@@ -152,68 +123,85 @@ def _inverse_of_lower(lower: Tensor, step: int = 512) -> Tensor:
 
 def sparse_gptq(weight: Tensor, mask: Tensor | None, factor: Factor, grid: Grid, block: int = _BLOCK) -> Tensor:
     """ImPart's algorithm 2, with `inverse_factor` of the Hessian: codes, uint8, (rows, columns), 0 where dropped."""
-    kinds = grid.kinds()
-    if grid.scale.shape[1] == 1 and len(kinds) > 1:  # rows do not influence each other
+    if grid.by_row and len(set(grid.widths.tolist())) > 1:  # rows do not influence each other
         codes = torch.empty_like(weight, dtype=torch.uint8)
-        for rows, _ in kinds:
-            normal = None if grid.normal is None else grid.normal[rows]
-            own = Grid(grid.scale[rows], grid.top[rows], normal)
+        for width in np.unique(grid.widths):
+            rows = torch.from_numpy(np.flatnonzero(grid.widths == width)).to(weight.device)
+            own = Grid(grid.scale[rows], grid.widths[grid.widths == width])
             codes[rows] = sparse_gptq(weight[rows], None if mask is None else mask[rows], factor, own, block)
         return codes
-    tables: list[Table | None] = [None] * weight.shape[1]
-    for columns, table in kinds:
-        for column in columns.tolist() if grid.scale.shape[1] > 1 else range(weight.shape[1]):
-            tables[column] = table
+    widths = np.broadcast_to(grid.widths[:1], weight.shape[1]) if grid.by_row else grid.widths
     order, upper = factor.order, factor.upper.to(weight.dtype)
-    left, unit, most = (part[order] if part.stride(0) else part for part in _in_codes(weight, grid))
+    books = [_ColumnLevels.of(level_codebook(width), weight) for width in widths[order.cpu().numpy()].tolist()]
+    left, unit = (part[order] if part.stride(0) else part for part in _in_positions(weight, grid))
     share = 1 / (upper.diagonal()[:, None] * unit)  # a column's error times this is what the others make up for
     kept = None if mask is None else mask.t().contiguous()[order]
     codes = torch.empty_like(left, dtype=torch.uint8)
     for start in range(0, len(left), block):
         here = slice(start, start + block)
-        ahead = upper[here, start:] if grid.scale.shape[1] == 1 else upper[here, start:] * unit[start:, 0]
+        ahead = upper[here, start:] if grid.by_row else upper[here, start:] * unit[start:, 0]
         passed_on = share[here] if kept is None else kept[here] * share[here]
-        own_tables = [tables[column] for column in order[here].tolist()]
-        found, errors = _one_block(left[here], passed_on, ahead, most[here], own_tables)
+        found, errors = _one_block(left[here], passed_on, ahead, books[here])
         codes[order[here]] = found.to(torch.uint8) if kept is None else found.to(torch.uint8).mul_(kept[here])
         left[start + block :].addmm_(ahead[:, block:].t(), errors, alpha=-1)
     return codes.t().contiguous()
 
 
-def _in_codes(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight in the unit of its levels, that unit, and the largest codes, transposed: columns first.
+def _in_positions(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The weight as positions (`Levels.density`), and the positions in a unit of weight, transposed: columns first.
 
-    Evenly spaced levels are the integers from 0. A row's own unit drops out of all equations; only columns have one.
+    A row's own unit drops out of all equations; only columns have one.
     """
-    density, zero = grid.top / (2 * grid.scale), grid.top / 2
-    if grid.normal is not None:
-        density, zero = torch.where(grid.normal, 1 / grid.scale, density), torch.where(grid.normal, 0.0, zero)
+    books = [level_codebook(width) for width in grid.widths.tolist()]
+    density, zero = (
+        torch.tensor(numbers, dtype=weight.dtype, device=weight.device).view(grid.scale.shape)
+        for numbers in ([book.density for book in books], [book.zero for book in books])
+    )
+    density = density / grid.scale
     left = (weight * density).add_(zero).t().contiguous()
-    unit = left.new_ones(1, 1) if density.shape[1] == 1 else density.t()
-    return left, unit.expand(len(left), 1), grid.top.t().expand(len(left), -1)
+    unit = left.new_ones(1, 1) if grid.by_row else density.t()
+    return left, unit.expand(len(left), 1)
 
 
-def _one_block(
-    left: Tensor, share: Tensor, ahead: Tensor, most: Tensor, tables: list[Table | None]
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _ColumnLevels:
+    """How the positions of one column are rounded.
+
+    Attributes:
+        top: the largest code.
+        levels, edges: None where levels are the whole numbers.
+    """
+
+    top: int
+    levels: Tensor | None
+    edges: Tensor | None
+
+    @classmethod
+    def of(cls, book: Levels, like: Tensor) -> "_ColumnLevels":
+        if isinstance(book, EvenLevels):
+            return cls(book.top, None, None)
+        return cls(book.top, book.levels(like.device, like.dtype), book.edges(like.device, like.dtype))
+
+
+def _one_block(left: Tensor, share: Tensor, ahead: Tensor, books: list[_ColumnLevels]) -> tuple[Tensor, Tensor]:
     """Round a block of columns, of shape (block, rows): codes, and errors, which are (value - level) times share.
 
     `left` is used up: row j of `ahead` times the error of column j is taken from later columns.
     """
     size = len(left)
-    codes, errors, zero = torch.empty_like(left), torch.empty_like(left), torch.zeros_like(most[0])
-    columns = list(zip(*(part.unbind() for part in (left, codes, errors, share, most)), strict=True))
+    codes, errors = torch.empty_like(left), torch.empty_like(left)
+    columns = list(zip(*(part.unbind() for part in (left, codes, errors, share)), books, strict=True))
     for start in range(0, size, _INNER):
         stop = min(size, start + _INNER)
         for j in range(start, stop):
-            column, code, error, part, top = columns[j]
-            if (table := tables[j]) is None:
-                torch.clamp(column, zero, top, out=code).round_()
+            column, code, error, part, book = columns[j]
+            if book.levels is None or book.edges is None:
+                torch.clamp(column, 0, book.top, out=code).round_()
                 torch.sub(column, code, out=error).mul_(part)
             else:
-                found = torch.bucketize(column, table.edges, out_int32=True)
+                found = torch.bucketize(column, book.edges, out_int32=True)
                 code.copy_(found)
-                torch.sub(column, table.levels[found], out=error).mul_(part)
+                torch.sub(column, book.levels[found], out=error).mul_(part)
             left[j + 1 : stop].addr_(ahead[j, j + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(ahead[start:stop, stop:size].t(), errors[start:stop], alpha=-1)
     return codes, errors
@@ -255,11 +243,10 @@ def best_scale(values: Tensor, mask: Tensor | None, width: int) -> Tensor:
     # The few largest decide where there are many levels: then more has to be looked at
     sample, counts = _sample(values, mask, 2048 if width <= 3 else 65536)
     present = torch.arange(sample.shape[1], device=values.device) < counts[:, None]
-    sample, top = sample / largest[:, None], 2.0**width - 1
+    sample, book = sample / largest[:, None], level_codebook(width)
 
     def levels(scale: Tensor) -> Tensor:
-        position = (sample * (top / 2 / scale[:, None])).add_(top / 2).round_().clamp_(0, top)
-        return position.mul_(2 / top).sub_(1).mul_(present)
+        return book.round(sample / scale[:, None]).mul_(present)
 
     def best(scales: Tensor) -> Tensor:
         errors = [torch.addcmul(sample, levels(s), s[:, None], value=-1).square_().sum(1) for s in scales]

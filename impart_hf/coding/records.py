@@ -6,24 +6,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..modeling.checksums import tensor_bytes
-from ..modeling.delta_decode import decode_record, normal_levels
+from ..modeling.codebook import BFLOAT16, CODEBOOKS, FLOAT16
+from ..modeling.delta_decode import decode_record
 from ..modeling.delta_record import (
-    BFLOAT16,
     DIRECT,
     FACTORED,
-    FLOAT16,
     HEADER_BYTES,
     KEEP_ALL,
     KEEP_PER_COLUMN,
     KEEP_SHARED,
     MAX_THRESHOLD,
-    NORMAL_LEVELS,
     SEGMENT_BYTES,
     Record,
     Segment,
-    code_bits,
-    code_bytes,
     pack_record,
 )
 from ..modeling.seeded_mask import keep_mask
@@ -70,7 +65,8 @@ def factored_bytes(widths: np.ndarray, *kept: np.ndarray) -> int:
     both = widths if widths.ndim == 2 else np.stack([widths, widths], 1)
     for pair, part in runs(both):
         counts = [int(np.ceil(side[part].sum())) for side in kept]
-        size += SEGMENT_BYTES + sum(code_bytes(count, width) for count, width in zip(counts, pair, strict=True))
+        size += SEGMENT_BYTES
+        size += sum(CODEBOOKS[width].packed_bytes(count) for count, width in zip(counts, pair, strict=True))
     return size
 
 
@@ -83,42 +79,6 @@ def kept_counts(
     ]
 
 
-def pack_levels(codes: torch.Tensor, width: int) -> np.ndarray:
-    """Codes (uint8, one-dimensional) of `width` bits packed densely, least significant bit first, as uint8.
-
-    The inverse of the reader's `unpack_levels`.
-    """
-    groups = -(-len(codes) // 8)  # eight codes fill exactly `width` bytes
-    lanes = torch.zeros(groups * 8, dtype=torch.int64, device=codes.device)
-    lanes[: len(codes)] = codes
-    shifts = width * torch.arange(8, device=codes.device)
-    words = (lanes.view(groups, 8) << shifts).sum(1)
-    packed = words.view(torch.uint8).view(groups, 8)[:, :width].reshape(-1)
-    return packed[: code_bytes(len(codes), width)].cpu().numpy()
-
-
-def nearest_normal(values: torch.Tensor, width: int) -> torch.Tensor:
-    """uint8: the codes of the nearest of the levels for normally distributed numbers."""
-    return torch.bucketize(values, midpoints(normal_levels(width, values.device))).to(torch.uint8)
-
-
-def midpoints(levels: torch.Tensor) -> torch.Tensor:
-    """Between neighbours of rising levels: where the next one becomes the nearest."""
-    return (levels[1:] + levels[:-1]) / 2
-
-
-def value_codes(values: torch.Tensor, width: int) -> np.ndarray:
-    """The codes of kept values: floats, or levels."""
-    if width == FLOAT16:
-        return tensor_bytes(values.to(torch.float16))
-    if width == BFLOAT16:
-        return tensor_bytes(values.to(torch.bfloat16))
-    if width in NORMAL_LEVELS:
-        return pack_levels(nearest_normal(values, width), code_bits(width))
-    top = (1 << width) - 1
-    return pack_levels(((values + 1) * (top / 2)).round().to(torch.uint8), width)
-
-
 def _keep(thresholds: np.ndarray) -> int:
     if (thresholds == MAX_THRESHOLD).all():
         return KEEP_ALL
@@ -128,7 +88,7 @@ def _keep(thresholds: np.ndarray) -> int:
 def _planes_codes(planes: list[torch.Tensor], thresholds: np.ndarray, segments: list[Segment], seed: int) -> np.ndarray:
     masks = [keep_mask(seed, side, thresholds, plane.shape[1], plane.device) for side, plane in enumerate(planes)]
     codes = [
-        value_codes(plane[part][mask[part]], width)
+        CODEBOOKS[width].pack(plane[part][mask[part]])
         for segment, part in zip(segments, columns_of(segments), strict=True)
         for width, plane, mask in zip(segment.widths(), planes, masks, strict=True)
     ]
@@ -144,21 +104,21 @@ def columns_of(segments: list[Segment]) -> list[slice]:
 def factored_record(
     delta: torch.Tensor,
     u: torch.Tensor,
-    weights: np.ndarray,
+    sigma: np.ndarray,
     v: torch.Tensor,
     thresholds: np.ndarray,
     widths: np.ndarray,
     mask_seed: int,
     widths_v: np.ndarray | None = None,
 ) -> bytes:
-    """A record of the sum of weights_k u_k v_k^T over all components k, entries of u_k and v_k dropped by seeded masks.
+    """A record of the sum of sigma_k u_k v_k^T over all components k, entries of u_k and v_k dropped by seeded masks.
 
     Args:
         delta: float32 (m, n), what the record stands for; for the measured error.
         u, v: float32 of shapes (m, r), (n, r): values to be stored as floats, or levels: between -1 and 1, or for
             normally distributed numbers.
-        weights: float64 (r,), not negative: singular values times the 1/q^2 of both masks (eq. 4 and 5), and times
-            the scales of the levels. The decoder needs no knowledge of the method then.
+        sigma: float64 (r,), not negative: singular values times the 1/q^2 of both masks (eq. 4 and 5), and times the
+            column scales of both planes. The decoder then needs no knowledge of the method.
         thresholds: uint16 of shape (r,), the same for U and V.
         widths: width codes of the components, shape (r,).
         mask_seed: the record's 32-bit mask seed.
@@ -169,17 +129,17 @@ def factored_record(
         Segment(part.stop - part.start, int(both[part.start, 0]), int(both[part.start, 1]), _keep(thresholds[part]))
         for _, part in runs(both[:, 0] << 8 | both[:, 1])
     ]
-    scale = float(weights.max(initial=0.0))
+    scale = float(sigma.max(initial=0.0))
     record = Record(
         layout=FACTORED,
         rows=u.shape[0],
         columns=v.shape[0],
-        rank=len(weights),
+        rank=len(sigma),
         mask_seed=mask_seed,
         scale=scale,
         relative_error=0.0,
         segments=segments,
-        sigma=(weights / (scale or 1.0)).astype(np.float16),
+        sigma=(sigma / (scale or 1.0)).astype(np.float16),
         thresholds=thresholds,
         column_scales=[None] * len(segments),
         codes=_planes_codes([u.t(), v.t()], thresholds, segments, mask_seed),
@@ -194,7 +154,7 @@ def direct_record(
     threshold: int,
     width: int,
     mask_seed: int,
-    row_scales: np.ndarray | None = None,
+    column_scales: np.ndarray | None = None,
 ) -> bytes:
     """A record of a matrix's own entries, dropped by a seeded mask with one threshold.
 
@@ -205,11 +165,11 @@ def direct_record(
         threshold: 0 to 65535.
         width: width code.
         mask_seed: the record's 32-bit mask seed.
-        row_scales: float16 (m,), a further factor of each row, or None.
+        column_scales: float16 (m,), a further factor of each row of the matrix, a column of the plane; or None.
     """
     rows, columns = delta.shape
     thresholds = np.full(rows, threshold, np.uint16)
-    segments = [Segment(rows, width, 0, _keep(thresholds), int(row_scales is not None))]
+    segments = [Segment(rows, width, 0, _keep(thresholds), int(column_scales is not None))]
     record = Record(
         layout=DIRECT,
         rows=rows,
@@ -221,7 +181,7 @@ def direct_record(
         segments=segments,
         sigma=np.empty(0, np.float16),
         thresholds=thresholds,
-        column_scales=[None if row_scales is None else row_scales[None]],
+        column_scales=[None if column_scales is None else column_scales[None]],
         codes=_planes_codes([values], thresholds, segments, mask_seed),
     )
     return measured(record, delta)

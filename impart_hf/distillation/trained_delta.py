@@ -9,34 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..coding.factor_quantisation import least_squares
-from ..coding.records import columns_of, midpoints, nearest_normal, value_codes
-from ..modeling.delta_decode import Plane, decode_planes, normal_levels
-from ..modeling.delta_record import BFLOAT16, FACTORED, FLOAT16, NORMAL_LEVELS, Record, code_bits
+from ..coding.records import columns_of
+from ..modeling.codebook import CODEBOOKS, Codebook, Levels
+from ..modeling.delta_decode import decode_planes
+from ..modeling.delta_record import FACTORED, Record
+from ..modeling.factors import DirectDelta, Factors, MatrixDelta
+from ..modeling.planes import Plane
 
 _DAMPING = 1e-4  # of the least squares fit that training begins with
-_FLOATS = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 
 
-def nearest_stored(values: Tensor, width: int) -> Tensor:
-    """The nearest numbers that codes of a width stand for, float32."""
-    if width in _FLOATS:
-        return values.to(_FLOATS[width]).float()
-    if width in NORMAL_LEVELS:
-        return normal_levels(width, values.device)[nearest_normal(values, width).int()]
-    top = (1 << width) - 1
-    return ((values + 1) * (top / 2)).round_().clamp_(0, top).mul_(2 / top).sub_(1)
-
-
-def _into_cells(wanted: Tensor, stored: Tensor, width: int) -> Tensor:
+def _into_cells(wanted: Tensor, stored: Tensor, book: Codebook) -> Tensor:
     """The numbers nearest to the wanted ones that are stored as they are now."""
-    if width in _FLOATS:
+    if not isinstance(book, Levels):
         return stored
-    if width in NORMAL_LEVELS:
-        levels = normal_levels(width, stored.device)
-    else:
-        levels = torch.linspace(-1, 1, 1 << width, device=stored.device)
-    endless = levels.new_tensor([torch.inf])
-    edges = torch.cat([-endless, midpoints(levels), endless])
+    endless = stored.new_tensor([torch.inf])
+    edges = torch.cat([-endless, book.edges(stored.device), endless])
     cells = torch.bucketize(stored, edges[1:-1])
     # Not to the edge itself, where rounding may go either way
     inside = (
@@ -70,12 +58,12 @@ class _TrainedPlane(nn.Module):
 
     latents: Tensor | None
 
-    def __init__(self, plane: Plane, runs: list[tuple[int, slice]], wanted: Tensor | None):
+    def __init__(self, plane: Plane, runs: list[tuple[Codebook, slice]], wanted: Tensor | None):
         """Begin with the values that are stored.
 
         Args:
             plane: as decoded, without scales.
-            runs: width codes, and the columns that have them.
+            runs: codebooks, and the columns that have them.
             wanted: float32 (columns, rows), what the values stand for: which of its neighbours a value is nearer to
                 decides how easily it goes there. None if values are not trained.
         """
@@ -85,21 +73,21 @@ class _TrainedPlane(nn.Module):
         self._positions = positions if len(stored) < plane.columns * plane.rows else None
         starts = plane.rows * torch.arange(plane.columns + 1, device=stored.device)
         ends = torch.searchsorted(positions, starts).tolist()
-        self._runs = [(width, slice(ends[part.start], ends[part.stop])) for width, part in runs]
+        self._runs = [(book, slice(ends[part.start], ends[part.stop])) for book, part in runs]
         if wanted is None:
             self.latents, self._fixed = None, stored
             return
         kept = wanted.reshape(-1) if self._positions is None else wanted.reshape(-1)[self._positions]
-        values = [_into_cells(kept[part], stored[part], width) for width, part in self._runs]
+        values = [_into_cells(kept[part], stored[part], book) for book, part in self._runs]
         rms = float(stored.square().mean().sqrt()) or 1.0
-        self._units = [rms if width in _FLOATS else rms * 0.5 ** (code_bits(width) - 1) for width, _ in self._runs]
+        self._units = [rms * 0.5 ** (book.bits - 1) if isinstance(book, Levels) else rms for book, _ in self._runs]
         parts = [part / unit for part, unit in zip(values, self._units, strict=True)]
         self.latents = nn.Parameter(torch.cat(parts))
 
     def stored(self, values: Tensor) -> Tensor:
         """What of values (kept,) is stored, in the record's own units."""
         parts = zip(self.in_units(values), self._runs, strict=True)
-        return torch.cat([nearest_stored(part, width) for part, (width, _) in parts])
+        return torch.cat([book.round(part) for part, (book, _) in parts])
 
     def in_units(self, values: Tensor) -> list[Tensor]:
         """Of each run of columns, values (kept,) times their units."""
@@ -120,7 +108,7 @@ class _TrainedPlane(nn.Module):
     def codes(self) -> list[np.ndarray]:
         """The packed codes of each run of columns."""
         values = self.values()
-        return [value_codes(values[part], width) for width, part in self._runs]
+        return [book.pack(values[part]) for book, part in self._runs]
 
 
 class TrainedDelta(nn.Module):
@@ -128,7 +116,7 @@ class TrainedDelta(nn.Module):
 
     Attributes:
         records: one for each matrix.
-        log_factors: of each, the logarithms of the factors by which its sizes change: float32 (rank,) for the singular
+        log_factors: of each, the logarithms of the factors by which its scales change: float32 (rank,) for the singular
             values of a factored record; for a direct one (rows,) if its rows have scales, else (1,).
     """
 
@@ -143,25 +131,29 @@ class TrainedDelta(nn.Module):
         """
         super().__init__()
         self.records = records
-        self._sizes = [_sizes(record, device) for record in records]
-        self.log_factors = nn.ParameterList([torch.zeros_like(sizes) for sizes in self._sizes])
+        self._scales = [_column_scales(record, device) for record in records]
+        self.log_factors = nn.ParameterList([torch.zeros_like(scales) for scales in self._scales])
         self._planes: list[list[_TrainedPlane]] = []
-        for number, (record, sizes) in enumerate(zip(records, self._sizes, strict=True)):
+        for number, (record, scales) in enumerate(zip(records, self._scales, strict=True)):
             unscaled = replace(record, column_scales=[None] * len(record.segments))
             planes = decode_planes(unscaled, name, device)
             wanted: list[Any] = [None] * len(planes)
             if exact is not None and len(record.codes):
-                wanted = _wanted(record, [plane.dense() for plane in planes], sizes, exact[number].to(device))
+                wanted = _wanted(record, [plane.dense() for plane in planes], scales, exact[number].to(device))
             columns = columns_of(record.segments)
             widths = zip(*(segment.widths() for segment in record.segments), strict=True)
-            runs = [list(zip(own, columns, strict=True)) for own in widths] or [[] for _ in planes]
+            books = [[CODEBOOKS[width] for width in own] for own in widths]
+            runs = [list(zip(own, columns, strict=True)) for own in books] or [[] for _ in planes]
             self._planes.append([_TrainedPlane(*parts) for parts in zip(planes, runs, wanted, strict=True)])
         self.planes = nn.ModuleList([plane for planes in self._planes for plane in planes])
 
-    def _parts(self) -> list[tuple[list[Tensor], Tensor]]:
-        """Of each matrix, the planes and the sizes in force."""
-        factors = [sizes * factor.exp() for sizes, factor in zip(self._sizes, self.log_factors, strict=True)]
-        return [([p.dense() for p in planes], sizes) for planes, sizes in zip(self._planes, factors, strict=True)]
+    def _deltas(self) -> list[MatrixDelta]:
+        """The delta of each matrix, by the numbers in force."""
+        found: list[MatrixDelta] = []
+        for planes, scales, log_factors in zip(self._planes, self._scales, self.log_factors, strict=True):
+            parts, scale = [plane.dense() for plane in planes], scales * log_factors.exp()
+            found.append(DirectDelta(parts[0], scale) if len(parts) == 1 else Factors(parts[0], scale, parts[1]))
+        return found
 
     def latents(self) -> list[Tensor]:
         """The parameters that kept values are rounded from, if these are trained."""
@@ -169,27 +161,18 @@ class TrainedDelta(nn.Module):
 
     def forward(self, base: Tensor) -> Tensor:
         """Base plus delta."""
-        deltas = [
-            planes[0] * sizes[:, None] if len(planes) == 1 else (planes[0].t() * sizes) @ planes[1]
-            for planes, sizes in self._parts()
-        ]
-        return base + torch.stack(deltas).view_as(base)
+        return base + torch.stack([delta.matrix() for delta in self._deltas()]).view_as(base)
 
     def linear(self, inputs: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """nn.Linear with base plus delta as its weight; neither the sum is formed nor a gradient of its size."""
-        ((planes, sizes),) = self._parts()
-        inner = functional.linear(inputs, planes[-1])
-        delta = inner * sizes if len(planes) == 1 else (inner * sizes) @ planes[0]
-        return functional.linear(inputs, base, bias) + delta
+        (delta,) = self._deltas()
+        change = delta.multiply(inputs)
+        return functional.linear(inputs, base, bias) + change
 
     def embedding(self, tokens: Tensor, base: Tensor, padding: int | None) -> Tensor:
         """nn.Embedding with base plus delta as its weight, of which only the tokens' own rows are formed."""
-        ((planes, sizes),) = self._parts()
-        if len(planes) == 1:
-            delta = functional.embedding(tokens, planes[0] * sizes[:, None])
-        else:
-            delta = (functional.embedding(tokens, planes[0].t()) * sizes) @ planes[1]
-        return functional.embedding(tokens, base, padding) + delta
+        (delta,) = self._deltas()
+        return functional.embedding(tokens, base, padding) + delta.rows(tokens)
 
     @torch.no_grad()
     def fold(self) -> list[Record]:
@@ -220,38 +203,38 @@ class TrainedDelta(nn.Module):
                 column_scales=column_scales,
                 codes=np.concatenate(codes) if codes else record.codes,
             )
-            self._sizes[number] = _sizes(self.records[number], factors.device)
+            self._scales[number] = _column_scales(self.records[number], factors.device)
             factors.zero_()
         return self.records
 
 
-def _sizes(record: Record, device: torch.device) -> Tensor:
-    """What the levels of a record's columns are multiplied by: (rank,), or of a direct record (rows,) or (1,).
+def _column_scales(record: Record, device: torch.device) -> Tensor:
+    """The column scales of a record, its own scale included: (rank,), or of a direct record (rows,) or (1,).
 
     Raises:
         ValueError: if some rows of a direct record have scales and others none, as no method writes it.
     """
-    scales = [part for part in record.column_scales if part is not None]
+    given = [part for part in record.column_scales if part is not None]
     if record.layout == FACTORED:
         parts = zip(record.segments, record.column_scales, strict=True)
         both = [np.ones(s.columns) if scale is None else scale.astype(np.float64).prod(0) for s, scale in parts]
-        sizes = record.sigma.astype(np.float64) * (np.concatenate(both) if both else 1.0)
-    elif scales and len(scales) < len(record.segments):
+        scales = record.sigma.astype(np.float64) * (np.concatenate(both) if both else 1.0)
+    elif given and len(given) < len(record.segments):
         raise ValueError("a direct record of which only some rows have scales cannot be trained")
     else:
-        sizes = np.concatenate(scales, 1)[0].astype(np.float64) if scales else np.ones(1)
-    return torch.from_numpy((sizes * record.scale).astype(np.float32)).to(device)
+        scales = np.concatenate(given, 1)[0].astype(np.float64) if given else np.ones(1)
+    return torch.from_numpy((scales * record.scale).astype(np.float32)).to(device)
 
 
-def _wanted(record: Record, planes: list[Tensor], sizes: Tensor, delta: Tensor) -> list[Tensor]:
+def _wanted(record: Record, planes: list[Tensor], scales: Tensor, delta: Tensor) -> list[Tensor]:
     """What the planes of a record stand for, (columns, rows) each, in the units of its levels.
 
-    A direct record's are the delta's own entries, less what its sizes make up for where masks drop others. Of a
+    A direct record's are the delta's own entries, less what its scales make up for where masks drop others. Of a
     factored one U is what goes best with the stored V, and the other way round, each column in the unit in which the
     stored one is its own best approximation.
     """
     if len(planes) == 1:
-        rows = sizes * torch.from_numpy(record.keep_ratios()).to(delta)
+        rows = scales * torch.from_numpy(record.keep_ratios()).to(delta)
         return [delta / torch.where(rows == 0, 1.0, rows)[:, None]]
     found = []
     for one, other, matrix in ((planes[0], planes[1], delta), (planes[1], planes[0], delta.t())):

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from ..coding.factor_quantisation import unbiased
 from ..coding.gptq import Grid, best_scale, quantise
@@ -49,12 +48,12 @@ class DareQtConfig(MethodConfig):
         size = float(delta.abs().max())
         plane = delta / size
         scales = best_scale(plane, mask, self.value_bits)
-        grid = Grid(scales[:, None], torch.full_like(scales, 2.0**self.value_bits - 1)[:, None])
+        grid = Grid(scales[:, None], np.full(rows, self.value_bits))
         found = quantise(plane, mask, task.hessian, grid)
         levels = found.values / grid.scale
         scales = scales * unbiased(plane, found.values, mask, task.hessian)
         largest = float(scales.max()) or 1.0  # nothing was kept
         scale = size * largest / float(kept_ratios(thresholds[:1])[0])
-        row_scales = (scales / largest).half().cpu().numpy()
-        record = direct_record(delta, levels, scale, threshold, self.value_bits, task.mask_seed, row_scales)
+        column_scales = (scales / largest).half().cpu().numpy()
+        record = direct_record(delta, levels, scale, threshold, self.value_bits, task.mask_seed, column_scales)
         return Encoded(record, found.notes)

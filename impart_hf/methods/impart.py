@@ -43,6 +43,6 @@ class ImPartConfig(ImportanceAllocation):
 
     def _encode(self, task: EncodingTask) -> Encoded:
         (u, sigma, v), thresholds, notes = self.sparsify(task.delta, task.max_bytes, task.mask_seed, task.svd)
-        weights = sigma.double().cpu().numpy() / kept_ratios(thresholds) ** 2
+        rescaled = sigma.double().cpu().numpy() / kept_ratios(thresholds) ** 2
         widths = self.widths(len(thresholds))
-        return Encoded(factored_record(task.delta, u, weights, v, thresholds, widths, task.mask_seed), notes)
+        return Encoded(factored_record(task.delta, u, rescaled, v, thresholds, widths, task.mask_seed), notes)

@@ -24,5 +24,5 @@ class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
     def _encode(self, task: EncodingTask) -> Encoded:
         factors, thresholds, notes = self.sparsify(task.delta, task.max_bytes, task.mask_seed, task.svd)
         widths = self.widths(len(thresholds))
-        u, weights, v, more = quantised(*factors, thresholds, widths, task.mask_seed, task.hessian)
-        return Encoded(factored_record(task.delta, u, weights, v, thresholds, widths, task.mask_seed), notes + more)
+        u, sigma, v, more = quantised(*factors, thresholds, widths, task.mask_seed, task.hessian)
+        return Encoded(factored_record(task.delta, u, sigma, v, thresholds, widths, task.mask_seed), notes + more)

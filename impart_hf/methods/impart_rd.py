@@ -21,7 +21,7 @@ from ..coding.records import (
     runs,
 )
 from ..common.validation import check_number
-from ..modeling.delta_record import NORMAL_LEVELS
+from ..modeling.codebook import level_widths
 from ..modeling.seeded_mask import keep_mask
 from .base import Encoded, EncodingTask, MethodConfig, Spectrum
 
@@ -139,15 +139,10 @@ def _moments(task: EncodingTask) -> torch.Tensor | None:
     return moments
 
 
-def _kinds(bits: int) -> list[int]:
-    """The width codes of levels with so many bits."""
-    return [width for width in (bits, 32 + bits) if width == bits or width in NORMAL_LEVELS]
-
-
 def _widths(plane: torch.Tensor, mask: torch.Tensor, bits: np.ndarray) -> np.ndarray:
     """The width codes of a plane (r, length): of the levels with so many bits, those that round it best."""
     widths = bits.copy()
     for width, part in runs(bits):
-        kinds = [np.full(part.stop - part.start, kind) for kind in _kinds(width)]
+        kinds = [np.full(part.stop - part.start, kind) for kind in level_widths(width)]
         widths[part] = max(kinds, key=lambda kind: float(cosines(plane[part], mask[part], kind).square().sum()))
     return widths

@@ -9,16 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .codebook import CODEBOOKS
+
 FACTORED, DIRECT = 1, 2  # layouts
 KEEP_ALL, KEEP_SHARED, KEEP_PER_COLUMN = 0, 1, 2  # how a segment states its thresholds
-FLOAT16, BFLOAT16 = 16, 17  # width codes of 16-bit floats; 1 to 8 are evenly spaced levels of that many bits
-# Levels with the least squared error for normally distributed numbers of variance 1 (Lloyd and Max), by width code,
-# which is 32 + bits: those above zero; the others are their negatives.
-NORMAL_LEVELS = {
-    34: (0.4528, 1.5104),
-    35: (0.2451, 0.7560, 1.3439, 2.1520),
-    36: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
-}
 MAX_THRESHOLD = 0xFFFF
 
 _HEADER = struct.Struct("<BBHIIIIffI")
@@ -99,16 +93,6 @@ class Record:
         return (self.thresholds.astype(np.float64) + 1) / (MAX_THRESHOLD + 1)
 
 
-def code_bits(width: int) -> int:
-    """Bits of a code of this width."""
-    return width - 32 if width in NORMAL_LEVELS else min(width, 16)
-
-
-def code_bytes(values: int, width: int) -> int:
-    """Bytes that `values` codes of one width take: packed densely, padded to whole bytes at the end."""
-    return (values * code_bits(width) + 7) // 8
-
-
 def pack_record(record: Record) -> bytes:
     """The bytes of a record; `parse_record` is its inverse."""
     thresholds, scales, start = [], [], 0
@@ -173,10 +157,9 @@ def _check_header(name: str, fields: tuple, shape: tuple[int, int], available: i
 
 
 def _check_segments(name: str, segments: list[Segment], layout: int, plane_columns: int) -> None:
-    valid = {*range(1, 9), FLOAT16, BFLOAT16, *NORMAL_LEVELS}
     for segment in segments:
-        v_ok = segment.width_v in valid if layout == FACTORED else segment.width_v == 0
-        known = segment.width_u in valid and v_ok and segment.keep <= KEEP_PER_COLUMN and segment.scaled <= 1
+        v_ok = segment.width_v in CODEBOOKS if layout == FACTORED else segment.width_v == 0
+        known = segment.width_u in CODEBOOKS and v_ok and segment.keep <= KEEP_PER_COLUMN and segment.scaled <= 1
         if not known or segment.columns == 0:
             raise DeltaFormatError(f"{name}: unknown storage of a column segment: {segment}")
     if sum(s.columns for s in segments) != plane_columns:

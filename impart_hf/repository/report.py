@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..distillation import DistillReport
-from ..modeling.delta_record import FACTORED, code_bits, parse_stack
+from ..modeling.codebook import bits_of
+from ..modeling.delta_record import FACTORED, parse_stack
 from ..modeling.delta_repository import BASE_CHECKSUMS, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
 
 
@@ -111,7 +112,7 @@ def tensor_report(name: str, data: Any) -> TensorReport:
         bytes=len(data),
         rank=sum(r.rank for r in records) / len(records) if first.layout == FACTORED else None,
         full_rank=min(first.rows, first.columns),
-        bits=tuple(tuple(map(code_bits, s.widths())) for s in first.segments),
+        bits=tuple(tuple(bits_of(s.widths())) for s in first.segments),
         keep_ratio=sum(ratios) / len(ratios) if ratios else None,
         relative_error=math.sqrt(sum(r.relative_error**2 for r in records) / len(records)),
     )

@@ -33,20 +33,20 @@ def problem(rows: int, columns: int, density: float, seed: int, dtype: torch.dty
 
 def row_grid(weight: torch.Tensor, mask: torch.Tensor | None, width: int) -> Grid:
     scale = best_scale(weight, mask, width)[:, None]
-    return Grid(scale, torch.full_like(scale, 2.0**width - 1))
+    return Grid(scale, np.full(len(scale), width))
 
 
 def random_grid(shape: tuple[int, int], seed: int) -> Grid:
     """A width of 1, 2, 3 or 8 bits and a scale for each row (rows, 1) or column (1, columns)."""
     rng = generator(seed)
-    widths = torch.tensor([1, 2, 3, 8])[torch.randint(4, shape, generator=rng)]
+    widths = torch.tensor([1, 2, 3, 8])[torch.randint(4, shape, generator=rng)].flatten()
     scale = 0.5 + 2 * torch.rand(shape, generator=rng, dtype=torch.float64)
-    return Grid(scale, 2.0 ** widths.double() - 1)
+    return Grid(scale, widths.numpy())
 
 
 def spread(grid: Grid, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Scales and widths of every entry, for the plain loops."""
-    return grid.scale.expand(shape).numpy(), (grid.top + 1).log2().round().int().expand(shape).numpy()
+    return grid.scale.expand(shape).numpy(), np.broadcast_to(grid.widths.reshape(grid.scale.shape), shape)
 
 
 def output_errors(weight: torch.Tensor, mask: torch.Tensor | None, values: torch.Tensor, hessian: torch.Tensor):
@@ -110,7 +110,7 @@ def test_inputs_without_correlation_are_rounded(density: float):
 def test_no_row_is_worse_than_rounded(density: float, decay: float):
     weight, mask = problem(60, 300, density, seed=5)
     hessian = correlated(300, seed=6, decay=decay)
-    for grid in (row_grid(weight, mask, 2), Grid(torch.full((1, 300), 1.5), torch.full((1, 300), 3.0))):
+    for grid in (row_grid(weight, mask, 2), Grid(torch.full((1, 300), 1.5), np.full(300, 2))):
         rounded = quantise(weight, mask, None, grid)
         found = quantise(weight, mask, hessian, grid)
         assert torch.equal(rounded.codes, grid.codes(weight) * mask)
@@ -170,8 +170,8 @@ def test_inputs_that_are_always_zero_are_rounded(axis: str):
     dead = torch.arange(0, 90, 7)
     hessian[dead] = 0
     hessian[:, dead] = 0
-    grid = Grid(torch.full((10, 1) if axis == "rows" else (1, 90), 1.5), torch.full((1, 1), 3.0))
-    grid = Grid(grid.scale, torch.full_like(grid.scale, 3.0))
+    shape = (10, 1) if axis == "rows" else (1, 90)
+    grid = Grid(torch.full(shape, 1.5), np.full(max(shape), 2))
     found = quantise(weight, mask, hessian, grid)
     rounded = grid.codes(weight) * mask
     assert torch.equal(found.codes[:, dead], rounded[:, dead]) and not torch.equal(found.codes, rounded)
@@ -184,7 +184,7 @@ def test_columns_without_a_kept_entry_harm_no_other():
     mask[:, 10:20] = False
     scale = best_scale(weight.t(), mask.t(), 2)
     assert torch.all(scale[10:20] > 0) and torch.all(scale[10:20] < 1e-6)
-    grid = Grid(scale[None], torch.full((1, 80), 3.0))
+    grid = Grid(scale[None], np.full(80, 2))
     hessian = correlated(80, seed=15)
     found = quantise(weight, mask, hessian, grid)
     assert torch.isfinite(found.values).all()
@@ -193,21 +193,22 @@ def test_columns_without_a_kept_entry_harm_no_other():
 
 
 def test_grid_round_trips_and_clamps():
-    widths = torch.tensor([1, 2, 3, 8])
-    for grid in (random_grid((4, 1), 1), Grid(torch.tensor([[0.1], [1], [7], [300]]), (2.0**widths - 1)[:, None])):
-        codes = torch.arange(256).expand(4, 256).minimum(grid.top.long()).to(torch.uint8)
+    widths = np.array([1, 2, 3, 8])
+    for grid in (random_grid((4, 1), 1), Grid(torch.tensor([[0.1], [1], [7], [300]]), widths)):
+        top = torch.from_numpy(2 ** grid.widths[:, None] - 1)
+        codes = torch.arange(256).expand(4, 256).minimum(top).to(torch.uint8)
         values = grid.values(codes)
         assert torch.equal(grid.codes(values), codes)
-        assert torch.equal(Grid(grid.scale.t(), grid.top.t()).codes(values.t()), codes.t())
-        nudge = 0.4 * 2 * grid.scale / grid.top  # less than half a step
+        assert torch.equal(Grid(grid.scale.t(), grid.widths).codes(values.t()), codes.t())
+        nudge = 0.4 * 2 * grid.scale / top  # less than half a step
         assert torch.equal(grid.codes(values + nudge), codes) and torch.equal(grid.codes(values - nudge), codes)
         assert torch.allclose(values.amin(1), -grid.scale[:, 0]) and torch.allclose(values.amax(1), grid.scale[:, 0])
         assert not grid.codes(-5 * grid.scale).any()
-        assert torch.equal(grid.codes(5 * grid.scale).to(grid.top.dtype), grid.top)
+        assert torch.equal(grid.codes(5 * grid.scale).to(top.dtype), top)
 
 
 def squared_errors(values: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor, width: int) -> torch.Tensor:
-    grid = Grid(scale[:, None], torch.full_like(scale, 2.0**width - 1)[:, None])
+    grid = Grid(scale[:, None], np.full(len(scale), width))
     return ((grid.values(grid.codes(values)) - values) * mask).square().sum(1)
 
 

@@ -33,7 +33,8 @@ from impart_hf.coding.rate_distortion import NOISE, Components, ErrorWeights, Ma
 from impart_hf.coding.records import kept_ratios
 from impart_hf.compression.budgets import _embedding_weight
 from impart_hf.methods import Spectrum, impart_rd
-from impart_hf.methods.impart_rd import _kinds, _widths
+from impart_hf.methods.impart_rd import _widths
+from impart_hf.modeling.codebook import level_widths
 from impart_hf.modeling.delta_decode import decode_record
 from impart_hf.modeling.delta_record import Record, parse_record
 
@@ -106,7 +107,7 @@ def test_levels_are_those_that_round_best(bits: int) -> None:
     mask = torch.ones(2, 5000, dtype=torch.bool)
     normal = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
     even = 2 * torch.rand(2, 5000, generator=torch.Generator().manual_seed(0)) - 1
-    kinds = _kinds(bits)
+    kinds = level_widths(bits)
     assert kinds == [bits, 32 + bits]
     for plane, width in ((normal, 32 + bits), (even, bits)):
         assert (_widths(plane, mask, np.full(2, bits)) == width).all()

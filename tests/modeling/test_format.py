@@ -14,26 +14,21 @@ from support import naive_reader
 from support.tiny_models import Pair
 
 from impart_hf import compress
-from impart_hf.coding.records import pack_levels
 from impart_hf.compression.encoding import mask_seed
 from impart_hf.methods import method_class, method_names
-from impart_hf.modeling import delta_decode
+from impart_hf.modeling import delta_decode, planes
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.checksums import tensor_bytes, tensor_checksum
-from impart_hf.modeling.delta_decode import add_delta, decode_planes, decode_record, unpack_levels
+from impart_hf.modeling.codebook import BFLOAT16, CODEBOOKS, FLOAT16, NORMAL_LEVELS, pack_codes, unpack_codes
+from impart_hf.modeling.delta_decode import add_delta, decode_planes, decode_record
 from impart_hf.modeling.delta_record import (
-    BFLOAT16,
     DIRECT,
     FACTORED,
-    FLOAT16,
     KEEP_ALL,
     KEEP_PER_COLUMN,
     KEEP_SHARED,
-    NORMAL_LEVELS,
     Record,
     Segment,
-    code_bits,
-    code_bytes,
     pack_record,
     parse_record,
 )
@@ -121,9 +116,9 @@ def test_record_vectors(heading: str, shape: tuple[int, int], rows: list[list[fl
 def test_level_codes_unpack_for_every_width_and_length(width: int, codes: list[int]) -> None:
     codes = [code & ((1 << width) - 1) for code in codes]
     stream = sum(code << (width * position) for position, code in enumerate(codes))
-    data = bytearray(stream.to_bytes(code_bytes(len(codes), width) + 1, "little"))
+    data = bytearray(stream.to_bytes(CODEBOOKS[width].packed_bytes(len(codes)) + 1, "little"))
     packed = torch.frombuffer(data, dtype=torch.uint8)
-    assert unpack_levels(packed[:-1], width, len(codes)).tolist() == codes
+    assert unpack_codes(packed[:-1], width, len(codes)).tolist() == codes
 
 
 @st.composite
@@ -160,9 +155,9 @@ def records(draw: st.DrawFn) -> Record:
                 dtype = torch.float16 if width == FLOAT16 else torch.bfloat16
                 codes.append(tensor_bytes(torch.from_numpy(generator.normal(size=kept)).to(dtype)))
             else:
-                size = code_bits(width)
+                size = CODEBOOKS[width].bits
                 stream = sum(int(c) << (size * i) for i, c in enumerate(generator.integers(0, 1 << size, kept)))
-                codes.append(np.frombuffer(stream.to_bytes(code_bytes(kept, width), "little"), np.uint8))
+                codes.append(np.frombuffer(stream.to_bytes(CODEBOOKS[width].packed_bytes(kept), "little"), np.uint8))
         start += count
     return Record(
         layout=layout,
@@ -192,9 +187,9 @@ def test_every_record_round_trips_and_means_the_same_to_both_readers(record: Rec
     near = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(naive).max(initial=0))))
     near(decoded, naive)
     # Rows of a matrix are decoded some at a time
-    with patch.object(delta_decode, "_TILE_ROWS", 5):
+    with patch.object(delta_decode, "TILE_ROWS", 5):
         near(add_delta(torch.zeros(decoded.shape), np.frombuffer(data, np.uint8), "record", torch.float32), naive)
-    with patch.object(delta_decode, "_MOST_TURNS", 0):
+    with patch.object(planes, "MOST_TURNS", 0):
         assert torch.equal(decode_record(parsed, "record"), torch.from_numpy(decoded))
 
 
@@ -202,9 +197,9 @@ def test_every_record_round_trips_and_means_the_same_to_both_readers(record: Rec
 @given(codes=st.lists(st.integers(0, 255), max_size=70), width=st.integers(1, 8))
 def test_levels_are_packed_densely_and_come_back(codes: list[int], width: int) -> None:
     values = torch.tensor(codes, dtype=torch.uint8) & ((1 << width) - 1)
-    packed = pack_levels(values, width)
-    assert len(packed) == -(-len(codes) * width // 8) == code_bytes(len(codes), width)
-    assert unpack_levels(torch.from_numpy(packed), width, len(codes)).tolist() == values.tolist()
+    packed = pack_codes(values, width)
+    assert len(packed) == -(-len(codes) * width // 8) == CODEBOOKS[width].packed_bytes(len(codes))
+    assert unpack_codes(torch.from_numpy(packed), width, len(codes)).tolist() == values.tolist()
     stream = int.from_bytes(packed.tobytes(), "little")
     assert [stream >> (width * i) & ((1 << width) - 1) for i in range(len(codes))] == values.tolist()
 
@@ -229,12 +224,12 @@ def test_no_record_is_taken_apart_column_by_column() -> None:
     rows, columns = 1000, 3
     limits = np.where(np.arange(rows) % 2, 65535, 32767).astype(np.uint16)
     kept = int(keep_mask(0, 0, limits, columns).sum())
-    codes = np.random.default_rng(0).integers(0, 256, code_bytes(kept, 8), np.uint8)
+    codes = np.random.default_rng(0).integers(0, 256, CODEBOOKS[8].packed_bytes(kept), np.uint8)
     segments, sigma = [Segment(rows, 8, 0, KEEP_PER_COLUMN)], np.empty(0, np.float16)
     record = Record(DIRECT, rows, columns, 0, 0, 1.0, 0.0, segments, sigma, limits, [None], codes)
     (plane,) = decode_planes(record, "record")
     assert len(plane.runs) == 1
-    with patch.object(delta_decode, "_MOST_TURNS", rows):
+    with patch.object(planes, "MOST_TURNS", rows):
         (apart,) = decode_planes(record, "record")
     assert len(apart.runs) == rows
     for part in (slice(0, rows), slice(17, 18), slice(511, 777), slice(999, 1000)):

@@ -19,12 +19,11 @@ from support.loaded_models import decode_all
 from support.tiny_models import Pair
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
+from impart_hf.modeling.codebook import BFLOAT16, FLOAT16
 from impart_hf.modeling.delta_decode import add_delta, decode_record
 from impart_hf.modeling.delta_record import (
-    BFLOAT16,
     DIRECT,
     FACTORED,
-    FLOAT16,
     KEEP_ALL,
     KEEP_PER_COLUMN,
     KEEP_SHARED,

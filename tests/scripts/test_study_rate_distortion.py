@@ -18,7 +18,8 @@ pytest.importorskip("matplotlib")
 
 from impart_hf import DeltaComeConfig, ImPartRdConfig, compress
 from impart_hf.evaluation.metrics import evaluate, load
-from impart_hf.modeling.delta_record import NORMAL_LEVELS, parse_stack
+from impart_hf.modeling.codebook import NORMAL_LEVELS
+from impart_hf.modeling.delta_record import parse_stack
 
 FOLDER = "experiments/rate_distortion"
 script = load_script(f"{FOLDER}/study")

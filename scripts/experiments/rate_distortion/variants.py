@@ -79,8 +79,8 @@ class _SameInputs(_Changed):
         return patch.object(impart_rd, "_error_weights", partial(_flat, impart_rd._error_weights))
 
 
-def _flat(harm: Callable, spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
-    found = harm(spectrum, drop_weight)
+def _flat(error_weights: Callable, spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
+    found = error_weights(spectrum, drop_weight)
     if spectrum.vocabulary:
         return found
     return ErrorWeights(drop_weight, 1.0, found.v, impart_rd._BOTH_NOISE)
@@ -100,8 +100,8 @@ class _TokensAlike(_Changed):
         return patch.object(impart_rd, "_error_weights", partial(_as_layer, impart_rd._error_weights))
 
 
-def _as_layer(harm: Callable, spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
-    return harm(replace(spectrum, vocabulary=False), drop_weight)
+def _as_layer(error_weights: Callable, spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
+    return error_weights(replace(spectrum, vocabulary=False), drop_weight)
 
 
 class _LeastError(_Changed):

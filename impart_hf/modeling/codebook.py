@@ -1,0 +1,211 @@
+"""Codebooks: how one value of a plane is stored (docs/FORMAT.md, "Codes").
+
+A width code names a codebook. A codebook packs values into bytes, unpacks them, and rounds a value to what it would be
+unpacked as. 16 and 17 are 16-bit floats; 1 to 8 are evenly spaced levels from -1 to 1 of so many bits; 34 to 36 are the
+levels of 2 to 4 bits that have the least squared error for normally distributed values of variance 1 (Lloyd and Max).
+"""
+
+import abc
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from .checksums import tensor_bytes
+
+FLOAT16, BFLOAT16 = 16, 17
+# The levels above zero, by width code; the others are their negatives.
+NORMAL_LEVELS = {
+    34: (0.4528, 1.5104),
+    35: (0.2451, 0.7560, 1.3439, 2.1520),
+    36: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
+}
+
+
+class Codebook(abc.ABC):
+    """How a value is stored under one width code.
+
+    Attributes:
+        width: the width code.
+        bits: of one value's code.
+    """
+
+    def __init__(self, width: int, bits: int):
+        self.width, self.bits = width, bits
+
+    def packed_bytes(self, count: int) -> int:
+        """Bytes that `count` codes take: packed densely, padded to whole bytes at the end."""
+        return (count * self.bits + 7) // 8
+
+    @abc.abstractmethod
+    def pack(self, values: torch.Tensor) -> np.ndarray:
+        """The packed codes, uint8, nearest to values, float32 (count,)."""
+
+    @abc.abstractmethod
+    def unpack(self, packed: torch.Tensor, count: int) -> torch.Tensor:
+        """The values, float32 (count,), of packed codes, uint8; on the device of the codes."""
+
+    @abc.abstractmethod
+    def round(self, values: torch.Tensor) -> torch.Tensor:
+        """What values of any shape are stored as, float32."""
+
+
+class Floats(Codebook):
+    """Values stored as 16-bit floats."""
+
+    def __init__(self, width: int, dtype: torch.dtype):
+        super().__init__(width, 16)
+        self.dtype = dtype
+
+    def pack(self, values: torch.Tensor) -> np.ndarray:
+        return tensor_bytes(values.to(self.dtype))
+
+    def unpack(self, packed: torch.Tensor, count: int) -> torch.Tensor:
+        # A copy is at an address that 16-bit loads allow; contiguous, since numpy gives an empty array the stride 0
+        aligned = packed.clone(memory_format=torch.contiguous_format)
+        return aligned.view(self.dtype)[:count].float()
+
+    def round(self, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self.dtype).float()
+
+
+class Levels(Codebook):
+    """Values stored as the code of the nearest of 2^bits rising levels.
+
+    Attributes:
+        top: the largest code.
+        density, zero: where a level lies on the axis on which values are rounded: position = value * density + zero.
+            On it, evenly spaced levels are the whole numbers from 0 to `top`.
+    """
+
+    density, zero = 1.0, 0.0
+
+    def __init__(self, width: int, bits: int):
+        super().__init__(width, bits)
+        self.top = (1 << bits) - 1
+
+    def levels(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """All levels, (2^bits,), rising."""
+        return self.values(torch.arange(self.top + 1, device=device), dtype)
+
+    def edges(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Midpoints of neighbouring levels, (2^bits - 1,), rising: above each, the next level is the nearest."""
+        return _midpoints(self.levels(device, dtype))
+
+    @abc.abstractmethod
+    def values(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The levels of codes of any integer dtype."""
+
+    @abc.abstractmethod
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """The codes, uint8, of the nearest levels; beyond the outermost level, its code."""
+
+    def pack(self, values: torch.Tensor) -> np.ndarray:
+        return pack_codes(self.nearest(values), self.bits)
+
+    def unpack(self, packed: torch.Tensor, count: int) -> torch.Tensor:
+        levels = self.levels(packed.device)
+        if 8 % self.bits:
+            return levels[unpack_codes(packed, self.bits, count)]
+        # A byte holds whole codes: a table of all bytes gives several values at once
+        every_byte = torch.arange(256, device=packed.device).to(torch.uint8)
+        table = levels[unpack_codes(every_byte, self.bits, 256 * 8 // self.bits)].view(256, -1)
+        return torch.nn.functional.embedding(packed.int(), table).view(-1)[:count]
+
+    def round(self, values: torch.Tensor) -> torch.Tensor:
+        return self.values(self.nearest(values))
+
+
+class EvenLevels(Levels):
+    """Evenly spaced levels from -1 to 1: code c stands for 2 c / (2^bits - 1) - 1."""
+
+    def __init__(self, bits: int):
+        super().__init__(bits, bits)
+        self.density = self.zero = self.top / 2
+
+    def edges(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        # Their last bit may differ from that of the levels' midpoints, which no rounding sees: it is done on positions
+        return _midpoints(torch.linspace(-1, 1, self.top + 1, device=device, dtype=dtype))
+
+    def values(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return codes.to(dtype).mul_(2.0 / self.top).sub_(1.0)
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        return (values + 1).mul_(self.top / 2).round_().clamp_(0, self.top).to(torch.uint8)
+
+
+class NormalLevels(Levels):
+    """The levels with the least squared error for normally distributed values of variance 1."""
+
+    def __init__(self, width: int):
+        above = NORMAL_LEVELS[width]
+        super().__init__(width, len(above).bit_length())
+        self._rising = (*(-level for level in reversed(above)), *above)
+
+    def levels(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.tensor(self._rising, device=device).to(dtype)
+
+    def values(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.levels(codes.device, dtype)[codes.int()]
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.bucketize(values.contiguous(), self.edges(values.device, values.dtype)).to(torch.uint8)
+
+
+CODEBOOKS: dict[int, Codebook] = {
+    book.width: book
+    for book in (
+        *(EvenLevels(bits) for bits in range(1, 9)),
+        Floats(FLOAT16, torch.float16),
+        Floats(BFLOAT16, torch.bfloat16),
+        *(NormalLevels(width) for width in NORMAL_LEVELS),
+    )
+}
+
+
+def _midpoints(levels: torch.Tensor) -> torch.Tensor:
+    return (levels[1:] + levels[:-1]) / 2
+
+
+def level_codebook(width: int) -> Levels:
+    """The codebook of levels that a width code names.
+
+    Raises:
+        KeyError: if it names 16-bit floats, or nothing.
+    """
+    book = CODEBOOKS[width]
+    if not isinstance(book, Levels):
+        raise KeyError(width)
+    return book
+
+
+def level_widths(bits: int) -> list[int]:
+    """The width codes of levels of so many bits: the evenly spaced ones first."""
+    return [book.width for book in CODEBOOKS.values() if isinstance(book, Levels) and book.bits == bits]
+
+
+def bits_of(widths: Iterable[int]) -> list[int]:
+    """Bits of one value's code under each width code."""
+    return [CODEBOOKS[width].bits for width in widths]
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> np.ndarray:
+    """Codes, uint8 (count,), of `bits` bits (1 to 8) packed densely, least significant bit first, as uint8."""
+    groups = -(-len(codes) // 8)  # eight codes fill exactly `bits` bytes
+    lanes = torch.zeros(groups * 8, dtype=torch.int64, device=codes.device)
+    lanes[: len(codes)] = codes
+    shifts = bits * torch.arange(8, device=codes.device)
+    words = (lanes.view(groups, 8) << shifts).sum(1)
+    packed = words.view(torch.uint8).view(groups, 8)[:, :bits].reshape(-1)
+    return packed[: (len(codes) * bits + 7) // 8].cpu().numpy()
+
+
+def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The inverse of `pack_codes`: `count` codes as int64."""
+    groups = -(-count // 8)
+    padded = torch.zeros(groups * bits, dtype=torch.uint8, device=packed.device)
+    padded[: len(packed)] = packed
+    lanes = torch.zeros(groups, 8, dtype=torch.uint8, device=packed.device)
+    lanes[:, :bits] = padded.view(groups, bits)
+    shifts = bits * torch.arange(8, device=packed.device)
+    return ((lanes.view(torch.int64) >> shifts) & ((1 << bits) - 1)).view(-1)[:count]
