@@ -62,6 +62,8 @@ class Grid:
     def parts(self) -> list[tuple[Levels, Any]]:
         """The codebooks, each with an index of the rows or columns, in runs, that have it."""
         found = [(level_codebook(width), part) for width, part in runs(self.widths)]
+        if len(found) == 1:
+            return [(found[0][0], ...)]
         return found if self.by_row else [(book, (slice(None), part)) for book, part in found]
 
 

@@ -14,7 +14,7 @@ from .pair import TensorPlan
 # Bytes of a safetensors header for one entry, beside its name: dtype, shape and two offsets of ten digits.
 _ENTRY_BYTES = 96
 # What the model card counts for, whatever its length: it states the sizes that it would be part of.
-CARD_BYTES = 2048
+CARD_BYTES = 1536
 # A matrix may be compressed beyond the ratio asked for, to make up for what cannot be, by up to this factor.
 _MOST_EXTRA = 1.5
 

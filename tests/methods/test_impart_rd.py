@@ -287,7 +287,7 @@ def test_a_resumed_run_has_the_budgets_of_the_first(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(encoding, "encode_tensor", interrupts)
         compress(*models, tmp_path / "delta", ImPartRdConfig(8.0))
-    monkeypatch.setattr(importlib.import_module("impart_hf.compression.compress"), "shared_budgets", None)
+    monkeypatch.setattr(importlib.import_module("impart_hf.compression.pipeline"), "shared_budgets", None)
     compress(*models, tmp_path / "delta", ImPartRdConfig(8.0))
     assert differing(tmp_path / "unbroken", tmp_path / "delta") == []
 
