@@ -23,8 +23,9 @@ from ..repository.cards import merge_card, merge_origin
 from ..repository.reader_files import copy_pruned_reader
 from ..repository.report import CompressionReport
 from ..repository.sidecar_files import copy_sidecar_files
-from ..storage.checkpoint_writer import DenseTensor, check_free, new_folder, write_weights
-from ..storage.workspace import Workspace, check_output
+from ..storage.checkpoint_writer import DenseTensor, new_folder, write_weights
+from ..storage.output import check_output
+from ..storage.workspace import Workspace
 from .config import MergeConfig
 from .inputs import MergeInputs
 from .task_vectors import TaskVector, dare, impart, mixed, trimmed
@@ -131,8 +132,7 @@ def free_output(output_dir: str | Path, config: MergeConfig, compression: Method
     for model in (config.base_model, *(model.model for model in config.models)):
         if os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
             raise OutputError(f"{output} is one of the models that are merged; choose another folder")
-    (check_free if compression is None else check_output)(output)
-    return output
+    return check_output(output, replaces_delta=compression is not None)
 
 
 def require_peft() -> None:

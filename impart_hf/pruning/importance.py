@@ -25,7 +25,8 @@ from transformers.utils import logging
 from ..calibration.text import CalibrationSource
 from ..common.progress import Progress
 from ..common.validation import check_positive, check_seed, check_whole
-from ..storage.checkpoint_writer import check_free, new_folder
+from ..storage.checkpoint_writer import new_folder
+from ..storage.output import check_output
 from ..training.trainer import source_name, train, training_arguments
 from .checks import open_llama, weights_fingerprint
 from .gradient_sums import MatrixSums
@@ -111,7 +112,7 @@ def compute_importance(
     with training_arguments(device, batch_size, defaults, training, _RESERVED) as arguments:
         is_first = arguments.process_index == 0
         if is_first:
-            check_free(output_dir)
+            check_output(output_dir)
         checkpoint, shape = open_llama(os.fspath(model), revision)
         tokens = training_tokens(data, checkpoint, shape, samples=steps * batch_size, length=length, seed=seed)
         with new_folder(output_dir) if is_first else contextlib.nullcontext() as folder:

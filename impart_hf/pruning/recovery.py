@@ -22,7 +22,8 @@ from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
 from ..repository.cards import inherited_card_data
 from ..repository.sidecar_files import copy_sidecar_files
-from ..storage.checkpoint_writer import check_free, new_folder
+from ..storage.checkpoint_writer import new_folder
+from ..storage.output import check_output
 from ..training.trainer import source_name, train, training_arguments
 from .checks import open_llama
 from .history import with_step
@@ -134,7 +135,7 @@ def recover(
     with training_arguments(device, batch_size, defaults, training) as arguments:
         is_first = arguments.process_index == 0
         if is_first:
-            check_free(output_dir)
+            check_output(output_dir)
         checkpoint, shape = open_llama(os.fspath(model), revision)
         wanted = _ALL if steps is None else steps * batch_size
         tokens = training_tokens(data, checkpoint, shape, samples=wanted, length=length, seed=seed)
