@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibration.text import CalibrationSource, calibration_tokens, check_vocabulary, load_tokenizer
 from ..common.devices import usable_device
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint, HubOptions, fetch_file, read_json
-from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
+from ..modeling.checkpoints import Checkpoint, HubOptions, repository_kind
+from ..modeling.repository_kind import RepositoryKind
 from ..repository.open import open_repository
 from ..repository.report import human_bytes
 from .cost import (
@@ -247,9 +247,7 @@ class _Judge:
 
 def _check_weights(source: str, options: HubOptions, base_model: str | None) -> bool:
     """See that a model's weight files are there and can be read, and its base's; whether it is a delta repository."""
-    config = fetch_file(source, "config.json", options, required=True)
-    assert config is not None  # it was read before
-    is_delta = read_json(config).get("model_type") == DeltaCompressedConfig.model_type
+    is_delta = repository_kind(source, options) is RepositoryKind.DELTA
     if is_delta:
         open_repository(source, options, base_model)
     else:

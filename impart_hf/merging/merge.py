@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..repository.cards import merge_card, merge_origin
 from ..repository.reader_files import copy_pruned_reader
 from ..repository.report import CompressionReport
 from ..repository.sidecar_files import copy_sidecar_files
-from ..storage.checkpoint_writer import DenseTensor, new_folder, write_weights
+from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
 from ..storage.output import check_output
 from ..storage.workspace import Workspace
 from .config import MergeConfig
@@ -171,6 +170,11 @@ class Merge:
         self.config, self.inputs, self.device, self._svd_of = config, inputs, device, svd_of
         self._delta_of = delta_of or self.delta
 
+    @property
+    def source(self) -> str:
+        """What is merged, for messages."""
+        return f"merge of {', '.join(model.name for model in self.inputs.models)}"
+
     def names(self) -> list[str]:
         return self.inputs.base.names()
 
@@ -210,18 +214,18 @@ class Merge:
             combined[rows] = mixed(deltas, weights, self.config.method.consensus, shared["normalize"])
         return combined.view(shape)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of the merged model."""
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """One tensor of the merged model, put on a device."""
         before = self.inputs.base.tensor(name)
         if not before.is_floating_point():
-            return before
+            return before.to(device)
         delta = self._delta_of(name)
         scale = self.config.values(name, self.inputs.depth(name))["lambda"]
         dtype = self.dtype(name)
         merged = torch.add(before.float(), delta, alpha=scale).to(dtype)
         if self.inputs.vocabulary_rows(name):
             merged = torch.cat([merged, self.inputs.added_rows(name, dtype)])
-        return merged
+        return merged.to(device)
 
     def _vector(
         self, number: int, name: str, before: torch.Tensor, values: dict[str, float], shared: dict[str, Any]
@@ -261,9 +265,8 @@ class Merge:
 
     def write(self, folder: Path, name: str, max_shard_size: int, progress: Progress) -> None:
         """Write the merged model, of this name, as a dense checkpoint into a folder that is there."""
-        tensors = [DenseTensor(n, self.shape(n), self.dtype(n), partial(self.tensor, n)) for n in self.names()]
         self._write_config(folder)
-        write_weights(folder, tensors, max_shard_size, progress, "Merging")
+        write_weights(folder, dense_tensors(self), max_shard_size, progress, "Merging")
         card = merge_card(name, self.config.to_dict())
         (folder / "README.md").write_text(card, "utf-8")
 

@@ -162,7 +162,7 @@ def fetch_config(repo: str, options: HubOptions) -> tuple[dict[str, Any], Path]:
     """
     path = fetch_file(repo, "config.json", options)
     if path is None:
-        raise CheckpointError(f"'{repo}' has no config.json: it is neither a checkpoint nor a delta repository")
+        raise CheckpointError(f"'{repo}' has no config.json: it is not a transformers checkpoint or delta repository")
     return read_json(path), path.parent
 
 
@@ -294,16 +294,17 @@ class Checkpoint:
 
         return self._look_up(name, from_slice, lambda t: t.dtype)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, mapped from the file where the format allows.
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The tensor on a device; on the CPU mapped from the file, if the format allows it.
 
         Raises:
             CheckpointError: if the file cannot be read.
         """
         try:
-            return self._look_up(name, lambda s: s[...], lambda t: t)
+            stored: torch.Tensor = self._look_up(name, lambda s: s[...], lambda t: t)
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"'{self.source}': {name} cannot be read: {error}") from error
+        return stored.to(device)
 
 
 def _ties_embeddings(config: dict[str, Any]) -> bool:

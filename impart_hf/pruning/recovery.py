@@ -20,6 +20,7 @@ from ..common.validation import check_positive, check_seed, check_whole
 from ..evaluation.metrics import perplexity
 from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
+from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.cards import inherited_card_data
 from ..repository.sidecar_files import copy_sidecar_files
 from ..storage.checkpoint_writer import new_folder
@@ -211,7 +212,7 @@ def _save(
     """Write the model as `save_pretrained` does, in the checkpoint's dtypes, and what stands beside it."""
     for parameter_name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(checkpoint.dtype(parameter_name))
-    was_pruned = "pruning" in checkpoint.config or checkpoint.config["model_type"] == "pruned_llama"
+    was_pruned = kind_of(checkpoint.config) is RepositoryKind.PRUNED
     if was_pruned:
         model.config.pruning = with_step(checkpoint, shape, step)
     # Published generation settings need not pass `save_pretrained`'s checks; those of the source are copied as they are

@@ -14,6 +14,7 @@ from ..common.files import OutputError, sync_path, write_json
 from ..common.progress import Progress
 from ..modeling.checkpoints import DTYPE_NAMES, all_finite
 from ..modeling.checksums import tensor_bytes
+from ..modeling.tensors import Tensors
 from .locked_folder import LockedFolder
 from .output import check_output
 from .safetensors_writer import Entry, shard_entries, write_safetensors
@@ -65,6 +66,14 @@ class DenseTensor:
     def size(self) -> int:
         """Bytes of its data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def dense_tensors(tensors: Tensors, device: torch.device | str = "cpu") -> list[DenseTensor]:
+    """All tensors of a model, to be written; each is made on a device when it is its turn."""
+    return [
+        DenseTensor(name, tensors.shape(name), tensors.dtype(name), partial(tensors.tensor, name, device))
+        for name in tensors.names()
+    ]
 
 
 def write_weights(
