@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from .common.names import is_on_hub
 from .modeling.checkpoints import CheckpointError, HubOptions, repository_kind
 from .modeling.configuration_pruned_llama import PrunedLlamaConfig
 from .modeling.delta_repository import DeltaFile, find_delta_files
@@ -80,7 +81,7 @@ def _check_delta_repository(folder: str | Path) -> None:
     file = DeltaFile(find_delta_files(str(folder), HubOptions())[0])
     for name in file.names():
         file.read(name)
-    if os.path.isabs(config.base_model_name_or_path):
+    if not is_on_hub(config.base_model_name_or_path):
         raise CheckpointError(
             f"the base of '{folder}' is recorded as the local folder {config.base_model_name_or_path}, which nobody "
             "else has: compress again with the base's Hub id, or with --base-name"

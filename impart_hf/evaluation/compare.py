@@ -17,14 +17,13 @@ from ..repository.report import human_bytes
 from .cost import (
     NEW_TOKENS,
     PROMPT_TOKENS,
-    Latency,
     ModelCost,
     check_positions,
     empty_model,
     max_positions,
-    measure_latency,
     model_cost,
 )
+from .latency import Latency, measure_latency
 from .metrics import load, perplexity
 from .tasks import TaskEvaluation
 

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..calibration.text import CalibrationSource
+from ..common.names import text_name
 from ..common.progress import Progress
 from ..common.validation import check_positive, check_seed, check_whole
 from ..evaluation.metrics import perplexity
@@ -25,7 +26,7 @@ from ..repository.cards import inherited_card_data
 from ..repository.sidecar_files import copy_sidecar_files
 from ..storage.checkpoint_writer import new_folder
 from ..storage.output import check_output
-from ..training.trainer import source_name, train, training_arguments
+from ..training.trainer import train, training_arguments
 from .checks import open_llama
 from .history import with_step
 from .llama_shape import LlamaShape
@@ -163,7 +164,7 @@ def recover(
                     "method": method,
                     "steps": len(losses),
                     "learning_rate": rate,
-                    "data": source_name(data),
+                    "data": text_name(data),
                 }
                 _save(trained, folder, Path(os.path.abspath(output_dir)).name, checkpoint, shape, step)
         arguments.distributed_state.wait_for_everyone()
