@@ -51,7 +51,7 @@ def prune_layers(
         layers: their numbers, counted from 0.
         score: "igia" or "gradient_norm".
         merge: add each dropped matrix's top entries by IGIA, where signs agree, to the same matrix of the nearest
-            kept layer before it (METHODS 6.3); norms and biases are left alone.
+            kept layer before it; norms and biases are left alone.
         protect: keep the first and the last layer.
         revision: branch, tag or commit of the model.
         base_name: Hub id to record for a model that is given as a local folder.
