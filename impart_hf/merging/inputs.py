@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..compression.pair import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
+from ..compression.compatibility import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
 from ..modeling.checkpoints import Checkpoint, HubOptions, all_finite, pinned, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 from ..modeling.tensors import Tensors

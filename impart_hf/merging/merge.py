@@ -13,8 +13,9 @@ from ..common.devices import usable_device
 from ..common.files import OutputError, write_json
 from ..common.progress import Progress
 from ..common.validation import shard_bytes, wanted_size
+from ..compression.compatibility import IncompatibleModelsError
 from ..compression.encoding import mask_seed
-from ..compression.pair import IncompatibleModelsError, ModelPair
+from ..compression.pair import ModelPair
 from ..compression.pipeline import CompressionRequest, compress_pair, sized
 from ..methods import MethodConfig
 from ..modeling.checkpoints import HubOptions, all_finite
@@ -100,23 +101,56 @@ def merge(
         raise ValueError("max_bytes is for a delta repository: choose its method (compression)")
     output = free_output(output_dir, config, compression)
     merged = Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device)
+
+    def write(folder: Path) -> None:
+        merged.write(folder, output.name, shard_size, bars)
+
     if compression is None:
-        with new_folder(output) as folder:
-            merged.write(folder, output.name, shard_size, bars)
-            return merged.report()
-    sized(compression, wanted_bytes, merged.weight_bytes())  # before any work; its file will have a header as well
+        return publish(merged, output, write)
+    return compress_merge(merged, output, write, compression, wanted_bytes, base_name, shard_size, bars)
+
+
+def publish(merged: "Merge", output: Path, write: Callable[[Path], None]) -> MergeReport:
+    """Make a merged model appear at its output folder.
+
+    Args:
+        write: puts the model's files into a folder that exists.
+    """
+    with new_folder(output) as folder:
+        write(folder)
+    return merged.report()
+
+
+def compress_merge(
+    merged: "Merge",
+    output: Path,
+    write: Callable[[Path], None],
+    method: MethodConfig,
+    max_bytes: int | None,
+    base_name: str | None,
+    max_shard_size: int,
+    progress: Progress,
+) -> MergeReport:
+    """Make a delta repository of a merged model appear at its output folder.
+
+    Args:
+        write: puts the dense model's files into a folder that exists.
+        method, base_name, max_shard_size: as for `compress`.
+        max_bytes: most that the repository may take; None for the method's ratio.
+    """
+    sized(method, max_bytes, merged.weight_bytes())  # before any work; its file will have a header as well
     with Workspace(output) as workspace:
-        dense = workspace.scratch() / workspace.output.name
+        dense = workspace.scratch() / output.name
         dense.mkdir()
-        merged.write(dense, dense.name, shard_size, bars)
+        write(dense)
         base = merged.inputs.base
         pair = ModelPair(
-            base.source, str(dense), base.options, HubOptions(), base_name=base_name, device=device, progress=bars
-        )
+            base.source, str(dense), base.options, HubOptions(),
+            base_name=base_name, device=merged.device, progress=progress,
+        )  # fmt: skip
         report = merged.report()
-        request = CompressionRequest(
-            compression, wanted_bytes, max_shard_size=shard_size, origin=merge_origin(config.to_dict())
-        )
+        origin = merge_origin(merged.config.to_dict())
+        request = CompressionRequest(method, max_bytes, max_shard_size=max_shard_size, origin=origin)
         report.compression = compress_pair(pair, workspace, request)
         return report
 
