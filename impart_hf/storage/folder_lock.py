@@ -13,7 +13,8 @@ class FolderLock:
     """The lock on a folder, held through a file in it.
 
     The system releases it when the process ends, however it ends. Windows removes and renames no file that is locked,
-    and no folder around it: a folder that is to be renamed must not be the locked one, but may lie in it.
+    and no folder around it: a folder that is to be renamed must not be the locked one, but may lie in it. Only Linux is
+    tested.
 
     Attributes:
         folder: what is locked.
