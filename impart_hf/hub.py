@@ -3,9 +3,12 @@
 import os
 from pathlib import Path
 
-from .modeling.checkpoints import CheckpointError, HubOptions, fetch_file, read_json
+from .common.names import is_on_hub
+from .modeling.checkpoints import CheckpointError, HubOptions, repository_kind
+from .modeling.configuration_pruned_llama import PrunedLlamaConfig
 from .modeling.delta_repository import DeltaFile, find_delta_files
 from .modeling.repository_files import push_folder
+from .modeling.repository_kind import RepositoryKind
 from .pruning.checks import open_llama
 from .repository.open import read_config
 from .repository.reader_files import pruned_reader_files
@@ -51,16 +54,19 @@ def push(
 
 
 def is_pruned_model(source: str, options: HubOptions) -> bool:
-    """Whether a local folder or Hub repository is a model of which something was pruned, by its config.json."""
-    path = fetch_file(source, "config.json", options)
-    config = {} if path is None else read_json(path)
-    return config.get("model_type") == "pruned_llama" or config.get("pruning") is not None
+    """Whether a local folder or Hub repository is a model from which something was pruned, by its config.json.
+
+    Raises:
+        CheckpointError: if it has no config.json that can be read.
+    """
+    return repository_kind(source, options) is RepositoryKind.PRUNED
 
 
 def _check_pruned_model(folder: str) -> None:
     """See that config.json and weights are whole and go together, and that they load without impart-hf."""
     checkpoint, _ = open_llama(folder)
-    wanted = [path.name for path in pruned_reader_files()] if checkpoint.config["model_type"] == "pruned_llama" else []
+    has_own_class = checkpoint.config["model_type"] == PrunedLlamaConfig.model_type
+    wanted = [path.name for path in pruned_reader_files()] if has_own_class else []
     if wanted and not checkpoint.config.get("auto_map"):
         raise CheckpointError(
             f"config.json of '{folder}' has no auto_map: load the model and save it with save_pretrained"
@@ -75,7 +81,7 @@ def _check_delta_repository(folder: str | Path) -> None:
     file = DeltaFile(find_delta_files(str(folder), HubOptions())[0])
     for name in file.names():
         file.read(name)
-    if os.path.isabs(config.base_model_name_or_path):
+    if not is_on_hub(config.base_model_name_or_path):
         raise CheckpointError(
             f"the base of '{folder}' is recorded as the local folder {config.base_model_name_or_path}, which nobody "
             "else has: compress again with the base's Hub id, or with --base-name"

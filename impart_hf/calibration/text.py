@@ -88,7 +88,7 @@ def calibration_tokens(
             )
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(sequences), generator=generator)[:samples].sort().values
-    return torch.tensor([sequences[index] for index in drawn.tolist()])
+    return torch.stack([sequences[index] for index in drawn.tolist()])
 
 
 def load_tokenizer(source: str, options: HubOptions) -> PreTrainedTokenizerBase:
@@ -137,8 +137,8 @@ def check_vocabulary(tokens: torch.Tensor, vocabulary: int, model: str) -> None:
         )
 
 
-def _sequences(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
-    """The source's tokens in sequences of one length, the last of which is shorter, or has nothing but its start."""
+def _sequences(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[torch.Tensor]:
+    """The source's tokens, int64, in sequences of one length; the last is shorter, or has nothing but its start."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     stream = _token_stream(source, tokenizer)
     while True:
@@ -146,7 +146,7 @@ def _sequences(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, le
         # A chat template may have written the begin-of-text token that a sequence starts with.
         sequence = start if first == start else start + first
         sequence = sequence + list(itertools.islice(stream, length - len(sequence)))
-        yield sequence
+        yield torch.tensor(sequence, dtype=torch.int64)
         if len(sequence) < length:
             return
 

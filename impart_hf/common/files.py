@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,10 @@ class OutputError(OSError):
 
 def sync_path(path: Path) -> None:
     """Flush a file's contents or a folder's entries, so that a rename in it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    on_windows = sys.platform == "win32"
+    if on_windows and path.is_dir():  # which Windows does not open, and keeps in order by itself
+        return
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,7 +9,8 @@ import torch
 from ..coding.svd_cache import SvdOf
 from ..methods import MethodConfig, Spectrum, method_for
 from ..modeling.checkpoints import Checkpoint
-from .pair import ModelPair, TensorPlan
+from .pair import ModelPair
+from .scan import TensorPlan
 
 # Squares of smaller numbers vanish in float32: such a delta has no norm, and moves no model.
 _NOTHING = 1e-15

@@ -13,7 +13,8 @@ from ..modeling.checkpoints import Checkpoint
 from ..modeling.delta_decode import add_delta
 from ..storage.workspace import Workspace
 from .budgets import deltas_of
-from .pair import ModelPair, TensorPlan
+from .pair import ModelPair
+from .scan import TensorPlan
 
 
 class Encoding:

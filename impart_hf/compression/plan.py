@@ -9,7 +9,7 @@ from typing import Any
 
 from ..methods import MethodConfig, method_for
 from ..modeling.configuration_delta_compressed import FORMAT_VERSION
-from .pair import TensorPlan
+from .scan import TensorPlan
 
 # Bytes of a safetensors header for one entry, beside its name: dtype, shape and two offsets of ten digits.
 _ENTRY_BYTES = 96

@@ -31,8 +31,10 @@ from ..repository.report import CompressionReport, human_bytes, read_reports
 from ..repository.sidecar_files import sidecar_files
 from ..storage.safetensors_writer import Entry, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
-from .pair import IncompatibleModelsError, ModelPair, TensorPlan
+from .compatibility import IncompatibleModelsError
+from .pair import ModelPair
 from .plan import CARD_BYTES, CompressionPlan
+from .scan import TensorPlan
 
 _METADATA = {"format": "pt", "impart_hf_format": str(FORMAT_VERSION)}
 

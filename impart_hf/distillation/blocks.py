@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from transformers import TrainingArguments
 
-from ..calibration.layer_stream import StreamedModel, streamed_model
+from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..common.files import written_whole
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration.layer_stream import streamed_model
+from ..calibration.streamed_model import streamed_model
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint
 from .blocks import PURPOSE, distill_blocks

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from ..common.token_losses import kl_divergence
 
 
 def check_tokens(tokens: Tensor, vocabulary: int | None) -> None:
@@ -33,9 +34,7 @@ def split(sequences: int, validation_share: float) -> tuple[range, range]:
 
 def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     """KL(wanted || found) of logits (sequences, length, vocabulary), the mean over all tokens, in nats."""
-    tokens = wanted.shape[0] * wanted.shape[1]
-    logs = found.float().log_softmax(-1), wanted.float().log_softmax(-1)
-    return functional.kl_div(*logs, log_target=True, reduction="sum") / tokens
+    return kl_divergence(wanted, found) / (wanted.shape[0] * wanted.shape[1])
 
 
 def relative_error(wanted: Tensor, found: Tensor) -> Tensor:

@@ -10,21 +10,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibration.text import CalibrationSource, calibration_tokens, check_vocabulary, load_tokenizer
 from ..common.devices import usable_device
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint, HubOptions, fetch_file, read_json
-from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
+from ..modeling.checkpoints import Checkpoint, HubOptions, repository_kind
+from ..modeling.repository_kind import RepositoryKind
 from ..repository.open import open_repository
 from ..repository.report import human_bytes
 from .cost import (
     NEW_TOKENS,
     PROMPT_TOKENS,
-    Latency,
     ModelCost,
     check_positions,
     empty_model,
     max_positions,
-    measure_latency,
     model_cost,
 )
+from .latency import Latency, measure_latency
 from .metrics import load, perplexity
 from .tasks import TaskEvaluation
 
@@ -247,9 +246,7 @@ class _Judge:
 
 def _check_weights(source: str, options: HubOptions, base_model: str | None) -> bool:
     """See that a model's weight files are there and can be read, and its base's; whether it is a delta repository."""
-    config = fetch_file(source, "config.json", options, required=True)
-    assert config is not None  # it was read before
-    is_delta = read_json(config).get("model_type") == DeltaCompressedConfig.model_type
+    is_delta = repository_kind(source, options) is RepositoryKind.DELTA
     if is_delta:
         open_repository(source, options, base_model)
     else:

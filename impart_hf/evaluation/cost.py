@@ -1,4 +1,4 @@
-"""What a causal language model costs: parameters, FLOPs, bytes of key-value cache, and measured time and memory.
+"""What a causal language model costs by its shapes: parameters, FLOPs, bytes of key-value cache.
 
 Prefill reads a prompt of one sequence and computes the logits of its last token, as `generate` does; a decode step
 reads one more token with the prompt in the cache.
@@ -6,50 +6,19 @@ reads one more token with the prompt in the cache.
 
 import functools
 import inspect
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
-from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_file
-from .memory import PeakMemory, anonymous_bytes, return_freed_memory
+from ..common.meta_model import meta_model
+from ..modeling.checkpoints import HubOptions, fetch_config
 
 PROMPT_TOKENS = 512
 NEW_TOKENS = 64
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Time and memory of one sequence, measured.
-
-    Attributes:
-        device: the accelerator's name, or "cpu".
-        prompt_tokens: tokens that were prefilled.
-        new_tokens: tokens that were decoded after them, one at a time.
-        repeats: runs whose median the times are.
-        prefill_seconds: of the whole prompt.
-        decode_tokens_per_second: of the decode steps alone; no token is chosen, nothing else of `generate` is run.
-        prefill_peak_bytes: memory in use at most during prefill, beyond the loaded model: activations and cache. On
-            a CPU it is sampled, and None where the system does not say.
-        decode_peak_bytes: the same of the decode steps, the whole cache included.
-    """
-
-    device: str
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-    prefill_seconds: float
-    decode_tokens_per_second: float
-    prefill_peak_bytes: int | None
-    decode_peak_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -97,17 +66,14 @@ def empty_model(source: str, dtype: torch.dtype | None = None, revision: str | N
         CheckpointError: if there is no such model.
         ValueError: if it is no causal language model, or quantised.
     """
-    if fetch_file(source, "config.json", HubOptions(revision)) is None:
-        raise CheckpointError(f"'{source}' has no config.json: it is not a transformers checkpoint")
+    fetch_config(source, HubOptions(revision))  # for its errors
     config = AutoConfig.from_pretrained(source, revision=revision)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{source}' is a quantised checkpoint; give a model with float weights")
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
-        with torch.device("meta"):
-            # Of the ways to run experts, the one whose products are counted and that needs no numbers to route by.
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, experts_implementation="batched_mm", **({} if dtype is None else {"dtype": dtype})
-            )
+        # Of the ways to run experts, the one whose products are counted and that needs no numbers to route by.
+        model = meta_model(config, experts_implementation="batched_mm", **options)
     except ValueError as error:
         if type(config) in AutoModelForCausalLM._model_mapping:
             raise
@@ -163,7 +129,7 @@ def model_cost(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS) -> Mo
         cache: Cache | None = None
         for tokens in (prompt, prompt[:, :1]):
             with FlopCounterMode(display=False) as counter:
-                cache = _step(model, tokens, cache)
+                cache = step(model, tokens, cache)
             flops.append(counter.get_total_flops())
     assert cache is not None
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -179,68 +145,6 @@ def model_cost(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS) -> Mo
     )
 
 
-def measure_latency(
-    model: PreTrainedModel,
-    *,
-    prompt_tokens: int = PROMPT_TOKENS,
-    new_tokens: int = NEW_TOKENS,
-    repeats: int = 5,
-    seed: int = 0,
-) -> Latency:
-    """Measure prefill and decode of one sequence of random tokens, after a run that is not counted.
-
-    Args:
-        model: a loaded model, on the device where it is to be measured.
-        prompt_tokens: length of the prompt.
-        new_tokens: decode steps.
-        repeats: runs of each, of which the median is taken; memory is measured in runs of its own.
-        seed: of the tokens.
-
-    Raises:
-        ValueError: if a number is below 1, or prompt and new tokens are more than the model has positions.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    check_positions(model, prompt_tokens, new_tokens)
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (1, prompt_tokens + new_tokens), generator=generator).to(model.device)
-    prompt, following = tokens[:, :prompt_tokens], tokens[:, prompt_tokens:].split(1, dim=1)
-
-    def prefill() -> Cache:
-        return _step(model, prompt, None)
-
-    def decode(cache: Cache) -> None:
-        for token in following:
-            cache = _step(model, token, cache)
-
-    seconds: dict[Callable, list[float]] = {prefill: [], decode: []}
-    peaks: dict[Callable, list[int]] = {prefill: [], decode: []}
-    with torch.inference_mode():
-        decode(prefill())
-        for _ in range(repeats):
-            cache = _timed(prefill, seconds[prefill], model.device)
-            _timed(functools.partial(decode, cache), seconds[decode], model.device)
-        for _ in range(repeats if _memory_is_known(model.device) else 0):
-            with _watch(model.device, peaks[prefill]):
-                cache = prefill()
-            held = sum(tensor.nbytes for layer in cache.layers for tensor in _cache_tensors(layer))
-            with _watch(model.device, peaks[decode], held):
-                decode(cache)
-            del cache
-    on_cuda = model.device.type == "cuda"
-    return Latency(
-        device=torch.cuda.get_device_name(model.device) if on_cuda else model.device.type,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        prefill_seconds=statistics.median(seconds[prefill]),
-        decode_tokens_per_second=new_tokens / statistics.median(seconds[decode]),
-        prefill_peak_bytes=max(peaks[prefill], default=None),
-        decode_peak_bytes=max(peaks[decode], default=None),
-    )
-
-
 @functools.cache
 def _arguments(forward: Callable) -> tuple[str, dict[str, Any]]:
     """What a model calls its cache, and the argument that makes it compute the last token's logits alone."""
@@ -249,18 +153,13 @@ def _arguments(forward: Callable) -> tuple[str, dict[str, Any]]:
     return cache, {"logits_to_keep": 1} if "logits_to_keep" in names else {}
 
 
-def _step(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache | None) -> Cache:
+def step(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache | None) -> Cache:
     """Read tokens, int64 (1, length), after those in the cache; the cache with them in it."""
     name, options = _arguments(type(model).forward)
     cache = model(input_ids=tokens, use_cache=True, **{name: cache}, **options).get(name)
     if not isinstance(cache, Cache):
         raise ValueError(f"'{model.name_or_path}' keeps no cache that transformers knows: decoding cannot be measured")
     return cache
-
-
-def _cache_tensors(layer: Any) -> list[torch.Tensor]:
-    found = (getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states"))
-    return [value for value in found if isinstance(value, torch.Tensor)]
 
 
 def _bytes_per_token(layer: Any) -> int:
@@ -272,43 +171,3 @@ def _embeddings(model: PreTrainedModel) -> list[torch.Tensor]:
     """The weights of the input embedding and the output projection, one if they are tied."""
     modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     return list({id(module.weight): module.weight for module in modules if module is not None}.values())
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def _timed(work: Callable[[], T], seconds: list[float], device: torch.device) -> T:
-    _synchronize(device)
-    started = time.perf_counter()
-    result = work()
-    _synchronize(device)
-    seconds.append(time.perf_counter() - started)
-    return result
-
-
-def _memory_is_known(device: torch.device) -> bool:
-    if device.type == "cpu":
-        try:
-            anonymous_bytes()
-        except OSError:
-            return False
-    return device.type in ("cpu", "cuda")
-
-
-@contextmanager
-def _watch(device: torch.device, peaks: list[int], held: int = 0) -> Iterator[None]:
-    """Append the largest growth of the device's memory, and what was `held` before on account of the same work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        yield
-        torch.cuda.synchronize(device)
-        peaks.append(torch.cuda.max_memory_allocated(device) - start + held)
-    else:
-        return_freed_memory()
-        with PeakMemory() as memory:
-            yield
-        peaks.append(memory.bytes + held)

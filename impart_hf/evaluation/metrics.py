@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-_CHUNK_ENTRIES = 1 << 25  # logits compared at a time: 128 MiB in float32
+from ..common.token_losses import cross_entropy, kl_divergence
 
 
 def load(source: str, dtype: torch.dtype, device: str | torch.device, **options: Any) -> PreTrainedModel:
@@ -44,19 +44,12 @@ def evaluate(
         rows = rows.to(model.device)
         targets = rows[:, 1:].reshape(-1)
         logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-        if reference is None or reference is model:
-            expected = logits if reference is model else logits.new_empty(len(targets), 0)
-        else:
-            expected = reference(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-        chunk = max(1, _CHUNK_ENTRIES // logits.shape[1])
-        for part, other, target in zip(*(t.split(chunk) for t in (logits, expected, targets)), strict=True):
-            found = part.float().log_softmax(-1)
-            loss -= found.gather(1, target[:, None]).double().sum().item()
-            if part.shape == other.shape:
-                wanted = other.float().log_softmax(-1)
-                divergence += (wanted.exp() * (wanted - found)).sum(-1).double().sum().item()
-            else:
-                divergence = math.nan
+        loss += cross_entropy(logits, targets).item()
+        if reference is not None:
+            same = reference is model
+            wanted = logits if same else reference(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
+            divergence += kl_divergence(wanted, logits).item() if wanted.shape == logits.shape else math.nan
         tokens += len(targets)
     # Infinite for a model that is broken beyond what a float can say, where math.exp would raise.
-    return torch.tensor(loss / tokens, dtype=torch.float64).exp().item(), divergence / tokens
+    mean_divergence = math.nan if reference is None else divergence / tokens
+    return torch.tensor(loss / tokens, dtype=torch.float64).exp().item(), mean_divergence

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..compression.pair import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
-from ..modeling.checkpoints import Checkpoint, HubOptions, all_finite, fetch_file, pinned, read_json
-from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
-from ..modeling.delta_repository import DeltaRepository
+from ..compression.compatibility import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
+from ..modeling.checkpoints import Checkpoint, HubOptions, all_finite, pinned, repository_kind
+from ..modeling.repository_kind import RepositoryKind
+from ..modeling.tensors import Tensors
 from ..repository.open import open_repository
 from .config import MergeConfig
 from .vocabulary import Tokens, united
@@ -35,9 +35,8 @@ class FineTune:
     def __init__(self, name: str, base: Checkpoint, token: str | bool | None, cache_dir: str | None):
         self.name = name
         source, options = resolve(name, token, cache_dir)
-        config = fetch_file(source, "config.json", options)
-        self.tensors: Checkpoint | DeltaRepository
-        if config is not None and read_json(config).get("model_type") == DeltaCompressedConfig.model_type:
+        self.tensors: Tensors
+        if repository_kind(source, options) is RepositoryKind.DELTA:
             repository = open_repository(source, options, str(base.folder))
             self.config: Mapping[str, Any] = repository.text_config.to_dict()
             self.tensors = repository

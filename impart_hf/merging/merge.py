@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from ..common.devices import usable_device
 from ..common.files import OutputError, write_json
 from ..common.progress import Progress
 from ..common.validation import shard_bytes, wanted_size
+from ..compression.compatibility import IncompatibleModelsError
 from ..compression.encoding import mask_seed
-from ..compression.pair import IncompatibleModelsError, ModelPair
+from ..compression.pair import ModelPair
 from ..compression.pipeline import CompressionRequest, compress_pair, sized
 from ..methods import MethodConfig
 from ..modeling.checkpoints import HubOptions, all_finite
@@ -23,8 +23,9 @@ from ..repository.cards import merge_card, merge_origin
 from ..repository.reader_files import copy_pruned_reader
 from ..repository.report import CompressionReport
 from ..repository.sidecar_files import copy_sidecar_files
-from ..storage.checkpoint_writer import DenseTensor, check_free, new_folder, write_weights
-from ..storage.workspace import Workspace, check_output
+from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
+from ..storage.output import check_output
+from ..storage.workspace import Workspace
 from .config import MergeConfig
 from .inputs import MergeInputs
 from .task_vectors import TaskVector, dare, impart, mixed, trimmed
@@ -100,23 +101,56 @@ def merge(
         raise ValueError("max_bytes is for a delta repository: choose its method (compression)")
     output = free_output(output_dir, config, compression)
     merged = Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device)
+
+    def write(folder: Path) -> None:
+        merged.write(folder, output.name, shard_size, bars)
+
     if compression is None:
-        with new_folder(output) as folder:
-            merged.write(folder, output.name, shard_size, bars)
-            return merged.report()
-    sized(compression, wanted_bytes, merged.weight_bytes())  # before any work; its file will have a header as well
+        return publish(merged, output, write)
+    return compress_merge(merged, output, write, compression, wanted_bytes, base_name, shard_size, bars)
+
+
+def publish(merged: "Merge", output: Path, write: Callable[[Path], None]) -> MergeReport:
+    """Make a merged model appear at its output folder.
+
+    Args:
+        write: puts the model's files into a folder that exists.
+    """
+    with new_folder(output) as folder:
+        write(folder)
+    return merged.report()
+
+
+def compress_merge(
+    merged: "Merge",
+    output: Path,
+    write: Callable[[Path], None],
+    method: MethodConfig,
+    max_bytes: int | None,
+    base_name: str | None,
+    max_shard_size: int,
+    progress: Progress,
+) -> MergeReport:
+    """Make a delta repository of a merged model appear at its output folder.
+
+    Args:
+        write: puts the dense model's files into a folder that exists.
+        method, base_name, max_shard_size: as for `compress`.
+        max_bytes: most that the repository may take; None for the method's ratio.
+    """
+    sized(method, max_bytes, merged.weight_bytes())  # before any work; its file will have a header as well
     with Workspace(output) as workspace:
-        dense = workspace.scratch() / workspace.output.name
+        dense = workspace.scratch() / output.name
         dense.mkdir()
-        merged.write(dense, dense.name, shard_size, bars)
+        write(dense)
         base = merged.inputs.base
         pair = ModelPair(
-            base.source, str(dense), base.options, HubOptions(), base_name=base_name, device=device, progress=bars
-        )
+            base.source, str(dense), base.options, HubOptions(),
+            base_name=base_name, device=merged.device, progress=progress,
+        )  # fmt: skip
         report = merged.report()
-        request = CompressionRequest(
-            compression, wanted_bytes, max_shard_size=shard_size, origin=merge_origin(config.to_dict())
-        )
+        origin = merge_origin(merged.config.to_dict())
+        request = CompressionRequest(method, max_bytes, max_shard_size=max_shard_size, origin=origin)
         report.compression = compress_pair(pair, workspace, request)
         return report
 
@@ -131,8 +165,7 @@ def free_output(output_dir: str | Path, config: MergeConfig, compression: Method
     for model in (config.base_model, *(model.model for model in config.models)):
         if os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
             raise OutputError(f"{output} is one of the models that are merged; choose another folder")
-    (check_free if compression is None else check_output)(output)
-    return output
+    return check_output(output, replaces_delta=compression is not None)
 
 
 def require_peft() -> None:
@@ -170,6 +203,11 @@ class Merge:
         """
         self.config, self.inputs, self.device, self._svd_of = config, inputs, device, svd_of
         self._delta_of = delta_of or self.delta
+
+    @property
+    def source(self) -> str:
+        """What is merged, for messages."""
+        return f"merge of {', '.join(model.name for model in self.inputs.models)}"
 
     def names(self) -> list[str]:
         return self.inputs.base.names()
@@ -210,18 +248,18 @@ class Merge:
             combined[rows] = mixed(deltas, weights, self.config.method.consensus, shared["normalize"])
         return combined.view(shape)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of the merged model."""
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """One tensor of the merged model, put on a device."""
         before = self.inputs.base.tensor(name)
         if not before.is_floating_point():
-            return before
+            return before.to(device)
         delta = self._delta_of(name)
         scale = self.config.values(name, self.inputs.depth(name))["lambda"]
         dtype = self.dtype(name)
         merged = torch.add(before.float(), delta, alpha=scale).to(dtype)
         if self.inputs.vocabulary_rows(name):
             merged = torch.cat([merged, self.inputs.added_rows(name, dtype)])
-        return merged
+        return merged.to(device)
 
     def _vector(
         self, number: int, name: str, before: torch.Tensor, values: dict[str, float], shared: dict[str, Any]
@@ -261,9 +299,8 @@ class Merge:
 
     def write(self, folder: Path, name: str, max_shard_size: int, progress: Progress) -> None:
         """Write the merged model, of this name, as a dense checkpoint into a folder that is there."""
-        tensors = [DenseTensor(n, self.shape(n), self.dtype(n), partial(self.tensor, n)) for n in self.names()]
         self._write_config(folder)
-        write_weights(folder, tensors, max_shard_size, progress, "Merging")
+        write_weights(folder, dense_tensors(self), max_shard_size, progress, "Merging")
         card = merge_card(name, self.config.to_dict())
         (folder / "README.md").write_text(card, "utf-8")
 

@@ -26,7 +26,7 @@ from ..storage.checkpoint_writer import WEIGHTS, DenseTensor, write_weights
 from ..storage.locked_folder import LockedFolder
 from .config import MergeConfig, MergeModel
 from .inputs import MergeInputs
-from .merge import Merge, MergeReport, free_output, merge, require_peft
+from .merge import Merge, MergeReport, compress_merge, free_output, publish, require_peft
 
 LAMBDAS = (0.4, 0.6, 0.8, 1.0, 1.2)  # the paper's grids
 TRIMS = (0.4, 0.6, 0.8)
@@ -106,9 +106,9 @@ def tune_merge(
 ) -> MergeTuningReport:
     """Merge with every combination of lambda, trimming and density, and keep the model with the lowest mean loss.
 
-    Every candidate is written in a hidden folder beside `output_dir` and loaded as a user would load it; there must be
-    room for the model in float32, once more in its dtype, and for ImPart for the singular components of every
-    fine-tune's layers. What does not depend on lambda is computed once.
+    Every candidate is written in a hidden folder beside `output_dir` and loaded as a user would load it; the best one
+    so far is kept. There must be room for the model in float32, twice more in its dtype, and for ImPart for the
+    singular components of every fine-tune's layers. What does not depend on lambda is computed once.
 
     Args:
         config, output_dir, compression, base_name, device, token, cache_dir, max_shard_size: as for `merge`. What the
@@ -143,6 +143,7 @@ def tune_merge(
         check_vocabulary(texts[task], vocabulary, inputs.tokens.source)
     output.parent.mkdir(parents=True, exist_ok=True)
     tried: list[MergeCandidate] = []
+    best: MergeCandidate | None = None
     with (
         LockedFolder(output.parent, f".{output.name}.work-") as scratch,
         Progress(progress).bar(len(grid) * len(lambdas), "Tuning") as bar,
@@ -154,17 +155,42 @@ def tune_merge(
             deltas = _StoredDeltas(Merge(_with(config, settings), inputs, device, svds.of), scratch / "deltas")
             for scale in lambdas:
                 candidate = _with(config, {"lambda": scale, **settings})
-                losses = _losses(Merge(candidate, inputs, device, delta_of=deltas.of), texts, scratch, batch_size)
+                folder = scratch / "candidate"
+                folder.mkdir()
+                Merge(candidate, inputs, device, delta_of=deltas.of).write(
+                    folder, output.name, shard_size, Progress(False)
+                )
+                losses = _losses(folder, device, texts, batch_size)
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 tried.append(MergeCandidate({"lambda": scale, **settings}, losses, seconds))
+                if best is None or _rank(tried[-1]) < _rank(best):
+                    best = tried[-1]
+                    shutil.rmtree(scratch / "best", ignore_errors=True)
+                    folder.rename(scratch / "best")
+                else:
+                    shutil.rmtree(folder)
                 bar.update()
-    # NaN is no loss that a model could win with
-    best = min(tried, key=lambda found: math.inf if math.isnan(found.score) else found.score)
-    report = merge(
-        _with(config, best.settings), output, compression=compression, base_name=base_name, device=device,
-        token=token, cache_dir=cache_dir, max_shard_size=shard_size,
-    )  # fmt: skip
+        assert best is not None  # the grid has at least one point
+        deltas = None
+        winner = Merge(_with(config, best.settings), inputs, device)
+        for folder in (scratch / "deltas", scratch / "components"):  # to make room
+            shutil.rmtree(folder, ignore_errors=True)
+        write = partial(_move_files, scratch / "best")
+        if compression is None:
+            report = publish(winner, output, write)
+        else:
+            report = compress_merge(winner, output, write, compression, None, base_name, shard_size, Progress(False))
     return MergeTuningReport(tried, best, report)
+
+
+def _rank(candidate: MergeCandidate) -> float:
+    """By which candidates are compared: NaN is not a loss that a model could win with."""
+    return math.inf if math.isnan(candidate.score) else candidate.score
+
+
+def _move_files(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        path.rename(target / path.name)
 
 
 def _grid(
@@ -214,20 +240,14 @@ class _StoredDeltas:
             DenseTensor(name, merged.inputs.base.shape(name), torch.float32, partial(merged.delta, name))
             for name in floats
         ]
-        write_weights(folder, tensors, 1 << 62, Progress(False), "")
+        write_weights(folder, tensors, 1 << 62, Progress(False), "Storing deltas")
         self._file = safe_open(str(folder / WEIGHTS), framework="pt")
 
     def of(self, name: str) -> torch.Tensor:
         return self._file.get_tensor(name)
 
 
-def _losses(merged: Merge, texts: Mapping[str, torch.Tensor], scratch: Path, batch_size: int) -> dict[str, float]:
+def _losses(folder: Path, device: torch.device, texts: Mapping[str, torch.Tensor], batch_size: int) -> dict[str, float]:
     """Cross-entropy of a merged model on each task's text, nats a token."""
-    folder = scratch / "candidate"
-    folder.mkdir()
-    try:
-        merged.write(folder, "candidate", 1 << 62, Progress(False))
-        model = load(str(folder), torch.float32, merged.device)
-        return {task: math.log(perplexity(model, tokens, batch_size)) for task, tokens in texts.items()}
-    finally:
-        shutil.rmtree(folder)
+    model = load(str(folder), torch.float32, device)
+    return {task: math.log(perplexity(model, tokens, batch_size)) for task, tokens in texts.items()}

@@ -9,6 +9,7 @@ import torch
 from ..coding.keep_ratios import keep_ratios, with_margin
 from ..coding.records import kept_ratios, thresholds_of
 from ..coding.svd import Svd
+from ..common.largest import largest
 from ..modeling.seeded_mask import keep_mask
 
 TaskVector = Callable[[slice], torch.Tensor]  # float32 rows of W_finetuned - W_base, on the device
@@ -68,25 +69,8 @@ def trimmed(vector: TaskVector, rows: int, density: float) -> TaskVector:
         rows: it has.
     """
     sizes = vector(slice(rows)).abs_()
-    return partial(_masked, vector, _largest(sizes.flatten(), density).view(sizes.shape))
-
-
-def _largest(sizes: torch.Tensor, density: float) -> torch.Tensor:
-    """A mask of the largest entries, `density` of them but at least one; of equal ones the first.
-
-    PEFT's `prune` sorts them with their places, which takes minutes and several times the memory for an embedding.
-    """
-    wanted = max(1, int(density * len(sizes)))
-    rank = len(sizes) - wanted  # of the smallest that is kept
-    if sizes.device.type == "cpu":
-        threshold = float(np.partition(sizes.numpy(), rank)[rank])
-    else:
-        threshold = float(sizes.kthvalue(rank + 1).values)
-    kept = sizes > threshold
-    if threshold > 0:  # zeros are nothing to keep
-        equal = (sizes == threshold).nonzero().squeeze(1)
-        kept[equal[: wanted - int(kept.sum())]] = True
-    return kept
+    kept = largest(sizes.flatten(), max(1, int(density * sizes.numel()))).view(sizes.shape)
+    return partial(_masked, vector, kept.logical_and_(sizes > 0))  # zeros are nothing to keep
 
 
 def _masked(vector: TaskVector, kept: torch.Tensor, rows: slice) -> torch.Tensor:

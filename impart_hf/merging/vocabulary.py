@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from ..calibration.text import load_tokenizer
-from ..compression.pair import IncompatibleModelsError
+from ..compression.compatibility import IncompatibleModelsError
 from ..modeling.checkpoints import HubOptions
 
 

@@ -26,6 +26,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .repository_kind import RepositoryKind, kind_of
+
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -152,6 +154,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def fetch_config(repo: str, options: HubOptions) -> tuple[dict[str, Any], Path]:
+    """The content of config.json of a local folder or Hub repository, and the folder where its files lie.
+
+    Raises:
+        CheckpointError: if the repository has none, or cannot be reached or read.
+    """
+    path = fetch_file(repo, "config.json", options)
+    if path is None:
+        raise CheckpointError(f"'{repo}' has no config.json: it is not a transformers checkpoint or delta repository")
+    return read_json(path), path.parent
+
+
+def repository_kind(repo: str, options: HubOptions) -> RepositoryKind:
+    """The kind of model that a local folder or Hub repository holds; errors as `fetch_config`."""
+    return kind_of(fetch_config(repo, options)[0])
+
+
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     # `aminmax` hands NaN on, and takes a tenth of the time of `isfinite().all()`.
@@ -182,11 +201,8 @@ class Checkpoint:
             CheckpointError: if it cannot be reached or read, or holds no weights.
         """
         self.source, self.options = source, options
-        config_path = fetch_file(source, "config.json", options)
-        if config_path is None:
-            raise CheckpointError(f"'{source}' has no config.json: it is not a transformers checkpoint")
-        self.config, self.folder = read_json(config_path), config_path.parent
-        if self.config.get("model_type") == "delta_compressed":
+        self.config, self.folder = fetch_config(source, options)
+        if kind_of(self.config) is RepositoryKind.DELTA:
             raise CheckpointError(f"'{source}' is a delta repository; make it dense with `impart-hf reconstruct` first")
         if self.config.get("quantization_config"):
             raise CheckpointError(f"'{source}' is a quantised checkpoint; only float weights have a delta")
@@ -278,16 +294,17 @@ class Checkpoint:
 
         return self._look_up(name, from_slice, lambda t: t.dtype)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, mapped from the file where the format allows.
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The tensor on a device; on the CPU mapped from the file, if the format allows it.
 
         Raises:
             CheckpointError: if the file cannot be read.
         """
         try:
-            return self._look_up(name, lambda s: s[...], lambda t: t)
+            stored: torch.Tensor = self._look_up(name, lambda s: s[...], lambda t: t)
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"'{self.source}': {name} cannot be read: {error}") from error
+        return stored.to(device)
 
 
 def _ties_embeddings(config: dict[str, Any]) -> bool:

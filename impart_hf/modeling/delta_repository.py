@@ -27,6 +27,7 @@ from .checksums import tensor_bytes, tensor_checksum
 from .configuration_delta_compressed import DeltaCompressedConfig
 from .delta_decode import add_delta
 from .delta_record import DeltaFormatError
+from .tensors import LazyTensor
 
 DELTA_FILE = "delta_model.safetensors"
 DELTA_INDEX = DELTA_FILE + ".index.json"
@@ -328,29 +329,9 @@ class DeltaRepository:
             tensor = torch.cat([tensor, self.file.read_finite(part.added_rows).to(device)])
         return tensor
 
-    def lazy_state_dict(self, device: torch.device | str = "cpu") -> "dict[str, LazyTensor]":
+    def lazy_state_dict(self, device: torch.device | str = "cpu") -> dict[str, LazyTensor]:
         """All fine-tuned tensors as objects that decode themselves when they are sliced."""
         return {name: LazyTensor(self, name, device) for name in self.names()}
-
-
-class LazyTensor:
-    """One fine-tuned tensor with the interface of a safetensors slice, which transformers materialises lazily."""
-
-    def __init__(self, repository: DeltaRepository, name: str, device: torch.device | str):
-        self._repository, self._name, self._device = repository, name, device
-
-    def get_shape(self) -> list[int]:
-        return list(self._repository.shape(self._name))
-
-    def get_dtype(self) -> str:
-        return DTYPE_NAMES[self._repository.dtype(self._name)]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._repository.dtype(self._name)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._repository.tensor(self._name, self._device)[index]
 
 
 def names_checksum(names: list[str]) -> int:

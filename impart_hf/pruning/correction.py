@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..calibration.layer_stream import stream_layers, streamed_model
+from ..calibration.layer_stream import stream_layers
+from ..calibration.streamed_model import streamed_model
 from ..calibration.text import CalibrationSource, model_tokens
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint

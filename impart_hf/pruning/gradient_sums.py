@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..common.largest import largest
 from .importance_report import masked_entries
 
 
@@ -76,9 +77,9 @@ class MatrixSums:
         """
         if not self._keep:
             return None
-        entries = (_sum_of_squares(self._factors) if self._sum is None else self._sum).numpy().reshape(-1)
+        entries = (_sum_of_squares(self._factors) if self._sum is None else self._sum).reshape(-1)
         self._factors, self._sum = [], None
-        return np.packbits(_largest(entries, masked_entries(top_percent, entries.size)))
+        return np.packbits(largest(entries, masked_entries(top_percent, entries.numel())).numpy())
 
 
 def _sum_of_squares(factors: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -87,14 +88,3 @@ def _sum_of_squares(factors: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.T
     for a, b in others:
         total += (b @ a).square_()
     return total
-
-
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Which of the values are the `count` largest, by index where they are equal."""
-    if count == 0:
-        return np.zeros(values.size, bool)
-    least = np.partition(values, values.size - count)[values.size - count]
-    chosen = values > least
-    ties = np.flatnonzero(values == least)[: count - int(chosen.sum())]
-    chosen[ties] = True
-    return chosen

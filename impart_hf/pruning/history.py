@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from ..common.names import public_name
 from ..modeling.checkpoints import Checkpoint
 from .llama_shape import LlamaShape
 
@@ -24,7 +23,6 @@ def with_step(
     """
     before = checkpoint.config.get("pruning")
     if not isinstance(before, dict) or not isinstance(before.get("steps"), list):
-        source = checkpoint.source
-        name = base_name or (Path(os.path.abspath(source)).name if os.path.isdir(source) else source)
+        name = base_name or public_name(checkpoint.source)
         before = {"base_model": name, "base_parameters": shape.parameters, "steps": []}
     return {**before, "steps": [*before["steps"], dict(step)]}

@@ -23,10 +23,12 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..calibration.text import CalibrationSource
+from ..common.names import text_name
 from ..common.progress import Progress
 from ..common.validation import check_positive, check_seed, check_whole
-from ..storage.checkpoint_writer import check_free, new_folder
-from ..training.trainer import source_name, train, training_arguments
+from ..storage.checkpoint_writer import new_folder
+from ..storage.output import check_output
+from ..training.trainer import train, training_arguments
 from .checks import open_llama, weights_fingerprint
 from .gradient_sums import MatrixSums
 from .importance_plot import draw
@@ -111,7 +113,7 @@ def compute_importance(
     with training_arguments(device, batch_size, defaults, training, _RESERVED) as arguments:
         is_first = arguments.process_index == 0
         if is_first:
-            check_free(output_dir)
+            check_output(output_dir)
         checkpoint, shape = open_llama(os.fspath(model), revision)
         tokens = training_tokens(data, checkpoint, shape, samples=steps * batch_size, length=length, seed=seed)
         with new_folder(output_dir) if is_first else contextlib.nullcontext() as folder:
@@ -121,7 +123,7 @@ def compute_importance(
             losses = train(lora, tokens, arguments, gradients, title="Importance", progress=Progress(progress))
             if folder is not None:
                 settings = {
-                    "data": source_name(data),
+                    "data": text_name(data),
                     "steps": steps,
                     "batch_size": batch_size,
                     "length": tokens.shape[1],

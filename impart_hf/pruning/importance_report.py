@@ -11,14 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..common.files import write_json
-from ..modeling.checkpoints import Checkpoint, all_finite, read_json
+from ..modeling.checkpoints import Checkpoint, all_finite
 from ..modeling.checksums import tensor_bytes
 from ..storage.safetensors_writer import Entry, write_safetensors
 from .checks import weights_fingerprint
 from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
+from .report_fields import (
+    DamagedError,
+    checked_flag,
+    checked_number,
+    checked_text,
+    checked_whole,
+    open_vectors,
+    read_report,
+)
 
 FORMAT_VERSION = 1
 SCORES = ("igia", "gradient_norm")
@@ -196,50 +204,50 @@ class Importance:
             raise FileNotFoundError(f"'{path}' holds no {REPORT}: make it with `impart-hf prune importance`")
         try:
             return cls._read(path)
-        except _Damaged as error:
+        except DamagedError as error:
             raise ValueError(f"the importance report in '{path}' cannot be used: {error}; {_AGAIN}") from error
 
     @classmethod
     def _read(cls, path: Path) -> Importance:
-        report = _read_report(path / REPORT)
+        report = read_report(path / REPORT)
         if report.get("format_version") != FORMAT_VERSION:
-            raise _Damaged(f"its format is version {report.get('format_version')!r:.20}, not {FORMAT_VERSION}")
+            raise DamagedError(f"its format is version {report.get('format_version')!r:.20}, not {FORMAT_VERSION}")
         fields, rows, has_masks = report.get("shape"), report.get("layers"), report.get("masks")
         if not isinstance(rows, list) or not rows or not isinstance(fields, dict) or not isinstance(has_masks, bool):
-            raise _Damaged(f"{REPORT} lacks the model's shape, its layers or whether there are masks")
+            raise DamagedError(f"{REPORT} lacks the model's shape, its layers or whether there are masks")
         if not all(isinstance(row, dict) and row.get("layer") == number for number, row in enumerate(rows)):
-            raise _Damaged("its layers are not numbered from 0 on")
+            raise DamagedError("its layers are not numbered from 0 on")
         shape = LlamaShape(
-            hidden_size=_whole(fields, "hidden_size"),
-            head_dim=_whole(fields, "head_dim"),
-            vocab_size=_whole(fields, "vocab_size"),
-            tied=_flag(fields, "tied"),
-            attention_bias=_flag(fields, "attention_bias"),
-            mlp_bias=_flag(fields, "mlp_bias"),
-            layers=tuple(LayerWidth(*(_whole(row, name) for name in _WIDTHS)) for row in rows),
+            hidden_size=checked_whole(fields, "hidden_size"),
+            head_dim=checked_whole(fields, "head_dim"),
+            vocab_size=checked_whole(fields, "vocab_size"),
+            tied=checked_flag(fields, "tied"),
+            attention_bias=checked_flag(fields, "attention_bias"),
+            mlp_bias=checked_flag(fields, "mlp_bias"),
+            layers=tuple(LayerWidth(*(checked_whole(row, name) for name in _WIDTHS)) for row in rows),
         )
         for number, width in enumerate(shape.layers):
             if width.num_attention_heads % width.num_key_value_heads:
-                raise _Damaged(f"the heads of layer {number} cannot share its KV heads")
+                raise DamagedError(f"the heads of layer {number} cannot share its KV heads")
         settings, losses = report.get("settings"), report.get("losses")
         if not isinstance(settings, dict) or not isinstance(losses, list) or not losses:
-            raise _Damaged(f"{REPORT} lacks its settings or losses")
-        top_percent = _number(report, "top_percent")
+            raise DamagedError(f"{REPORT} lacks its settings or losses")
+        top_percent = checked_number(report, "top_percent")
         if not 0 < top_percent <= 100:
-            raise _Damaged(f"top_percent is {top_percent}")
+            raise DamagedError(f"top_percent is {top_percent}")
         units = _read_units(path / UNIT_SCORES, shape)
         return cls(
-            model=_text(report, "model"),
-            fingerprint=_text(report, "fingerprint"),
+            model=checked_text(report, "model"),
+            fingerprint=checked_text(report, "fingerprint"),
             shape=shape,
             settings=settings,
             top_percent=top_percent,
-            losses=[_number({"loss": loss}, "loss") for loss in losses],
-            layers={s: torch.tensor([_number(row, s) for row in rows], dtype=torch.float64) for s in SCORES},
+            losses=[checked_number({"loss": loss}, "loss") for loss in losses],
+            layers={s: torch.tensor([checked_number(row, s) for row in rows], dtype=torch.float64) for s in SCORES},
             heads=units["heads"],
             groups=units["groups"],
             channels=units["channels"],
-            masks=_open(path / MASKS, "U8", _packed_sizes(shape)).get_tensor if has_masks else None,
+            masks=open_vectors(path / MASKS, "U8", _packed_sizes(shape)).get_tensor if has_masks else None,
         )
 
 
@@ -272,66 +280,9 @@ def _packed_sizes(shape: LlamaShape) -> dict[str, int]:
     }
 
 
-class _Damaged(ValueError):
-    """What is wrong with a report's files."""
-
-
-def _read_report(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except OSError as error:
-        raise _Damaged(str(error)) from error
-
-
-def _whole(fields: Mapping[str, Any], name: str) -> int:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-        raise _Damaged(f"{name} is {value!r:.40}")
-    return value
-
-
-def _flag(fields: Mapping[str, Any], name: str) -> bool:
-    value = fields.get(name)
-    if not isinstance(value, bool):
-        raise _Damaged(f"{name} is {value!r:.40}")
-    return value
-
-
-def _number(fields: Mapping[str, Any], name: str) -> float:
-    value = fields.get(name)
-    try:
-        if not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < math.inf:
-            return float(value)
-    except OverflowError:
-        pass
-    raise _Damaged(f"{name} is {value!r:.40}")
-
-
-def _text(fields: Mapping[str, Any], name: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str) or not value:
-        raise _Damaged(f"{name} is {value!r:.40}")
-    return value
-
-
-def _open(path: Path, dtype: str, sizes: Mapping[str, int]) -> Any:
-    """A safetensors file that holds vectors of these sizes and nothing else; no data are read yet."""
-    try:
-        file = safe_open(str(path), framework="np")
-        found = {name: file.get_slice(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise _Damaged(f"{path.name} cannot be read: {error}") from error
-    if found.keys() != sizes.keys():
-        raise _Damaged(f"{path.name} does not hold the entries that it should")
-    for name, entry in found.items():
-        if entry.get_dtype() != dtype or entry.get_shape() != [sizes[name]]:
-            raise _Damaged(f"{path.name}: {name} is {entry.get_dtype()} {entry.get_shape()}, not [{sizes[name]}]")
-    return file
-
-
 def _read_units(path: Path, shape: LlamaShape) -> dict[str, dict[str, list[torch.Tensor]]]:
     counts = {units: [getattr(w, name) for w in shape.layers] for units, name in zip(_UNITS, _WIDTHS, strict=True)}
-    file = _open(path, "F32", {f"{units}.{score}": sum(counts[units]) for units in _UNITS for score in SCORES})
+    file = open_vectors(path, "F32", {f"{units}.{score}": sum(counts[units]) for units in _UNITS for score in SCORES})
     return {
         units: {
             score: list(torch.from_numpy(file.get_tensor(f"{units}.{score}")).split(counts[units])) for score in SCORES

@@ -13,7 +13,8 @@ import torch
 from ..common.progress import Progress
 from ..common.validation import shard_bytes
 from ..modeling.checkpoints import Checkpoint
-from ..storage.checkpoint_writer import DenseTensor, check_free
+from ..storage.checkpoint_writer import DenseTensor
+from ..storage.output import check_output
 from .checks import open_llama
 from .importance_report import Importance, check_score
 from .llama_shape import LINEAR, LlamaShape, layer_prefix
@@ -50,7 +51,7 @@ def prune_layers(
         layers: their numbers, counted from 0.
         score: "igia" or "gradient_norm".
         merge: add each dropped matrix's top entries by IGIA, where signs agree, to the same matrix of the nearest
-            kept layer before it (METHODS 6.3); norms and biases are left alone.
+            kept layer before it; norms and biases are left alone.
         protect: keep the first and the last layer.
         revision: branch, tag or commit of the model.
         base_name: Hub id to record for a model that is given as a local folder.
@@ -67,7 +68,7 @@ def prune_layers(
         raise ValueError("say which layers to drop in one way: drop (how many), ratio, or layers (their numbers)")
     check_score(score)
     shard_bytes(max_shard_size)
-    check_free(output_dir)
+    check_output(output_dir)
     checkpoint, shape = open_llama(model, revision)
     if importance is not None:
         importance = importance if isinstance(importance, Importance) else Importance.load(importance)

@@ -15,15 +15,18 @@ import torch
 from transformers import GenerationConfig
 
 from ..calibration.text import CalibrationSource
+from ..common.names import text_name
 from ..common.progress import Progress
 from ..common.validation import check_positive, check_seed, check_whole
 from ..evaluation.metrics import perplexity
 from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
+from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.cards import inherited_card_data
 from ..repository.sidecar_files import copy_sidecar_files
-from ..storage.checkpoint_writer import check_free, new_folder
-from ..training.trainer import source_name, train, training_arguments
+from ..storage.checkpoint_writer import new_folder
+from ..storage.output import check_output
+from ..training.trainer import train, training_arguments
 from .checks import open_llama
 from .history import with_step
 from .llama_shape import LlamaShape
@@ -134,7 +137,7 @@ def recover(
     with training_arguments(device, batch_size, defaults, training) as arguments:
         is_first = arguments.process_index == 0
         if is_first:
-            check_free(output_dir)
+            check_output(output_dir)
         checkpoint, shape = open_llama(os.fspath(model), revision)
         wanted = _ALL if steps is None else steps * batch_size
         tokens = training_tokens(data, checkpoint, shape, samples=wanted, length=length, seed=seed)
@@ -161,7 +164,7 @@ def recover(
                     "method": method,
                     "steps": len(losses),
                     "learning_rate": rate,
-                    "data": source_name(data),
+                    "data": text_name(data),
                 }
                 _save(trained, folder, Path(os.path.abspath(output_dir)).name, checkpoint, shape, step)
         arguments.distributed_state.wait_for_everyone()
@@ -210,7 +213,7 @@ def _save(
     """Write the model as `save_pretrained` does, in the checkpoint's dtypes, and what stands beside it."""
     for parameter_name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(checkpoint.dtype(parameter_name))
-    was_pruned = "pruning" in checkpoint.config or checkpoint.config["model_type"] == "pruned_llama"
+    was_pruned = kind_of(checkpoint.config) is RepositoryKind.PRUNED
     if was_pruned:
         model.config.pruning = with_step(checkpoint, shape, step)
     # Published generation settings need not pass `save_pretrained`'s checks; those of the source are copied as they are

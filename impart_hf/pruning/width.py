@@ -17,8 +17,9 @@ from ..common.devices import usable_device
 from ..common.progress import Progress
 from ..common.validation import shard_bytes
 from ..modeling.checkpoints import Checkpoint
-from ..storage.checkpoint_writer import DenseTensor, check_free
+from ..storage.checkpoint_writer import DenseTensor
 from ..storage.locked_folder import LockedFolder
+from ..storage.output import check_output
 from .checks import open_llama
 from .correction import corrected_weights
 from .importance_report import Importance, check_score
@@ -124,7 +125,7 @@ def prune_width(
         raise ValueError(f"exponent must lie between 0 and {_LARGEST_EXPONENT}, not {exponent:g}")
     device = usable_device(device)
     shard_bytes(max_shard_size)
-    output = check_free(output_dir)
+    output = check_output(output_dir)
     checkpoint, shape = open_llama(model, revision)
     single = all(width.num_attention_heads == width.num_key_value_heads for width in shape.layers)
     if query_heads and "attention" in parts and single:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..common.names import is_on_hub, public_name
 from .report import settings_text
 
 # What a fine-tune's own card says of itself holds for its delta as well.
@@ -33,7 +34,7 @@ def merge_card(name: str, config: dict[str, Any]) -> str:
         config: the merge's configuration, with folders and Hub ids as the user named them.
     """
     models = dict.fromkeys([config["base_model"], *(entry["model"] for entry in config["models"])])
-    on_hub = [shown_name(model) for model in models if not os.path.isdir(model)]
+    on_hub = [public_name(model) for model in models if not os.path.isdir(model)]
     data = ModelCardData(
         base_model=on_hub or None,
         base_model_relation="merge" if on_hub else None,
@@ -48,20 +49,15 @@ def merge_card(name: str, config: dict[str, Any]) -> str:
 
 def merge_origin(config: dict[str, Any]) -> str:
     """Markdown that says what was merged and how; the argument is as for `merge_card`."""
-    shown = {**config, "base_model": shown_name(config["base_model"])}
-    shown["models"] = [{**entry, "model": shown_name(entry["model"])} for entry in config["models"]]
+    shown = {**config, "base_model": public_name(config["base_model"])}
+    shown["models"] = [{**entry, "model": public_name(entry["model"])} for entry in config["models"]]
     if config.get("tokenizer_source", "base") != "base":
-        shown["tokenizer_source"] = shown_name(config["tokenizer_source"])
+        shown["tokenizer_source"] = public_name(config["tokenizer_source"])
     text = yaml.safe_dump(shown, sort_keys=False)
     return (
         f"Fine-tunes of `{shown['base_model']}`, merged by impart-hf ({config['merge_method']}):\n\n"
         f"```yaml\n{text}```\n\nIn this configuration a folder stands by its own name."
     )
-
-
-def shown_name(model: str) -> str:
-    """A model's name for others: of a folder its own, not where it lies; of a Hub id the id, without a revision."""
-    return Path(os.path.abspath(model)).name if os.path.isdir(model) else model.partition("@")[0]
 
 
 def delta_card(
@@ -86,7 +82,7 @@ def delta_card(
         shortfall: why the requested ratio was missed, or "".
         origin: Markdown that says where the fine-tuned model comes from, if it is no model of its own.
     """
-    on_hub = not os.path.isabs(base)
+    on_hub = is_on_hub(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
@@ -101,7 +97,7 @@ def delta_card(
         template_str=template,
         base=base,
         base_revision=base_revision or "",
-        finetuned=shown_name(finetuned),
+        finetuned=public_name(finetuned),
         method=method["name"],
         requested=f"{method['compression_ratio']:g}",
         settings=settings_text({k: v for k, v in method.items() if k not in ("name", "compression_ratio")}),

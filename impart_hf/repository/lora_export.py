@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 
 from ..coding.svd import leading_svd
 from ..common.devices import usable_device
+from ..common.meta_model import meta_model
+from ..common.names import is_on_hub, public_name
 from ..common.progress import Progress
 from ..modeling.checkpoints import DTYPE_NAMES
 from ..modeling.checksums import tensor_bytes
 from ..modeling.delta_repository import DeltaRepository
-from ..modeling.modeling_delta_compressed import inner_class
 from ..storage.checkpoint_writer import new_folder
 from ..storage.safetensors_writer import Entry, write_safetensors
-from .cards import shown_name
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _LARGEST_RANK = 1 << 16
@@ -112,7 +112,7 @@ def export_lora(
         raise ValueError(f"a LoRA rank is from 1 to {_LARGEST_RANK}, got {rank}")
     device, progress = usable_device(str(device)), progress or Progress(False)
     changed = [name for name in repository.names() if repository.is_changed(name)]
-    skeleton = _skeleton(repository)
+    skeleton = meta_model(repository.text_config)
     linear = _linear_layers(skeleton)
     wanted = [name for name in changed if name in linear]
     if not wanted:
@@ -134,13 +134,6 @@ def export_lora(
     return report
 
 
-def _skeleton(repository: DeltaRepository) -> PreTrainedModel:
-    """The fine-tuned model without weights."""
-    config = repository.text_config
-    with torch.device("meta"):
-        return inner_class(config)._from_config(config)
-
-
 def _check_adapter(skeleton: PreTrainedModel, config: Any) -> None:
     """See that PEFT would take the adapter: it refuses some layers of some models.
 
@@ -152,8 +145,7 @@ def _check_adapter(skeleton: PreTrainedModel, config: Any) -> None:
     trial = copy.copy(config)  # PEFT writes the model's name into it
     trial.base_model_name_or_path = None
     try:
-        with torch.device("meta"):
-            get_peft_model(skeleton, trial)
+        get_peft_model(skeleton, trial, low_cpu_mem_usage=True)  # on the meta device, too
     except ValueError as error:
         raise ValueError(f"PEFT takes no such adapter for this model: {error}") from error
 
@@ -249,7 +241,7 @@ def _norm_of_delta(repository: DeltaRepository, name: str) -> float:
 def _card(repository: DeltaRepository, report: LoraReport) -> str:
     """The adapter's README.md."""
     base = repository.config.base_model_name_or_path
-    on_hub = not Path(base).is_absolute()
+    on_hub = is_on_hub(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
@@ -265,7 +257,7 @@ def _card(repository: DeltaRepository, report: LoraReport) -> str:
                 template_str=template,
                 base=base if on_hub else Path(base).name,
                 base_revision=repository.config.base_model_revision or "",
-                source=shown_name(repository.source),
+                source=public_name(repository.source),
                 rank=report.rank,
                 error=f"{report.relative_error:.3f}",
                 share=f"{report.left_out_share:.1%}",

@@ -1,9 +1,10 @@
 """Opening delta repositories."""
 
-from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_file, read_json
+from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_config
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
 from ..modeling.delta_record import DeltaFormatError
 from ..modeling.delta_repository import DeltaRepository
+from ..modeling.repository_kind import RepositoryKind, kind_of
 
 
 def open_repository(repo: str, options: HubOptions, base_model: str | None = None) -> DeltaRepository:
@@ -27,11 +28,8 @@ def read_config(repo: str, options: HubOptions) -> DeltaCompressedConfig:
         CheckpointError: if the folder or Hub repository is missing, or is no delta repository.
         DeltaFormatError: if its fields are not as they should be.
     """
-    path = fetch_file(repo, "config.json", options)
-    if path is None:
-        raise CheckpointError(f"'{repo}' has no config.json: it is not a delta repository")
-    content = read_json(path)
-    if content.get("model_type") != "delta_compressed":
+    content, _ = fetch_config(repo, options)
+    if kind_of(content) is not RepositoryKind.DELTA:
         raise CheckpointError(f"'{repo}' is a '{content.get('model_type')}' model, not a delta repository")
     try:
         return DeltaCompressedConfig.from_dict(content)

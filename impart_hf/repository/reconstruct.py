@@ -1,13 +1,12 @@
-"""A delta repository as the dense checkpoint that it stands for, and the check that it does."""
+"""A delta repository as the dense checkpoint that it stands for."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..common.progress import Progress
 from ..modeling.delta_repository import DeltaRepository
-from ..storage.checkpoint_writer import DenseTensor, new_folder, write_weights
+from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
 from .reader_files import copy_pruned_reader
 from .sidecar_files import copy_sidecar_files
 
@@ -32,10 +31,7 @@ def reconstruct(
         OutputError: if the folder is not free or the disk is too small.
         DeltaFormatError, WrongBaseError: if delta or base are not as they should be; nothing is left behind.
     """
-    tensors = [
-        DenseTensor(name, repository.shape(name), repository.dtype(name), partial(repository.tensor, name, device))
-        for name in repository.names()
-    ]
+    tensors = dense_tensors(repository, device)
     with new_folder(output_dir) as folder:
         write_weights(folder, tensors, max_shard_size, progress or Progress(False), "Reconstructing")
         _write_texts(repository, folder)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 
-from ..modeling.checkpoints import CheckpointError, read_json
-from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
+from ..modeling.checkpoints import CheckpointError, HubOptions, repository_kind
+from ..modeling.repository_kind import RepositoryKind
 
 DELTAS_VARIABLE = "IMPART_HF_DELTAS"
 BASE = "base"  # the name of the base's own weights
@@ -79,11 +79,11 @@ class Catalogue:
     def _in_folders(self) -> list[NamedDelta]:
         found = []
         for folder in self._folders:
-            for config in sorted(folder.glob("*/config.json")):
+            for place in sorted(path.parent for path in folder.glob("*/config.json")):
                 try:
-                    is_delta = read_json(config).get("model_type") == DeltaCompressedConfig.model_type
-                except CheckpointError:  # being written, or none of ours
+                    kind = repository_kind(str(place), HubOptions())
+                except CheckpointError:  # not whole yet, or not a model
                     continue
-                if is_delta and not config.parent.name.startswith("."):
-                    found.append(NamedDelta(config.parent.name, str(config.parent)))
+                if kind is RepositoryKind.DELTA and not place.name.startswith("."):
+                    found.append(NamedDelta(place.name, str(place)))
         return found

@@ -1,45 +1,36 @@
-"""Whether a delta repository and its base have every tensor of the model, which vLLM does not ask."""
-
-from typing import Any
+"""Whether a delta repository or its base has every tensor of the model, which vLLM does not check."""
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..modeling.checkpoints import Checkpoint
 from ..modeling.delta_record import DeltaFormatError
-from ..modeling.delta_repository import DeltaRepository, LazyTensor
 from ..modeling.modeling_delta_compressed import inner_class
+from ..modeling.tensors import Tensors
 
 
-class _ShapeOnly(LazyTensor):
-    """A tensor that is never read."""
+def check_complete(weights: Tensors, config: PreTrainedConfig) -> None:
+    """Check that transformers would find a tensor of the right shape for every parameter of the model.
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return torch.empty(self.get_shape(), dtype=self.dtype, device="meta")[index]
-
-
-def check_complete(weights: DeltaRepository | Checkpoint, config: PreTrainedConfig) -> None:
-    """See that transformers would find a tensor of the right shape for every parameter of the model.
-
-    vLLM goes on with whatever was in memory where a linear layer's tensor is missing.
+    If a linear layer's tensor is missing, vLLM continues with whatever was in memory.
 
     Args:
-        weights: by whose names and shapes it goes.
+        weights: whose names, shapes and dtypes are checked; no weights are read.
         config: of the model.
 
     Raises:
         DeltaFormatError: naming the first tensor that is missing or has another shape.
     """
-    # A checkpoint has names, shapes and dtypes like a repository.
-    tensors = {name: _ShapeOnly(weights, name, "meta") for name in weights.names()}  # type: ignore[arg-type]
+    empty = {
+        name: torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta") for name in weights.names()
+    }
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # nothing is loaded
     try:
         _, info = inner_class(config).from_pretrained(
-            None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True
+            None, config=config, state_dict=empty, device_map="meta", output_loading_info=True
         )
-    except Exception as error:  # a shape; or the configuration describes no model, which shows in any way
+    except Exception as error:  # a shape; or the configuration describes no model, which can raise anything
         raise DeltaFormatError(f"'{weights.source}' does not fit its model's configuration: {error}") from error
     finally:
         if bars:

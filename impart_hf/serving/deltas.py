@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, fetch_file, pinned, read_json
+from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_file, pinned, read_json
 from ..modeling.checksums import tensor_checksum
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
+from ..modeling.tensors import Tensors
 from .completeness import check_complete
 from .engine_files import EngineFiles, hub_options
 from .scratch import Scratch
@@ -121,7 +122,7 @@ class DeltaChecker:
         notes = tuple(self._notes(repo, options))
         return CheckedDelta(repo, options.revision, self.scratch.prepare(repository), notes)
 
-    def _check_complete(self, weights: DeltaRepository | Checkpoint, config: PreTrainedConfig) -> None:
+    def _check_complete(self, weights: Tensors, config: PreTrainedConfig) -> None:
         from vllm.config import set_current_vllm_config
 
         with set_current_vllm_config(self._vllm_config):  # some of transformers' classes are vLLM's by now, and ask

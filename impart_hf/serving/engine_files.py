@@ -3,9 +3,9 @@
 import os
 from typing import TYPE_CHECKING
 
-from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, fetch_file, read_json
-from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
+from ..modeling.checkpoints import Checkpoint, HubOptions, fetch_config
 from ..modeling.delta_repository import DeltaRepository
+from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.open import open_repository
 
 if TYPE_CHECKING:
@@ -39,11 +39,9 @@ class EngineFiles:
         self._vllm_config = vllm_config
         self.model = vllm_config.model_config.model
         self.options = hub_options(vllm_config, vllm_config.model_config.revision)
-        path = fetch_file(self.model, "config.json", self.options)
-        if path is None:
-            raise CheckpointError(f"'{self.model}' has no config.json")
-        self.is_delta = read_json(path).get("model_type") == DeltaCompressedConfig.model_type
-        self.base = self.open_model().base.folder if self.is_delta else path.parent
+        config, folder = fetch_config(self.model, self.options)
+        self.is_delta = kind_of(config) is RepositoryKind.DELTA
+        self.base = self.open_model().base.folder if self.is_delta else folder
 
     def open_model(self) -> DeltaRepository:
         """The delta repository that the engine was started on, which must be one."""

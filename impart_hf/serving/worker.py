@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..modeling.checkpoints import Checkpoint, HubOptions
+from ..modeling.tensors import Tensors
 from .delta_weights import decoded_tensors
 from .engine_files import EngineFiles
 
@@ -90,8 +91,8 @@ def _load(worker: "WorkerBase", weights: Weights) -> None:
         raise
 
 
-def _tensors(checkpoint: Checkpoint) -> Weights:
-    return ((name, checkpoint.tensor(name)) for name in checkpoint.names())
+def _tensors(model: Tensors) -> Weights:
+    return ((name, model.tensor(name)) for name in model.names())
 
 
 def _message(work: Callable[[], object]) -> str | None:

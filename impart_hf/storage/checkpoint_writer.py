@@ -14,29 +14,12 @@ from ..common.files import OutputError, sync_path, write_json
 from ..common.progress import Progress
 from ..modeling.checkpoints import DTYPE_NAMES, all_finite
 from ..modeling.checksums import tensor_bytes
+from ..modeling.tensors import Tensors
 from .locked_folder import LockedFolder
+from .output import check_output
 from .safetensors_writer import Entry, shard_entries, write_safetensors
 
 WEIGHTS = "model.safetensors"
-
-
-def check_free(output: str | Path) -> Path:
-    """The absolute path of a folder that is to be made.
-
-    Raises:
-        OutputError: if it exists and is not an empty folder, or nothing can be written there.
-    """
-    path = Path(os.path.abspath(output))
-    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-        raise OutputError(f"{path} exists and is not an empty folder; choose another")
-    if path == Path.cwd():
-        raise OutputError(f"{path} is the current folder, which cannot be replaced; choose another")
-    if path.exists() and path.is_mount():
-        raise OutputError(f"{path} is a mount point, which cannot be renamed; choose a folder inside it")
-    ground = next(parent for parent in path.parents if parent.exists())
-    if not ground.is_dir() or not os.access(ground, os.W_OK | os.X_OK):
-        raise OutputError(f"{path} cannot be written: {ground} is not a folder that you may write to")
-    return path
 
 
 @contextmanager
@@ -44,9 +27,9 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     """A hidden folder to be filled, which becomes `output` by one rename when all has gone well; else it is removed.
 
     Raises:
-        OutputError: as `check_free`, at the beginning and at the end; or if the disk is full.
+        OutputError: as `check_output`, at the beginning and at the end; or if the disk is full.
     """
-    path = check_free(output)
+    path = check_output(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with LockedFolder(path.parent, f".{path.name}.new-") as holder:
         folder = holder / path.name
@@ -57,7 +40,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise OutputError(f"the disk of {path.parent} is full; nothing was written") from error
-        check_free(path)  # another process may have been faster
+        check_output(path)  # another process may have been faster
         for file in folder.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # some libraries write files that only their owner may read
             sync_path(file)
@@ -83,6 +66,14 @@ class DenseTensor:
     def size(self) -> int:
         """Bytes of its data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def dense_tensors(tensors: Tensors, device: torch.device | str = "cpu") -> list[DenseTensor]:
+    """All tensors of a model, to be written; each is made on a device when it is its turn."""
+    return [
+        DenseTensor(name, tensors.shape(name), tensors.dtype(name), partial(tensors.tensor, name, device))
+        for name in tensors.names()
+    ]
 
 
 def write_weights(

@@ -1,13 +1,12 @@
-"""Folders for what is not yet finished, which do not outlive their process by long, even if it is killed."""
+"""Folders for unfinished work. If their process is killed, the next one removes them."""
 
-import fcntl
+import contextlib
 import glob
-import os
-import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
-_LOCK = "lock"
+from .folder_lock import LOCK_FILE, FolderLock
 
 
 class LockedFolder:
@@ -20,23 +19,19 @@ class LockedFolder:
     """
 
     def __init__(self, parent: Path, prefix: str):
-        """Make it, and remove those of the prefix that nobody is at work in.
+        """Make it, and remove those of the prefix that no process works in.
 
         Args:
-            parent: folder that is there.
-            prefix: of its name. What else has it must not hold a file "lock".
+            parent: folder that exists.
+            prefix: of its name. Other folders with this prefix must not hold a file "lock".
 
         Raises:
             OSError: if it cannot be made.
         """
-        _remove_left(parent, prefix)
-        self._folder = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
-        self.path = Path(self._folder.name)
-        # Taken before it has the name by which others look for it.
-        new = self.path / f"new-{_LOCK}"
-        self._lock = new.open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        os.rename(new, self.path / _LOCK)
+        _remove_abandoned(parent, prefix)
+        lock = _new_locked_folder(parent, prefix)
+        self.path = lock.folder
+        self._close = weakref.finalize(self, lock.remove_folder)  # also at the end of the process
 
     def __enter__(self) -> Path:
         return self.path
@@ -45,15 +40,24 @@ class LockedFolder:
         self.close()
 
     def close(self) -> None:
-        self._folder.cleanup()
-        self._lock.close()
+        """Remove the folder."""
+        self._close()
 
 
-def _remove_left(parent: Path, prefix: str) -> None:
-    for lock in parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
+def _new_locked_folder(parent: Path, prefix: str) -> FolderLock:
+    while True:
+        lock = FolderLock(Path(tempfile.mkdtemp(dir=parent, prefix=prefix)))
+        # Before the new lock file is locked, another process may take the folder for an abandoned one and remove it.
+        with contextlib.suppress(FileNotFoundError):
+            lock.take(wait=True)
+            return lock
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f"{glob.escape(prefix)}*/{LOCK_FILE}"):
+        lock = FolderLock(path.parent)
         try:
-            with lock.open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent)
-        except OSError:  # in use, or another user's
+            if lock.take():
+                lock.remove_folder()
+        except OSError:  # another user's, or removed meanwhile
             continue

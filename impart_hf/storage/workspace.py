@@ -1,45 +1,22 @@
 """The hidden folder in which a repository grows: resumable, locked, and published by one rename."""
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from safetensors import SafetensorError
 
 from ..common.files import OutputError, sync_path, write_json, written_whole
+from .folder_lock import LOCK_FILE, FolderLock
+from .output import check_output, existing_parent, named_errors
 
-_PLAN, _LOCK, _SCRATCH, _BUDGETS = "plan.json", "lock", "scratch", "budgets.json"
+_PLAN, _SCRATCH, _BUDGETS = "plan.json", "scratch", "budgets.json"
 # Beyond the records and the file made of them, a file system wants some room to breathe.
 _SPARE_BYTES = 16 << 20
-
-
-def check_output(output: Path) -> None:
-    """See that a folder is free: missing, empty, or a delta repository of ours.
-
-    Raises:
-        OutputError: if it is not.
-    """
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OutputError(f"{output} exists and is not a folder")
-    if output.is_mount():
-        raise OutputError(f"{output} is a mount point, which cannot be renamed; choose a folder inside it")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    try:
-        ours = json.loads((output / "config.json").read_text("utf-8")).get("model_type") == "delta_compressed"
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise OutputError(f"{output} exists and holds something that is not a delta repository; choose another folder")
-    if foreign := sorted(p.name for p in output.iterdir() if p.is_dir()):
-        raise OutputError(f"{output} would be replaced, but holds the folder {foreign[0]}; choose another folder")
 
 
 def _fingerprint(plan: Path) -> str | None:
@@ -76,38 +53,28 @@ class Workspace:
         Raises:
             OutputError: if it holds something that is not ours.
         """
-        output = Path(os.path.abspath(output))
+        output = check_output(output, replaces_delta=True)
         self.output = output
         self.folder = output.parent / f".{output.name}.partial"
         self.repository = self.folder / "repository"
         self._replaced = self.folder / "replaced"
         self._distilled = self.folder / "distilled"
         self._scratch: Path | None = None
-        self._lock: IO[str] | None = None
-        try:
-            check_output(output)
+        # In the folder beside the output, which is never renamed: what is renamed lies in it.
+        self._lock = FolderLock(self.folder)
+        with named_errors(output):
             self._check_folder()
-        except OutputError:
-            raise
-        except OSError as error:  # a name too long for the file system, a folder that cannot be read
-            raise OutputError(f"{output} cannot be written: {error.strerror}") from error
-
-    def _ground(self) -> Path:
-        """The nearest folder that is there already."""
-        return next(p for p in self.folder.parents if p.exists())
 
     def _check_folder(self) -> None:
-        """See that the workspace can be made, or is one of ours that no other process is at work in."""
-        ground = self._ground()
-        if not ground.is_dir() or not os.access(ground, os.W_OK | os.X_OK):
-            raise OutputError(f"{self.output} cannot be written: {ground} is not a folder that you may write to")
+        """Check that the workspace can be made, or is one of ours that no other process works in."""
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise OutputError(f"{self.folder} is in the way: it is not a folder")
-        if self.folder.exists() and any(self.folder.iterdir()):
-            if not (self.folder / _LOCK).is_file():
-                raise OutputError(f"{self.folder} is in the way: it holds something that is no unfinished work of ours")
-            self._take_lock()
-            self._release_lock()
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        if not (self.folder / LOCK_FILE).is_file() and not (self.folder / _PLAN).is_file():
+            raise OutputError(f"{self.folder} is in the way: it holds something that is not unfinished work of ours")
+        self._take_lock()
+        self._lock.release()
 
     def __enter__(self) -> "Workspace":
         return self
@@ -116,9 +83,9 @@ class Workspace:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
         resumable = (self.folder / _PLAN).exists()
-        if self._lock is not None and not resumable:
+        if self._lock.is_held and not resumable:
             self.discard()
-        self._release_lock()
+        self._lock.release()
         if _tells_of_full_disk(error):
             kept = (
                 f"what is finished is kept in {self.folder}, and the same command goes on from there once there is room"
@@ -128,24 +95,8 @@ class Workspace:
             ) from error
 
     def _take_lock(self) -> None:
-        if self._lock is not None:
-            return
-        path = self.folder / _LOCK
-        self._lock = path.open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The other run may have published, and removed the file, between the two calls.
-            held = path.exists() and os.path.samestat(os.fstat(self._lock.fileno()), path.stat())
-        except BlockingIOError:
-            held = False
-        if not held:
-            self._release_lock()
+        if not self._lock.is_held and not self._lock.take():
             raise OutputError(f"another process is writing {self.output}")
-
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
 
     def begin(self, fingerprint: str, expected_bytes: int, kept_bytes: int = 0) -> bool:
         """Make the workspace, or take up the one that an earlier run of the same work left.
@@ -171,7 +122,7 @@ class Workspace:
         plan = self.folder / _PLAN
         resumes = _fingerprint(plan) == fingerprint
         if not resumes:
-            self._clear()
+            self._lock.clear(keep=self._scratch)
             self._check_room(needed)
             write_json(plan, {"fingerprint": fingerprint})
         (self.folder / "records").mkdir(exist_ok=True)
@@ -211,36 +162,21 @@ class Workspace:
         return self.folder / "checkpoints"
 
     def _make(self) -> None:
-        try:
+        with named_errors(self.output):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-        except OutputError:
-            raise
-        except OSError as error:
-            raise OutputError(f"{self.output} cannot be written: {error.strerror}") from error
 
     def _check_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self._ground()).free
+        free = shutil.disk_usage(existing_parent(self.folder)).free
         if free < needed:
             self.discard()
             raise OutputError(f"{self.output.parent} has {free} bytes free, {needed} are needed")
 
-    def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path == self._scratch:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != _LOCK:
-                path.unlink()
-
     def discard(self) -> None:
-        """Remove the workspace, the lock last: by it the rest of an interrupted removal is known to be ours."""
-        with contextlib.suppress(OSError):
-            self._scratch = None
-            self._clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._release_lock()
+        """Remove the workspace, the lock last: it marks the rest of an interrupted removal as ours."""
+        self._scratch = None
+        if self._lock.is_held:
+            self._lock.remove_folder()
 
     def _record_path(self, name: str) -> Path:
         """The file of a tensor's records; its name is a hash, for tensor names may be longer than file names."""
@@ -276,7 +212,7 @@ class Workspace:
         Raises:
             OutputError: if something that is not ours has come to the output folder meanwhile.
         """
-        check_output(self.output)
+        check_output(self.output, replaces_delta=True)
         sync_path(self.repository)
         if self.output.exists():
             os.rename(self.output, self._replaced)

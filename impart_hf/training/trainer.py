@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -16,7 +14,6 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..calibration.text import CalibrationSource
 from ..common.devices import usable_device
 from ..common.progress import Progress
 from ..common.validation import check_whole
@@ -143,13 +140,6 @@ def _checked_fields(training: Mapping[str, Any] | None, reserved: frozenset[str]
         except TypeError as error:
             raise ValueError(f"training: {error}") from error
     return dict(training)
-
-
-def source_name(source: CalibrationSource) -> str:
-    """What a record says of where text came from: a file's name without its folder, a data set's, or how many texts."""
-    if not isinstance(source, str | os.PathLike):
-        return f"{len(source)} texts"
-    return Path(os.path.abspath(source)).name if os.path.exists(source) else os.fspath(source)
 
 
 def train(

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, Mamba2Co
 from transformers.models.llama import modeling_llama
 
 from impart_hf.calibration import layer_stream
-from impart_hf.calibration.layer_stream import stream_layers, streamed_model
+from impart_hf.calibration.layer_stream import stream_layers
+from impart_hf.calibration.streamed_model import streamed_model
 from impart_hf.common.progress import Progress
 from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
 

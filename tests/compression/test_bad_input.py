@@ -14,7 +14,7 @@ from support.tiny_models import Pair, edit_json, edit_tensors, load_tensors, sav
 from transformers import AutoModelForCausalLM
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
-from impart_hf.compression.pair import IncompatibleModelsError
+from impart_hf.compression.compatibility import IncompatibleModelsError
 from impart_hf.methods import MethodConfig
 from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.common.validation import shard_bytes
-from impart_hf.compression.pair import TensorPlan
 from impart_hf.compression.plan import make_plan
+from impart_hf.compression.scan import TensorPlan
 from impart_hf.methods import MethodConfig
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.delta_repository import DELTA_INDEX

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import shutil
 import signal
@@ -226,16 +227,21 @@ def test_a_run_that_starts_while_another_publishes(tmp_path: Path) -> None:
     """The second has opened the lock file that the first then removes: it must not believe that it holds the lock."""
     first, second = Workspace(tmp_path / "delta"), Workspace(tmp_path / "delta")
     first.begin("work", 0)
-    unlocked = (hidden(tmp_path / "delta") / "lock").open("w")
     with pytest.raises(OutputError, match="another process is writing"):
         second.begin("work", 0)
     (first.repository / "config.json").write_text('{"model_type": "delta_compressed"}')
-    with first:
-        first.publish()
+    flock = fcntl.flock
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OutputError, match="another process is writing"):
-        patch.setattr(Path, "open", lambda self, *args: unlocked)
-        second.folder.mkdir()
-        second._take_lock()
+
+        def publish_first(*args: Any) -> None:
+            patch.setattr(fcntl, "flock", flock)
+            with first:
+                first.publish()
+            flock(*args)
+
+        patch.setattr(fcntl, "flock", publish_first)
+        second.begin("work", 0)
+    assert (tmp_path / "delta" / "config.json").exists()
 
 
 @pytest.mark.parametrize("config", [ImPartConfig, DareConfig, LowRankConfig])

@@ -28,7 +28,8 @@ from impart_hf.calibration.text import calibration_tokens
 from impart_hf.cli.main import main
 from impart_hf.evaluation import compare as comparison
 from impart_hf.evaluation.compare import compare_models
-from impart_hf.evaluation.cost import empty_model, measure_latency, model_cost
+from impart_hf.evaluation.cost import empty_model, model_cost
+from impart_hf.evaluation.latency import measure_latency
 from impart_hf.evaluation.memory import PeakMemory, anonymous_bytes, return_freed_memory
 from impart_hf.evaluation.metrics import load
 

@@ -82,6 +82,7 @@ def test_every_candidate_is_what_merge_makes(family, tmp_path):
     ],
 )
 def test_the_papers_grids(family, tmp_path, monkeypatch, method, settings, count):
+    monkeypatch.setattr("impart_hf.merging.merge.Merge.write", lambda *_: None)
     monkeypatch.setattr("impart_hf.merging.search._losses", lambda *_: {"a": 1.0})
     monkeypatch.setattr("impart_hf.merging.search._StoredDeltas", lambda *_: type("Stored", (), {"of": None}))
     found = tune_merge(family / f"{method}.yaml", tmp_path / "out", {"a": TEXTS["cats"]}, **SMALL)

@@ -28,7 +28,7 @@ from impart_hf import (
     PrunedLlamaForCausalLM,
     compress,
 )
-from impart_hf.compression.pair import IncompatibleModelsError
+from impart_hf.compression.compatibility import IncompatibleModelsError
 from impart_hf.distillation import DistillSettings
 from impart_hf.hub import push
 from impart_hf.modeling.checkpoints import HubOptions

@@ -1,0 +1,103 @@
+"""What changed between a base and a fine-tune, tensor by tensor."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..common.progress import Progress
+from ..modeling.checkpoints import Checkpoint, all_finite
+from ..modeling.checksums import tensor_checksum
+from .compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
+
+# Squares of larger numbers, summed over a column, leave float32's range.
+_LARGEST = 1e15
+
+
+@dataclass
+class TensorPlan:
+    """What becomes of one fine-tuned tensor.
+
+    Attributes:
+        kind: "equal" (to the base; costs nothing), "kept" (stored as it is) or "encoded".
+        shape: of the part that base and fine-tune share.
+        dtype: of the fine-tuned tensor.
+        vocabulary: whether it has a row for every token: an embedding or output projection.
+        added_rows: rows that the fine-tune has beyond the base's.
+        max_bytes: budget of the tensor's records, for "encoded".
+        base_checksum, checksum: of the base's and of the fine-tuned tensor.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    vocabulary: bool = False
+    added_rows: int = 0
+    max_bytes: int = 0
+    base_checksum: int = 0
+    checksum: int = 0
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the shared part in the fine-tuned checkpoint."""
+        return element_count(self.shape) * self.dtype.itemsize
+
+    @property
+    def added_bytes(self) -> int:
+        return self.added_rows * element_count(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it is a stack of."""
+        return element_count(self.shape[:-2])
+
+
+def element_count(shape: tuple[int, ...]) -> int:
+    """How many numbers a tensor of this shape has."""
+    return torch.Size(shape).numel()
+
+
+def scan(base: Checkpoint, finetuned: Checkpoint, progress: Progress) -> list[TensorPlan]:
+    """Read both checkpoints once: find what is equal, take checksums, refuse what is not finite.
+
+    Raises:
+        IncompatibleModelsError: if a tensor holds NaN or infinity, or a stored output projection would be lost.
+    """
+    check_tied_output(finetuned)
+    plans = []
+    names = finetuned.names()
+    for name in progress.track(names, "Scanning"):
+        before, after = base.tensor(name), finetuned.tensor(name)
+        for source, tensor in ((base.source, before), (finetuned.source, after)):
+            _check_numbers(tensor, f"{name} of '{source}'")
+        shared = after[: before.shape[0]] if before.dim() else after
+        # Readers convert floats to the fine-tune's dtype, and leave whole numbers as they are.
+        comparable = after.is_floating_point() or before.dtype == after.dtype
+        equal = comparable and torch.equal(before.to(after.dtype), shared)
+        plans.append(
+            TensorPlan(
+                name=name,
+                kind="equal" if equal else "encoded" if _is_matrix(before) else "kept",
+                shape=tuple(before.shape),
+                dtype=after.dtype,
+                vocabulary=after.dim() == 2 and after.shape[0] == finetuned.config.get("vocab_size"),
+                added_rows=after.shape[0] - before.shape[0] if before.dim() else 0,
+                base_checksum=tensor_checksum(before),
+                checksum=tensor_checksum(after),
+            )
+        )
+    return plans
+
+
+def _check_numbers(tensor: torch.Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        return
+    if not all_finite(tensor):
+        raise IncompatibleModelsError(f"{name} holds NaN or infinity")
+    if _is_matrix(tensor) and max(map(abs, torch.stack(tensor.aminmax()).tolist())) > _LARGEST:
+        raise IncompatibleModelsError(f"{name} holds numbers beyond {_LARGEST:g}, of which no delta can be taken")
+
+
+def _is_matrix(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a matrix, or a stack of matrices, large enough to be encoded."""
+    return tensor.is_floating_point() and is_matrix_shape(tuple(tensor.shape))

@@ -1,0 +1,104 @@
+"""A picture of what a delta repository holds."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..modeling.delta_decode import decode_planes
+from ..modeling.delta_record import FACTORED, Record
+from .report import TensorReport, human_bytes
+
+if TYPE_CHECKING:
+    from .inspection import Inspection
+
+_SMALL = "norms, small"  # tensors kept as they are share one colour
+
+
+def draw(inspection: "Inspection", path: Path) -> None:
+    """Draw spectra, keep ratios and bytes by layer.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is missing, saying how to get it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("drawing needs matplotlib: pip install 'impart-hf[plot]'") from error
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    spectrum, ratios, sizes = figure.subplots(1, 3)
+    kinds = _colours(inspection.tensors)
+    _draw_components(spectrum, ratios, inspection, kinds)
+    _draw_bytes(sizes, inspection.tensors, kinds)
+    method = (inspection.config.method or {}).get("name", "")
+    figure.suptitle(f"{Path(inspection.source).name}: {method}, {human_bytes(inspection.delta_bytes)}")
+    figure.savefig(path, dpi=130)
+
+
+def singular_values(record: Record, name: str) -> np.ndarray:
+    """float64, shape (rank,): the delta's singular values, estimated from what is left of a factored record's vectors.
+
+    Of a unit vector's squared norm a share q is kept, and sigma carries 1/q^2 and the scales of levels.
+    """
+    norms = [plane.dense().norm(dim=1).double().numpy() for plane in decode_planes(record, name)]
+    return record.scale * record.sigma.astype(np.float64) * norms[0] * norms[1] * record.keep_ratios()
+
+
+def _kind(t: TensorReport) -> str:
+    """The module's name without its place in the model: model.layers.3.mlp.up_proj.weight -> up_proj."""
+    parts = [p for p in t.name.split(".") if not p.isdigit()]
+    return _SMALL if t.kind == "kept" else parts[-2] if len(parts) > 1 else t.name
+
+
+def _layer(name: str) -> int | None:
+    numbers = [int(p) for p in name.split(".") if p.isdigit()]
+    return numbers[0] if numbers else None
+
+
+def _colours(tensors: list[TensorReport]) -> dict[str, str]:
+    """A colour for every kind of module that is encoded, and one for the rest."""
+    encoded = sorted({_kind(t) for t in tensors} - {_SMALL})
+    return {**{kind: f"C{i % 10}" for i, kind in enumerate(encoded)}, _SMALL: "black"}
+
+
+def _draw_components(spectrum: Any, ratios: Any, inspection: "Inspection", kinds: dict[str, str]) -> None:
+    shown: set[str] = set()
+    kind_of = {t.name: _kind(t) for t in inspection.tensors if t.kind == "encoded"}
+    for name, stack in inspection.records().items():
+        kind = kind_of[name]
+        label = kind if kind not in shown else None
+        for record in stack[:1]:
+            if record.layout == FACTORED and record.rank:
+                steps = range(1, record.rank + 1)
+                sigma = singular_values(record, name)
+                spectrum.plot(
+                    steps, sigma, color=kinds[kind], lw=0.8, marker="." if record.rank < 3 else None, label=label
+                )
+                ratios.plot(
+                    steps, record.keep_ratios(), color=kinds[kind], lw=0.8, marker="." if record.rank < 3 else None
+                )
+                shown.add(kind)
+            elif record.plane_columns:
+                ratios.axhline(float(record.keep_ratios().mean()), color=kinds[kind], lw=0.8)
+    spectrum.set(xlabel="singular component", ylabel="singular value", xscale="log", yscale="log", title="Spectra kept")
+    ratios.set(xlabel="singular component", ylabel="keep ratio", xscale="log", ylim=(0, 1.05), title="Keep ratios")
+    if shown:
+        spectrum.legend(fontsize=7)
+
+
+def _draw_bytes(axes: Any, tensors: list[TensorReport], kinds: dict[str, str]) -> None:
+    sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for t in tensors:
+        layer = _layer(t.name)
+        sizes[_kind(t)][-1 if layer is None else layer] += t.bytes
+    layers = sorted({layer for by_layer in sizes.values() for layer in by_layer})
+    bottom = [0.0] * len(layers)
+    for kind, by_layer in sorted(sizes.items()):
+        heights = [by_layer.get(layer, 0) / 1000 for layer in layers]
+        axes.bar(range(len(layers)), heights, bottom=bottom, color=kinds[kind], label=kind)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    step = max(1, len(layers) // 16)
+    axes.set_xticks(range(0, len(layers), step), ["rest" if layer < 0 else str(layer) for layer in layers][::step])
+    axes.set(xlabel="layer", ylabel="kB", title="Bytes by layer")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,0 +1,75 @@
+"""Which folders may be written to."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..common.files import OutputError
+from ..modeling.checkpoints import CheckpointError, HubOptions, repository_kind
+from ..modeling.repository_kind import RepositoryKind
+
+
+def check_output(output: str | Path, *, replaces_delta: bool = False) -> Path:
+    """The absolute path of a folder that is to be made.
+
+    Args:
+        output: must be missing or an empty folder.
+        replaces_delta: whether it may also be a delta repository, which will be replaced.
+
+    Raises:
+        OutputError: if it holds something else, or nothing can be written there.
+    """
+    path = Path(os.path.abspath(output))
+    with named_errors(path):
+        _check_place(path)
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise OutputError(f"{path} exists and is not a folder")
+        if not path.exists() or not any(path.iterdir()):
+            return path
+        if not replaces_delta:
+            raise OutputError(f"{path} exists and is not an empty folder; choose another")
+        if not _is_delta_repository(path):
+            raise OutputError(
+                f"{path} exists and holds something that is not a delta repository; choose another folder"
+            )
+        if folders := sorted(p.name for p in path.iterdir() if p.is_dir()):
+            raise OutputError(f"{path} would be replaced, but holds the folder {folders[0]}; choose another folder")
+    return path
+
+
+def _is_delta_repository(folder: Path) -> bool:
+    try:
+        return repository_kind(str(folder), HubOptions()) is RepositoryKind.DELTA
+    except CheckpointError:
+        return False
+
+
+def _check_place(path: Path) -> None:
+    """Check that a folder can be made, or replaced by a rename, at this path."""
+    if path == Path.cwd():
+        raise OutputError(f"{path} is the current folder, which cannot be replaced; choose another")
+    if os.path.ismount(path):
+        raise OutputError(f"{path} is a mount point, which cannot be renamed; choose a folder inside it")
+    parent = existing_parent(path)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: {parent} is not a folder that you may write to")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder, or file, above a path that exists."""
+    return next(parent for parent in path.parents if parent.exists())
+
+
+@contextlib.contextmanager
+def named_errors(output: Path) -> Iterator[None]:
+    """Turn the system's errors into an OutputError that names the output.
+
+    A name may be too long for the file system, or a folder unreadable.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error.strerror}") from error
