@@ -15,8 +15,6 @@ from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
 from ..repository.open import open_repository
 from ..repository.report import human_bytes
 from .cost import (
-    NEW_TOKENS,
-    PROMPT_TOKENS,
     Latency,
     ModelCost,
     check_positions,
@@ -25,6 +23,7 @@ from .cost import (
     measure_latency,
     model_cost,
 )
+from .defaults import NEW_TOKENS, PROMPT_TOKENS
 from .metrics import load, perplexity
 from .tasks import TaskEvaluation
 

@@ -18,10 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
 from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_file
+from .defaults import NEW_TOKENS, PROMPT_TOKENS
 from .memory import PeakMemory, anonymous_bytes, return_freed_memory
-
-PROMPT_TOKENS = 512
-NEW_TOKENS = 64
 
 T = TypeVar("T")
 

@@ -28,9 +28,10 @@ from ..common.validation import check_positive, check_seed, check_whole
 from ..storage.checkpoint_writer import check_free, new_folder
 from ..training.trainer import source_name, train, training_arguments
 from .checks import open_llama, weights_fingerprint
+from .choices import SCORES
 from .gradient_sums import MatrixSums
 from .importance_plot import draw
-from .importance_report import SCORES, Importance
+from .importance_report import Importance
 from .llama_shape import LINEAR, LlamaShape, layer_prefix
 from .lora import add_lora, load_model, require_training, training_tokens
 
