@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser(arguments).parse_args(arguments)
     try:
         options.command.check(options)
-        _load_libraries()
+        load_libraries()
         options.command.run(options)
     except KeyboardInterrupt:
         rest = "; the same command resumes from here" if options.resumes else ""
@@ -104,7 +104,7 @@ def help_of(entry: str | Group) -> str:
     return entry.help if isinstance(entry, Group) else entry
 
 
-def _load_libraries() -> None:
+def load_libraries() -> None:
     """Import transformers and prepare it: our classes, and no output of its own."""
     register_with_transformers()
     from transformers.utils import logging
