@@ -18,7 +18,13 @@ def places(tmp_path: Path) -> dict[str, str]:
     """What stands for files in the arguments."""
     for method in ("ties", "task_arithmetic", "dare_linear"):
         (tmp_path / f"{method}.yaml").write_text(MERGE.format(method=method, folder=tmp_path))
-    return {"FOLDER": str(tmp_path), **{p.stem.upper(): str(p) for p in tmp_path.glob("*.yaml")}}
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned" / "config.json").write_text('{"pruning": {"steps": []}}')
+    return {
+        "PRUNED": str(tmp_path / "pruned"),
+        "FOLDER": str(tmp_path),
+        **{p.stem.upper(): str(p) for p in tmp_path.glob("*.yaml")},
+    }
 
 
 @pytest.mark.parametrize(
@@ -80,6 +86,7 @@ def places(tmp_path: Path) -> dict[str, str]:
             ("prune", "width", "user/a", "out", "--ratio", "0.2", "--parts", "mlp", "--query-heads"),
             ["--query-heads", "--parts"],
         ),
+        (("prune", "width", "PRUNED", "out", "--ratio", "0.2", "--base-name", "user/a"), ["--base-name", "PRUNED"]),
         (("prune", "width", "user/a", "out", "--ratio", "0.2", "--private"), ["--private", "--push"]),
         (("prune", "recover", "user/a", "out", "--data", "t", "--full", "--rank", "8"), ["--rank", "--full"]),
         (("prune", "recover", "user/a", "out", "--data", "t", "--full", "--alpha", "32"), ["--alpha", "--full"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...pruning.choices import SCORES
@@ -21,6 +22,7 @@ from ..options import (
     check_revision,
     given,
     push_if_asked,
+    refuse,
     training_fields,
 )
 
@@ -89,6 +91,19 @@ def check_pruning(options: argparse.Namespace) -> None:
     """Check the options of `add_pruning`."""
     check_revision(options, options.model)
     check_publishing(options)
+    if _records_its_base(options.model):
+        refuse(
+            options, ["base_name"], f"'{options.model}' was pruned before and records its base; give the first model"
+        )
+
+
+def _records_its_base(model: str) -> bool:
+    """Whether a model is a local folder that an earlier step of pruning made. What is wrong with it shows later."""
+    try:
+        config = json.loads(Path(model, "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get("pruning"), dict)
 
 
 def pruning_arguments(options: argparse.Namespace) -> dict[str, Any]:
