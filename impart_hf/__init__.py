@@ -1,7 +1,7 @@
 """impart-hf: fine-tuned language models as small compressed deltas against their base.
 
 Importing this package registers the configuration and model classes with transformers' Auto classes. Everything else is
-imported when it is first used.
+imported when it is first used. Every method's class (`ImPartConfig`, …) is public here: see `impart_hf.methods`.
 """
 
 import importlib
@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 from .registration import is_command_line, register_with_transformers
 
-if TYPE_CHECKING:
-    from .compression.compress import compress
-    from .compression.tune import tune
-    from .distillation import DistillSettings
-    from .merging.config import MergeConfig, MergeModel
-    from .merging.merge import merge
-    from .methods import (
-        BitDeltaConfig,
-        DareConfig,
-        DareQtConfig,
-        DeltaComeConfig,
-        ImPartConfig,
-        ImPartQtConfig,
-        ImPartRdConfig,
-        LowRankConfig,
-    )
-    from .modeling.configuration_delta_compressed import DeltaCompressedConfig
-    from .modeling.configuration_pruned_llama import PrunedLlamaConfig
-    from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM
-    from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM, PrunedLlamaModel
+if TYPE_CHECKING:  # names for the type checker
+    from .compression.compress import compress as compress
+    from .compression.tune import tune as tune
+    from .distillation import DistillSettings as DistillSettings
+    from .merging.config import MergeConfig as MergeConfig
+    from .merging.config import MergeModel as MergeModel
+    from .merging.merge import merge as merge
+    from .methods import BitDeltaConfig as BitDeltaConfig
+    from .methods import DareConfig as DareConfig
+    from .methods import DareQtConfig as DareQtConfig
+    from .methods import DeltaComeConfig as DeltaComeConfig
+    from .methods import ImPartConfig as ImPartConfig
+    from .methods import ImPartQtConfig as ImPartQtConfig
+    from .methods import ImPartRdConfig as ImPartRdConfig
+    from .methods import LowRankConfig as LowRankConfig
+    from .modeling.configuration_delta_compressed import DeltaCompressedConfig as DeltaCompressedConfig
+    from .modeling.configuration_pruned_llama import PrunedLlamaConfig as PrunedLlamaConfig
+    from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM as DeltaCompressedForCausalLM
+    from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM as PrunedLlamaForCausalLM
+    from .modeling.modeling_pruned_llama import PrunedLlamaModel as PrunedLlamaModel
 
 __version__ = "0.1.0"
 
-_METHODS = ("BitDelta", "Dare", "DareQt", "DeltaCome", "ImPart", "ImPartQt", "ImPartRd", "LowRank")
+# The modules of the public names, but for the methods' classes
 _HOMES = {
     "compress": "compression.compress",
     "tune": "compression.tune",
@@ -45,40 +45,23 @@ _HOMES = {
     "PrunedLlamaConfig": "modeling.configuration_pruned_llama",
     "PrunedLlamaForCausalLM": "modeling.modeling_pruned_llama",
     "PrunedLlamaModel": "modeling.modeling_pruned_llama",
-    **{f"{method}Config": "methods" for method in _METHODS},
 }
-
-__all__ = [
-    "BitDeltaConfig",
-    "DareConfig",
-    "DareQtConfig",
-    "DeltaComeConfig",
-    "DeltaCompressedConfig",
-    "DeltaCompressedForCausalLM",
-    "DistillSettings",
-    "ImPartConfig",
-    "ImPartQtConfig",
-    "ImPartRdConfig",
-    "LowRankConfig",
-    "MergeConfig",
-    "MergeModel",
-    "PrunedLlamaConfig",
-    "PrunedLlamaForCausalLM",
-    "PrunedLlamaModel",
-    "compress",
-    "merge",
-    "tune",
-]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name == "__all__" or name.endswith("Config"):
+        methods = importlib.import_module(f"{__name__}.methods").PUBLIC
+        if name == "__all__":
+            return sorted([*_HOMES, *methods])
+        if name in methods:
+            return methods[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__getattr__("__all__")})
 
 
 if not is_command_line():

@@ -21,10 +21,10 @@ def register_with_transformers() -> None:
 
 
 def is_command_line() -> bool:
-    """Whether this process runs the command `impart-hf` or `python -m impart_hf.cli`.
+    """Whether this process runs `impart-hf`, `python -m impart_hf.cli` or `optimum-cli impart`.
 
     The command line registers the classes itself, once it knows which command to run: importing transformers takes
     seconds of processor time, which `--help` must not.
     """
-    by_name = Path(sys.argv[0]).stem == "impart-hf"
+    by_name = Path(sys.argv[0]).stem in ("impart-hf", "optimum-cli")
     return by_name or (sys.argv[0] == "-m" and "impart_hf.cli" in sys.orig_argv)

@@ -15,7 +15,18 @@ class ImpartCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `optimum-cli impart help`")
+        from impart_hf.cli.main import COMMANDS, help_of
+
+        width = max(map(len, COMMANDS))
+        commands = "\n".join(f"  {name:{width}}  {help_of(entry)}" for name, entry in COMMANDS.items())
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = f"commands:\n{commands}"
+        parser.add_argument(
+            "arguments",
+            metavar="COMMAND",
+            nargs=argparse.REMAINDER,
+            help="with its arguments; `optimum-cli impart COMMAND --help` lists them",
+        )
 
     def run(self) -> None:
         from impart_hf.cli.main import main

@@ -25,18 +25,16 @@ from transformers.utils import logging
 
 from impart_hf import compress
 from impart_hf.evaluation.metrics import evaluate, load
-from impart_hf.methods import MethodConfig, method_class, method_names, parse_setting
+from impart_hf.methods import MethodConfig, method_class, method_names, settings_of
 
 _TRAINING = ("calibration", "distill")
 
 
-def settings_of(method: str, ratio: float, seed: int, options: dict[str, str]) -> MethodConfig:
+def configured(method: str, ratio: float, seed: int, options: dict[str, str]) -> MethodConfig:
     """A method's configuration; of the options, those that it has."""
     config = method_class(method)
     values: dict[str, Any] = {"compression_ratio": ratio, "seed": seed}
-    for field in dataclasses.fields(config):
-        if field.name in options:
-            values[field.name] = parse_setting(config, field.name, options[field.name])
+    values |= {s.name: s.parse(options[s.name]) for s in settings_of(config) if s.name in options}
     return config(**values)
 
 
@@ -69,7 +67,7 @@ def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[st
         texts = {kind: getattr(arguments, kind) for kind in training}
         for ratio in arguments.ratios:
             for seed in arguments.seeds if method_class(name).random else arguments.seeds[:1]:
-                config = settings_of(name, ratio, seed, options)
+                config = configured(name, ratio, seed, options)
                 run: dict[str, Any] = {"method": method, "asked": ratio, "seed": seed, "settings": config.to_dict()}
                 with tempfile.TemporaryDirectory() as folder:
                     try:

@@ -2,7 +2,7 @@
 
 Two fine-tunes of one base are merged: the one that is given, and a second that this script trains on text that comes
 with Python (tables of character encodings; --second-text for another). Every method's settings are searched on one
-half of each task's held-out text, by mean cross-entropy, as `impart-hf tune --merge` does; the table has the other
+half of each task's held-out text, by mean cross-entropy, as `impart-hf tune-merge` does; the table has the other
 half. Methods that drop at random are run with several seeds. Writes merging.md, merging.json and the second fine-tune.
 """
 
@@ -31,7 +31,8 @@ from impart_hf import MergeConfig, MergeModel, merge
 from impart_hf.calibration.text import calibration_tokens
 from impart_hf.evaluation.metrics import load, perplexity
 from impart_hf.merging.config import MERGE_METHODS
-from impart_hf.merging.search import DENSITIES, LAMBDAS, TRIMS, tune_merge
+from impart_hf.merging.grids import DENSITIES, LAMBDAS, TRIMS
+from impart_hf.merging.search import tune_merge
 
 METHODS = {
     "task arithmetic": "task_arithmetic",

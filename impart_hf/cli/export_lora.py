@@ -1,40 +1,54 @@
 """The command `impart-hf export-lora`."""
 
+from __future__ import annotations
+
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..common.progress import Progress
-from ..modeling.checkpoints import HubOptions
-from ..repository.lora_export import LoraReport, export_lora
-from ..repository.open import open_repository
-from ..repository.report import human_bytes
-from .options import add_reading, command
+from .options import add_base_model, add_device, add_json, add_quiet, add_repository, check_revision, given
+
+if TYPE_CHECKING:
+    from ..repository.lora_export import LoraReport
 
 
-def add_export_lora(commands: Any) -> None:
-    """Add the command `export-lora`."""
-    parser = command(commands, "export-lora", _export_lora, "write a delta's leading components as a LoRA adapter")
-    add_reading(parser)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_repository(parser)
     parser.add_argument("output", metavar="OUT", help="folder of the adapter")
+    add_base_model(parser)
     parser.add_argument("--rank", type=int, default=256, help="components of every matrix (default: 256)")
-    parser.add_argument("--device", default="cpu", help="where matrices are decomposed (default: cpu)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_device(parser, "matrices are decomposed")
+    add_json(parser)
+    add_quiet(parser)
 
 
-def _export_lora(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    check_revision(options, options.repo)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the adapter, and report."""
+    from ..common.progress import Progress
+    from ..modeling.checkpoints import HubOptions
+    from ..repository.lora_export import export_lora
+    from ..repository.open import open_repository
+
     repository = open_repository(options.repo, HubOptions(options.revision), options.base_model)
     report = export_lora(
         repository,
         options.output,
         options.rank,
-        device=options.device,
         progress=Progress(not options.quiet),
+        **given(options, "device"),
     )
     print(json.dumps(report.to_dict(), indent=2) if options.json else _summary(report, options.output))
 
 
 def _summary(report: LoraReport, output: str) -> str:
+    from ..repository.report import human_bytes
+
     worst = max(report.matrices, key=lambda matrix: matrix.relative_error)
     lines = [
         f"{output}: rank {report.rank}, {len(report.matrices)} matrices, {human_bytes(report.adapter_bytes)}",

@@ -1,138 +1,114 @@
-"""The command `impart-hf`."""
+"""The command `impart-hf`.
+
+`--help`, `--version` and usage errors must not wait for torch and transformers, which take seconds to import. So the
+module of a command is imported only if that command was asked for, and a command's module has three parts:
+
+    add_options(parser)   declares the options
+    check(options)        refuses options that do not go together
+    run(options)          does the work, and alone imports what needs torch
+"""
 
 import argparse
-import json
+import importlib
 import sys
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from logging import ERROR, getLogger
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from huggingface_hub.errors import HfHubHTTPError
-from transformers.utils import logging
+from .. import __version__
+from ..registration import register_with_transformers
 
-from .. import hub
-from ..common.devices import usable_device
-from ..common.progress import Progress
-from ..modeling.checkpoints import HubOptions
-from ..repository.inspection import Inspection
-from ..repository.open import open_repository
-from ..repository.reconstruct import reconstruct
-from ..repository.verify import verify
-from .compress import add_compress
-from .evaluate import add_evaluate
-from .export_lora import add_export_lora
-from .merge import add_merge
-from .options import add_reading, add_repository, check_private, command
-from .prune import add_prune
-from .tune import add_tune
+
+class Group(NamedTuple):
+    """Commands below a command: `impart-hf prune layers`."""
+
+    help: str
+    commands: Mapping[str, str]
+
+
+# What each command does. Its module has its name, with an underscore for the hyphen.
+COMMANDS: Mapping[str, str | Group] = {
+    "compress": "make a delta repository of a fine-tuned model",
+    "tune": "search beta, C and seed of impart or impart-qt on a text or task",
+    "merge": "merge fine-tunes of one base, as a YAML file says",
+    "tune-merge": "search the settings of a merge on a text for each task",
+    "inspect": "show what a delta repository holds, tensor by tensor",
+    "verify": "check a delta repository against its base, decoding every tensor",
+    "reconstruct": "write the dense fine-tuned checkpoint again",
+    "export-lora": "write a delta's leading components as a LoRA adapter",
+    "push": "upload a delta repository or pruned model to the Hub",
+    "prune": Group(
+        "prune a LLaMA: score its layers, heads and channels, remove the least important, train the rest",
+        {
+            "importance": "score layers, heads and channels by the gradients of the first LoRA steps",
+            "layers": "drop the least important layers, merging them into those before",
+            "width": "remove the least important heads and channels of every layer",
+            "recover": "train a pruned model, with LoRA or in full, and save it merged",
+        },
+    ),
+    "evaluate": "what models cost, and how well and fast they do on a text or task",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 with one line on standard error."""
-    options = build_parser().parse_args(arguments)
-    logging.disable_progress_bar()  # transformers' own, for every model that is loaded
-    # PEFT imports it, and it complains of kernels that nothing here uses.
-    getLogger("bitsandbytes").setLevel(ERROR)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = build_parser(arguments).parse_args(arguments)
     try:
-        check_private(options)
-        options.command(options)
+        options.command.check(options)
+        load_libraries()
+        options.command.run(options)
     except KeyboardInterrupt:
-        rest = "; the same command goes on from here" if options.resumes else ""
+        rest = "; the same command resumes from here" if options.resumes else ""
         print(f"impart-hf: stopped{rest}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
-    except (ValueError, OSError, ModuleNotFoundError, HfHubHTTPError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # the Hub's errors are OSErrors
         print(f"impart-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of all commands, with the options of the one that the arguments begin with."""
     parser = argparse.ArgumentParser(
         prog="impart-hf",
         description="Keep fine-tuned language models as small compressed deltas against their base, and prune LLaMA.",
     )
-    parser.add_argument("--version", action="version", version=f"impart-hf {version('impart-hf')}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add_compress(commands)
-    add_tune(commands)
-    add_merge(commands)
-    _add_inspect(commands)
-    _add_verify(commands)
-    _add_reconstruct(commands)
-    add_export_lora(commands)
-    _add_push(commands)
-    add_prune(commands)
-    add_evaluate(commands)
+    parser.add_argument("--version", action="version", version=f"impart-hf {__version__}")
+    _add_commands(parser, COMMANDS, __name__.rpartition(".")[0], arguments)
     return parser
 
 
-def _add_inspect(commands: Any) -> None:
-    parser = command(commands, "inspect", _inspect, "show what a delta repository holds, tensor by tensor")
-    add_repository(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw spectra, keep ratios and bytes by layer")
+def _add_commands(
+    parser: argparse.ArgumentParser, commands: Mapping[str, str | Group], package: str, arguments: Sequence[str]
+) -> None:
+    """Add commands, whose modules lie in a package."""
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, entry in commands.items():
+        subparser = subparsers.add_parser(name, help=help_of(entry), description=help_of(entry))
+        if not arguments or arguments[0] != name:
+            continue
+        place = f"{package}.{name.replace('-', '_')}"
+        if isinstance(entry, Group):
+            _add_commands(subparser, entry.commands, place, arguments[1:])
+        else:
+            command = importlib.import_module(place)
+            subparser.set_defaults(command=command, resumes=False)
+            command.add_options(subparser)
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    inspection = Inspection(options.repo, HubOptions(options.revision))
-    if options.plot:
-        inspection.plot(options.plot)
-    print(json.dumps(inspection.to_dict(), indent=2) if options.json else inspection.table())
+def help_of(entry: str | Group) -> str:
+    """The one-line help of an entry of `COMMANDS`."""
+    return entry.help if isinstance(entry, Group) else entry
 
 
-def _add_verify(commands: Any) -> None:
-    parser = command(commands, "verify", _verify, "check a delta repository against its base, decoding every tensor")
-    add_reading(parser)
+def load_libraries() -> None:
+    """Import transformers and prepare it: our classes, and no output of its own."""
+    register_with_transformers()
+    from transformers.utils import logging
 
-
-def _verify(options: argparse.Namespace) -> None:
-    repository = open_repository(options.repo, HubOptions(options.revision), options.base_model)
-    verify(repository, Progress(not options.quiet))
-    print(f"{options.repo}: {len(repository.names())} tensors are sound, the base is {repository.base.source}")
-
-
-def _add_reconstruct(commands: Any) -> None:
-    parser = command(commands, "reconstruct", _reconstruct, "write the dense fine-tuned checkpoint again")
-    add_reading(parser)
-    parser.add_argument("output", metavar="OUT", help="folder of the dense checkpoint")
-    parser.add_argument("--device", default="cpu", help="where tensors are decoded (default: cpu)")
-    parser.add_argument("--max-shard-size", default="5GB", help="split larger weight files (default: 5GB)")
-
-
-def _reconstruct(options: argparse.Namespace) -> None:
-    device = usable_device(options.device)
-    repository = open_repository(options.repo, HubOptions(options.revision), options.base_model)
-    reconstruct(
-        repository,
-        options.output,
-        device=device,
-        max_shard_size=options.max_shard_size,
-        progress=Progress(not options.quiet),
-    )
-    print(f"{options.output}: the dense checkpoint of {options.repo}")
-
-
-def _add_push(commands: Any) -> None:
-    parser = command(commands, "push", _push, "upload a delta repository or pruned model to the Hub")
-    parser.add_argument("folder", metavar="DIR", help="folder of a delta repository or pruned model")
-    parser.add_argument("repo", metavar="REPO", help="Hub repository, created if missing")
-    parser.add_argument("--revision", help="branch to push to, created if missing")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--message", help="commit message")
-
-
-def _push(options: argparse.Namespace) -> None:
-    print(
-        hub.push(
-            options.folder,
-            options.repo,
-            private=options.private,
-            revision=options.revision,
-            commit_message=options.message,
-        )
-    )
+    logging.disable_progress_bar()  # for every model that is loaded
+    # PEFT imports it, and it complains of kernels that nothing here uses.
+    getLogger("bitsandbytes").setLevel(ERROR)

@@ -2,66 +2,51 @@
 
 import argparse
 import json
-from typing import Any
 
 from ..merging.config import MERGE_METHODS, MergeConfig
-from ..merging.merge import MergeReport, merge
-from ..methods import MethodConfig, method_names
-from .compress import add_method, add_result, check_push, given_settings, method_config, option_of, summary
-from .options import command, push_if_asked
+from ..methods import method_names
+from .method_options import add_method, given_settings, method_config
+from .options import add_device, add_merge_config, add_result, check_publishing, given, option_of, push_if_asked
 
 
-def add_merge(commands: Any) -> None:
-    """Add the command `merge`."""
-    parser = command(
-        commands, "merge", _merge, f"merge fine-tunes of one base as a YAML file says: {', '.join(MERGE_METHODS)}"
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="merge_method, base_model, models and parameters")
-    parser.add_argument("output", metavar="OUT", help="folder of the merged model")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.description = f"{parser.description}: {', '.join(MERGE_METHODS)}"
+    add_merge_config(parser)
     add_method(parser, method_names(), default=None)
-    parser.add_argument("--device", default="cpu", help="where tensors are combined and decomposed (default: cpu)")
+    add_device(parser, "tensors are combined and decomposed")
     add_result(parser)
 
 
-def _merge(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ValueError: if options are given that only a delta repository has, and a dense model is to be made.
+    """
     config = MergeConfig.from_yaml(options.config)
+    if options.method is not None:
+        method_config(options)
+        check_publishing(options, config.base_model)
+        return
+    unused = [f"--{option}" for option in given_settings(options)]
+    unused += map(option_of, given(options, "max_bytes", "push", "base_name"))
+    if unused:
+        raise ValueError(f"{unused[0]} is for a delta repository: choose its --method, or leave {unused[0]} out")
+    check_publishing(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Merge, and report."""
+    from ..merging.merge import merge
+    from .summaries import merge_summary
+
     report = merge(
-        config,
+        MergeConfig.from_yaml(options.config),
         options.output,
-        compression=merged_as(options, config),
-        max_bytes=options.max_bytes,
-        base_name=options.base_name,
-        device=options.device,
-        max_shard_size=options.max_shard_size,
+        compression=method_config(options) if options.method else None,
         progress=not options.quiet,
+        **given(options, "max_bytes", "base_name", "device", "max_shard_size"),
     )
     print(json.dumps(report.to_dict(), indent=2) if options.json else merge_summary(report, options.output))
     push_if_asked(options)
-
-
-def merged_as(options: argparse.Namespace, config: MergeConfig) -> MethodConfig | None:
-    """The method by which a merged model is to be compressed, None for a dense one.
-
-    Raises:
-        ValueError: if options are given that only a delta repository has.
-    """
-    if options.method is not None:
-        check_push(options, config.base_model)
-        return method_config(options)
-    given = [*given_settings(options), *(name for name in ("max_bytes", "push", "base_name") if getattr(options, name))]
-    if given:
-        option = option_of(given[0])
-        raise ValueError(f"{option} is for a delta repository: choose its --method, or leave {option} out")
-    return None
-
-
-def merge_summary(report: MergeReport, output: str) -> str:
-    """What a user should know of a merge."""
-    models = [model["model"] for model in report.config["models"]]
-    lines = [f"{output}: {report.config['merge_method']} of {', '.join(models)}; {report.parameters:,} parameters"]
-    if report.added_tokens:
-        lines.append(f"{report.added_tokens} tokens more than the base")
-    lines += report.notes
-    if report.compression is not None:
-        lines.append(summary(report.compression, output))
-    return "\n".join(lines)

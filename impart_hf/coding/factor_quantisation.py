@@ -10,7 +10,7 @@ import torch
 from ..modeling.codebook import EvenLevels, level_codebook
 from ..modeling.seeded_mask import keep_mask
 from .gptq import DAMPING, Grid, best_scale, quantise
-from .records import kept_ratios, runs
+from .record_sizes import kept_ratios, runs
 
 _LLOYD_STEPS = 3
 _TINY = 1e-20

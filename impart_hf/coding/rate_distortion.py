@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from ..modeling.delta_record import HEADER_BYTES, SEGMENT_BYTES
-from .records import COMPONENT_BYTES, OVERHEAD_BYTES, kept_ratios, thresholds_of
+from .record_sizes import COMPONENT_BYTES, OVERHEAD_BYTES, kept_ratios, thresholds_of
 
 # Relative squared error D of the code, as D / (1 - D), for normally distributed numbers: signs; Lloyd-Max levels of 2
 # to 4 bits; 256 evenly spaced levels.

@@ -19,15 +19,12 @@ from ..common.validation import shard_bytes, wanted_size
 from ..evaluation.metrics import evaluate
 from ..evaluation.tasks import TaskEvaluation
 from ..methods import ImPartConfig, MethodConfig
-from ..methods.importance_allocation import ImportanceAllocation
+from ..methods.importance_allocation import BETAS, CS, ImportanceAllocation
 from ..modeling.checkpoints import HubOptions
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
 from .pair import ModelPair
 from .pipeline import CompressionRequest, compress_pair
-
-BETAS = (0.6, 0.7, 0.8)  # the paper's grids
-CS = (0.5, 1.0)
 
 
 @dataclass

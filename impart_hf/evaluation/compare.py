@@ -15,14 +15,13 @@ from ..modeling.repository_kind import RepositoryKind
 from ..repository.open import open_repository
 from ..repository.report import human_bytes
 from .cost import (
-    NEW_TOKENS,
-    PROMPT_TOKENS,
     ModelCost,
     check_positions,
     empty_model,
     max_positions,
     model_cost,
 )
+from .defaults import NEW_TOKENS, PROMPT_TOKENS
 from .latency import Latency, measure_latency
 from .metrics import load, perplexity
 from .tasks import TaskEvaluation

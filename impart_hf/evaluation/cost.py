@@ -16,9 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedMode
 
 from ..common.meta_model import meta_model
 from ..modeling.checkpoints import HubOptions, fetch_config
-
-PROMPT_TOKENS = 512
-NEW_TOKENS = 64
+from .defaults import PROMPT_TOKENS
 
 
 @dataclass(frozen=True)

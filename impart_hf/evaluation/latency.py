@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .cost import NEW_TOKENS, PROMPT_TOKENS, check_positions, step
+from .cost import check_positions, step
+from .defaults import NEW_TOKENS, PROMPT_TOKENS
 from .memory import PeakMemory, anonymous_bytes, return_freed_memory
 
 T = TypeVar("T")

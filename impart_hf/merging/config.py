@@ -1,16 +1,20 @@
 """What to merge and how: `MergeConfig`, and the YAML file that mergekit knows."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from .parameters import Parameter
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ _SHARED_PARAMETERS = {
 _ALL_PARAMETERS = {**_SHARED_PARAMETERS, **_MODEL_PARAMETERS}
 # mergekit passes over shared ones here, and its files are to work unchanged. It has no seed.
 _PARAMETERS_OF_MODELS = {name: parameter for name, parameter in _ALL_PARAMETERS.items() if name != "seed"}
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = ("float16", "bfloat16", "float32")
 _KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
 
 
@@ -173,7 +177,9 @@ class MergeConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        return None if self.dtype is None else _DTYPES[self.dtype]
+        import torch
+
+        return None if self.dtype is None else getattr(torch, self.dtype)
 
     def notes(self) -> list[str]:
         """What the user should know of the settings."""
@@ -220,7 +226,7 @@ class MergeConfig:
         return found
 
     @classmethod
-    def from_dict(cls, content: Any) -> "MergeConfig":
+    def from_dict(cls, content: Any) -> MergeConfig:
         """A configuration from what is in a YAML file.
 
         Raises:
@@ -244,14 +250,14 @@ class MergeConfig:
         )
 
     @classmethod
-    def of(cls, config: "MergeConfig | dict[str, Any] | str | Path") -> "MergeConfig":
+    def of(cls, config: MergeConfig | dict[str, Any] | str | Path) -> MergeConfig:
         """A configuration as `merge` takes it: itself, a dictionary, or the path of a YAML file."""
         if isinstance(config, MergeConfig):
             return config
         return cls.from_yaml(config) if isinstance(config, str | Path) else cls.from_dict(config)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> "MergeConfig":
+    def from_yaml(cls, path: str | Path) -> MergeConfig:
         """Read a YAML file.
 
         Raises:

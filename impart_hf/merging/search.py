@@ -25,12 +25,9 @@ from ..modeling.checkpoints import text_config
 from ..storage.checkpoint_writer import WEIGHTS, DenseTensor, write_weights
 from ..storage.locked_folder import LockedFolder
 from .config import MergeConfig, MergeModel
+from .grids import DENSITIES, LAMBDAS, TRIMS
 from .inputs import MergeInputs
 from .merge import Merge, MergeReport, compress_merge, free_output, publish, require_peft
-
-LAMBDAS = (0.4, 0.6, 0.8, 1.0, 1.2)  # the paper's grids
-TRIMS = (0.4, 0.6, 0.8)
-DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @dataclass

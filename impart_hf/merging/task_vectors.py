@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..coding.keep_ratios import keep_ratios, with_margin
-from ..coding.records import kept_ratios, thresholds_of
+from ..coding.record_sizes import kept_ratios, thresholds_of
 from ..coding.svd import Svd
 from ..common.largest import largest
 from ..modeling.seeded_mask import keep_mask

@@ -1,36 +1,45 @@
-"""Compression methods: one file each, found by name."""
+"""Compression methods: one file each.
 
-from ..coding.svd import Svd
-from .base import Encoded, MethodConfig, Spectrum, method_class, method_fields, method_names, parse_setting
-from .bitdelta import BitDeltaConfig
-from .dare import DareConfig
-from .dare_qt import DareQtConfig
+A method is a dataclass derived from `MethodConfig`, with a `name`, in a module of this folder. Every module here is
+imported, so a new file is all that a new method needs: its settings become options of the command line, and its class
+is public, here and in `impart_hf`.
+"""
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+from .base import Encoded, MethodConfig, Spectrum, method_class, method_names
 from .delta_come import DeltaComeConfig
-from .impart import ImPartConfig
-from .impart_qt import ImPartQtConfig
-from .impart_rd import ImPartRdConfig
-from .lowrank import LowRankConfig
+from .settings import Setting, setting, settings_of
 
-__all__ = [
-    "BitDeltaConfig",
-    "DareConfig",
-    "DareQtConfig",
-    "DeltaComeConfig",
+if TYPE_CHECKING:  # names for the type checker
+    from .bitdelta import BitDeltaConfig as BitDeltaConfig
+    from .dare import DareConfig as DareConfig
+    from .dare_qt import DareQtConfig as DareQtConfig
+    from .impart import ImPartConfig as ImPartConfig
+    from .impart_qt import ImPartQtConfig as ImPartQtConfig
+    from .impart_rd import ImPartRdConfig as ImPartRdConfig
+    from .lowrank import LowRankConfig as LowRankConfig
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+PUBLIC = {cls.__name__: cls for cls in map(method_class, method_names()) if cls.__module__.startswith(f"{__name__}.")}
+globals().update(PUBLIC)
+
+__all__ = [  # noqa: PLE0604
     "Encoded",
-    "ImPartConfig",
-    "ImPartQtConfig",
-    "ImPartRdConfig",
-    "LowRankConfig",
     "MethodConfig",
+    "Setting",
     "Spectrum",
-    "Svd",
     "method_class",
-    "method_fields",
     "method_for",
     "method_names",
-    "parse_setting",
+    "setting",
+    "settings_of",
+    *PUBLIC,
 ]
-
 
 # More bits and more steps than Delta-CoMe's own: an embedding's error is not averaged over many inputs.
 _VOCABULARY = DeltaComeConfig(bits=(8, 4, 3, 2), groups=(1, 8, 32))

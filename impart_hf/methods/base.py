@@ -1,18 +1,26 @@
-"""What a compression method is: a configuration that can encode one matrix's delta into a given number of bytes."""
+"""What a compression method is: a configuration that can encode one matrix's delta into a given number of bytes.
+
+The command line reads methods and their settings from here at every start: neither this module nor one with a method
+imports torch before a matrix is encoded.
+"""
+
+from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import torch
-
-from ..coding.svd import Svd, leading_svd
 from ..common.validation import check_number
+from .settings import EMBEDDINGS, setting
 
-_METHODS: dict[str, type["MethodConfig"]] = {}
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ..coding.svd import Svd
+
+_METHODS: dict[str, type[MethodConfig]] = {}
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,12 @@ class MethodConfig(abc.ABC):
     shares_budget: ClassVar[bool] = False  # whether one budget is spread over all matrices by their spectra
     random: ClassVar[bool] = True  # whether the seed makes a difference: whether entries are dropped
 
-    compression_ratio: float = 32.0
-    seed: int = 0
-    embeddings: str = "lowrank"
+    compression_ratio: float = setting(32.0, "checkpoint bytes over repository bytes, above 1", option="ratio")
+    seed: int = setting(0, "seed of the masks, 0 to 2**32 - 1")
+    embeddings: str = setting(
+        "lowrank",
+        f"how embeddings are compressed, {' or '.join(EMBEDDINGS)}: by their leading components, or as all else",
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -96,7 +107,7 @@ class MethodConfig(abc.ABC):
         self.compression_ratio = float(self.compression_ratio)  # so that 32 and 32.0 are written alike
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {self.seed!r}")
-        if self.embeddings not in ("lowrank", "method"):
+        if self.embeddings not in EMBEDDINGS:
             raise ValueError(f'embeddings must be "lowrank" or "method", got {self.embeddings!r}')
 
     def encode(
@@ -106,7 +117,7 @@ class MethodConfig(abc.ABC):
         mask_seed: int,
         *,
         hessian: torch.Tensor | None = None,
-        svd: Svd = leading_svd,
+        svd: Svd | None = None,
         vocabulary: bool = False,
     ) -> Encoded:
         """Encode one matrix's delta into a record of at most `max_bytes` bytes.
@@ -117,10 +128,12 @@ class MethodConfig(abc.ABC):
             mask_seed: the record's 32-bit mask seed.
             hessian: float32 (n, n), the second moments X X^T / tokens of the layer's inputs, or None; methods that
                 do not quantise have no use for it.
-            svd: gives the delta's leading singular components, as `leading_svd` does.
+            svd: gives the delta's leading singular components, as `leading_svd` does, which is used if it is None.
             vocabulary: whether the matrix has a row for every token.
         """
-        return self._encode(EncodingTask(delta, max_bytes, mask_seed, hessian, svd, vocabulary))
+        from ..coding.svd import leading_svd
+
+        return self._encode(EncodingTask(delta, max_bytes, mask_seed, hessian, svd or leading_svd, vocabulary))
 
     @abc.abstractmethod
     def _encode(self, task: EncodingTask) -> Encoded:
@@ -165,33 +178,3 @@ def method_class(name: str) -> type[MethodConfig]:
     if name not in _METHODS:
         raise ValueError(f"unknown method '{name}'; known are {', '.join(method_names())}")
     return _METHODS[name]
-
-
-def method_fields() -> Iterator[tuple[str, list[dataclasses.Field], list[str]]]:
-    """Every setting of any method beyond the shared ones: name, and fields and names of the methods that have it."""
-    shared = {f.name for f in dataclasses.fields(MethodConfig)}
-    owners: dict[str, tuple[list[dataclasses.Field], list[str]]] = {}
-    for name in method_names():
-        for field in dataclasses.fields(_METHODS[name]):
-            if field.name not in shared:
-                fields, names = owners.setdefault(field.name, ([], []))
-                fields.append(field)
-                names.append(name)
-    for field_name, (fields, names) in owners.items():
-        yield field_name, fields, names
-
-
-def parse_setting(method: type[MethodConfig], name: str, text: str) -> Any:
-    """A setting's value from the command line, by the type of its default; several numbers are separated by commas.
-
-    Raises:
-        ValueError: if the text does not stand for such a value.
-    """
-    default: Any = next(f.default for f in dataclasses.fields(method) if f.name == name)
-    try:
-        if isinstance(default, tuple):
-            return tuple(int(part) for part in text.split(",") if part.strip())
-        return text if isinstance(default, str) else type(default)(text)
-    except ValueError as error:
-        kind = {tuple: "whole numbers separated by commas", int: "a whole number"}.get(type(default), "a number")
-        raise ValueError(f"{name} must be {kind}, got {text!r}") from error

@@ -1,12 +1,13 @@
 """BitDelta: the delta's signs and one scale (arXiv 2402.10193), beyond 16x thinned out as DARE does."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
-from ..coding.records import OVERHEAD_BYTES, direct_record, fit_threshold, kept_ratios
+from ..coding.record_sizes import OVERHEAD_BYTES, kept_ratios
 from .base import Encoded, EncodingTask, MethodConfig
 
 _FIXED_BYTES = OVERHEAD_BYTES + 2  # one threshold for the whole matrix
@@ -22,6 +23,10 @@ class BitDeltaConfig(MethodConfig):
         return _FIXED_BYTES + 16
 
     def _encode(self, task: EncodingTask) -> Encoded:
+        import torch
+
+        from ..coding.records import direct_record, fit_threshold
+
         delta = task.delta
         rows, columns = delta.shape
         threshold = fit_threshold(rows, columns, (task.max_bytes - _FIXED_BYTES) * 8, task.mask_seed, delta.device)

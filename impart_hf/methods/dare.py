@@ -1,20 +1,15 @@
 """DARE: drop entries of the delta at random and rescale the rest (arXiv 2311.03099)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from ..coding.records import (
-    OVERHEAD_BYTES,
-    VALUE_BYTES,
-    VALUE_WIDTHS,
-    check_value_dtype,
-    direct_record,
-    fit_threshold,
-    kept_ratios,
-)
+from ..coding.record_sizes import OVERHEAD_BYTES, VALUE_BYTES, VALUE_WIDTHS, check_value_dtype, kept_ratios
 from .base import Encoded, EncodingTask, MethodConfig
+from .settings import setting
 
 _FIXED_BYTES = OVERHEAD_BYTES + 2  # one threshold for the whole matrix
 
@@ -29,7 +24,7 @@ class DareConfig(MethodConfig):
 
     name: ClassVar[str] = "dare"
 
-    value_dtype: str = "float16"
+    value_dtype: str = setting("float16", "storage of kept values, float16 or bfloat16")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +34,8 @@ class DareConfig(MethodConfig):
         return _FIXED_BYTES + VALUE_BYTES * 16
 
     def _encode(self, task: EncodingTask) -> Encoded:
+        from ..coding.records import direct_record, fit_threshold
+
         delta = task.delta
         rows, columns = delta.shape
         threshold = fit_threshold(

@@ -1,16 +1,16 @@
 """DARE-Qt: DARE, the kept entries quantised by sparse GPTQ (compared with in arXiv 2504.13237, section 4.1)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from ..coding.factor_quantisation import unbiased
-from ..coding.gptq import Grid, best_scale, quantise
-from ..coding.records import OVERHEAD_BYTES, direct_record, fit_threshold, kept_ratios
-from ..modeling.seeded_mask import keep_mask
+from ..coding.record_sizes import OVERHEAD_BYTES, kept_ratios
 from .base import Encoded, EncodingTask, MethodConfig
 from .mixed_precision import check_bits
+from .settings import setting
 
 _SCALE_BYTES = 2
 
@@ -26,7 +26,7 @@ class DareQtConfig(MethodConfig):
     name: ClassVar[str] = "dare-qt"
     quantises = True
 
-    value_bits: int = 2
+    value_bits: int = setting(2, "bits of a kept value, 2 to 8")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +39,11 @@ class DareQtConfig(MethodConfig):
         return self._fixed_bytes(rows) + rows
 
     def _encode(self, task: EncodingTask) -> Encoded:
+        from ..coding.factor_quantisation import unbiased
+        from ..coding.gptq import Grid, best_scale, quantise
+        from ..coding.records import direct_record, fit_threshold
+        from ..modeling.seeded_mask import keep_mask
+
         delta = task.delta
         rows, columns = delta.shape
         most_values = (task.max_bytes - self._fixed_bytes(rows)) * 8 // self.value_bits

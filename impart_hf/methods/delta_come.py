@@ -1,12 +1,13 @@
 """Delta-CoMe: leading singular components at mixed precision, none of their entries dropped (arXiv 2406.08903)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from ..coding.factor_quantisation import quantised
-from ..coding.records import factored_bytes, factored_record
+from ..coding.record_sizes import factored_bytes
 from ..modeling.delta_record import MAX_THRESHOLD
 from .base import Encoded, EncodingTask
 from .mixed_precision import MixedPrecision
@@ -32,6 +33,9 @@ class DeltaComeConfig(MixedPrecision):
         return low
 
     def _encode(self, task: EncodingTask) -> Encoded:
+        from ..coding.factor_quantisation import quantised
+        from ..coding.records import factored_record
+
         rows, columns = task.delta.shape
         rank = self.rank_for(np.empty(0), rows, columns, task.max_bytes)
         u, sigma, v = (part[..., :rank] for part in task.svd(task.delta, lambda _: rank))

@@ -1,21 +1,23 @@
 """ImPart: importance-aware sparsification of the delta's singular vectors (arXiv 2504.13237, section 3)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from ..coding.records import (
+from ..coding.record_sizes import (
     COMPONENT_BYTES,
     OVERHEAD_BYTES,
     VALUE_BYTES,
     VALUE_WIDTHS,
     check_value_dtype,
-    factored_record,
     kept_ratios,
 )
 from .base import Encoded, EncodingTask
 from .importance_allocation import ImportanceAllocation
+from .settings import setting
 
 
 @dataclass
@@ -28,7 +30,7 @@ class ImPartConfig(ImportanceAllocation):
 
     name: ClassVar[str] = "impart"
 
-    value_dtype: str = "float16"
+    value_dtype: str = setting("float16", "storage of kept values, float16 or bfloat16")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +44,8 @@ class ImPartConfig(ImportanceAllocation):
         return OVERHEAD_BYTES + COMPONENT_BYTES + VALUE_BYTES * (rows + columns)
 
     def _encode(self, task: EncodingTask) -> Encoded:
+        from ..coding.records import factored_record
+
         (u, sigma, v), thresholds, notes = self.sparsify(task.delta, task.max_bytes, task.mask_seed, task.svd)
         rescaled = sigma.double().cpu().numpy() / kept_ratios(thresholds) ** 2
         widths = self.widths(len(thresholds))

@@ -1,10 +1,10 @@
 """ImPart-Qt: ImPart with mixed-precision quantisation by sparse GPTQ (arXiv 2504.13237, section 4.1, appendix B)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..coding.factor_quantisation import quantised
-from ..coding.records import factored_record
 from .base import Encoded, EncodingTask
 from .importance_allocation import ImportanceAllocation
 from .mixed_precision import MixedPrecision
@@ -22,6 +22,9 @@ class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
     c: float = 0.5
 
     def _encode(self, task: EncodingTask) -> Encoded:
+        from ..coding.factor_quantisation import quantised
+        from ..coding.records import factored_record
+
         factors, thresholds, notes = self.sparsify(task.delta, task.max_bytes, task.mask_seed, task.svd)
         widths = self.widths(len(thresholds))
         u, sigma, v, more = quantised(*factors, thresholds, widths, task.mask_seed, task.hessian)

@@ -3,27 +3,22 @@
 Vectors are rounded by sparse GPTQ; without calibration text, against the inputs that the delta itself tells of.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 
-from ..coding.factor_quantisation import cosines, quantised
 from ..coding.rate_distortion import Choice, Components, ErrorWeights, Matrix, allocate
-from ..coding.records import (
-    COMPONENT_BYTES,
-    OVERHEAD_BYTES,
-    empty_record,
-    factored_bytes,
-    factored_record,
-    kept_counts,
-    runs,
-)
+from ..coding.record_sizes import COMPONENT_BYTES, OVERHEAD_BYTES, factored_bytes, runs
 from ..common.validation import check_number
-from ..modeling.codebook import level_widths
-from ..modeling.seeded_mask import keep_mask
+from ..modeling.width_codes import level_widths
 from .base import Encoded, EncodingTask, MethodConfig, Spectrum
+from .settings import setting
+
+if TYPE_CHECKING:
+    import torch
 
 # What noise in v, and in both vectors, counts for in that of noise in u (docs/impart-rd.md has the measurements)
 _V_NOISE, _BOTH_NOISE = 0.25, 0.06
@@ -57,7 +52,7 @@ class ImPartRdConfig(MethodConfig):
     uncalibrated: ClassVar[str] = "none: inputs guessed"
 
     embeddings: str = "method"
-    drop_weight: float = 3.0
+    drop_weight: float = setting(3.0, "what a dropped component counts for, in noise of the same size, at least 1")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +74,10 @@ class ImPartRdConfig(MethodConfig):
         return Matrix(spectrum.sigma, spectrum.rows, spectrum.columns, _error_weights(spectrum, self.drop_weight))
 
     def _encode(self, task: EncodingTask) -> Encoded:
+        from ..coding.factor_quantisation import quantised
+        from ..coding.records import empty_record, factored_record
+        from ..modeling.seeded_mask import keep_mask
+
         rows, columns = task.delta.shape
         u, sigma, v = task.svd(task.delta, lambda spectrum: self.rank_for(spectrum, rows, columns, task.max_bytes))
         choice = self._fitted(sigma.double().cpu().numpy(), task)
@@ -99,6 +98,10 @@ class ImPartRdConfig(MethodConfig):
 
     def _fitted(self, sigma: np.ndarray, task: EncodingTask) -> Choice:
         """The choice of components with which the record fits its budget, as the masks turn out."""
+        import torch
+
+        from ..coding.records import kept_counts
+
         rows, columns = task.delta.shape
         budget = float(task.max_bytes - OVERHEAD_BYTES)
         energy = float(torch.linalg.vector_norm(task.delta)) ** 2
@@ -141,6 +144,8 @@ def _moments(task: EncodingTask) -> torch.Tensor | None:
 
 def _widths(plane: torch.Tensor, mask: torch.Tensor, bits: np.ndarray) -> np.ndarray:
     """The width codes of a plane (r, length): of the levels with so many bits, those that round it best."""
+    from ..coding.factor_quantisation import cosines
+
     widths = bits.copy()
     for width, part in runs(bits):
         kinds = [np.full(part.stop - part.start, kind) for kind in level_widths(width)]

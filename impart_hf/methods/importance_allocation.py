@@ -1,17 +1,27 @@
 """ImPart's allocation: keep ratios of the singular components by importance (arXiv 2504.13237, section 3)."""
 
+from __future__ import annotations
+
 import abc
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..coding.keep_ratios import keep_ratios, with_margin
-from ..coding.records import factored_bytes, kept_counts, kept_ratios, thresholds_of
-from ..coding.svd import Svd
+from ..coding.record_sizes import factored_bytes, kept_ratios, thresholds_of
 from ..common.validation import check_number
 from .base import MethodConfig
+from .settings import setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..coding.svd import Svd
+
+BETAS = (0.6, 0.7, 0.8)  # the paper's grids of the search
+CS = (0.5, 1.0)
 
 _MAX_FITS = 16
 
@@ -28,8 +38,8 @@ class ImportanceAllocation(MethodConfig):
 
     factored = True
 
-    beta: float = 0.6
-    c: float = 1.0
+    beta: float = setting(0.6, "share of the singular components pruned beforehand, in [0, 1)")
+    c: float = setting(1.0, "exponent of a component's importance, above 0")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +66,8 @@ class ImportanceAllocation(MethodConfig):
         Returns:
             U (m, r), sigma (r,), V (n, r); thresholds, uint16 (r,); notes.
         """
+        from ..coding.records import kept_counts
+
         rows, columns = delta.shape
         full_rank = min(rows, columns)
         u, sigma, v = svd(delta, partial(self.rank_for, rows=rows, columns=columns, max_bytes=max_bytes))

@@ -1,20 +1,16 @@
 """LowRank: the delta's leading singular components, whole (the truncated SVD that the paper compares with)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from ..coding.records import (
-    COMPONENT_BYTES,
-    OVERHEAD_BYTES,
-    VALUE_BYTES,
-    VALUE_WIDTHS,
-    check_value_dtype,
-    factored_record,
-)
+from ..coding.record_sizes import COMPONENT_BYTES, OVERHEAD_BYTES, VALUE_BYTES, VALUE_WIDTHS, check_value_dtype
 from ..modeling.delta_record import MAX_THRESHOLD
 from .base import Encoded, EncodingTask, MethodConfig
+from .settings import setting
 
 
 @dataclass
@@ -29,7 +25,7 @@ class LowRankConfig(MethodConfig):
     factored = True
     random = False
 
-    value_dtype: str = "float16"
+    value_dtype: str = setting("float16", "storage of kept values, float16 or bfloat16")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +40,8 @@ class LowRankConfig(MethodConfig):
         return min(rows, columns, (max_bytes - OVERHEAD_BYTES) // component)
 
     def _encode(self, task: EncodingTask) -> Encoded:
+        from ..coding.records import factored_record
+
         rows, columns = task.delta.shape
         rank = self.rank_for(np.empty(0), rows, columns, task.max_bytes)
         u, sigma, v = (part[..., :rank] for part in task.svd(task.delta, lambda _: rank))

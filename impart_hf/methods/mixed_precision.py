@@ -4,12 +4,15 @@ The quantisation is ImPart's algorithm 2 (arXiv 2504.13237): V against the layer
 the quantised V passes them on. Without masks it is GPTQ, without a Hessian rounding.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..coding.records import COMPONENT_BYTES, OVERHEAD_BYTES
+from ..coding.record_sizes import COMPONENT_BYTES, OVERHEAD_BYTES
 from .base import MethodConfig
+from .settings import setting
 
 _LEAST_BITS, _MOST_BITS = 2, 8
 
@@ -26,8 +29,8 @@ class MixedPrecision(MethodConfig):
     quantises = True
     factored = True
 
-    bits: tuple[int, ...] = (8, 3, 2)
-    groups: tuple[int, ...] = (2, 32)
+    bits: tuple[int, ...] = setting((8, 3, 2), "bits of a value in each group of components, comma-separated, 2 to 8")
+    groups: tuple[int, ...] = setting((2, 32), "components in each group but the last, comma-separated")
 
     def __post_init__(self) -> None:
         super().__post_init__()

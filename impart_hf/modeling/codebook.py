@@ -6,20 +6,12 @@ levels of 2 to 4 bits that have the least squared error for normally distributed
 """
 
 import abc
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from .checksums import tensor_bytes
-
-FLOAT16, BFLOAT16 = 16, 17
-# The levels above zero, by width code; the others are their negatives.
-NORMAL_LEVELS = {
-    34: (0.4528, 1.5104),
-    35: (0.2451, 0.7560, 1.3439, 2.1520),
-    36: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
-}
+from .width_codes import BFLOAT16, BITS, FLOAT16, NORMAL_LEVELS, packed_bytes
 
 
 class Codebook(abc.ABC):
@@ -30,12 +22,12 @@ class Codebook(abc.ABC):
         bits: of one value's code.
     """
 
-    def __init__(self, width: int, bits: int):
-        self.width, self.bits = width, bits
+    def __init__(self, width: int):
+        self.width, self.bits = width, BITS[width]
 
     def packed_bytes(self, count: int) -> int:
         """Bytes that `count` codes take: packed densely, padded to whole bytes at the end."""
-        return (count * self.bits + 7) // 8
+        return packed_bytes(self.width, count)
 
     @abc.abstractmethod
     def pack(self, values: torch.Tensor) -> np.ndarray:
@@ -54,7 +46,7 @@ class Floats(Codebook):
     """Values stored as 16-bit floats."""
 
     def __init__(self, width: int, dtype: torch.dtype):
-        super().__init__(width, 16)
+        super().__init__(width)
         self.dtype = dtype
 
     def pack(self, values: torch.Tensor) -> np.ndarray:
@@ -80,9 +72,9 @@ class Levels(Codebook):
 
     density, zero = 1.0, 0.0
 
-    def __init__(self, width: int, bits: int):
-        super().__init__(width, bits)
-        self.top = (1 << bits) - 1
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.top = (1 << self.bits) - 1
 
     def levels(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """All levels, (2^bits,), rising."""
@@ -120,7 +112,7 @@ class EvenLevels(Levels):
     """Evenly spaced levels from -1 to 1: code c stands for 2 c / (2^bits - 1) - 1."""
 
     def __init__(self, bits: int):
-        super().__init__(bits, bits)
+        super().__init__(bits)
         self.density = self.zero = self.top / 2
 
     def edges(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -138,8 +130,8 @@ class NormalLevels(Levels):
     """The levels with the least squared error for normally distributed values of variance 1."""
 
     def __init__(self, width: int):
+        super().__init__(width)
         above = NORMAL_LEVELS[width]
-        super().__init__(width, len(above).bit_length())
         self._rising = (*(-level for level in reversed(above)), *above)
 
     def levels(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -177,16 +169,6 @@ def level_codebook(width: int) -> Levels:
     if not isinstance(book, Levels):
         raise KeyError(width)
     return book
-
-
-def level_widths(bits: int) -> list[int]:
-    """The width codes of levels of so many bits: the evenly spaced ones first."""
-    return [book.width for book in CODEBOOKS.values() if isinstance(book, Levels) and book.bits == bits]
-
-
-def bits_of(widths: Iterable[int]) -> list[int]:
-    """Bits of one value's code under each width code."""
-    return [CODEBOOKS[width].bits for width in widths]
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .codebook import CODEBOOKS
+from .width_codes import BITS
 
 FACTORED, DIRECT = 1, 2  # layouts
 KEEP_ALL, KEEP_SHARED, KEEP_PER_COLUMN = 0, 1, 2  # how a segment states its thresholds
@@ -158,8 +158,8 @@ def _check_header(name: str, fields: tuple, shape: tuple[int, int], available: i
 
 def _check_segments(name: str, segments: list[Segment], layout: int, plane_columns: int) -> None:
     for segment in segments:
-        v_ok = segment.width_v in CODEBOOKS if layout == FACTORED else segment.width_v == 0
-        known = segment.width_u in CODEBOOKS and v_ok and segment.keep <= KEEP_PER_COLUMN and segment.scaled <= 1
+        v_ok = segment.width_v in BITS if layout == FACTORED else segment.width_v == 0
+        known = segment.width_u in BITS and v_ok and segment.keep <= KEEP_PER_COLUMN and segment.scaled <= 1
         if not known or segment.columns == 0:
             raise DeltaFormatError(f"{name}: unknown storage of a column segment: {segment}")
     if sum(s.columns for s in segments) != plane_columns:

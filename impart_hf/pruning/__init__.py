@@ -1,29 +1,27 @@
 """Pruning LLaMA: importance from early gradients, layers and widths removed, recovery training (GradPruner)."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from .importance_report import Importance
-from .layers import prune_layers
-from .pruned_writer import PruningReport
-from .width import prune_width
 
 if TYPE_CHECKING:
     from .importance import compute_importance
+    from .importance_report import Importance
+    from .layers import prune_layers
+    from .pruned_writer import PruningReport
     from .recovery import RecoveryReport, recover
+    from .width import prune_width
 
-
-def __getattr__(name: str) -> Any:
-    # These need transformers' Trainer, which takes seconds to import; the command line need not wait for it.
-    if name == "compute_importance":
-        from .importance import compute_importance
-
-        return compute_importance
-    if name in ("RecoveryReport", "recover"):
-        from . import recovery
-
-        return getattr(recovery, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+# The modules are imported when they are first used: they need torch, and some of them transformers' Trainer, which
+# takes seconds to import.
+_HOMES = {
+    "Importance": "importance_report",
+    "PruningReport": "pruned_writer",
+    "RecoveryReport": "recovery",
+    "compute_importance": "importance",
+    "prune_layers": "layers",
+    "prune_width": "width",
+    "recover": "recovery",
+}
 
 __all__ = [
     "Importance",
@@ -34,3 +32,9 @@ __all__ = [
     "prune_width",
     "recover",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

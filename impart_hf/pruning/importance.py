@@ -30,9 +30,10 @@ from ..storage.checkpoint_writer import new_folder
 from ..storage.output import check_output
 from ..training.trainer import train, training_arguments
 from .checks import open_llama, weights_fingerprint
+from .choices import SCORES
 from .gradient_sums import MatrixSums
 from .importance_plot import draw
-from .importance_report import SCORES, Importance
+from .importance_report import Importance
 from .llama_shape import LINEAR, LlamaShape, layer_prefix
 from .lora import add_lora, load_model, require_training, training_tokens
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .importance_report import SCORES, Importance
+from .choices import SCORES
+from .importance_report import Importance
 
 _NAMES = {"igia": "IGIA", "gradient_norm": "gradient norm"}
 

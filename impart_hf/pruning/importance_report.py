@@ -17,6 +17,7 @@ from ..modeling.checkpoints import Checkpoint, all_finite
 from ..modeling.checksums import tensor_bytes
 from ..storage.safetensors_writer import Entry, write_safetensors
 from .checks import weights_fingerprint
+from .choices import SCORES
 from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
 from .report_fields import (
     DamagedError,
@@ -29,7 +30,6 @@ from .report_fields import (
 )
 
 FORMAT_VERSION = 1
-SCORES = ("igia", "gradient_norm")
 REPORT, UNIT_SCORES, MASKS = "importance.json", "importance.safetensors", "masks.safetensors"
 _UNITS = ("heads", "groups", "channels")
 _WIDTHS = tuple(field.name for field in dataclasses.fields(LayerWidth))  # of a layer; numbers of its units

@@ -21,11 +21,12 @@ from ..storage.checkpoint_writer import DenseTensor
 from ..storage.locked_folder import LockedFolder
 from ..storage.output import check_output
 from .checks import open_llama
+from .choices import PARTS
 from .correction import corrected_weights
 from .importance_report import Importance, check_score
 from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
 from .pruned_writer import PruningReport, write_pruned
-from .width_budget import PARTS, WidthBudget, width_budget
+from .width_budget import WidthBudget, width_budget
 
 # With it, a score twice as high loses a thousandth of the share; beyond, shares leave what floats can tell apart.
 _LARGEST_EXPONENT = 10

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .choices import PARTS
 from .llama_shape import LayerWidth, LlamaShape
-
-PARTS = ("attention", "mlp")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..distillation import DistillReport
-from ..modeling.codebook import bits_of
 from ..modeling.delta_record import FACTORED, parse_stack
 from ..modeling.delta_repository import BASE_CHECKSUMS, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
+from ..modeling.width_codes import bits_of
 
 
 def human_bytes(count: float) -> str:

@@ -91,7 +91,7 @@ def test_bad_input_is_one_line(
     assert "--beta belongs to impart" in failure(
         capsys, "compress", base, finetuned, out, "--method", "dare", "--beta", "0.5"
     )
-    assert "--calibration-samples is of a text" in failure(
+    assert "--calibration-samples: is of a text" in failure(
         capsys, "compress", base, finetuned, out, "--calibration-samples", "5"
     )
     assert "--steps, --distill-blocks: for distillation" in failure(

@@ -98,7 +98,11 @@ def test_json(model: Path, report: Path, tmp_path: Path, capsys) -> None:
         (("layers", "MODEL", "OUT", "--importance", "REPORT", "--drop", "4"), "1 to 3 can"),
         (("width", "MODEL", "OUT", "--importance", "REPORT", "--ratio", "0.99"), "every layer keeps some"),
         (("width", "MODEL", "OUT", "--importance", "REPORT", "--ratio", "0.2", "--parts", "heads"), "parts must be"),
-        (("width", "MODEL", "OUT", "--importance", "REPORT", "--ratio", "0.2", "--device", "tpu9"), "tpu9"),
+        (
+            ("width", "MODEL", "OUT", "--importance", "REPORT", "--ratio", "0.2", "--calibration", "TEXT")
+            + ("--device", "tpu9"),
+            "tpu9",
+        ),
         (("width", "OTHER", "OUT", "--importance", "REPORT", "--ratio", "0.2"), "made for another model"),
         (("layers", "QWEN", "OUT", "--importance", "REPORT", "--drop", "1"), "not LLaMA-shaped"),
         (("importance", "QWEN", "--data", "TEXT", "--output", "OUT"), "not LLaMA-shaped"),

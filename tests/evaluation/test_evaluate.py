@@ -350,6 +350,7 @@ def test_models_that_cannot_be_evaluated(
         ({"new_tokens": 0, "latency": True}, "the continuation must have at least 1 token, got 0"),
         ({"latency": True, "new_tokens": 128}, "the 128 positions .* no room for a prompt"),
         ({"latency": True, "repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"text": [TEXT], "base_model": "user/base"}, "base_model: none of the models is a delta repository"),
         ({"models": []}, "there is no model to evaluate"),
         ({"models": ["/gone"]}, "'/gone' is neither a local folder nor a valid Hub id"),
     ],

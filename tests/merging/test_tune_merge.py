@@ -1,4 +1,4 @@
-"""The search for a merge's settings, and the commands `merge` and `tune --merge`."""
+"""The search for a merge's settings, and the commands `merge` and `tune-merge`."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_papers_grids(family, tmp_path, monkeypatch, method, settings, count
 def test_the_command(family, tmp_path, capsys):
     for task, (text,) in TEXTS.items():
         (tmp_path / f"{task}.txt").write_text(text)
-    command = ["tune", "--merge", str(family / "ties.yaml"), str(tmp_path / "out"), "--quiet"]
+    command = ["tune-merge", str(family / "ties.yaml"), str(tmp_path / "out"), "--quiet"]
     command += ["--samples", "4", "--length", "32", "--lambdas", "0.5,1", "--trims", "0.5"]
     for task in TEXTS:
         command += ["--validation", f"{task}={tmp_path / task}.txt"]
@@ -102,7 +102,7 @@ def test_the_command(family, tmp_path, capsys):
     assert lines[0].split() == ["lambda", "density", "cats", "dogs", "mean"] and len(lines) == 5
     assert sum(line.endswith("best") for line in lines) == 1 and "out: ties of" in lines[-1]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert main([*command[:3], str(tmp_path / "json"), *command[4:], "--json"]) == 0
+    assert main([*command[:2], str(tmp_path / "json"), *command[3:], "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["candidates"]) == 2 and report["report"]["config"]["parameters"]["density"] == 0.5
 
@@ -110,17 +110,12 @@ def test_the_command(family, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["OUT"], "give the validation text of at least one task"),
         (["OUT", "--validation", "text.txt"], "--validation of a merge is TASK=TEXT"),
         (["OUT", "--validation", "a=t.txt", "--validation", "a=t.txt"], "once for each task"),
-        (["BASE", "FINETUNED", "OUT"], "give OUT; got BASE, FINETUNED, .*out"),
-        (["OUT", "--ratio", "8"], "--ratio is not for --merge"),
-        (["OUT", "--betas", "0.5"], "--betas is not for --merge"),
         (["OUT", "--validation", "a=gone.txt"], "does not exist"),
         (["OUT", "--validation", "a=TEXT", "--densities", "1.5", "--trims", "0.5"], "trims|nothing|density must lie"),
         (["OUT", "--validation", "a=TEXT", "--trims", "0"], r"density must lie in \(0, 1\]"),
         (["OUT", "--validation", "a=TEXT", "--lambdas", "nan"], "lambda must be a number"),
-        (["OUT", "--validation", "a=TEXT", "--private"], "--private is for what is published"),
         (["OUT", "--validation", "a=TEXT", "--batch-size", "0"], "batch_size must be at least 1"),
         (["FULL", "--validation", "a=TEXT"], "is not an empty folder"),
     ],
@@ -130,7 +125,7 @@ def test_bad_input(family, tmp_path, capsys, arguments, message):
     (tmp_path / "full" / "letter.txt").write_text("dear")
     (tmp_path / "text.txt").write_text(TEXTS["cats"][0])
     places = {"OUT": str(tmp_path / "out"), "FULL": str(tmp_path / "full"), "a=TEXT": f"a={tmp_path / 'text.txt'}"}
-    command = ["tune", "--merge", str(family / "impart_ties.yaml"), *(places.get(a, a) for a in arguments)]
+    command = ["tune-merge", str(family / "impart_ties.yaml"), *(places.get(a, a) for a in arguments)]
     assert main([*command, "--quiet"]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "text.txt"]
@@ -139,32 +134,46 @@ def test_bad_input(family, tmp_path, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lambdas", "1"], "--lambdas is for --merge"),
-        ([], "give one --validation text or one --task"),
-        (["--validation", "a.txt", "--validation", "b.txt"], "give one --validation text or one --task"),
+        (["OUT"], "--validation"),
+        (["OUT", "FINETUNED", "--validation", "a=t.txt"], "FINETUNED"),
+        (["OUT", "--validation", "a=t.txt", "--ratio", "8"], "--ratio"),
+        (["OUT", "--validation", "a=t.txt", "--betas", "0.5"], "--betas"),
+        (["OUT", "--validation", "a=t.txt", "--private"], "--private"),
     ],
 )
-def test_searches_are_not_mixed_up(capsys, arguments, message):
+def test_usage(family, capsys, arguments, message):
+    """What belongs to the search for a pair's settings is none of this command's."""
+    with pytest.raises(SystemExit) as caught:
+        main(["tune-merge", str(family / "impart_ties.yaml"), *arguments])
+    assert caught.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_task(family, tmp_path):
+    with pytest.raises(ValueError, match="give the validation text of at least one task"):
+        tune_merge(family / "ties.yaml", tmp_path / "out", {}, **SMALL)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--validation", "a.txt", "--validation", "b.txt"]])
+def test_a_pair_is_judged_by_one_text(capsys, arguments):
     assert main(["tune", "base", "finetuned", "out", *arguments]) == 1
-    assert message in capsys.readouterr().err
+    assert "give one --validation text or one --task" in capsys.readouterr().err
+
+
+def test_the_search_for_a_pair_has_no_option_of_a_merge(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "base", "finetuned", "out", "--validation", "a.txt", "--lambdas", "1"])
+    assert "--lambdas" in capsys.readouterr().err
 
 
 def test_settings_that_a_method_has_no_use_for(family, tmp_path, capsys):
-    command = [
-        "tune",
-        "--merge",
-        str(family / "task_arithmetic.yaml"),
-        str(tmp_path / "out"),
-        "--validation",
-        "a=t.txt",
-    ]
+    command = ["tune-merge", str(family / "task_arithmetic.yaml"), str(tmp_path / "out"), "--validation", "a=t.txt"]
     for name, value in (("trims", "0.5"), ("densities", "0.5")):
         assert main([*command, f"--{name}", value]) == 1
         assert f"task_arithmetic has no use for {name}" in capsys.readouterr().err
 
 
 def test_an_output_folder_that_is_one_of_the_models(family, capsys):
-    command = ["tune", "--merge", str(family / "ties.yaml"), str(family / "a"), "--validation", "a=t.txt"]
+    command = ["tune-merge", str(family / "ties.yaml"), str(family / "a"), "--validation", "a=t.txt"]
     assert main(command) == 1
     assert "is one of the models that are merged" in capsys.readouterr().err
 

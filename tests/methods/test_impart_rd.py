@@ -30,13 +30,13 @@ from impart_hf.cli.main import main
 from impart_hf.coding import rate_distortion
 from impart_hf.coding.factor_quantisation import cosines, quantised
 from impart_hf.coding.rate_distortion import NOISE, Components, ErrorWeights, Matrix, allocate
-from impart_hf.coding.records import kept_ratios
+from impart_hf.coding.record_sizes import kept_ratios
 from impart_hf.compression.budgets import _embedding_weight
 from impart_hf.methods import Spectrum, impart_rd
 from impart_hf.methods.impart_rd import _widths
-from impart_hf.modeling.codebook import level_widths
 from impart_hf.modeling.delta_decode import decode_record
 from impart_hf.modeling.delta_record import Record, parse_record
+from impart_hf.modeling.width_codes import level_widths
 
 HARM = ErrorWeights(3, 1, 0.25, 0.06)
 SHAPES = [(96, 96), (48, 128), (400, 64)]

@@ -18,6 +18,7 @@ import torch
 from pairs import Pair
 
 from impart_hf import compress
+from impart_hf.coding import factor_quantisation
 from impart_hf.coding.rate_distortion import NOISE, ErrorWeights
 from impart_hf.distillation import DistillSettings
 from impart_hf.methods import Encoded, ImPartRdConfig, MethodConfig, Spectrum, impart_rd, method_class, method_names
@@ -58,7 +59,7 @@ class _ExactU(_Changed):
     """The exact U, which does not make up for the error of the quantised V."""
 
     def change(self) -> AbstractContextManager:
-        return patch.object(impart_rd, "quantised", partial(_from_exact_u, impart_rd.quantised))
+        return patch.object(factor_quantisation, "quantised", partial(_from_exact_u, factor_quantisation.quantised))
 
 
 def _from_exact_u(quantised: Callable, *rest: Any, delta: torch.Tensor, **named: Any) -> Any:
@@ -108,7 +109,7 @@ class _LeastError(_Changed):
     """Sigma by least squares, which shrinks what is stored, in the place of the unbiased one."""
 
     def change(self) -> AbstractContextManager:
-        return patch.object(impart_rd, "quantised", partial(_shrunk, impart_rd.quantised))
+        return patch.object(factor_quantisation, "quantised", partial(_shrunk, factor_quantisation.quantised))
 
 
 def _shrunk(

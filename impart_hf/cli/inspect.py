@@ -1,0 +1,30 @@
+"""The command `impart-hf inspect`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from .options import add_json, add_repository, check_revision
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_repository(parser)
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw spectra, keep ratios and bytes by layer")
+    add_json(parser, "print JSON instead of a table")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    check_revision(options, options.repo)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print what the repository holds."""
+    from ..modeling.checkpoints import HubOptions
+    from ..repository.inspection import Inspection
+
+    inspection = Inspection(options.repo, HubOptions(options.revision))
+    if options.plot:
+        inspection.plot(options.plot)
+    print(json.dumps(inspection.to_dict(), indent=2) if options.json else inspection.table())

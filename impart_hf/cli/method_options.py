@@ -1,0 +1,155 @@
+"""The options that choose a compression method and its settings; they come from the methods' dataclasses."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..methods import MethodConfig, Setting, method_class, method_names, settings_of
+from .options import add_calibration, add_models, check_models, given, listed, refuse
+
+DEFAULT_METHOD = "impart-rd"
+_DEST = "setting "  # what the names of settings begin with among the options: they cannot clash with other options
+
+
+def add_method(
+    parser: argparse.ArgumentParser,
+    methods: Sequence[str],
+    default: str | None = DEFAULT_METHOD,
+    searched: Sequence[str] = (),
+) -> None:
+    """Options for a method and its settings.
+
+    Args:
+        methods: names of those that can be chosen.
+        default: the one that is used if none is chosen; None for a dense model.
+        searched: settings that the command searches itself, and that are no options.
+    """
+    parser.add_argument("--method", choices=methods, default=default, help=f"default: {default or 'a dense model'}")
+    parser.add_argument(
+        "--max-bytes", metavar="SIZE", help="most that the repository may take, such as 500MB, instead of --ratio"
+    )
+    group = parser.add_argument_group("settings of the method")
+    owners: dict[str, list[Setting]] = {}
+    for setting in _settings(methods):
+        if setting.name not in searched:
+            owners.setdefault(setting.option, []).append(setting)
+    for option, settings in owners.items():
+        metavar = option.upper().replace("-", "_")
+        group.add_argument(f"--{option}", dest=_DEST + option, metavar=metavar, help=_help(settings, len(methods)))
+
+
+def _settings(methods: Sequence[str]) -> Iterator[Setting]:
+    for name in methods:
+        yield from settings_of(method_class(name))
+
+
+def _help(settings: Sequence[Setting], methods: int) -> str:
+    """The help of an option: what it means in which methods, and its defaults.
+
+    Args:
+        settings: of all methods that have the option.
+        methods: how many methods there are.
+    """
+    meanings: dict[str, list[Setting]] = {}
+    for setting in settings:
+        meanings.setdefault(setting.help, []).append(setting)
+    parts = []
+    for help, group in meanings.items():
+        owners = "" if len(group) == methods else f"; for {', '.join(setting.method for setting in group)}"
+        parts.append(f"{help}{owners} (default: {_defaults(group)})")
+    return ". ".join(parts).replace("%", "%%")
+
+
+def _defaults(settings: Sequence[Setting]) -> str:
+    """A setting's defaults: the first method's, and those of others where they differ."""
+    texts = {setting.method: _text(setting.default) for setting in settings}
+    usual = next(iter(texts.values()))
+    return ", ".join([usual, *(f"{text} for {method}" for method, text in texts.items() if text != usual)])
+
+
+def _text(value: Any) -> str:
+    """A value as an option takes it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return listed(value) if isinstance(value, tuple) else str(value)
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, str]:
+    """The settings of a method that the command line gives, by option without hyphens in front, as they stand there."""
+    found = {name.removeprefix(_DEST): text for name, text in vars(options).items() if name.startswith(_DEST)}
+    return {option: text for option, text in found.items() if text is not None}
+
+
+def method_config(options: argparse.Namespace) -> MethodConfig:
+    """The method that the command line asks for.
+
+    Raises:
+        ValueError: naming the option, if a setting is out of range, belongs to another method or has no effect.
+    """
+    texts = given_settings(options)
+    if options.max_bytes is not None and "ratio" in texts:
+        raise ValueError("give --ratio or --max-bytes, not both")
+    chosen = method_class(options.method)
+    settings = {setting.option: setting for setting in settings_of(chosen)}
+    values: dict[str, Any] = {}
+    for option, text in texts.items():
+        if option not in settings:
+            owners = [setting.method for setting in _settings(method_names()) if setting.option == option]
+            raise ValueError(
+                f"--{option} belongs to {', '.join(owners)}, not to {chosen.name}: leave it out, or choose another "
+                "--method"
+            )
+        if settings[option].name == "seed" and not chosen.random:
+            raise ValueError(f"--{option}: {chosen.name} drops nothing at random: leave it out")
+        try:
+            values[settings[option].name] = settings[option].parse(text)
+        except ValueError as error:
+            raise ValueError(f"--{option}: {error}") from error
+    try:
+        return chosen(**values)
+    except ValueError as error:
+        for option in texts:
+            if str(error).startswith(settings[option].name):
+                raise ValueError(f"--{option}: {error}") from error
+        raise
+
+
+def add_pair(
+    parser: argparse.ArgumentParser,
+    methods: Sequence[str],
+    default: str = DEFAULT_METHOD,
+    searched: Sequence[str] = (),
+    of_what: str = "that text",
+) -> None:
+    """Options of the commands that compress a base and a fine-tune; arguments as for `add_method`.
+
+    Args:
+        of_what: what --calibration-samples are taken from.
+    """
+    add_models(parser)
+    add_method(parser, methods, default, searched)
+    add_calibration(
+        parser,
+        "text for the methods that quantise: a .txt, .json or .jsonl file, a folder of such or the name of a data set; "
+        "without it they round, impart-rd against inputs guessed from the delta",
+        of_what,
+    )
+
+
+def check_pair(options: argparse.Namespace) -> MethodConfig:
+    """Check the options of `add_pair`, and give the method."""
+    check_models(options)
+    method = method_config(options)
+    if not method.quantises:
+        refuse(options, ["calibration"], f"is for the methods that quantise, not for {method.name}; choose another")
+    return method
+
+
+def pair_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that `compress` and `tune` share."""
+    return {
+        **given(options, "max_bytes", "calibration", "calibration_samples", "calibration_length", "device"),
+        **given(options, "base_revision", "base_name", "max_shard_size"),
+        "finetuned_revision": options.revision,
+        "progress": not options.quiet,
+    }

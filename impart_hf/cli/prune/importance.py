@@ -1,0 +1,69 @@
+"""The command `impart-hf prune importance`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...pruning.choices import SCORES
+from ..options import add_flag, check_revision, given, refuse
+from .options import REPORT_FOLDER, add_model, add_training, training_arguments
+
+if TYPE_CHECKING:
+    from ...pruning import Importance
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_model(parser)
+    add_training(parser)
+    parser.add_argument("--output", default=REPORT_FOLDER, help=f"folder of the report (default: {REPORT_FOLDER})")
+    parser.add_argument("--steps", type=int, help="training steps, at least 2 (default: 40)")
+    parser.add_argument("--learning-rate", type=float, help="of AdamW (default: 1e-4)")
+    parser.add_argument("--top-percent", type=float, help="how much of a dropped matrix may be merged (default: 20)")
+    add_flag(parser, "--no-masks", "leave out what merging needs: a bit for every weight")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    check_revision(options, options.model)
+    if options.no_masks:
+        refuse(options, ["top_percent"], "is of the masks, which --no-masks leaves out; take --no-masks away")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Score the model, and print the scores."""
+    from ...modeling.checkpoints import read_json
+    from ...pruning import compute_importance
+    from ...pruning.importance_report import REPORT
+    from ...training.distributed import is_first
+
+    importance = compute_importance(
+        options.model,
+        options.output,
+        options.data,
+        masks=not options.no_masks,
+        **given(options, "top_percent"),
+        **training_arguments(options),
+    )
+    if not is_first():
+        return
+    if options.json:
+        print(json.dumps(read_json(Path(options.output, REPORT)), indent=2))
+        return
+    print(_score_table(importance))
+    print(f"\n{options.output}: importance of {importance.model}, {importance.steps} steps")
+
+
+def _score_table(importance: Importance) -> str:
+    """Both scores of every layer, as shares of their sums, and the layer's rank from the least important on."""
+    scores = {score: importance.layers[score] / importance.layers[score].sum() for score in SCORES}
+    ranks = {score: values.argsort(stable=True).argsort().tolist() for score, values in scores.items()}
+    titles = [f"{score.replace('_', '-')}, share" for score in SCORES]
+    lines = ["layer" + "".join(f"{title:>24}{'rank':>6}" for title in titles)]
+    for layer in range(len(importance.shape.layers)):
+        cells = [f"{scores[score][layer].item():>24.4f}{ranks[score][layer]:>6}" for score in SCORES]
+        lines.append(f"{layer:>5}" + "".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""The command `impart-hf prune recover`."""
+
+import argparse
+import json
+
+from ..options import add_flag, add_publishing, check_publishing, check_revision, given, push_if_asked, refuse
+from .options import add_model, add_training, training_arguments
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_model(parser)
+    parser.add_argument("output", metavar="OUT", help="folder of the trained model")
+    add_training(parser)
+    add_flag(parser, "--full", "train all weights, instead of LoRA adapters")
+    parser.add_argument("--steps", type=int, help="training steps, instead of epochs")
+    parser.add_argument("--epochs", type=float, help="how often all of the text is used (default: 1)")
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-4 for LoRA, 2e-5 in full")
+    parser.add_argument("--eval-data", metavar="TEXT", help="held-out text: perplexity before and after")
+    add_publishing(parser)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    check_revision(options, options.model)
+    check_publishing(options)
+    if options.full:
+        refuse(options, ["rank", "alpha"], "is of LoRA adapters, and --full trains all weights; take --full away")
+    if options.steps is not None:
+        refuse(options, ["epochs"], "--steps says how long to train; take --steps away")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, and report."""
+    from ...hub import is_pruned_model
+    from ...modeling.checkpoints import HubOptions
+    from ...pruning import recover
+    from ...training.distributed import is_first
+
+    if options.push and not is_pruned_model(options.model, HubOptions(options.revision)):
+        raise ValueError(f"--push publishes pruned models, and '{options.model}' was never pruned: leave it out")
+    report = recover(
+        options.model,
+        options.output,
+        options.data,
+        lora=not options.full,
+        **given(options, "epochs", "eval_data"),
+        **training_arguments(options),
+    )
+    if not is_first():
+        return
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(
+            f"{options.output}: trained for {report.steps} steps in {report.seconds:.0f} s, loss "
+            f"{report.first_loss:.3f} at first, {report.last_loss:.3f} at last"
+        )
+        if report.perplexity_before is not None:
+            found = f"{report.perplexity_before:.2f} before, {report.perplexity_after:.2f} after"
+            print(f"perplexity on {options.eval_data}: {found}")
+    push_if_asked(options)

@@ -1,0 +1,49 @@
+"""What a user should know of a result, in a few lines."""
+
+from ..distillation import DistillReport
+from ..merging.merge import MergeReport
+from ..repository.report import CompressionReport, human_bytes
+
+
+def compression_summary(report: CompressionReport, output: str) -> str:
+    """The summary of a compression."""
+    lines = [
+        f"{output}: {human_bytes(report.repository_bytes)} instead of {human_bytes(report.checkpoint_bytes)}, "
+        f"ratio {report.ratio:.2f} (requested {report.requested_ratio:g}), in {report.seconds:.0f} s",
+        f"{len(report.tensors)} tensors changed, {report.equal_tensors} equal to the base's; not counted: tokenizer "
+        f"and other unchanged files {human_bytes(report.sidecar_bytes)}, reader {human_bytes(report.reader_bytes)}",
+    ]
+    if not report.tensors:
+        lines.append("the fine-tuned model equals the base: are BASE and FINETUNED the right ones?")
+    calibration, _, instead = report.method.get("calibration", "").partition(": ")
+    if calibration == "none":
+        lines.append(f"{instead}, as no calibration text was given (--calibration FILE)")
+    if report.distilled:
+        lines.append(
+            f"distilled: KL to the fine-tune on held-out text {report.distilled.before:.4f} before, "
+            f"{report.distilled.after:.4f} after, nats per token; {_best_step(report.distilled)}"
+        )
+    if report.shortfall:
+        lines.append(f"ratio missed: {report.shortfall}")
+    noted = [(t.name, note) for t in report.tensors for note in t.notes]
+    if noted:
+        lines.append(f"notes on {len(noted)} tensors (--json has all), the first: {noted[0][0]}: {noted[0][1]}")
+    return "\n".join(lines)
+
+
+def _best_step(distilled: DistillReport) -> str:
+    if not distilled.best_step:
+        return f"none of {distilled.steps} steps did better, nothing was changed"
+    return f"best of {distilled.steps} steps: {distilled.best_step}"
+
+
+def merge_summary(report: MergeReport, output: str) -> str:
+    """The summary of a merge."""
+    models = [model["model"] for model in report.config["models"]]
+    lines = [f"{output}: {report.config['merge_method']} of {', '.join(models)}; {report.parameters:,} parameters"]
+    if report.added_tokens:
+        lines.append(f"{report.added_tokens} tokens more than the base")
+    lines += report.notes
+    if report.compression is not None:
+        lines.append(compression_summary(report.compression, output))
+    return "\n".join(lines)

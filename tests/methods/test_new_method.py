@@ -1,0 +1,82 @@
+"""A method that someone else wrote: one file in the folder of the methods, and no other edit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.tiny_models import Pair
+
+import impart_hf
+
+METHOD = '''
+"""Stranger: the delta's leading components at so many bits."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .delta_come import DeltaComeConfig
+from .settings import setting
+
+
+def _double(text: str) -> int:
+    if text == "many":
+        raise ValueError("many is no number")
+    return 2 * int(text)
+
+
+@dataclass
+class StrangerConfig(DeltaComeConfig):
+    name: ClassVar[str] = "stranger"
+
+    groups: tuple[int, ...] = (5, 20)
+    its_number: int = setting(1, "what a stranger counts, 100 % of it", _double, option="its-option")
+'''
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package with the stranger's file."""
+    folder = tmp_path_factory.mktemp("stranger")
+    shutil.copytree(Path(impart_hf.__file__).parent, folder / "impart_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "impart_hf" / "methods" / "stranger.py").write_text(METHOD)
+    return folder
+
+
+def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Python with the copied package."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=checkout)
+
+
+def test_it_is_in_the_help(checkout: Path) -> None:
+    help = " ".join(run(checkout, "-m", "impart_hf.cli", "compress", "--help").stdout.split())
+    assert "lowrank,stranger}" in help
+    assert "--its-option ITS_OPTION what a stranger counts, 100 % of it; for stranger (default: 1)" in help
+    assert "for delta-come, impart-qt, stranger (default: 2,32, 5,20 for stranger)" in help
+
+
+def test_it_compresses_and_loads(checkout: Path, tiny_pair: Pair, tmp_path: Path) -> None:
+    command = ["-m", "impart_hf.cli", "compress", str(tiny_pair.base), str(tiny_pair.finetuned), str(tmp_path / "out")]
+    command += ["--method", "stranger", "--ratio", "4", "--quiet"]
+    done = run(checkout, *command, "--its-option", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["method"]["name"] == "stranger" and report["method"]["its_number"] == 6
+    assert report["method"]["groups"] == [5, 20] and report["ratio"] == pytest.approx(4, rel=0.05)
+    refused = run(checkout, *command, "--its-option", "many")
+    assert refused.returncode == 1 and refused.stderr == "impart-hf: error: --its-option: many is no number\n"
+    belongs = run(checkout, *command[:6], "--its-option", "3")
+    assert belongs.returncode == 1 and "--its-option belongs to stranger" in belongs.stderr
+    program = (
+        "import sys, impart_hf\nfrom transformers import AutoModelForCausalLM\nfrom impart_hf import StrangerConfig\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "assert 'StrangerConfig' in dir(impart_hf)\n"
+        "print(type(model).__name__, StrangerConfig(its_number=4).its_number, 'StrangerConfig' in impart_hf.__all__)"
+    )
+    loaded = run(checkout, "-c", program, str(tmp_path / "out"))
+    assert loaded.stdout.split()[-2:] == ["4", "True"], loaded.stderr
