@@ -11,7 +11,7 @@ from impart_hf.storage.locked_folder import LockedFolder
 
 KILLED = """
 import os, signal, sys
-from impart_hf.checkpoint_writer import new_folder
+from impart_hf.storage.checkpoint_writer import new_folder
 with new_folder(sys.argv[1]) as folder:
     (folder / "half.txt").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
