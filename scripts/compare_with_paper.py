@@ -1,7 +1,8 @@
 """Our repositories against the paper's algorithm, written out naively in float32 on the same tensors.
 
-The naive version (tests/naive_impart.py) counts kept parameters only, takes norms from the fine-tune for nothing and
-stores nothing; it gets 1.25 times the ratio, an allowance for the headers and per-column numbers of a real file.
+The naive version (tests/support/naive_impart.py) counts kept parameters only, takes norms from the fine-tune for
+nothing and stores nothing; it gets 1.25 times the ratio, an allowance for the headers and per-column numbers of a real
+file.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import naive_impart
+from support import naive_impart
 
 ALLOWANCE = 1.25
 BATCH_SIZE = 16

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.messages import naming
 from support.tiny_models import edit_json, edit_tensors, make_model, save_model, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, Mamba2Config, PreTrainedConfig, RwkvConfig
@@ -262,7 +263,7 @@ def spoilt(name: str) -> Callable[[dict[str, Tensor]], None]:
 def test_weights_that_are_not_finite_are_named_by_their_layer(own_llama: Path, part: str) -> None:
     edit_tensors(own_llama, spoilt(f"model.layers.1.{part}.weight"))
     calls = Calls(own_llama)
-    with pytest.raises(ValueError, match=r"^calibration: activations of layer 1 are not finite$"):
+    with pytest.raises(ValueError, match=naming("calibration", "layer 1", "finite")):
         calls.run()
     assert {layer_of(name) for name in calls.order} == {-1, 0}
 
@@ -273,7 +274,7 @@ def test_embeddings_that_are_not_finite(own_llama: Path) -> None:
 
     edit_tensors(own_llama, edit)
     calls = Calls(own_llama)
-    with pytest.raises(ValueError, match="activations of the embeddings are not finite"):
+    with pytest.raises(ValueError, match=naming("embeddings", "finite")):
         calls.run()
     assert calls.order == []
 
@@ -282,22 +283,21 @@ def test_embeddings_that_are_not_finite(own_llama: Path) -> None:
 def test_compression_that_ruins_a_layer_is_noticed_there(folders: Callable[[str], Path], part: str) -> None:
     ruined = f"model.layers.0.{part}.weight"
     calls = Calls(folders("llama"), lambda name, weight: weight * float("nan") if name == ruined else weight)
-    with pytest.raises(ValueError, match="activations of layer 0 are not finite"):
+    with pytest.raises(ValueError, match=naming("layer 0", "finite")):
         calls.run()
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("kind", "names"),
     [
-        ("mixtral", r"'mixtral': its checkpoint has no model\.layers\.0\.mlp\.\S+ of shape"),
-        ("rwkv", "'rwkv': its decoder does more than hand"),
+        ("mixtral", ("mixtral", "model.layers.0.mlp", "shape")),
+        ("rwkv", ("rwkv", "decoder")),
     ],
 )
-def test_architectures_that_cannot_be_streamed(folders: Callable[[str], Path], kind: str, message: str) -> None:
+def test_architectures_that_cannot_be_streamed(folders: Callable[[str], Path], kind: str, names: tuple) -> None:
     calls = Calls(folders(kind))
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=naming("calibration", names)):
         calls.run()
-    assert "compress without it" in str(caught.value)
     assert calls.order == []
 
 
@@ -307,17 +307,17 @@ def test_a_checkpoint_of_other_names_or_shapes(own_llama: Path) -> None:
 
     edit_tensors(own_llama, rename)
     calls = Calls(own_llama)
-    with pytest.raises(ValueError, match=r"has no model\.layers\.1\.mlp\.down_proj\.weight of shape \[64, 128\]"):
+    with pytest.raises(ValueError, match=naming("model.layers.1.mlp.down_proj.weight", "[64, 128]")):
         calls.run()
     edit_json(own_llama / "config.json", intermediate_size=96)
-    with pytest.raises(ValueError, match=r"of shape \[96, 64\]|of shape \[64, 96\]"):
+    with pytest.raises(ValueError, match=r"\[96, 64\]|\[64, 96\]"):
         Calls(own_llama).run()
     assert calls.order == []
 
 
 def test_an_architecture_that_transformers_does_not_know(own_llama: Path) -> None:
     edit_json(own_llama / "config.json", model_type="unheard-of")
-    with pytest.raises(ValueError, match="'unheard-of': transformers knows no causal language model"):
+    with pytest.raises(ValueError, match=naming("unheard-of", "transformers")):
         Calls(own_llama).run()
 
 
@@ -345,22 +345,22 @@ def test_decoders_that_are_no_plain_chain_of_layers(
 
     monkeypatch.setattr(modeling_llama.LlamaModel, "forward", forward)
     calls = Calls(folders("llama"))
-    with pytest.raises(ValueError, match="does more than hand|share a state"):
+    with pytest.raises(ValueError, match=naming("calibration", "llama")):
         calls.run()
     assert calls.order == []
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("tokens", "names"),
     [
-        (TOKENS[0], r"shape \(sequences, length\), not \[40\]"),
-        (TOKENS[:0], r"not \[0, 40\]"),
-        (TOKENS + 320, "is not in the model's vocabulary of 320"),
+        (TOKENS[0], ("shape", "[40]")),
+        (TOKENS[:0], ("shape", "[0, 40]")),
+        (TOKENS + 320, ("vocabulary", 320)),
     ],
 )
-def test_tokens_that_cannot_be_run(folders: Callable[[str], Path], tokens: Tensor, message: str) -> None:
+def test_tokens_that_cannot_be_run(folders: Callable[[str], Path], tokens: Tensor, names: tuple) -> None:
     calls = Calls(folders("llama"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(names)):
         calls.run(tokens)
     assert calls.order == []
 
@@ -369,10 +369,10 @@ def test_the_library_accelerate_is_named_where_it_is_missing(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'impart-hf\[calibration\]'"):
+    with pytest.raises(ModuleNotFoundError, match=naming("accelerate", "impart-hf[calibration]")):
         Calls(folders("llama")).run()
 
 
 def test_the_bar_goes_over_the_layers(folders: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
     Calls(folders("llama")).run(progress=Progress())
-    assert re.search(r"Calibrating: 100%.*2/2", capfd.readouterr().err)
+    assert re.search(r"100%.*2/2", capfd.readouterr().err)

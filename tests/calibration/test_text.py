@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.messages import naming
 from support.tiny_models import tiny_tokenizer
 
 from impart_hf.calibration import text as calibration_text
@@ -181,19 +182,19 @@ def test_content_is_the_templates_affair() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("template", "names"),
     [
-        (None, "line 2 of .*chat.jsonl' has 'messages', but the tokenizer has no chat template; write"),
-        ("{{ raise_exception('Roles must alternate') }}", "line 2 of .* template refuses them: Roles must alternate; "),
-        ("{{ messages[0]['content'] + 1 }}", "line 2 of .* template refuses them: can only concatenate str"),
-        ("{{ messages[5]['content'] }}", "line 2 of .* template refuses them: .*no element 5"),
-        ("{% for %}", "line 2 of .* template refuses them: "),
+        (None, ("messages", "chat template")),
+        ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
+        ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
+        ("{{ messages[5]['content'] }}", "no element 5"),
+        ("{% for %}", "chat template"),
     ],
 )
-def test_messages_without_a_template_that_takes_them(tmp_path: Path, template: str | None, message: str) -> None:
+def test_messages_without_a_template_that_takes_them(tmp_path: Path, template: str | None, names: Any) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"text": "plain"}) + "\n" + json.dumps({"messages": CHAT}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming("line 2", path, names)):
         texts_of(path, templated(template))
 
 
@@ -237,13 +238,13 @@ def test_no_more_of_a_data_set_is_read_than_is_needed(monkeypatch: pytest.Monkey
 
 def test_a_data_set_that_cannot_be_read() -> None:
     pytest.importorskip("datasets")
-    with pytest.raises(FileNotFoundError, match="'owner/nothing' is neither a file, nor a folder"):
+    with pytest.raises(FileNotFoundError, match=naming("owner/nothing")):
         texts_of("owner/nothing")
 
 
 def test_the_library_for_data_sets_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'impart-hf\[calibration\]'"):
+    with pytest.raises(ModuleNotFoundError, match=naming("owner/name", "datasets", "impart-hf[calibration]")):
         texts_of("owner/name")
 
 
@@ -285,90 +286,86 @@ def test_draws_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "names"),
     [
-        ("", "holds no text"),
-        (" \n\n", "holds no text"),
-        ('{"text": "good"}\n{"text": ', "line 2 of .* is not valid JSON"),
-        ('{"text": "good"}\n{"text": 7}', "line 2 of .* has the fields text; a record is a string, or has a string"),
-        (
-            '{"question": "text", "answer": "text"}',
-            "line 1 of .* has the fields question, answer; .* just one field that is a string: write .* field 'text'",
-        ),
-        ("{}", "line 1 of .* has no fields; a record is"),
-        ('["good", 7]', "record 1 of .* is 7, not a string or an object; a record is"),
-        ('{"prompt": "one", "id": "two"}', "line 1 of .* has the fields prompt, id; "),
-        ('{"prompt": "one", "completion": 7}', "'prompt' and 'completion' of line 1 of .* are not both strings; write"),
-        ('{"prompt": "one", "completion": null}', "'prompt' and 'completion' of line 1 of .* are not both strings"),
-        ('{"prompt": ["one"], "completion": "two"}', "'prompt' and 'completion' of line 1 of .* are not both strings"),
-        ('{"messages": "hello"}', "'messages' of line 1 of .* is not a list of messages, but 'hello'"),
-        ('{"messages": {"role": "user", "content": "a"}}', "'messages' of line 1 of .* is not a list of messages"),
-        ('{"messages": []}', r"'messages' of line 1 of .* is not a list of messages, but \[\]"),
-        ('{"messages": ["hello"]}', "message 0 of line 1 of .* has no 'role'"),
-        ('{"messages": [[{"role": "user", "content": "a"}]]}', "message 0 of line 1 of .* has no 'role'"),
-        ('{"messages": [{"content": "a"}]}', "message 0 of line 1 of .* has no 'role' that is a string"),
-        ('[{"messages": [{"role": 1, "content": "a"}]}]', "message 0 of record 0 of .* has no 'role' that is a string"),
-        ('{"messages": [{"role": "user", "text": "a"}]}', "message 0 of line 1 of .* has no 'content'"),
-        (
-            '{"messages": [{"role": "user", "content": 7}]}',
-            "message 0 of line 1 of .* has no 'content' that is a string",
-        ),
-        ("[]", "holds no text"),
+        ("", "no text"),
+        (" \n\n", "no text"),
+        ('{"text": "good"}\n{"text": ', ("line 2", "JSON")),
+        ('{"text": "good"}\n{"text": 7}', ("line 2", "text")),
+        ('{"question": "text", "answer": "text"}', ("line 1", "question", "answer", "'text'")),
+        ("{}", ("line 1", "fields")),
+        ('["good", 7]', ("record 1", 7)),
+        ('{"prompt": "one", "id": "two"}', ("line 1", "prompt", "id")),
+        ('{"prompt": "one", "completion": 7}', ("line 1", "'prompt'", "'completion'")),
+        ('{"prompt": "one", "completion": null}', ("line 1", "'prompt'", "'completion'")),
+        ('{"prompt": ["one"], "completion": "two"}', ("line 1", "'prompt'", "'completion'")),
+        ('{"messages": "hello"}', ("line 1", "'messages'", "'hello'")),
+        ('{"messages": {"role": "user", "content": "a"}}', ("line 1", "'messages'", "{'role'")),
+        ('{"messages": []}', ("line 1", "'messages'", "[]")),
+        ('{"messages": ["hello"]}', ("message 0", "line 1", "'role'")),
+        ('{"messages": [[{"role": "user", "content": "a"}]]}', ("message 0", "line 1", "'role'")),
+        ('{"messages": [{"content": "a"}]}', ("message 0", "line 1", "'role'")),
+        ('[{"messages": [{"role": 1, "content": "a"}]}]', ("message 0", "record 0", "'role'")),
+        ('{"messages": [{"role": "user", "text": "a"}]}', ("message 0", "line 1", "'content'")),
+        ('{"messages": [{"role": "user", "content": 7}]}', ("message 0", "line 1", "'content'")),
+        ("[]", "no text"),
     ],
 )
-def test_bad_records(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_records(tmp_path: Path, content: str, names: Any) -> None:
     path = tmp_path / "bad.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(path, names)):
         texts_of(path)
 
 
 @pytest.mark.parametrize("name", ["bytes.txt", "bytes.jsonl"])
 def test_bytes_that_are_no_text(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\xff\xfe\x00 not text")
-    with pytest.raises(ValueError, match=f"{name}' is not UTF-8"):
+    with pytest.raises(ValueError, match=naming(tmp_path / name, "UTF-8")):
         texts_of(tmp_path / name)
 
 
 def test_a_file_of_another_type(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"none of the types \.txt, \.jsonl, \.json"):
+    with pytest.raises(ValueError, match=naming("table.csv", ".txt", ".jsonl", ".json")):
         texts_of(tmp_path / "table.csv")
 
 
 @pytest.mark.parametrize("source", [Path("nowhere"), "nowhere/text.txt", "./nowhere", "/nowhere/at/all", "name@"])
 def test_a_file_that_is_missing(source: Any) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match=naming(source.removeprefix("./") if isinstance(source, str) else source)
+    ):
         texts_of(source)
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "names"),
     [
-        ([], "the list holds no text"),
-        (["", " "], "the list holds no text"),
-        (["good", 7], "entry 1 of the list is 7, not a string or an object; a record is"),
-        ([["nested"]], "entry 0 of the list is "),
-        ([{3: "one", "b": "two"}], "entry 0 of the list has the fields 3, b; "),
-        ({"text": "good"}, "must be a path, a data set's name or a list of strings or records, not {'text'"),
-        (b"bytes", "must be a path, a data set's name or a list of strings"),
-        (None, "must be a path"),
+        ([], ("list", "no text")),
+        (["", " "], ("list", "no text")),
+        (["good", 7], ("entry 1", 7)),
+        ([["nested"]], ("entry 0", "['nested']")),
+        ([{3: "one", "b": "two"}], ("entry 0", 3, "b")),
+        ({"text": "good"}, ("path", "list", "{'text'")),
+        (b"bytes", ("path", "list", "b'bytes'")),
+        (None, ("path", "list", "None")),
     ],
 )
-def test_bad_lists(source: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_lists(source: Any, names: tuple) -> None:
+    with pytest.raises(ValueError, match=naming("text", names)):
         texts_of(source)
 
 
 def test_too_little_text_says_how_much_there_is() -> None:
     count = len(encoded(TEXTS[0])) + 1  # and the begin-of-text token
-    with pytest.raises(ValueError, match=f"has {count} tokens.*sequences of {count} tokens or less") as caught:
+    with pytest.raises(ValueError, match=rf"{naming('text')}.*\b{count} tokens.*\b{count} tokens") as caught:
         calibration_tokens(TEXTS[:1], tiny_tokenizer(), length=count + 1)
-    assert "more text" in str(caught.value)
+    assert "text" in str(caught.value)
     assert calibration_tokens(TEXTS[:1], tiny_tokenizer(), length=count).shape == (1, count)
 
 
 @pytest.mark.parametrize("settings", [{"samples": 0}, {"length": 1}])
 def test_settings_that_make_no_sequence(settings: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="at least one sequence of two tokens"):
+    with pytest.raises(ValueError, match=naming("sequence", *settings.values())):
         calibration_tokens(TEXTS, tiny_tokenizer(), **settings)

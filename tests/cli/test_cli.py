@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import failure
+from support.messages import naming
 from support.tiny_models import Pair
+from support.workspaces import counted_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from impart_hf.cli.main import main
@@ -30,13 +33,13 @@ def test_compress_prints_what_is_on_disk(tiny_pair: Pair, tmp_path: Path, capsys
     assert main(["compress", *arguments, "--seed", "7", "--value-dtype", "bfloat16"]) == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
-    counted = sum((out / name).stat().st_size for name in ("delta_model.safetensors", "config.json", "README.md"))
+    counted = counted_bytes(out)
     assert report["repository_bytes"] == counted
     assert report["checkpoint_bytes"] == (tiny_pair.finetuned / "model.safetensors").stat().st_size
     assert report["ratio"] == pytest.approx(report["checkpoint_bytes"] / counted)
     assert report["method"]["seed"] == 7 and report["method"]["value_dtype"] == "bfloat16"
     # the progress bar names the tensor at work
-    assert "model.layers.0" in printed.err and "Compressing" in printed.err
+    assert "model.layers.0" in printed.err and "100%" in printed.err
 
 
 def test_inspect_table_and_json(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,25 +90,20 @@ def test_bad_input_is_one_line(
     tiny_pair: Pair, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, finetuned, out = tiny_pair.base, tiny_pair.finetuned, tmp_path / "out"
-    assert "compression_ratio must be above 1" in failure(capsys, "compress", base, finetuned, out, "--ratio", "1")
-    assert "--beta belongs to impart" in failure(
-        capsys, "compress", base, finetuned, out, "--method", "dare", "--beta", "0.5"
-    )
-    assert "--calibration-samples: is of a text" in failure(
-        capsys, "compress", base, finetuned, out, "--calibration-samples", "5"
-    )
-    assert "--steps, --distill-blocks: for distillation" in failure(
-        capsys, "compress", base, finetuned, out, "--steps", "5", "--distill-blocks", "1"
-    )
-    assert "'not a name' is not a Hub id" in failure(
-        capsys, "compress", base, finetuned, out, "--base-name", "not a name"
-    )
-    assert "--push needs --base-name" in failure(capsys, "compress", base, finetuned, out, "--push", "user/delta")
-    assert "cannot be used here" in failure(capsys, "compress", base, finetuned, out, "--device", "cuda:99")
-    assert "no config.json" in failure(capsys, "inspect", tmp_path)
-    assert "not a delta repository" in failure(capsys, "verify", finetuned)
-    assert "not an empty folder" in failure(capsys, "reconstruct", repository, repository, "--quiet")
-    assert "is not a folder" in failure(capsys, "push", out, "user/delta")
+    assert "compression_ratio" in failure(capsys, "compress", base, finetuned, out, "--ratio", "1")
+    for options, names in (
+        (("--method", "dare", "--beta", "0.5"), ("--beta", "impart", "dare")),
+        (("--calibration-samples", "5"), ("--calibration-samples", "--calibration")),
+        (("--steps", "5", "--distill-blocks", "1"), ("--steps", "--distill-blocks", "--distill")),
+        (("--base-name", "not a name"), ("base_name", "'not a name'")),
+        (("--push", "user/delta"), ("--push", "--base-name")),
+        (("--device", "cuda:99"), ("device", "'cuda:99'")),
+    ):
+        assert re.search(naming(names), failure(capsys, "compress", base, finetuned, out, *options))
+    assert re.search(naming(tmp_path, "config.json"), failure(capsys, "inspect", tmp_path))
+    assert re.search(naming(finetuned, "'llama'"), failure(capsys, "verify", finetuned))
+    assert str(repository) in failure(capsys, "reconstruct", repository, repository, "--quiet")
+    assert str(out) in failure(capsys, "push", out, "user/delta")
     # a base that only this machine has makes a repository that nobody can load
     assert "--base-name" in failure(capsys, "push", repository, "user/delta")
     assert list(tmp_path.iterdir()) == []
@@ -120,14 +118,14 @@ def test_push_without_a_network_is_one_line(tiny_pair: Pair, tmp_path: Path) -> 
     command = [str(Path(sys.executable).with_name("impart-hf")), "push", str(out), "user/delta"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "the Hub cannot be reached, nothing was published" in done.stderr.splitlines()[-1]
+    assert "Hub" in done.stderr.splitlines()[-1]
 
 
 def test_the_command_is_installed(repository: Path) -> None:
     command = [str(Path(sys.executable).with_name("impart-hf")), "inspect", str(repository)]
-    assert "base model" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "base" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
     wrong = subprocess.run([*command[:1], "inspect", "/nowhere/at all"], capture_output=True, text=True)
-    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "neither a local folder" in wrong.stderr
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "/nowhere/at all" in wrong.stderr
 
 
 def test_optimum_cli_has_the_same_commands(repository: Path) -> None:

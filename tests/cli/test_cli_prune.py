@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 from support.commands import failure
+from support.messages import naming
 from support.tiny_models import edit_json, make_model, save_model, tiny_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -59,17 +61,17 @@ def test_from_scores_to_a_delta(model: Path, text: Path, report: Path, tmp_path:
     """Layers, importance again, widths with correction, recovery, and recovered - pruned as a delta repository."""
     steps = {name: tmp_path / name for name in ("fewer", "scores", "narrow", "recovered", "delta")}
     pruned("layers", model, steps["fewer"], "--importance", report, "--drop", "1")
-    assert "20.0% of the decoder layers' parameters removed" in capsys.readouterr().out
+    assert "20.0%" in capsys.readouterr().out
     assert type(AutoModelForCausalLM.from_pretrained(steps["fewer"])) is LlamaForCausalLM
     training = ["--data", text, "--length", "32"]
     pruned("importance", steps["fewer"], *training, "--steps", "2", "--output", steps["scores"])
     widths = ["--importance", steps["scores"], "--ratio", "0.3", "--score", "gradient-norm", "--multiple-of", "8"]
     calibration = ["--calibration", text, "--calibration-samples", "4", "--calibration-length", "32"]
     pruned("width", steps["fewer"], steps["narrow"], *widths, *calibration)
-    assert "channels removed by layer" in capsys.readouterr().out
+    assert "channels" in capsys.readouterr().out
     evaluated = ["--eval-data", str(text), "--steps", "6", "--learning-rate", "1e-2"]
     pruned("recover", steps["narrow"], steps["recovered"], *training, *evaluated)
-    assert "perplexity on" in (printed := capsys.readouterr().out) and "at last" in printed
+    assert "perplexity" in (printed := capsys.readouterr().out) and "loss" in printed
     loaded = AutoModelForCausalLM.from_pretrained(steps["recovered"])
     assert type(loaded) is PrunedLlamaForCausalLM
     assert [step["kind"] for step in loaded.config.pruning["steps"]] == ["layers", "width", "recovery"]
@@ -92,33 +94,33 @@ def test_json(model: Path, report: Path, tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "names"),
     [
-        (("layers", "MODEL", "OUT", "--drop", "1"), "holds no importance.json"),
-        (("layers", "MODEL", "OUT", "--importance", "REPORT", "--drop", "4"), "1 to 3 can"),
-        (("width", "MODEL", "OUT", "--importance", "REPORT", "--ratio", "0.99"), "every layer keeps some"),
-        (("width", "MODEL", "OUT", "--importance", "REPORT", "--ratio", "0.2", "--parts", "heads"), "parts must be"),
+        (("layers", "MODEL", "OUT", "--drop", "1"), "importance.json"),
+        (("layers", "MODEL", "OUT", "--importance", "REPORT", "--drop", "4"), ("4 layers", "1 to 3")),
+        (("width", "MODEL", "OUT", "--importance", "REPORT", "--ratio", "0.99"), ("ratio", 0.99)),
+        (("width", "MODEL", "OUT", "--importance", "REPORT", "--ratio", "0.2", "--parts", "heads"), ("parts", "heads")),
         (
             ("width", "MODEL", "OUT", "--importance", "REPORT", "--ratio", "0.2", "--calibration", "TEXT")
             + ("--device", "tpu9"),
             "tpu9",
         ),
-        (("width", "OTHER", "OUT", "--importance", "REPORT", "--ratio", "0.2"), "made for another model"),
-        (("layers", "QWEN", "OUT", "--importance", "REPORT", "--drop", "1"), "not LLaMA-shaped"),
-        (("importance", "QWEN", "--data", "TEXT", "--output", "OUT"), "not LLaMA-shaped"),
-        (("importance", "MODEL", "--data", "EMPTY", "--output", "OUT"), "no text"),
-        (("importance", "MODEL", "--data", "nowhere.txt", "--output", "OUT"), "does not exist"),
-        (("recover", "QWEN", "OUT", "--data", "TEXT"), "not LLaMA-shaped"),
+        (("width", "OTHER", "OUT", "--importance", "REPORT", "--ratio", "0.2"), ("importance report", "OTHER")),
+        (("layers", "QWEN", "OUT", "--importance", "REPORT", "--drop", "1"), ("QWEN", "'qwen2'")),
+        (("importance", "QWEN", "--data", "TEXT", "--output", "OUT"), ("QWEN", "'qwen2'")),
+        (("importance", "MODEL", "--data", "EMPTY", "--output", "OUT"), ("EMPTY", "no text")),
+        (("importance", "MODEL", "--data", "nowhere.txt", "--output", "OUT"), "nowhere.txt"),
+        (("recover", "QWEN", "OUT", "--data", "TEXT"), ("QWEN", "'qwen2'")),
         (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "BAD"), "no_such_setting"),
-        (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "TWICE"), "settings of their own"),
-        (("importance", "MODEL", "--data", "TEXT", "--output", "OUT", "--steps", "1"), "from 2 on"),
-        (("recover", "MODEL", "OUT", "--data", "TEXT", "--push", "me/model"), "was never pruned"),
-        (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "OPTIMISER"), "galore"),
-        (("layers", "NAN", "OUT", "--layers", "1", "--no-merge"), "NaN or infinity"),
+        (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "TWICE"), "learning_rate"),
+        (("importance", "MODEL", "--data", "TEXT", "--output", "OUT", "--steps", "1"), ("steps", 2, 1)),
+        (("recover", "MODEL", "OUT", "--data", "TEXT", "--push", "me/model"), ("--push", "MODEL")),
+        (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "OPTIMISER"), "galore_torch"),
+        (("layers", "NAN", "OUT", "--layers", "1", "--no-merge"), ("model.norm.weight", "NaN")),
         (("layers", "nowhere/at-all", "OUT", "--layers", "1", "--no-merge"), "nowhere/at-all"),
     ],
 )
-def test_bad_input(model: Path, text: Path, report: Path, tmp_path: Path, arguments, message: str, capsys) -> None:
+def test_bad_input(model: Path, text: Path, report: Path, tmp_path: Path, arguments, names, capsys) -> None:
     other = save_model(make_model(tiny_config("llama", num_hidden_layers=5), seed=7), tmp_path / "other")
     qwen = save_model(make_model(tiny_config("qwen2")), tmp_path / "qwen")
     (tmp_path / "empty.txt").write_text(" \n ")
@@ -135,7 +137,8 @@ def test_bad_input(model: Path, text: Path, report: Path, tmp_path: Path, argume
     }  # fmt: skip
     before = sorted(tmp_path.iterdir())
     name, *rest = (places.get(a, a) for a in arguments)
-    assert message in failure(capsys, "prune", name, *rest, "--quiet")
+    names = (places.get(n, n) for n in (names if isinstance(names, tuple) else (names,)))
+    assert re.search(naming(*names), failure(capsys, "prune", name, *rest, "--quiet"))
     assert sorted(tmp_path.iterdir()) == before
 
 

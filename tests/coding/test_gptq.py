@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from support import naive_gptq
+from support.messages import naming
 
 from impart_hf.coding.gptq import Grid, best_scale, inverse_factor, quantise, sparse_gptq
 
@@ -148,9 +151,10 @@ def test_a_singular_hessian_is_damped_more_and_says_so():
         damped = hessian + damping * hessian.diagonal().mean() * torch.eye(64)
         assert torch.allclose(upper.t() @ upper @ damped, torch.eye(64), atol=1e-3)
         found = quantise(weight, mask, hessian, grid)
-        assert found.notes == (f"singular Hessian: damping raised to {damping}",)
+        (note,) = found.notes
+        assert re.search(naming("Hessian", "damping", damping), note)
         assert torch.isfinite(found.values).all()
-    with pytest.raises(ValueError, match="not positive semidefinite"):
+    with pytest.raises(ValueError, match=naming("Hessian", "semidefinite")):
         inverse_factor(torch.eye(64) - 3 * torch.ones(64, 64) / 64)
 
 
@@ -159,7 +163,7 @@ def test_a_hessian_that_is_not_finite(bad: float):
     weight, mask = problem(8, 64, 0.5, seed=11)
     hessian = torch.eye(64)
     hessian[3, 5] = bad
-    with pytest.raises(ValueError, match="^the Hessian has entries that are not finite: check the calibration inputs$"):
+    with pytest.raises(ValueError, match=naming("Hessian", "finite", "calibration")):
         quantise(weight, mask, hessian, row_grid(weight, mask, 2))
 
 

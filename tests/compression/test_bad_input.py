@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.messages import naming
 from support.refusals import METHOD, refuses, run
 from support.tiny_models import Pair, edit_json, edit_tensors, load_tensors, save_pair, tiny_config
 from transformers import AutoModelForCausalLM
@@ -27,18 +28,18 @@ NORM = "model.norm.weight"
 
 def test_another_architecture(pair: Pair) -> None:
     edit_json(pair.base / "config.json", model_type="mistral")
-    refuses(pair, IncompatibleModelsError, "the base is a 'mistral' model, the fine-tune a 'llama' model")
+    refuses(pair, IncompatibleModelsError, naming("'mistral'", "'llama'"))
 
 
 def test_an_architecture_that_transformers_does_not_know(pair: Pair) -> None:
     for folder in (pair.base, pair.finetuned):
         edit_json(folder / "config.json", model_type="bert-of-tomorrow")
-    refuses(pair, IncompatibleModelsError, "bert-of-tomorrow.*")
+    refuses(pair, IncompatibleModelsError, naming("bert-of-tomorrow"))
 
 
 def test_other_shapes(pair: Pair) -> None:
     edit_tensors(pair.finetuned, lambda t: t.update({UP: torch.zeros(64, 64, dtype=torch.bfloat16)}))
-    refuses(pair, IncompatibleModelsError, rf"{UP} has shape \[64, 64\] in .*finetuned' and \[128, 64\] in")
+    refuses(pair, IncompatibleModelsError, naming(UP, "[64, 64]", pair.finetuned, "[128, 64]", pair.base))
 
 
 def test_a_smaller_vocabulary(pair: Pair) -> None:
@@ -48,14 +49,14 @@ def test_a_smaller_vocabulary(pair: Pair) -> None:
 
     edit_tensors(pair.finetuned, shrink)
     edit_json(pair.finetuned / "config.json", vocab_size=312)
-    refuses(pair, IncompatibleModelsError, r"lm_head.weight has shape \[312, 64\].*rows added to the vocabulary")
+    refuses(pair, IncompatibleModelsError, naming("lm_head.weight", "[312, 64]", "[320, 64]", "vocabulary"))
 
 
 @pytest.mark.parametrize("side", ["base", "finetuned"])
 def test_a_tensor_too_few_or_too_many(pair: Pair, side: str) -> None:
     edit_tensors(getattr(pair, side), lambda t: t.pop(NORM))
-    what = "has model.norm.weight, which the base lacks" if side == "base" else "lacks model.norm.weight"
-    refuses(pair, IncompatibleModelsError, what)
+    counts = ("0 tensors", "1 extra") if side == "base" else ("1 tensors", "0 extra")
+    refuses(pair, IncompatibleModelsError, naming(NORM, counts, pair.base, pair.finetuned))
 
 
 @pytest.mark.parametrize("side", ["base", "finetuned"])
@@ -63,13 +64,13 @@ def test_a_tensor_too_few_or_too_many(pair: Pair, side: str) -> None:
 @pytest.mark.parametrize("name", [UP, NORM])
 def test_numbers_that_are_not_finite(pair: Pair, side: str, value: float, name: str) -> None:
     edit_tensors(getattr(pair, side), lambda t: t[name].view(-1)[5:6].fill_(value))
-    message = refuses(pair, IncompatibleModelsError, "NaN or infinity")
+    message = refuses(pair, IncompatibleModelsError, "NaN")
     assert name in message and str(getattr(pair, side)) in message
 
 
 def test_numbers_whose_squares_overflow(pair: Pair) -> None:
     edit_tensors(pair.finetuned, lambda t: t[UP].view(-1)[0:1].fill_(1e30))
-    refuses(pair, IncompatibleModelsError, f"{UP} of .* holds numbers beyond 1e\\+15")
+    refuses(pair, IncompatibleModelsError, naming(UP, pair.finetuned, "1e+15"))
 
 
 @pytest.mark.parametrize("method", [ImPartConfig(4), DareConfig(4), METHOD], ids=lambda m: m.name)
@@ -82,33 +83,33 @@ def test_a_delta_too_small_for_a_norm_is_none(pair: Pair, method: MethodConfig) 
 
 def test_integers_against_floats(pair: Pair) -> None:
     edit_tensors(pair.finetuned, lambda t: t.update({NORM: torch.ones(64, dtype=torch.int32)}))
-    refuses(pair, IncompatibleModelsError, "model.norm.weight has dtype torch.int32 in .* and torch.bfloat16 in")
+    refuses(pair, IncompatibleModelsError, naming(NORM, "torch.int32", pair.finetuned, "torch.bfloat16", pair.base))
 
 
 def test_a_dtype_that_has_no_delta(pair: Pair) -> None:
     for folder in (pair.base, pair.finetuned):
         edit_tensors(folder, lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}))
-    refuses(pair, CheckpointError, f"{UP} has the unsupported dtype F8_E4M3")
+    refuses(pair, CheckpointError, naming(UP, "F8_E4M3"))
 
 
 @pytest.mark.parametrize("name", ["crc32", "base_checksums", f"{UP}.delta", f"{UP}.added_rows"])
 def test_names_that_the_format_uses_itself(pair: Pair, name: str) -> None:
     for folder in (pair.base, pair.finetuned):
         edit_tensors(folder, lambda t: t.update({name: torch.zeros(4)}))
-    refuses(pair, IncompatibleModelsError, f"has a tensor named {name}, which the delta format uses itself")
+    refuses(pair, IncompatibleModelsError, naming(name, pair.finetuned))
 
 
 def test_a_checkpoint_without_float_tensors(pair: Pair) -> None:
     for folder in (pair.base, pair.finetuned):
         save_file({"position_ids": torch.arange(8)}, folder / "model.safetensors")
-    refuses(pair, IncompatibleModelsError, "holds no weights")
+    refuses(pair, IncompatibleModelsError, naming(pair.finetuned, "weights"))
 
 
 def test_an_output_projection_that_is_tied_only_in_name(pair: Pair) -> None:
     # transformers loads such a checkpoint untied, so to pass over the stored matrix would lose it.
     for folder in (pair.base, pair.finetuned):
         edit_json(folder / "config.json", tie_word_embeddings=True)
-    refuses(pair, IncompatibleModelsError, "lm_head.weight is another matrix: set tie_word_embeddings to false")
+    refuses(pair, IncompatibleModelsError, naming("lm_head.weight", "tie_word_embeddings", "config.json"))
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -130,7 +131,7 @@ def test_an_untied_base_of_a_tied_fine_tune(pair: Pair, tmp_path: Path, stored: 
 def test_a_tied_base_of_an_untied_fine_tune(pair: Pair) -> None:
     edit_tensors(pair.base, lambda t: t.pop("lm_head.weight"))
     edit_json(pair.base / "config.json", tie_word_embeddings=True)
-    refuses(pair, IncompatibleModelsError, "it has lm_head.weight, which the base lacks")
+    refuses(pair, IncompatibleModelsError, naming("lm_head.weight", "1 extra", pair.base, pair.finetuned))
 
 
 def test_tied_by_the_architecture_without_a_word_in_the_config(tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def test_odd_and_long_tensor_names(pair: Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ratio", [1, 1.0, 0, -3, float("nan"), float("inf"), True, "32", None, [2]])
 @pytest.mark.parametrize("config", [ImPartConfig, DareConfig, LowRankConfig])
 def test_ratios_that_are_none(config: type[MethodConfig], ratio: Any) -> None:
-    with pytest.raises(ValueError, match=r"^compression_ratio must be .*got "):
+    with pytest.raises(ValueError, match=naming("compression_ratio")):
         config(compression_ratio=ratio)
 
 
@@ -214,29 +215,29 @@ def test_ratios_that_are_none(config: type[MethodConfig], ratio: Any) -> None:
     + [("embeddings", v) for v in ("none", None, True)],
 )
 def test_settings_that_are_none(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{field} must .*got "):
+    with pytest.raises(ValueError, match=naming(field)):
         ImPartConfig(**{field: value})
 
 
 def test_a_method_that_is_only_its_name(pair: Pair) -> None:
-    refuses(pair, TypeError, "method must be a method's configuration .* got 'impart'", method="impart")
+    refuses(pair, TypeError, naming("method", "'impart'"), method="impart")
 
 
 @pytest.mark.parametrize("size", ["5XB", "", "GB", 0, -1, "0MB", None, True])
 def test_shard_sizes_that_are_none(pair: Pair, size: Any) -> None:
-    refuses(pair, ValueError, "max_shard_size must be a number of bytes or a string", max_shard_size=size)
+    refuses(pair, ValueError, naming("max_shard_size", repr(size)), max_shard_size=size)
 
 
 @pytest.mark.parametrize("device", ["quantum", "", "cuda:99", "meta"])
 def test_devices_that_are_none(pair: Pair, device: str) -> None:
-    refuses(pair, ValueError, f"device '{device}' cannot be used here", device=device)
+    refuses(pair, ValueError, naming("device", f"'{device}'"), device=device)
 
 
 @pytest.mark.parametrize("method", [ImPartConfig(400), DareConfig(400), LowRankConfig(400)], ids=lambda m: m.name)
 def test_a_ratio_out_of_reach_names_one_within(pair: Pair, tmp_path: Path, method: MethodConfig) -> None:
-    match = r"^compression_ratio=400 cannot be reached: \S+\.weight \(\d+x\d+\) would get"
+    match = naming("compression_ratio", 400) + r".*\S+\.weight \(\d+x\d+\)"
     message = refuses(pair, ValueError, match, method=method)
-    found = re.search(r"a ratio of ([\d.]+), which is (\d+) bytes, is certain to be met$", message)
+    found = re.search(r"ratio of ([\d.]+)\D* (\d+) bytes\D*$", message)
     assert found is not None
     reachable = float(found[1])
     assert 1 < reachable < 400

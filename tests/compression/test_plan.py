@@ -19,6 +19,7 @@ from support.tiny_models import (
     save_pair,
     tiny_config,
 )
+from support.workspaces import counted_bytes
 from transformers import AutoModelForCausalLM
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
@@ -42,12 +43,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return save_pair(tmp_path_factory.mktemp("pair"), config)
 
 
-def counted_bytes(folder: Path) -> int:
-    """Everything but the companions and the reader: delta files, index, config.json and model card."""
-    named = ("config.json", "README.md", DELTA_INDEX)
-    return sum(p.stat().st_size for p in folder.iterdir() if p.name in named or p.suffix == ".safetensors")
-
-
 def check(pair: Pair, folder: Path, report: CompressionReport, ratio: float) -> None:
     checkpoint = sum(p.stat().st_size for p in pair.finetuned.glob("*.safetensors"))
     assert report.checkpoint_bytes == checkpoint
@@ -57,8 +52,7 @@ def check(pair: Pair, folder: Path, report: CompressionReport, ratio: float) -> 
         assert report.repository_bytes <= allowed
         return
     stated = re.fullmatch(
-        r"ratio (\S+) allows (\d+) bytes, but (\d+) are fixed \(added vocabulary rows (\d+), .*\); the matrices are "
-        r"compressed up to 1.5 times further to make up for it, and (\d+) bytes remain over",
+        r"ratio (\S+)\D*(\d+) bytes\D*(\d+)\D*added vocabulary rows (\d+)\D*1\.5 times\D*(\d+) bytes\D*",
         report.shortfall,
     )
     assert stated and report.shortfall in (folder / "README.md").read_text()
@@ -111,14 +105,14 @@ def test_a_checkpoint_that_grew(tmp_path: Path) -> None:
         pair = Pair(tmp_path / "base", save_model(tuned, tmp_path / f"tuned{rows}"))
         report = results[rows] = compress(str(pair.base), str(pair.finetuned), tmp_path / "d", ImPartConfig(8))
         check(pair, tmp_path / "d", report, 8)
-    assert not results[8].shortfall and f"added vocabulary rows {2 * 2000 * 256 * 2}," in results[2000].shortfall
+    assert not results[8].shortfall and f"added vocabulary rows {2 * 2000 * 256 * 2}" in results[2000].shortfall
 
 
 def test_notes_of_a_lowered_beta(pair: Pair, tmp_path: Path) -> None:
     """At low ratios alpha_uv is under the default beta; the report says for which tensors it gave way, and to what."""
     report = compress(str(pair.base), str(pair.finetuned), tmp_path / "d", ImPartConfig(1.5, beta=0.6))
     notes = {t.name: t.notes for t in report.tensors}
-    assert re.fullmatch(r"beta lowered from 0\.6 to 0\.[0-5]\d\d", notes[UP][0]) and len(notes[UP]) == 1
+    assert re.fullmatch(r"beta .*\b0\.6\b.* 0\.[0-5]\d\d", notes[UP][0]) and len(notes[UP]) == 1
     assert not any(notes[name] for name in notes if is_norm(name) or "embed" in name)
     again = compress(str(pair.base), str(pair.finetuned), tmp_path / "d", ImPartConfig(32, beta=0.6))
     assert not any(t.notes for t in again.tensors)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.messages import naming
 from support.tiny_models import Pair, edit_tensors, save_pair, tiny_config
 from support.workspaces import differing, finished, hidden
 
@@ -216,7 +217,7 @@ def test_two_runs_at_once(slow_pair: Pair, unbroken: Path, tmp_path: Path, child
     # Stopped, not killed: it holds the lock for as long as the rest of this test takes.
     children[0].send_signal(signal.SIGSTOP)
     for method in (METHOD, LowRankConfig(compression_ratio=4)):
-        with pytest.raises(OutputError, match="another process is writing .*delta"):
+        with pytest.raises(OutputError, match=naming("another process", output)):
             compress("/not/even/looked/at", "/neither", output, method)
     children[0].send_signal(signal.SIGCONT)
     assert children[0].wait() == 0
@@ -227,11 +228,14 @@ def test_a_run_that_starts_while_another_publishes(tmp_path: Path) -> None:
     """The second has opened the lock file that the first then removes: it must not believe that it holds the lock."""
     first, second = Workspace(tmp_path / "delta"), Workspace(tmp_path / "delta")
     first.begin("work", 0)
-    with pytest.raises(OutputError, match="another process is writing"):
+    with pytest.raises(OutputError, match=naming("another process", tmp_path / "delta")):
         second.begin("work", 0)
     (first.repository / "config.json").write_text('{"model_type": "delta_compressed"}')
     flock = fcntl.flock
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OutputError, match="another process is writing"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(OutputError, match=naming("another process", tmp_path / "delta")),
+    ):
 
         def publish_first(*args: Any) -> None:
             patch.setattr(fcntl, "flock", flock)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.distilled import SETTINGS, TOKENS, checkpoints, distill, encode, held_out_divergence, spoiled
+from support.messages import naming
 from support.tiny_models import Pair, save_pair, tiny_config
 
 from impart_hf import BitDeltaConfig, DareConfig, ImPartRdConfig, LowRankConfig
@@ -82,7 +83,7 @@ def test_interrupted_blocks_go_on(tiny_pair: Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-neox"])
 def test_blocks_of_models_that_cannot_be_cut(kind: str, tmp_path: Path) -> None:
     pair = save_pair(tmp_path, tiny_config(kind))
-    with pytest.raises(ValueError, match="distillation by blocks is not available for models of type '.*': its"):
+    with pytest.raises(ValueError, match=naming("distillation", "blocks", f"'{kind.replace('-', '_')}'")):
         distill(pair, encode(pair, DareConfig(), 8), DistillSettings(blocks=1))
 
 
@@ -150,7 +151,7 @@ def test_mixed_precision(tiny_pair: Pair) -> None:
              "gradient_checkpointing", "weight_decay", "optim", "adam_beta1", "lr_scheduler_type", "warmup_steps"]
 )  # fmt: skip
 def test_training_fields_that_are_not_the_users(tiny_pair: Pair, name: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' cannot be set here"):
+    with pytest.raises(ValueError, match=naming(f"'{name}'")):
         distill(tiny_pair, encode(tiny_pair, DareConfig(), 8), DistillSettings(training={name: 1}))
 
 
@@ -170,5 +171,5 @@ def test_training_fields_that_the_trainer_cannot_do_with(tiny_pair: Pair, traini
     + [("validation_share", 0), ("validation_share", 1), ("validation_share", None)],
 )
 def test_settings_out_of_range(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"^{field} must be"):
+    with pytest.raises(ValueError, match=naming(field)):
         DistillSettings(**{field: value})

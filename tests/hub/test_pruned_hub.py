@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from support.hub_client import run_client
 from support.loopback_hub import LoopbackHub, hub_env
+from support.messages import naming
 from support.pruned_models import KEPT, KEPT_MHA, llama_config, pruned_and_dense, pruned_config
 from support.tiny_models import edit_json, edit_tensors, make_model, save_model, tiny_config
 from support.without_impart_hf import WITHOUT_IMPART_HF
@@ -62,7 +64,7 @@ def test_parameters_are_counted_from_the_configuration(kept: tuple, changes: dic
         count = model.num_parameters()
         assert LlamaShape.of(model.config.to_dict()).parameters == count
         card = pruned_model_card({**model.config.to_dict(), "pruning": HISTORY}, "tester/pruned", count)
-        assert f": {count:,} parameters, of 200,000 before pruning ({1 - count / 200_000:.1%} removed)." in card
+        assert re.search(naming(f"{count:,}", "200,000", f"{1 - count / 200_000:.1%}"), card)
 
 
 def test_card_of_a_width_pruned_model() -> None:
@@ -78,11 +80,17 @@ def test_card_of_a_width_pruned_model() -> None:
     for row in ("before | 8 | 4 | 64", "0 | 6 | 3 | 32", "1 | 1 | 1 | 7", "2 | 4 | 4 | 53"):
         assert f"| {row} |\n" in card
     assert "| 3 |" not in card.replace("| 6 | 3 |", ""), "the last layer is as it was"
-    assert (
-        "1. Removed layers 5, 6 (numbered as before this step) by the score igia; merged 5 into 4, 6 into 4.\n" in card
-    )
-    assert "2. Pruned heads and channels by the score gradient_norm: 36,608 parameters, ratio 0.25; the remain" in card
-    assert "3. Recovery training (LoRA): 1,200 steps at learning rate 0.0001 on train.txt.\n" in card
+    steps = re.findall(r"^\d\. .*$", card, re.MULTILINE)
+    for step, names in zip(
+        steps,
+        (
+            ("1.", "layers 5, 6", "igia", "5 into 4", "6 into 4"),
+            ("2.", "heads", "channels", "gradient_norm", "36,608", 0.25),
+            ("3.", "LoRA", "1,200", 0.0001, "train.txt"),
+        ),
+        strict=True,
+    ):
+        assert re.search(naming(names), step)
 
 
 def test_card_of_a_model_that_lost_layers() -> None:
@@ -104,7 +112,7 @@ def test_card_of_a_model_that_lost_layers() -> None:
 def test_card_without_a_readable_history(history: Any) -> None:
     config = {**pruned_config().to_dict(), "pruning": history}
     card = pruned_model_card(config, "tester/pruned", 5000)
-    assert "## How it was made" not in card and "before pruning" not in card
+    assert not re.search(r"^\d\. ", card, re.MULTILINE) and "200,000" not in card
     assert "| 1 | 1 | 1 | 7 |" in card and ModelCard(card).data.base_model is None
 
 
@@ -120,7 +128,8 @@ def test_card_of_a_hostile_history() -> None:
     card = pruned_model_card(config, "tester/pruned", 5000)
     assert len(card) < 5000 and "<script" not in card and "\n# `Owned`" not in card and "\n---\n# 'Owned" not in card
     assert "{{ 7 * 7 }}" in card and [f"\n{n}. " in card for n in range(1, 6)] == [True] * 4 + [False]
-    assert "parameters, ratio unknown." in card and "(unknown method): unknown steps" in card
+    steps = re.findall(r"^\d\. .*$", card, re.MULTILINE)
+    assert re.search(naming("ratio", "unknown"), steps[2]) and steps[3].count("unknown") > 1
 
 
 def test_card_of_something_else() -> None:
@@ -245,7 +254,7 @@ SPOILED: dict[str, Any] = {
         lambda f: spoil_tensor(f, "model.layers.1.mlp.up_proj.weight", torch.zeros(8, 64)), "layers.1.mlp.up_proj"
     ),
     "cut off": (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100), "model.safetensors"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "none of the weight files"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "damaged config.json": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "bad widths": (
         lambda f: edit_json(f / "config.json", per_layer_config={"9": {"intermediate_size": 7}}), "layers 0 to 3"
@@ -263,11 +272,11 @@ def test_push_refuses_what_nobody_could_load(case: str, tmp_path: Path) -> None:
     spoil(tmp_path / "pruned")
     with pytest.raises((ValueError, OSError)) as caught:  # a Hub that is asked would be another error: it is offline
         push(tmp_path / "pruned", "tester/none")
-    assert words in str(caught.value) and "Hub cannot be reached" not in str(caught.value)
+    assert words in str(caught.value) and "Hub" not in str(caught.value)
 
 
 def test_push_refuses_other_models(tmp_path: Path) -> None:
     save_model(make_model(tiny_config()), tmp_path / "llama")
     for folder in ("llama", "missing"):
-        with pytest.raises(OSError, match="not a"):
+        with pytest.raises(OSError, match=naming(tmp_path / folder)):
             push(tmp_path / folder, "tester/none")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.messages import naming
 from support.refusals import METHOD, refuses, run
 from support.tiny_models import Pair, edit_json, fine_tune, load_tensors, make_model, save_model, tiny_config, to_bin
 from transformers import AutoModelForCausalLM
@@ -22,8 +23,8 @@ from impart_hf.modeling.checkpoints import Checkpoint, CheckpointError, HubOptio
 
 
 def test_missing_models(pair: Pair, tmp_path: Path) -> None:
-    refuses(Pair(tmp_path / "gone", pair.finetuned), CheckpointError, "gone' is neither a local folder nor")
-    refuses(Pair(pair.base, tmp_path / "gone"), CheckpointError, "gone' is neither a local folder nor")
+    refuses(Pair(tmp_path / "gone", pair.finetuned), CheckpointError, naming(tmp_path / "gone"))
+    refuses(Pair(pair.base, tmp_path / "gone"), CheckpointError, naming(tmp_path / "gone"))
 
 
 def spoil_config(folder: Path) -> None:
@@ -151,39 +152,39 @@ def bin_of_text(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil, match",
+    "spoil, names",
     [
-        (spoil_config, "config.json is not readable JSON"),
-        (spoil_config_type, "config.json does not hold a JSON object"),
-        (spoil_config_depth, "config.json is not readable JSON"),
-        (lose_config, "has no config.json: it is not a transformers checkpoint"),
-        (lose_weights, "has none of the weight files"),
-        (truncate_header, "cannot be read as a weight file"),
-        (truncate_data, "cannot be read as a weight file"),
-        (empty_file, "cannot be read as a weight file"),
-        (spoil_header, "cannot be read as a weight file"),
-        (index_of_missing_file, "names the weight file model-2.safetensors, but does not have it"),
-        (index_of_missing_tensor, "the index names ghost, which no weight file holds"),
-        (index_without_map, "holds no valid weight_map"),
-        (index_empty, "holds no valid weight_map"),
-        (index_of_lists, "holds no valid weight_map"),
-        (index_outside, "holds no valid weight_map"),
-        (same_tensor_in_two_files, "stands in two weight files"),
-        (index_of_json_file, "config.json cannot be read as a weight file"),
-        (quantised, "is a quantised checkpoint; only float weights have a delta"),
-        (truncated_bin, "pytorch_model.bin cannot be read as a weight file"),
-        (old_truncated_bin, "pytorch_model.bin cannot be read as a weight file"),
-        (bin_of_something_else, "does not hold a dictionary of dense tensors"),
-        (bin_of_numbers, "does not hold a dictionary of dense tensors"),
-        (bin_of_sparse_tensors, "does not hold a dictionary of dense tensors"),
-        (bin_of_text, "pytorch_model.bin cannot be read as a weight file"),
+        (spoil_config, ("config.json", "JSON")),
+        (spoil_config_type, ("config.json", "JSON object")),
+        (spoil_config_depth, ("config.json", "JSON")),
+        (lose_config, "config.json"),
+        (lose_weights, ("model.safetensors", "pytorch_model.bin")),
+        (truncate_header, ("model.safetensors", "weight file")),
+        (truncate_data, ("model.safetensors", "weight file")),
+        (empty_file, ("model.safetensors", "weight file")),
+        (spoil_header, ("model.safetensors", "weight file")),
+        (index_of_missing_file, "model-2.safetensors"),
+        (index_of_missing_tensor, ("index", "ghost")),
+        (index_without_map, ("model.safetensors.index.json", "weight_map")),
+        (index_empty, ("model.safetensors.index.json", "weight_map")),
+        (index_of_lists, ("model.safetensors.index.json", "weight_map")),
+        (index_outside, ("model.safetensors.index.json", "weight_map")),
+        (same_tensor_in_two_files, ("tensor", "two weight files")),
+        (index_of_json_file, ("config.json", "weight file")),
+        (quantised, "quantised"),
+        (truncated_bin, ("pytorch_model.bin", "weight file")),
+        (old_truncated_bin, ("pytorch_model.bin", "weight file")),
+        (bin_of_something_else, ("pytorch_model.bin", "dictionary")),
+        (bin_of_numbers, ("pytorch_model.bin", "dictionary")),
+        (bin_of_sparse_tensors, ("pytorch_model.bin", "dictionary")),
+        (bin_of_text, ("pytorch_model.bin", "weight file")),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.parametrize("side", ["base", "finetuned"])
-def test_checkpoints_that_cannot_be_read(pair: Pair, spoil: Callable[[Path], None], match: str, side: str) -> None:
+def test_checkpoints_that_cannot_be_read(pair: Pair, spoil: Callable[[Path], None], names: Any, side: str) -> None:
     spoil(getattr(pair, side))
-    assert str(getattr(pair, side)) in refuses(pair, CheckpointError, match)
+    assert str(getattr(pair, side)) in refuses(pair, CheckpointError, naming(names))
 
 
 class Malice:
@@ -206,7 +207,7 @@ def test_a_malicious_pickle_is_not_executed(pair: Pair, tmp_path: Path, how: str
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malice(tmp_path / "executed")))
     else:
         torch.save(evil, folder / "pytorch_model.bin", _use_new_zipfile_serialization=how == "torch")
-    refuses(pair, CheckpointError, "pytorch_model.bin cannot be read as a weight file")
+    refuses(pair, CheckpointError, naming("pytorch_model.bin", "weight file"))
     assert not (tmp_path / "executed").exists()
 
 
@@ -221,14 +222,14 @@ def test_parameters_in_a_bin_file(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_a_delta_repository_is_no_fine_tune(pair: Pair, tiny_repository: Path) -> None:
-    match = "is a delta repository; make it dense with `impart-hf reconstruct` first"
+    match = naming(tiny_repository, "delta repository", "impart-hf reconstruct")
     refuses(Pair(pair.base, tiny_repository), CheckpointError, match)
     with pytest.raises(CheckpointError, match=match):
         compress(str(tiny_repository), str(pair.finetuned), pair.base.parent / "delta", METHOD)
 
 
 def test_offline_and_not_in_the_cache(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="'config.json' of 'someone/else' is not in the local cache"):
+    with pytest.raises(CheckpointError, match=naming("'config.json'", "'someone/else'", "cache")):
         Checkpoint("someone/else", HubOptions(cache_dir=str(tmp_path), local_files_only=True))
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support.forged_files import DELTA, UP, forge_record, read_entries, replace
 from support.hostile import FUZZ, refuses
 from support.loaded_models import decode_all
+from support.messages import naming
 from support.tiny_models import Pair
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
@@ -77,76 +78,76 @@ def rewritten(**changes: Any) -> Callable[[bytes], bytes]:
 
 LAYOUT, RESERVED, COUNT, ROWS, COLUMNS, RANK, SCALE, ERROR, LENGTH, SEGMENT = 0, 1, 2, 4, 8, 12, 20, 24, 28, 32
 HUGE = 0xFFFFFFFF
-HOSTILE_RECORDS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "layout 0": (patched(LAYOUT, "<B", 0), "unknown record layout 0"),
-    "layout 3": (patched(LAYOUT, "<B", 3), "unknown record layout 3"),
-    "reserved byte": (patched(RESERVED, "<B", 1), "unknown record layout"),
-    "huge rows": (patched(ROWS, "<I", HUGE), "the record is for a 4294967295x64 matrix"),
-    "huge columns": (patched(COLUMNS, "<I", HUGE), "the record is for a 128x4294967295 matrix"),
-    "huge both": (patched(ROWS, "<II", HUGE, HUGE), "the record is for a 4294967295x4294967295 matrix"),
-    "no rows": (patched(ROWS, "<I", 0), "the record is for a 0x64 matrix"),
-    "transposed": (patched(ROWS, "<II", 64, 128), "the record is for a 64x128 matrix"),
-    "huge rank": (patched(RANK, "<I", HUGE), "rank 4294967295 is impossible"),
-    "rank over both sides": (patched(RANK, "<I", 65), "rank 65 is impossible"),
-    "rank of no segments": (patched(RANK, "<I", 1), "the segments do not add up to 1 columns"),
-    "most segments": (patched(COUNT, "<H", 0xFFFF), "needs|unknown storage"),
-    "no segments": (patched(COUNT, "<H", 0), "the segments do not add up"),
-    "scale NaN": (patched(SCALE, "<f", math.nan), "the record's scale is nan"),
-    "scale infinite": (patched(SCALE, "<f", math.inf), "the record's scale is inf"),
+HOSTILE_RECORDS: dict[str, tuple[Callable[[bytes], bytes], Any]] = {
+    "layout 0": (patched(LAYOUT, "<B", 0), "layout 0"),
+    "layout 3": (patched(LAYOUT, "<B", 3), "layout 3"),
+    "reserved byte": (patched(RESERVED, "<B", 1), "layout"),
+    "huge rows": (patched(ROWS, "<I", HUGE), "4294967295x64"),
+    "huge columns": (patched(COLUMNS, "<I", HUGE), "128x4294967295"),
+    "huge both": (patched(ROWS, "<II", HUGE, HUGE), "4294967295x4294967295"),
+    "no rows": (patched(ROWS, "<I", 0), "0x64"),
+    "transposed": (patched(ROWS, "<II", 64, 128), "64x128"),
+    "huge rank": (patched(RANK, "<I", HUGE), "rank 4294967295"),
+    "rank over both sides": (patched(RANK, "<I", 65), "rank 65"),
+    "rank of no segments": (patched(RANK, "<I", 1), ("segments", "1 columns")),
+    "most segments": (patched(COUNT, "<H", 0xFFFF), ()),
+    "no segments": (patched(COUNT, "<H", 0), ("segments", "columns")),
+    "scale NaN": (patched(SCALE, "<f", math.nan), ("scale", "nan")),
+    "scale infinite": (patched(SCALE, "<f", math.inf), ("scale", "inf")),
     "scale overflows": (
         rewritten(scale=3e38, sigma=lambda r: np.full_like(r.sigma, 65504)),
-        f"{UP} decodes to NaN or infinity",
+        "NaN",
     ),
-    "error NaN": (patched(ERROR, "<f", math.nan), "relative error nan"),
-    "length 0": (patched(LENGTH, "<I", 0), "claims 0 bytes"),
-    "length under the header": (patched(LENGTH, "<I", 31), "claims 31 bytes"),
-    "length huge": (patched(LENGTH, "<I", HUGE), "claims 4294967295 bytes"),
-    "segment huge": (patched(SEGMENT, "<I", HUGE), "the segments do not add up"),
-    "segment empty": (patched(SEGMENT, "<I", 0), "unknown storage of a column segment"),
-    "width 0": (patched(SEGMENT + 4, "<B", 0), "unknown storage of a column segment"),
-    "width 9": (patched(SEGMENT + 4, "<BB", 9, 9), "unknown storage of a column segment"),
-    "width 18": (patched(SEGMENT + 4, "<BB", 18, 18), "unknown storage of a column segment"),
-    "width of V missing": (patched(SEGMENT + 5, "<B", 0), "unknown storage of a column segment"),
-    "floats and levels mixed": (patched(SEGMENT + 4, "<BB", FLOAT16, 4), "codes are more than the masks keep"),
-    "levels without scales": (patched(SEGMENT + 4, "<BB", 8, 8), UP),
-    "keep 3": (patched(SEGMENT + 6, "<B", 3), "unknown storage of a column segment"),
-    "scales that are not there": (patched(SEGMENT + 7, "<B", 1), "codes are fewer than the masks keep"),
-    "a flag that is neither": (patched(SEGMENT + 7, "<B", 2), "unknown storage of a column segment"),
-    "thresholds that are not there": (patched(SEGMENT + 6, "<B", KEEP_PER_COLUMN), "codes are (fewer|more) than"),
-    "shared threshold not there": (patched(SEGMENT + 6, "<B", KEEP_SHARED), "codes are (fewer|more) than"),
-    "direct in name": (patched(LAYOUT, "<B", DIRECT), "rank .* is impossible"),
-    "direct with a side V": (patched(LAYOUT, "<B15xI", DIRECT, 0), UP),
-    "too short by a byte": (resized(lambda data: data[:-1]), "codes are fewer than the masks keep"),
-    "too short by half": (resized(lambda data: data[: len(data) // 2]), "codes are fewer than the masks keep"),
-    "only a header": (resized(lambda data: data[:32]), "the record ends at byte 32"),
-    "too long by a byte": (resized(lambda data: data + b"\0"), "codes are more than the masks keep"),
-    "too long by much": (resized(lambda data: data + bytes(10_000)), "codes are more than the masks keep"),
-    "half a header": (lambda data: data[:31], "31 bytes are too few for a record"),
-    "nothing": (lambda data: b"", "0 bytes are too few for a record"),
-    "a byte after the record": (lambda data: data + b"\0", "1 bytes follow the last record"),
-    "a second record": (lambda data: data + data, "bytes follow the last record"),
+    "error NaN": (patched(ERROR, "<f", math.nan), ("error", "nan")),
+    "length 0": (patched(LENGTH, "<I", 0), "0 bytes"),
+    "length under the header": (patched(LENGTH, "<I", 31), "31 bytes"),
+    "length huge": (patched(LENGTH, "<I", HUGE), "4294967295 bytes"),
+    "segment huge": (patched(SEGMENT, "<I", HUGE), ("segments", "columns")),
+    "segment empty": (patched(SEGMENT, "<I", 0), "column segment"),
+    "width 0": (patched(SEGMENT + 4, "<B", 0), "column segment"),
+    "width 9": (patched(SEGMENT + 4, "<BB", 9, 9), "column segment"),
+    "width 18": (patched(SEGMENT + 4, "<BB", 18, 18), "column segment"),
+    "width of V missing": (patched(SEGMENT + 5, "<B", 0), "column segment"),
+    "floats and levels mixed": (patched(SEGMENT + 4, "<BB", FLOAT16, 4), ("codes", "more than", "masks")),
+    "levels without scales": (patched(SEGMENT + 4, "<BB", 8, 8), ()),
+    "keep 3": (patched(SEGMENT + 6, "<B", 3), "column segment"),
+    "scales that are not there": (patched(SEGMENT + 7, "<B", 1), ("codes", "fewer than", "masks")),
+    "a flag that is neither": (patched(SEGMENT + 7, "<B", 2), "column segment"),
+    "thresholds that are not there": (patched(SEGMENT + 6, "<B", KEEP_PER_COLUMN), ("codes", "masks")),
+    "shared threshold not there": (patched(SEGMENT + 6, "<B", KEEP_SHARED), ("codes", "masks")),
+    "direct in name": (patched(LAYOUT, "<B", DIRECT), "rank"),
+    "direct with a side V": (patched(LAYOUT, "<B15xI", DIRECT, 0), ()),
+    "too short by a byte": (resized(lambda data: data[:-1]), ("codes", "fewer than", "masks")),
+    "too short by half": (resized(lambda data: data[: len(data) // 2]), ("codes", "fewer than", "masks")),
+    "only a header": (resized(lambda data: data[:32]), "byte 32"),
+    "too long by a byte": (resized(lambda data: data + b"\0"), ("codes", "more than", "masks")),
+    "too long by much": (resized(lambda data: data + bytes(10_000)), ("codes", "more than", "masks")),
+    "half a header": (lambda data: data[:31], "31 bytes"),
+    "nothing": (lambda data: b"", "0 bytes"),
+    "a byte after the record": (lambda data: data + b"\0", ("1 bytes", "record")),
+    "a second record": (lambda data: data + data, ("bytes", "record")),
     "segments that wrap around": (
         rewritten(segments=lambda r: [Segment(HUGE, 16, 16), Segment(r.rank + 1, 16, 16)], column_scales=[None, None]),
-        "the segments do not add up",
+        ("segments", "columns"),
     ),
     "65535 empty segments": (
         rewritten(segments=[Segment(0, 16, 16)] * 0xFFFF, column_scales=[None] * 0xFFFF),
-        "unknown storage of a column segment",
+        "column segment",
     ),
-    "sigma NaN": (rewritten(sigma=lambda r: r.sigma * np.float16(math.nan)), "a singular value or scale is not finite"),
-    "sigma infinite": (rewritten(sigma=lambda r: r.sigma / np.float16(0)), "a singular value or scale is not finite"),
-    "too many sigmas": (rewritten(sigma=lambda r: np.append(r.sigma, r.sigma)), "codes are more than"),
-    "codes NaN": (rewritten(codes=lambda r: np.full_like(r.codes, 0xFF)), "a stored value is not finite"),
+    "sigma NaN": (rewritten(sigma=lambda r: r.sigma * np.float16(math.nan)), ("singular value", "scale", "finite")),
+    "sigma infinite": (rewritten(sigma=lambda r: r.sigma / np.float16(0)), ("singular value", "scale", "finite")),
+    "too many sigmas": (rewritten(sigma=lambda r: np.append(r.sigma, r.sigma)), ("codes", "more than")),
+    "codes NaN": (rewritten(codes=lambda r: np.full_like(r.codes, 0xFF)), ("value", "finite")),
     "codes infinite": (
         rewritten(codes=lambda r: np.frombuffer(b"\x00\x7c" * (len(r.codes) // 2), np.uint8)),
-        "a stored value is not finite",
+        ("value", "finite"),
     ),
     "thresholds keep least": (
         rewritten(
             segments=lambda r: [Segment(r.rank, 16, 16, KEEP_PER_COLUMN)],
             thresholds=lambda r: np.zeros(r.rank, np.uint16),
         ),
-        "codes are more than the masks keep",
+        ("codes", "more than", "masks"),
     ),
     "levels with scales that are not finite": (
         rewritten(
@@ -154,39 +155,38 @@ HOSTILE_RECORDS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
             column_scales=lambda r: [np.full((2, r.rank), np.inf, np.float16)],
             codes=lambda r: np.zeros(-(-r.rank * 128 // 2) + -(-r.rank * 64 // 2), np.uint8),
         ),
-        "a singular value or scale is not finite",
+        ("singular value", "scale", "finite"),
     ),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE_RECORDS)
 def test_hostile_records(repository: Path, case: str) -> None:
-    edit, match = HOSTILE_RECORDS[case]
+    edit, names = HOSTILE_RECORDS[case]
     with np.errstate(all="ignore"):
         forge_record(repository, edit)
-    with pytest.raises(DeltaFormatError, match=match) as caught:
+    with pytest.raises(DeltaFormatError, match=naming(UP, names)):
         decode_all(repository)
-    assert UP in str(caught.value)
 
 
 def test_hostile_direct_records(tiny_pair: Pair, tmp_path: Path) -> None:
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "delta", DareConfig(4))
     original = (tmp_path / "delta" / DELTA).read_bytes()
-    for edit, match in (
-        (patched(RANK, "<I", 1), "rank 1 is impossible"),
-        (patched(SEGMENT + 5, "<B", FLOAT16), "unknown storage"),
-        (patched(SEGMENT, "<I", 127), "do not add up to 128 columns"),
-        (patched(SEGMENT + 8, "<H", 0xFFFF), "codes are fewer than the masks keep"),
-        (patched(SEGMENT + 8, "<H", 0), "codes are more than the masks keep"),
-        (patched(SCALE, "<f", 3.4e38), f"{UP} decodes to NaN or infinity|{UP}"),
+    for edit, names in (
+        (patched(RANK, "<I", 1), "rank 1"),
+        (patched(SEGMENT + 5, "<B", FLOAT16), "column segment"),
+        (patched(SEGMENT, "<I", 127), ("segments", "128 columns")),
+        (patched(SEGMENT + 8, "<H", 0xFFFF), ("codes", "fewer than", "masks")),
+        (patched(SEGMENT + 8, "<H", 0), ("codes", "more than", "masks")),
+        (patched(SCALE, "<f", 3.4e38), None),
     ):
         replace(tmp_path / "delta" / DELTA, original)
         forge_record(tmp_path / "delta", edit)
-        if match.startswith(UP):
+        if names is None:
             # The largest scale on values of at most 1 may stay just inside the range.
             assert refuses_or_finite(tmp_path / "delta")
         else:
-            refuses(tmp_path / "delta", match)
+            refuses(tmp_path / "delta", naming(UP, names))
 
 
 def refuses_or_finite(folder: Path) -> bool:
@@ -267,7 +267,7 @@ def test_mutated_records(method: Any, data: st.DataObject) -> None:
 
 def test_records_of_no_components_with_codes() -> None:
     empty = Record(FACTORED, 5, 7, 0, 0, 1.0, 0.0, [], np.empty(0, "<f2"), np.empty(0, "<u2"), [], np.zeros(3, "u1"))
-    with pytest.raises(DeltaFormatError, match="3 bytes of codes are more than the masks keep"):
+    with pytest.raises(DeltaFormatError, match=naming("t", "3 bytes", "codes", "more than")):
         decode_record(parse_record(np.frombuffer(pack_record(empty), np.uint8), (5, 7), "t")[0], "t")
 
 
@@ -287,4 +287,4 @@ def test_bfloat16_codes_that_are_not_finite(tiny_pair: Pair, tmp_path: Path) -> 
     record = read_entries(tmp_path / "d" / DELTA)[f"{UP}.delta"][2]
     assert record[SEGMENT + 4] == BFLOAT16
     forge_record(tmp_path / "d", lambda data: data[:-2] + b"\x80\xff")
-    refuses(tmp_path / "d", f"{UP}: a stored value is not finite")
+    refuses(tmp_path / "d", naming(UP, "value", "finite"))

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from support.loaded_models import IDS, load, logits
+from support.messages import naming
 from support.tiny_models import (
     VOCABULARY,
     Pair,
@@ -193,9 +194,8 @@ def test_base_moved(tiny_pair: Pair, tmp_path: Path) -> None:
     compress(str(base), str(tiny_pair.finetuned), tmp_path / "delta", CONFIG)
     before = logits(load(tmp_path / "delta"))
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match="base model of '.*delta' .*base_model=") as raised:
+    with pytest.raises(CheckpointError, match=naming(tmp_path / "delta", "base_model=", base)):
         load(tmp_path / "delta")
-    assert str(base) in str(raised.value)
     loaded = load(tmp_path / "delta", base_model=str(moved))
     assert torch.equal(logits(loaded), before)
     loaded.save_pretrained(tmp_path / "again")
@@ -260,7 +260,7 @@ def test_base_wrong_by_one_bit(
 def test_wrong_base_while_quantising(broken: tuple[Path, Path]) -> None:
     base, delta = broken
     edit_tensors(base, lambda tensors: flip_lowest_bit(tensors["model.layers.1.mlp.up_proj.weight"]))
-    with pytest.raises(WrongBaseError, match="up_proj"):
+    with pytest.raises(WrongBaseError, match=naming("up_proj")):
         load(delta, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True))
 
 
@@ -271,7 +271,7 @@ def test_base_of_another_seed_or_shape(broken: tuple[Path, Path], tmp_path: Path
         load(delta, base_model=str(other))
     assert str(other) in str(raised.value) and str(base) in str(raised.value) and str(delta) in str(raised.value)
     deeper = save_model(make_model(tiny_config("llama", num_hidden_layers=3)), tmp_path / "deeper")
-    with pytest.raises(WrongBaseError, match="it has other tensors"):
+    with pytest.raises(WrongBaseError, match=naming(delta, deeper, "tensors")):
         load(delta, base_model=str(deeper))
     wider = save_model(make_model(tiny_config("llama", intermediate_size=160)), tmp_path / "wider")
     with pytest.raises((WrongBaseError, DeltaFormatError)) as raised:
@@ -283,25 +283,25 @@ def test_damaged_delta_file(broken: tuple[Path, Path]) -> None:
     path = broken[1] / "delta_model.safetensors"
     whole = path.read_bytes()
     rewrite(path, whole[:-100])
-    with pytest.raises(DeltaFormatError, match="damaged or not a safetensors file"):
+    with pytest.raises(DeltaFormatError, match=naming(path, "safetensors")):
         load(broken[1])
     for position in (len(whole) // 2, len(whole) - 50):
         rewrite(path, whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
-        with pytest.raises(DeltaFormatError, match="damaged .its CRC-32 differs.; download the file again"):
+        with pytest.raises(DeltaFormatError, match=naming(path, "CRC-32")):
             load(broken[1])
     path.unlink()
-    with pytest.raises(CheckpointError, match="has no delta_model.safetensors"):
+    with pytest.raises(CheckpointError, match=naming(broken[1], "delta_model.safetensors")):
         load(broken[1])
 
 
 def test_newer_format_version(broken: tuple[Path, Path]) -> None:
     edit_json(broken[1] / "config.json", format_version=99)
-    with pytest.raises(ValueError, match="format version 99.*upgrade impart-hf"):
+    with pytest.raises(ValueError, match=naming("format version 99", "impart-hf")):
         load(broken[1])
 
 
 def test_not_a_delta_repository(tiny_pair: Pair) -> None:
-    with pytest.raises((ValueError, OSError), match="text_config|not a delta repository"):
+    with pytest.raises((ValueError, OSError), match="text_config|delta repository"):
         DeltaCompressedForCausalLM.from_pretrained(tiny_pair.base)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from support.messages import naming
 from support.tiny_models import (
     VOCABULARY,
     Pair,
@@ -129,24 +131,24 @@ def test_configuration_and_card(tmp_path: Path) -> None:
     assert set(config["target_modules"]) == kinds
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (16, 16, "CAUSAL_LM")
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert "library_name: peft" in card and "leading 16 singular components" in card
+    assert "library_name: peft" in card and "16 singular components" in card
 
 
 class TestRefused:
     def test_rank(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="from 1 to 65536, got 0"):
+        with pytest.raises(ValueError, match=naming("rank", 65536, 0)):
             export(save_repository(tmp_path), tmp_path / "adapter", 0)
 
     def test_folder_that_is_not_free(self, tmp_path: Path) -> None:
         repository = save_repository(tmp_path)
         (tmp_path / "adapter").mkdir()
         (tmp_path / "adapter" / "mine").touch()
-        with pytest.raises(OutputError, match="not an empty folder"):
+        with pytest.raises(OutputError, match=naming(tmp_path / "adapter")):
             export(repository, tmp_path / "adapter", 4)
 
     def test_nothing_to_export(self, tmp_path: Path) -> None:
         repository = save_repository(tmp_path, lambda name: "norm" in name)
-        with pytest.raises(ValueError, match="no linear layer of .* differs"):
+        with pytest.raises(ValueError, match=naming("linear layer", repository)):
             export(repository, tmp_path / "adapter", 4)
         assert not (tmp_path / "adapter").exists()
 
@@ -154,7 +156,7 @@ class TestRefused:
         repository = save_repository(tmp_path)
         edit_tensors(tmp_path / "base", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(2))
         before = sorted(tmp_path.iterdir())
-        with pytest.raises(WrongBaseError, match="model.layers.1.mlp.up_proj"):
+        with pytest.raises(WrongBaseError, match=naming("model.layers.1.mlp.up_proj")):
             export(repository, tmp_path / "adapter", 4)
         assert sorted(tmp_path.iterdir()) == before
 
@@ -163,12 +165,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     repository = save_repository(tmp_path)
     assert main(["export-lora", str(repository), str(tmp_path / "one"), "--rank", "4", "--quiet"]) == 0
     said = capsys.readouterr().out
-    assert f"rank 4, {LINEAR} matrices" in said and "lost beyond the rank: relative error 0." in said
-    assert "not in the adapter: 7 changed tensors" in said
+    assert re.search(naming("rank 4", f"{LINEAR} matrices"), said) and re.search(r"error 0\.", said)
+    assert "7 changed tensors" in said
     assert main(["export-lora", str(repository), str(tmp_path / "two"), "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["rank"] == 256
     assert main(["export-lora", str(repository), str(tmp_path / "one"), "--quiet"]) == 1
-    assert "not an empty folder" in capsys.readouterr().err
+    assert str(tmp_path / "one") in capsys.readouterr().err
 
 
 @pytest.mark.vllm

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.load_script import load_script
+from support.messages import naming
 from support.tiny_models import make_model, save_model, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -148,21 +150,21 @@ def test_a_stopped_study_goes_on(study: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, names",
     [
-        (["--counts", "4"], "--counts must lie between 1 and 3"),
-        (["--counts", "0"], "--counts must lie between 1 and 3"),
-        (["--learning-rate", "3e-4"], "is of a study with other settings: give another --output"),
+        (["--counts", "4"], ("--counts", 1, 3)),
+        (["--counts", "0"], ("--counts", 1, 3)),
+        (["--learning-rate", "3e-4"], ("settings", "--output")),
         (["--text", "gone.txt"], "gone.txt"),
-        (["--ratios", "0.2,1", "--output", "other"], "--ratios are shares"),
+        (["--ratios", "0.2,1", "--output", "other"], "--ratios"),
     ],
 )
 def test_bad_arguments(
-    changes: list[str], message: str, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    changes: list[str], names: Any, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     before = results_in(study)
     monkeypatch.chdir(tmp_path)
     assert load_script("study_pruning").main([*arguments(study), *changes]) == 1
-    assert message in capsys.readouterr().err
+    assert re.search(naming(names), capsys.readouterr().err)
     assert results_in(study) == before

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.messages import naming
 
 from impart_hf.serving.catalogue import BASE, Catalogue, NamedDelta
 
@@ -60,18 +61,18 @@ def test_delta_that_the_engine_was_started_on(
 
 
 @pytest.mark.parametrize(
-    "setting, message",
+    "setting, names",
     [
-        ("user/delta", "'user/delta' is neither NAME=REPO.@REVISION. nor a folder"),
-        ("=user/delta", "is not NAME=REPO"),
-        ("math=", "is not NAME=REPO"),
-        ("math=user/delta@", "is not NAME=REPO"),
-        ("math=user/one,math=user/two", "the name 'math' stands for user/one and for user/two"),
-        ("base=user/one", "the name 'base' stands for the base itself and for user/one"),
+        ("user/delta", ("'user/delta'", "NAME=REPO", "folder")),
+        ("=user/delta", ("'=user/delta'", "NAME=REPO")),
+        ("math=", ("'math='", "NAME=REPO")),
+        ("math=user/delta@", ("'math=user/delta@'", "NAME=REPO")),
+        ("math=user/one,math=user/two", ("'math'", "user/one", "user/two")),
+        ("base=user/one", ("'base'", "user/one")),
     ],
 )
-def test_bad_settings(setting: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_settings(setting: str, names: tuple) -> None:
+    with pytest.raises(ValueError, match=naming(names)):
         Catalogue(setting)
 
 
@@ -79,5 +80,5 @@ def test_two_folders_with_one_name(tiny_repository: Path, tmp_path: Path) -> Non
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         shutil.copytree(tiny_repository, tmp_path / folder / "same")
-    with pytest.raises(ValueError, match="the name 'same' stands for .*x/same and for .*y/same"):
+    with pytest.raises(ValueError, match=naming("'same'", tmp_path / "x" / "same", tmp_path / "y" / "same")):
         Catalogue(f"{tmp_path / 'x'},{tmp_path / 'y'}")

@@ -85,7 +85,7 @@ def test_configurations_that_are_none(
         status, answer = server.load("bad")
     finally:
         shutil.rmtree(bad)
-    assert status == 422 and "config.json of" in answer["error"]["message"]
+    assert status == 422 and "config.json" in answer["error"]["message"]
     assert answers(server) == family_tokens["one"]
 
 
@@ -103,7 +103,7 @@ def test_unknown_delta(server: Server) -> None:
     status, answer = server.load("dense")
     assert status == 404
     assert answer["error"]["deltas"] == ["base", "third", "one", "two"]
-    assert "there is no delta 'dense'" in answer["error"]["message"]
+    assert "'dense'" in answer["error"]["message"]
     for name in ("\ud800", "x" * 10**6, "../one"):
         status, answer = server.load(name)
         assert status == 404 and len(answer["error"]["message"]) < 400
@@ -116,7 +116,7 @@ _BAD_BODIES: list[object] = [b"{", b"[" * 200_000, b"[]", {}, {"delta": 3}, {"de
 def test_bad_bodies(server: Server, body: object) -> None:
     status, answer = server.request("/v1/deltas/load", body)
     assert status == 400
-    assert answer["error"]["message"].startswith('the body must be {"delta": NAME}')
+    assert '{"delta": NAME}' in answer["error"]["message"]
 
 
 def test_delta_that_is_refused(server: Server, tenants: Path, family_tokens: Expected) -> None:
@@ -128,7 +128,7 @@ def test_delta_that_is_refused(server: Server, tenants: Path, family_tokens: Exp
         status, answer = server.load("bad")
     finally:
         shutil.rmtree(bad)
-    assert status == 422 and "is damaged" in answer["error"]["message"]
+    assert status == 422 and "delta_model.safetensors" in answer["error"]["message"]
     assert server.request("/v1/deltas")[1]["loaded"] == "one"
     assert answers(server) == family_tokens["one"]
 
@@ -144,7 +144,7 @@ def test_weights_that_cannot_come_back(
     assert server.load("gone")[0] == 200
     shutil.rmtree(tenants / "gone")
     status, answer = server.load("broken")
-    assert status == 500 and "put their files back" in answer["error"]["message"]
+    assert status == 500 and str(tenants / "gone") in answer["error"]["message"]
     assert server.request("/v1/deltas")[1]["loaded"] is None
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(server.tokens, PROMPTS[0])

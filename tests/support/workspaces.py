@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from impart_hf.compression.plan import CARD_BYTES
+
 
 def differing(one: Path, other: Path) -> list[str]:
     """Names of the files that are not the same in both folders.
@@ -12,6 +14,12 @@ def differing(one: Path, other: Path) -> list[str]:
     """
     first, second = ({p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".py"} for folder in (one, other))
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+
+
+def counted_bytes(repository: Path) -> int:
+    """What counts towards the ratio: delta files, their index, config.json, and a constant for the model card."""
+    counted = [*repository.glob("*.safetensors"), *repository.glob("*.index.json"), repository / "config.json"]
+    return CARD_BYTES + sum(path.stat().st_size for path in counted)
 
 
 def hidden(output: Path) -> Path:
