@@ -1,7 +1,10 @@
 """The documents name what exists: files, pictures, links, anchors, commands, options and messages."""
 
 import ast
+import contextlib
+import functools
 import importlib.util
+import io
 import re
 from pathlib import Path
 
@@ -43,24 +46,17 @@ def test_links_and_anchors_resolve(document: Path) -> None:
 
 
 @every_document
-def test_commands_and_their_options_exist(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    helps: dict[tuple[str, ...], str] = {}
+def test_commands_and_their_options_exist(document: Path) -> None:
     for command, options in _commands(document.read_text("utf-8")):
-        if command not in helps:
-            with pytest.raises(SystemExit) as stopped:
-                main([*command, "--help"])
-            helps[command] = capsys.readouterr().out
-            assert stopped.value.code == 0, f"impart-hf {' '.join(command)}"
+        found = _help(*command)
         for option in [] if document == WRITE_A_METHOD else options:  # its example has options of its own
-            assert re.search(rf"{option}\b(?!-)", helps[command]), f"impart-hf {' '.join(command)} {option}"
+            assert re.search(rf"{option}\b(?!-)", found), f"impart-hf {' '.join(command)} {option}"
 
 
-def test_every_command_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_is_documented() -> None:
     documented = {command for command, _ in _commands((ROOT / "docs" / "commands.md").read_text("utf-8"))}
-    for parent in ([], ["prune"]):
-        with pytest.raises(SystemExit):
-            main([*parent, "--help"])
-        names = re.findall(r"^ {4}([a-z][a-z-]*)\b", capsys.readouterr().out, re.MULTILINE)
+    for parent in ((), ("prune",)):
+        names = re.findall(r"^ {4}([a-z][a-z-]*)\b", _help(*parent), re.MULTILINE)
         assert len(names) >= 4
         assert {(*parent, name) for name in names} - {("prune",)} <= documented
 
@@ -125,6 +121,16 @@ def _commands(text: str) -> list[tuple[tuple[str, ...], list[str]]]:
         depth = 2 if words[0] == "prune" and len(words) > 1 and words[1].isalpha() else 1
         found.append((tuple(words[:depth]), [word.partition("=")[0] for word in words if word.startswith("--")]))
     return found
+
+
+@functools.cache
+def _help(*command: str) -> str:
+    """What a command's --help prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    assert stopped.value.code == 0, f"impart-hf {' '.join(command)}"
+    return printed.getvalue()
 
 
 def _messages() -> list[str]:
