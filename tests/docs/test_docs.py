@@ -61,6 +61,11 @@ def test_every_command_is_documented() -> None:
         assert {(*parent, name) for name in names} - {("prune",)} <= documented
 
 
+def test_architecture_names_files_that_exist() -> None:
+    names = re.findall(r"`(\w+\.py)`", (ROOT / "docs" / "ARCHITECTURE.md").read_text("utf-8"))
+    assert names and set(names) <= {path.name for path in (ROOT / "impart_hf").rglob("*.py")}
+
+
 def test_the_example_of_a_method_works(tmp_path: Path) -> None:
     example = re.search(r"```python\n(.*?)```", WRITE_A_METHOD.read_text("utf-8"), re.DOTALL)
     assert example and len(example[1].splitlines()) < 50
