@@ -1,19 +1,151 @@
-"""The documents name what exists."""
+"""The documents name what exists: files, pictures, links, anchors, commands, options and messages."""
 
+import ast
+import contextlib
+import functools
+import importlib.util
+import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from impart_hf.cli.main import main
+from impart_hf.modeling.delta_decode import decode_record
+from impart_hf.modeling.delta_record import parse_record
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WRITE_A_METHOD = ROOT / "docs" / "how-to" / "write-a-method.md"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@every_document
 def test_files_and_pictures_exist_and_nothing_is_left_to_fill_in(document: Path) -> None:
     text = document.read_text("utf-8")
-    for name in re.findall(r"\b(?:docs|scripts|tests|modeling|impart_hf)/[\w/]+\.\w+", text):
-        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\b(?:docs|scripts|tests|modeling|impart_hf)/[\w/-]+\.\w+", text):
+        assert (ROOT / name).exists() or name in _MADE_BY_THE_READER, name
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (document.parent / picture).exists(), picture
     assert not re.findall(r"^[A-Z]+_[A-Z]+$", text, re.MULTILINE)
+
+
+@every_document
+def test_links_and_anchors_resolve(document: Path) -> None:
+    for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", _prose(document)):
+        if re.match(r"https?:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (document.parent / name).resolve() if name else document
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in _anchors(linked), target
+
+
+@every_document
+def test_commands_and_their_options_exist(document: Path) -> None:
+    for command, options in _commands(document.read_text("utf-8")):
+        found = _help(*command)
+        for option in [] if document == WRITE_A_METHOD else options:  # its example has options of its own
+            assert re.search(rf"{option}\b(?!-)", found), f"impart-hf {' '.join(command)} {option}"
+
+
+def test_every_command_is_documented() -> None:
+    documented = {command for command, _ in _commands((ROOT / "docs" / "commands.md").read_text("utf-8"))}
+    for parent in ((), ("prune",)):
+        names = re.findall(r"^ {4}([a-z][a-z-]*)\b", _help(*parent), re.MULTILINE)
+        assert len(names) >= 4
+        assert {(*parent, name) for name in names} - {("prune",)} <= documented
+
+
+def test_architecture_names_files_that_exist() -> None:
+    names = re.findall(r"`(\w+\.py)`", (ROOT / "docs" / "ARCHITECTURE.md").read_text("utf-8"))
+    assert names and set(names) <= {path.name for path in (ROOT / "impart_hf").rglob("*.py")}
+
+
+def test_the_example_of_a_method_works(tmp_path: Path) -> None:
+    example = re.search(r"```python\n(.*?)```", WRITE_A_METHOD.read_text("utf-8"), re.DOTALL)
+    assert example and len(example[1].splitlines()) < 50
+    path = tmp_path / "row_signs.py"
+    # Without its public name, so that the methods which other tests go through stay the same
+    path.write_text(example[1].replace('name: ClassVar[str] = "row-signs"', ""), "utf-8")
+    spec = importlib.util.spec_from_file_location("impart_hf.methods.row_signs", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    method = module.RowSignsConfig(shrink=0.9)
+    delta = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    for budget in (400, 800):
+        data = method.encode(delta, budget, 1).data
+        assert 0.9 * budget < len(data) <= budget
+        record, _ = parse_record(np.frombuffer(data, np.uint8), (96, 64), "delta")
+        assert (decode_record(record, "delta") * delta).sum() > 0
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").split()) < 1000
+
+
+def test_troubleshooting_quotes_messages_of_the_code() -> None:
+    messages = _messages()
+    for row in re.findall(r"^\| (.*?) \|", TROUBLESHOOTING.read_text("utf-8"), re.MULTILINE):
+        if "transformers" in row or not row.startswith("`"):
+            continue
+        for part in re.findall(r"`([^`]+)`", row):
+            assert any(part in message for message in messages), part
+
+
+_MADE_BY_THE_READER = {"impart_hf/methods/row_signs.py"}  # the example of docs/how-to/write-a-method.md
+
+
+def _prose(document: Path) -> str:
+    """A document without its blocks of code."""
+    text = re.sub(r"^```.*?^```", "", document.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+
+
+def _anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#{1,6} (.+)$", _prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def _commands(text: str) -> list[tuple[tuple[str, ...], list[str]]]:
+    """The commands of impart-hf in a document's code, and the options that each is given."""
+    text = text.replace("\\\n", " ")
+    fenced = "\n".join(re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE))
+    indented = re.findall(r"^    +(.*)$", text, re.MULTILINE)
+    found = []
+    for line in [*fenced.splitlines(), *indented, *re.findall(r"`([^`\n]+)`", text)]:
+        if not (match := re.match(r" *(?:accelerate launch -m impart_hf\.cli|impart-hf) ([a-z].*)", line)):
+            continue
+        words = match[1].split()
+        depth = 2 if words[0] == "prune" and len(words) > 1 and words[1].isalpha() else 1
+        found.append((tuple(words[:depth]), [word.partition("=")[0] for word in words if word.startswith("--")]))
+    return found
+
+
+@functools.cache
+def _help(*command: str) -> str:
+    """What a command's --help prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    assert stopped.value.code == 0, f"impart-hf {' '.join(command)}"
+    return printed.getvalue()
+
+
+def _messages() -> list[str]:
+    """Every string of the package, … for what is formatted into it."""
+    found = []
+    for path in [*(ROOT / "impart_hf").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
