@@ -73,7 +73,7 @@ class MethodConfig(abc.ABC):
         embeddings: how changed embeddings and output projection are compressed, to the same ratio: "lowrank" by their
             leading singular components at 8 to 2 bits, "method" by the method itself. The papers leave them
             uncompressed; masks on them hit single tokens instead of averaging out, and cost several times the quality
-            (docs/benchmarks.md).
+            (docs/results.md).
     """
 
     name: ClassVar[str]

@@ -14,7 +14,7 @@ from .mixed_precision import MixedPrecision
 class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
     """ImPart-Qt's settings: those of ImPart's allocation and of the mixed precision.
 
-    The default C is lower than ImPart's: cheap values are better spread over more components (docs/benchmarks.md).
+    The default C is lower than ImPart's: cheap values are better spread over more components (docs/results.md).
     """
 
     name: ClassVar[str] = "impart-qt"
