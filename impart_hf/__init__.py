@@ -7,6 +7,7 @@ imported when it is first used. Every method's class (`ImPartConfig`, …) is pu
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .common.version import __version__ as __version__
 from .registration import is_command_line, register_with_transformers
 
 if TYPE_CHECKING:  # names for the type checker
@@ -29,8 +30,6 @@ if TYPE_CHECKING:  # names for the type checker
     from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM as DeltaCompressedForCausalLM
     from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM as PrunedLlamaForCausalLM
     from .modeling.modeling_pruned_llama import PrunedLlamaModel as PrunedLlamaModel
-
-__version__ = "0.1.0"
 
 # The modules of the public names, but for the methods' classes
 _HOMES = {

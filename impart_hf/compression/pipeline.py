@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from .. import __version__
 from ..calibration.layer_stream import stream_layers
 from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..coding.svd_cache import SvdCache, SvdOf, leading_svd_of
 from ..common.progress import Progress
+from ..common.version import __version__
 from ..distillation import DistillReport, DistillSettings
 from ..methods import MethodConfig
 from ..repository.report import CompressionReport
