@@ -13,7 +13,7 @@ from ..modeling.checksums import tensor_checksum
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
 from ..modeling.tensors import Tensors
 from .completeness import check_complete
-from .engine_files import EngineFiles, hub_options
+from .engine_files import EngineFiles
 from .scratch import Scratch
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class DeltaChecker:
         return CheckedDelta(None, None)
 
     def _check_delta(self, repo: str, revision: str | None) -> CheckedDelta:
-        options = pinned(repo, hub_options(self._vllm_config, revision))
+        options = pinned(repo, self.files.hub_options(revision))
         repository = self.files.open_delta(repo, options.revision)
         self._check_config(repository.text_config, repo)
         self._check_base(repository)

@@ -1,8 +1,8 @@
 """vLLM's model classes for our repositories, made when vLLM asks for them.
 
-Attribute `DeltaCompressedLlamaForCausalLM@0.32.0` of this module is the class that loads a delta repository into vLLM
-0.32.0's `LlamaForCausalLM`; there is one for each of vLLM's classes that can be a fine-tuned model. Nothing of vLLM is
-imported before: the plugin must not touch a device.
+Attribute `DeltaCompressedLlamaForCausalLM@0.32.0` of this module is vLLM 0.32.0's `LlamaForCausalLM`, under the name
+by which vLLM knows that its weights are to be loaded from a delta repository; there is one for each of vLLM's classes
+that can be a fine-tuned model. No model of vLLM is imported before: the plugin must not touch a device.
 """
 
 import functools
@@ -20,10 +20,8 @@ def _model_class(name: str) -> type:
         return PrunedLlamaForCausalLM
     from vllm import ModelRegistry
 
-    from .delta_weights import DeltaWeights
-
     inner = ModelRegistry.models[name.removeprefix(DELTA_PREFIX)].load_model_cls()
-    return type(name, (DeltaWeights, inner), {"__module__": __name__})
+    return type(name, (inner,), {"__module__": __name__})
 
 
 def __getattr__(attribute: str) -> Any:

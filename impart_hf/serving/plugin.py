@@ -27,6 +27,7 @@ def _register() -> None:
 
     from . import model_classes
     from .config_parser import DeltaConfigParser
+    from .delta_loader import delta_settings
     from .worker import load_delta
 
     # Not `register_config_parser`: it would warn of the replacement at every start, whatever model is served.
@@ -43,7 +44,6 @@ def _register() -> None:
         inner.update([names] if isinstance(names, str) else names)
     for name in sorted(inner & set(ModelRegistry.get_supported_archs())):
         register_class(model_classes.DELTA_PREFIX + name)
-        if name in MODELS_CONFIG_MAP:
-            MODELS_CONFIG_MAP[model_classes.DELTA_PREFIX + name] = MODELS_CONFIG_MAP[name]
+        MODELS_CONFIG_MAP[model_classes.DELTA_PREFIX + name] = delta_settings(MODELS_CONFIG_MAP.get(name))
 
     WorkerBase.impart_hf_load_delta = load_delta

@@ -8,8 +8,7 @@ import torch
 
 from ..modeling.checkpoints import Checkpoint, HubOptions
 from ..modeling.tensors import Tensors
-from .delta_weights import decoded_tensors
-from .engine_files import EngineFiles
+from .engine_files import EngineFiles, decoded_tensors
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
