@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, Mamba2Config, PreTrainedConfig, RwkvConfig
 from transformers.models.llama import modeling_llama
 
-from impart_hf.calibration import layer_stream
 from impart_hf.calibration.layer_stream import stream_layers
 from impart_hf.calibration.streamed_model import streamed_model
 from impart_hf.common.progress import Progress
@@ -232,7 +231,7 @@ def test_one_decoder_layer_is_in_memory_at_a_time(
     models: list[nn.Module] = []
     make = AutoModelForCausalLM.from_config
     monkeypatch.setattr(
-        layer_stream.AutoModelForCausalLM,
+        AutoModelForCausalLM,
         "from_config",
         lambda *args, **kw: models.append(make(*args, **kw)) or models[-1],
     )

@@ -224,7 +224,7 @@ def test_latency_is_the_median_of_real_time(tmp_path: Path, monkeypatch: pytest.
         clock[0] += 60 if prompts[0] == 3 else 1
 
     model.register_forward_pre_hook(advance, with_kwargs=True)
-    monkeypatch.setattr("impart_hf.evaluation.cost.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("impart_hf.evaluation.latency.time.perf_counter", lambda: clock[0])
     found = measure_latency(model, prompt_tokens=8, new_tokens=4, repeats=3)
     assert found.prefill_seconds == 1 and found.decode_tokens_per_second == 1
 
