@@ -35,7 +35,7 @@ from impart_hf.pruning.recovery import recover
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.xdist_group("recovery")
 
 TEXTS = [f"{n} is the number, {n * n} is its square, and {n} texts come before this one. " * 2 for n in range(60)]
 HELD_OUT = [
@@ -177,6 +177,8 @@ def test_more_of_the_trainers_settings(model: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
 
 
+@pytest.mark.scripts
+@pytest.mark.process
 def test_the_script_with_the_published_settings(tmp_path: Path) -> None:
     """From a LLaMA of seven layers to one of three: two without merging, then (by default three, here) two with it."""
     model = save(tmp_path / "model", "llama", num_hidden_layers=7)

@@ -12,8 +12,11 @@ from support.load_script import load_script
 from support.messages import naming
 from support.tiny_models import Pair
 
+from impart_hf.common import token_losses
 from impart_hf.evaluation import metrics as evaluate
 from impart_hf.evaluation.memory import PeakMemory
+
+pytestmark = pytest.mark.scripts
 
 measure = load_script("measure")
 linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
@@ -32,6 +35,7 @@ def quality(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.xdist_group("quality")
 def test_quality_numbers(quality: Path) -> None:
     results = json.loads((quality / "quality.json").read_text())
     assert results["finetuned"]["kl"] == pytest.approx(0, abs=1e-6)
@@ -47,6 +51,7 @@ def test_quality_numbers(quality: Path) -> None:
     assert runs["dare", 5, 0]["kl"] != runs["dare", 5, 1]["kl"]
 
 
+@pytest.mark.xdist_group("quality")
 def test_quality_files(quality: Path) -> None:
     text = (quality / "quality.md").read_text()
     for word in ("fine-tuned", "base", "impart", "lowrank", "dare", "±", "Machine: ", "torch"):
@@ -60,7 +65,7 @@ def test_quality_is_that_of_the_whole_distribution(tiny_pair: Pair, monkeypatch:
     """Batches and chunks make no difference, and the numbers are what a plain computation gives."""
     base, finetuned = (evaluate.load(str(path), torch.float32, "cpu") for path in (tiny_pair.base, tiny_pair.finetuned))
     blocks = torch.randint(5, 300, (5, 16), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(evaluate, "_CHUNK_ENTRIES", 320 * 7)
+    monkeypatch.setattr(token_losses, "CHUNK_ENTRIES", 320 * 7)
     perplexity, divergence = evaluate.evaluate(base, finetuned, blocks, 2)
     with torch.no_grad():
         found, wanted = (m(input_ids=blocks).logits[:, :-1].log_softmax(-1) for m in (base, finetuned))
