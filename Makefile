@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make demo` and `make test`. Both create .venv themselves.
+# `make demo`, `make check` and `make test` do all the set-up: each creates .venv itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +6,20 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format clean
+# Tests marked xdist_group share what is expensive to make, or vLLM's engine, and run in one of the processes.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+WORKERS ?= 2
+
+.PHONY: demo check test lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python scripts/demo.py demo
 
+check: $(VENV)/ready lint
+	$(PYTEST) -m "not slow and not scripts and not process and not vllm"
+
 test: $(VENV)/ready-to-test lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

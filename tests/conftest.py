@@ -7,6 +7,8 @@ import os
 # OpenMP reads this when torch is loaded. On cores shared with other programs, threads that spin while they wait make
 # models this small many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Two test processes share two cores, and models this small gain nothing by a second thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may depend on the network. Clients of the loopback Hub run in processes with an environment of their own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -33,15 +35,6 @@ from impart_hf import LowRankConfig, compress
 
 # Beside what the process has already. A repository of the tiny model takes a few megabytes to open and decode.
 ROOM = 300 << 20
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads waiting for each other on a busy machine would take most of the time of models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -149,9 +142,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_task(tmp_path_factory.mktemp("task"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what needs the vLLM engine where there is none; `make test` installs it."""
-    if find_spec("vllm") is None:
-        for item in items:
-            if item.get_closest_marker("vllm"):
+    """Run what needs the vLLM engine in one test process, or skip it if vLLM is not installed."""
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.xdist_group("vllm"))
+            if find_spec("vllm") is None:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed: make .venv/ready-to-test"))

@@ -25,7 +25,7 @@ _ACCEPTED = (
 _REMEDY = "write what the model is to read into a field 'text'"
 # Sequences are drawn from this many times as many as are asked for: no source is read further than that.
 _POOL = 4
-_PIECE_CHARACTERS = 1 << 20
+PIECE_CHARACTERS = 1 << 20
 # owner/name, then perhaps :configuration and @split.
 _DATASET_NAME = re.compile(r"(?P<name>[^:@./~\\][^:@]*)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
 
@@ -225,7 +225,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
 def _pieces(path: Path) -> Iterator[str]:
     with _opened(path) as file:
         # Up to a line's end, so that no word is torn.
-        while piece := file.read(_PIECE_CHARACTERS) + file.readline():
+        while piece := file.read(PIECE_CHARACTERS) + file.readline():
             yield piece
 
 

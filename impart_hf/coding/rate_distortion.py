@@ -27,7 +27,7 @@ _LEAST_KEPT = 1e-3  # the smallest q
 _TINY = 1e-200
 _PRICES = 1e-60, 1.0  # of a bit, in units of the most harm: at the last, nothing is worth a byte
 _EXACT, _ABOUT = 1e-7, 0.03  # relative errors of a price: of what is returned, and of what a sample tells
-_CHUNK = 4096  # components looked at together: their numbers stay in the processor's cache
+CHUNK = 4096  # components looked at together: their numbers stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Components:
 
     def _all_chosen(self, table: np.ndarray, price: float) -> list[np.ndarray]:
         """Bits, thresholds and bytes of the components in a table, in chunks."""
-        starts = range(0, max(1, table.shape[1]), _CHUNK)
-        parts = [self._chosen(table[:, start : start + _CHUNK], price) for start in starts]
+        starts = range(0, max(1, table.shape[1]), CHUNK)
+        parts = [self._chosen(table[:, start : start + CHUNK], price) for start in starts]
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
     def _chosen(self, table: np.ndarray, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -132,7 +132,7 @@ class Components:
     def price_for(self, max_bytes: float) -> float:
         """The lowest price, nearly, at which the chosen components take no more than so many bytes."""
         least, most = low, high = np.log(self._worst * np.array(_PRICES))
-        stride = self._table.shape[1] // _CHUNK
+        stride = self._table.shape[1] // CHUNK
         if stride > 1:  # a sample of them tells where about it is, in a fraction of the time
             sample = self._table[:, ::stride]
             share = sample.shape[1] / self._table.shape[1]

@@ -63,7 +63,7 @@ def _tall_svd(
         return max(1, min(side, wanted(np.concatenate([above, sigma])) - len(above)))
 
     v = _krylov_vectors(matrix, count) if matrix.shape[1] >= _SMALL else None
-    u, sigma, v = _components(matrix, _all_vectors(matrix, count) if v is None else v)
+    u, sigma, v = _components(matrix, all_vectors(matrix, count) if v is None else v)
     clear = int((sigma >= _TRUSTED * sigma[0]).sum())
     if clear == len(sigma) or len(sigma) > side // 2:
         return u, sigma, v
@@ -97,7 +97,7 @@ def _roots(eigenvalues: torch.Tensor) -> np.ndarray:
     return eigenvalues.clamp_min(0).double().sqrt().cpu().numpy()
 
 
-def _all_vectors(matrix: torch.Tensor, count: RankRule) -> torch.Tensor:
+def all_vectors(matrix: torch.Tensor, count: RankRule) -> torch.Tensor:
     """Leading right singular vectors, (n, r), from the whole Gram matrix."""
     side = matrix.shape[1]
     gram = torch.zeros(side, side, dtype=matrix.dtype, device=matrix.device)

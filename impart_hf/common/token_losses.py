@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 # Logits that are converted to float32 at a time: 128 MiB.
-_CHUNK_ENTRIES = 1 << 25
+CHUNK_ENTRIES = 1 << 25
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -38,4 +38,4 @@ def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
 
 def _chunks(tensor: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
     """A tensor in parts of as many tokens as bound the float32 copy of the logits."""
-    return tensor.split(max(1, _CHUNK_ENTRIES // logits.shape[-1]))
+    return tensor.split(max(1, CHUNK_ENTRIES // logits.shape[-1]))

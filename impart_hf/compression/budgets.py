@@ -79,9 +79,7 @@ def shared_budgets(
                 if is_any:
                     _, sigma, _ = svd_of(tensor.name, number)(delta, _rank_rule(tensor, method))
                     spectrum = sigma.double().cpu().numpy()
-                weight = (
-                    _embedding_weight(pair.base.tensor(tensor.name), delta) if tensor.vocabulary and is_any else 1.0
-                )
+                weight = embedding_weight(pair.base.tensor(tensor.name), delta) if tensor.vocabulary and is_any else 1.0
                 energy = float(torch.linalg.vector_norm(delta)) ** 2
                 found.append((tensor, Spectrum(spectrum, rows, columns, energy, tensor.vocabulary, weight)))
             bar.update(tensor.dense_bytes)
@@ -92,7 +90,7 @@ def shared_budgets(
     return budgets
 
 
-def _embedding_weight(base: torch.Tensor, delta: torch.Tensor) -> float:
+def embedding_weight(base: torch.Tensor, delta: torch.Tensor) -> float:
     """What squared errors of an embedding (tokens, size) count for, in those of other vocabulary matrices; 1 or more.
 
     A linear layer has inputs of about unit variance, so that its squared error is that of its output. Of an embedding,

@@ -30,7 +30,7 @@ from .config import MergeConfig
 from .inputs import MergeInputs
 from .task_vectors import TaskVector, dare, impart, mixed, trimmed
 
-_BLOCK_ENTRIES = 1 << 20  # of a tensor combined at a time, for each model; more leave the cache
+BLOCK_ENTRIES = 1 << 20  # of a tensor combined at a time, for each model; more leave the cache
 
 
 @dataclass
@@ -240,7 +240,7 @@ class Merge:
         own = [self.config.model_values(model, name, depth) for model in self.config.finetunes]
         vectors = [self._vector(number, name, before, values, shared) for number, values in enumerate(own)]
         weights = [values["weight"] for values in own]
-        block = max(1, _BLOCK_ENTRIES // before[0].numel())
+        block = max(1, BLOCK_ENTRIES // before[0].numel())
         combined = torch.empty(before.shape)
         for start in range(0, len(before), block):
             rows = slice(start, start + block)

@@ -149,7 +149,7 @@ def tune_merge(
         for settings in grid:
             started = time.perf_counter()
             deltas = None  # its file takes room as long as it is open
-            deltas = _StoredDeltas(Merge(_with(config, settings), inputs, device, svds.of), scratch / "deltas")
+            deltas = StoredDeltas(Merge(_with(config, settings), inputs, device, svds.of), scratch / "deltas")
             for scale in lambdas:
                 candidate = _with(config, {"lambda": scale, **settings})
                 folder = scratch / "candidate"
@@ -157,7 +157,7 @@ def tune_merge(
                 Merge(candidate, inputs, device, delta_of=deltas.of).write(
                     folder, output.name, shard_size, Progress(False)
                 )
-                losses = _losses(folder, device, texts, batch_size)
+                losses = task_losses(folder, device, texts, batch_size)
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 tried.append(MergeCandidate({"lambda": scale, **settings}, losses, seconds))
                 if best is None or _rank(tried[-1]) < _rank(best):
@@ -226,7 +226,7 @@ def _with(config: MergeConfig, settings: Mapping[str, float]) -> MergeConfig:
     return dataclasses.replace(config, models=models, parameters={**config.parameters, **settings})
 
 
-class _StoredDeltas:
+class StoredDeltas:
     """The combined deltas of a merge, in a file, for it is read once for every lambda."""
 
     def __init__(self, merged: Merge, folder: Path):
@@ -244,7 +244,9 @@ class _StoredDeltas:
         return self._file.get_tensor(name)
 
 
-def _losses(folder: Path, device: torch.device, texts: Mapping[str, torch.Tensor], batch_size: int) -> dict[str, float]:
+def task_losses(
+    folder: Path, device: torch.device, texts: Mapping[str, torch.Tensor], batch_size: int
+) -> dict[str, float]:
     """Cross-entropy of a merged model on each task's text, nats a token."""
     model = load(str(folder), torch.float32, device)
     return {task: math.log(perplexity(model, tokens, batch_size)) for task, tokens in texts.items()}

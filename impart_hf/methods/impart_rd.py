@@ -68,9 +68,10 @@ class ImPartRdConfig(MethodConfig):
         return min(min(rows, columns), 1 + int(most))
 
     def allocate(self, spectra: list[Spectrum], max_bytes: int) -> list[int]:
-        return allocate([self._matrix(spectrum) for spectrum in spectra], max_bytes)
+        return allocate([self.matrix(spectrum) for spectrum in spectra], max_bytes)
 
-    def _matrix(self, spectrum: Spectrum) -> Matrix:
+    def matrix(self, spectrum: Spectrum) -> Matrix:
+        """A matrix as bits are shared out among components: its spectrum, and what errors in it count for."""
         return Matrix(spectrum.sigma, spectrum.rows, spectrum.columns, _error_weights(spectrum, self.drop_weight))
 
     def _encode(self, task: EncodingTask) -> Encoded:
@@ -87,11 +88,11 @@ class ImPartRdConfig(MethodConfig):
         factors = u[:, :count], sigma[:count], v[:, :count]
         bits, thresholds = choice.bits[:count], choice.thresholds[:count]
         widths_u, widths_v = (
-            _widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits[:, side])
+            best_widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits[:, side])
             for side, part in enumerate((factors[0], factors[2]))
         )
         levels_u, weights, levels_v, notes = quantised(
-            *factors, thresholds, widths_u, task.mask_seed, _moments(task), widths_v=widths_v, delta=task.delta
+            *factors, thresholds, widths_u, task.mask_seed, input_moments(task), widths_v=widths_v, delta=task.delta
         )
         data = factored_record(task.delta, levels_u, weights, levels_v, thresholds, widths_u, task.mask_seed, widths_v)
         return Encoded(data, notes)
@@ -105,7 +106,7 @@ class ImPartRdConfig(MethodConfig):
         rows, columns = task.delta.shape
         budget = float(task.max_bytes - OVERHEAD_BYTES)
         energy = float(torch.linalg.vector_norm(task.delta)) ** 2
-        components = Components([self._matrix(Spectrum(sigma, rows, columns, energy, task.vocabulary))])
+        components = Components([self.matrix(Spectrum(sigma, rows, columns, energy, task.vocabulary))])
         for _ in range(_MAX_FITS):
             choice = components.choose(components.price_for(budget))
             count = choice.count
@@ -128,7 +129,7 @@ def _error_weights(spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
     return ErrorWeights(drop_weight * along, along, _V_NOISE, np.minimum(_BOTH_NOISE, along))
 
 
-def _moments(task: EncodingTask) -> torch.Tensor | None:
+def input_moments(task: EncodingTask) -> torch.Tensor | None:
     """The second moments of a matrix's inputs, (n, n), in units of their mean; None where rows are tokens.
 
     Without calibration text they are those of the delta's own rows: the gradients that it is the sum of were made of
@@ -142,7 +143,7 @@ def _moments(task: EncodingTask) -> torch.Tensor | None:
     return moments
 
 
-def _widths(plane: torch.Tensor, mask: torch.Tensor, bits: np.ndarray) -> np.ndarray:
+def best_widths(plane: torch.Tensor, mask: torch.Tensor, bits: np.ndarray) -> np.ndarray:
     """The width codes of a plane (r, length): of the levels with so many bits, those that round it best."""
     from ..coding.factor_quantisation import cosines
 

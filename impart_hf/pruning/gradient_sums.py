@@ -57,10 +57,15 @@ class MatrixSums:
         if self._sum is None:
             self._factors.append((a, b))
             # The factors of few steps take less than the matrix itself
-            if sum(x.numel() + y.numel() for x, y in self._factors) > b.shape[0] * a.shape[1]:
+            if self.held > b.shape[0] * a.shape[1]:
                 self._sum, self._factors = _sum_of_squares(self._factors), []
         else:
             self._sum += (b @ a).square_()
+
+    @property
+    def held(self) -> int:
+        """How many numbers of single entries are in memory: factors of gradients, or their sum."""
+        return self._sum.numel() if self._sum is not None else sum(a.numel() + b.numel() for a, b in self._factors)
 
     def total(self, score: str) -> float:
         """The matrix's part of its layer's score."""

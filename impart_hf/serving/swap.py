@@ -111,6 +111,11 @@ class AsyncDeltaSwitch:
             setattr(engine, name, gated(getattr(engine, name), self._calls))
         self._swap: asyncio.Task[CheckedDelta] | None = None
 
+    @property
+    def swapping(self) -> bool:
+        """Whether a swap has begun that is not done yet."""
+        return self._swap is not None and not self._swap.done()
+
     async def load(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
         """Give the engine the weights of a delta repository on its base; as `DeltaSwitch.load`.
 
@@ -121,7 +126,7 @@ class AsyncDeltaSwitch:
             SwapInProgressError: if another swap is not done yet.
             EngineDeadError: vLLM's, if the engine has died.
         """
-        if self._swap is not None and not self._swap.done():
+        if self.swapping:
             raise SwapInProgressError("another swap is in progress")
         self._swap = asyncio.ensure_future(self._check_and_load(repo, revision))
         self._swap.add_done_callback(lambda swap: swap.cancelled() or swap.exception())  # nobody may be there to ask

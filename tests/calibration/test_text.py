@@ -107,7 +107,7 @@ def test_every_kind_of_source_gives_its_texts(sources: dict[str, Any], kind: str
 def test_a_text_file_is_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "book.txt"
     path.write_text("\n\n" + "\n".join(TEXTS * 10), "utf-8-sig")
-    monkeypatch.setattr(calibration_text, "_PIECE_CHARACTERS", 64)  # read in several pieces
+    monkeypatch.setattr(calibration_text, "PIECE_CHARACTERS", 64)  # read in several pieces
     (text,) = texts_of(path)
     assert text.strip() == "\n".join(TEXTS * 10)
 
@@ -265,7 +265,7 @@ def test_sequences_are_the_joined_texts_cut_to_length(lost: tuple[str, ...]) -> 
 def test_pieces_of_a_file_are_joined_without_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "book.txt"
     path.write_text("\n".join(numbered(20)))
-    monkeypatch.setattr(calibration_text, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(calibration_text, "PIECE_CHARACTERS", 100)
     tokens = calibration_tokens(path, tiny_tokenizer(), length=32)
     assert tiny_tokenizer().eos_token_id not in tokens
     assert tokens[:, 1:].flatten().tolist() == encoded(path.read_text())[: tokens[:, 1:].numel()]
@@ -333,9 +333,7 @@ def test_a_file_of_another_type(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", [Path("nowhere"), "nowhere/text.txt", "./nowhere", "/nowhere/at/all", "name@"])
 def test_a_file_that_is_missing(source: Any) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=naming(source.removeprefix("./") if isinstance(source, str) else source)
-    ):
+    with pytest.raises(FileNotFoundError, match=naming(str(source).removeprefix("./"))):
         texts_of(source)
 
 

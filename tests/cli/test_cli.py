@@ -109,6 +109,7 @@ def test_bad_input_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_push_without_a_network_is_one_line(tiny_pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "delta"
     arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), str(out), "--ratio", "4", "--base-name", "user/base"]
@@ -121,6 +122,7 @@ def test_push_without_a_network_is_one_line(tiny_pair: Pair, tmp_path: Path) -> 
     assert "Hub" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.process
 def test_the_command_is_installed(repository: Path) -> None:
     command = [str(Path(sys.executable).with_name("impart-hf")), "inspect", str(repository)]
     assert "base" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -128,6 +130,7 @@ def test_the_command_is_installed(repository: Path) -> None:
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "/nowhere/at all" in wrong.stderr
 
 
+@pytest.mark.process
 def test_optimum_cli_has_the_same_commands(repository: Path) -> None:
     optimum = str(Path(sys.executable).with_name("optimum-cli"))
     command = [optimum, "impart", "inspect", str(repository), "--json"]

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from impart_hf import PrunedLlamaForCausalLM
 from impart_hf.cli.main import main
 
+pytestmark = pytest.mark.xdist_group("prune commands")
+
 TEXT = "\n".join(f"{a} and {b} are {a + b}, the file says." for a in range(30) for b in range(10))
 
 

@@ -16,7 +16,7 @@ def logits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def chunks_of_two_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_losses, "_CHUNK_ENTRIES", 2 * 11)
+    monkeypatch.setattr(token_losses, "CHUNK_ENTRIES", 2 * 11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

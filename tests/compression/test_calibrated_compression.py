@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -349,6 +348,7 @@ def test_other_calibration_starts_afresh(tiny_pair: Pair, tmp_path: Path, other:
     assert differing(tmp_path / "delta", tmp_path / "fresh") == []
 
 
+@pytest.mark.process
 def test_a_killed_calibration_goes_on(tmp_path: Path) -> None:
     """A process of its own, killed by SIGKILL while it calibrates."""
     config = tiny_config("llama", num_hidden_layers=8)
@@ -512,6 +512,7 @@ def test_what_distillation_cannot_do_shows_before_any_work(
     refuses(tiny_pair, tmp_path, ModuleNotFoundError, naming("accelerate", "impart-hf[distill]"), method, **STEPS)
 
 
+@pytest.mark.process
 def test_two_processes_distil_together(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
     """The gradient of a batch is the mean over the processes: the result is nearly that of one process."""
     (tmp_path / "text.txt").write_text(TEXT, "utf-8")
@@ -519,8 +520,7 @@ def test_two_processes_distil_together(tiny_pair: Pair, distilled: Path, tmp_pat
     command += ["impart_hf.cli", "compress", str(tiny_pair.base), str(tiny_pair.finetuned), str(tmp_path / "delta")]
     command += ["--method", "impart", "--ratio", "8", "--distill", str(tmp_path / "text.txt"), "--steps", "12"]
     command += ["--calibration-samples", "24", "--calibration-length", "32", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launched = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    launched = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert launched.stdout.count("distilled: ") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "text.txt"]
@@ -528,6 +528,7 @@ def test_two_processes_distil_together(tiny_pair: Pair, distilled: Path, tmp_pat
     assert found[0] == pytest.approx(found[1], rel=0.2)
 
 
+@pytest.mark.process
 def test_only_distillation_needs_accelerate() -> None:
     """A core install has none, and nothing else has to wait for the Trainer."""
     program = "import sys; sys.modules['accelerate'] = None; import impart_hf.compression.compress; print(*sys.modules)"

@@ -77,6 +77,8 @@ def kill_when(child: subprocess.Popen[bytes], moment: Callable[[], bool]) -> Non
     assert child.wait() == -signal.SIGKILL
 
 
+@pytest.mark.process
+@pytest.mark.xdist_group("killed runs")
 def test_a_killed_run_goes_on_where_it_stopped(
     slow_pair: Pair, unbroken: Path, tmp_path: Path, children: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +99,8 @@ def test_a_killed_run_goes_on_where_it_stopped(
     assert [p.name for p in tmp_path.iterdir()] == ["delta"]
 
 
+@pytest.mark.process
+@pytest.mark.xdist_group("killed runs")
 def test_killed_again_and_again(slow_pair: Pair, unbroken: Path, tmp_path: Path, children: list[Any]) -> None:
     """In a new process each time: what is finished only ever grows."""
     output, before = tmp_path / "delta", {}
@@ -110,6 +114,8 @@ def test_killed_again_and_again(slow_pair: Pair, unbroken: Path, tmp_path: Path,
     assert differing(output, unbroken) == []
 
 
+@pytest.mark.process
+@pytest.mark.xdist_group("killed runs")
 def test_killed_during_assembly(slow_pair: Pair, unbroken: Path, tmp_path: Path, children: list[Any]) -> None:
     output = tmp_path / "delta"
     children.append(start(slow_pair, output))
@@ -119,6 +125,8 @@ def test_killed_during_assembly(slow_pair: Pair, unbroken: Path, tmp_path: Path,
     assert differing(output, unbroken) == []
 
 
+@pytest.mark.process
+@pytest.mark.xdist_group("killed runs")
 def test_killed_while_an_older_repository_is_replaced(
     slow_pair: Pair, unbroken: Path, tmp_path: Path, children: list[Any]
 ) -> None:
@@ -208,6 +216,8 @@ def test_half_written_and_removed_leftovers(tiny_pair: Pair, tmp_path: Path) -> 
         assert differing(output, tmp_path / "fresh") == [] and not hidden(output).exists()
 
 
+@pytest.mark.process
+@pytest.mark.xdist_group("killed runs")
 def test_two_runs_at_once(slow_pair: Pair, unbroken: Path, tmp_path: Path, children: list[Any]) -> None:
     output = tmp_path / "delta"
     children.append(start(slow_pair, output))

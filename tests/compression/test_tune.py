@@ -44,6 +44,8 @@ from impart_hf.repository.inspection import Inspection
 from impart_hf.repository.open import open_repository
 from impart_hf.storage.workspace import Workspace
 
+pytestmark = pytest.mark.xdist_group("tuning")
+
 TEXT, OTHER = (Path(str(module.__file__)).read_text("utf-8") for module in (textwrap, shlex))
 VALIDATION = {"validation": [TEXT], "samples": 8, "length": 32}
 METHOD = ImPartConfig(compression_ratio=4, seed=5)

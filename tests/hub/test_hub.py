@@ -17,6 +17,8 @@ from support.tiny_models import Pair, edit_json
 from support.without_impart_hf import WITHOUT_IMPART_HF
 from transformers import AutoModelForCausalLM
 
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("hub")]
+
 # Pushes base, fine-tune and two commits of their delta; then the base moves on.
 PUBLISH = """
 import json, sys

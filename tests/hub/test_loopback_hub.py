@@ -23,6 +23,8 @@ from huggingface_hub import HfApi, close_session, constants, hf_hub_download, sn
 from huggingface_hub import errors as hf_errors
 from support.loopback_hub import LoopbackHub, hub_env
 
+pytestmark = pytest.mark.xdist_group("loopback hub")
+
 REPO = "tester/first"
 WEIGHTS = bytes(range(256)) * 9000  # More than two of the chunks in which the server reads and writes.
 
@@ -324,6 +326,7 @@ def test_a_hub_reopened_on_its_folder_has_the_same_repositories(hub: LoopbackHub
         assert (info.sha, info.private, info.gated) == (sha, True, "manual")
 
 
+@pytest.mark.process
 def test_transformers_pushes_and_loads_by_id(hub: LoopbackHub, tmp_path: Path) -> None:
     make_repo(hub, "tester/gated")
     hub.set_gated("tester/gated")

@@ -207,6 +207,8 @@ def hub_folder(world: SimpleNamespace, repo: str, target: Path, revision: str = 
     return target
 
 
+@pytest.mark.process
+@pytest.mark.xdist_group("pruned hub")
 def test_loads_without_impart_hf(world: SimpleNamespace) -> None:
     with torch.no_grad():
         expected = world.pruned(IDS).logits
@@ -217,6 +219,8 @@ def test_loads_without_impart_hf(world: SimpleNamespace) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in world.layers.state_dict().items())
 
 
+@pytest.mark.process
+@pytest.mark.xdist_group("pruned hub")
 def test_what_is_pushed(world: SimpleNamespace, tmp_path: Path) -> None:
     for repo, revision in (("known", "main"), ("new", "dev"), ("saved", "main"), ("from-remote-code", "main")):
         folder = hub_folder(world, f"tester/{repo}", tmp_path / repo, revision)

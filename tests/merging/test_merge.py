@@ -282,7 +282,7 @@ def test_experts(tmp_path):
 def test_blocks_make_no_difference(tunes, tmp_path, monkeypatch):
     models = {"a": {"density": 0.4}, "b": {"density": 0.6}}
     merge(config(tunes, "ties", models), tmp_path / "whole")
-    monkeypatch.setattr("impart_hf.merging.merge._BLOCK_ENTRIES", 200)
+    monkeypatch.setattr("impart_hf.merging.merge.BLOCK_ENTRIES", 200)
     merge(config(tunes, "ties", models), tmp_path / "blocks")
     whole, blocks = load_tensors(tmp_path / "whole"), load_tensors(tmp_path / "blocks")
     assert all(torch.equal(blocks[name], tensor) for name, tensor in whole.items())

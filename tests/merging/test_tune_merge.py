@@ -84,8 +84,8 @@ def test_every_candidate_is_what_merge_makes(family, tmp_path):
 )
 def test_the_papers_grids(family, tmp_path, monkeypatch, method, settings, count):
     monkeypatch.setattr("impart_hf.merging.merge.Merge.write", lambda *_: None)
-    monkeypatch.setattr("impart_hf.merging.search._losses", lambda *_: {"a": 1.0})
-    monkeypatch.setattr("impart_hf.merging.search._StoredDeltas", lambda *_: type("Stored", (), {"of": None}))
+    monkeypatch.setattr("impart_hf.merging.search.task_losses", lambda *_: {"a": 1.0})
+    monkeypatch.setattr("impart_hf.merging.search.StoredDeltas", lambda *_: type("Stored", (), {"of": None}))
     found = tune_merge(family / f"{method}.yaml", tmp_path / "out", {"a": TEXTS["cats"]}, **SMALL)
     assert len(found.candidates) == count and list(found.best.settings) == settings
     assert {c.settings["lambda"] for c in found.candidates} == {0.4, 0.6, 0.8, 1.0, 1.2}

@@ -33,9 +33,9 @@ from impart_hf.coding import rate_distortion
 from impart_hf.coding.factor_quantisation import cosines, quantised
 from impart_hf.coding.rate_distortion import NOISE, Components, ErrorWeights, Matrix, allocate
 from impart_hf.coding.record_sizes import kept_ratios
-from impart_hf.compression.budgets import _embedding_weight
+from impart_hf.compression.budgets import embedding_weight
 from impart_hf.methods import Spectrum, impart_rd
-from impart_hf.methods.impart_rd import _widths
+from impart_hf.methods.impart_rd import best_widths
 from impart_hf.modeling.delta_decode import decode_record
 from impart_hf.modeling.delta_record import Record, parse_record
 from impart_hf.modeling.width_codes import level_widths
@@ -79,7 +79,7 @@ def test_what_harms_more_has_more_bits() -> None:
     spectra += [Spectrum(sigma, 128, 128, spectra[0].energy, vocabulary=True, weight=weight) for weight in (1.0, 9.0)]
     method = ImPartRdConfig()
     for spectrum in spectra:
-        components = Components([method._matrix(spectrum)])
+        components = Components([method.matrix(spectrum)])
         bits_u, bits_v = components.choose(components.price_for(4000)).bits.T
         assert (bits_u >= bits_v).all() and (bits_u > bits_v).any() and (np.diff(bits_u) <= 0).all()
     _, tokens, rare = method.allocate(spectra, 6000)
@@ -89,10 +89,10 @@ def test_what_harms_more_has_more_bits() -> None:
 def test_embeddings_of_few_changed_rows_count_for_more() -> None:
     base = 0.1 * torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
     delta = torch.randn(400, 32, generator=torch.Generator().manual_seed(1))
-    assert _embedding_weight(base, delta) == 1.0
+    assert embedding_weight(base, delta) == 1.0
     delta[4:] = 0
-    assert _embedding_weight(base, delta) == pytest.approx(1 / (4 * 0.01), rel=0.2)
-    assert _embedding_weight(torch.zeros_like(base), delta) == 1.0  # of which nothing can be told
+    assert embedding_weight(base, delta) == pytest.approx(1 / (4 * 0.01), rel=0.2)
+    assert embedding_weight(torch.zeros_like(base), delta) == 1.0  # of which nothing can be told
 
 
 def test_noise_is_that_of_the_codes() -> None:
@@ -100,7 +100,7 @@ def test_noise_is_that_of_the_codes() -> None:
     plane = torch.randn(4, 100_000, generator=torch.Generator().manual_seed(0))
     whole = torch.ones_like(plane, dtype=torch.bool)
     for bits, noise in NOISE.items():
-        found = cosines(plane, whole, _widths(plane, whole, np.full(4, bits)))
+        found = cosines(plane, whole, best_widths(plane, whole, np.full(4, bits)))
         assert (found**-2 - 1).numpy() == pytest.approx(noise, rel=0.05 if bits < 8 else 1.0), bits
 
 
@@ -112,7 +112,7 @@ def test_levels_are_those_that_round_best(bits: int) -> None:
     kinds = level_widths(bits)
     assert kinds == [bits, 32 + bits]
     for plane, width in ((normal, 32 + bits), (even, bits)):
-        assert (_widths(plane, mask, np.full(2, bits)) == width).all()
+        assert (best_widths(plane, mask, np.full(2, bits)) == width).all()
 
 
 def test_u_makes_up_for_the_error_of_v() -> None:
@@ -144,7 +144,7 @@ def test_a_sample_of_many_components_changes_nothing(budget: int, monkeypatch: p
     sigma = [size * np.sort(draw.random(500))[::-1] for size in draw.lognormal(0, 2, 50)]
     components = Components([Matrix(part, 64, 300, HARM) for part in sigma])
     found = components.choose(components.price_for(budget))
-    monkeypatch.setattr(rate_distortion, "_CHUNK", 10**9)
+    monkeypatch.setattr(rate_distortion, "CHUNK", 10**9)
     whole = components.choose(components.price_for(budget))
     assert np.array_equal(found.bits, whole.bits) and 0.98 * budget < found.bytes.sum() <= budget
 
@@ -208,7 +208,7 @@ def test_a_delta_tells_of_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     for guess in (True, False):
         with monkeypatch.context() as patch:
             if not guess:
-                patch.setattr(impart_rd, "_moments", lambda task: None)
+                patch.setattr(impart_rd, "input_moments", lambda task: None)
             error = decode_record(encode(delta, 2500), "delta") - delta
         errors.append(float((error @ moments * error).sum()))
     assert errors[0] < 0.97 * errors[1]

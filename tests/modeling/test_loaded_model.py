@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from impart_hf import DeltaCompressedForCausalLM, ImPartConfig, LowRankConfig, compress
-from impart_hf.modeling.checkpoints import CheckpointError
+from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
 from impart_hf.modeling.delta_record import parse_stack
 from impart_hf.modeling.delta_repository import DeltaFile
 
@@ -115,6 +115,7 @@ print(json.dumps(lines + [str(warning.message) for warning in warned]))
 """
 
 
+@pytest.mark.process
 def test_no_warning_from_the_decoder(tmp_path: Path) -> None:
     """torch warns once in a process, hence one of its own; thin columns are the unusual case."""
     pair = save_pair(tmp_path, tiny_config("llama", hidden_size=256, intermediate_size=512))
@@ -273,10 +274,17 @@ def test_copies(
     assert duplicate(twin).weights_changed()
 
 
-def test_a_pickle_holds_no_token(tiny_repository: Path) -> None:
+def test_a_pickle_holds_no_token(tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = load(tiny_repository, token="hf_secret_of_mine")
     assert b"hf_secret_of_mine" not in pickle.dumps(secret)
-    assert copy.deepcopy(secret)._delta_source == secret._delta_source
+    asked: list[tuple[str, HubOptions]] = []
+    monkeypatch.setattr(
+        "impart_hf.modeling.modeling_delta_compressed.copy_repository",
+        lambda source, options, folder: asked.append((source, options)),
+    )
+    for model in (secret, copy.deepcopy(secret)):
+        model.save_pretrained(tmp_path / "saved")
+    assert asked[0] == asked[1] == (str(tiny_repository), HubOptions(token="hf_secret_of_mine"))
 
 
 # Saving -------------------------------------------------------------------------------------------------------------

@@ -353,6 +353,7 @@ assert not any(name.split(".")[0] == "impart_hf" for name in sys.modules)
 )
 
 
+@pytest.mark.process
 def test_trust_remote_code_without_impart_hf(
     tiny_pair: Pair, tiny_repository: Path, model: PreTrainedModel, tmp_path: Path
 ) -> None:

@@ -261,6 +261,7 @@ def test_attention_implementations(implementation: str, saved: Path, models: tup
     assert_same(logits(pruned), logits(dense))
 
 
+@pytest.mark.slow
 def test_flex_attention() -> None:
     """Compiled once for each pair of head counts, so only one of them, and another than the configuration's."""
     torch._dynamo.reset()
@@ -455,6 +456,7 @@ torch.save(logits, other + "/logits.pt")
 """
 
 
+@pytest.mark.process
 def test_trust_remote_code_without_impart_hf(saved: Path, models: tuple, tmp_path: Path) -> None:
     other = tmp_path / "other"
     run_without_impart_hf(REMOTE_CODE, tmp_path / "modules", str(saved), str(other), json.dumps(IDS.tolist()))
@@ -514,6 +516,7 @@ def test_gradients_and_checkpointing(models: tuple[PreTrainedModel, PreTrainedMo
         assert torch.equal(gradient, plain[name]), name
 
 
+@pytest.mark.slow
 def test_compile(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     pruned, dense = models
     torch._dynamo.reset()

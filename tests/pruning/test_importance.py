@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ pytest.importorskip("accelerate")
 
 from impart_hf.pruning.lora import add_lora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.xdist_group("importance")
 
 TEXTS = [f"{n} is the number, {n * n} is its square, and {n} texts come before this one. " * 2 for n in range(60)]
 SETTINGS: dict[str, Any] = {"steps": 7, "batch_size": 2, "length": 24, "device": "cpu", "progress": False}
@@ -250,8 +249,7 @@ def test_folding_changes_no_bit(steps: int) -> None:
         assert sums.add(a, b)
         total += (b @ a).square()
         # 66 numbers a step; the matrix has 120
-        held = 120 if sums._sum is not None else sum(x.numel() for pair in sums._factors for x in pair)
-        assert held == (66 if number == 1 else 120)
+        assert sums.held == (66 if number == 1 else 120)
     order = np.argsort(-total.numpy().reshape(-1), kind="stable")
     wanted = np.zeros(120, bool)
     wanted[order[:25]] = True
@@ -423,7 +421,6 @@ def test_without_peft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 _TWO_PROCESSES = """
 import json, sys
 import torch
-torch.set_num_threads(1)
 from impart_hf.pruning.importance import compute_importance
 from impart_hf.pruning.recovery import recover
 arguments = json.loads(sys.argv[1])
@@ -434,6 +431,7 @@ assert report.steps == 7
 """
 
 
+@pytest.mark.process
 def test_two_processes_measure_the_same(report: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(_TWO_PROCESSES)
     arguments = {
@@ -444,7 +442,7 @@ def test_two_processes_measure_the_same(report: Path, model: Path, tmp_path: Pat
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(tmp_path / "run.py"), json.dumps(arguments)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["importance", "recovered", "run.py"]

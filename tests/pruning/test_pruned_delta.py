@@ -237,6 +237,7 @@ torch.save(logits, out + "/logits.pt")
 """
 
 
+@pytest.mark.process
 def test_trust_remote_code_without_impart_hf(repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -310,6 +311,7 @@ print("1")
 REPOS = ("delta", "again", "dense")
 
 
+@pytest.mark.process
 def test_hub(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "delta"
     with LoopbackHub(tmp_path / "hub_root", lfs_threshold=50_000) as hub:

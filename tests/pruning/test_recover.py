@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.commands import run_with_commands_here
 from support.load_script import SCRIPTS
 from support.messages import naming
 from support.tiny_models import (
@@ -35,7 +34,7 @@ from impart_hf.pruning.recovery import recover
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.xdist_group("recovery")
 
 TEXTS = [f"{n} is the number, {n * n} is its square, and {n} texts come before this one. " * 2 for n in range(60)]
 HELD_OUT = [
@@ -177,26 +176,21 @@ def test_more_of_the_trainers_settings(model: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
 
 
-def test_the_script_with_the_published_settings(tmp_path: Path) -> None:
+@pytest.mark.scripts
+def test_the_script_with_the_published_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a LLaMA of seven layers to one of three: two without merging, then (by default three, here) two with it."""
     model = save(tmp_path / "model", "llama", num_hidden_layers=7)
     data = tmp_path / "train.txt"
     data.write_text("\n".join(TEXTS))
-    commands = tmp_path / "bin" / "impart-hf"
-    commands.parent.mkdir()
-    commands.write_text(f'#!/bin/sh\nexec {sys.executable} -m impart_hf.cli "$@" --quiet\n')
-    commands.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{commands.parent}:{os.environ['PATH']}", "MERGED_LAYERS": "2"}
     script = [str(SCRIPTS / "gradpruner.sh"), str(model), str(data), str(data), str(tmp_path / "out"), "--steps", "2"]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert run_with_commands_here(script, tmp_path / "bin", {"MERGED_LAYERS": "2"}) == 0
     pruning = json.loads((tmp_path / "out/recovered/config.json").read_text())["pruning"]
     dropped, merged, recovery = pruning["steps"]
     assert len(dropped["removed"]) == 2 and not dropped["merged_into"] and len(merged["merged_into"]) == 2
     assert (recovery["method"], recovery["steps"], recovery["learning_rate"]) == ("lora", 2, 1e-4)
     settings = json.loads((tmp_path / "out/scores/importance.json").read_text())["settings"]
     assert (settings["rank"], settings["alpha"], settings["batch_size"], settings["steps"]) == (8, 32, 4, 40)
-    assert done.stdout.count("| ") > 10
+    assert capsys.readouterr().out.count("| ") > 10
 
 
 @pytest.mark.parametrize(

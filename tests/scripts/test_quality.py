@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from impart_hf import ImPartConfig, compress
 
+pytestmark = [pytest.mark.scripts, pytest.mark.slow]
+
 ALLOWANCE = 1.25  # for headers and per-column numbers, which weigh at this size
 SEEDS = range(3)
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from impart_hf.calibration.text import calibration_tokens
 
+pytestmark = [pytest.mark.scripts, pytest.mark.xdist_group("study of pruning")]
+
 LAYERS, SEEDS = 5, (0, 1)
 TEXTS = {
     "train.txt": "A fine-tuned model is its base model and a small difference. ",

@@ -30,7 +30,7 @@ report, variants, pairs, exercises = (
 )
 measure = load_script("measure")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.scripts, pytest.mark.xdist_group("study of rate and distortion")]
 
 TEXTS = {
     "train.txt": "A fine-tuned model is its base model and a small difference. ",

@@ -21,7 +21,7 @@ script = load_script("train_pair")
 pair_text = load_script("pair_text")
 PairSettings, train_pair, main = script.PairSettings, script.train_pair, script.main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.scripts, pytest.mark.xdist_group("train_pair")]
 
 NAMES = ("base", "finetuned")
 TEXTS = ("base_heldout.txt", "finetune_heldout.txt", "finetune_train.txt")

@@ -57,7 +57,7 @@ async def _swap_without_callers(family: Path) -> list[list[int]]:
     async def ended(swap: asyncio.Task) -> None:
         with pytest.raises(asyncio.CancelledError):
             await swap
-        while deltas._swap is None or not deltas._swap.done():
+        while deltas.swapping:
             await asyncio.sleep(0.05)
 
     check, go_on = DeltaChecker.check, threading.Event()

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from impart_hf.storage.checkpoint_writer import new_folder
 from impart_hf.storage.locked_folder import LockedFolder
 
@@ -18,6 +20,7 @@ with new_folder(sys.argv[1]) as folder:
 """
 
 
+@pytest.mark.process
 def test_a_killed_process_leaves_nothing_for_long(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], check=False)
     assert [p.name[:9] for p in tmp_path.iterdir()] == [".out.new-"]

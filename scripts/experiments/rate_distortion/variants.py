@@ -91,7 +91,7 @@ class _NoGuess(_Changed):
     """Rounded to the nearest level, not against the inputs that the delta tells of."""
 
     def change(self) -> AbstractContextManager:
-        return patch.object(impart_rd, "_moments", lambda task: task.hessian)
+        return patch.object(impart_rd, "input_moments", lambda task: task.hessian)
 
 
 class _TokensAlike(_Changed):
