@@ -20,7 +20,7 @@ from .settings import setting
 if TYPE_CHECKING:
     import torch
 
-# What noise in v, and in both vectors, counts for in that of noise in u (docs/impart-rd.md has the measurements)
+# What noise in v, and in both vectors, counts for in that of noise in u (docs/methods/impart-rd.md: measurements)
 _V_NOISE, _BOTH_NOISE = 0.25, 0.06
 # The same where rows are tokens, and what all counts for there in that of other matrices. Noise in u puts a token
 # where other tokens are, as a dropped component does.
