@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from impart_hf import compress
-from impart_hf.coding import factor_quantisation
+from impart_hf.coding import factor_quantisation, gptq
 from impart_hf.evaluation.metrics import evaluate, load
-from impart_hf.methods import dare_qt, method_class
+from impart_hf.methods import method_class
 
 METHODS = ("impart-qt", "delta-come", "dare-qt")
 
@@ -33,10 +33,12 @@ def as_it_is(plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor, h
     return torch.ones_like(plane[:, 0])
 
 
+# What is replaced, by module and name: a method imports from there when it encodes
+_AS_IT_IS = [(factor_quantisation, "unbiased", as_it_is)]
 RULES = {
-    "largest": {"best_scale": largest, "unbiased": as_it_is},
-    "least error": {"unbiased": as_it_is},
-    "unbiased": {},
+    "largest": [(gptq, "best_scale", largest), (factor_quantisation, "best_scale", largest), *_AS_IT_IS],
+    "least error": _AS_IT_IS,
+    "unbiased": [],
 }
 
 
@@ -59,9 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             row: dict[str, object] = {"ratio": ratio, "method": name}
             for rule, replaced in RULES.items():
                 with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
-                    for module in (factor_quantisation, dare_qt):
-                        for function, other in replaced.items():
-                            patches.enter_context(patch.object(module, function, other))
+                    for module, function, other in replaced:
+                        patches.enter_context(patch.object(module, function, other))
                     out = Path(folder, "delta")
                     compress(arguments.base, arguments.finetuned, out, method_class(name)(compression_ratio=ratio))
                     row[rule] = evaluate(load(str(out), torch.float32, "cpu"), reference, blocks, 8)[1]

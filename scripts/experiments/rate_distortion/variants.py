@@ -52,7 +52,7 @@ class _EvenLevels(_Changed):
     """Evenly spaced levels only, none for normally distributed numbers."""
 
     def change(self) -> AbstractContextManager:
-        return patch.object(impart_rd, "_kinds", lambda bits: [bits])
+        return patch.object(impart_rd, "level_widths", lambda bits: [bits])
 
 
 class _ExactU(_Changed):
