@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from impart_hf import compress
-from impart_hf.coding import factor_quantisation
+from impart_hf.coding import factor_quantisation, gptq
 from impart_hf.evaluation.metrics import evaluate, load
-from impart_hf.methods import dare_qt, method_class
+from impart_hf.methods import method_class
 
 METHODS = ("impart-qt", "delta-come", "dare-qt")
 
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             row: dict[str, object] = {"ratio": ratio, "method": name}
             for rule, replaced in RULES.items():
                 with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
-                    for module in (factor_quantisation, dare_qt):
-                        for function, other in replaced.items():
-                            patches.enter_context(patch.object(module, function, other))
+                    for module in (factor_quantisation, gptq):
+                        for function in replaced.keys() & vars(module).keys():
+                            patches.enter_context(patch.object(module, function, replaced[function]))
                     out = Path(folder, "delta")
                     compress(arguments.base, arguments.finetuned, out, method_class(name)(compression_ratio=ratio))
                     row[rule] = evaluate(load(str(out), torch.float32, "cpu"), reference, blocks, 8)[1]
