@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # names for the type checker
     from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM as PrunedLlamaForCausalLM
     from .modeling.modeling_pruned_llama import PrunedLlamaModel as PrunedLlamaModel
 
-# The modules of the public names, but for the methods' classes
+# The modules of the public names, except the methods' classes.
 _HOMES = {
     "compress": "compression.compress",
     "tune": "compression.tune",

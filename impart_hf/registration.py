@@ -1,11 +1,11 @@
-"""Our configuration and model classes among transformers' Auto classes."""
+"""Registration of our configuration and model classes with transformers' Auto classes."""
 
 import sys
 from pathlib import Path
 
 
 def register_with_transformers() -> None:
-    """Register the reader's classes; this imports transformers, and nothing of the writer."""
+    """Register the reader's classes; this imports transformers, but not the writer."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from .modeling.configuration_delta_compressed import DeltaCompressedConfig
@@ -21,10 +21,10 @@ def register_with_transformers() -> None:
 
 
 def is_command_line() -> bool:
-    """Whether this process runs `impart-hf`, `python -m impart_hf.cli` or `optimum-cli impart`.
+    """Return whether this process runs `impart-hf`, `python -m impart_hf.cli` or `optimum-cli impart`.
 
-    The command line registers the classes itself, once it knows which command to run: importing transformers takes
-    seconds of processor time, which `--help` must not.
+    The command line registers the classes itself when it knows which command to run: importing transformers takes
+    seconds of processor time, which `--help` must not need.
     """
     by_name = Path(sys.argv[0]).stem in ("impart-hf", "optimum-cli")
     return by_name or (sys.argv[0] == "-m" and "impart_hf.cli" in sys.orig_argv)

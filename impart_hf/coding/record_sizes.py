@@ -1,6 +1,6 @@
-"""Sizes of records, and the thresholds that decide how many values they keep: what is known without the values.
+"""Sizes of records, and the thresholds of their masks, computed without the values.
 
-Everything here is computed with NumPy alone, so that the settings of the methods can be checked without torch.
+This module uses only NumPy, so that the methods' settings can be checked without importing torch.
 """
 
 import itertools
@@ -18,12 +18,12 @@ COMPONENT_BYTES = 4  # sigma and threshold of a singular component
 
 
 def thresholds_of(keep_ratios: np.ndarray) -> np.ndarray:
-    """The 16-bit thresholds nearest to keep ratios in (0, 1]."""
+    """Return the 16-bit thresholds nearest to keep ratios in (0, 1]."""
     return (np.clip(np.round(keep_ratios * (MAX_THRESHOLD + 1)), 1, MAX_THRESHOLD + 1) - 1).astype(np.uint16)
 
 
 def kept_ratios(thresholds: np.ndarray) -> np.ndarray:
-    """The exact probabilities, float64, with which thresholds keep entries."""
+    """Return the exact probabilities, float64, with which thresholds keep entries."""
     return (thresholds.astype(np.float64) + 1) / (MAX_THRESHOLD + 1)
 
 
@@ -38,21 +38,21 @@ def check_value_dtype(value_dtype: str) -> None:
 
 
 def runs(widths: np.ndarray) -> list[tuple[Any, slice]]:
-    """The runs of equal numbers (r,), or rows (r, c) of them, each with its place: what becomes a segment."""
-    found, start = [], 0
+    """Return the runs of equal numbers (r,), or of equal rows (r, c), each with its slice: a run becomes a segment."""
+    result, start = [], 0
     for width, group in itertools.groupby(widths.tolist()):
         stop = start + len(list(group))
-        found.append((width, slice(start, stop)))
+        result.append((width, slice(start, stop)))
         start = stop
-    return found
+    return result
 
 
 def factored_bytes(widths: np.ndarray, *kept: np.ndarray) -> int:
-    """Size at most of a factored record.
+    """Return an upper bound for the size of a factored record, in bytes.
 
     Args:
-        widths: of each component's values, shape (r,), or of its values of U and of V, (r, 2).
-        kept: for U and for V, how many entries of each component are kept.
+        widths: width codes of each component's values, shape (r,), or of its values of U and of V, (r, 2).
+        kept: for U and for V, the number of kept entries of each component, (r,).
     """
     size = HEADER_BYTES + COMPONENT_BYTES * len(widths)
     both = widths if widths.ndim == 2 else np.stack([widths, widths], 1)

@@ -1,4 +1,4 @@
-"""Building records from planes of numbers."""
+"""Building records from planes."""
 
 import itertools
 
@@ -25,13 +25,14 @@ from .record_sizes import runs, thresholds_of
 def kept_counts(
     mask_seed: int, thresholds: np.ndarray, shape: tuple[int, int], device: torch.device
 ) -> list[np.ndarray]:
-    """For U and for V of a matrix (m, n), how many entries of each component the masks keep, int64 (r,)."""
+    """Return for U and for V of a matrix (m, n) the number of kept entries of each component, int64 (r,)."""
     return [
         keep_mask(mask_seed, side, thresholds, length, device).sum(1).cpu().numpy() for side, length in enumerate(shape)
     ]
 
 
-def _keep(thresholds: np.ndarray) -> int:
+def _keep_mode(thresholds: np.ndarray) -> int:
+    """Return the keep mode of a segment with these thresholds."""
     if (thresholds == MAX_THRESHOLD).all():
         return KEEP_ALL
     return KEEP_SHARED if (thresholds == thresholds[0]).all() else KEEP_PER_COLUMN
@@ -48,7 +49,7 @@ def _planes_codes(planes: list[torch.Tensor], thresholds: np.ndarray, segments: 
 
 
 def columns_of(segments: list[Segment]) -> list[slice]:
-    """The columns of each segment."""
+    """Return the columns of each segment."""
     ends = np.cumsum([0, *(segment.columns for segment in segments)]).tolist()
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
@@ -63,22 +64,23 @@ def factored_record(
     mask_seed: int,
     widths_v: np.ndarray | None = None,
 ) -> bytes:
-    """A record of the sum of sigma_k u_k v_k^T over all components k, entries of u_k and v_k dropped by seeded masks.
+    """Build the record of the sum of sigma_k u_k v_k^T over components k, dropping entries of u_k and v_k by masks.
 
     Args:
-        delta: float32 (m, n), what the record stands for; for the measured error.
-        u, v: float32 of shapes (m, r), (n, r): values to be stored as floats, or levels: between -1 and 1, or for
-            normally distributed numbers.
-        sigma: float64 (r,), not negative: singular values times the 1/q^2 of both masks (eq. 4 and 5), and times the
-            column scales of both planes. The decoder then needs no knowledge of the method.
+        delta: float32 (m, n), the exact delta, to measure the record's error.
+        u, v: float32 of shapes (m, r), (n, r): values to be stored as floats, or levels.
+        sigma: float64 (r,), not negative: singular values times the 1/q^2 of both masks (eq. 4 and 5) and times the
+            scales of both planes' levels, so that decoding does not depend on the method.
         thresholds: uint16 of shape (r,), the same for U and V.
         widths: width codes of the components, shape (r,).
         mask_seed: the record's 32-bit mask seed.
-        widths_v: those of V's values, if they are others than U's.
+        widths_v: width codes of V's values, if they differ from U's.
     """
     both = np.stack([widths, widths if widths_v is None else widths_v], 1)
     segments = [
-        Segment(part.stop - part.start, int(both[part.start, 0]), int(both[part.start, 1]), _keep(thresholds[part]))
+        Segment(
+            part.stop - part.start, int(both[part.start, 0]), int(both[part.start, 1]), _keep_mode(thresholds[part])
+        )
         for _, part in runs(both[:, 0] << 8 | both[:, 1])
     ]
     scale = float(sigma.max(initial=0.0))
@@ -108,20 +110,20 @@ def direct_record(
     mask_seed: int,
     column_scales: np.ndarray | None = None,
 ) -> bytes:
-    """A record of a matrix's own entries, dropped by a seeded mask with one threshold.
+    """Build the direct record of a matrix, dropping entries by a mask with one threshold.
 
     Args:
-        delta: float32 (m, n), what the record stands for; for the measured error.
+        delta: float32 (m, n), the exact delta, to measure the record's error.
         values: float32 (m, n): values to be stored as floats, or levels between -1 and 1.
-        scale: what all values are multiplied by, 1/q included.
+        scale: factor of all values, including 1/q.
         threshold: 0 to 65535.
         width: width code.
         mask_seed: the record's 32-bit mask seed.
-        column_scales: float16 (m,), a further factor of each row of the matrix, a column of the plane; or None.
+        column_scales: float16 (m,), column scales: one for each row of the matrix, a column of the plane; or None.
     """
     rows, columns = delta.shape
     thresholds = np.full(rows, threshold, np.uint16)
-    segments = [Segment(rows, width, 0, _keep(thresholds), int(column_scales is not None))]
+    segments = [Segment(rows, width, 0, _keep_mode(thresholds), int(column_scales is not None))]
     record = Record(
         layout=DIRECT,
         rows=rows,
@@ -140,7 +142,7 @@ def direct_record(
 
 
 def fit_threshold(rows: int, columns: int, most_values: int, mask_seed: int, device: torch.device) -> int:
-    """The largest threshold, nearly, with which a direct record's mask keeps no more than so many entries."""
+    """Return nearly the largest threshold with which a direct record's mask keeps at most `most_values` entries."""
     threshold = int(thresholds_of(np.array([min(1.0, most_values / (rows * columns))]))[0])
     while threshold > 0:
         mask = keep_mask(mask_seed, 0, np.full(rows, threshold, np.uint16), columns, device)
@@ -152,7 +154,7 @@ def fit_threshold(rows: int, columns: int, most_values: int, mask_seed: int, dev
 
 
 def measured(record: Record, delta: torch.Tensor) -> bytes:
-    """The record's bytes, the error measured by decoding it as a reader would."""
+    """Return the record's bytes, with its relative error measured by decoding it."""
     record.scale = float(np.float32(record.scale))
     decoded = decode_record(record, "encoded matrix", delta.device)
     record.relative_error = float((decoded - delta).norm() / delta.norm())
@@ -160,6 +162,6 @@ def measured(record: Record, delta: torch.Tensor) -> bytes:
 
 
 def empty_record(rows: int, columns: int, relative_error: float = 0.0) -> bytes:
-    """The record of a matrix that the fine-tune did not change, as happens in a stack, or next to nothing."""
+    """Return the record of a zero delta: of an unchanged matrix in a stack, or one for which nothing is stored."""
     sigma, thresholds, codes = (np.empty(0, dtype) for dtype in (np.float16, np.uint16, np.uint8))
     return pack_record(Record(FACTORED, rows, columns, 0, 0, 0.0, relative_error, [], sigma, thresholds, [], codes))

@@ -1,13 +1,13 @@
-"""Devices that work is done on."""
+"""Choice of the device to compute on."""
 
 import torch
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device, if this machine has it.
+    """Return the device after checking that this machine can use it.
 
     Raises:
-        ValueError: if it has not.
+        ValueError: if it cannot.
     """
     try:
         usable = torch.device(device)

@@ -1,4 +1,4 @@
-"""Writing files so that they are there as a whole or not at all."""
+"""Writing files atomically: whole or not at all."""
 
 import contextlib
 import json
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 class OutputError(OSError):
-    """An output folder that cannot be written, or that holds something that is not ours to replace."""
+    """An output folder that cannot be written, or that holds something that must not be replaced."""
 
 
 def sync_path(path: Path) -> None:
     """Flush a file's contents or a folder's entries, so that a rename in it survives a power cut."""
     on_windows = sys.platform == "win32"
-    if on_windows and path.is_dir():  # which Windows does not open, and keeps in order by itself
+    if on_windows and path.is_dir():  # Windows opens no folders, and flushes their entries itself
         return
     descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
@@ -26,7 +26,7 @@ def sync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write what is to be at a path as a whole or not at all: it is flushed and renamed at the end."""
+    """Yield a temporary path to write to; at the end the file is flushed and renamed to `path`."""
     temporary = path.with_suffix(".writing")
     yield temporary
     sync_path(temporary)

@@ -1,22 +1,21 @@
-"""The largest of many numbers."""
+"""Selecting the largest entries of a tensor."""
 
 import numpy as np
 import torch
 
 
 def largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """A mask of the largest entries, of equal ones the first: bool, (entries,), on the values' device.
+    """Return a mask of the largest entries, the first ones if some are equal: bool, (entries,), on the values' device.
 
-    It takes linear time, where a sort of an embedding with its positions would take minutes and several times the
-    memory.
+    It takes linear time; sorting an embedding with its positions would take minutes and several times the memory.
 
     Args:
-        values: (entries,), none of them NaN.
-        count: how many, from 0 to all.
+        values: (entries,), without NaN.
+        count: number of entries, from 0 to all.
     """
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    rank = len(values) - count  # of the smallest that is kept
+    rank = len(values) - count  # rank of the smallest entry that is kept
     if values.device.type == "cpu":
         threshold = float(np.partition(values.numpy(), rank)[rank])
     else:

@@ -1,4 +1,4 @@
-"""Models without weights: what their architecture alone tells."""
+"""Models without weights, for inspecting their architecture."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
 def meta_model(config: PreTrainedConfig, *, real_buffers: bool = False, **options: Any) -> PreTrainedModel:
-    """A causal language model on the meta device.
+    """Make a causal language model on the meta device.
 
     Args:
-        config: of the model.
-        real_buffers: compute what is no parameter, such as the frequencies of RoPE, on the CPU; needs accelerate.
-        options: more of `AutoModelForCausalLM.from_config`'s.
+        config: the model's configuration.
+        real_buffers: compute buffers, such as the frequencies of RoPE, on the CPU; needs accelerate.
+        options: further arguments of `AutoModelForCausalLM.from_config`.
 
     Raises:
-        ValueError: if transformers knows no causal language model of this configuration.
+        ValueError: if transformers has no causal language model for this configuration.
         ModuleNotFoundError: if accelerate is needed and missing.
     """
     if real_buffers:

@@ -1,4 +1,4 @@
-"""What models and texts are called in files that others read: never by where they lie on this machine."""
+"""Names of models and texts in files that others read, without paths of this machine."""
 
 import os
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ from huggingface_hub.utils import validate_repo_id
 
 
 def public_name(source: str) -> str:
-    """A model's name for others: of a local folder its own name without its path, of a Hub id the id, no revision."""
+    """Return a model's public name: a local folder's name without its path, or a Hub id without its revision."""
     return Path(os.path.abspath(source)).name if os.path.exists(source) else source.partition("@")[0]
 
 
 def text_name(source: str | os.PathLike | Sequence[Any]) -> str:
-    """What a record says of a text's origin: a file's name without its folder, a data set's, or how many texts."""
+    """Return a text's public name: a file's name without its folder, a data set's name, or the number of texts."""
     if not isinstance(source, str | os.PathLike):
         return f"{len(source)} texts"
     return Path(os.path.abspath(source)).name if os.path.exists(source) else os.fspath(source)
 
 
 def recorded_base(base: str, revision: str | None, base_name: str | None) -> tuple[str, str | None]:
-    """What config.json records of a base: Hub id and commit, or the absolute path of a local folder and None.
+    """Return what config.json records of a base: Hub id and commit, or a local folder's absolute path and None.
 
     Args:
         base: local folder or Hub id.
-        revision: its commit, if it is on the Hub.
-        base_name: the id to record instead of a folder.
+        revision: the base's commit, if it is on the Hub.
+        base_name: Hub id to record instead of a folder.
 
     Raises:
-        ValueError: if that cannot be an id.
+        ValueError: if `base_name` is not a Hub id.
     """
     if base_name:
         try:
@@ -43,5 +43,5 @@ def recorded_base(base: str, revision: str | None, base_name: str | None) -> tup
 
 
 def is_on_hub(recorded: str) -> bool:
-    """Whether a base that config.json records can be had by others: a local folder is recorded by its path."""
+    """Return whether a recorded base is a Hub id, which others can download, and not a local folder's path."""
     return not os.path.isabs(recorded)

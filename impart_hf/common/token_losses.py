@@ -1,18 +1,18 @@
-"""Cross-entropy and KL divergence of logits, over the tokens of a text."""
+"""Cross-entropy and KL divergence of logits, summed over the tokens of a text."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Logits that are converted to float32 at a time: 128 MiB.
+# Number of logits that are converted to float32 at a time: 128 MiB.
 CHUNK_ENTRIES = 1 << 25
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum over tokens of -log p(target), in nats: float32, a scalar.
+    """Return the sum over tokens of -log p(target), in nats: float32, a scalar.
 
     Args:
-        logits: (tokens, vocabulary), of any floating-point dtype.
+        logits: (tokens, vocabulary), any floating-point dtype.
         targets: int64 (tokens,).
     """
     sums = [
@@ -22,20 +22,22 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(sums).sum()
 
 
-def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """The sum over tokens of KL(wanted || found), in nats: float32, a scalar that gradients flow through.
+def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
+    """Return the sum over tokens of KL(reference || candidate), in nats: float32, a differentiable scalar.
 
     Args:
-        wanted, found: logits (..., vocabulary) of one shape, of any floating-point dtype.
+        reference, candidate: logits (..., vocabulary) of one shape, any floating-point dtype.
     """
-    wanted, found = wanted.flatten(0, -2), found.flatten(0, -2)
+    reference, candidate = reference.flatten(0, -2), candidate.flatten(0, -2)
     sums = []
-    for part, other in zip(_chunks(found, wanted), _chunks(wanted, wanted), strict=True):
-        logs = part.float().log_softmax(-1), other.float().log_softmax(-1)
+    for candidate_part, reference_part in zip(
+        _chunks(candidate, reference), _chunks(reference, reference), strict=True
+    ):
+        logs = candidate_part.float().log_softmax(-1), reference_part.float().log_softmax(-1)
         sums.append(functional.kl_div(*logs, log_target=True, reduction="sum"))
     return torch.stack(sums).sum()
 
 
 def _chunks(tensor: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
-    """A tensor in parts of as many tokens as bound the float32 copy of the logits."""
+    """Split a tensor into parts of so many tokens that a float32 copy of their logits has a bounded size."""
     return tensor.split(max(1, CHUNK_ENTRIES // logits.shape[-1]))

@@ -1,8 +1,8 @@
-"""Compression methods: one file each.
+"""Compression methods, one file each.
 
-A method is a dataclass derived from `MethodConfig`, with a `name`, in a module of this folder. Every module here is
-imported, so a new file is all that a new method needs: its settings become options of the command line, and its class
-is public, here and in `impart_hf`.
+A method is a dataclass derived from `MethodConfig`, with a `name`, in a module of this folder. All modules here are
+imported, so a new method needs only a new file: its settings become options of the command line, and its class is
+public, here and in `impart_hf`.
 """
 
 import importlib
@@ -41,14 +41,15 @@ __all__ = [  # noqa: PLE0604
     *PUBLIC,
 ]
 
-# More bits and more steps than Delta-CoMe's own: an embedding's error is not averaged over many inputs.
+# More bits and groups than Delta-CoMe's defaults, because an embedding's error does not average out over inputs.
 _VOCABULARY = DeltaComeConfig(bits=(8, 4, 3, 2), groups=(1, 8, 32))
 
 
 def method_for(method: MethodConfig, vocabulary: bool) -> MethodConfig:
-    """The method that encodes a matrix: the user's, or Delta-CoMe for embeddings and output projection.
+    """Return the method that encodes a matrix: the user's, or Delta-CoMe for embeddings and output projection.
 
     Args:
+        method: the user's method.
         vocabulary: whether the matrix has a row for every token.
     """
     if not vocabulary or method.embeddings == "method":

@@ -1,4 +1,4 @@
-"""BitDelta: the delta's signs and one scale (arXiv 2402.10193), beyond 16x thinned out as DARE does."""
+"""BitDelta: the delta's signs and one scale (arXiv 2402.10193); above ratio 16, entries are dropped as in DARE."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FIXED_BYTES = OVERHEAD_BYTES + 2  # one threshold for the whole matrix
 
 @dataclass
 class BitDeltaConfig(MethodConfig):
-    """BitDelta's settings: none of its own. Ratios under 16 leave bytes unused, for there is one bit to an entry."""
+    """BitDelta's settings, which all methods have. Ratios below 16 leave bytes unused: an entry has one bit."""
 
     name: ClassVar[str] = "bitdelta"
 

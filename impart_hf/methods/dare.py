@@ -19,12 +19,12 @@ class DareConfig(MethodConfig):
     """DARE's settings.
 
     Attributes:
-        value_dtype: "float16" or "bfloat16", the storage of kept values.
+        value_dtype: dtype of the stored values, "float16" or "bfloat16".
     """
 
     name: ClassVar[str] = "dare"
 
-    value_dtype: str = setting("float16", "storage of kept values, float16 or bfloat16")
+    value_dtype: str = setting("float16", "dtype of stored values, float16 or bfloat16")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,7 +41,7 @@ class DareConfig(MethodConfig):
         threshold = fit_threshold(
             rows, columns, (task.max_bytes - _FIXED_BYTES) // VALUE_BYTES, task.mask_seed, delta.device
         )
-        # Deltas are small numbers: relative to the largest they stay clear of float16's subnormal range.
+        # Deltas are small; divided by the largest entry, they are not in float16's subnormal range.
         largest = float(delta.abs().max())
         scale = largest / float(kept_ratios(np.array([threshold]))[0])
         width = VALUE_WIDTHS[self.value_dtype]

@@ -1,4 +1,4 @@
-"""DARE-Qt: DARE, the kept entries quantised by sparse GPTQ (compared with in arXiv 2504.13237, section 4.1)."""
+"""DARE-Qt: DARE with kept entries quantised by sparse GPTQ (a baseline in arXiv 2504.13237, section 4.1)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DareQtConfig(MethodConfig):
     """DARE-Qt's settings.
 
     Attributes:
-        value_bits: bits of a kept value, 2 to 8; every row of the matrix has a scale.
+        value_bits: bits of a kept value, 2 to 8; every row of the matrix has a column scale.
     """
 
     name: ClassVar[str] = "dare-qt"
@@ -50,15 +50,15 @@ class DareQtConfig(MethodConfig):
         threshold = fit_threshold(rows, columns, most_values, task.mask_seed, delta.device)
         thresholds = np.full(rows, threshold, np.uint16)
         mask = keep_mask(task.mask_seed, 0, thresholds, columns, delta.device)
-        size = float(delta.abs().max())
-        plane = delta / size
+        largest_entry = float(delta.abs().max())
+        plane = delta / largest_entry
         scales = best_scale(plane, mask, self.value_bits)
         grid = Grid(scales[:, None], np.full(rows, self.value_bits))
-        found = quantise(plane, mask, task.hessian, grid)
-        levels = found.values / grid.scale
-        scales = scales * unbiased(plane, found.values, mask, task.hessian)
-        largest = float(scales.max()) or 1.0  # nothing was kept
-        scale = size * largest / float(kept_ratios(thresholds[:1])[0])
-        column_scales = (scales / largest).half().cpu().numpy()
+        result = quantise(plane, mask, task.hessian, grid)
+        levels = result.values / grid.scale
+        scales = scales * unbiased(plane, result.values, mask, task.hessian)
+        largest_scale = float(scales.max()) or 1.0  # 0 if nothing was kept
+        scale = largest_entry * largest_scale / float(kept_ratios(thresholds[:1])[0])
+        column_scales = (scales / largest_scale).half().cpu().numpy()
         record = direct_record(delta, levels, scale, threshold, self.value_bits, task.mask_seed, column_scales)
-        return Encoded(record, found.notes)
+        return Encoded(record, result.notes)

@@ -1,4 +1,4 @@
-"""Delta-CoMe: leading singular components at mixed precision, none of their entries dropped (arXiv 2406.08903)."""
+"""Delta-CoMe: leading singular components at mixed precision, without dropped entries (arXiv 2406.08903)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DeltaComeConfig(MixedPrecision):
 
     def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
         def fits(rank: int) -> bool:
-            # No mask: of a component's bytes, the threshold's are saved
+            # Without masks, no component has the 2 bytes of a threshold.
             size = factored_bytes(self.widths(rank), np.full(rank, rows), np.full(rank, columns))
             return size - 2 * rank <= max_bytes
 

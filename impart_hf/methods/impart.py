@@ -25,12 +25,12 @@ class ImPartConfig(ImportanceAllocation):
     """ImPart's settings.
 
     Attributes:
-        value_dtype: "float16" or "bfloat16", the storage of kept values.
+        value_dtype: dtype of the stored values, "float16" or "bfloat16".
     """
 
     name: ClassVar[str] = "impart"
 
-    value_dtype: str = setting("float16", "storage of kept values, float16 or bfloat16")
+    value_dtype: str = setting("float16", "dtype of stored values, float16 or bfloat16")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,7 @@ class ImPartConfig(ImportanceAllocation):
         return np.full(count, VALUE_WIDTHS[self.value_dtype])
 
     def least_bytes(self, rows: int, columns: int) -> int:
-        # The first component is always kept whole: its importance is 1.
+        # All entries of the first component are kept, because its importance is 1.
         return OVERHEAD_BYTES + COMPONENT_BYTES + VALUE_BYTES * (rows + columns)
 
     def _encode(self, task: EncodingTask) -> Encoded:

@@ -12,9 +12,9 @@ from .mixed_precision import MixedPrecision
 
 @dataclass
 class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
-    """ImPart-Qt's settings: those of ImPart's allocation and of the mixed precision.
+    """ImPart-Qt's settings: those of ImPart's allocation and of mixed precision.
 
-    The default C is lower than ImPart's: cheap values are better spread over more components (docs/results.md).
+    The default of C is lower than ImPart's, because values of few bits do better in more components (docs/results.md).
     """
 
     name: ClassVar[str] = "impart-qt"

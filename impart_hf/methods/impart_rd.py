@@ -1,6 +1,6 @@
-"""ImPart by rate and distortion: unbiased codes of 1 to 8 bits, as many of each as do most good for their bytes.
+"""ImPart by rate and distortion: unbiased codes of 1 to 8 bits, allocated where they reduce the error most per byte.
 
-Vectors are rounded by sparse GPTQ; without calibration text, against the inputs that the delta itself tells of.
+Vectors are rounded by sparse GPTQ; without calibration text, for inputs that are estimated from the delta itself.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from .settings import setting
 if TYPE_CHECKING:
     import torch
 
-# What noise in v, and in both vectors, counts for in that of noise in u (docs/methods/impart-rd.md: measurements)
+# Weights of noise in v, and in both vectors, relative to noise in u (docs/methods/impart-rd.md has the measurements).
 _V_NOISE, _BOTH_NOISE = 0.25, 0.06
-# The same where rows are tokens, and what all counts for there in that of other matrices. Noise in u puts a token
-# where other tokens are, as a dropped component does.
+# The same for matrices whose rows are tokens, and the weight of all errors there relative to other matrices. Noise in u
+# moves a token towards other tokens, as a dropped component does.
 _TOKEN_V_NOISE, _TOKEN_BOTH_NOISE, _TOKEN_WEIGHT = 0.02, 0.1, 6.0
-# Added to the inputs' variance in each direction, in units of its mean: others than the text's or the fine-tune's will
-# come. Hardly any at all is the optimum of GPTQ, but U, which makes up for V, would answer to what is hardly there.
+# Added to the inputs' variance in each direction, in units of its mean, because inputs other than those of the
+# calibration text or the fine-tune will occur. GPTQ alone does best with hardly any. But U, which compensates for V,
+# would then respond to directions that hardly occur in the inputs.
 _UNKNOWN_INPUTS = 1.0
-# No component that is worth its bytes keeps less than this share of a bit for each entry, see `rate_distortion`
+# No component that is worth its bytes has fewer bits per entry on average, see `rate_distortion`.
 _LEAST_BITS = 0.75
 _MAX_FITS = 16
 
@@ -37,12 +38,11 @@ _MAX_FITS = 16
 class ImPartRdConfig(MethodConfig):
     """Settings of ImPart by rate and distortion.
 
-    One price of a byte holds for the whole model, embeddings and output projection included: a matrix has as many
-    bytes as do good there.
+    The byte budget is allocated at one price of a byte for the whole model, including embeddings and output projection.
 
     Attributes:
-        drop_weight: what a dropped component counts for, in noise of the same size; at least 1. What is dropped is
-            missing in the same direction everywhere, while noise averages out.
+        drop_weight: weight of a dropped component, relative to noise of the same size; at least 1. A dropped component
+            is missing in the same direction everywhere, while noise averages out.
     """
 
     name: ClassVar[str] = "impart-rd"
@@ -52,7 +52,7 @@ class ImPartRdConfig(MethodConfig):
     uncalibrated: ClassVar[str] = "none: inputs guessed"
 
     embeddings: str = "method"
-    drop_weight: float = setting(3.0, "what a dropped component counts for, in noise of the same size, at least 1")
+    drop_weight: float = setting(3.0, "weight of a dropped component, relative to noise of the same size, at least 1")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,21 +84,25 @@ class ImPartRdConfig(MethodConfig):
         choice = self._fitted(sigma.double().cpu().numpy(), task)
         count = choice.count
         if count == 0:
-            return Encoded(empty_record(rows, columns, 1.0), ("dropped: its bytes do more good elsewhere",))
+            return Encoded(
+                empty_record(rows, columns, 1.0), ("dropped: its bytes reduce the error more in other matrices",)
+            )
         factors = u[:, :count], sigma[:count], v[:, :count]
         bits, thresholds = choice.bits[:count], choice.thresholds[:count]
         widths_u, widths_v = (
             best_widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits[:, side])
             for side, part in enumerate((factors[0], factors[2]))
         )
-        levels_u, weights, levels_v, notes = quantised(
+        levels_u, scaled_sigma, levels_v, notes = quantised(
             *factors, thresholds, widths_u, task.mask_seed, input_moments(task), widths_v=widths_v, delta=task.delta
         )
-        data = factored_record(task.delta, levels_u, weights, levels_v, thresholds, widths_u, task.mask_seed, widths_v)
+        data = factored_record(
+            task.delta, levels_u, scaled_sigma, levels_v, thresholds, widths_u, task.mask_seed, widths_v
+        )
         return Encoded(data, notes)
 
     def _fitted(self, sigma: np.ndarray, task: EncodingTask) -> Choice:
-        """The choice of components with which the record fits its budget, as the masks turn out."""
+        """Choose components so that the record, with the entries that the masks really keep, fits its budget."""
         import torch
 
         from ..coding.records import kept_counts
@@ -119,32 +123,36 @@ class ImPartRdConfig(MethodConfig):
 
 
 def _error_weights(spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
-    """What errors of a matrix count for, by what its singular values tell of the inputs."""
+    """Return the error weights of a matrix's components, estimating the inputs' variance from its singular values."""
     if spectrum.vocabulary:
         weight = _TOKEN_WEIGHT * spectrum.weight
         return ErrorWeights(weight, weight, _TOKEN_V_NOISE * weight, _TOKEN_BOTH_NOISE * weight)
-    # The variance of the inputs along v, in that of all, is about this one squared: training moves a weight in the
-    # directions of its inputs, and most along the strongest. The root is what turns out best.
+    # The inputs' variance along v, relative to its mean over all directions, is about `along` squared, because training
+    # changes a weight in the directions of its inputs, most along the strongest. Its root gives the best results.
     along = spectrum.sigma * np.sqrt(min(spectrum.rows, spectrum.columns) / (spectrum.energy or 1.0))
     return ErrorWeights(drop_weight * along, along, _V_NOISE, np.minimum(_BOTH_NOISE, along))
 
 
 def input_moments(task: EncodingTask) -> torch.Tensor | None:
-    """The second moments of a matrix's inputs, (n, n), in units of their mean; None where rows are tokens.
+    """Return the second moments of a matrix's inputs, (n, n), in units of their mean, or None.
 
-    Without calibration text they are those of the delta's own rows: the gradients that it is the sum of were made of
-    inputs.
+    Without calibration text, the second moments of the delta's rows are used: the delta is a sum of gradients, whose
+    rows are combinations of inputs. If rows are tokens, the result is then None.
     """
     if task.hessian is None and task.vocabulary:
         return None
     known = task.delta.t() @ task.delta if task.hessian is None else task.hessian
-    moments = known / (float(known.diagonal().mean()) or 1.0)  # inputs may all be zero
+    moments = known / (float(known.diagonal().mean()) or 1.0)  # 0 if all inputs are zero
     moments.diagonal().add_(_UNKNOWN_INPUTS)
     return moments
 
 
 def best_widths(plane: torch.Tensor, mask: torch.Tensor, bits: np.ndarray) -> np.ndarray:
-    """The width codes of a plane (r, length): of the levels with so many bits, those that round it best."""
+    """Return the width codes, (r,), that round a plane (r, length) best among levels of the given bits.
+
+    Args:
+        bits: (r,), the bits of each component's values.
+    """
     from ..coding.factor_quantisation import cosines
 
     widths = bits.copy()

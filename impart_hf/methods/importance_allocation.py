@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..coding.svd import Svd
 
-BETAS = (0.6, 0.7, 0.8)  # the paper's grids of the search
+BETAS = (0.6, 0.7, 0.8)  # the paper's search grids
 CS = (0.5, 1.0)
 
 _MAX_FITS = 16
@@ -31,14 +31,14 @@ class ImportanceAllocation(MethodConfig):
     """Settings of the methods that allocate keep ratios by importance.
 
     Attributes:
-        beta: share of the singular components that is pruned beforehand, from the smallest, in [0, 1). Lowered for a
-            matrix whose budget asks for less sparsity than that.
+        beta: share of the singular components that is pruned first, starting with the smallest, in [0, 1). It is
+            lowered for a matrix whose byte budget needs less sparsity than that.
         c: exponent C of the importance sigma_k / sigma_1 (eq. 7), above 0.
     """
 
     factored = True
 
-    beta: float = setting(0.6, "share of the singular components pruned beforehand, in [0, 1)")
+    beta: float = setting(0.6, "share of the singular components that is pruned first, in [0, 1)")
     c: float = setting(1.0, "exponent of a component's importance, above 0")
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class ImportanceAllocation(MethodConfig):
 
     @abc.abstractmethod
     def widths(self, count: int) -> np.ndarray:
-        """Width codes of the first `count` components' values."""
+        """Return the width codes of the first `count` components' values, (count,)."""
 
     def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
         sparsity = self._sparsity_for(spectrum, rows, columns, max_bytes)
@@ -61,7 +61,7 @@ class ImportanceAllocation(MethodConfig):
     def sparsify(
         self, delta: torch.Tensor, max_bytes: int, mask_seed: int, svd: Svd
     ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], np.ndarray, tuple[str, ...]]:
-        """The components that are kept, and with which thresholds, so that the record fits the budget.
+        """Choose the components that are kept and their thresholds so that the record takes at most `max_bytes`.
 
         Returns:
             U (m, r), sigma (r,), V (n, r); thresholds, uint16 (r,); notes.
@@ -80,7 +80,7 @@ class ImportanceAllocation(MethodConfig):
             excess = factored_bytes(self.widths(len(thresholds)), *kept) - max_bytes
             if excess <= 0:
                 break
-            # The masks kept a few more than expected: aim lower than what was expected by that much.
+            # The masks kept more entries than expected: lower the budget by the excess.
             budget = self._expected_bytes(kept_ratios(thresholds), rows, columns) - excess
         else:
             thresholds = thresholds[:1]
@@ -90,10 +90,10 @@ class ImportanceAllocation(MethodConfig):
         return (u[:, :rank], sigma[:rank], v[:, :rank]), thresholds, notes
 
     def _sparsity_for(self, spectrum: np.ndarray, rows: int, columns: int, budget: float) -> float:
-        """The least alpha_uv whose expected record fits the budget, by bisection (algorithm 3).
+        """Return the least alpha_uv whose expected record fits the budget, by bisection (algorithm 3).
 
         Args:
-            spectrum: the leading singular values, more of them than the record is going to keep.
+            spectrum: the leading singular values, more of them than the record will keep.
         """
         full_rank = min(rows, columns)
         low, high = 0.0, 1.0
@@ -104,5 +104,5 @@ class ImportanceAllocation(MethodConfig):
         return high
 
     def _expected_bytes(self, ratios: np.ndarray, rows: int, columns: int) -> float:
-        """Size of a record whose columns keep their entries with these probabilities."""
+        """Return the expected size of a record whose columns keep entries with these probabilities."""
         return factored_bytes(self.widths(len(ratios)), rows * ratios, columns * ratios)

@@ -1,4 +1,4 @@
-"""LowRank: the delta's leading singular components, whole (the truncated SVD that the paper compares with)."""
+"""LowRank: the delta's leading singular components without dropped entries (truncated SVD, a baseline of the paper)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class LowRankConfig(MethodConfig):
     """LowRank's settings; the rank of each matrix follows from the ratio.
 
     Attributes:
-        value_dtype: "float16" or "bfloat16", the storage of the singular vectors.
+        value_dtype: dtype of the stored values, "float16" or "bfloat16".
     """
 
     name: ClassVar[str] = "lowrank"
     factored = True
     random = False
 
-    value_dtype: str = setting("float16", "storage of kept values, float16 or bfloat16")
+    value_dtype: str = setting("float16", "dtype of stored values, float16 or bfloat16")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,7 +35,7 @@ class LowRankConfig(MethodConfig):
         return OVERHEAD_BYTES + COMPONENT_BYTES + VALUE_BYTES * (rows + columns)
 
     def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
-        # No mask: of a component's bytes, the threshold's are saved
+        # Without masks, no component has the 2 bytes of a threshold.
         component = COMPONENT_BYTES - 2 + VALUE_BYTES * (rows + columns)
         return min(rows, columns, (max_bytes - OVERHEAD_BYTES) // component)
 

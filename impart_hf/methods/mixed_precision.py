@@ -1,7 +1,6 @@
-"""Singular components at mixed precision, many bits for the first and few for the rest (Delta-CoMe, arXiv 2406.08903).
+"""Singular components at mixed precision: more bits for the first, fewer for the rest (Delta-CoMe, arXiv 2406.08903).
 
-The quantisation is ImPart's algorithm 2 (arXiv 2504.13237): V against the layer's inputs, then U against the inputs as
-the quantised V passes them on. Without masks it is GPTQ, without a Hessian rounding.
+They are quantised by ImPart's algorithm 2 (arXiv 2504.13237), see `coding.factor_quantisation`.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ class MixedPrecision(MethodConfig):
     """Settings of the methods that quantise singular components.
 
     Attributes:
-        bits: bits of a value in each group of components, from the first component on; 2 to 8 each.
-        groups: how many components each group has but the last, which has the rest; one number fewer than `bits`.
+        bits: bits of a value in each group of components, in their order; 2 to 8 each.
+        groups: number of components of each group except the last, which has the rest; one number fewer than `bits`.
     """
 
     quantises = True
     factored = True
 
     bits: tuple[int, ...] = setting((8, 3, 2), "bits of a value in each group of components, comma-separated, 2 to 8")
-    groups: tuple[int, ...] = setting((2, 32), "components in each group but the last, comma-separated")
+    groups: tuple[int, ...] = setting((2, 32), "components in each group except the last, comma-separated")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,7 +40,7 @@ class MixedPrecision(MethodConfig):
         self.groups = tuple(self.groups)
         if len(self.bits) != len(self.groups) + 1:
             raise ValueError(
-                f"groups must have one number fewer than bits, since the last group is the rest; got bits "
+                f"groups must have one number fewer than bits, because the last group has the rest; got bits "
                 f"{self.bits} and groups {self.groups}"
             )
         if any(isinstance(g, bool) or not isinstance(g, int) or g < 1 for g in self.groups):
@@ -52,20 +51,20 @@ class MixedPrecision(MethodConfig):
         if shapes and sum(self.groups) > most:
             raise ValueError(
                 f"groups {self.groups} have {sum(self.groups)} components, more than the rank of any matrix "
-                f"({most}): make them smaller"
+                f"({most}): make the groups smaller"
             )
 
     def least_bytes(self, rows: int, columns: int) -> int:
-        # The first component is kept whole by every method: in ImPart its importance is 1.
+        # All entries of the first component are kept: in ImPart, because its importance is 1.
         return OVERHEAD_BYTES + COMPONENT_BYTES + 2 + self.bits[0] * (rows + columns) // 8
 
     def widths(self, count: int) -> np.ndarray:
-        """Bits of the first `count` components' values, shape (count,)."""
+        """Return the bits of the first `count` components' values, shape (count,)."""
         return np.repeat(self.bits, [*self.groups, max(count, 1)])[:count]
 
 
 def check_bits(name: str, bits: object) -> int:
-    """A number of bits that levels can have.
+    """Return `bits` after checking that it is a number of bits from 2 to 8.
 
     Raises:
         ValueError: if it is not.

@@ -1,4 +1,4 @@
-"""How a setting of a method is declared: the field of a dataclass that the command line takes as an option."""
+"""Declaration of a method's settings: dataclass fields that are also options of the command line."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _KINDS = {int: "a whole number", float: "a number", tuple: "whole numbers separa
 
 
 def setting(default: Any, help: str, parse: Callable[[str], Any] | None = None, *, option: str | None = None) -> Any:
-    """A field of a method's dataclass that is a setting, and an option of the command line.
+    """Declare a field of a method's dataclass as a setting, which is also an option of the command line.
 
-    A subclass may change the default alone: a field of the same name without `setting` keeps help, parser and option.
+    A subclass may change only the default: a field of the same name without `setting` keeps help, parser and option.
 
     Args:
-        default: the value of the field unless it is given. Not a mutable one.
-        help: what the option means; the command line adds the methods that have it and their defaults.
-        parse: makes the value from the option's text, and raises ValueError if the text stands for none. If None, the
-            default's type decides: str, int, float, bool, or a tuple of whole numbers.
-        option: the option's name without hyphens in front; the field's name, with hyphens for underscores, if None.
+        default: the default value, not mutable.
+        help: the option's meaning; the command line adds the methods that have it and their defaults.
+        parse: converts the option's text to the value, and raises ValueError if it is invalid. If None, the default's
+            type is used: str, int, float, bool, or a tuple of whole numbers.
+        option: the option's name without leading hyphens; if None, the field's name with hyphens for underscores.
 
     Raises:
-        TypeError: if nothing says how the text is parsed.
+        TypeError: if `parse` is None and the default has another type.
     """
     if parse is None and type(default) not in (str, *_KINDS):
         raise TypeError(f"a setting whose default is {default!r} needs `parse`")
@@ -35,14 +35,14 @@ def setting(default: Any, help: str, parse: Callable[[str], Any] | None = None, 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A setting of one method, as the command line knows it.
+    """A setting of one method, as the command line uses it.
 
     Attributes:
-        name: of the dataclass's field.
-        method: the name of the method.
-        option: without hyphens in front.
+        name: name of the dataclass's field.
+        method: name of the method.
+        option: name of the option, without leading hyphens.
         help, default: as declared.
-        parse: makes the value from the option's text; raises ValueError.
+        parse: converts the option's text to the value; raises ValueError.
     """
 
     name: str
@@ -54,18 +54,18 @@ class Setting:
 
 
 def settings_of(method: type[MethodConfig]) -> list[Setting]:
-    """The settings of a method's dataclass that are declared by `setting`, in the order of its fields."""
-    found = []
+    """Return the settings of a method's dataclass that are declared with `setting`, in the order of its fields."""
+    settings = []
     for field in dataclasses.fields(method):
         if metadata := _declaration(method, field.name):
             option = metadata["option"] or field.name.replace("_", "-")
             parse = metadata["parse"] or _parser(field.name, type(field.default))
-            found.append(Setting(field.name, method.name, option, metadata["help"], field.default, parse))
-    return found
+            settings.append(Setting(field.name, method.name, option, metadata["help"], field.default, parse))
+    return settings
 
 
 def _declaration(method: type[MethodConfig], name: str) -> Any:
-    """The metadata of the nearest class that declares a field by `setting`; empty if none does."""
+    """Return the field's metadata from the nearest class that declares it with `setting`; empty if none does."""
     for owner in method.__mro__:
         field = vars(owner).get("__dataclass_fields__", {}).get(name)
         if field is not None and "help" in field.metadata:
@@ -74,7 +74,7 @@ def _declaration(method: type[MethodConfig], name: str) -> Any:
 
 
 def _parser(name: str, kind: type) -> Callable[[str], Any]:
-    """Makes values of a type from text."""
+    """Return a function that converts text to a value of a type."""
 
     def parse(text: str) -> Any:
         try:

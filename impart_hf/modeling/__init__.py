@@ -1,5 +1,5 @@
-"""The reader: everything that is needed to load a delta repository, and nothing more.
+"""The reader: everything that loading a delta repository needs, and nothing more.
 
-These files travel inside every pushed repository, so they import only torch, numpy, safetensors, transformers and
+Every published repository holds a copy of these files, so they import only torch, numpy, safetensors, transformers and
 huggingface_hub, and each other by relative imports.
 """

@@ -1,6 +1,6 @@
 """Lazy access to the tensors of a checkpoint: a local folder or a Hub repository, safetensors or pytorch_model.bin.
 
-Nothing is read before it is asked for, and files are mapped, not loaded: the model is never in memory as a whole.
+Files are memory-mapped, and a tensor is read when it is asked for: the model is never in memory as a whole.
 """
 
 import json
@@ -48,7 +48,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 TIED_OUTPUT = "lm_head.weight"
-# Buffers that old LLaMA checkpoints carry and no model loads any more.
+# Buffers in old LLaMA checkpoints, which current models do not load.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
@@ -58,7 +58,7 @@ class CheckpointError(OSError):
 
 @dataclass(frozen=True)
 class HubOptions:
-    """What huggingface_hub needs to find and fetch a file; the names are `from_pretrained`'s."""
+    """Options for finding and downloading files on the Hub, named as in `from_pretrained`."""
 
     revision: str | None = None
     token: str | bool | None = None
@@ -71,19 +71,19 @@ class HubOptions:
         return self
 
     def __reduce__(self) -> tuple:
-        """A pickle may travel, a token must not: it is left out."""
+        """Pickle without the token: a pickle may be shared, a token must not."""
         fields = (self.revision, None, self.cache_dir, self.local_files_only, self.force_download, self.subfolder)
         return HubOptions, fields
 
 
 def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = False) -> Path | None:
-    """Path of one file of a local folder or Hub repository; None if the repository does not have it.
+    """Return the path of one file of a local folder or Hub repository, or None if the repository does not have it.
 
-    Where the Hub is offline, a file that is not in the cache is taken for missing if others of the repository are
-    there: nothing tells a file that was not downloaded from one that does not exist. With `required`, it is an error.
+    If the Hub is offline, a file that does not exist cannot be distinguished from one that was not downloaded: a file
+    that is not in the cache counts as missing if the repository's config.json is there, unless it is `required`.
 
     Raises:
-        CheckpointError: if the repository, revision or network is the problem, saying which and what to do.
+        CheckpointError: if the repository or revision does not exist, or cannot be accessed or reached.
     """
     if os.path.isdir(repo):
         path = Path(repo, options.subfolder, filename)
@@ -112,38 +112,39 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
             "log in (`hf auth login`) or pass token="
         ) from error
     except RevisionNotFoundError as error:
-        raise CheckpointError(f"'{repo}' has no revision '{revision}'") from error
+        raise CheckpointError(f"'{repo}' has no revision '{revision}': check the branch, tag or commit") from error
     except LocalEntryNotFoundError as error:
         if not required and filename != "config.json" and fetch_file(repo, "config.json", options):
             return None
         raise CheckpointError(
-            f"'{filename}' of '{repo}' is not in the local cache, and the Hub is offline; there is no folder '{repo}'"
+            f"'{filename}' of '{repo}' is not in the local cache, and the Hub is offline; there is no local folder "
+            f"'{repo}' either: download it once online, or give a local folder"
         ) from error
     except EntryNotFoundError:
         return None
     except HFValidationError as error:
         raise CheckpointError(f"'{repo}' is neither a local folder nor a valid Hub id (owner/name)") from error
     except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"'{filename}' of '{repo}' could not be fetched: {error}") from error
+        raise CheckpointError(f"'{filename}' of '{repo}' cannot be downloaded: {error}") from error
 
 
 def pinned(repo: str, options: HubOptions) -> HubOptions:
-    """The options with the commit that their revision stands for now, so that all files are of the same one.
+    """Return the options with their revision resolved to its current commit, so that all files are of one commit.
 
-    A local folder has none, and neither has a repository without a config.json: the options come back as they are.
+    For a local folder, or a repository without config.json, the options are returned unchanged.
     """
     config = None if os.path.isdir(repo) else fetch_file(repo, "config.json", options)
     if config is None:
         return options
-    # The cache keeps files under snapshots/COMMIT, which also answers without a network.
+    # The cache keeps files in snapshots/COMMIT, so the commit is known without a network.
     return replace(options, revision=config.parents[len(Path(options.subfolder).parts)].name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object.
+    """Read a JSON file that must hold an object.
 
     Raises:
-        CheckpointError: if it does not.
+        CheckpointError: if it cannot be read, or holds something else.
     """
     try:
         value = json.loads(path.read_text("utf-8"))
@@ -155,10 +156,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def fetch_config(repo: str, options: HubOptions) -> tuple[dict[str, Any], Path]:
-    """The content of config.json of a local folder or Hub repository, and the folder where its files lie.
+    """Return the content of config.json of a local folder or Hub repository, and the folder that holds its files.
 
     Raises:
-        CheckpointError: if the repository has none, or cannot be reached or read.
+        CheckpointError: if the repository has no config.json, or cannot be reached or read.
     """
     path = fetch_file(repo, "config.json", options)
     if path is None:
@@ -167,13 +168,13 @@ def fetch_config(repo: str, options: HubOptions) -> tuple[dict[str, Any], Path]:
 
 
 def repository_kind(repo: str, options: HubOptions) -> RepositoryKind:
-    """The kind of model that a local folder or Hub repository holds; errors as `fetch_config`."""
+    """Return the kind of model that a local folder or Hub repository holds; errors as for `fetch_config`."""
     return kind_of(fetch_config(repo, options)[0])
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
-    # `aminmax` hands NaN on, and takes a tenth of the time of `isfinite().all()`.
+    """Return whether a tensor is free of NaN and infinity."""
+    # `aminmax` propagates NaN, and takes a tenth of the time of `isfinite().all()`.
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())
 
 
@@ -181,24 +182,24 @@ class Checkpoint:
     """The tensors of one checkpoint, by name.
 
     Attributes:
-        source, options: the folder or Hub id it was opened from, and how.
-        config: its config.json.
-        folder: where its files lie, in the Hub's cache if need be.
+        source, options: the folder or Hub id that it was opened from, and the options used.
+        config: the content of its config.json.
+        folder: the folder that holds its files; for a Hub repository, in the Hub's cache.
         tied: whether the output projection shares the input embeddings.
-        weight_bytes: size on disk of its weight files, in bytes.
+        weight_bytes: size of its weight files on disk, in bytes.
     """
 
     def __init__(self, source: str, options: HubOptions, tied: bool | None = None):
-        """Open a checkpoint; only JSON files and headers are read.
+        """Open a checkpoint, reading only JSON files and headers.
 
         Args:
             source: local folder or Hub id.
             options: revision, token and cache.
             tied: whether the output projection shares the input embeddings, in which case a stored copy of it is
-                passed over; None takes it from config.json.
+                ignored; None takes it from config.json.
 
         Raises:
-            CheckpointError: if it cannot be reached or read, or holds no weights.
+            CheckpointError: if the checkpoint cannot be reached or read, or holds no weights.
         """
         self.source, self.options = source, options
         self.config, self.folder = fetch_config(source, options)
@@ -221,7 +222,9 @@ class Checkpoint:
     def _fetch(self, filename: str) -> Path:
         path = fetch_file(self.source, filename, self.options)
         if path is None:
-            raise CheckpointError(f"'{self.source}' names the weight file {filename}, but does not have it")
+            raise CheckpointError(
+                f"'{self.source}' names the weight file {filename}, but does not have it: download it"
+            )
         return path
 
     def _find_weights(self) -> tuple[list[Path], dict[str, str]]:
@@ -233,21 +236,21 @@ class Checkpoint:
                 return [path], {}
             index = read_json(path).get("weight_map")
             if not index or not isinstance(index, dict) or not all(is_plain_name(v) for v in index.values()):
-                raise CheckpointError(f"{path} holds no valid weight_map")
+                raise CheckpointError(f"{path} has no valid weight_map from tensor names to files in its folder")
             return [self._fetch(name) for name in sorted(set(index.values()))], index
-        fetch_file(self.source, "model.safetensors", self.options, required=True)  # for its error, if offline
+        fetch_file(self.source, "model.safetensors", self.options, required=True)  # raises if offline
         raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}")
 
     def _list_tensors(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+        locations: dict[str, Path] = {}
         for path in self._files:
             for name in self._open(path).keys():
-                if name in found:
-                    raise CheckpointError(f"'{self.source}': tensor {name} stands in two weight files")
-                found[name] = path
-        if lost := sorted(set(self._index) - set(found)):
-            raise CheckpointError(f"'{self.source}': the index names {lost[0]}, which no weight file holds")
-        return found
+                if name in locations:
+                    raise CheckpointError(f"'{self.source}': tensor {name} is in two weight files")
+                locations[name] = path
+        if missing := sorted(set(self._index) - set(locations)):
+            raise CheckpointError(f"'{self.source}': the index lists {missing[0]}, but no weight file holds it")
+        return locations
 
     def _open(self, path: Path) -> Any:
         with self._lock:
@@ -262,11 +265,11 @@ class Checkpoint:
             return self._handles[path]
 
     def names(self) -> list[str]:
-        """The tensors' names, sorted."""
+        """Return the tensors' names, sorted."""
         return list(self._names)
 
     def has_untied_output(self) -> bool:
-        """Whether the output projection that a tied checkpoint stores is none of its other tensors after all."""
+        """Return whether a tied checkpoint stores an output projection that equals none of its other tensors."""
         if not self.tied or TIED_OUTPUT not in self._locations:
             return False
         stored, shape = self.tensor(TIED_OUTPUT), self.shape(TIED_OUTPUT)
@@ -277,14 +280,14 @@ class Checkpoint:
         return on_tensor(handle[name]) if isinstance(handle, dict) else on_slice(handle.get_slice(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header alone."""
+        """Return a tensor's shape, from the file's header."""
         return tuple(self._look_up(name, lambda s: s.get_shape(), lambda t: t.shape))
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor, from the header alone.
+        """Return a tensor's dtype, from the file's header.
 
         Raises:
-            CheckpointError: if it is none that a delta can be made of.
+            CheckpointError: if deltas do not support the dtype.
         """
 
         def from_slice(view: Any) -> torch.dtype:
@@ -295,7 +298,7 @@ class Checkpoint:
         return self._look_up(name, from_slice, lambda t: t.dtype)
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The tensor on a device; on the CPU mapped from the file, if the format allows it.
+        """Return the tensor on a device; on the CPU it is mapped from the file if the format allows that.
 
         Raises:
             CheckpointError: if the file cannot be read.
@@ -308,7 +311,7 @@ class Checkpoint:
 
 
 def _ties_embeddings(config: dict[str, Any]) -> bool:
-    # Some architectures tie them unless config.json says otherwise, and then it says nothing.
+    # Some architectures tie them by default, and their config.json then omits the field.
     model_type = str(config.get("model_type"))
     default = (
         getattr(CONFIG_MAPPING[model_type], "tie_word_embeddings", False) if model_type in CONFIG_MAPPING else False
@@ -317,21 +320,23 @@ def _ties_embeddings(config: dict[str, Any]) -> bool:
 
 
 def config_fields(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says, for transformers: a copy, as it rewrites nested fields, its own notation for infinities
-    resolved."""
+    """Return a copy of a config.json's fields with transformers' notation for infinity decoded.
+
+    It is a copy because transformers modifies nested fields.
+    """
     return json.loads(json.dumps(content), object_hook=_special_float)
 
 
 def _special_float(field: dict[str, Any]) -> Any:
-    """What {"__float__": "Infinity"} means; other objects as they are."""
+    """Decode {"__float__": "Infinity"} to a float; return other objects unchanged."""
     return float(field["__float__"]) if field.keys() == {"__float__"} else field
 
 
 def text_config(content: Mapping[str, Any]) -> PreTrainedConfig:
-    """What a config.json says of the decoder, under transformers' own names whatever the architecture calls them.
+    """Return the decoder's configuration from a config.json, its fields named as in transformers for any architecture.
 
     Args:
-        content: the whole config.json; of a model that transformers does not know, names are taken as they are.
+        content: the whole config.json; if transformers does not know the model type, its field names are kept.
     """
     fields = config_fields(content)
     model_type = str(fields.pop("model_type", None))
@@ -340,16 +345,16 @@ def text_config(content: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def is_plain_name(value: object) -> bool:
-    """Whether a value from a JSON file is the name of a file in the same folder."""
+    """Return whether a value from a JSON file is the name of a file in the same folder."""
     return isinstance(value, str) and value not in ("", ".", "..") and os.path.basename(value) == value
 
 
 def _open_bin(path: Path) -> dict[str, torch.Tensor]:
-    """A pytorch_model*.bin as a dict of mapped tensors; nothing in it can execute (weights_only)."""
+    """Open a pytorch_model*.bin as a dict of memory-mapped tensors; no code in it can run (weights_only)."""
     try:
-        # Files from before torch 1.6 are not zip archives and cannot be mapped: such a shard is read whole.
+        # Files written before torch 1.6 are not zip archives and cannot be mapped, so they are read whole.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a pickle that is damaged or refused can raise anything
+    except Exception as error:  # a damaged or refused pickle can raise anything
         raise ValueError(str(error).split("\n")[0]) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided

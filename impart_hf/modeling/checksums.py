@@ -1,4 +1,4 @@
-"""The checksum by which a wrong base model is recognised while it streams past."""
+"""The checksum that detects a wrong base model while its tensors are read."""
 
 import hashlib
 
@@ -6,22 +6,22 @@ import numpy as np
 import torch
 
 _ROW_WORDS = 1024  # 64-bit words in a row of the checksum's table
-_BLOCK_ROWS = 128  # rows summed at a time: 1 MiB, so that the second sum finds the words still in cache
+_BLOCK_ROWS = 128  # rows summed at a time: 1 MiB, so that the words are still in the cache for the second sum
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's bytes as they would stand in a file, as a uint8 array (no copy for contiguous CPU tensors)."""
+    """Return the tensor's bytes as a file stores them, as a uint8 array (no copy for contiguous CPU tensors)."""
     dense = tensor.detach().cpu().contiguous()
-    flat = dense.as_strided((dense.numel(),), (1,))  # unlike view, never the stride 0 that single elements may have
+    flat = dense.as_strided((dense.numel(),), (1,))  # `view` may keep the stride 0 of a tensor with one element
     return flat.view(torch.uint8).numpy()
 
 
 def tensor_checksum(tensor: torch.Tensor) -> int:
-    """64-bit checksum of a tensor's bytes (docs/FORMAT.md, "Checksums of the base"), for finding a wrong base.
+    """Return the 64-bit checksum of a tensor's bytes (docs/FORMAT.md, "Checksums of the base").
 
-    The bytes, zero-padded, are a table of little-endian 64-bit words with 1024 words a row. The sums of its rows and
-    of its columns, modulo 2**64, are hashed together with the byte length. Two sums a word keep this at the speed of
-    memory; it guards against mistakes, not against forgery.
+    The bytes, padded with zeros, form a table of little-endian 64-bit words with 1024 words a row. The sums of its
+    rows and of its columns, modulo 2**64, are hashed together with the byte length. Two additions a word make this as
+    fast as memory; it detects mistakes, not forgery.
     """
     data = tensor_bytes(tensor)
     row_bytes = 8 * _ROW_WORDS

@@ -1,8 +1,9 @@
 """Codebooks: how one value of a plane is stored (docs/FORMAT.md, "Codes").
 
-A width code names a codebook. A codebook packs values into bytes, unpacks them, and rounds a value to what it would be
-unpacked as. 16 and 17 are 16-bit floats; 1 to 8 are evenly spaced levels from -1 to 1 of so many bits; 34 to 36 are the
-levels of 2 to 4 bits that have the least squared error for normally distributed values of variance 1 (Lloyd and Max).
+A width code names a codebook. A codebook packs values into bytes, unpacks them, and rounds values as packing and
+unpacking would. Width codes 16 and 17 are 16-bit floats; 1 to 8 are levels of that many bits, evenly spaced from -1
+to 1; 34 to 36 are the levels of 2 to 4 bits with the least squared error for normally distributed values of variance 1
+(Lloyd and Max).
 """
 
 import abc
@@ -19,27 +20,27 @@ class Codebook(abc.ABC):
 
     Attributes:
         width: the width code.
-        bits: of one value's code.
+        bits: bits of one code.
     """
 
     def __init__(self, width: int):
         self.width, self.bits = width, BITS[width]
 
     def packed_bytes(self, count: int) -> int:
-        """Bytes that `count` codes take: packed densely, padded to whole bytes at the end."""
+        """Return the bytes that `count` codes take, packed densely and padded to whole bytes at the end."""
         return packed_bytes(self.width, count)
 
     @abc.abstractmethod
     def pack(self, values: torch.Tensor) -> np.ndarray:
-        """The packed codes, uint8, nearest to values, float32 (count,)."""
+        """Return the packed codes, uint8, of the stored values nearest to `values`, float32 (count,)."""
 
     @abc.abstractmethod
     def unpack(self, packed: torch.Tensor, count: int) -> torch.Tensor:
-        """The values, float32 (count,), of packed codes, uint8; on the device of the codes."""
+        """Return the values, float32 (count,), of packed codes, uint8, on the device of the codes."""
 
     @abc.abstractmethod
     def round(self, values: torch.Tensor) -> torch.Tensor:
-        """What values of any shape are stored as, float32."""
+        """Return values of any shape, float32, rounded to stored values."""
 
 
 class Floats(Codebook):
@@ -53,7 +54,7 @@ class Floats(Codebook):
         return tensor_bytes(values.to(self.dtype))
 
     def unpack(self, packed: torch.Tensor, count: int) -> torch.Tensor:
-        # A copy is at an address that 16-bit loads allow; contiguous, since numpy gives an empty array the stride 0
+        # The copy is aligned for 16-bit loads. It is contiguous because numpy gives an empty array the stride 0.
         aligned = packed.clone(memory_format=torch.contiguous_format)
         return aligned.view(self.dtype)[:count].float()
 
@@ -62,12 +63,12 @@ class Floats(Codebook):
 
 
 class Levels(Codebook):
-    """Values stored as the code of the nearest of 2^bits rising levels.
+    """Values stored as the code of the nearest of 2^bits levels in rising order.
 
     Attributes:
         top: the largest code.
-        density, zero: where a level lies on the axis on which values are rounded: position = value * density + zero.
-            On it, evenly spaced levels are the whole numbers from 0 to `top`.
+        density, zero: values are rounded by their positions, position = value * density + zero. The positions of
+            evenly spaced levels are the whole numbers from 0 to `top`.
     """
 
     density, zero = 1.0, 0.0
@@ -77,20 +78,20 @@ class Levels(Codebook):
         self.top = (1 << self.bits) - 1
 
     def levels(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """All levels, (2^bits,), rising."""
+        """Return all levels, (2^bits,), in rising order."""
         return self.values(torch.arange(self.top + 1, device=device), dtype)
 
     def edges(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Midpoints of neighbouring levels, (2^bits - 1,), rising: above each, the next level is the nearest."""
+        """Return the midpoints of neighbouring levels, (2^bits - 1,), in rising order."""
         return _midpoints(self.levels(device, dtype))
 
     @abc.abstractmethod
     def values(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The levels of codes of any integer dtype."""
+        """Return the levels of codes of any integer dtype."""
 
     @abc.abstractmethod
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
-        """The codes, uint8, of the nearest levels; beyond the outermost level, its code."""
+        """Return the codes, uint8, of the nearest levels; values beyond the outermost level get its code."""
 
     def pack(self, values: torch.Tensor) -> np.ndarray:
         return pack_codes(self.nearest(values), self.bits)
@@ -99,7 +100,7 @@ class Levels(Codebook):
         levels = self.levels(packed.device)
         if 8 % self.bits:
             return levels[unpack_codes(packed, self.bits, count)]
-        # A byte holds whole codes: a table of all bytes gives several values at once
+        # A byte holds whole codes, so a table of all bytes gives several values per lookup.
         every_byte = torch.arange(256, device=packed.device).to(torch.uint8)
         table = levels[unpack_codes(every_byte, self.bits, 256 * 8 // self.bits)].view(256, -1)
         return torch.nn.functional.embedding(packed.int(), table).view(-1)[:count]
@@ -109,14 +110,14 @@ class Levels(Codebook):
 
 
 class EvenLevels(Levels):
-    """Evenly spaced levels from -1 to 1: code c stands for 2 c / (2^bits - 1) - 1."""
+    """Levels evenly spaced from -1 to 1: code c has the level 2 c / (2^bits - 1) - 1."""
 
     def __init__(self, bits: int):
         super().__init__(bits)
         self.density = self.zero = self.top / 2
 
     def edges(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        # Their last bit may differ from that of the levels' midpoints, which no rounding sees: it is done on positions
+        # The last bit may differ from the midpoints of `levels`; `nearest` does not use these edges.
         return _midpoints(torch.linspace(-1, 1, self.top + 1, device=device, dtype=dtype))
 
     def values(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -160,10 +161,10 @@ def _midpoints(levels: torch.Tensor) -> torch.Tensor:
 
 
 def level_codebook(width: int) -> Levels:
-    """The codebook of levels that a width code names.
+    """Return the codebook of levels that a width code names.
 
     Raises:
-        KeyError: if it names 16-bit floats, or nothing.
+        KeyError: if the width code is unknown, or one of 16-bit floats.
     """
     book = CODEBOOKS[width]
     if not isinstance(book, Levels):
@@ -172,7 +173,7 @@ def level_codebook(width: int) -> Levels:
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> np.ndarray:
-    """Codes, uint8 (count,), of `bits` bits (1 to 8) packed densely, least significant bit first, as uint8."""
+    """Pack codes, uint8 (count,), of `bits` bits (1 to 8) densely, least significant bit first, into uint8."""
     groups = -(-len(codes) // 8)  # eight codes fill exactly `bits` bytes
     lanes = torch.zeros(groups * 8, dtype=torch.int64, device=codes.device)
     lanes[: len(codes)] = codes
@@ -183,7 +184,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> np.ndarray:
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The inverse of `pack_codes`: `count` codes as int64."""
+    """Return `count` codes as int64: the inverse of `pack_codes`."""
     groups = -(-count // 8)
     padded = torch.zeros(groups * bits, dtype=torch.uint8, device=packed.device)
     padded[: len(packed)] = packed

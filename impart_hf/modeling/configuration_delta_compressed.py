@@ -12,19 +12,19 @@ FORMAT_VERSION = 1
 
 @strict
 class DeltaCompressedConfig(PreTrainedConfig):
-    """What a delta repository is made of: the fine-tuned model's own configuration, and where its base is.
+    """Configuration of a delta repository: the fine-tuned model's configuration, and its base.
 
     Attributes:
-        text_config: the fine-tuned model's whole configuration (a dict is turned into its class).
+        text_config: the fine-tuned model's whole configuration (a dict is converted to its class).
         base_model_name_or_path: Hub id or local folder of the base model.
         base_model_revision: commit of the base on the Hub; None for a local folder.
-        method: the method's name and all its hyperparameters, as the writer was given them.
+        method: the method's name and all its settings, as given to the writer.
         format_version: version of the file format (docs/FORMAT.md).
-        tensor_dtype: dtype of the fine-tuned tensors as stored by their publisher, e.g. "bfloat16".
-        tensor_dtype_exceptions: dtypes of the tensors that differ from that, by name.
+        tensor_dtype: dtype of the fine-tuned tensors as published, e.g. "bfloat16".
+        tensor_dtype_exceptions: dtypes of the tensors that have another one, by name.
 
     Raises:
-        ValueError: if the repository has a format version that this reader does not know.
+        ValueError: if this reader does not know the format version, or `text_config` has no model type.
     """
 
     model_type = "delta_compressed"
@@ -41,15 +41,15 @@ class DeltaCompressedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"the delta repository has format version {self.format_version}, this reader knows version "
+                f"the delta repository has format_version {self.format_version}, this reader knows version "
                 f"{FORMAT_VERSION}: upgrade impart-hf"
             )
         if isinstance(self.text_config, dict):
             model_type = self.text_config.get("model_type")
             if not isinstance(model_type, str):
-                raise ValueError("text_config names no model_type: this config.json is not of a delta repository")
+                raise ValueError("text_config has no model_type: this config.json is not that of a delta repository")
             fields = {k: v for k, v in self.text_config.items() if k != "model_type"}
-            if model_type == PrunedLlamaConfig.model_type:  # which the Auto classes know only with impart_hf imported
+            if model_type == PrunedLlamaConfig.model_type:  # the Auto classes know it only if impart_hf is imported
                 self.text_config = PrunedLlamaConfig.from_dict(fields)
             else:
                 self.text_config = AutoConfig.for_model(model_type, **fields)
@@ -59,7 +59,7 @@ class DeltaCompressedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As for any configuration; arguments about the model, such as use_cache=False, reach its own configuration."""
+        """Build from a dict as any configuration; arguments such as use_cache=False are set in `text_config`."""
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
         own = {*cls.__annotations__, "name_or_path"}

@@ -1,4 +1,4 @@
-"""Configuration of a LLaMA whose layers have widths of their own."""
+"""Configuration of a pruned LLaMA, whose layers may differ in their widths."""
 
 import reprlib
 import textwrap
@@ -9,9 +9,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PreTrainedConfig
 
-# What width pruning may change from layer to layer.
+# The layer widths: the fields that width pruning changes per layer.
 LAYER_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-# transformers goes through all layers when it reads per_layer_config; a damaged number must not keep it busy for hours.
+# transformers loops over all layers when it reads per_layer_config: a damaged number must not make that take hours.
 _MOST_LAYERS = 10_000
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")
 
@@ -20,18 +20,18 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")
 class PrunedLlamaConfig(LlamaConfig):
     """A `LlamaConfig` whose layers may differ in attention heads, KV heads and intermediate size.
 
-    The widths of single layers stand in transformers' own `per_layer_config`, {"3": {"num_attention_heads": 6}, ...};
-    what it does not name is as in the model before width pruning, which the fields of `LlamaConfig` describe. As in
-    every such configuration, reading a field that differs between layers (`config.num_attention_heads`) raises
-    transformers' AmbiguousGlobalPerLayerAttributeError: code that would use one number for all layers is wrong about
-    this model, and is better stopped than served. `widths` has the numbers.
+    The widths of single layers are in transformers' `per_layer_config`, {"3": {"num_attention_heads": 6}, ...}. The
+    fields of `LlamaConfig` describe the model before width pruning, and hold for all widths that `per_layer_config`
+    does not list. Reading a field that differs between layers (`config.num_attention_heads`) raises transformers'
+    AmbiguousGlobalPerLayerAttributeError, because code that uses one number for all layers would be wrong for this
+    model. Read `widths` instead.
 
     Attributes:
         pruning: the model's history, {"base_model", "base_parameters", "steps": [...]}; None if it has none.
 
     Raises:
-        ValueError: if a size is no positive integer, heads are no multiple of KV heads, or `per_layer_config` holds
-            anything but widths of existing layers.
+        ValueError: if a size is not a positive integer, heads are not a multiple of KV heads, or `per_layer_config`
+            holds anything but widths of existing layers.
     """
 
     model_type = "pruned_llama"
@@ -44,23 +44,23 @@ class PrunedLlamaConfig(LlamaConfig):
         if self.head_dim is None:
             heads = self.num_attention_heads
             if heads < 1 or self.hidden_size % heads:
-                raise ValueError(f"head_dim is missing, and hidden_size {self.hidden_size} is no multiple of {heads}")
+                raise ValueError(f"set head_dim: hidden_size {self.hidden_size} is not a multiple of {heads} heads")
             self.head_dim = self.hidden_size // heads
-        # Before transformers looks at them, which takes any attribute for a layer's, and fails late on other types.
+        # Check first: transformers accepts any attribute of a layer, and fails late on wrong types.
         _check_widths(vars(self), kwargs.get("per_layer_config"))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """What transformers calls when a configuration is made or saved; heads need not divide hidden_size here."""
+        """Check the sizes when transformers makes or saves the configuration; heads need not divide hidden_size."""
         fields = self.to_dict()
         _check_widths(fields, fields.get("per_layer_config"))
 
     def validate_rope(self):
-        """As for any configuration, but on a layer's: some kinds of RoPE are checked with the number of heads."""
+        """Check RoPE on a layer's configuration: the checks of some kinds of RoPE read the number of heads."""
         LlamaConfig.validate_rope(self.per_layer_config[0])
 
     def __eq__(self, other):
-        # A dataclass compares its fields one by one, and reading those that differ between layers raises.
+        # A dataclass compares field by field, but reading a field that differs between layers raises.
         return PreTrainedConfig.__eq__(self, other)
 
     @property
@@ -70,10 +70,10 @@ class PrunedLlamaConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As for any configuration.
+        """Build from a dict as any configuration.
 
         Raises:
-            ValueError: also for fields of the wrong type, for which transformers has an error that is none.
+            ValueError: also for fields of the wrong type, where transformers raises an error of another class.
         """
         try:
             return super().from_dict(config_dict, **kwargs)
@@ -89,15 +89,15 @@ class PrunedLlamaConfig(LlamaConfig):
         num_key_value_heads: Sequence[int],
         intermediate_size: Sequence[int],
     ) -> "PrunedLlamaConfig":
-        """The configuration of a LLaMA after width pruning, ready to be written.
+        """Make the configuration of a LLaMA after width pruning, ready to be written.
 
         Args:
-            config: of the model before; its fields stay, also those that the widths replace. A `PrunedLlamaConfig`
-                keeps those of the model before its own pruning.
-            num_attention_heads, num_key_value_heads, intermediate_size: for every layer.
+            config: the configuration before; its fields stay, also those that the widths replace. A
+                `PrunedLlamaConfig` keeps the fields of the model before its own pruning.
+            num_attention_heads, num_key_value_heads, intermediate_size: one value for every layer.
 
         Raises:
-            ValueError: if these are not as many as the layers, or no possible widths.
+            ValueError: if there are not as many values as layers, or the widths are impossible.
         """
         widths = dict(zip(LAYER_WIDTHS, (num_attention_heads, num_key_value_heads, intermediate_size), strict=True))
         for name, values in widths.items():
@@ -120,23 +120,23 @@ class PrunedLlamaConfig(LlamaConfig):
 
 
 def _check_widths(fields: Mapping[str, Any], layers: Any) -> None:
-    """See that sizes are sizes, those of single layers included.
+    """Check the model's sizes and every layer's widths.
 
     Args:
-        fields: of the configuration.
-        layers: its `per_layer_config`, from a file or a user: anything.
+        fields: the configuration's fields.
+        layers: its `per_layer_config`, from a file or a user: it may be anything.
     """
     for name in (*_SIZES, *LAYER_WIDTHS):
         _check_size(name, fields[name], "")
     if fields["num_hidden_layers"] > _MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers is {fields['num_hidden_layers']}, beyond the {_MOST_LAYERS} of any model")
+        raise ValueError(f"num_hidden_layers is {fields['num_hidden_layers']}, more than {_MOST_LAYERS}")
     if fields["head_dim"] % 2:
-        raise ValueError(f"head_dim {fields['head_dim']} is odd: rotary embeddings turn pairs of numbers")
+        raise ValueError(f"head_dim {fields['head_dim']} is odd: rotary embeddings need an even number")
     _check_heads(fields, "")
     if layers is None:
         return
     if not isinstance(layers, Mapping):
-        raise ValueError(f"per_layer_config is {reprlib.repr(layers)}, not an object that names layers")
+        raise ValueError(f"per_layer_config is {reprlib.repr(layers)}, not an object with layers as keys")
     seen: set[int] = set()
     for key, widths in layers.items():
         layer = _layer_number(key, fields["num_hidden_layers"])
@@ -156,7 +156,7 @@ def _check_widths(fields: Mapping[str, Any], layers: Any) -> None:
 
 
 def _layer_number(key: Any, layers: int) -> int:
-    """The layer that a key of per_layer_config means: an integer, or its digits."""
+    """Return the layer number that a key of per_layer_config names: an integer, or a string of digits."""
     is_number = isinstance(key, int) and not isinstance(key, bool)
     is_digits = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
     if not (is_number or is_digits) or not 0 <= int(key) < layers:
@@ -172,7 +172,7 @@ def _check_size(name: str, value: Any, where: str) -> None:
 def _check_heads(widths: Mapping[str, Any], where: str) -> None:
     heads, kv_heads = widths["num_attention_heads"], widths["num_key_value_heads"]
     if heads % kv_heads:
-        raise ValueError(f"{where}num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise ValueError(f"{where}num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
 
 
 PrunedLlamaConfig.register_for_auto_class("AutoConfig")

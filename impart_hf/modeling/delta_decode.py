@@ -1,7 +1,7 @@
-"""From a record's bytes to the delta it stands for: unpacking, planes, and the product U diag(sigma) V^T.
+"""Decoding a record to the delta of its matrix: unpacking, planes, and the product U diag(sigma) V^T.
 
-All arithmetic is float32. The product is a dense one though most entries of U and V are zeros: a sparse product's
-multiply-adds cost 5 to 40 times as much, which pays where fewer than a tenth are kept, and not where a fifth is
+All arithmetic is float32. The product is dense although most entries of U and V are zeros: a multiply-add of a sparse
+product costs 5 to 40 times as much, which pays if fewer than a tenth of the entries are kept, but not if a fifth is
 (scripts/benchmark_load.py prints the factor).
 """
 
@@ -16,13 +16,13 @@ from .delta_record import FACTORED, DeltaFormatError, Record, parse_record
 from .factors import DirectDelta, Factors, MatrixDelta
 from .planes import KeptEntries, Plane, Run
 
-# Rows of a matrix that are decoded and added to the base at once on a CPU. A whole matrix in float32 would need the
-# memory, and is no faster; with fewer rows the product becomes slower (with 128 by a tenth to a quarter).
+# Rows of a matrix that are decoded and added to the base at once on a CPU. More rows need more memory and are no
+# faster; with fewer the product is slower (with 128 by a tenth to a quarter).
 TILE_ROWS = 512
 
 
 def _side_values(packed: torch.Tensor, width: int, per_column: np.ndarray, scales: np.ndarray | None) -> torch.Tensor:
-    """float32 values of one side of one segment; `per_column` is the number kept in each column."""
+    """Return the float32 values of one side of one segment; `per_column` is the number kept in each column."""
     values = CODEBOOKS[width].unpack(packed, int(per_column.sum()))
     if scales is None:
         return values
@@ -31,10 +31,10 @@ def _side_values(packed: torch.Tensor, width: int, per_column: np.ndarray, scale
 
 
 def decode_planes(record: Record, name: str, device: torch.device | str = "cpu") -> list[Plane]:
-    """The planes of a record: [U, V] of a factored one, [P] of a direct one, on `device`.
+    """Decode the planes of a record on `device`: [U, V] if it is factored, [P] if it is direct.
 
     Raises:
-        DeltaFormatError: if the codes are not exactly as many as the masks keep, or a value is not finite.
+        DeltaFormatError: if there are not as many codes as kept entries, or a value is not finite.
     """
     kept = [KeptEntries(record, side, device) for side in range(record.sides)]
     codes = torch.from_numpy(np.array(record.codes)).to(device)
@@ -46,63 +46,63 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
             per_column = kept[side].counts[start:stop]
             size = CODEBOOKS[width].packed_bytes(int(per_column.sum()))
             if at + size > len(codes):
-                raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are fewer than the masks keep")
+                raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are too few for the kept entries")
             side_scales = None if scales is None else scales[side]
             values = _side_values(codes[at : at + size], width, per_column, side_scales)
-            # Levels are finite, and so is a level times a scale
+            # A level times a finite column scale is finite, so only floats need the check.
             if isinstance(CODEBOOKS[width], Floats) and not all_finite(values):
                 raise DeltaFormatError(f"{name}: a stored value is not finite")
             runs[side] += kept[side].runs(start, stop, values)
             at += size
         start = stop
     if at != len(codes):
-        raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are more than the masks keep ({at})")
+        raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are more than the {at} of the kept entries")
     rows = [record.plane_rows(side) for side in range(record.sides)]
-    nothing = torch.empty(0, device=device)
+    no_values = torch.empty(0, device=device)
     return [
-        Plane(record.plane_columns, length, found or [Run(0, length, nothing, None)])
-        for length, found in zip(rows, runs, strict=True)
+        Plane(record.plane_columns, length, side_runs or [Run(0, length, no_values, None)])
+        for length, side_runs in zip(rows, runs, strict=True)
     ]
 
 
 def _row_deltas(record: Record, name: str, device: torch.device | str) -> Callable[[slice], MatrixDelta]:
-    """A function that gives the delta of a range of the matrix's rows."""
+    """Return a function that returns the delta of a range of the matrix's rows."""
     planes = decode_planes(record, name, device)
-    if record.layout != FACTORED:  # not dense as a whole: it is as large as the matrix
+    if record.layout != FACTORED:  # its plane is as large as the matrix, so only the rows are made dense
         return lambda rows: DirectDelta(planes[0].select(rows).dense(), record.scale)
     sigma = torch.from_numpy(record.sigma.astype(np.float32) * np.float32(record.scale)).to(device)
     return Factors(planes[0].dense(), sigma, planes[1].dense()).select
 
 
 def matrix_delta(record: Record, name: str, device: torch.device | str = "cpu") -> MatrixDelta:
-    """The delta that a record stands for, decoded on a device; errors as `decode_planes`."""
+    """Decode a record on a device without multiplying its factors; errors as for `decode_planes`."""
     return _row_deltas(record, name, device)(slice(0, record.rows))
 
 
 def decode_record(record: Record, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The matrix that a record stands for: float32, shape (rows, columns), on `device`."""
+    """Decode a record to the dense delta: float32, shape (rows, columns), on `device`."""
     return matrix_delta(record, name, device).add_to(torch.zeros(record.rows, record.columns, device=device))
 
 
 def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """Base plus decoded delta, summed in float32 and rounded once to `dtype`.
+    """Return base plus decoded delta, summed in float32 and rounded once to `dtype`.
 
     Args:
-        base: shape (m, n), or (s, m, n) for a stack of s matrices, on the device where the work is to be done.
+        base: shape (m, n), or (s, m, n) for a stack of s matrices, on the device to decode on.
         data: uint8: the tensor's record, or its s records one after the other.
         name: the tensor's name, for messages.
         dtype: the fine-tuned tensor's dtype.
 
     Raises:
-        DeltaFormatError: if the records do not fit the base's shape, do not end where the data ends, or give a number
-            that is not finite.
+        DeltaFormatError: if the records do not fit the base's shape or do not end where the data ends, or the result
+            is not finite.
     """
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
     at = 0
     for target, matrix in zip(_matrices(out), _matrices(base), strict=True):
         record, length = parse_record(data[at:], (matrix.shape[0], matrix.shape[1]), name)
         delta_of = _row_deltas(record, name, base.device)
-        # On an accelerator one launch over everything is best
+        # On an accelerator, one step for all rows is fastest.
         step = TILE_ROWS if base.device.type == "cpu" else max(1, record.rows)
         for start in range(0, record.rows, step):
             rows = slice(start, min(start + step, record.rows))

@@ -1,7 +1,7 @@
 """The record: the bytes that hold the compressed delta of one matrix (docs/FORMAT.md, "Records").
 
-This module knows the byte layout and checks it; what the numbers mean is in `delta_decode`. Every number is taken for
-hostile until it has been compared with the shape that the record must have.
+This module reads, checks and writes the byte layout; `delta_decode` decodes the numbers. No number is trusted before it
+has been checked against the shape that the record must have.
 """
 
 import struct
@@ -30,11 +30,11 @@ class Segment:
     """A run of consecutive columns that are stored in the same way.
 
     Attributes:
-        columns: how many columns.
+        columns: number of columns.
         width_u: width code of U's values (of the only plane's values in a direct record).
         width_v: width code of V's values; 0 in a direct record.
-        keep: KEEP_ALL, KEEP_SHARED (one threshold for the segment) or KEEP_PER_COLUMN.
-        scaled: 1 if every column of each side has a scale of its own, 0 if none has.
+        keep: keep mode: KEEP_ALL, KEEP_SHARED (one threshold for the segment) or KEEP_PER_COLUMN.
+        scaled: 1 if the columns of each side have column scales, 0 if not.
     """
 
     columns: int
@@ -55,10 +55,10 @@ class Record:
     Direct: delta^T = scale * P, P of shape (columns, rows): plane column c is row c of the matrix.
 
     Attributes:
-        sigma: float16, shape (rank,); empty in a direct record. 1/q rescale factors, and the scales of levels, are
-            already in it.
-        thresholds: uint16, shape (plane columns,), for every column, shared and keep-all ones written out.
-        column_scales: for each segment, a float16 array of shape (sides, segment columns), or None if it has none.
+        sigma: float16, shape (rank,); empty in a direct record. It includes the 1/q rescale factors and the scales of
+            levels.
+        thresholds: uint16, shape (plane columns,): one for every column, whatever its segment's keep mode.
+        column_scales: for each segment, float16 of shape (sides, segment columns), or None if it has none.
         codes: the packed codes of all segments and sides, uint8.
         relative_error: ||delta - decoded|| / ||delta|| that the writer measured (Frobenius norm); information only.
     """
@@ -81,7 +81,7 @@ class Record:
         return self.rank if self.layout == FACTORED else self.rows
 
     def plane_rows(self, side: int) -> int:
-        """Entries per column of U (side 0) or V (side 1), or of the direct plane (side 0)."""
+        """Return the entries per column of U (side 0) or V (side 1), or of the direct plane (side 0)."""
         return self.rows if self.layout == FACTORED and side == 0 else self.columns
 
     @property
@@ -89,12 +89,12 @@ class Record:
         return 2 if self.layout == FACTORED else 1
 
     def keep_ratios(self) -> np.ndarray:
-        """float64, shape (plane columns,): the probability with which an entry of the column is kept."""
+        """Return each column's probability of keeping an entry: float64, shape (plane columns,)."""
         return (self.thresholds.astype(np.float64) + 1) / (MAX_THRESHOLD + 1)
 
 
 def pack_record(record: Record) -> bytes:
-    """The bytes of a record; `parse_record` is its inverse."""
+    """Return the bytes of a record; `parse_record` is the inverse."""
     thresholds, scales, start = [], [], 0
     for segment, column_scale in zip(record.segments, record.column_scales, strict=True):
         stop = start + segment.columns
@@ -128,7 +128,7 @@ def pack_record(record: Record) -> bytes:
 
 
 class _Cursor:
-    """Takes typed arrays off the front of a buffer and refuses to run past its end."""
+    """Reads typed arrays from a buffer in order, with an error instead of reading past its end."""
 
     def __init__(self, data: np.ndarray, name: str):
         self.data, self.name, self.at = data, name, 0
@@ -147,13 +147,13 @@ def _check_header(name: str, fields: tuple, shape: tuple[int, int], available: i
     if layout not in (FACTORED, DIRECT) or reserved != 0:
         raise DeltaFormatError(f"{name}: unknown record layout {layout}; a newer impart-hf may be needed")
     if (rows, columns) != tuple(shape):
-        raise DeltaFormatError(f"{name}: the record is for a {rows}x{columns} matrix, the base has {tuple(shape)}")
+        raise DeltaFormatError(f"{name}: the record is for a {rows}x{columns} matrix, the base's is {tuple(shape)}")
     if rank > (min(rows, columns) if layout == FACTORED else 0):
         raise DeltaFormatError(f"{name}: rank {rank} is impossible for a {rows}x{columns} matrix")
     if not np.isfinite([scale, error]).all():
-        raise DeltaFormatError(f"{name}: the record's scale is {scale}, its relative error {error}")
+        raise DeltaFormatError(f"{name}: the record's scale {scale} or relative error {error} is not finite")
     if length < HEADER_BYTES or length > available:
-        raise DeltaFormatError(f"{name}: the record claims {length} bytes of {available}")
+        raise DeltaFormatError(f"{name}: the record states a length of {length} bytes, but {available} are left")
 
 
 def _check_segments(name: str, segments: list[Segment], layout: int, plane_columns: int) -> None:
@@ -161,24 +161,24 @@ def _check_segments(name: str, segments: list[Segment], layout: int, plane_colum
         v_ok = segment.width_v in BITS if layout == FACTORED else segment.width_v == 0
         known = segment.width_u in BITS and v_ok and segment.keep <= KEEP_PER_COLUMN and segment.scaled <= 1
         if not known or segment.columns == 0:
-            raise DeltaFormatError(f"{name}: unknown storage of a column segment: {segment}")
+            raise DeltaFormatError(f"{name}: a segment is empty or has an unknown width code or mode: {segment}")
     if sum(s.columns for s in segments) != plane_columns:
         raise DeltaFormatError(f"{name}: the segments do not add up to {plane_columns} columns")
 
 
 def parse_record(data: np.ndarray, shape: tuple[int, int], name: str) -> tuple[Record, int]:
-    """Parse and check the record at the front of `data`.
+    """Parse and check the record at the start of `data`.
 
     Args:
-        data: uint8, one-dimensional; may go on after the record (stacks of matrices).
-        shape: (rows, columns) that the base says the matrix has.
+        data: uint8, one-dimensional; more records may follow (stacks of matrices).
+        shape: (rows, columns) of the base's matrix.
         name: the tensor's name, for messages.
 
     Returns:
-        The record and the bytes it took.
+        The record and its length in bytes.
 
     Raises:
-        DeltaFormatError: if any number in it does not fit.
+        DeltaFormatError: if any number in the record is invalid.
     """
     if len(data) < HEADER_BYTES:
         raise DeltaFormatError(f"{name}: {len(data)} bytes are too few for a record")
@@ -201,7 +201,7 @@ def parse_record(data: np.ndarray, shape: tuple[int, int], name: str) -> tuple[R
         cursor.take("<f2", len(s.widths()) * s.columns).reshape(-1, s.columns) if s.scaled else None for s in segments
     ]
     if not all(np.isfinite(a).all() for a in [sigma, *(s for s in scales if s is not None)]):
-        raise DeltaFormatError(f"{name}: a singular value or scale is not finite")
+        raise DeltaFormatError(f"{name}: a sigma or column scale is not finite")
     record = Record(
         layout=layout,
         rows=rows,
@@ -220,7 +220,7 @@ def parse_record(data: np.ndarray, shape: tuple[int, int], name: str) -> tuple[R
 
 
 def record_shape(data: np.ndarray, name: str) -> tuple[int, int]:
-    """The (rows, columns) that the record at the front of `data` claims, for looking at it without its base."""
+    """Return the (rows, columns) that the record at the start of `data` states, for reading it without its base."""
     if len(data) < HEADER_BYTES:
         raise DeltaFormatError(f"{name}: {len(data)} bytes are too few for a record")
     fields = _HEADER.unpack(data[:HEADER_BYTES].tobytes())
@@ -228,7 +228,7 @@ def record_shape(data: np.ndarray, name: str) -> tuple[int, int]:
 
 
 def parse_stack(data: np.ndarray, name: str) -> list[Record]:
-    """All records of a tensor, each taken at its own word for its shape."""
+    """Parse all records of a tensor, with the shapes that they state."""
     records, at = [], 0
     while at < len(data):
         record, length = parse_record(data[at:], record_shape(data[at:], name), name)

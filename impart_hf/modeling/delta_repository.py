@@ -1,4 +1,4 @@
-"""A delta repository together with its base model: the fine-tuned tensors, decoded one at a time."""
+"""A delta repository with its base model: the fine-tuned tensors, decoded one at a time."""
 
 import hashlib
 import zlib
@@ -31,8 +31,8 @@ from .tensors import LazyTensor
 
 DELTA_FILE = "delta_model.safetensors"
 DELTA_INDEX = DELTA_FILE + ".index.json"
-RECORD_SUFFIX = ".delta"  # a tensor's records
-ROWS_SUFFIX = ".added_rows"  # rows that the fine-tune has beyond the base's
+RECORD_SUFFIX = ".delta"  # entry with a tensor's records
+ROWS_SUFFIX = ".added_rows"  # entry with the rows that the fine-tune adds to the base's
 BASE_CHECKSUMS = "base_checksums"
 CRC_ENTRY = "crc32"
 
@@ -45,14 +45,14 @@ class WrongBaseError(ValueError):
 
 
 def entry_crc(name: str, dtype: str, shape: tuple[int, ...], data: Buffer) -> int:
-    """CRC-32 of an entry: of its name, safetensors dtype and shape, and of its data."""
+    """Return the CRC-32 of an entry: of its name, safetensors dtype and shape, and its data."""
     line = f"{name} {dtype} {'x'.join(map(str, shape))}\n"
     return zlib.crc32(data, zlib.crc32(line.encode()))
 
 
 @dataclass(frozen=True)
 class TensorParts:
-    """Which entries of the delta file make up one fine-tuned tensor; all None means equal to the base."""
+    """The delta file's entries for one fine-tuned tensor; all None if it equals the base's."""
 
     records: str | None = None
     replacement: str | None = None
@@ -85,7 +85,7 @@ class DeltaFile:
                 raise DeltaFormatError(f"{path}: the '{CRC_ENTRY}' table does not cover the file's entries")
             for name, crc in zip(names, crcs.tolist(), strict=True):
                 if name in self._handles:
-                    raise DeltaFormatError(f"{path}: entry {name} stands in two files")
+                    raise DeltaFormatError(f"{path}: entry {name} is in two files")
                 self._handles[name], self._paths[name], self._crcs[name] = handle, path, crc
 
     def names(self) -> list[str]:
@@ -101,10 +101,10 @@ class DeltaFile:
         return self._handles[name].get_slice(name).get_dtype()
 
     def read(self, name: str) -> torch.Tensor:
-        """One entry.
+        """Read one entry.
 
         Raises:
-            DeltaFormatError: if its bytes are not those that were written.
+            DeltaFormatError: if it cannot be read, or its CRC-32 differs.
         """
         try:
             tensor = self._handles[name].get_tensor(name)
@@ -118,7 +118,7 @@ class DeltaFile:
         return tensor
 
     def read_finite(self, name: str) -> torch.Tensor:
-        """One entry, as `read` gives it, that must hold neither NaN nor infinity."""
+        """Read one entry and check that it is free of NaN and infinity; errors as for `read`."""
         tensor = self.read(name)
         if tensor.is_floating_point() and not all_finite(tensor):
             raise DeltaFormatError(f"{self._paths[name]}: delta entry {name} holds NaN or infinity")
@@ -129,7 +129,7 @@ class DeltaFile:
 
 
 def find_delta_files(repo: str, options: HubOptions) -> tuple[list[Path], Path | None]:
-    """The delta weight files of a repository, and their index if they are sharded.
+    """Return the paths of a repository's delta files, and of their index if they are sharded.
 
     Raises:
         CheckpointError: if it has none, or lacks one that the index names.
@@ -139,13 +139,13 @@ def find_delta_files(repo: str, options: HubOptions) -> tuple[list[Path], Path |
         return [single], None
     index_path = fetch_file(repo, DELTA_INDEX, options)
     if index_path is None:
-        fetch_file(repo, DELTA_FILE, options, required=True)  # for its error, if the Hub is offline
+        fetch_file(repo, DELTA_FILE, options, required=True)  # raises if the Hub is offline
         raise CheckpointError(f"'{repo}' has no {DELTA_FILE}: it is not a delta repository")
     paths = []
     for name in sorted(set(_weight_map(index_path).values())):
         path = fetch_file(repo, name, options)
         if path is None:
-            raise CheckpointError(f"'{repo}' lacks {name}, which {DELTA_INDEX} names")
+            raise CheckpointError(f"'{repo}' lacks {name}, which {DELTA_INDEX} names: download it")
         paths.append(path)
     return paths, index_path
 
@@ -153,21 +153,21 @@ def find_delta_files(repo: str, options: HubOptions) -> tuple[list[Path], Path |
 def _weight_map(index_path: Path) -> dict[str, str]:
     weight_map = read_json(index_path).get("weight_map")
     if not weight_map or not isinstance(weight_map, dict) or not all(is_plain_name(n) for n in weight_map.values()):
-        raise DeltaFormatError(f"{index_path} holds no valid weight_map")
+        raise DeltaFormatError(f"{index_path} has no valid weight_map from entries to files in its folder")
     return weight_map
 
 
 class DeltaRepository:
-    """The fine-tuned tensors that a delta repository and its base stand for.
+    """The fine-tuned tensors of a delta repository, decoded with its base.
 
     Attributes:
         source: folder or Hub id of the delta repository.
         config: its configuration.
-        text_config: the fine-tuned model's own.
+        text_config: the fine-tuned model's configuration.
         options: how its files are found on the Hub.
         base: the base checkpoint.
-        base_checksums: of the base's tensors that the delta was made against, by name.
-        file: the delta entries.
+        base_checksums: checksums of the tensors of the base that the delta was made against, by name.
+        file: the delta file's entries.
     """
 
     def __init__(
@@ -177,16 +177,16 @@ class DeltaRepository:
         options: HubOptions,
         base_model: str | None = None,
     ):
-        """Open repository and base; headers are read and compared, no weights.
+        """Open repository and base, reading and comparing headers but no weights.
 
         Args:
             source: folder or Hub id of the delta repository.
             config: its configuration.
-            options: where and as whom to look on the Hub; the revision is the delta repository's.
-            base_model: folder or Hub id to take the base from, instead of the recorded one.
+            options: how files are found on the Hub; the revision is the delta repository's.
+            base_model: folder or Hub id of the base, instead of the recorded one.
 
         Raises:
-            CheckpointError: if a file, the base or the permission to read it is missing.
+            CheckpointError: if a file or the base is missing or cannot be accessed.
             DeltaFormatError: if the delta file is damaged or does not fit the base's tensors.
             WrongBaseError: if the base has other tensors than the delta was made against.
         """
@@ -197,8 +197,8 @@ class DeltaRepository:
         paths, index = find_delta_files(source, options)
         self.file = DeltaFile(paths)
         if index and sorted(_weight_map(index)) != self.file.names():
-            # An entry that is lost would pass for a tensor that equals the base's.
-            raise DeltaFormatError(f"{index} names other entries than its files hold: they are not of one repository")
+            # Without this check, a tensor whose entry is missing would be taken to equal the base's.
+            raise DeltaFormatError(f"{index} names other entries than its files hold: download them again")
         self.base = self._open_base(base_model, options)
         self.base_checksums = self._read_checksums()
         self.parts = self._match_entries()
@@ -219,7 +219,7 @@ class DeltaRepository:
             ) from error
 
     def _match_entries(self) -> dict[str, TensorParts]:
-        """Sort the file's entries by the fine-tuned tensor they belong to, refusing any that belong to none."""
+        """Assign the file's entries to fine-tuned tensors, with an error for any that belongs to none."""
         parts = dict.fromkeys(self.base.names(), TensorParts())
         for entry in self.file.names():
             if entry == BASE_CHECKSUMS:
@@ -229,28 +229,28 @@ class DeltaRepository:
                 raise DeltaFormatError(f"delta entry {entry} belongs to no tensor of the base '{self.base.source}'")
             dtype = self.file.dtype_name(entry)
             if kind == "records" and (dtype != "U8" or len(self.file.shape(entry)) != 1):
-                raise DeltaFormatError(f"delta entry {entry} should be a row of bytes")
+                raise DeltaFormatError(f"delta entry {entry} is not a one-dimensional U8 tensor")
             if kind != "records" and dtype not in SAFETENSORS_DTYPES:
                 raise DeltaFormatError(f"delta entry {entry} has the unknown dtype {dtype}")
             if self.base.dtype(name).is_floating_point != (kind == "records" or _is_float(dtype)):
-                raise DeltaFormatError(f"delta entry {entry} does not go with {self.base.dtype(name)} of the base")
+                raise DeltaFormatError(f"delta entry {entry} does not fit {name}, which is {self.base.dtype(name)}")
             parts[name] = replace(parts[name], **{kind: entry})
         return parts
 
     def _check_parts(self, name: str, part: TensorParts) -> None:
         base_shape, dtype = self.base.shape(name), self.dtype(name)
         if part.replacement and part.records:
-            raise DeltaFormatError(f"{name} is both replaced and changed by the delta file")
+            raise DeltaFormatError(f"{name} has both a replacement and records in the delta file")
         if part.replacement and self.file.shape(part.replacement) != base_shape:
             raise DeltaFormatError(f"{name} has shape {self.file.shape(part.replacement)}, the base has {base_shape}")
         if part.records and len(base_shape) not in (2, 3):
-            raise DeltaFormatError(f"{name} has records, but its shape is {base_shape}")
+            raise DeltaFormatError(f"{name} has records, but its shape {base_shape} is not of 2 or 3 axes")
         if part.added_rows:
             rows = self.file.shape(part.added_rows)
             if self.file.dtype_name(part.added_rows) != DTYPE_NAMES[dtype]:
-                raise DeltaFormatError(f"the rows added to {name} have another dtype than {dtype}, the tensor's own")
+                raise DeltaFormatError(f"the rows added to {name} have another dtype than the tensor, {dtype}")
             if len(base_shape) != 2 or len(rows) != 2 or rows[1] != base_shape[1]:
-                raise DeltaFormatError(f"{name} cannot grow by rows of shape {rows}, the base has {base_shape}")
+                raise DeltaFormatError(f"rows of shape {rows} cannot be added to {name}, the base has {base_shape}")
 
     def _read_checksums(self) -> dict[str, int]:
         names = self.base.names()
@@ -273,11 +273,11 @@ class DeltaRepository:
         return f" at commit {revision}" if revision else ""
 
     def names(self) -> list[str]:
-        """Names of the fine-tuned tensors, sorted."""
+        """Return the names of the fine-tuned tensors, sorted."""
         return self.base.names()
 
     def is_changed(self, name: str) -> bool:
-        """Whether the delta file has anything of a tensor."""
+        """Return whether the delta file has an entry for a tensor."""
         return self.parts[name] != TensorParts()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -285,7 +285,7 @@ class DeltaRepository:
         return (shape[0] + self.file.shape(rows)[0], *shape[1:]) if rows else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype in which the fine-tuned tensor was published."""
+        """Return the dtype in which the fine-tuned tensor was published."""
         if replacement := self.parts[name].replacement:
             return SAFETENSORS_DTYPES[self.file.dtype_name(replacement)]
         if not self.base.dtype(name).is_floating_point:
@@ -297,7 +297,7 @@ class DeltaRepository:
         return dtype
 
     def base_tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the base, on the CPU, its checksum verified.
+        """Return a tensor of the base, on the CPU, after checking its checksum.
 
         Raises:
             WrongBaseError: if it is not the tensor that the delta was made against.
@@ -311,14 +311,14 @@ class DeltaRepository:
         return tensor
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The fine-tuned tensor, decoded on `device`, in the dtype it was published in.
+        """Return the fine-tuned tensor, decoded on `device`, in the dtype in which it was published.
 
         Raises:
             WrongBaseError: if the base's tensor is not the one that the delta was made against.
-            DeltaFormatError: if the delta's bytes are damaged or do not fit.
+            DeltaFormatError: if the delta's entries are damaged or do not fit.
         """
         part, dtype = self.parts[name], self.dtype(name)
-        tensor = self.base_tensor(name).to(device)  # read in any case: a wrong base is to be noticed everywhere
+        tensor = self.base_tensor(name).to(device)  # always read, so that a wrong base is detected
         if part.replacement:
             tensor = self.file.read_finite(part.replacement).to(device)
         elif part.records:
@@ -330,12 +330,12 @@ class DeltaRepository:
         return tensor
 
     def lazy_state_dict(self, device: torch.device | str = "cpu") -> dict[str, LazyTensor]:
-        """All fine-tuned tensors as objects that decode themselves when they are sliced."""
+        """Return all fine-tuned tensors as objects that are decoded when they are sliced."""
         return {name: LazyTensor(self, name, device) for name in self.names()}
 
 
 def names_checksum(names: list[str]) -> int:
-    """64-bit checksum of a sorted list of tensor names, the last number of the checksum table."""
+    """Return the 64-bit checksum of a sorted list of tensor names, the last number of the checksum table."""
     return int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:8], "little")
 
 
@@ -344,7 +344,7 @@ def _is_float(dtype_name: str) -> bool:
 
 
 def _entry_kind(entry: str, names: Container[str]) -> tuple[str, str]:
-    """The tensor an entry belongs to, and which of its `TensorParts` it is."""
+    """Return the tensor that an entry belongs to, and the field of its `TensorParts`."""
     if entry in names:
         return entry, "replacement"
     for suffix, kind in ((RECORD_SUFFIX, "records"), (ROWS_SUFFIX, "added_rows")):

@@ -1,8 +1,8 @@
-"""The delta of one matrix in the form in which it is stored: as factors, or entry by entry.
+"""The decoded delta of one matrix: factored or direct.
 
-Both classes do the same three things without forming the fine-tuned matrix: add themselves to rows of the base
-(loading), multiply the inputs of a linear layer, and give rows of an embedding (distillation, and deltas that stay
-beside the base at run time). Their tensors may require gradients.
+Both classes have the same three operations, none of which forms the fine-tuned matrix: add the delta to rows of the
+base (loading), multiply the inputs of a linear layer, and return rows of an embedding (distillation, and deltas that
+stay beside the base at run time). Their tensors may require gradients.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ class Factors:
     v: Tensor
 
     def _left(self) -> Tensor:
-        """U diag(sigma), (m, rank)."""
+        """Return U diag(sigma), (m, rank)."""
         return (self.u * self.sigma[:, None]).t()
 
     def matrix(self) -> Tensor:
-        """The delta itself, (m, n)."""
+        """Return the dense delta, (m, n)."""
         return self._left() @ self.v
 
     def select(self, rows: slice) -> "Factors":
-        """The delta of some of the matrix's rows."""
+        """Return the delta of a range of the matrix's rows."""
         return Factors(self.u[:, rows], self.sigma, self.v)
 
     def add_to(self, base: Tensor) -> Tensor:
@@ -43,32 +43,32 @@ class Factors:
         return base.addmm_(self._left(), self.v)
 
     def multiply(self, inputs: Tensor) -> Tensor:
-        """What the delta adds to a linear layer's outputs: inputs (…, n) to (…, m), x -> ((x V) sigma) U^T."""
+        """Return what the delta adds to a linear layer's outputs: inputs (…, n) to (…, m), x -> ((x V) sigma) U^T."""
         return (functional.linear(inputs, self.v) * self.sigma) @ self.u
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """What the delta adds to an embedding's outputs: int64 (…) to (…, n), the delta's rows of these numbers."""
+        """Return what the delta adds to an embedding's outputs, its rows of these tokens: int64 (…) to (…, n)."""
         return (functional.embedding(tokens, self.u.t()) * self.sigma) @ self.v
 
 
 @dataclass(frozen=True)
 class DirectDelta:
-    """A matrix (m, n) of entries with scales.
+    """A delta of shape (m, n), stored entry by entry.
 
     Attributes:
         values: (m, n).
-        scale: of all entries, a number or a tensor (1,); or of each row, (m,).
+        scale: factor of all entries, a number or a tensor (1,); or of each row, (m,).
     """
 
     values: Tensor
     scale: Tensor | float
 
     def matrix(self) -> Tensor:
-        """The delta itself, (m, n)."""
+        """Return the dense delta, (m, n)."""
         return self.values * (self.scale if isinstance(self.scale, float) else self.scale[:, None])
 
     def select(self, rows: slice) -> "DirectDelta":
-        """The delta of some of the matrix's rows."""
+        """Return the delta of a range of the matrix's rows."""
         one = isinstance(self.scale, float) or len(self.scale) == 1
         return DirectDelta(self.values[rows], self.scale if one else self.scale[rows])  # type: ignore[index]
 
@@ -79,11 +79,11 @@ class DirectDelta:
         return base.add_(self.matrix())
 
     def multiply(self, inputs: Tensor) -> Tensor:
-        """What the delta adds to a linear layer's outputs: inputs (…, n) to (…, m)."""
+        """Return what the delta adds to a linear layer's outputs: inputs (…, n) to (…, m)."""
         return functional.linear(inputs, self.values) * self.scale
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """What the delta adds to an embedding's outputs: int64 (…) to (…, n), the delta's rows of these numbers."""
+        """Return what the delta adds to an embedding's outputs, its rows of these tokens: int64 (…) to (…, n)."""
         return functional.embedding(tokens, self.matrix())
 
 

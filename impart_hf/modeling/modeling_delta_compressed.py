@@ -1,4 +1,4 @@
-"""The model of a delta repository: it comes back as the fine-tuned model's own class, its weights reconstructed."""
+"""Loading a delta repository as a model of the fine-tuned model's own class, with reconstructed weights."""
 
 import copy
 import functools
@@ -25,18 +25,18 @@ logger = logging.get_logger(__name__)
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _NOT_FOR_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code")
 _PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-_SAMPLES = 4096  # entries of a parameter that are remembered to notice training
-# Half the smallest positive float16: what a trip through float16 can take from a bfloat16 number.
+_SAMPLES = 4096  # entries of a parameter that are kept to detect training
+# Half the smallest positive float16: the most that a bfloat16 number changes by conversion to float16 and back.
 _ROUNDING = 2.0**-25
 
 
 class DeltaCompressedForCausalLM(PreTrainedModel):
-    """A fine-tuned causal language model, kept as a compressed delta against its base model.
+    """A fine-tuned causal language model that was loaded from a compressed delta and its base model.
 
     `from_pretrained` returns an object whose class derives from this one and from the fine-tuned model's own (for
-    instance `LlamaForCausalLM`): its modules, parameter names and `config` are those of the fine-tuned model, so that
-    generate, pipelines, PEFT, Trainer and torch.compile treat it as such. What it has beyond that is this class:
-    saving writes the compressed repository again, and `merge_and_unload` lets go of it.
+    instance `LlamaForCausalLM`). Its modules, parameter names and `config` are those of the fine-tuned model, so that
+    generate, pipelines, PEFT, Trainer and torch.compile treat it as such. This class adds that saving writes the
+    compressed repository again; `merge_and_unload` removes the addition.
 
     Attributes:
         delta_config: the repository's `DeltaCompressedConfig`.
@@ -50,7 +50,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
 
     @classmethod
     def _from_config(cls, config, **kwargs):
-        """What AutoModelForCausalLM.from_config makes: the plain inner model with random weights."""
+        """Make the plain inner model with random weights, for AutoModelForCausalLM.from_config."""
         inner = config.text_config if config.model_type == DeltaCompressedConfig.model_type else config
         return inner_class(inner)._from_config(inner, **kwargs)
 
@@ -61,8 +61,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: local folder or Hub id of the delta repository.
             config: its configuration, if it has been read already.
-            base_model: local folder or Hub id to take the base model from, instead of the recorded id and commit.
-                Its tensors are compared with the recorded checksums in any case.
+            base_model: local folder or Hub id of the base model, instead of the recorded id and commit. Its tensors
+                are always checked against the recorded checksums.
             kwargs: as for any model: dtype, device_map, max_memory, attn_implementation, quantization_config, …
 
         Raises:
@@ -79,9 +79,9 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         hub |= {"revision": options.revision} if options.revision else {}
         adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter_path, adapter_name = adapter.pop("_adapter_model_path", None), kwargs.pop("adapter_name", "default")
-        # Not isinstance: of a local folder's remote code, transformers imports this class twice.
+        # Not isinstance: transformers imports this class twice if it is remote code in a local folder.
         if getattr(config, "model_type", None) != DeltaCompressedConfig.model_type:
-            # The configuration would keep these to itself, or complain of them.
+            # The configuration would store these options or refuse them.
             loading = {name: kwargs.pop(name) for name in _NOT_FOR_THE_CONFIG if name in kwargs}
             config, kwargs = DeltaCompressedConfig.from_pretrained(
                 config or source, return_unused_kwargs=True, **hub, **kwargs
@@ -98,7 +98,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             output_loading_info=True,
             **kwargs,
         )
-        if info["missing_keys"]:  # transformers would go on with random numbers
+        if info["missing_keys"]:  # transformers would continue with random weights
             raise DeltaFormatError(
                 f"text_config of '{source}' describes a model with {len(info['missing_keys'])} tensors that its base "
                 f"lacks, such as {min(info['missing_keys'])}"
@@ -109,14 +109,14 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         model.delta_config = config
         model._delta_source = (os.path.abspath(source) if os.path.isdir(source) else source, options)
         model._delta_samples = {name: _sample(parameter) for name, parameter in model.named_parameters()}
-        if adapter_path is not None:  # the Auto classes were given an adapter whose base model this is
+        if adapter_path is not None:  # an Auto class was given an adapter of this model
             model.load_adapter(adapter_path, adapter_name=adapter_name, adapter_kwargs=adapter)
         return (model, info) if with_info else model
 
     def weights_changed(self) -> bool:
-        """Whether the parameters have been trained, merged into or resized since they were loaded.
+        """Return whether the parameters have been trained, merged into or resized since they were loaded.
 
-        Moving the model to another device or dtype is no change.
+        Moving the model to another device or dtype does not count as a change.
         """
         now = dict(self.named_parameters())
         if now.keys() != self._delta_samples.keys():
@@ -128,8 +128,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
     ):
         """Write the compressed repository again, byte for byte.
 
-        Weights that were trained since they were loaded are no longer what the delta stands for: then the dense model
-        is saved instead, with a warning. With adapters attached, the adapters are saved, as transformers does.
+        If the weights were trained after loading, the delta no longer describes them: the dense model is saved
+        instead, with a warning. With adapters attached, the adapters are saved, as in transformers.
 
         Args:
             save_directory: folder to write to; made if missing.
@@ -137,7 +137,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
                 what was written. Sharding and variants apply to a dense model only.
 
         Raises:
-            CheckpointError: if the repository that the model was loaded from is gone.
+            CheckpointError: if the repository that the model was loaded from no longer exists.
         """
         dense = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         if getattr(self, "_hf_peft_config_loaded", False):
@@ -145,7 +145,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         if state_dict is not None or self.weights_changed():
             logger.warning(
                 "The weights have changed since this model was loaded from a delta repository, so the dense model is "
-                "saved. `impart-hf compress` makes a delta repository of it again."
+                "saved; run `impart-hf compress` to make a delta repository of it."
             )
             return _forget_delta(copy.copy(self)).save_pretrained(save_directory, **dense)
         if not is_main_process:
@@ -158,12 +158,12 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             )
 
     def push_to_hub(self, repo_id, *, max_shard_size="50GB", tags=None, **kwargs):  # type: ignore[override]
-        """Upload the compressed repository, its model card included; arguments as for any model.
+        """Upload the compressed repository with its model card; arguments as for any model.
 
         Args:
             repo_id: repository on the Hub, created if missing.
-            max_shard_size: of a dense model, which is pushed if the weights were trained.
-            tags: added to those of the model card.
+            max_shard_size: for the dense model, which is pushed if the weights were trained.
+            tags: added to the model card's tags.
             kwargs: commit_message, commit_description, private, token, revision, create_pr.
 
         Returns:
@@ -181,7 +181,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             return push_folder(Path(folder), repo_id, **kwargs)
 
     def __reduce__(self):
-        # A copy counts its parameters' versions anew, so what is known of changes so far must be said now.
+        # A copy restarts its parameters' version counters, so changes must be detected now: without samples, the
+        # copy counts as changed.
         state = {**self.__dict__, "_delta_samples": {}} if self.weights_changed() else self.__dict__
         return _restore, (self._inner_class,), state
 
@@ -194,33 +195,33 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         }
 
     def merge_and_unload(self):
-        """The plain fine-tuned model, for instance a `LlamaForCausalLM`: the same parameters, no longer a delta.
+        """Turn this object into the plain fine-tuned model, for instance a `LlamaForCausalLM`, and return it.
 
-        Like PEFT's, this changes the object in place and returns it.
+        Like PEFT's method, it works in place and keeps the parameters.
         """
         _forget_delta(self)
         return self
 
 
 def inner_class(text_config: PreTrainedConfig) -> Any:
-    """The model class that the fine-tuned model's own configuration names."""
-    # By name: the Auto classes know it only with impart_hf imported, and remote code is imported more than once.
+    """Return the model class that the fine-tuned model's configuration names."""
+    # By name: the Auto classes know it only if impart_hf is imported, and remote code may be imported twice.
     if text_config.model_type == PrunedLlamaConfig.model_type:
         return PrunedLlamaForCausalLM
     known = AutoModelForCausalLM._model_mapping.get(type(text_config), None)
     if known is None:
         raise ValueError(f"transformers has no causal language model for model_type '{text_config.model_type}'")
     candidates: list[Any] = list(known) if isinstance(known, (list, tuple)) else [known]
-    wanted = getattr(text_config, "architectures", None) or []
-    return next((c for c in candidates if c.__name__ in wanted), candidates[0])
+    architectures = getattr(text_config, "architectures", None) or []
+    return next((c for c in candidates if c.__name__ in architectures), candidates[0])
 
 
 @functools.cache
 def _delta_class(inner: Any) -> Any:
-    """The class that is both; one for each inner class, so that two loads give objects of one type.
+    """Return the class derived from ours and the inner class; cached, so that two loads give objects of one type.
 
-    It goes by the inner class's name and module: transformers looks at them, for instance to rename or merge weights
-    (GPT-NeoX), to choose a cache (Mamba), and to tell custom code from its own.
+    It has the inner class's name and module, because transformers reads them: to rename or merge weights (GPT-NeoX),
+    to choose a cache (Mamba), and to distinguish custom code from its own.
     """
     members = {
         "config_class": inner.config_class,
@@ -232,7 +233,7 @@ def _delta_class(inner: Any) -> Any:
 
 
 def _restore(inner: Any) -> PreTrainedModel:
-    """An empty object of the class that is both, for pickle, which cannot find a class made at run time."""
+    """Make an empty object of the derived class for pickle, which cannot find a class made at run time."""
     cls = _delta_class(inner)
     return cls.__new__(cls)
 
@@ -246,7 +247,7 @@ def _forget_delta(model: DeltaCompressedForCausalLM) -> PreTrainedModel:
 
 
 def _decoding_device(device_map: Any) -> torch.device:
-    """Where tensors are decoded: an accelerator if the model is to use one (transformers then moves each tensor)."""
+    """Return the device to decode on: an accelerator if the model will use one (transformers moves each tensor)."""
     targets = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
     for target in targets:
         if isinstance(target, int) or target in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -258,15 +259,15 @@ def _decoding_device(device_map: Any) -> torch.device:
 
 
 def _version(parameter: torch.Tensor) -> int:
-    """A number that grows when the tensor is written to in place, where torch counts."""
+    """Return torch's count of in-place writes to the tensor, or 0 if torch does not count them."""
     return 0 if parameter.is_inference() else parameter._version
 
 
 def _sample(parameter: torch.Tensor) -> tuple[torch.Size, int, torch.Tensor | None]:
-    """What is remembered of a parameter to notice that it was changed: shape, version, evenly spaced entries."""
+    """Return what detects changes of a parameter: its shape, version and evenly spaced entries."""
     version = _version(parameter)
     if parameter.device.type == "meta" or not parameter.is_floating_point() or type(parameter.data) is not torch.Tensor:
-        return parameter.shape, version, None  # offloaded or quantised: its entries are not at hand
+        return parameter.shape, version, None  # offloaded or quantised: its entries cannot be read
     flat = parameter.detach().reshape(-1)
     return parameter.shape, version, flat[:: max(1, flat.numel() // _SAMPLES)].cpu().clone()
 

@@ -1,7 +1,7 @@
 """Planes: the matrices U, V or ΔW of a record, made of columns of which only some entries are kept.
 
-A column of U or V is a singular vector. A column of a direct record's only plane is a row of the matrix, which is the
-order in which memory has it.
+A column of U or V is a singular vector. A column of a direct record's only plane is a row of the matrix, so that its
+entries are contiguous in memory.
 """
 
 from bisect import bisect_left, bisect_right
@@ -14,8 +14,8 @@ import torch
 from .delta_record import MAX_THRESHOLD, Record
 from .seeded_mask import keep_mask
 
-# Columns with a mask and columns without take turns no more often than this in a plane that is decoded in runs:
-# writers put those with a mask last
+# A plane is decoded in runs if columns with and without a mask alternate at most this often; writers put the columns
+# with a mask last.
 MOST_TURNS = 64
 
 
@@ -24,10 +24,10 @@ class Run:
     """Neighbouring columns of a plane.
 
     Attributes:
-        columns, rows: how many columns, and entries of each when nothing is dropped.
+        columns, rows: the run's shape; a column has `rows` entries if nothing is dropped.
         values: float32, shape (kept,), column by column, rows ascending within a column.
         positions: int64, shape (kept,): column * rows + row of every kept entry, the run's first column being 0; None
-            if they have no mask, so that all are kept.
+            if there is no mask, so that all are kept.
     """
 
     columns: int
@@ -36,7 +36,7 @@ class Run:
     positions: torch.Tensor | None
 
     def dense(self) -> torch.Tensor:
-        """float32, shape (columns, rows), zeros where entries were dropped; without a mask the values' own memory."""
+        """Return float32 (columns, rows), with zeros for dropped entries; a view of `values` if there is no mask."""
         if self.positions is None:
             return self.values.view(self.columns, self.rows)
         out = torch.zeros(self.columns * self.rows, dtype=torch.float32, device=self.values.device)
@@ -44,7 +44,7 @@ class Run:
         return out.view(self.columns, self.rows)
 
     def select(self, start: int, stop: int) -> "Run":
-        """The run of the columns from `start` to before `stop`."""
+        """Return the run of columns `start` to `stop` - 1."""
         bounds = torch.tensor([start * self.rows, stop * self.rows], device=self.values.device)
         first, last = (bounds if self.positions is None else torch.searchsorted(self.positions, bounds)).tolist()
         positions = None if self.positions is None else self.positions[first:last] - start * self.rows
@@ -53,11 +53,11 @@ class Run:
 
 @dataclass
 class Plane:
-    """U, V or a direct plane, as it is decoded.
+    """U, V or a direct plane, decoded.
 
     Attributes:
-        columns, rows: the plane's shape; a column holds `rows` entries when nothing is dropped.
-        runs: at least one; of them the columns are made up.
+        columns, rows: the plane's shape; a column has `rows` entries if nothing is dropped.
+        runs: the columns in order; at least one run.
     """
 
     columns: int
@@ -65,19 +65,19 @@ class Plane:
     runs: list[Run]
 
     def __post_init__(self) -> None:
-        # The first column of each run
+        # The first column of each run.
         self._starts = list(accumulate([run.columns for run in self.runs[:-1]], initial=0))
 
     def dense(self) -> torch.Tensor:
-        """float32, shape (columns, rows), zeros where entries were dropped; it may be the memory of its run."""
+        """Return float32 (columns, rows), with zeros for dropped entries; it may be a view of a run's values."""
         return self.runs[0].dense() if len(self.runs) == 1 else torch.cat([run.dense() for run in self.runs])
 
     def values(self) -> torch.Tensor:
-        """float32, shape (kept,): the kept entries, column by column, rows ascending within a column."""
+        """Return the kept entries, float32 (kept,), column by column, rows ascending within a column."""
         return torch.cat([run.values for run in self.runs])
 
     def positions(self) -> torch.Tensor:
-        """int64, shape (kept,): column * rows + row of every kept entry."""
+        """Return column * rows + row of every kept entry, int64 (kept,)."""
         parts = []
         for at, run in zip(self._starts, self.runs, strict=True):
             every = torch.arange(len(run.values), device=run.values.device)
@@ -85,7 +85,7 @@ class Plane:
         return torch.cat(parts)
 
     def select(self, columns: slice) -> "Plane":
-        """The plane of a contiguous range of columns."""
+        """Return the plane of a contiguous range of columns."""
         start, stop, _ = columns.indices(self.columns)
         first = bisect_right(self._starts, start) - 1
         last = max(first + 1, bisect_left(self._starts, stop))
@@ -97,42 +97,42 @@ class Plane:
 
 
 class KeptEntries:
-    """Which entries of a plane are kept.
+    """The kept entries of a plane.
 
-    Nothing is computed for columns without a mask, unless these and others take turns too often: finding and
-    scattering their entries takes longer than unpacking them.
+    Positions are computed only for columns with a mask, because finding and scattering entries takes longer than
+    unpacking them. If columns with and without a mask alternate too often, all count as columns with a mask.
 
     Attributes:
-        counts: int64, shape (plane columns,): entries kept of each column.
+        counts: int64, shape (plane columns,): number of kept entries of each column.
     """
 
     def __init__(self, record: Record, side: int, device: torch.device | str):
         self.rows = record.plane_rows(side)
         self.counts = np.full(record.plane_columns, self.rows)
-        self._partial = record.thresholds < MAX_THRESHOLD
-        if np.count_nonzero(np.diff(self._partial)) > MOST_TURNS:
-            self._partial[:] = True
-        numbers = np.flatnonzero(self._partial)
-        # Of each column, the partial ones before it
-        self._before = np.concatenate([[0], np.cumsum(self._partial)])
+        self._masked = record.thresholds < MAX_THRESHOLD
+        if np.count_nonzero(np.diff(self._masked)) > MOST_TURNS:
+            self._masked[:] = True
+        numbers = np.flatnonzero(self._masked)
+        # For each column, the number of masked columns before it.
+        self._masked_before = np.concatenate([[0], np.cumsum(self._masked)])
         mask = keep_mask(record.mask_seed, side, record.thresholds[numbers], self.rows, device, numbers)
         self._positions = mask.view(-1).nonzero().view(-1)
-        # Much faster than summing the mask
+        # This is much faster than summing the mask.
         ends = torch.searchsorted(self._positions, self.rows * torch.arange(len(numbers) + 1, device=device))
         self._ends = ends.tolist()
         self.counts[numbers] = np.diff(self._ends)
 
     def runs(self, start: int, stop: int, values: torch.Tensor) -> list[Run]:
-        """The columns from `start` to before `stop`, whose kept entries are `values`."""
-        edges = start + 1 + np.flatnonzero(np.diff(self._partial[start:stop]))
+        """Return columns `start` to `stop` - 1 as runs; `values` are their kept entries."""
+        edges = start + 1 + np.flatnonzero(np.diff(self._masked[start:stop]))
         bounds = list(pairwise([start, *edges.tolist(), stop]))
         parts = values.split([int(self.counts[first:last].sum()) for first, last in bounds])
         return [
-            Run(last - first, self.rows, part, self._run_positions(first, last) if self._partial[first] else None)
+            Run(last - first, self.rows, part, self._run_positions(first, last) if self._masked[first] else None)
             for (first, last), part in zip(bounds, parts, strict=True)
         ]
 
     def _run_positions(self, first: int, last: int) -> torch.Tensor:
-        among_partial = self._before[first]
-        kept = slice(self._ends[among_partial], self._ends[self._before[last]])
-        return self._positions[kept] - int(among_partial) * self.rows
+        masked_first = self._masked_before[first]
+        kept = slice(self._ends[masked_first], self._ends[self._masked_before[last]])
+        return self._positions[kept] - int(masked_first) * self.rows

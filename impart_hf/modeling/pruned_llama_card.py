@@ -1,4 +1,4 @@
-"""The model card of a pruned LLaMA: what was taken away, what is left, how to load it."""
+"""The model card of a pruned LLaMA: what was removed, what remains, how to load it."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ With impart-hf installed and imported (`import impart_hf`), `trust_remote_code` 
 {%- if layers %}
 ## Layers
 
-Those whose widths differ from the model's before width pruning:
+Layers whose widths differ from those before width pruning:
 
 | layer | attention heads | KV heads | intermediate size |
 |---|---|---|---|
@@ -53,17 +53,17 @@ Those whose widths differ from the model's before width pruning:
 def pruned_model_card(
     config: Mapping[str, Any], name: str, parameters: int, metadata: Mapping[str, Any] | None = None
 ) -> str:
-    """The README.md of a pruned model.
+    """Return the README.md of a pruned model.
 
     Args:
-        config: its config.json, of a width-pruned model ("pruned_llama") or of a LLaMA that only lost layers. Its
-            `pruning` may be missing or damaged: what cannot be read of the history is left out.
+        config: the model's config.json, of model type "pruned_llama", or of a LLaMA from which only layers were
+            removed. `pruning` may be missing or damaged: steps that cannot be read are omitted.
         name: the model's Hub id, or the name of its folder.
-        parameters: how many it has.
-        metadata: more entries of the card's data, such as license and language; tags are added to the card's own.
+        parameters: its number of parameters.
+        metadata: more entries of the card's data, such as license and language; its tags are added to the card's.
 
     Raises:
-        ValueError: if the configuration describes no LLaMA.
+        ValueError: if the configuration is not that of a LLaMA.
     """
     fields = {k: copy.deepcopy(v) for k, v in config.items() if k not in ("model_type", "pruning")}
     llama = PrunedLlamaConfig.from_dict(fields)
@@ -97,7 +97,7 @@ def pruned_model_card(
 
 
 def _steps(history: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for every step that can be understood."""
+    """Yield a sentence for every step of a known kind."""
     steps = history.get("steps")
     for step in steps if isinstance(steps, list) else []:
         step = _mapping(step)
@@ -125,7 +125,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _line(value: Any) -> str:
-    """A plain value as a piece of one line of Markdown; anything else as nothing."""
+    """Return a string or number as text for one line of Markdown; anything else as an empty string."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return ""
     return " ".join(str(value).split()).replace("`", "'").replace("<", "&lt;")[:200]
@@ -140,7 +140,7 @@ def _count(value: Any) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether a name is one that a model on the Hub can have, owner and all."""
+    """Return whether a name is a valid Hub id of the form owner/name."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -1,4 +1,4 @@
-"""A delta repository's files as files: copied to another folder, uploaded to the Hub."""
+"""Copying a delta repository's files to another folder, and uploading them to the Hub."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from .delta_repository import find_delta_files
 
 logger = logging.get_logger(__name__)
 
-_UNNAMED = "REPO_ID"  # what a card calls its repository until that has a name
+_UNNAMED = "REPO_ID"  # a card's placeholder for the Hub id, until the repository is published
 
 
 def push_folder(
@@ -30,14 +30,14 @@ def push_folder(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> str:
-    """Upload a delta repository's folder to the Hub, as one commit; what is there already is not sent again.
+    """Upload a delta repository's folder to the Hub in one commit, without files that the Hub already has.
 
     Returns:
         The commit's URL.
 
     Raises:
         CheckpointError: if the Hub cannot be reached.
-        HfHubHTTPError: if it refuses.
+        HfHubHTTPError: if the Hub refuses the upload.
     """
     api = HfApi(token=token)
     try:
@@ -53,9 +53,9 @@ def push_folder(
                 commit_message=commit_message or "Upload delta repository",
                 commit_description=commit_description,
             )
-    except HfHubHTTPError:  # the Hub's own answer says what is wrong
+    except HfHubHTTPError:  # the Hub's answer says what is wrong
         raise
-    except Exception as error:  # which HTTP library raises is the client's affair
+    except Exception as error:  # the HTTP library's own errors, whichever library huggingface_hub uses
         if not type(error).__module__.startswith("http"):
             raise
         raise CheckpointError(f"the Hub cannot be reached, nothing was published: {error}") from error
@@ -63,7 +63,7 @@ def push_folder(
 
 @contextmanager
 def _with_named_card(folder: Path, repo_id: str) -> Iterator[Path]:
-    """A folder as it is to be published: the loading example of its card names the repository."""
+    """Yield the folder to publish, in which the card's loading example names the repository."""
     card = folder / "README.md"
     text = card.read_text("utf-8") if card.is_file() else ""
     if _UNNAMED not in text:
@@ -80,22 +80,22 @@ def _with_named_card(folder: Path, repo_id: str) -> Iterator[Path]:
 def _link(source: str, target: str) -> None:
     try:
         os.symlink(os.path.abspath(source), target)
-    except OSError:  # a system without links
+    except OSError:  # the system has no links
         shutil.copyfile(source, target)
 
 
 def copy_repository(source: str, options: HubOptions, target: Path) -> None:
-    """Copy a delta repository's files (those in its top folder that are not hidden) to `target`, each atomically.
+    """Copy a delta repository's files (in its top folder, not hidden) to `target`, each atomically.
 
     Raises:
-        CheckpointError: if the source is gone.
+        CheckpointError: if the source no longer exists.
     """
     if os.path.isabs(source) or os.path.isdir(source):
         folder = Path(source, options.subfolder)
     else:
-        find_delta_files(source, options)  # the clear error of a repository that cannot be read
+        find_delta_files(source, options)  # raises a clear error if the repository cannot be read
         if options.local_files_only or is_offline_mode():
-            logger.warning(f"The Hub is offline: only those files of '{source}' are saved that are in the local cache.")
+            logger.warning(f"The Hub is offline: only the files of '{source}' in the local cache are saved.")
         prefix = f"{options.subfolder}/" if options.subfolder else ""
         snapshot = snapshot_download(
             source,
@@ -108,7 +108,7 @@ def copy_repository(source: str, options: HubOptions, target: Path) -> None:
         folder = Path(snapshot, options.subfolder)
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")) if folder.exists() else []
     if not any(p.name == "config.json" for p in files):
-        raise CheckpointError(f"the delta repository '{source}' that this model was loaded from is gone")
+        raise CheckpointError(f"the delta repository '{source}' that this model was loaded from no longer exists")
     target.mkdir(parents=True, exist_ok=True)
     if target.resolve() == folder.resolve():
         return

@@ -1,4 +1,4 @@
-"""What kind of model a folder or Hub repository holds."""
+"""The kinds of models that a folder or Hub repository can hold."""
 
 import enum
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from .configuration_pruned_llama import PrunedLlamaConfig
 
 
 class RepositoryKind(enum.Enum):
-    """Kinds of models, by what is needed to read and publish them."""
+    """Kinds of models, which are read and published differently."""
 
     DELTA = enum.auto()  # a delta repository
     PRUNED = enum.auto()  # a dense checkpoint from which layers, heads or channels were removed
@@ -17,7 +17,7 @@ class RepositoryKind(enum.Enum):
 
 
 def kind_of(config: Mapping[str, Any]) -> RepositoryKind:
-    """The kind of a model.
+    """Return the kind of a model.
 
     Args:
         config: the content of its config.json.

@@ -1,6 +1,6 @@
-"""Keep-or-drop masks that cost no bytes: a counter-based generator instead of stored indices (docs/FORMAT.md, "Masks").
+"""Keep-or-drop masks that need no stored indices: a counter-based generator (docs/FORMAT.md, "Masks").
 
-Whether entry (column, row) of a plane is kept is a pure function of 32-bit integers: the record's seed, the side, the
+Whether entry (column, row) of a plane is kept is a function of 32-bit integers: the record's seed, the side, the
 column, the row and the column's threshold. There is no generator state, so every device, dtype and library version
 gives the same mask, and any part of it can be computed alone.
 """
@@ -8,19 +8,19 @@ gives the same mask, and any part of it can be computed alone.
 import numpy as np
 import torch
 
-_GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: successive multiples are spread evenly over the 32-bit ring
+_GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: its multiples are spread evenly modulo 2**32
 _MULTIPLIER_1 = 0x7FEB352D  # the two multipliers of Wellons' "lowbias32" integer hash
 _MULTIPLIER_2 = 0x846CA68B
-_TILE_ENTRIES = 1 << 17  # 32-bit words worked on at once: two buffers of this size stay in a core's L2 cache
+_TILE_ENTRIES = 1 << 17  # 32-bit words processed at once: two buffers of this size fit in a core's L2 cache
 
 
 def _signed(value: int) -> int:
-    """The int32 with the same bits as the unsigned 32-bit `value` (torch has no full uint32 arithmetic)."""
+    """Return the int32 with the same bits as the unsigned 32-bit `value` (torch has no full uint32 arithmetic)."""
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
 def mix32(values: np.ndarray) -> np.ndarray:
-    """The 32-bit hash on an array of uint32, the building block of masks and of column keys."""
+    """Return the 32-bit hashes of an array of uint32, of which masks and column keys are made."""
     x = values.astype(np.uint32)
     x ^= x >> np.uint32(16)
     x *= np.uint32(_MULTIPLIER_1)
@@ -30,7 +30,7 @@ def mix32(values: np.ndarray) -> np.ndarray:
 
 
 def column_keys(seed: int, side: int, columns: np.ndarray) -> np.ndarray:
-    """One uint32 key per column: `mix32(seed + GOLDEN * (2 * column + side + 1))`.
+    """Return one uint32 key per column: `mix32(seed + GOLDEN * (2 * column + side + 1))`.
 
     Args:
         seed: the record's 32-bit mask seed.
@@ -49,7 +49,7 @@ def keep_mask(
     device: torch.device | str = "cpu",
     numbers: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """Boolean mask of shape (columns, rows), True where the entry is kept.
+    """Return a boolean mask of shape (columns, rows), True where the entry is kept.
 
     Two neighbouring rows share one 32-bit hash: row i takes its low half if i is even, its high half if odd. The entry
     is kept if that 16-bit number is at most the column's threshold T, that is with probability (T + 1) / 65536.
@@ -71,14 +71,14 @@ def keep_mask(
     steps = np.arange(words, dtype=np.uint64) * np.uint64(_GOLDEN) & np.uint64(0xFFFFFFFF)
     steps_t = torch.from_numpy(steps.astype(np.uint32).view(np.int32)).to(device)
     mask = torch.empty(columns, rows, dtype=torch.bool, device=device)
-    # On an accelerator one launch over everything is best; on a CPU, tiles that stay in cache.
+    # On an accelerator, one step for all columns is fastest; on a CPU, tiles that fit in the cache.
     tile = columns if mask.device.type != "cpu" else max(1, _TILE_ENTRIES // max(1, words))
     scratch = torch.empty(min(tile, columns), words, dtype=torch.int32, device=device)
     for start in range(0, columns, max(1, tile)):
         x = keys_t[start : start + tile] + steps_t
         high = scratch[: x.shape[0]]
         for shift, multiplier in ((16, _MULTIPLIER_1), (15, _MULTIPLIER_2), (16, None)):
-            torch.bitwise_right_shift(x, shift, out=high)  # arithmetic, so the copied sign bits are cleared next
+            torch.bitwise_right_shift(x, shift, out=high)  # an arithmetic shift: the copied sign bits are cleared next
             high &= (1 << (32 - shift)) - 1
             x ^= high
             if multiplier is not None:

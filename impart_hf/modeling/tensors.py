@@ -1,4 +1,4 @@
-"""Models as tensors that are found by name and made one at a time."""
+"""The interface of a model's tensors, which are found by name and made one at a time."""
 
 from typing import Any, Protocol
 
@@ -12,23 +12,23 @@ class Tensors(Protocol):
 
     @property
     def source(self) -> str:
-        """The model's name, for messages: a folder, a Hub id, or what it is made of."""
+        """The model's name for messages: a folder, a Hub id, or the names of merged models."""
 
     def names(self) -> list[str]:
-        """The tensors' names, sorted."""
+        """Return the tensors' names, sorted."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; no weights are read."""
+        """Return a tensor's shape without reading weights."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor; no weights are read."""
+        """Return a tensor's dtype without reading weights."""
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The tensor, made on a device or put there."""
+        """Return the tensor on a device."""
 
 
 class LazyTensor:
-    """One tensor with the interface of a safetensors slice, which transformers materialises when it loads it."""
+    """A tensor with the interface of a safetensors slice: transformers makes it when it loads it."""
 
     def __init__(self, tensors: Tensors, name: str, device: torch.device | str):
         self._tensors, self._name, self._device = tensors, name, device

@@ -1,4 +1,4 @@
-"""Writing a folder or a dense checkpoint so that it is there as a whole or not at all."""
+"""Writing a folder or a dense checkpoint atomically: whole or not at all."""
 
 import errno
 import os
@@ -24,10 +24,10 @@ WEIGHTS = "model.safetensors"
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """A hidden folder to be filled, which becomes `output` by one rename when all has gone well; else it is removed.
+    """Yield a hidden folder to fill; on success it is renamed to `output`, otherwise it is removed.
 
     Raises:
-        OutputError: as `check_output`, at the beginning and at the end; or if the disk is full.
+        OutputError: as for `check_output`, which is called at the beginning and at the end; or if the disk is full.
     """
     path = check_output(output)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,10 +39,10 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise OutputError(f"the disk of {path.parent} is full; nothing was written") from error
-        check_output(path)  # another process may have been faster
+            raise OutputError(f"the disk of {path.parent} is full, nothing was written; free some space") from error
+        check_output(path)  # another process may have written it since
         for file in folder.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)  # some libraries write files that only their owner may read
+            file.chmod(0o755 if file.is_dir() else 0o644)  # some libraries write files that only their owner can read
             sync_path(file)
         sync_path(folder)
         if path.exists():
@@ -52,11 +52,11 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
 
 class DenseTensor:
-    """A tensor that is made when it is its turn to be written.
+    """A tensor to be written, made when the file reaches it.
 
     Attributes:
         name, shape, dtype: as in the file.
-        make: gives it.
+        make: makes the tensor.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], torch.Tensor]):
@@ -64,12 +64,12 @@ class DenseTensor:
 
     @property
     def size(self) -> int:
-        """Bytes of its data."""
+        """Size of its data, in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def dense_tensors(tensors: Tensors, device: torch.device | str = "cpu") -> list[DenseTensor]:
-    """All tensors of a model, to be written; each is made on a device when it is its turn."""
+    """Return all tensors of a model for `write_weights`; each is made on `device` when it is written."""
     return [
         DenseTensor(name, tensors.shape(name), tensors.dtype(name), partial(tensors.tensor, name, device))
         for name in tensors.names()
@@ -79,25 +79,27 @@ def dense_tensors(tensors: Tensors, device: torch.device | str = "cpu") -> list[
 def write_weights(
     folder: Path, tensors: Iterable[DenseTensor], max_shard_size: int | str, progress: Progress, title: str
 ) -> None:
-    """Write model.safetensors, sharded with an index when large, one tensor in memory at a time.
+    """Write model.safetensors, sharded with an index if it is large, with one tensor in memory at a time.
 
     Raises:
-        OutputError: if the disk has no room for them.
-        ValueError: if `max_shard_size` is no size, or a tensor is not finite or not as it was announced.
+        OutputError: if the disk has no room for the weights.
+        ValueError: if `max_shard_size` is not a size, or a tensor is not finite or has not the stated shape and dtype.
     """
     tensors = list(tensors)
     needed = sum(tensor.size for tensor in tensors)
     if (free := shutil.disk_usage(folder).free) < needed:
-        raise OutputError(f"the disk has {free} bytes free, the weights need {needed}")
+        raise OutputError(f"the disk has {free} bytes free, {needed} are needed for the weights")
     with progress.bar(needed, title, "B") as bar:
 
         def data(tensor: DenseTensor) -> bytes:
             bar.set_postfix_str(tensor.name)
             made = tensor.make()
             if tuple(made.shape) != tensor.shape or made.dtype != tensor.dtype:
-                raise ValueError(f"{tensor.name} is {made.dtype} {list(made.shape)}, not as announced")
+                raise ValueError(
+                    f"{tensor.name} is {made.dtype} {list(made.shape)}, not {tensor.dtype} {list(tensor.shape)}"
+                )
             if not all_finite(made):
-                raise ValueError(f"{tensor.name} holds NaN or infinity: nothing is written")
+                raise ValueError(f"{tensor.name} holds NaN or infinity: nothing was written")
             bar.update(tensor.size)
             return tensor_bytes(made).tobytes()
 

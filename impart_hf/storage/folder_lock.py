@@ -1,4 +1,4 @@
-"""A lock on a folder: one process works in it at a time, and a killed process's lock does not block the next."""
+"""A lock on a folder: one process works in it at a time, and the lock of a killed process does not block others."""
 
 import contextlib
 import shutil
@@ -12,26 +12,26 @@ LOCK_FILE = "lock"
 class FolderLock:
     """The lock on a folder, held through a file in it.
 
-    The system releases it when the process ends, however it ends. Windows removes and renames no file that is locked,
-    and no folder around it: a folder that is to be renamed must not be the locked one, but may lie in it. Only Linux is
-    tested.
+    The system releases it when the process ends, even if it is killed. Windows cannot remove or rename a locked file or
+    a folder that holds one, so a folder that will be renamed must not be locked itself, but may be in a locked folder.
+    Only Linux is tested.
 
     Attributes:
-        folder: what is locked.
+        folder: the locked folder.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._lock = FileLock(folder / LOCK_FILE, thread_local=False)  # whichever thread took it, any may release it
+        self._lock = FileLock(folder / LOCK_FILE, thread_local=False)  # any thread may release it
 
     def take(self, wait: bool = False) -> bool:
-        """Take the lock; whether it is held now.
+        """Take the lock and return whether it is held now.
 
-        A lock file that its holder removes between our opening and locking it is not taken for a lock: filelock
-        compares the locked file with what has its name.
+        If another process removes the lock file after it is opened and before it is locked, filelock tries again: it
+        compares the locked file with the file at the path.
 
         Args:
-            wait: until another process releases it.
+            wait: wait until another process releases it.
 
         Raises:
             OSError: if the lock file cannot be made.
@@ -44,15 +44,15 @@ class FolderLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this object holds it."""
+        """Whether this object holds the lock."""
         return self._lock.is_locked
 
     def release(self) -> None:
-        """Release the lock, if it is held. The lock file may stay."""
+        """Release the lock if it is held; the lock file may remain."""
         self._lock.release()
 
     def clear(self, keep: Path | None = None) -> None:
-        """Remove everything in the folder but the lock file and `keep`.
+        """Remove everything in the folder except the lock file and `keep`.
 
         Raises:
             OSError: if something cannot be removed.
@@ -66,12 +66,12 @@ class FolderLock:
                 path.unlink()
 
     def remove_folder(self) -> None:
-        """Remove the locked folder, the lock file last, and release the lock; what cannot be removed stays."""
+        """Remove the locked folder, the lock file last, and release the lock; files that cannot be removed remain."""
         with contextlib.suppress(OSError):
             self.clear()
-            # While it is held, so that a process that has just opened it notices. Windows refuses that; there,
-            # filelock removes the file when it is released.
+            # The lock is still held, so that a process that has just opened the file detects its removal. Windows
+            # refuses the removal; there, filelock removes the file when the lock is released.
             (self.folder / LOCK_FILE).unlink()
         self.release()
-        with contextlib.suppress(OSError):  # another process may have made the next lock file already
+        with contextlib.suppress(OSError):  # another process may already have made a new lock file
             self.folder.rmdir()

@@ -1,4 +1,4 @@
-"""Folders for unfinished work. If their process is killed, the next one removes them."""
+"""Temporary folders for unfinished work, which a later process removes if their own process was killed."""
 
 import contextlib
 import glob
@@ -10,23 +10,23 @@ from .folder_lock import LOCK_FILE, FolderLock
 
 
 class LockedFolder:
-    """A new folder that is removed when it is closed, or, if its process was killed, by the next of the same prefix.
+    """A new folder that is removed when it is closed, or, if its process was killed, by the next one with its prefix.
 
-    A context manager that gives its path.
+    It is a context manager that yields the folder's path.
 
     Attributes:
-        path: of the folder. It holds the lock, and what its owner puts there.
+        path: the folder; it holds the lock file and the owner's files.
     """
 
     def __init__(self, parent: Path, prefix: str):
-        """Make it, and remove those of the prefix that no process works in.
+        """Make the folder, and remove folders with the same prefix that no process works in.
 
         Args:
-            parent: folder that exists.
-            prefix: of its name. Other folders with this prefix must not hold a file "lock".
+            parent: an existing folder.
+            prefix: prefix of the folder's name. Other folders with this prefix must not hold a file "lock".
 
         Raises:
-            OSError: if it cannot be made.
+            OSError: if the folder cannot be made.
         """
         _remove_abandoned(parent, prefix)
         lock = _new_locked_folder(parent, prefix)
@@ -47,7 +47,7 @@ class LockedFolder:
 def _new_locked_folder(parent: Path, prefix: str) -> FolderLock:
     while True:
         lock = FolderLock(Path(tempfile.mkdtemp(dir=parent, prefix=prefix)))
-        # Before the new lock file is locked, another process may take the folder for an abandoned one and remove it.
+        # Until the lock is taken, another process may consider the folder abandoned and remove it: try again.
         with contextlib.suppress(FileNotFoundError):
             lock.take(wait=True)
             return lock
@@ -59,5 +59,5 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
         try:
             if lock.take():
                 lock.remove_folder()
-        except OSError:  # another user's, or removed meanwhile
+        except OSError:  # it belongs to another user, or has just been removed
             continue

@@ -1,4 +1,4 @@
-"""Which folders may be written to."""
+"""Checks of output folders."""
 
 import contextlib
 import os
@@ -11,20 +11,20 @@ from ..modeling.repository_kind import RepositoryKind
 
 
 def check_output(output: str | Path, *, replaces_delta: bool = False) -> Path:
-    """The absolute path of a folder that is to be made.
+    """Return the absolute path of an output folder after checking that it can be made.
 
     Args:
         output: must be missing or an empty folder.
         replaces_delta: whether it may also be a delta repository, which will be replaced.
 
     Raises:
-        OutputError: if it holds something else, or nothing can be written there.
+        OutputError: if it holds something else, or cannot be written.
     """
     path = Path(os.path.abspath(output))
     with named_errors(path):
         _check_place(path)
         if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise OutputError(f"{path} exists and is not a folder")
+            raise OutputError(f"{path} exists and is not a folder; choose another")
         if not path.exists() or not any(path.iterdir()):
             return path
         if not replaces_delta:
@@ -57,16 +57,13 @@ def _check_place(path: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder, or file, above a path that exists."""
+    """Return the nearest existing folder, or file, above a path."""
     return next(parent for parent in path.parents if parent.exists())
 
 
 @contextlib.contextmanager
 def named_errors(output: Path) -> Iterator[None]:
-    """Turn the system's errors into an OutputError that names the output.
-
-    A name may be too long for the file system, or a folder unreadable.
-    """
+    """Convert the system's errors, such as a name that is too long, to an OutputError that names the output."""
     try:
         yield
     except OutputError:

@@ -1,4 +1,4 @@
-"""Writing safetensors files entry by entry, so that no file is ever in memory as a whole."""
+"""Writing safetensors files entry by entry, with one entry in memory at a time."""
 
 import json
 import os
@@ -19,8 +19,8 @@ class Entry:
 
     Attributes:
         dtype: safetensors name of its dtype, such as "BF16".
-        size: bytes of its data.
-        data: gives those bytes; called once, when it is the entry's turn.
+        size: size of its data, in bytes.
+        data: returns the data; called once, when the entry is written.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Entry:
 
 
 def header_bytes(entries: Iterable[Entry], metadata: dict[str, str]) -> bytes:
-    """The length word and JSON header of a file that holds these entries in this order."""
+    """Return the length word and JSON header of a file that holds these entries in this order."""
     header: dict[str, object] = {"__metadata__": metadata}
     at = 0
     for entry in entries:
@@ -43,10 +43,10 @@ def header_bytes(entries: Iterable[Entry], metadata: dict[str, str]) -> bytes:
 
 
 def write_safetensors(path: Path, entries: list[Entry], metadata: dict[str, str]) -> None:
-    """Write a file and flush it to disk. Entries keep their order: put wide dtypes first, to keep them aligned.
+    """Write a file and flush it to disk. Entries keep their order: wide dtypes must come first to be aligned.
 
     Raises:
-        ValueError: if an entry gives another number of bytes than it announced.
+        ValueError: if an entry's data has another size than stated.
         OSError: if the disk is full or cannot be written.
     """
     with path.open("wb") as file:
@@ -54,7 +54,7 @@ def write_safetensors(path: Path, entries: list[Entry], metadata: dict[str, str]
         for entry in entries:
             data = entry.data()
             if len(data) != entry.size:
-                raise ValueError(f"{entry.name} gave {len(data)} bytes instead of {entry.size}")
+                raise ValueError(f"the data of {entry.name} has {len(data)} bytes instead of {entry.size}")
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -70,7 +70,7 @@ def shard_entries(
         max_shard_size: bytes, or a string such as "5GB".
 
     Returns:
-        The entries of each file, and the index's content if there are several files.
+        The entries of each file, and the index's content, or None if there is one file.
     """
     by_name = {entry.name: entry for entry in entries}
     stem, suffix = os.path.splitext(filename)

@@ -1,4 +1,4 @@
-"""The hidden folder in which a repository grows: resumable, locked, and published by one rename."""
+"""The hidden folder in which a repository is made: resumable, locked, and published by one rename."""
 
 import errno
 import hashlib
@@ -15,43 +15,44 @@ from .folder_lock import LOCK_FILE, FolderLock
 from .output import check_output, existing_parent, named_errors
 
 _PLAN, _SCRATCH, _BUDGETS = "plan.json", "scratch", "budgets.json"
-# Beyond the records and the file made of them, a file system wants some room to breathe.
+# Free space required in addition to the records and the file that is made of them.
 _SPARE_BYTES = 16 << 20
 
 
 def _fingerprint(plan: Path) -> str | None:
-    """Of the work that a workspace was made for; None if it has no plan, or half of one."""
+    """Return the fingerprint in a workspace's plan; None if the plan is missing or damaged."""
     try:
         return json.loads(plan.read_text("utf-8"))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _tells_of_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, from whatever library, says that there is no room for what was to be written."""
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error of any library means that the disk is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors and torch.save have errors of their own
+    # safetensors and torch.save raise their own errors.
     texts = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "file write failed"
     return isinstance(error, SafetensorError | RuntimeError) and any(text in str(error) for text in texts)
 
 
 class Workspace:
-    """Where a compression keeps its work, beside the folder that it will become.
+    """The folder of a compression's unfinished work, beside its output folder.
 
-    `begin` starts or resumes, `put_record` keeps one finished tensor, `publish` makes the repository appear. A context
-    manager: it holds a lock, so that two runs cannot write to one output, and removes itself once published.
+    `begin` starts or resumes, `put_record` stores the records of one tensor, `publish` renames the repository to the
+    output folder. It is a context manager that holds a lock, so that two runs cannot write to one output, and it is
+    removed after publishing.
 
     Attributes:
-        output: the folder to be made.
-        repository: the folder that `publish` renames to it.
+        output: the output folder.
+        repository: the folder that `publish` renames to the output folder.
     """
 
     def __init__(self, output: Path):
-        """Check the output folder; nothing is made yet.
+        """Check the output folder without making anything.
 
         Raises:
-            OutputError: if it holds something that is not ours.
+            OutputError: if it or the workspace's folder holds something else than work of impart-hf, or is in use.
         """
         output = check_output(output, replaces_delta=True)
         self.output = output
@@ -60,19 +61,19 @@ class Workspace:
         self._replaced = self.folder / "replaced"
         self._distilled = self.folder / "distilled"
         self._scratch: Path | None = None
-        # In the folder beside the output, which is never renamed: what is renamed lies in it.
+        # The lock is in the workspace, which is never renamed: only folders in it are.
         self._lock = FolderLock(self.folder)
         with named_errors(output):
             self._check_folder()
 
     def _check_folder(self) -> None:
-        """Check that the workspace can be made, or is one of ours that no other process works in."""
+        """Check that the workspace can be made, or is one that no other process works in."""
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            raise OutputError(f"{self.folder} is in the way: it is not a folder")
+            raise OutputError(f"{self.folder} is in the way and is not a folder: remove it")
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         if not (self.folder / LOCK_FILE).is_file() and not (self.folder / _PLAN).is_file():
-            raise OutputError(f"{self.folder} is in the way: it holds something that is not unfinished work of ours")
+            raise OutputError(f"{self.folder} is in the way and is not unfinished work of impart-hf: move it")
         self._take_lock()
         self._lock.release()
 
@@ -86,39 +87,36 @@ class Workspace:
         if self._lock.is_held and not resumable:
             self.discard()
         self._lock.release()
-        if _tells_of_full_disk(error):
-            kept = (
-                f"what is finished is kept in {self.folder}, and the same command goes on from there once there is room"
-            )
-            raise OutputError(
-                f"the disk of {self.output.parent} is full; {kept if resumable else 'nothing was written'}"
-            ) from error
+        if _is_disk_full(error):
+            kept = f"finished work is kept in {self.folder}: free some space and give the same command again to resume"
+            nothing = "nothing was written: free some space"
+            raise OutputError(f"the disk of {self.output.parent} is full; {kept if resumable else nothing}") from error
 
     def _take_lock(self) -> None:
         if not self._lock.is_held and not self._lock.take():
-            raise OutputError(f"another process is writing {self.output}")
+            raise OutputError(f"another process is writing {self.output}: wait for it, or choose another folder")
 
     def begin(self, fingerprint: str, expected_bytes: int, kept_bytes: int = 0) -> bool:
-        """Make the workspace, or take up the one that an earlier run of the same work left.
+        """Make the workspace, or resume the work of an earlier run with the same fingerprint.
 
         Args:
-            fingerprint: of everything that the result depends on; other work is discarded.
-            expected_bytes: size of the repository.
-            kept_bytes: of what is kept beside it until it is published.
+            fingerprint: fingerprint of everything that the result depends on; work with another one is discarded.
+            expected_bytes: size of the repository, in bytes.
+            kept_bytes: size of further files that the workspace keeps until it is published, in bytes.
 
         Returns:
-            Whether earlier work is taken up.
+            Whether earlier work is resumed.
 
         Raises:
-            OutputError: if another process is at work there, or the disk has not enough room.
+            OutputError: if another process is writing the output, or the disk has too little room.
         """
         needed = 2 * expected_bytes + kept_bytes + _SPARE_BYTES
         if not self.folder.exists():
             self._check_room(needed)
         self._make()
         if self._replaced.exists() and not self.output.exists():
-            os.rename(self._replaced, self.output)  # killed between the two renames of `publish`
-        shutil.rmtree(self._replaced, ignore_errors=True)  # killed after them
+            os.rename(self._replaced, self.output)  # a run was killed between the two renames of `publish`
+        shutil.rmtree(self._replaced, ignore_errors=True)  # a run was killed after both renames
         plan = self.folder / _PLAN
         resumes = _fingerprint(plan) == fingerprint
         if not resumes:
@@ -126,17 +124,17 @@ class Workspace:
             self._check_room(needed)
             write_json(plan, {"fingerprint": fingerprint})
         (self.folder / "records").mkdir(exist_ok=True)
-        shutil.rmtree(self._distilled, ignore_errors=True)  # made from all records at once: not resumed
+        shutil.rmtree(self._distilled, ignore_errors=True)  # distillation starts again from the stored records
         self._distilled.mkdir()
         shutil.rmtree(self.repository, ignore_errors=True)
         self.repository.mkdir()
         return resumes
 
     def scratch(self) -> Path:
-        """An empty folder for what is needed until the workspace is published or left; takes the lock.
+        """Take the lock and return an empty folder for files that are needed until the workspace is closed.
 
         Raises:
-            OutputError: if another process is at work there.
+            OutputError: if another process is writing the output.
         """
         self._make()
         self._scratch = self.folder / _SCRATCH
@@ -145,20 +143,23 @@ class Workspace:
         return self._scratch
 
     def components(self) -> Path:
-        """Where singular components are kept until the workspace is published; a resumed run finds them again."""
+        """Return the folder for singular components, kept until the workspace is published; a resumed run uses them."""
         return self.folder / "components"
 
     def budgets(self, make: Callable[[], dict[str, list[int]]]) -> dict[str, list[int]]:
-        """The bytes of every tensor's matrices: made once, as matrices that are decomposed anew may give others."""
+        """Return the byte budgets of every tensor's matrices, made by `make` only if no earlier run stored them.
+
+        Decomposing the matrices again could give other budgets.
+        """
         path = self.folder / _BUDGETS
         if not path.exists():
-            found = make()
+            budgets = make()
             with written_whole(path) as temporary:
-                write_json(temporary, found)
+                write_json(temporary, budgets)
         return json.loads(path.read_text("utf-8"))
 
     def checkpoints(self) -> Path:
-        """Where the state of training is kept until the workspace is published; a resumed run finds it again."""
+        """Return the folder for the state of training, kept until the workspace is published; a resumed run uses it."""
         return self.folder / "checkpoints"
 
     def _make(self) -> None:
@@ -170,20 +171,20 @@ class Workspace:
         free = shutil.disk_usage(existing_parent(self.folder)).free
         if free < needed:
             self.discard()
-            raise OutputError(f"{self.output.parent} has {free} bytes free, {needed} are needed")
+            raise OutputError(f"{self.output.parent} has {free} bytes free, {needed} are needed: free some space")
 
     def discard(self) -> None:
-        """Remove the workspace, the lock last: it marks the rest of an interrupted removal as ours."""
+        """Remove the workspace, the lock last: it marks the rest of an interrupted removal as impart-hf's."""
         self._scratch = None
         if self._lock.is_held:
             self._lock.remove_folder()
 
     def _record_path(self, name: str) -> Path:
-        """The file of a tensor's records; its name is a hash, for tensor names may be longer than file names."""
+        """Return the file of a tensor's records, named by a hash because tensor names may be too long for files."""
         return self.folder / "records" / hashlib.sha256(name.encode()).hexdigest()[:32]
 
     def record_path(self, name: str) -> Path:
-        """The file of a tensor's records, the distilled ones if there are."""
+        """Return the file of a tensor's records: the distilled ones if they exist."""
         path = self._record_path(name)
         distilled = self._distilled / path.name
         return distilled if distilled.exists() else path
@@ -192,25 +193,25 @@ class Workspace:
         return self._record_path(name).exists()
 
     def put_record(self, name: str, data: bytes, notes: list[str]) -> None:
-        """Keep a tensor's records, so that they are there as a whole or not at all."""
+        """Store a tensor's records atomically."""
         path = self._record_path(name)
         write_json(path.with_suffix(".notes"), notes)
         with written_whole(path) as temporary:
             temporary.write_bytes(data)
 
     def put_distilled(self, name: str, data: bytes) -> None:
-        """Let other records stand for a tensor in this run; a later one begins from the first again."""
+        """Store distilled records, which replace a tensor's records in this run only."""
         (self._distilled / self._record_path(name).name).write_bytes(data)
 
     def notes(self, name: str) -> list[str]:
-        """What the method said of a tensor."""
+        """Return the method's notes on a tensor."""
         return json.loads(self._record_path(name).with_suffix(".notes").read_text("utf-8"))
 
     def publish(self) -> None:
-        """Let the repository appear at the output folder, replacing an older one, and remove the workspace.
+        """Rename the repository to the output folder, replacing an older one, and remove the workspace.
 
         Raises:
-            OutputError: if something that is not ours has come to the output folder meanwhile.
+            OutputError: if the output folder now holds something else than a delta repository.
         """
         check_output(self.output, replaces_delta=True)
         sync_path(self.repository)
