@@ -159,7 +159,7 @@ def compare_models(
     Raises:
         CheckpointError, DeltaFormatError, WrongBaseError: if a model is missing or damaged.
         ValueError: if a model is no causal language model, a number is out of range, the text holds no text, the
-            task cannot be had, or the device is not there.
+            task cannot be had, the device is not there, or `base_model` is given and no model is a delta repository.
         ModuleNotFoundError: if the task needs lm-eval and it is missing.
     """
     if not models:
@@ -181,6 +181,8 @@ def compare_models(
     if text is None and task is None and not latency:
         return comparison
     deltas = {source for source in models if _check_weights(source, HubOptions(revision), base_model)}
+    if base_model is not None and not deltas:
+        raise ValueError("base_model: none of the models is a delta repository, whose base it could be")
     judges: list[_Judge] = []
     if text is not None or task is not None:
         for source in models:
