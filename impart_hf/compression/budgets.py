@@ -1,4 +1,4 @@
-"""The bytes of every matrix, for methods that spread one budget over a model by what its components are worth."""
+"""Byte budgets of all matrices, for methods that share one budget among them according to their components."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,15 +12,16 @@ from ..modeling.checkpoints import Checkpoint
 from .pair import ModelPair
 from .scan import TensorPlan
 
-# Squares of smaller numbers vanish in float32: such a delta has no norm, and moves no model.
+# The squares of smaller numbers underflow in float32: such a delta has norm 0 and changes no model.
 _NOTHING = 1e-15
-_MOST_SHARE = 2  # of the budget of a matrix by its size alone, up to which its components are looked at
+# Components are computed for up to this multiple of the budget that a matrix has in proportion to its size.
+_MOST_SHARE = 2
 
 
 def deltas_of(
     tensor: TensorPlan, base: Checkpoint, finetuned: Checkpoint, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, bool]]:
-    """The delta of each of a tensor's matrices, float32 (m, n), and whether it is anything at all."""
+    """Yield the delta of each of a tensor's matrices, float32 (m, n), and whether it is more than zero."""
     before = base.tensor(tensor.name)
     after = finetuned.tensor(tensor.name)[: before.shape[0]]
     stack = (-1, *tensor.shape[-2:])
@@ -30,19 +31,19 @@ def deltas_of(
 
 
 def _sharing(tensors: list[TensorPlan], method: MethodConfig) -> list[TensorPlan]:
-    """The tensors that the user's own method encodes; others keep their budgets."""
+    """Return the tensors that the user's own method encodes; others keep their budgets."""
     return [tensor for tensor in tensors if method_for(method, tensor.vocabulary) is method]
 
 
 def _rank_rule(tensor: TensorPlan, method: MethodConfig) -> Callable[[np.ndarray], int]:
-    """How many components of each matrix of a tensor are looked at, by the singular values."""
+    """Return the function that gives, from a matrix's singular values, how many of its components to compute."""
     rows, columns = tensor.shape[-2:]
     most = _MOST_SHARE * (tensor.max_bytes // tensor.matrices)
     return partial(method.rank_for, rows=rows, columns=columns, max_bytes=most)
 
 
 def components_bytes(tensors: list[TensorPlan], method: MethodConfig, number_bytes: int) -> int:
-    """What the components take at most that `shared_budgets` has `svd_of` keep, each number in so many bytes."""
+    """Return the most bytes of the components that `svd_of` keeps in `shared_budgets`, at `number_bytes` a number."""
     total = 0
     for tensor in _sharing(tensors, method):
         rows, columns = tensor.shape[-2:]
@@ -55,16 +56,16 @@ def components_bytes(tensors: list[TensorPlan], method: MethodConfig, number_byt
 def shared_budgets(
     tensors: list[TensorPlan], pair: ModelPair, method: MethodConfig, svd_of: SvdOf
 ) -> dict[str, list[int]]:
-    """Decompose every matrix, and give each the bytes that its components are worth.
+    """Decompose every matrix, and allocate each a byte budget according to its components.
 
     Args:
-        tensors: that are to be encoded, with budgets in proportion to their sizes: what these add up to is spread.
-        method: that of the user, with `shares_budget`; tensors that another method encodes keep their budgets.
-        svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components and keeps
-            them for the encoding.
+        tensors: the tensors to encode, with budgets in proportion to their sizes; the sum of these is shared.
+        method: the user's method, with `shares_budget`; tensors that another method encodes keep their budgets.
+        svd_of: gives, for a tensor's name and a matrix's index in its stack, the function that computes the matrix's
+            singular components and keeps them for the encoding.
 
     Returns:
-        By tensor name, the bytes of each of its matrices.
+        By tensor name, the byte budget of each of its matrices.
     """
     tensors = _sharing(tensors, method)
     if not tensors:
@@ -91,12 +92,15 @@ def shared_budgets(
 
 
 def embedding_weight(base: torch.Tensor, delta: torch.Tensor) -> float:
-    """What squared errors of an embedding (tokens, size) count for, in those of other vocabulary matrices; 1 or more.
+    """Return the weight of an embedding's squared error relative to other vocabulary matrices'; 1 or more.
 
-    A linear layer has inputs of about unit variance, so that its squared error is that of its output. Of an embedding,
-    a token takes one row, and what comes out is normalised: relative to the mean square of the weights, the squared
-    error is shared by as many tokens as the fine-tune met, of which the rows that it changed tell. Where they are few,
-    each has a large part of it.
+    The inputs of a linear layer have about unit variance, so that its squared error is that of its output. A token
+    reads one row of an embedding, and the result is normalised: the squared error, relative to the mean square of the
+    weights, is divided among the tokens that the fine-tune was trained on. Their number is estimated from the rows that
+    it changed. If they are few, each has a large part of the error.
+
+    Args:
+        base, delta: (tokens, size).
     """
     energies = torch.linalg.vector_norm(delta, dim=1).double().square()
     tokens = float(energies.sum().square() / energies.square().sum())
