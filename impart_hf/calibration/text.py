@@ -195,7 +195,7 @@ def _records(source: CalibrationSource) -> Iterator[tuple[Any, str]]:
     kind = path.suffix.lower()
     if path.is_file():
         if kind not in _FILE_TYPES:
-            raise ValueError(f"text: '{path}' is none of the types {', '.join(_FILE_TYPES)}: convert it to one of them")
+            raise ValueError(f"text: '{path}' has an unknown file type: convert it to one of {', '.join(_FILE_TYPES)}")
         yield from _file_records(path)
     elif path.is_dir():
         yield from _dataset(str(path), None, "train")

@@ -13,9 +13,9 @@ from .pair import ModelPair
 from .scan import TensorPlan
 
 # The squares of smaller numbers underflow in float32: such a delta has norm 0 and changes no model.
-_NOTHING = 1e-15
+_ZERO_DELTA = 1e-15
 # Components are computed for up to this multiple of the budget that a matrix has in proportion to its size.
-_MOST_SHARE = 2
+_BUDGET_MULTIPLE = 2
 
 
 def deltas_of(
@@ -27,7 +27,7 @@ def deltas_of(
     stack = (-1, *tensor.shape[-2:])
     for old, new in zip(before.reshape(stack), after.reshape(stack), strict=True):
         delta = new.to(device, torch.float32) - old.to(device, torch.float32)
-        yield delta, bool(delta.abs().max() > _NOTHING)
+        yield delta, bool(delta.abs().max() > _ZERO_DELTA)
 
 
 def _sharing(tensors: list[TensorPlan], method: MethodConfig) -> list[TensorPlan]:
@@ -38,7 +38,7 @@ def _sharing(tensors: list[TensorPlan], method: MethodConfig) -> list[TensorPlan
 def _rank_rule(tensor: TensorPlan, method: MethodConfig) -> Callable[[np.ndarray], int]:
     """Return the function that gives, from a matrix's singular values, how many of its components to compute."""
     rows, columns = tensor.shape[-2:]
-    most = _MOST_SHARE * (tensor.max_bytes // tensor.matrices)
+    most = _BUDGET_MULTIPLE * (tensor.max_bytes // tensor.matrices)
     return partial(method.rank_for, rows=rows, columns=columns, max_bytes=most)
 
 
@@ -70,23 +70,25 @@ def shared_budgets(
     tensors = _sharing(tensors, method)
     if not tensors:
         return {}
-    found: list[tuple[TensorPlan, Spectrum]] = []
+    spectra: list[tuple[TensorPlan, Spectrum]] = []
     with pair.progress.bar(sum(tensor.dense_bytes for tensor in tensors), "Decomposing", "B") as bar:
         for tensor in tensors:
             bar.set_postfix_str(tensor.name)
-            for number, (delta, is_any) in enumerate(deltas_of(tensor, pair.base, pair.finetuned, pair.device)):
+            for number, (delta, is_nonzero) in enumerate(deltas_of(tensor, pair.base, pair.finetuned, pair.device)):
                 rows, columns = delta.shape
                 spectrum = np.empty(0)
-                if is_any:
+                if is_nonzero:
                     _, sigma, _ = svd_of(tensor.name, number)(delta, _rank_rule(tensor, method))
                     spectrum = sigma.double().cpu().numpy()
-                weight = embedding_weight(pair.base.tensor(tensor.name), delta) if tensor.vocabulary and is_any else 1.0
+                weight = (
+                    embedding_weight(pair.base.tensor(tensor.name), delta) if tensor.vocabulary and is_nonzero else 1.0
+                )
                 energy = float(torch.linalg.vector_norm(delta)) ** 2
-                found.append((tensor, Spectrum(spectrum, rows, columns, energy, tensor.vocabulary, weight)))
+                spectra.append((tensor, Spectrum(spectrum, rows, columns, energy, tensor.vocabulary, weight)))
             bar.update(tensor.dense_bytes)
-    shares = method.allocate([spectrum for _, spectrum in found], sum(t.max_bytes for t in tensors))
+    shares = method.allocate([spectrum for _, spectrum in spectra], sum(t.max_bytes for t in tensors))
     budgets: dict[str, list[int]] = {tensor.name: [] for tensor in tensors}
-    for (tensor, _), share in zip(found, shares, strict=True):
+    for (tensor, _), share in zip(spectra, shares, strict=True):
         budgets[tensor.name].append(share)
     return budgets
 

@@ -84,9 +84,9 @@ def encode_tensor(
     """
     encoder = method_for(method, tensor.vocabulary)
     records, notes = [], []
-    for number, (delta, is_any) in enumerate(deltas_of(tensor, base, finetuned, device)):
+    for number, (delta, is_nonzero) in enumerate(deltas_of(tensor, base, finetuned, device)):
         seed = mask_seed(method.seed, tensor.name, number)
-        if is_any:
+        if is_nonzero:
             svd = svd_of(tensor.name, number)
             budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
             encoded = encoder.encode(delta, budget, seed, hessian=hessian, svd=svd, vocabulary=tensor.vocabulary)

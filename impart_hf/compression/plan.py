@@ -16,7 +16,7 @@ _ENTRY_BYTES = 96
 # The model card is counted as this many bytes, whatever its length, because it states sizes that include its own.
 CARD_BYTES = 1536
 # To compensate for the fixed bytes, a matrix may be compressed beyond the requested ratio by up to this factor.
-_MOST_EXTRA = 1.5
+_MOST_COMPENSATION = 1.5
 
 
 @dataclass
@@ -52,7 +52,7 @@ class CompressionPlan:
             raise ValueError(
                 f"a repository of {self.allowed_bytes} bytes cannot be made: {self.fixed_bytes} are fixed (norms, "
                 f"added vocabulary rows, headers, config.json and model card), and the matrices need the rest; "
-                f"{_certain(_met_ratio(self.checkpoint_bytes, self.fixed_bytes, dense), self.checkpoint_bytes)}"
+                f"{_met_instead(_met_ratio(self.checkpoint_bytes, self.fixed_bytes, dense), self.checkpoint_bytes)}"
             )
 
     def shortfall(self, repository_bytes: int, record_bytes: int, ratio: float) -> str:
@@ -69,7 +69,7 @@ class CompressionPlan:
         return (
             f"ratio {ratio:g} allows {self.allowed_bytes} bytes, but {repository_bytes - record_bytes} are fixed "
             f"(added vocabulary rows {added}, norms, headers, config.json and model card the rest); the matrices are "
-            f"compressed up to {_MOST_EXTRA:g} times further to compensate, and the repository is still "
+            f"compressed up to {_MOST_COMPENSATION:g} times further to compensate, and the repository is still "
             f"{repository_bytes - self.allowed_bytes} bytes too large"
         )
 
@@ -106,15 +106,15 @@ def make_plan(
     method.check_shapes([(t.shape[-2], t.shape[-1]) for t in tensors if t.kind == "encoded"])
     allowed = int(checkpoint_bytes / method.compression_ratio)
     for t in tensors:
-        if t.kind == "encoded" and _most_ratio(t, method) <= 1:
+        if t.kind == "encoded" and _certain_ratio(t, method) <= 1:
             t.kind = "kept"
     while True:
         encoded = [t for t in tensors if t.kind == "encoded"]
         dense = sum(t.dense_bytes for t in encoded)
         nominal = dense / method.compression_ratio
         fixed = config_bytes + CARD_BYTES + _fixed_bytes(tensors)
-        fixed += _split_bytes(tensors, max(allowed, fixed + nominal / _MOST_EXTRA), max_shard_size)
-        share = max(allowed - fixed, nominal / _MOST_EXTRA) / dense if dense else 0.0
+        fixed += _split_bytes(tensors, max(allowed, fixed + nominal / _MOST_COMPENSATION), max_shard_size)
+        share = max(allowed - fixed, nominal / _MOST_COMPENSATION) / dense if dense else 0.0
         for t in encoded:
             t.max_bytes = int(t.dense_bytes * share)
         # If few tensors changed, all of them may fit the budget unchanged, which no method can improve on.
@@ -124,13 +124,13 @@ def make_plan(
         # A few small matrices (a router, a projection to few heads) are stored unchanged. If they take more than a
         # tenth of the allowed bytes, the ratio cannot be reached.
         if share < 1 and sum(t.dense_bytes for t in unreachable) > 0.1 * allowed:
-            worst = min(unreachable, key=lambda t: _most_ratio(t, method))
-            reachable = min(_most_ratio(t, method) for t in encoded)
+            worst = min(unreachable, key=lambda t: _certain_ratio(t, method))
+            reachable = min(_certain_ratio(t, method) for t in encoded)
             raise ValueError(
                 f"compression_ratio={method.compression_ratio:g} cannot be reached: {worst.name} "
                 f"({'x'.join(map(str, worst.shape))}) would get {worst.max_bytes} bytes, and the smallest record of "
                 f"'{method.name}' takes {_least_bytes(worst, method)}; "
-                f"{_certain(min(reachable, _met_ratio(checkpoint_bytes, fixed, dense)), checkpoint_bytes)}"
+                f"{_met_instead(min(reachable, _met_ratio(checkpoint_bytes, fixed, dense)), checkpoint_bytes)}"
             )
         for t in unreachable:
             t.kind, t.max_bytes = "kept", 0
@@ -138,19 +138,19 @@ def make_plan(
 
 
 def _met_ratio(checkpoint_bytes: int, fixed: int, dense: int) -> float:
-    """Return the largest ratio that is met if `dense` bytes of matrices are compressed `_MOST_EXTRA` times further."""
-    return (checkpoint_bytes - dense / _MOST_EXTRA) / fixed
+    """Return the ratio that is met if `dense` bytes of matrices are compressed `_MOST_COMPENSATION` times further."""
+    return (checkpoint_bytes - dense / _MOST_COMPENSATION) / fixed
 
 
-def _certain(ratio: float, checkpoint_bytes: int) -> str:
+def _met_instead(ratio: float, checkpoint_bytes: int) -> str:
     """Name a ratio and a size to ask for instead, rounded so that they can be met."""
     ratio = math.floor(100 * ratio - 0.5) / 100
     return f"a ratio of {ratio:.2f}, which is {math.ceil(checkpoint_bytes / ratio)} bytes, is certain to be met"
 
 
-def _most_ratio(tensor: TensorPlan, method: MethodConfig) -> float:
+def _certain_ratio(tensor: TensorPlan, method: MethodConfig) -> float:
     """Return the ratio up to which a tensor's budget is certain to hold its smallest record."""
-    return tensor.dense_bytes / _least_bytes(tensor, method) / _MOST_EXTRA
+    return tensor.dense_bytes / _least_bytes(tensor, method) / _MOST_COMPENSATION
 
 
 def _least_bytes(tensor: TensorPlan, method: MethodConfig) -> int:

@@ -164,10 +164,10 @@ def tune(
             progress=Progress(False),
         )
         inputs = None if calibration is None else pair.tokens(calibration, calibration_samples, calibration_length)
-        judge = (
-            _TextJudge(pair, validation, samples, length, batch_size)
+        scorer = (
+            _TextScorer(pair, validation, samples, length, batch_size)
             if validation is not None
-            else _TaskJudge(pair, str(task), task_limit, batch_size)
+            else _TaskScorer(pair, str(task), task_limit, batch_size)
         )
         svds = SvdCache(scratch / "components")
         tried: list[Candidate] = []
@@ -177,16 +177,18 @@ def tune(
             folder = scratch / "candidate"
             with Workspace(folder) as candidate_workspace:
                 report = compress_pair(pair, candidate_workspace, replace(request, method=candidate), svds.of)
-            score = judge.score(pair.load(folder))
+            score = scorer.score(pair.load(folder))
             seconds = time.perf_counter() - started
             tried.append(
                 Candidate(candidate.beta, candidate.c, candidate.seed, score, report.repository_bytes, seconds)
             )
-        best = (max if judge.higher_is_better else min)(tried, key=lambda candidate: candidate.score)
-        chosen = replace(request, method=candidates[tried.index(best)], card_data=_card_data(judge.metric, tried, best))
+        best = (max if scorer.higher_is_better else min)(tried, key=lambda candidate: candidate.score)
+        chosen = replace(
+            request, method=candidates[tried.index(best)], card_data=_card_data(scorer.metric, tried, best)
+        )
         report = compress_pair(pair, workspace, chosen, svds.of)
         report.seconds = time.perf_counter() - search_started
-    return TuningReport(judge.metric, judge.higher_is_better, tried, best, report)
+    return TuningReport(scorer.metric, scorer.higher_is_better, tried, best, report)
 
 
 def _card_data(metric: str, candidates: Sequence[Candidate], best: Candidate) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def _card_data(metric: str, candidates: Sequence[Candidate], best: Candidate) ->
     return {"impart_hf_tuning": {"metric": metric, "candidates": rows, "chosen": best.summary()}}
 
 
-class _TextJudge:
+class _TextScorer:
     """Scores candidates by their KL divergence from the fine-tune on a text."""
 
     metric, higher_is_better = "KL, nats/token", False
@@ -209,7 +211,7 @@ class _TextJudge:
         return evaluate(model, self._reference, self._sequences, self._batch_size)[1]
 
 
-class _TaskJudge:
+class _TaskScorer:
     """Scores candidates by the first metric of a task of lm-eval."""
 
     def __init__(self, pair: ModelPair, task: str, limit: int | None, batch_size: int):

@@ -181,25 +181,25 @@ def compare_models(
     if text is None and task is None and not latency:
         return comparison
     deltas = {source for source in models if _check_weights(source, HubOptions(revision), base_model)}
-    judges: list[_Judge] = []
+    evaluators: list[_Evaluator] = []
     if text is not None or task is not None:
         for source in models:
             tokenizer = load_tokenizer(source, HubOptions(revision))
-            judge = next((judge for judge in judges if judge.reads(tokenizer)), None)
-            if judge is None:
-                judge = _Judge(tokenizer, batch_size)
+            evaluator = next((evaluator for evaluator in evaluators if evaluator.reads_like(tokenizer)), None)
+            if evaluator is None:
+                evaluator = _Evaluator(tokenizer, batch_size)
                 if text is not None:
-                    judge.take_text(text, samples, min([length, *positions]))
+                    evaluator.take_text(text, samples, min([length, *positions]))
                 if task is not None:
-                    judge.take_task(task, task_limit)
-            judge.check_vocabulary(empty[len(judges)])
-            judges.append(judge)
-        comparison.other_vocabularies += [s for s, j in zip(models, judges, strict=True) if j is not judges[0]]
+                    evaluator.take_task(task, task_limit)
+            evaluator.check_vocabulary(empty[len(evaluators)])
+            evaluators.append(evaluator)
+        comparison.other_vocabularies += [s for s, e in zip(models, evaluators, strict=True) if e is not evaluators[0]]
     for number, source in enumerate(Progress(progress).track(models, "Evaluating")):
         options = {"base_model": base_model} if source in deltas else {}
         loaded = load(source, empty[number].dtype, device, revision=revision, **options)
-        if judges:
-            judges[number].judge(loaded, evaluations[number])
+        if evaluators:
+            evaluators[number].evaluate(loaded, evaluations[number])
         if latency:
             evaluations[number].latency = measure_latency(
                 loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
@@ -208,7 +208,7 @@ def compare_models(
     return comparison
 
 
-class _Judge:
+class _Evaluator:
     """Evaluates the models of one vocabulary on a text and a task."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_size: int):
@@ -216,7 +216,7 @@ class _Judge:
         self._tokens: torch.Tensor | None = None
         self._task: TaskEvaluation | None = None
 
-    def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+    def reads_like(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Return whether another tokenizer has the same vocabulary and special tokens."""
         own = self._tokenizer
         same_ends = (own.bos_token_id, own.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -234,7 +234,7 @@ class _Judge:
     def take_task(self, task: str, limit: int | None) -> None:
         self._task = TaskEvaluation(task, self._tokenizer, limit, self._batch_size)
 
-    def judge(self, model: PreTrainedModel, evaluation: Evaluation) -> None:
+    def evaluate(self, model: PreTrainedModel, evaluation: Evaluation) -> None:
         """Measure a model's perplexity and task score, and set them in its evaluation."""
         if self._tokens is not None:
             # The first token of a sequence is not predicted.

@@ -107,8 +107,8 @@ def measure_latency(
 
 
 def _cache_tensors(layer: Any) -> list[torch.Tensor]:
-    found = (getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states"))
-    return [value for value in found if isinstance(value, torch.Tensor)]
+    states = (getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states"))
+    return [state for state in states if isinstance(state, torch.Tensor)]
 
 
 def _synchronize(device: torch.device) -> None:
