@@ -1,4 +1,4 @@
-"""Calibration: the second moments of every linear layer's inputs, every layer after the compressed ones before it."""
+"""Calibration: second moments of every linear layer's inputs, computed on the outputs of compressed layers."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,31 +22,31 @@ def stream_layers(
     batch_size: int = 4,
     progress: Progress,
 ) -> set[str]:
-    """Run a fine-tuned model over calibration text, layer by layer, and let its tensors be compressed on the way.
+    """Run a fine-tuned model over calibration text, layer by layer, and compress its tensors on the way.
 
     `compressed(name, hessian)` is called once for each floating-point tensor that the checkpoint and the model share,
-    and returns the weight to go on with, in any floating-point dtype. The tensors outside the decoder layers come
-    first; then, layer after layer, all but the weights of its `torch.nn.Linear`s; then these, in the order in which
-    they are used. `hessian` is None except for these: float32, (in_features, in_features), on the device, the mean of
-    x xᵀ over all inputs x of the linear layer, everything before it being compressed. Linear layers with the same
-    input, such as query, key and value, are handed the same object: it must not be written to. A linear layer that no
-    token reaches has None too.
+    and returns the weight to continue with, in any floating-point dtype. The tensors outside the decoder layers come
+    first; then, for each layer in order, all tensors except the weights of its `torch.nn.Linear` modules; then these
+    weights, in the order in which they are used. Only for these is `hessian` not None: float32, (in_features,
+    in_features), on the device, the mean of x xᵀ over all inputs x of the linear layer, with everything before it
+    compressed. Linear layers with the same input, such as query, key and value, get the same tensor, which must not be
+    written to. A linear layer that no token reaches gets None.
 
-    All is computed in float32. Memory holds one decoder layer and one Hessian at a time, before the first layer the
-    embeddings, and on the CPU the hidden states of all tokens.
+    Everything is computed in float32. Memory holds one decoder layer and one Hessian at a time, before the first layer
+    the embeddings, and on the CPU the hidden states of all tokens.
 
     Args:
         model: from `streamed_model`, for the same tokens.
         tokens: int64, (sequences, length), without padding.
         compressed: see above.
-        batch_size: how many sequences run at a time.
+        batch_size: sequences run at a time.
         progress: for a bar over the layers.
 
     Returns:
         The names that `compressed` was called with.
 
     Raises:
-        ValueError: before a layer's first call, or as soon as it shows, if the layer's activations are not finite.
+        ValueError: as soon as a layer's activations are found not to be finite.
     """
     for name in model.outside:
         weight = compressed(name, None)
@@ -78,7 +78,7 @@ def stream_layers(
 
 
 class _InputSeen(Exception):
-    """The input that a run is for has come; what follows in the layer need not be run."""
+    """Raised to end a layer's run once the input that was needed has been seen."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class _LinearGroup:
     """Linear layers that are called with the same tensors.
 
     Attributes:
-        names: of their weights.
-        module: one of them, the first to be called.
-        once: whether it is called once in a run of the decoder layer.
+        names: names of their weights.
+        module: the first of them to be called.
+        once: whether it is called only once in a run of the decoder layer.
     """
 
     names: list[str]
@@ -98,15 +98,15 @@ class _LinearGroup:
 
 @dataclass(frozen=True)
 class _LayerRun:
-    """One decoder layer, to be run again and again over its inputs.
+    """One decoder layer with its inputs, to be run repeatedly.
 
     Attributes:
-        number: of the layer.
-        prefix: its name in the model.
-        layer: with parameters on `device`.
-        hidden: its input for every batch, on the CPU.
-        arguments: its further arguments, by the number of sequences in a batch.
-        device: where it runs.
+        number: index of the layer.
+        prefix: name of the layer in the model.
+        layer: the module, with parameters on `device`.
+        hidden: input hidden states of every batch, on the CPU.
+        arguments: the layer's other arguments, by the number of sequences in a batch.
+        device: where the layer runs.
     """
 
     number: int
@@ -117,38 +117,40 @@ class _LayerRun:
     device: torch.device
 
     def output(self, index: int) -> Tensor:
-        """The layer's output for a batch, on the device."""
+        """Return the layer's output for a batch, on the device."""
         hidden = self.hidden[index]
         positional, named = self.arguments[len(hidden)]
-        # A copy, should the layer write to it: the next run needs it as it is.
+        # The layer gets a copy, because it may write to its input and the next run needs it unchanged.
         result = self.layer(hidden.to(self.device, copy=True), *positional, **dict(named))
         return self._finite(result[0] if isinstance(result, tuple | list) else result)
 
     def _finite(self, values: Tensor) -> Tensor:
         if not all_finite(values):
-            raise ValueError(f"calibration: activations of layer {self.number} are not finite")
+            raise ValueError(
+                f"calibration: activations of layer {self.number} are not finite: check the model's weights"
+            )
         return values
 
     def linear_groups(self) -> list[_LinearGroup]:
-        """The layer's linear layers in the order of their calls, those with the same input together.
+        """Return the decoder layer's linear layers in the order of their calls, grouped by input.
 
-        One batch shows them, unless some are experts that it does not reach; then further ones are run.
+        One batch is enough, unless it leaves some experts unreached; then further batches are run.
         """
-        waiting = {
+        unseen = {
             f"{self.prefix}.{name}.weight": module
             for name, module in self.layer.named_modules()
             if isinstance(module, nn.Linear)
         }
         groups: list[_LinearGroup] = []
         for index in range(len(self.hidden)):
-            # Kept while ids are compared, so that no two inputs can have the same one.
-            inputs = self._linear_inputs(waiting, index)
+            # The tensors stay alive while their ids are compared, so that every id is unique.
+            inputs = self._linear_inputs(unseen, index)
             alike: dict[tuple[int, ...], list[str]] = defaultdict(list)
             for name, tensors in inputs.items():
                 alike[tuple(map(id, tensors))].append(name)
-            groups += [_LinearGroup(names, waiting[names[0]], len(ids) == 1) for ids, names in alike.items()]
-            waiting = {name: module for name, module in waiting.items() if name not in inputs}
-            if not waiting:
+            groups += [_LinearGroup(names, unseen[names[0]], len(ids) == 1) for ids, names in alike.items()]
+            unseen = {name: module for name, module in unseen.items() if name not in inputs}
+            if not unseen:
                 break
         return groups
 
@@ -159,7 +161,7 @@ class _LayerRun:
         return inputs
 
     def second_moment(self, group: _LinearGroup) -> Tensor:
-        """The mean of x xᵀ over the inputs x of a group: float32, (in_features, in_features), on the device."""
+        """Return the mean of x xᵀ over a group's inputs x: float32, (in_features, in_features), on the device."""
         size = group.module.in_features
         total = torch.zeros(size, size, device=self.device)
         count = 0
@@ -181,7 +183,7 @@ class _LayerRun:
 
 @contextmanager
 def _watched(linears: dict[str, nn.Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While it lasts, `see` is called with the name and the input of every linear layer that is called with any row."""
+    """Within this context, call `see` with the name and the input of every linear layer whose input is not empty."""
 
     def hook(name: str) -> Callable[..., None]:
         def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:

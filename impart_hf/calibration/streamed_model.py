@@ -1,4 +1,4 @@
-"""A model whose layers are run one at a time, so that memory need not hold all of them."""
+"""A model whose decoder layers are loaded and run one at a time."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +11,7 @@ from ..common.meta_model import meta_model
 from ..modeling.checkpoints import Checkpoint, all_finite, config_fields
 from .text import check_vocabulary
 
-# What a decoder layer is called with beside the hidden states: positional arguments, and pairs of named ones.
+# Arguments of a decoder layer besides the hidden states: positional ones, and (name, value) pairs.
 LayerArguments = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 
@@ -19,26 +19,26 @@ class StreamedModel:
     """A model in float32 whose parameters are on the meta device, except for those in use.
 
     Attributes:
-        device: of the parameters in use and of all buffers.
-        layers: the decoder layers, by the names they have in the model, in order.
+        device: device of the parameters in use and of all buffers.
+        layers: the decoder layers in order, by their names in the model.
         names: the floating-point tensors that checkpoint and model share, sorted.
-        outside: those of `names` that are in no decoder layer.
-        entrance: those of `outside` that running the decoder takes: all but the output projection.
-        vocabulary: how many tokens it knows.
-        model: the model itself.
+        outside: the names that are in no decoder layer.
+        entrance: the names in `outside` that the decoder needs to run: all except the output projection.
+        vocabulary: number of tokens in the vocabulary.
+        model: the transformers model.
     """
 
     def __init__(self, finetuned: Checkpoint, device: torch.device, purpose: str):
-        """Make the model; nothing is read yet.
+        """Make the model; no weights are read yet.
 
         Args:
-            purpose: what it is for, for messages.
+            purpose: what the model is needed for, for messages.
         """
         self._finetuned, self.device, self._purpose = finetuned, device, purpose
-        self._tuples = False  # whether its layers return such
+        self._tuples = False  # whether the decoder layers return tuples
         model_type = str(finetuned.config.get("model_type"))
         if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
-            raise self.unsupported("transformers knows no causal language model of that type")
+            raise self.unsupported("transformers knows no causal language model of this type")
         config = CONFIG_MAPPING[model_type].from_dict(config_fields(finetuned.config))
         try:
             self.model: Any = meta_model(config, real_buffers=True, dtype=torch.float32).eval()
@@ -71,7 +71,7 @@ class StreamedModel:
             if isinstance(module, nn.ModuleList) and len(module) == count
         ]
         if len(lists) != 1:
-            raise self.unsupported("its decoder is no single list of layers")
+            raise self.unsupported("its decoder is not a single list of layers")
         name, modules = lists[0]
         path = f"{prefix}.{name}" if prefix else name
         return {f"{path}.{number}": layer for number, layer in enumerate(modules)}
@@ -81,11 +81,12 @@ class StreamedModel:
         for name, parameter in self._decoder.named_parameters(prefix):
             if name not in stored or self._finetuned.shape(name) != tuple(parameter.shape):
                 raise self.unsupported(
-                    f"its checkpoint has no {name} of shape {list(parameter.shape)}, transformers makes it of others"
+                    f"its checkpoint has no {name} of shape {list(parameter.shape)}, which transformers makes from "
+                    "other tensors"
                 )
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Give a parameter or buffer its values; on the meta device, take them and their memory away."""
+        """Set the values of a parameter or buffer; a tensor on the meta device frees them."""
         owner, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(owner)
         tensor = tensor if tensor.is_meta else tensor.to(self.device, torch.float32)
@@ -95,20 +96,20 @@ class StreamedModel:
             module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
 
     def load(self, names: list[str]) -> None:
-        """Give parameters the fine-tune's own values."""
+        """Load the fine-tune's values into parameters."""
         for name in names:
             self.put(name, self._finetuned.tensor(name))
 
     def release(self, names: list[str]) -> None:
-        """Take parameters' values away again."""
+        """Free the values of parameters."""
         for name in names:
             self.put(name, torch.empty(self._finetuned.shape(name), device="meta"))
 
     def layer_inputs(self, batches: Iterable[Tensor]) -> tuple[list[Tensor], dict[int, list[LayerArguments]]]:
-        """Run what comes before the first layer.
+        """Run the model up to the first decoder layer.
 
         Returns:
-            The first layer's input for every batch, on the CPU, and every layer's further arguments, by the number of
+            The first layer's input for every batch, on the CPU, and every layer's other arguments, by the number of
             sequences in a batch.
         """
         hidden: list[Tensor] = []
@@ -116,35 +117,35 @@ class StreamedModel:
         for batch in batches:
             first, recorded = self._record(batch.to(self.device))
             if not all_finite(first):
-                raise ValueError("calibration: activations of the embeddings are not finite")
+                raise ValueError("calibration: activations of the embeddings are not finite: check the model's weights")
             if not all(map(_same, arguments.setdefault(len(batch), recorded), recorded)):
-                raise self.unsupported("its layers share a state, or are handed more of a text than hidden states")
+                raise self.unsupported("its layers share a state, or depend on the text not only through hidden states")
             hidden.append(first.to("cpu"))
         return hidden, arguments
 
     def _record(self, batch: Tensor) -> tuple[Tensor, list[LayerArguments]]:
-        """The first layer's input, and the further arguments of every layer."""
+        """Return the first layer's input, and the other arguments of every layer."""
         failures: list[Exception] = []
-        for tuples in (False, True):  # what its layers return: in some architectures a tuple
+        for tuples in (False, True):  # in some architectures, decoder layers return a tuple
             try:
-                found = self._record_as(batch, tuples)
+                recorded = self._record_as(batch, tuples)
                 self._tuples = tuples
-                return found
+                return recorded
             except (_NotPassedOn, TypeError, ValueError, AttributeError) as error:
                 failures.append(error)
         raise self.unsupported(
-            f"its decoder does more than hand each layer's output to the next ({failures[0]})"
+            f"its decoder does more than pass each layer's output to the next ({failures[0]})"
         ) from failures[0]
 
     def _record_as(self, batch: Tensor, tuples: bool) -> tuple[Tensor, list[LayerArguments]]:
-        """Run the decoder with layers that note their arguments and hand on the hidden states as they are."""
+        """Run the decoder with layers that record their arguments and return the hidden states unchanged."""
         arguments: list[LayerArguments] = []
         first: list[Tensor] = []
 
         def recorder(number: int) -> Callable[..., Any]:
             def forward(hidden: Tensor, *positional: Any, **named: Any) -> Any:
                 if number != len(arguments) or (first and hidden is not first[0]):
-                    raise _NotPassedOn(f"layer {number} is called with something else")
+                    raise _NotPassedOn(f"layer {number} is not called with the output of the layer before it")
                 first.append(hidden)
                 arguments.append((positional, tuple(named.items())))
                 return (hidden,) if tuples else hidden
@@ -163,7 +164,7 @@ class StreamedModel:
         return first[0], arguments
 
     def check_output(self) -> None:
-        """See that logits can be had.
+        """Check that the model can compute logits: that its output projection is in the checkpoint, or tied.
 
         Raises:
             ValueError: if not.
@@ -174,25 +175,25 @@ class StreamedModel:
             raise self.unsupported("its output projection is stored under another name than transformers uses")
 
     def run(self, tokens: Tensor, hidden: Tensor | None, window: range) -> Tensor:
-        """Run some successive layers as a part of the model, with what is handed to them beside the hidden states.
+        """Run successive layers within the model, so that they get all the arguments that the model passes to them.
 
         Args:
             tokens: int64 (sequences, length), on the device.
-            hidden: what the first of them is to be given, (sequences, length, size), on the device; None for what the
-                model itself gives its first layer.
-            window: numbers of the layers, which must be loaded, with the entrance, and the rest of the model if the
-                last layer is among them.
+            hidden: input of the first of these layers, (sequences, length, size), on the device; None for the model's
+                own input of its first layer.
+            window: indices of the layers. They and the tensors of `entrance` must be loaded; so must the rest of the
+                model, if the last layer is among them.
 
         Returns:
-            What the next layer would be given, or if there is none, the logits.
+            The input of the next layer; after the last layer, the logits.
         """
         output = self.model.get_output_embeddings()
         if output is not None and output.weight.is_meta and self._finetuned.tied:
             output.weight = self._decoder.get_input_embeddings().weight
 
         def skipped(states: Tensor, *_: Any, **__: Any) -> Any:
-            handed_on = states if hidden is None else hidden
-            return (handed_on,) if self._tuples else handed_on
+            output = states if hidden is None else hidden
+            return (output,) if self._tuples else output
 
         def reached(states: Tensor, *_: Any, **__: Any) -> Any:
             raise _LayerReached(states)
@@ -203,15 +204,15 @@ class StreamedModel:
             layer.forward = reached if layer is replaced[-1] and window.stop < len(layers) else skipped
         try:
             return self.model(input_ids=tokens, use_cache=False).logits
-        except _LayerReached as found:
-            return found.states
+        except _LayerReached as reached_layer:
+            return reached_layer.states
         finally:
             for layer in replaced:
                 del layer.forward
 
 
 class _LayerReached(Exception):
-    """The layer whose input was wanted has it; what follows need not be run."""
+    """Raised to end a run at the layer whose input is the result."""
 
     def __init__(self, states: Tensor):
         super().__init__()
@@ -219,23 +220,23 @@ class _LayerReached(Exception):
 
 
 class _NotPassedOn(Exception):
-    """A layer was not called with what the layer before it had returned."""
+    """A layer was not called with the output of the layer before it."""
 
 
 @torch.no_grad()
 def streamed_model(
     finetuned: Checkpoint, tokens: Tensor, device: str | torch.device, purpose: str = "calibration"
 ) -> StreamedModel:
-    """Check that a fine-tuned model can be run over text layer by layer, before any work is done.
+    """Make a `StreamedModel`, and check on the first and last sequence that it can be run layer by layer.
 
     Args:
         finetuned: the fine-tuned model.
         tokens: int64, (sequences, length), without padding.
         device: where the model is to run.
-        purpose: what for, for messages.
+        purpose: what the model is needed for, for messages.
 
     Raises:
-        ValueError: if its architecture cannot be run so, or the tokens are none of its own.
+        ValueError: if the architecture cannot be run layer by layer, or a token is not in the vocabulary.
         ModuleNotFoundError: if accelerate is not installed.
     """
     model = StreamedModel(finetuned, torch.device(device), purpose)
@@ -249,7 +250,7 @@ def streamed_model(
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether arguments are the same; never, if they are more than tensors and plain values, which may change later."""
+    """Return whether arguments are equal; False for anything but tensors and plain values, as it may change later."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, tuple):

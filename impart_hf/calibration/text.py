@@ -1,4 +1,4 @@
-"""Calibration text: from a file, a folder, a list or a data set on the Hub to token sequences of one length."""
+"""Token sequences of one length, drawn from text: from a file, a folder, a list or a data set on the Hub."""
 
 import itertools
 import json
@@ -20,13 +20,13 @@ _FILE_TYPES = (".txt", ".jsonl", ".json")
 _TEXT_FIELDS = ("text", "content")
 _ACCEPTED = (
     "a record is a string, or has a string under 'text' or 'content', a list of messages under 'messages', strings "
-    "under 'prompt' and 'completion', or just one field that is a string"
+    "under 'prompt' and 'completion', or exactly one field that is a string"
 )
-_REMEDY = "write what the model is to read into a field 'text'"
-# Sequences are drawn from this many times as many as are asked for: no source is read further than that.
+_REMEDY = "write the text for the model into a field 'text'"
+# The sequences are drawn from the first _POOL * samples of a source; no more of it is read.
 _POOL = 4
 PIECE_CHARACTERS = 1 << 20
-# owner/name, then perhaps :configuration and @split.
+# owner/name, optionally followed by :configuration and @split.
 _DATASET_NAME = re.compile(r"(?P<name>[^:@./~\\][^:@]*)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
 
 
@@ -38,12 +38,12 @@ def calibration_tokens(
     length: int = 2048,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Token sequences drawn from a source.
+    """Draw token sequences from a source.
 
     Texts are joined with the tokenizer's end-of-text token between them and cut into sequences, each with the
-    tokenizer's begin-of-text token in front, where it has these. Special tokens that a text itself writes, as chat
-    templates do, are taken as such, and not doubled by those. The sequences are drawn, by the seed, from the first
-    `4 * samples` of them; nothing beyond those is read.
+    tokenizer's begin-of-text token in front, if the tokenizer has these tokens. Special tokens that a text contains,
+    as chat templates write them, are recognised and not doubled. The sequences are drawn at random from the first
+    `4 * samples` of the source; nothing after those is read.
 
     Args:
         source: one of
@@ -55,36 +55,36 @@ def calibration_tokens(
               `owner/name:configuration@split`, such as `allenai/c4:en@validation`; the split is "train" if not given,
               and its rows are the records.
 
-            A record is one text, and a blank one is passed over. It is a string, or an object with the first of these
-            that it has:
-            - a string under "text", else "content";
-            - under "messages", a list of objects with "role" and "content": the text is what the tokenizer's chat
-              template makes of them;
-            - strings under "prompt" and "completion": the one and the other, with nothing between them;
-            - just one field that is a string.
-        tokenizer: the model's.
-        samples: how many sequences to draw; there may be fewer.
-        length: of each sequence, in tokens.
-        seed: of the draw; the same seed, source and tokenizer give the same sequences.
+            A record is one text; blank ones are skipped. It is a string, or an object from which the first of these
+            is taken:
+            - a string under "text", otherwise under "content";
+            - under "messages", a list of objects with "role" and "content", rendered with the tokenizer's chat
+              template;
+            - strings under "prompt" and "completion", joined with nothing between them;
+            - the only field that is a string.
+        tokenizer: the model's tokenizer.
+        samples: the number of sequences to draw; a short source gives fewer.
+        length: tokens per sequence.
+        seed: seed of the draw; the same seed, source and tokenizer give the same sequences.
 
     Returns:
-        int64, (sequences, length): `samples` sequences, or all there are, in the source's order.
+        int64, (sequences, length): `samples` sequences, or all of a short source, in the source's order.
 
     Raises:
         FileNotFoundError: if there is no such file, folder or data set.
-        ValueError: if the source is of none of these kinds, holds no text, not enough for one sequence or a record
-            that is none of these, or if the tokenizer has no chat template that takes its messages.
-        ModuleNotFoundError: if it needs the library `datasets`, which is not installed.
+        ValueError: if the source is of another kind, holds no text or not enough for one sequence, if a record has
+            none of these forms, or if the tokenizer has no chat template that accepts its messages.
+        ModuleNotFoundError: if the source needs the library `datasets`, which is not installed.
     """
     if samples < 1 or length < 2:
-        raise ValueError(f"a text needs at least one sequence of two tokens, not {samples} of {length}")
+        raise ValueError(f"a text needs at least one sequence of two tokens, got {samples} of {length}: ask for more")
     sequences = list(itertools.islice(_sequences(source, tokenizer, length), _POOL * samples))
     if len(sequences[-1]) < length:
         rest = sequences.pop()
         if not sequences:
             raise ValueError(
                 f"the text has {len(rest)} tokens, too few for one sequence of {length}: give more text, or ask for "
-                f"sequences of {len(rest)} tokens or less"
+                f"sequences of at most {len(rest)} tokens"
             )
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(sequences), generator=generator)[:samples].sort().values
@@ -92,10 +92,10 @@ def calibration_tokens(
 
 
 def load_tokenizer(source: str, options: HubOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or Hub repository.
+    """Load the tokenizer of a local folder or Hub repository.
 
     Raises:
-        ValueError: if it has none that can be read.
+        ValueError: if it cannot be read.
     """
     try:
         return AutoTokenizer.from_pretrained(
@@ -109,36 +109,36 @@ def load_tokenizer(source: str, options: HubOptions) -> PreTrainedTokenizerBase:
 def model_tokens(
     model: Checkpoint, source: CalibrationSource, samples: int, length: int, seed: int = 0
 ) -> torch.Tensor:
-    """`calibration_tokens` with a model's own tokenizer, no longer than it has positions."""
+    """Draw sequences as `calibration_tokens` does, with the model's tokenizer and at most its positions in length."""
     tokenizer, length = load_tokenizer(model.source, model.options), within_positions(length, model.config)
     return calibration_tokens(source, tokenizer, samples=samples, length=length, seed=seed)
 
 
 def within_positions(length: int, config: Mapping[str, Any]) -> int:
-    """A sequence's length, no longer than a model with this config.json has positions."""
+    """Return `length`, or the number of positions of a model with this config.json if that is smaller."""
     return min(length, getattr(text_config(config), "max_position_embeddings", None) or length)
 
 
 def check_vocabulary(tokens: torch.Tensor, vocabulary: int, model: str) -> None:
-    """See that a model has every token of a text.
+    """Check that a model has every token of a text.
 
     Args:
         tokens: int64, of any shape.
-        vocabulary: how many tokens the model knows.
+        vocabulary: number of tokens in the model's vocabulary.
         model: its name, for the error.
 
     Raises:
-        ValueError: if not: its tokenizer is another model's.
+        ValueError: if a token is outside the vocabulary: the tokenizer belongs to another model.
     """
     if int(tokens.max()) >= vocabulary:
         raise ValueError(
             f"the text's token {int(tokens.max())} is not in the model's vocabulary of {vocabulary}: the tokenizer of "
-            f"'{model}' is not its own"
+            f"'{model}' belongs to another model, replace it"
         )
 
 
 def _sequences(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[torch.Tensor]:
-    """The source's tokens, int64, in sequences of one length; the last is shorter, or has nothing but its start."""
+    """Yield the source's tokens, int64, in sequences of one length; the last is shorter, or only its start token."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     stream = _token_stream(source, tokenizer)
     while True:
@@ -157,25 +157,25 @@ def _token_stream(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase)
         if not ended and tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id
         for piece in pieces:
-            # `verbose=False`: no warning that a text is longer than the model's context, it is cut later.
-            # JSON can hold halves of surrogate pairs, which no tokenizer takes.
+            # JSON can hold halves of surrogate pairs, which no tokenizer accepts.
             piece = piece.encode("utf-8", "replace").decode("utf-8")
+            # `verbose=False` suppresses the warning about texts longer than the model's context: they are cut later.
             yield from tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            # Many chat templates put a line's end behind the end-of-text token.
+            # Many chat templates put a newline after the end-of-text token.
             ended = tokenizer.eos_token is not None and piece.rstrip().endswith(tokenizer.eos_token)
 
 
 def _texts(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterable[str]]:
-    """The texts that are not blank, each as pieces to be put together, so that a long one need not be read whole."""
-    found = False
+    """Yield the texts that are not blank, each as successive pieces, so that a long one is never in memory whole."""
+    any_text = False
     for pieces in _all_texts(source, tokenizer):
         first = next((piece for piece in pieces if piece.strip()), None)
         if first is not None:
-            found = True
+            any_text = True
             yield itertools.chain([first], pieces)
-    if not found:
+    if not any_text:
         named = f"'{os.fspath(source)}'" if isinstance(source, str | os.PathLike) else "the list"
-        raise ValueError(f"text: {named} holds no text")
+        raise ValueError(f"text: {named} holds no text: give one that is not blank")
 
 
 def _all_texts(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterator[str]]:
@@ -187,7 +187,7 @@ def _all_texts(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _records(source: CalibrationSource) -> Iterator[tuple[Any, str]]:
-    """The records of every source that has such, with the place of each for errors."""
+    """Yield the records of any source except a .txt file, each with its location for errors."""
     if not isinstance(source, str | os.PathLike):
         yield from _listed(source)
         return
@@ -195,20 +195,20 @@ def _records(source: CalibrationSource) -> Iterator[tuple[Any, str]]:
     kind = path.suffix.lower()
     if path.is_file():
         if kind not in _FILE_TYPES:
-            raise ValueError(f"text: '{path}' is none of the types {', '.join(_FILE_TYPES)}")
+            raise ValueError(f"text: '{path}' has an unknown file type: convert it to one of {', '.join(_FILE_TYPES)}")
         yield from _file_records(path)
     elif path.is_dir():
         yield from _dataset(str(path), None, "train")
     else:
         name = _DATASET_NAME.fullmatch(source) if isinstance(source, str) and kind not in _FILE_TYPES else None
         if name is None:
-            raise FileNotFoundError(f"text: '{path}' does not exist")
+            raise FileNotFoundError(f"text: '{path}' does not exist: check the path")
         yield from _dataset(name["name"], name["config"], name["split"] or "train")
 
 
 def _listed(source: object) -> Iterator[tuple[Any, str]]:
     if not isinstance(source, Sequence) or isinstance(source, bytes | bytearray):
-        raise ValueError(f"text must be a path, a data set's name or a list of strings or records, not {source!r:.80}")
+        raise ValueError(f"text must be a path, a data set's name or a list of strings or records, got {source!r:.80}")
     for number, record in enumerate(source):
         yield record, f"entry {number} of the list"
 
@@ -219,12 +219,12 @@ def _opened(path: Path) -> Iterator[TextIO]:
         with path.open(encoding="utf-8-sig") as file:
             yield file
     except UnicodeDecodeError as error:
-        raise ValueError(f"text: '{path}' is not UTF-8: {error}") from error
+        raise ValueError(f"text: '{path}' is not UTF-8, convert it: {error}") from error
 
 
 def _pieces(path: Path) -> Iterator[str]:
     with _opened(path) as file:
-        # Up to a line's end, so that no word is torn.
+        # Each piece ends at a line's end, so that no word is split.
         while piece := file.read(PIECE_CHARACTERS) + file.readline():
             yield piece
 
@@ -247,7 +247,7 @@ def _file_records(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _text_of(record: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of one record."""
+    """Return the text of one record."""
     if isinstance(record, str):
         return record
     if not isinstance(record, Mapping):
@@ -255,7 +255,7 @@ def _text_of(record: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str
     for field in _TEXT_FIELDS:
         if isinstance(record.get(field), str):
             return record[field]
-    # Data sets fill fields that a row has not with None.
+    # Data sets fill the missing fields of a row with None.
     if record.get("messages") is not None:
         return _chat(record["messages"], where, tokenizer)
     if {"prompt", "completion"} <= record.keys() and (record["prompt"], record["completion"]) != (None, None):
@@ -270,22 +270,23 @@ def _text_of(record: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def _chat(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the tokenizer's chat template makes of messages."""
+    """Render messages with the tokenizer's chat template."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(f"text: 'messages' of {where} is not a list of messages, but {messages!r:.80}")
-    # Templates write nothing, or "None", for what is missing. What content a template takes is its own affair.
+        raise ValueError(f"text: 'messages' of {where} must be a list of messages, got {messages!r:.80}; {_REMEDY}")
+    # Templates silently write nothing, or "None", for a missing field. The parts of a content list are not checked,
+    # because templates accept different ones.
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"text: message {number} of {where} has no 'role' that is a string")
+            raise ValueError(f"text: message {number} of {where} must have a 'role' that is a string")
         if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-            raise ValueError(f"text: message {number} of {where} has no 'content' that is a string or a list of parts")
+            raise ValueError(f"text: message {number} of {where} must have a 'content': a string or a list of parts")
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-    except Exception as error:  # a template is a program, with errors of every kind
+    except Exception as error:  # a template is a program and can raise any exception
         if getattr(tokenizer, "chat_template", None) is None:
             reason = "the tokenizer has no chat template"
         else:
-            reason = "the tokenizer's chat template refuses them: " + " ".join(f"{error}".split())
+            reason = "the tokenizer's chat template rejects them: " + " ".join(f"{error}".split())
         raise ValueError(f"text: {where} has 'messages', but {reason}; {_REMEDY}") from error
 
 
@@ -294,7 +295,7 @@ def _dataset(name: str, config: str | None, split: str) -> Iterator[tuple[Any, s
         from datasets import load_dataset
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"text: '{name}' is read with the library datasets: pip install 'impart-hf[calibration]'"
+            f"text: reading '{name}' needs the library datasets: pip install 'impart-hf[calibration]'"
         ) from error
     try:
         records = load_dataset(name, config, split=split, streaming=True)
@@ -302,7 +303,7 @@ def _dataset(name: str, config: str | None, split: str) -> Iterator[tuple[Any, s
         if os.path.isdir(name):
             kinds = ", ".join(_FILE_TYPES)
             raise FileNotFoundError(
-                f"text: there is no file in '{name}' that datasets reads, such as {kinds}"
+                f"text: the folder '{name}' has no file that datasets can read, such as {kinds}"
             ) from error
         raise FileNotFoundError(
             f"text: '{name}' is neither a file, nor a folder of data files, nor a data set that can be "

@@ -1,4 +1,4 @@
-"""The bytes of every matrix, for methods that spread one budget over a model by what its components are worth."""
+"""Byte budgets of all matrices, for methods that share one budget among them according to their components."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,37 +12,38 @@ from ..modeling.checkpoints import Checkpoint
 from .pair import ModelPair
 from .scan import TensorPlan
 
-# Squares of smaller numbers vanish in float32: such a delta has no norm, and moves no model.
-_NOTHING = 1e-15
-_MOST_SHARE = 2  # of the budget of a matrix by its size alone, up to which its components are looked at
+# The squares of smaller numbers underflow in float32: such a delta has norm 0 and changes no model.
+_ZERO_DELTA = 1e-15
+# Components are computed for up to this multiple of the budget that a matrix has in proportion to its size.
+_BUDGET_MULTIPLE = 2
 
 
 def deltas_of(
     tensor: TensorPlan, base: Checkpoint, finetuned: Checkpoint, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, bool]]:
-    """The delta of each of a tensor's matrices, float32 (m, n), and whether it is anything at all."""
+    """Yield the delta of each of a tensor's matrices, float32 (m, n), and whether it is more than zero."""
     before = base.tensor(tensor.name)
     after = finetuned.tensor(tensor.name)[: before.shape[0]]
     stack = (-1, *tensor.shape[-2:])
     for old, new in zip(before.reshape(stack), after.reshape(stack), strict=True):
         delta = new.to(device, torch.float32) - old.to(device, torch.float32)
-        yield delta, bool(delta.abs().max() > _NOTHING)
+        yield delta, bool(delta.abs().max() > _ZERO_DELTA)
 
 
 def _sharing(tensors: list[TensorPlan], method: MethodConfig) -> list[TensorPlan]:
-    """The tensors that the user's own method encodes; others keep their budgets."""
+    """Return the tensors that the user's own method encodes; others keep their budgets."""
     return [tensor for tensor in tensors if method_for(method, tensor.vocabulary) is method]
 
 
 def _rank_rule(tensor: TensorPlan, method: MethodConfig) -> Callable[[np.ndarray], int]:
-    """How many components of each matrix of a tensor are looked at, by the singular values."""
+    """Return the function that gives, from a matrix's singular values, how many of its components to compute."""
     rows, columns = tensor.shape[-2:]
-    most = _MOST_SHARE * (tensor.max_bytes // tensor.matrices)
+    most = _BUDGET_MULTIPLE * (tensor.max_bytes // tensor.matrices)
     return partial(method.rank_for, rows=rows, columns=columns, max_bytes=most)
 
 
 def components_bytes(tensors: list[TensorPlan], method: MethodConfig, number_bytes: int) -> int:
-    """What the components take at most that `shared_budgets` has `svd_of` keep, each number in so many bytes."""
+    """Return the most bytes of the components that `svd_of` keeps in `shared_budgets`, at `number_bytes` a number."""
     total = 0
     for tensor in _sharing(tensors, method):
         rows, columns = tensor.shape[-2:]
@@ -55,48 +56,53 @@ def components_bytes(tensors: list[TensorPlan], method: MethodConfig, number_byt
 def shared_budgets(
     tensors: list[TensorPlan], pair: ModelPair, method: MethodConfig, svd_of: SvdOf
 ) -> dict[str, list[int]]:
-    """Decompose every matrix, and give each the bytes that its components are worth.
+    """Decompose every matrix, and allocate each a byte budget according to its components.
 
     Args:
-        tensors: that are to be encoded, with budgets in proportion to their sizes: what these add up to is spread.
-        method: that of the user, with `shares_budget`; tensors that another method encodes keep their budgets.
-        svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components and keeps
-            them for the encoding.
+        tensors: the tensors to encode, with budgets in proportion to their sizes; the sum of these is shared.
+        method: the user's method, with `shares_budget`; tensors that another method encodes keep their budgets.
+        svd_of: gives, for a tensor's name and a matrix's index in its stack, the function that computes the matrix's
+            singular components and keeps them for the encoding.
 
     Returns:
-        By tensor name, the bytes of each of its matrices.
+        By tensor name, the byte budget of each of its matrices.
     """
     tensors = _sharing(tensors, method)
     if not tensors:
         return {}
-    found: list[tuple[TensorPlan, Spectrum]] = []
+    spectra: list[tuple[TensorPlan, Spectrum]] = []
     with pair.progress.bar(sum(tensor.dense_bytes for tensor in tensors), "Decomposing", "B") as bar:
         for tensor in tensors:
             bar.set_postfix_str(tensor.name)
-            for number, (delta, is_any) in enumerate(deltas_of(tensor, pair.base, pair.finetuned, pair.device)):
+            for number, (delta, is_nonzero) in enumerate(deltas_of(tensor, pair.base, pair.finetuned, pair.device)):
                 rows, columns = delta.shape
                 spectrum = np.empty(0)
-                if is_any:
+                if is_nonzero:
                     _, sigma, _ = svd_of(tensor.name, number)(delta, _rank_rule(tensor, method))
                     spectrum = sigma.double().cpu().numpy()
-                weight = embedding_weight(pair.base.tensor(tensor.name), delta) if tensor.vocabulary and is_any else 1.0
+                weight = (
+                    embedding_weight(pair.base.tensor(tensor.name), delta) if tensor.vocabulary and is_nonzero else 1.0
+                )
                 energy = float(torch.linalg.vector_norm(delta)) ** 2
-                found.append((tensor, Spectrum(spectrum, rows, columns, energy, tensor.vocabulary, weight)))
+                spectra.append((tensor, Spectrum(spectrum, rows, columns, energy, tensor.vocabulary, weight)))
             bar.update(tensor.dense_bytes)
-    shares = method.allocate([spectrum for _, spectrum in found], sum(t.max_bytes for t in tensors))
+    shares = method.allocate([spectrum for _, spectrum in spectra], sum(t.max_bytes for t in tensors))
     budgets: dict[str, list[int]] = {tensor.name: [] for tensor in tensors}
-    for (tensor, _), share in zip(found, shares, strict=True):
+    for (tensor, _), share in zip(spectra, shares, strict=True):
         budgets[tensor.name].append(share)
     return budgets
 
 
 def embedding_weight(base: torch.Tensor, delta: torch.Tensor) -> float:
-    """What squared errors of an embedding (tokens, size) count for, in those of other vocabulary matrices; 1 or more.
+    """Return the weight of an embedding's squared error relative to other vocabulary matrices'; 1 or more.
 
-    A linear layer has inputs of about unit variance, so that its squared error is that of its output. Of an embedding,
-    a token takes one row, and what comes out is normalised: relative to the mean square of the weights, the squared
-    error is shared by as many tokens as the fine-tune met, of which the rows that it changed tell. Where they are few,
-    each has a large part of it.
+    The inputs of a linear layer have about unit variance, so that its squared error is that of its output. A token
+    reads one row of an embedding, and the result is normalised: the squared error, relative to the mean square of the
+    weights, is divided among the tokens that the fine-tune was trained on. Their number is estimated from the rows that
+    it changed. If they are few, each has a large part of the error.
+
+    Args:
+        base, delta: (tokens, size).
     """
     energies = torch.linalg.vector_norm(delta, dim=1).double().square()
     tokens = float(energies.sum().square() / energies.square().sum())

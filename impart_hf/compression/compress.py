@@ -1,4 +1,4 @@
-"""Compressing a fine-tuned model: the function that users call."""
+"""The public function `compress`."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,58 +42,57 @@ def compress(
 ) -> CompressionReport:
     """Compress a fine-tuned model to a delta repository against its base.
 
-    Both models are read tensor by tensor and never held as a whole (but for distillation). Work in progress is kept in
-    a hidden folder beside `output_dir`, one file a tensor: a run that was killed goes on where it stopped and gives
-    the same bytes as an unbroken one. `output_dir` appears, complete, at the end.
+    Both models are read tensor by tensor and never held as a whole, except for distillation. Work in progress is kept
+    in a hidden folder beside `output_dir`, one file per tensor: a killed run resumes where it stopped and gives the
+    same bytes as an unbroken one. `output_dir` appears, complete, at the end.
 
-    In several processes (`accelerate launch`) the first does everything but distillation, in which all take part; they
-    must see one file system. All return the report.
+    In several processes (`accelerate launch`), the first does everything except distillation, in which all take part;
+    they must share a file system. All return the report.
 
     Args:
         base: local folder or Hub id of the base model.
         finetuned: local folder or Hub id of the fine-tuned model.
-        output_dir: where the repository goes; must not exist, be empty, or hold a delta repository, which is replaced.
+        output_dir: folder of the repository; must not exist, be empty, or hold a delta repository, which is replaced.
         method: a method's configuration; `ImPartRdConfig` at ratio 32 if None.
-        max_bytes: what the repository may take, as a number of bytes or a string such as "500MB", in the place of the
-            method's ratio. The same is counted as for that; but where a ratio may be missed, this is a limit.
-        calibration: text for the methods that quantise, as for `calibration_text.calibration_tokens`. Without it they
-            round to the nearest level. With it, one decoder layer at a time is run over the text, fed by the layers
-            compressed before it.
-        distill: text of the same kinds on which the numbers in the finished records are trained towards the
-            fine-tune's logits; see `distilling.distill`. Needs room for both models, or with
+        max_bytes: the most that the repository may take, as a number of bytes or a string such as "500MB", instead of
+            the method's ratio. The same files are counted; a ratio may be missed, but this limit is kept.
+        calibration: calibration text for the methods that quantise, as for `calibration.text.calibration_tokens`.
+            Without it they round to the nearest level. With it, one decoder layer at a time is run over the text, on
+            the outputs of the compressed layers before it.
+        distill: text, of the same kinds, on which the numbers in the finished records are trained towards the
+            fine-tune's logits; see `distillation.distillation.distill`. Needs memory for both models, or with
             `DistillSettings(blocks=1)` for one decoder layer.
-        calibration_samples: sequences of text taken at most, for either purpose.
-        calibration_length: tokens of a sequence; not more than the model's positions.
-        distill_settings: how that is done.
+        calibration_samples: the most sequences to take from each text.
+        calibration_length: tokens per sequence; at most the model's positions.
+        distill_settings: settings of distillation.
         device: where matrices are decomposed, such as "cuda".
         base_revision: branch, tag or commit of the base on the Hub.
-        finetuned_revision: the same of the fine-tuned model.
-        base_name: the id to record for the base, if it was given as a local folder but lives on the Hub.
+        finetuned_revision: the same for the fine-tuned model.
+        base_name: the Hub id to record for a base that was given as a local folder.
         token, cache_dir: as for any download from the Hub.
         max_shard_size: a delta file larger than this is split.
         progress: show progress bars.
 
     Returns:
-        What became of every tensor, the bytes, and whether the requested ratio was met.
+        A report on every tensor, the sizes, and whether the requested ratio was met.
 
     Raises:
         CheckpointError: if one of the models cannot be read.
         IncompatibleModelsError: if they are not a pair, or hold NaN or infinity.
-        ValueError: if the method's ratio cannot be reached, a device or size is none that can be used, or a text is
-            too short.
+        ValueError: if the method's ratio cannot be reached, a device or size is invalid, or a text is too short.
         OutputError: if `output_dir` holds something else, is being written by another process, or the disk is full.
     """
     method = method if method is not None else ImPartRdConfig()
     if not isinstance(method, MethodConfig):
         raise TypeError(f"method must be a method's configuration such as ImPartRdConfig(), got {method!r}")
     if calibration is not None and not method.quantises:
-        raise ValueError(f"calibration is for the methods that quantise; '{method.name}' does not")
+        raise ValueError(f"calibration is for the methods that quantise, and '{method.name}' does not: leave it out")
     if distill_settings is not None and distill is None:
-        raise ValueError("distill_settings are for distillation, which needs a text: distill is None")
+        raise ValueError("distill_settings are for distillation, which needs a text, but distill is None: give a text")
     shard_size, wanted_bytes = shard_bytes(max_shard_size), wanted_size(max_bytes)
-    distributed.connect(str(device).startswith("cpu"))  # gives each process a GPU of its own: before any is used
+    distributed.connect(str(device).startswith("cpu"))  # before a GPU is used: it assigns one to each process
     device = usable_device(device)
-    # Whether the output can be written shows before anything is downloaded
+    # The workspace comes first, so that an output that cannot be written fails before anything is downloaded.
     with Workspace(Path(output_dir)) if distributed.is_first() else nullcontext() as workspace:
         pair = ModelPair(
             base,

@@ -1,4 +1,4 @@
-"""From a tensor's plan to its records in a workspace."""
+"""Encoding of planned tensors into records in a workspace."""
 
 import hashlib
 from typing import Any
@@ -18,10 +18,10 @@ from .scan import TensorPlan
 
 
 class Encoding:
-    """The encoding of a pair's tensors into a workspace, each once, in whatever order they come.
+    """Encodes a pair's tensors into a workspace, each once, in any order.
 
     Attributes:
-        bar: shows the bytes that are done.
+        bar: progress bar over the dense bytes.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Encoding:
         self._done = self._written = 0
 
     def encode(self, tensor: TensorPlan, hessian: torch.Tensor | None = None) -> None:
-        """Make the tensor's records, unless that has been done."""
+        """Encode a tensor and write its records, unless that has been done."""
         if self._waiting.pop(tensor.name, None) is None:
             return
         self.bar.set_postfix_str(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
@@ -56,7 +56,7 @@ class Encoding:
         self.bar.update(tensor.dense_bytes)
 
     def compressed(self, name: str, hessian: torch.Tensor | None) -> torch.Tensor:
-        """The tensor as a reader will see it, encoded with the second moments of its inputs if need be."""
+        """Return the tensor as a reader decodes it; if it is not yet encoded, encode it first, with this Hessian."""
         dense = self._finetuned.tensor(name)
         tensor = self._by_name.get(name)
         if tensor is None:
@@ -77,18 +77,16 @@ def encode_tensor(
     svd_of: SvdOf = leading_svd_of,
     budgets: list[int] | None = None,
 ) -> tuple[bytes, list[str]]:
-    """The records of one tensor, and the notes of its method.
-
-    A stack of matrices gives a record for each.
+    """Return the records of one tensor, one per matrix of a stack, and the method's notes on it.
 
     Args:
-        budgets: bytes of each matrix; None for equal shares of the tensor's.
+        budgets: byte budget of each matrix; None for equal shares of the tensor's.
     """
     encoder = method_for(method, tensor.vocabulary)
     records, notes = [], []
-    for number, (delta, is_any) in enumerate(deltas_of(tensor, base, finetuned, device)):
+    for number, (delta, is_nonzero) in enumerate(deltas_of(tensor, base, finetuned, device)):
         seed = mask_seed(method.seed, tensor.name, number)
-        if is_any:
+        if is_nonzero:
             svd = svd_of(tensor.name, number)
             budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
             encoded = encoder.encode(delta, budget, seed, hessian=hessian, svd=svd, vocabulary=tensor.vocabulary)
@@ -100,11 +98,11 @@ def encode_tensor(
 
 
 def mask_seed(seed: int, name: str, number: int) -> int:
-    """The 32-bit mask seed of a matrix: each matrix of a model gets masks of its own from the user's one seed.
+    """Derive the 32-bit mask seed of a matrix from the method's seed, so that every matrix has its own masks.
 
     Args:
         seed: the method's seed.
         name: the tensor's name.
-        number: of the matrix in its stack; 0 for a plain matrix.
+        number: the matrix's index in its stack; 0 for a plain matrix.
     """
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}:{number}".encode()).digest()[:4], "little")

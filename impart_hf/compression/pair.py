@@ -17,11 +17,11 @@ from .scan import TensorPlan, scan
 
 
 class ModelPair:
-    """A base and a fine-tune of it, read through once however often they are compressed.
+    """A base and a fine-tune of it, scanned once for any number of compressions.
 
     Attributes:
         base, finetuned: the two checkpoints.
-        recorded_base: what config.json records of the base, from `names.recorded_base`.
+        recorded_base: the base's name and revision in config.json, from `common.names.recorded_base`.
         device: where matrices are decomposed.
         progress: shows bars.
     """
@@ -53,19 +53,19 @@ class ModelPair:
 
     @cached_property
     def tensors(self) -> list[TensorPlan]:
-        """What is to become of every tensor, before any method has a say."""
+        """The kind of every tensor, before a method sets budgets; both checkpoints are read on first access."""
         return scan(self.base, self.finetuned, self.progress)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The fine-tune's.
+        """Load the fine-tune's tokenizer.
 
         Raises:
-            ValueError: if it has none that can be read.
+            ValueError: if it cannot be read.
         """
         return load_tokenizer(self.finetuned.source, self.finetuned.options)
 
     def load(self, repository: Path | None = None) -> PreTrainedModel:
-        """A delta repository of this pair, or the fine-tune itself, in float32 on the device, to be judged."""
+        """Load a delta repository of this pair, or the fine-tune itself, in float32 on the device."""
         if repository is None:
             source, options = self.finetuned.source, self.finetuned.options
             return load(
@@ -75,10 +75,10 @@ class ModelPair:
         source, options = self.base.source, self.base.options
         return load(
             str(repository), torch.float32, self.device,
-            # The name recorded for a folder is for others, and need not exist yet
+            # The Hub id that is recorded for a local base need not exist yet.
             base_model=source if os.path.isdir(source) else None, token=options.token, cache_dir=options.cache_dir,
         )  # fmt: skip
 
     def tokens(self, source: CalibrationSource, samples: int, length: int) -> torch.Tensor:
-        """int64 (at most `samples`, `length` or as many positions as the model has): sequences of a text."""
+        """Draw sequences from a text: int64 (at most `samples`, `length` or the model's positions if fewer)."""
         return model_tokens(self.finetuned, source, samples, length)

@@ -1,4 +1,4 @@
-"""The pipeline: a pair in, a delta repository out, one tensor at a time."""
+"""The compression pipeline: from a pair to a delta repository, one tensor at a time."""
 
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -29,16 +29,16 @@ Method = TypeVar("Method", bound=MethodConfig)
 
 @dataclass(frozen=True)
 class CompressionRequest:
-    """What a pair is compressed to.
+    """How to compress a pair.
 
     Attributes:
         method: a method's configuration.
-        max_bytes: most that the repository may take, in place of the method's ratio; None for the ratio.
-        calibration: int64 (sequences, length), or None.
-        distillation: int64 (sequences, length), or None.
-        distill_settings: of distillation.
+        max_bytes: the most that the repository may take, instead of the method's ratio; None for the ratio.
+        calibration: calibration tokens, int64 (sequences, length), or None.
+        distillation: tokens to distil on, int64 (sequences, length), or None.
+        distill_settings: settings of distillation.
         max_shard_size: in bytes; a larger delta file is split.
-        card_data: more entries for the model card's metadata.
+        card_data: additional entries for the model card's metadata.
         origin: where the fine-tune comes from, as for `delta_card`.
     """
 
@@ -52,7 +52,7 @@ class CompressionRequest:
     origin: str = ""
 
     def recorded_method(self, method: MethodConfig) -> dict[str, Any]:
-        """What config.json records: the method's name and settings, and the text that was used."""
+        """Return config.json's entry on the method: its name and settings, and the sizes of the texts."""
         recorded = method.to_dict()
         if method.quantises:
             recorded["calibration"] = _text_size(self.calibration) or method.uncalibrated
@@ -62,24 +62,26 @@ class CompressionRequest:
         return recorded
 
     def fingerprint_inputs(self) -> list[Any]:
-        """What the result depends on beside the pair and the method, as JSON can hold it."""
+        """Return what the result depends on besides the pair and the method, in types that JSON can hold."""
         texts = [None if ids is None else ids.tolist() for ids in (self.calibration, self.distillation)]
         return [*texts, None if self.distillation is None else asdict(self.distill_settings)]
 
 
 def sized(method: Method, max_bytes: int | None, weight_bytes: int) -> Method:
-    """A method with the ratio at which the repository takes `max_bytes`; as it is, if that is None.
+    """Return the method with the ratio at which the repository takes `max_bytes`; unchanged if that is None.
 
     Args:
-        weight_bytes: of the fine-tuned checkpoint.
+        weight_bytes: size of the fine-tuned checkpoint's weight files.
 
     Raises:
-        ValueError: if the checkpoint takes no more.
+        ValueError: if `max_bytes` is not below that size.
     """
     if max_bytes is None:
         return method
     if max_bytes >= weight_bytes:
-        raise ValueError(f"max_bytes={max_bytes} is no less than what the model's own weights take: {weight_bytes}")
+        raise ValueError(
+            f"max_bytes={max_bytes} is not below the {weight_bytes} bytes of the model's own weights: ask for less"
+        )
     return replace(method, compression_ratio=weight_bytes / max_bytes)
 
 
@@ -89,7 +91,8 @@ def compress_pair(
     """Compress a pair into a workspace, and publish it.
 
     Args:
-        svd_of: for a tensor's name and a matrix's number in its stack, what gives its singular components.
+        svd_of: gives, for a tensor's name and a matrix's index in its stack, the function that computes its singular
+            components.
     """
     started = time.perf_counter()
     method = sized(request.method, request.max_bytes, pair.finetuned.weight_bytes)
@@ -120,7 +123,7 @@ def _encode(
     stream: StreamedModel | None,
     calibration: torch.Tensor | None,
 ) -> None:
-    """Put the records of every tensor that is to be encoded into the workspace."""
+    """Write the records of every tensor to encode into the workspace."""
     budgets: dict[str, list[int]] = {}
     if method.shares_budget:
         svd_of = SvdCache(workspace.components(), _KEPT).of
@@ -136,7 +139,7 @@ def _encode(
 def _distil(
     pair: ModelPair, workspace: Workspace, plan: CompressionPlan, request: CompressionRequest
 ) -> DistillReport | None:
-    """Train the workspace's records, if that is asked for; all processes do."""
+    """Train the workspace's records in all processes, if the request asks for distillation."""
     if request.distillation is None:
         return None
     paths = {tensor.name: workspace.record_path(tensor.name) for tensor in plan.encoded}
@@ -150,23 +153,24 @@ def _distil(
 
 
 def help_first(pair: ModelPair) -> CompressionReport:
-    """What a process does that is not the first: it takes part in distillation, and waits for the report."""
-    found: _Distillation | CompressionReport = distributed.from_first()
-    if isinstance(found, _Distillation):
-        found.run(pair)
-        found = distributed.from_first()
-    assert isinstance(found, CompressionReport)
-    return found
+    """Take part in distillation, in a process that is not the first, and return the first process's report."""
+    received: _Distillation | CompressionReport = distributed.from_first()
+    if isinstance(received, _Distillation):
+        received.run(pair)
+        received = distributed.from_first()
+    assert isinstance(received, CompressionReport)
+    return received
 
 
 @dataclass(frozen=True)
 class _Distillation:
-    """What all processes do together.
+    """The inputs of distillation, which all processes run together.
 
     Attributes:
         records: by tensor name, the file of the tensor's records.
         tokens: int64 (sequences, length).
-        checkpoints: folder for the state of training.
+        settings: settings of distillation.
+        checkpoints: folder for training checkpoints.
     """
 
     records: dict[str, Path]
@@ -183,7 +187,7 @@ class _Distillation:
 
 
 def _distillation() -> Any:
-    """The module that distils: it loads the Trainer, which no other use of a compression has to wait for.
+    """Import the distillation module late: it loads the Trainer, which takes seconds and which nothing else needs.
 
     Raises:
         ModuleNotFoundError: if accelerate is not installed.

@@ -1,4 +1,4 @@
-"""What changed between a base and a fine-tune, tensor by tensor."""
+"""The scan of a pair: which tensors changed, and their checksums."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,23 @@ from ..modeling.checkpoints import Checkpoint, all_finite
 from ..modeling.checksums import tensor_checksum
 from .compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
 
-# Squares of larger numbers, summed over a column, leave float32's range.
+# The squares of larger numbers, summed over a column, overflow in float32.
 _LARGEST = 1e15
 
 
 @dataclass
 class TensorPlan:
-    """What becomes of one fine-tuned tensor.
+    """How one fine-tuned tensor is stored.
 
     Attributes:
-        kind: "equal" (to the base; costs nothing), "kept" (stored as it is) or "encoded".
-        shape: of the part that base and fine-tune share.
-        dtype: of the fine-tuned tensor.
+        name: the tensor's name.
+        kind: "equal" (to the base, and not stored), "kept" (stored unchanged) or "encoded".
+        shape: shape of the part that base and fine-tune share.
+        dtype: dtype of the fine-tuned tensor.
         vocabulary: whether it has a row for every token: an embedding or output projection.
-        added_rows: rows that the fine-tune has beyond the base's.
-        max_bytes: budget of the tensor's records, for "encoded".
-        base_checksum, checksum: of the base's and of the fine-tuned tensor.
+        added_rows: number of rows beyond the base's.
+        max_bytes: byte budget of the tensor's records, for "encoded".
+        base_checksum, checksum: checksums of the base's and of the fine-tuned tensor.
     """
 
     name: str
@@ -48,17 +49,17 @@ class TensorPlan:
 
     @property
     def matrices(self) -> int:
-        """How many matrices it is a stack of."""
+        """Number of matrices in the stack; 1 for a plain matrix."""
         return element_count(self.shape[:-2])
 
 
 def element_count(shape: tuple[int, ...]) -> int:
-    """How many numbers a tensor of this shape has."""
+    """Return how many elements a tensor of this shape has."""
     return torch.Size(shape).numel()
 
 
 def scan(base: Checkpoint, finetuned: Checkpoint, progress: Progress) -> list[TensorPlan]:
-    """Read both checkpoints once: find what is equal, take checksums, refuse what is not finite.
+    """Read both checkpoints once: find equal tensors, compute checksums, and check that all values are finite.
 
     Raises:
         IncompatibleModelsError: if a tensor holds NaN or infinity, or a stored output projection would be lost.
@@ -71,7 +72,7 @@ def scan(base: Checkpoint, finetuned: Checkpoint, progress: Progress) -> list[Te
         for source, tensor in ((base.source, before), (finetuned.source, after)):
             _check_numbers(tensor, f"{name} of '{source}'")
         shared = after[: before.shape[0]] if before.dim() else after
-        # Readers convert floats to the fine-tune's dtype, and leave whole numbers as they are.
+        # Readers convert floats to the fine-tune's dtype, and leave integers unchanged.
         comparable = after.is_floating_point() or before.dtype == after.dtype
         equal = comparable and torch.equal(before.to(after.dtype), shared)
         plans.append(
@@ -93,11 +94,11 @@ def _check_numbers(tensor: torch.Tensor, name: str) -> None:
     if not tensor.is_floating_point():
         return
     if not all_finite(tensor):
-        raise IncompatibleModelsError(f"{name} holds NaN or infinity")
+        raise IncompatibleModelsError(f"{name} holds NaN or infinity: its weights are damaged")
     if _is_matrix(tensor) and max(map(abs, torch.stack(tensor.aminmax()).tolist())) > _LARGEST:
-        raise IncompatibleModelsError(f"{name} holds numbers beyond {_LARGEST:g}, of which no delta can be taken")
+        raise IncompatibleModelsError(f"{name} holds numbers beyond {_LARGEST:g}, for which no delta can be computed")
 
 
 def _is_matrix(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a matrix, or a stack of matrices, large enough to be encoded."""
+    """Return whether a tensor is a floating-point matrix, or a stack of such, large enough to be encoded."""
     return tensor.is_floating_point() and is_matrix_shape(tuple(tensor.shape))

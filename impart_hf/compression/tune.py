@@ -1,4 +1,4 @@
-"""The search for a method's hyperparameters on a validation text or task (arXiv 2504.13237, appendix B.3)."""
+"""Search for a method's hyperparameters on a validation text or task (arXiv 2504.13237, appendix B.3)."""
 
 import dataclasses
 import itertools
@@ -29,12 +29,13 @@ from .pipeline import CompressionRequest, compress_pair
 
 @dataclass
 class Candidate:
-    """One setting that was tried.
+    """One combination of settings that was tried.
 
     Attributes:
-        score: what the candidates are compared by.
+        beta, c, seed: its settings.
+        score: its value of the metric.
         bytes: size of its repository.
-        seconds: of compressing and judging it.
+        seconds: time to compress and evaluate it.
     """
 
     beta: float
@@ -45,20 +46,20 @@ class Candidate:
     seconds: float
 
     def summary(self) -> dict[str, float]:
-        """What the model card says of it."""
+        """Return the candidate's entry in the model card."""
         return {"beta": self.beta, "c": self.c, "seed": self.seed, "score": round(self.score, 6)}
 
 
 @dataclass
 class TuningReport:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        metric: what the score is: "KL, nats/token" to the fine-tune, or a task's metric.
-        higher_is_better: which way the metric goes.
+        metric: name of the score: "KL, nats/token" from the fine-tune, or a task's metric.
+        higher_is_better: whether a higher score is better.
         candidates: in the order in which they were tried.
-        best: the winner, whose repository was written.
-        report: on that repository.
+        best: the best candidate, whose repository was written.
+        report: the report on that repository.
     """
 
     metric: str
@@ -68,7 +69,7 @@ class TuningReport:
     report: CompressionReport
 
     def table(self) -> str:
-        """A line for each candidate, the winner marked."""
+        """Return a table with a line for each candidate, the best one marked."""
         lines = [f"{'beta':>6}{'C':>7}{'seed':>7}{'bytes':>14}  {self.metric}"]
         lines += [
             f"{c.beta:>6g}{c.c:>7g}{c.seed:>7}{c.bytes:>14}  {c.score:.5f}{'  best' if c is self.best else ''}"
@@ -108,45 +109,48 @@ def tune(
     max_shard_size: int | str = "5GB",
     progress: bool = False,
 ) -> TuningReport:
-    """Compress with every combination of beta, C and seed, and keep the repository that does best.
+    """Compress with every combination of beta, C and seed, and keep the best repository.
 
-    Every matrix is decomposed once for all candidates; the components lie in a hidden folder beside `output_dir`
-    meanwhile. Each candidate is loaded and judged as a user would load it.
+    Every matrix is decomposed once for all candidates; the components are kept in a hidden folder beside `output_dir`
+    until the search ends. Each candidate is loaded as a user would load it, and evaluated.
 
     Args:
         base, finetuned, output_dir: as for `compress`.
-        method: ImPart's or ImPart-Qt's configuration, for what is not searched; ImPart at ratio 32 if None.
+        method: ImPart's or ImPart-Qt's configuration, for the settings that are not searched; ImPart at ratio 32 if
+            None.
         max_bytes: as for `compress`.
-        validation: text, as `compress` takes for calibration; judged by KL(fine-tune || candidate).
-        task: a task of lm-eval, or the path of a task's YAML file; judged by the task's first metric. One of
-            `validation` and `task` must be given.
-        betas, cs, seeds: what is tried; only the method's own seed if `seeds` is None.
+        validation: validation text, of the kinds that `compress` takes for calibration; candidates are compared by
+            KL(fine-tune || candidate).
+        task: a task of lm-eval, or the path of a task's YAML file; candidates are compared by the task's first metric.
+            Exactly one of `validation` and `task` must be given.
+        betas, cs, seeds: the values to try; only the method's own seed if `seeds` is None.
         calibration, calibration_samples, calibration_length: as for `compress`.
-        samples, length: sequences of the validation text at most, and their tokens.
-        task_limit: examples of the task at most.
-        batch_size: sequences judged at a time.
-        device: where matrices are decomposed and models are judged.
+        samples, length: the most sequences of the validation text, and tokens per sequence.
+        task_limit: the most examples of the task; None for all.
+        batch_size: sequences evaluated at a time.
+        device: where matrices are decomposed and models are evaluated.
         base_revision, finetuned_revision, base_name, token, cache_dir, max_shard_size, progress: as for `compress`.
 
     Raises:
-        ValueError: if there is not exactly one thing to judge by, or nothing to search; and as `compress` does.
+        ValueError: if not exactly one of `validation` and `task` is given, or there is nothing to search; and as
+            `compress` does.
     """
     method = method if method is not None else ImPartConfig()
     if not isinstance(method, ImportanceAllocation):
         raise ValueError(f"only ImPart and ImPart-Qt have a beta and a C to search, not '{method.name}'")
     if (validation is None) == (task is None):
-        raise ValueError("give either a validation text or a task to judge by")
+        raise ValueError("candidates are compared on either a validation text or a task: give exactly one of them")
     if calibration is not None and not method.quantises:
-        raise ValueError(f"calibration is for the methods that quantise; '{method.name}' does not")
+        raise ValueError(f"calibration is for the methods that quantise, and '{method.name}' does not: leave it out")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    # What wants most components comes first: the decomposition then serves all that follow
+    # The candidates that need most components come first, so that their decomposition serves all others.
     grid = itertools.product(
         sorted(set(betas)), sorted(set(cs), reverse=True), [method.seed] if seeds is None else dict.fromkeys(seeds)
     )
     candidates = [dataclasses.replace(method, beta=beta, c=c, seed=seed) for beta, c, seed in grid]
     if not candidates:
-        raise ValueError("nothing to search: betas, cs and seeds need at least one value each")
+        raise ValueError("there is nothing to search: give betas, cs and seeds at least one value each")
     device, shard_size, wanted_bytes = usable_device(device), shard_bytes(max_shard_size), wanted_size(max_bytes)
     with Workspace(Path(output_dir)) as workspace:
         scratch, search_started = workspace.scratch(), time.perf_counter()
@@ -160,10 +164,10 @@ def tune(
             progress=Progress(False),
         )
         inputs = None if calibration is None else pair.tokens(calibration, calibration_samples, calibration_length)
-        judge = (
-            _TextJudge(pair, validation, samples, length, batch_size)
+        scorer = (
+            _TextScorer(pair, validation, samples, length, batch_size)
             if validation is not None
-            else _TaskJudge(pair, str(task), task_limit, batch_size)
+            else _TaskScorer(pair, str(task), task_limit, batch_size)
         )
         svds = SvdCache(scratch / "components")
         tried: list[Candidate] = []
@@ -173,26 +177,28 @@ def tune(
             folder = scratch / "candidate"
             with Workspace(folder) as candidate_workspace:
                 report = compress_pair(pair, candidate_workspace, replace(request, method=candidate), svds.of)
-            score = judge.score(pair.load(folder))
+            score = scorer.score(pair.load(folder))
             seconds = time.perf_counter() - started
             tried.append(
                 Candidate(candidate.beta, candidate.c, candidate.seed, score, report.repository_bytes, seconds)
             )
-        best = (max if judge.higher_is_better else min)(tried, key=lambda found: found.score)
-        chosen = replace(request, method=candidates[tried.index(best)], card_data=_card_data(judge.metric, tried, best))
+        best = (max if scorer.higher_is_better else min)(tried, key=lambda candidate: candidate.score)
+        chosen = replace(
+            request, method=candidates[tried.index(best)], card_data=_card_data(scorer.metric, tried, best)
+        )
         report = compress_pair(pair, workspace, chosen, svds.of)
         report.seconds = time.perf_counter() - search_started
-    return TuningReport(judge.metric, judge.higher_is_better, tried, best, report)
+    return TuningReport(scorer.metric, scorer.higher_is_better, tried, best, report)
 
 
 def _card_data(metric: str, candidates: Sequence[Candidate], best: Candidate) -> dict[str, Any]:
-    """What the model card's data say of a search."""
+    """Return the model card's entry on a search."""
     rows = [candidate.summary() for candidate in candidates]
     return {"impart_hf_tuning": {"metric": metric, "candidates": rows, "chosen": best.summary()}}
 
 
-class _TextJudge:
-    """Judges by the divergence from the fine-tune on a text."""
+class _TextScorer:
+    """Scores candidates by their KL divergence from the fine-tune on a text."""
 
     metric, higher_is_better = "KL, nats/token", False
 
@@ -205,8 +211,8 @@ class _TextJudge:
         return evaluate(model, self._reference, self._sequences, self._batch_size)[1]
 
 
-class _TaskJudge:
-    """Judges by the first metric of a task of lm-eval."""
+class _TaskScorer:
+    """Scores candidates by the first metric of a task of lm-eval."""
 
     def __init__(self, pair: ModelPair, task: str, limit: int | None, batch_size: int):
         self._evaluation = TaskEvaluation(task, pair.tokenizer(), limit, batch_size)

@@ -1,4 +1,4 @@
-"""Writing a delta repository: its files, its configuration and its card."""
+"""Writer of a delta repository: delta files, config.json, sidecar files, reader files and model card."""
 
 import json
 import shutil
@@ -40,10 +40,10 @@ _METADATA = {"format": "pt", "impart_hf_format": str(FORMAT_VERSION)}
 
 
 def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json.
+    """Return the content of config.json.
 
     Args:
-        method: its name and settings, as they are to be recorded.
+        method: the method's name and settings, from `CompressionRequest.recorded_method`.
 
     Raises:
         IncompatibleModelsError: if transformers knows no causal language model of this type.
@@ -52,8 +52,8 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
     model_type = str(text_config.get("model_type"))
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
         raise IncompatibleModelsError(
-            f"'{pair.finetuned.source}' has model_type '{model_type}': transformers knows no causal language model of "
-            "it"
+            f"'{pair.finetuned.source}' has model_type '{model_type}', but transformers knows no causal language model "
+            "of that type: upgrade transformers"
         )
     floats = {t.name: str(t.dtype).removeprefix("torch.") for t in pair.tensors if t.dtype.is_floating_point}
     usual = Counter(floats.values()).most_common(1)[0][0]
@@ -81,7 +81,7 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
 
 
 def json_bytes(content: dict[str, Any]) -> int:
-    """Bytes of the file that `write_json` makes of this."""
+    """Return the size in bytes of the file that `write_json` writes for this content."""
     return len(json.dumps(content, indent=2)) + 1
 
 
@@ -95,14 +95,14 @@ def write_repository(
     seconds: float,
     distilled: DistillReport | None,
 ) -> CompressionReport:
-    """Write every file of a repository into the workspace, and report from what was written.
+    """Write every file of a repository into the workspace, and return a report read back from the files.
 
     Args:
         config: the content of config.json.
-        card_data: more entries for the model card's metadata.
+        card_data: additional entries for the model card's metadata.
         origin: where the fine-tune comes from, as for `delta_card`.
-        seconds: that it has taken so far.
-        distilled: what distillation did, if it was asked for.
+        seconds: time taken so far.
+        distilled: the report of distillation, or None.
     """
     folder, finetuned = workspace.repository, pair.finetuned
     counted = _write_deltas(finetuned, workspace, plan.tensors, plan.max_shard_size)
@@ -157,7 +157,7 @@ def _write_deltas(
         by_name = sorted(entries, key=lambda entry: entry.name)
         crcs = np.array([entry_crc(e.name, e.dtype, e.shape, e.data()) for e in by_name], "<u4").tobytes()
         entries = [*entries, Entry(CRC_ENTRY, "U32", (len(by_name),), len(crcs), partial(bytes, crcs))]
-        # Wide numbers first keeps every entry aligned, as readers of safetensors expect.
+        # Sorting by dtype, widest first, keeps every entry aligned, as readers of safetensors expect.
         entries.sort(key=lambda entry: -_dtype_bits(entry.dtype))
         write_safetensors(workspace.repository / filename, entries, _METADATA)
         paths.append(workspace.repository / filename)
@@ -187,7 +187,7 @@ def _entries(finetuned: Checkpoint, workspace: Workspace, tensors: list[TensorPl
 
 
 def _rows(finetuned: Checkpoint, plan: TensorPlan, added: bool = False) -> bytes:
-    """The bytes of a fine-tuned tensor, or of the rows that it has beyond the base's."""
+    """Return the bytes of a fine-tuned tensor's shared part, or of its added rows."""
     tensor = finetuned.tensor(plan.name)
     if plan.added_rows:
         tensor = tensor[plan.shape[0] :] if added else tensor[: plan.shape[0]]

@@ -1,8 +1,8 @@
-"""Distillation of a few decoder layers at a time, for models of which two do not fit.
+"""Distillation of a few decoder layers at a time, for when two whole models do not fit in memory.
 
-Each group of layers is fed by the compressed layers before it, as they are after their own training, and trained
-towards the fine-tune's hidden states behind it: it makes up for errors of the layers before it as well. The last group
-is trained towards the logits.
+The input of each group of layers is the output of the trained compressed layers before it, and its target is the
+fine-tune's hidden states after it, so that it also compensates for errors of the layers before. The target of the last
+group is the logits.
 """
 
 import json
@@ -24,7 +24,7 @@ from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..common.files import written_whole
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint
-from ..training import distributed as processes
+from ..training import distributed
 from .record_trainer import Outcome, RecordTrainer
 from .settings import DistillReport, DistillSettings
 from .student import compressed
@@ -36,7 +36,7 @@ _Records = Mapping[str, np.ndarray]
 
 
 def _save(outcome: Outcome, path: Path) -> None:
-    """Write what came of a group of layers, as a whole or not at all."""
+    """Write the outcome of a group of layers atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = [outcome.steps, outcome.best_step, outcome.before, outcome.after]
     with written_whole(path) as temporary:
@@ -58,54 +58,62 @@ def distill_blocks(
     arguments: TrainingArguments,
     progress: Progress,
 ) -> tuple[dict[str, bytes], DistillReport]:
-    """`distill`, by groups of `settings.blocks` layers."""
-    work = _Work(base, finetuned, records, tokens, settings, arguments, progress)
-    folder, count = Path(str(arguments.output_dir)), len(work.teacher.layers)
-    found, trained, steps, best_steps = dict(records), set[str](), 0, 0
-    # Behind the layers so far: what the fine-tune gives, the records as they are, and as they were
-    wanted = hidden = untouched = None
+    """Distil as `distill` does, in groups of `settings.blocks` layers."""
+    models = _BlockModels(base, finetuned, records, tokens, settings, arguments, progress)
+    folder, count = Path(str(arguments.output_dir)), len(models.teacher.layers)
+    current, trained, steps, best_steps = dict(records), set[str](), 0, 0
+    # Input hidden states of the next group: the teacher's, the student's, and a student's with the original records.
+    teacher_input = student_input = original_input = None
     assert settings.blocks is not None
     for start in range(0, count, settings.blocks):
         group = _Group(range(start, min(start + settings.blocks, count)), count)
-        names = work.names_of(group)
+        names = models.names_of(group)
         own = [name for name in names if name in records and base.shape(name) == finetuned.shape(name)]
         trained.update(own)
-        work.teacher.load(names)
-        behind = None
+        models.teacher.load(names)
+        teacher_output = None
         if not group.is_last:
-            behind = work.behind(work.teacher, group, wanted, range(len(tokens)))
-            work.teacher.release(names)
-        goal = partial(work.loss, group, wanted, behind)
+            teacher_output = models.output(models.teacher, group, teacher_input, range(len(tokens)))
+            models.teacher.release(names)
+        loss = partial(models.loss, group, teacher_input, teacher_output)
         path = folder / f"layers-{start}.safetensors"
         if path.exists():
-            result = _load(path)
+            outcome = _load(path)
         else:
             arguments.output_dir = str(folder / f"layers-{start}")
-            result = work.train(group, found, own, partial(goal, hidden))
-            if processes.several():
-                result = processes.from_first(result)
-            if processes.is_first():
-                _save(result, path)
-                shutil.rmtree(arguments.output_dir, ignore_errors=True)  # the state of training, many times as large
-        found |= result.records
-        steps, best_steps = steps + result.steps, best_steps + result.best_step
-        # One student after the other, none of which stays
+            outcome = models.train(group, current, own, partial(loss, student_input))
+            if distributed.several():
+                outcome = distributed.from_first(outcome)
+            if distributed.is_first():
+                _save(outcome, path)
+                shutil.rmtree(arguments.output_dir, ignore_errors=True)  # the checkpoints, which are many times larger
+        current |= outcome.records
+        steps, best_steps = steps + outcome.steps, best_steps + outcome.best_step
+        # Only one student exists at a time, to save memory.
         if group.is_last:
-            after = work.record_trainer.mean(partial(goal, hidden, work.student(found, group)))
-            before = work.record_trainer.mean(partial(goal, untouched, work.student(records, group)))
+            after = models.record_trainer.mean(partial(loss, student_input, models.student(current, group)))
+            before = models.record_trainer.mean(partial(loss, original_input, models.student(records, group)))
         else:
-            hidden = work.behind(work.student(found, group), group, hidden, range(len(tokens)))
-            untouched = work.behind(work.student(records, group), group, untouched, work.record_trainer.validation)
-            wanted = behind
+            student_input = models.output(models.student(current, group), group, student_input, range(len(tokens)))
+            original_input = models.output(
+                models.student(records, group), group, original_input, models.record_trainer.validation
+            )
+            teacher_input = teacher_output
     untrained = tuple(sorted(records.keys() - trained))
     if not after < before:
         return {name: r.tobytes() for name, r in records.items()}, DistillReport(steps, 0, before, before, untrained)
-    return {name: r.tobytes() for name, r in found.items()}, DistillReport(steps, best_steps, before, after, untrained)
+    report = DistillReport(steps, best_steps, before, after, untrained)
+    return {name: r.tobytes() for name, r in current.items()}, report
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers that are trained together, of so many."""
+    """Successive decoder layers that are trained together.
+
+    Attributes:
+        layers: indices of the layers.
+        count: number of layers in the model.
+    """
 
     layers: range
     count: int
@@ -115,15 +123,15 @@ class _Group:
         return self.layers.stop == self.count
 
 
-class _Work:
-    """The fine-tune, layer by layer, and compressed models of the same layers.
+class _BlockModels:
+    """The teacher, loaded layer by layer, and students of the same layers.
 
-    Hidden states are float32 (sequences, length, size) on the CPU: of all sequences, or of the last ones, and None
-    before the first layer.
+    Hidden states are float32 (sequences, length, size) on the CPU, of all sequences or of the last ones; None before
+    the first layer.
 
     Attributes:
         teacher: the fine-tune.
-        record_trainer: the training of a group's records.
+        record_trainer: trains a group's records.
     """
 
     def __init__(
@@ -143,19 +151,19 @@ class _Work:
         check_tokens(tokens, self.teacher.vocabulary)
         self.teacher.check_output()
         self.teacher.load(self.teacher.entrance)
-        # No group of layers trains it, so that all students share it
+        # The tensors before the first layer are not trained, so that all students share them.
         self._entrance = {
             name: self._tensor(name, records).to(arguments.device, torch.float32) for name in self.teacher.entrance
         }
 
     def names_of(self, group: _Group) -> list[str]:
-        """The tensors of a group of layers; of the last, also the output projection's and what else is left."""
+        """Return the names of a group's tensors; the last group includes the output projection and the final norm."""
         prefixes = tuple(f"{name}." for name in list(self.teacher.layers)[group.layers.start : group.layers.stop])
         names = [name for name in self.teacher.names if name.startswith(prefixes)]
         return names + (sorted(set(self.teacher.outside) - set(self.teacher.entrance)) if group.is_last else [])
 
     def student(self, records: _Records, group: _Group, trained: frozenset[str] = frozenset()) -> StreamedModel:
-        """A group of the compressed model's layers, but with the base's weights for deltas that are to be attached."""
+        """Make a student with a group's layers; `trained` tensors get the base's weights, to attach deltas to."""
         model = StreamedModel(self._finetuned, self._arguments.device, PURPOSE)
         for name, tensor in self._entrance.items():
             model.put(name, tensor)
@@ -164,22 +172,22 @@ class _Work:
         return model
 
     def _tensor(self, name: str, records: _Records) -> Tensor:
-        """A tensor of the compressed model."""
+        """Return a tensor of the compressed model."""
         if name in records:
             return compressed(self._base, self._finetuned, name, records[name])
         return self._finetuned.tensor(name)
 
     def _run(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: Tensor) -> Tensor:
-        """What a group of layers makes of some sequences' hidden states: those behind it, or the logits."""
+        """Run a group of layers on some sequences, and return the hidden states after it, or the logits."""
         rows = rows.cpu()
-        # Counted from the end, as there may be hidden states of the last sequences only
-        before = None if hidden is None else hidden[rows - len(self._tokens)].to(model.device)
+        # Indices count from the end, because `hidden` may contain only the last sequences.
+        group_input = None if hidden is None else hidden[rows - len(self._tokens)].to(model.device)
         with parametrize.cached():
-            return model.run(self._tokens[rows].to(model.device), before, group.layers)
+            return model.run(self._tokens[rows].to(model.device), group_input, group.layers)
 
     @torch.no_grad()
-    def behind(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: range) -> Tensor:
-        """The hidden states behind a group of layers that is not the last."""
+    def output(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: range) -> Tensor:
+        """Return the hidden states after a group of layers that is not the last."""
         parts = torch.tensor(rows).split(self._arguments.per_device_eval_batch_size)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self._arguments.bf16):
             return torch.cat([self._run(model, group, hidden, part).float().cpu() for part in parts])
@@ -187,25 +195,29 @@ class _Work:
     def loss(
         self,
         group: _Group,
-        wanted: Tensor | None,
-        behind: Tensor | None,
-        hidden: Tensor | None,
+        teacher_input: Tensor | None,
+        teacher_output: Tensor | None,
+        student_input: Tensor | None,
         student: StreamedModel,
         rows: Tensor,
     ) -> Tensor:
-        """How far a student is from the fine-tune behind a group of layers, for some sequences.
+        """Return the difference between the student's and the teacher's output of a group, for some sequences.
 
         Args:
-            wanted: the fine-tune's hidden states before the group.
-            behind: those behind it; None for the last group, which is judged by its logits.
-            hidden: the student's before it.
+            teacher_input: the teacher's hidden states before the group.
+            teacher_output: the teacher's hidden states after the group; None for the last group, whose logits are
+                compared.
+            student_input: the student's hidden states before the group.
+            student: the student, from `student`.
+            rows: indices of the sequences, int64 (batch,).
         """
-        found = self._run(student, group, hidden, rows)
-        if behind is not None:
-            return relative_error(behind[rows.cpu() - len(self._tokens)].to(found.device), found)
+        student_output = self._run(student, group, student_input, rows)
+        if teacher_output is not None:
+            target = teacher_output[rows.cpu() - len(self._tokens)].to(student_output.device)
+            return relative_error(target, student_output)
         with torch.no_grad():
-            logits = self._run(self.teacher, group, wanted, rows)
-        return divergence(logits, found)
+            logits = self._run(self.teacher, group, teacher_input, rows)
+        return divergence(logits, student_output)
 
     def train(
         self, group: _Group, records: _Records, names: list[str], loss: Callable[[StreamedModel, Tensor], Tensor]

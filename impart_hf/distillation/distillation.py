@@ -1,4 +1,4 @@
-"""Distillation of a compression's records."""
+"""The function `distill`, which trains a compression's records."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,37 +28,37 @@ def distill(
     checkpoints: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, bytes], DistillReport]:
-    """Train the sizes of all records, and their kept values.
+    """Train the column scales of all records, and their kept values.
 
-    The last sequences are held out. They choose the step whose numbers are kept; if these, rounded as they are stored,
-    are no better there than before, the records come back as they were. Same inputs, same bytes (on a CPU).
+    The last sequences are held out, and the step with the lowest loss on them is kept. If the numbers of that step,
+    rounded as they are stored, are no better there than before, the records are returned unchanged. On a CPU, the same
+    inputs give the same bytes.
 
-    Left alone are records of tensors that have rows added, that are shared by other modules than embeddings and linear
-    layers, and of those that transformers renames or fuses when it loads them (Mixtral's experts). The others learn to
-    live with them.
+    Records of these tensors are not trained: tensors with added rows, tensors that are shared by modules other than
+    embeddings and linear layers, and tensors that transformers renames or fuses when it loads them (Mixtral's experts).
 
-    Held in memory, on `device`: the fine-tuned and the compressed model, both whole, in float32, or in bfloat16 with
-    bf16, which is the default on CUDA; for every kept value of a trained record 16 bytes, for it, its gradient and
-    Adam's moments, 4 for the stored value, and under a mask 8 for its position; a batch's activations and about five
-    times its logits. A matrix that is no weight of nn.Linear or nn.Embedding takes as much again when its sum with the
-    base is formed, and so does its gradient.
+    Memory on `device`: the fine-tuned and the compressed model, both whole, in float32, or in bfloat16 with bf16, the
+    default on CUDA; for every kept value of a trained record, 16 bytes for the value, its gradient and Adam's moments,
+    4 bytes for the stored value, and with a mask 8 bytes for its position; a batch's activations, and about five times
+    its logits. A matrix that is not the weight of an nn.Linear or nn.Embedding takes its size twice more, for its sum
+    with the base and for the gradient of that.
 
-    With `settings.blocks`, both models in float32, but of each only the embeddings and so many layers, for whose
-    records alone there is a state of training; in the computer's memory about four times a float32 hidden state for
-    every token. Embeddings are not trained then, and the steps of a report are the sums over all groups of layers.
+    With `settings.blocks`, both models are in float32, but only their embeddings and that many layers are loaded, and
+    only the records of these layers have optimizer states; CPU memory holds about four float32 hidden states for every
+    token. The embeddings are not trained then, and the report's steps are the sums over all groups of layers.
 
     Args:
         base: the base model.
         finetuned: the fine-tuned model.
-        records: by tensor name: the tensor's record, or its stack's records one after the other (uint8).
+        records: by tensor name: the tensor's record, or its stack's records concatenated (uint8).
         tokens: int64 (sequences, length), without padding; at least two sequences.
         settings: `DistillSettings()` if None.
         device: where both models run.
-        checkpoints: folder for the state of training, from which the same call goes on if it was interrupted.
+        checkpoints: folder for training checkpoints, from which the same call resumes after an interruption.
         progress: shows a bar over the steps.
 
     Returns:
-        All records, each as long as it was; and a report.
+        All records, with their lengths unchanged, and a report.
 
     Raises:
         ValueError: if tokens are too few, of another shape or dtype, or outside the vocabulary, or if the loss is not
@@ -75,10 +75,10 @@ def distill(
 def check_distillation(
     finetuned: Checkpoint, tokens: Tensor, settings: DistillSettings, device: str | torch.device
 ) -> None:
-    """See that a model can be distilled so, before any work is done.
+    """Check that a model can be distilled with these settings, before any work is done.
 
     Raises:
-        ValueError: if tokens, the Trainer's fields or the model's architecture will not do.
+        ValueError: if tokens or the Trainer's fields are invalid, or the model's architecture is not supported.
     """
     check_tokens(tokens, finetuned.config.get("vocab_size"))
     with arguments_for(settings, torch.device(device), None):

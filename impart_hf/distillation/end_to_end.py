@@ -1,4 +1,4 @@
-"""Distillation with the fine-tuned and the compressed model side by side."""
+"""Distillation with both whole models in memory."""
 
 from collections.abc import Mapping
 
@@ -25,7 +25,7 @@ def distill_end_to_end(
     arguments: TrainingArguments,
     progress: Progress,
 ) -> tuple[dict[str, bytes], DistillReport]:
-    """`distill`, by the divergence of the logits."""
+    """Distil as `distill` does, with the KL divergence of the logits as the loss."""
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     teacher = load_model(finetuned, {name: finetuned.tensor(name) for name in finetuned.names()}, dtype)
     check_tokens(tokens, teacher.get_input_embeddings().num_embeddings)
@@ -36,13 +36,13 @@ def distill_end_to_end(
     def loss(rows: Tensor) -> Tensor:
         batch = tokens[rows.cpu()].to(arguments.device)
         with torch.no_grad():
-            wanted = teacher(input_ids=batch, use_cache=False).logits
+            logits = teacher(input_ids=batch, use_cache=False).logits
         with parametrize.cached():  # some layers read a stack once for each of its matrices
-            return divergence(wanted, student(input_ids=batch, use_cache=False).logits)
+            return divergence(logits, student(input_ids=batch, use_cache=False).logits)
 
     record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress)
     deltas = record_trainer.attach(student, names, records, owners)
-    found = record_trainer.train(deltas, loss, "Distilling", "logits")
+    outcome = record_trainer.train(deltas, loss, "Distilling", "logits")
     untrained = tuple(sorted(records.keys() - deltas.keys()))
-    report = DistillReport(found.steps, found.best_step, found.before, found.after, untrained)
-    return {name: record.tobytes() for name, record in {**records, **found.records}.items()}, report
+    report = DistillReport(outcome.steps, outcome.best_step, outcome.before, outcome.after, untrained)
+    return {name: record.tobytes() for name, record in {**records, **outcome.records}.items()}, report

@@ -1,4 +1,4 @@
-"""What both ways of distilling do with the records of some tensors, whatever outputs of the models they compare."""
+"""Training of records for any loss: used by distillation end to end and by blocks."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -20,12 +20,13 @@ from .trainer import TrainableDeltas, mean_loss, train
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of training.
+    """The result of training.
 
     Attributes:
-        records: that are better now: all that were trained, or none.
-        steps, best_step: taken, and the one whose numbers are in the records; 0 if there are none.
-        before, after: the loss of the sequences that are held out.
+        records: all trained records if the held-out loss fell, otherwise none.
+        steps: steps taken.
+        best_step: the step whose numbers are in the records; 0 if there are none.
+        before, after: the loss on the held-out sequences.
     """
 
     records: dict[str, np.ndarray]
@@ -36,10 +37,10 @@ class Outcome:
 
 
 class RecordTrainer:
-    """A pair, a text of so many sequences, and how its records are trained on it.
+    """Trains the records of a pair on token sequences, some of which are held out.
 
     Attributes:
-        validation: the sequences that are held out.
+        validation: indices of the held-out sequences.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class RecordTrainer:
     def attach(
         self, student: Any, names: Iterable[str], records: Mapping[str, np.ndarray], owners: Mapping[str, list[str]]
     ) -> dict[str, TrainedDelta]:
-        """Add the deltas of some tensors to a student that has the base's weights there, by `student.attach`."""
+        """Add the deltas of some tensors to a student that has the base's weights there, with `student.attach`."""
         deltas = {}
         for name in names:
             exact = self._exact(name) if self._settings.trains == "codes" else None
@@ -66,29 +67,33 @@ class RecordTrainer:
         return deltas
 
     def _exact(self, name: str) -> Tensor:
-        # Read when it is wanted: all of them would be a model of their own
+        # Deltas are read one at a time: all of them together would be as large as a model.
         return exact_delta(self._base, self._finetuned, name)
 
     def mean(self, loss: Callable[[Tensor], Tensor]) -> float:
-        """The loss of the sequences that are held out."""
+        """Return the mean loss on the held-out sequences."""
         return mean_loss(TrainableDeltas((), loss), self.validation, self._arguments)
 
     def train(
         self, deltas: Mapping[str, TrainedDelta], loss: Callable[[Tensor], Tensor], title: str, outputs: str
     ) -> Outcome:
-        """Train deltas, and judge them by the numbers that their records store.
+        """Train deltas, and keep them if the numbers as stored in their records lower the held-out loss.
 
         Args:
-            loss: of the examples with these numbers.
-            title: of the bar.
-            outputs: what the loss compares, for messages.
+            deltas: by tensor name, from `attach`.
+            loss: gives the mean loss of the sequences with these indices, int64 (batch,).
+            title: title of the bar.
+            outputs: the outputs that the loss compares, for messages.
 
         Raises:
             ValueError: if a loss is not finite.
         """
         before = self.mean(loss)
         if not math.isfinite(before):
-            raise ValueError(f"distillation: the {outputs} of the fine-tuned or of the compressed model are not finite")
+            raise ValueError(
+                f"distillation: the {outputs} of the fine-tuned or of the compressed model are not finite: "
+                "check the weights, or train in bfloat16 or float32"
+            )
         if not deltas:
             return Outcome({}, 0, 0, before, before)
         trainable, settings, arguments = TrainableDeltas(deltas.values(), loss), self._settings, self._arguments

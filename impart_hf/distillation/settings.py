@@ -1,4 +1,4 @@
-"""How a compressed model is distilled, and what came of it."""
+"""Settings and report of distillation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,29 +13,29 @@ _SHARES = ("scale_share", "warm_up", "validation_share")
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """How the numbers that records store are trained.
+    """How the numbers in records are trained.
 
     Attributes:
-        steps: of Adam, at least 1.
-        blocks: None to train the whole model, towards the fine-tune's logits; else how many decoder layers are trained
-            at a time, each group in so many steps, towards the fine-tune's hidden states behind them, or its logits
-            behind the last. Not quite as good, and room for so many layers is enough.
-        trains: "codes": sizes first, then with them the kept values themselves; "scales": sizes alone, which are the
-            singular values of a factored record, or the scales of a direct one.
-        scale_rate: learning rate of the logarithms of the factors by which sizes change, in (0, 1]: at 0.01 a step
-            changes a size by about 1 %.
-        code_rate: learning rate of kept values, in (0, 1], in units of their root mean square; half of it for each bit
-            of a code beyond the first.
-        scale_share: share of the steps, in (0, 1), before values are trained as well.
-        warm_up: share of the steps, in (0, 1), in which a rate comes up to its full height, from when it begins on. All
-            rates fall linearly to zero.
-        batch_size: sequences a step, over all processes and accumulated gradients, at least 1.
+        steps: steps of Adam, at least 1.
+        blocks: None to train the whole model towards the fine-tune's logits; otherwise the number of decoder layers to
+            train at a time. Each group takes `steps` steps, towards the fine-tune's hidden states after it, or its
+            logits after the last layer. Results are slightly worse, but memory holds only that many layers.
+        trains: "codes": column scales first, then column scales and kept values together; "scales": only column
+            scales, which are the singular values of a factored record or the scales of a direct one.
+        scale_rate: learning rate of the logarithms of the factors on column scales, in (0, 1]: at 0.01 a step changes
+            a scale by about 1 %.
+        code_rate: learning rate of kept values, in (0, 1], in units of their root mean square; halved for each bit of
+            a code beyond the first.
+        scale_share: share of the steps, in (0, 1), before kept values are trained too.
+        warm_up: share of the steps, in (0, 1), over which each learning rate rises to its full value. Then all rates
+            fall linearly to zero.
+        batch_size: sequences per step, over all processes and accumulated gradients, at least 1.
         validation_share: share of the sequences, in (0, 1), that is held out; rounded, but at least one sequence.
-        checks: how often the held-out sequences are looked at, and the state is saved, at least 1.
-        patience: checks in a row, each worse than the one before, after which training stops; at least 1. Checks while
-            rates come up do not count.
-        seed: of the order of the sequences, from 0 to 2^32 - 1.
-        training: more fields of transformers' TrainingArguments, such as {"gradient_accumulation_steps": 4}.
+        checks: number of evaluations on the held-out sequences, each with a checkpoint; at least 1.
+        patience: number of successive checks, each worse than the one before, after which training stops; at least 1.
+            Checks before all rates have reached their full value do not count.
+        seed: seed of the order of the sequences, from 0 to 2^32 - 1.
+        training: additional fields of transformers' TrainingArguments, such as {"gradient_accumulation_steps": 4}.
     """
 
     steps: int = 300
@@ -73,14 +73,14 @@ class DistillSettings:
 
 @dataclass(frozen=True)
 class DistillReport:
-    """What training did.
+    """The result of distillation.
 
     Attributes:
-        steps: taken.
-        best_step: the one after which the held-out sequences were matched best; 0 if all records stay as they were.
+        steps: steps taken.
+        best_step: the step with the lowest loss on the held-out sequences; 0 if all records are unchanged.
         before, after: KL(fine-tune || compressed) on the held-out sequences, in nats per token; `after` is measured
             with the numbers as they are stored.
-        untrained: the tensors whose records were left alone, see `distill`.
+        untrained: the tensors whose records were not trained, see `distill`.
     """
 
     steps: int

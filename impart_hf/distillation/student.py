@@ -1,4 +1,4 @@
-"""The fine-tuned model, and the compressed one with its deltas apart from the base's weights."""
+"""Teacher and student models; the student keeps its deltas separate from the base's weights."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -18,10 +18,10 @@ from .trained_delta import TrainedDelta
 
 
 def load_model(finetuned: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
-    """A model of the fine-tune's architecture, frozen, of tensors with the checkpoint's names.
+    """Make a frozen model of the fine-tune's architecture from tensors with the checkpoint's names.
 
     Raises:
-        CheckpointError: if one is missing.
+        CheckpointError: if a tensor is missing.
     """
     config = AutoConfig.for_model(**config_fields(finetuned.config))
     with torch.device("meta"):
@@ -29,13 +29,15 @@ def load_model(finetuned: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )
-    if info["missing_keys"]:  # transformers would go on with random numbers
-        raise CheckpointError(f"'{finetuned.source}' lacks the tensor {min(info['missing_keys'])}")
+    if info["missing_keys"]:  # transformers would initialise them at random
+        raise CheckpointError(
+            f"'{finetuned.source}' lacks the tensor {min(info['missing_keys'])}: check that the checkpoint is complete"
+        )
     return model.eval().requires_grad_(False)
 
 
 def owners_of(model: Any) -> dict[str, list[str]]:
-    """For every parameter's name, the names under which modules have it: more than one if they share it."""
+    """Return, for every parameter's name, all names of that parameter: more than one if modules share it."""
     names = defaultdict(list)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
@@ -44,9 +46,10 @@ def owners_of(model: Any) -> dict[str, list[str]]:
 
 
 def trainable(model: Any, base: Checkpoint, finetuned: Checkpoint, names: Iterable[str]) -> list[str]:
-    """The tensors that are a parameter of the fine-tuned model as they stand in the checkpoint, the base's size.
+    """Return the names of the tensors that can be trained.
 
-    One that several modules share must be an embedding's and linear layers'.
+    Each must be a parameter of the model, with the value in the checkpoint and the shape of the base's tensor. If
+    several modules share it, all must be embeddings or linear layers.
     """
     parameters, owners = dict(model.named_parameters(remove_duplicate=False)), owners_of(model)
 
@@ -65,7 +68,7 @@ def trainable(model: Any, base: Checkpoint, finetuned: Checkpoint, names: Iterab
 def student_tensors(
     base: Checkpoint, finetuned: Checkpoint, records: Mapping[str, np.ndarray], trained: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """The compressed model's tensors, but the base's where a delta is still to be attached."""
+    """Return the compressed model's tensors, with the base's for `trained` names, to which deltas will be attached."""
     tensors, trained = {name: finetuned.tensor(name) for name in finetuned.names()}, set(trained)
     for name, data in records.items():
         tensors[name] = base.tensor(name) if name in trained else compressed(base, finetuned, name, data)
@@ -73,7 +76,7 @@ def student_tensors(
 
 
 def compressed(base: Checkpoint, finetuned: Checkpoint, name: str, data: np.ndarray) -> torch.Tensor:
-    """A tensor as its records give it, with the rows added to it: float32."""
+    """Decode a tensor from its records and append its added rows: float32."""
     before = base.tensor(name)
     return torch.cat([add_delta(before, data, name, torch.float32), finetuned.tensor(name)[len(before) :].float()])
 
@@ -81,11 +84,11 @@ def compressed(base: Checkpoint, finetuned: Checkpoint, name: str, data: np.ndar
 def attach(
     student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None, owners: Iterable[str] | None = None
 ) -> TrainedDelta:
-    """Add a tensor's delta to the student's parameter of that name, which is the base's.
+    """Add a tensor's delta to the student's parameter of that name, which holds the base's weights.
 
     Args:
         data: the tensor's records.
-        exact: the delta they stand for, if their values are to be trained.
+        exact: the exact delta, float32 (matrices, m, n), if kept values are trained; otherwise None.
         owners: all names of the parameter, if modules share it.
     """
     delta: TrainedDelta | None = None
@@ -96,7 +99,7 @@ def attach(
         if delta is None:
             delta = TrainedDelta(parse_stack(data, name), name, exact, base.device)
         kind = type(owner)
-        # Whoever reads the weight itself gets the sum
+        # Code that reads the weight directly gets base plus delta.
         parametrize.register_parametrization(owner, leaf, delta, unsafe=True)
         if kind is nn.Linear:
             owner.forward = partial(delta.linear, base=base, bias=owner.bias)
@@ -107,15 +110,15 @@ def attach(
 
 
 def exact_delta(base: Checkpoint, finetuned: Checkpoint, name: str) -> torch.Tensor:
-    """The delta that a tensor's records stand for: float32 (matrices, m, n)."""
+    """Return a tensor's exact delta, without added rows: float32 (matrices, m, n)."""
     before, after = base.tensor(name), finetuned.tensor(name)
     return (after[: len(before)].float() - before.float()).reshape(-1, *before.shape[-2:])
 
 
 def packed(stack: list[Record], exact: torch.Tensor, name: str) -> bytes:
-    """A tensor's records with the errors that they have now."""
+    """Update the relative errors in a tensor's records, and return the records' bytes."""
     for record, delta in zip(stack, exact, strict=True):
-        # A matrix of a stack may be equal to the base's: then there is no error to be relative to it
+        # A matrix of a stack may equal the base's; its delta is zero and has no relative error.
         if (size := delta.norm()) > 0:
             record.relative_error = float((decode_record(record, name) - delta).norm() / size)
     return b"".join(map(pack_record, stack))

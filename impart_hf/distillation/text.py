@@ -1,4 +1,4 @@
-"""Text to be trained on, and how far two models are apart on it."""
+"""Token sequences for distillation, and the losses that compare two models on them."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,22 @@ from ..common.token_losses import kl_divergence
 
 
 def check_tokens(tokens: Tensor, vocabulary: int | None) -> None:
-    """See that token sequences can be trained on.
+    """Check that distillation can use token sequences.
+
+    Args:
+        tokens: int64 (sequences, length).
+        vocabulary: number of tokens in the vocabulary; None if it is unknown.
 
     Raises:
-        ValueError: if there are fewer than two of them, or a token is not in the vocabulary (None: of unknown size).
+        ValueError: if the shape or dtype is wrong, there are fewer than two sequences, or a token is not in the
+            vocabulary.
     """
     shape = tuple(tokens.shape)
     if tokens.dtype != torch.int64 or len(shape) != 2 or shape[1] < 1:
         raise ValueError(f"distillation: tokens must be int64 (sequences, length), got {tokens.dtype} {shape}")
     if shape[0] < 2:
         raise ValueError(
-            f"distillation needs two or more sequences, one of them to be held out, got {shape[0]}: "
+            f"distillation needs at least two sequences, one of them held out, got {shape[0]}: "
             "give more text, shorter sequences or more samples"
         )
     if vocabulary is not None and (tokens.min() < 0 or tokens.max() >= vocabulary):
@@ -27,17 +32,17 @@ def check_tokens(tokens: Tensor, vocabulary: int | None) -> None:
 
 
 def split(sequences: int, validation_share: float) -> tuple[range, range]:
-    """The sequences that are trained on, and those that are held out."""
+    """Split sequences into those for training and those held out; return the indices of both."""
     held_out = min(sequences - 1, max(1, round(sequences * validation_share)))
     return range(sequences - held_out), range(sequences - held_out, sequences)
 
 
-def divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """KL(wanted || found) of logits (sequences, length, vocabulary), the mean over all tokens, in nats."""
-    return kl_divergence(wanted, found) / (wanted.shape[0] * wanted.shape[1])
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return KL(teacher || student) of logits (sequences, length, vocabulary), the mean over all tokens, in nats."""
+    return kl_divergence(teacher, student) / (teacher.shape[0] * teacher.shape[1])
 
 
-def relative_error(wanted: Tensor, found: Tensor) -> Tensor:
-    """Squared error of hidden states (sequences, length, size) over their own square, the mean over all tokens."""
-    error, size = (found.float() - wanted.float()).square().sum(-1), wanted.float().square().sum(-1)
+def relative_error(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return the squared error of hidden states (sequences, length, size) over the teacher's square, mean of tokens."""
+    error, size = (student.float() - teacher.float()).square().sum(-1), teacher.float().square().sum(-1)
     return (error / size.clamp_min(torch.finfo(torch.float32).tiny)).mean()

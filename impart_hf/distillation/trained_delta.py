@@ -1,4 +1,4 @@
-"""A tensor's compressed delta with its stored numbers as parameters, and back to records of the same length."""
+"""A tensor's compressed delta with its stored numbers as parameters, written back to records of equal length."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,26 +16,26 @@ from ..modeling.delta_record import FACTORED, Record
 from ..modeling.factors import DirectDelta, Factors, MatrixDelta
 from ..modeling.planes import Plane
 
-_DAMPING = 1e-4  # of the least squares fit that training begins with
+_DAMPING = 1e-4  # of the least squares fit that gives the initial latents
 
 
-def _into_cells(wanted: Tensor, stored: Tensor, book: Codebook) -> Tensor:
-    """The numbers nearest to the wanted ones that are stored as they are now."""
+def _into_cells(targets: Tensor, stored: Tensor, book: Codebook) -> Tensor:
+    """Return the numbers nearest to the targets that round to the stored values."""
     if not isinstance(book, Levels):
         return stored
-    endless = stored.new_tensor([torch.inf])
-    edges = torch.cat([-endless, book.edges(stored.device), endless])
+    infinity = stored.new_tensor([torch.inf])
+    edges = torch.cat([-infinity, book.edges(stored.device), infinity])
     cells = torch.bucketize(stored, edges[1:-1])
-    # Not to the edge itself, where rounding may go either way
-    inside = (
+    # A margin keeps the result off the edge itself, where rounding may go either way.
+    margins = (
         1e-3 * (stored - edges[cells]).nan_to_num(posinf=0),
         1e-3 * (edges[cells + 1] - stored).nan_to_num(posinf=0),
     )
-    return wanted.maximum(edges[cells] + inside[0]).minimum(edges[cells + 1] - inside[1])
+    return targets.maximum(edges[cells] + margins[0]).minimum(edges[cells + 1] - margins[1])
 
 
 class _Rounded(torch.autograd.Function):
-    """Rounding to what is stored; the gradient goes straight through (Bengio et al., arXiv 1308.3432)."""
+    """Rounding to stored values with a straight-through gradient (Bengio et al., arXiv 1308.3432)."""
 
     @staticmethod
     def forward(ctx: Any, latents: Tensor, plane: "_TrainedPlane") -> Tensor:
@@ -51,21 +51,22 @@ class _TrainedPlane(nn.Module):
     """The kept values of U, V or a direct plane.
 
     Attributes:
-        latents: float32 (kept,), what rounds to the stored values, in units: by how much a value may be changed in
-            training in the same time, which is the root mean square of all, halved for each bit of a code beyond the
-            first, as its levels are closer together. A parameter if the values are trained, else None.
+        latents: float32 (kept,), numbers that round to the stored values; a parameter if the values are trained,
+            otherwise None. They are divided by a unit, so that one learning rate fits all widths: the root mean square
+            of all values, halved for each bit of a code beyond the first, because its levels are closer together.
     """
 
     latents: Tensor | None
 
-    def __init__(self, plane: Plane, runs: list[tuple[Codebook, slice]], wanted: Tensor | None):
-        """Begin with the values that are stored.
+    def __init__(self, plane: Plane, runs: list[tuple[Codebook, slice]], targets: Tensor | None):
+        """Initialise with the stored values.
 
         Args:
-            plane: as decoded, without scales.
-            runs: codebooks, and the columns that have them.
-            wanted: float32 (columns, rows), what the values stand for: which of its neighbours a value is nearer to
-                decides how easily it goes there. None if values are not trained.
+            plane: the decoded plane, without column scales.
+            runs: codebooks, and the columns that use them.
+            targets: float32 (columns, rows), the values before rounding. A latent starts as near to its target as the
+                stored value allows, so that it moves more easily to the level on the target's side. None if values are
+                not trained.
         """
         super().__init__()
         stored, positions = plane.values(), plane.positions()
@@ -74,10 +75,10 @@ class _TrainedPlane(nn.Module):
         starts = plane.rows * torch.arange(plane.columns + 1, device=stored.device)
         ends = torch.searchsorted(positions, starts).tolist()
         self._runs = [(book, slice(ends[part.start], ends[part.stop])) for book, part in runs]
-        if wanted is None:
+        if targets is None:
             self.latents, self._fixed = None, stored
             return
-        kept = wanted.reshape(-1) if self._positions is None else wanted.reshape(-1)[self._positions]
+        kept = targets.reshape(-1) if self._positions is None else targets.reshape(-1)[self._positions]
         values = [_into_cells(kept[part], stored[part], book) for book, part in self._runs]
         rms = float(stored.square().mean().sqrt()) or 1.0
         self._units = [rms * 0.5 ** (book.bits - 1) if isinstance(book, Levels) else rms for book, _ in self._runs]
@@ -85,20 +86,20 @@ class _TrainedPlane(nn.Module):
         self.latents = nn.Parameter(torch.cat(parts))
 
     def stored(self, values: Tensor) -> Tensor:
-        """What of values (kept,) is stored, in the record's own units."""
+        """Round values (kept,) to stored values, in the record's own units."""
         parts = zip(self.in_units(values), self._runs, strict=True)
         return torch.cat([book.round(part) for part, (book, _) in parts])
 
     def in_units(self, values: Tensor) -> list[Tensor]:
-        """Of each run of columns, values (kept,) times their units."""
+        """Return values (kept,) times their units, for each run of columns."""
         return [values[part] * unit for unit, (_, part) in zip(self._units, self._runs, strict=True)]
 
     def values(self) -> Tensor:
-        """float32 (kept,), as stored."""
+        """Return the stored values: float32 (kept,)."""
         return self._fixed if self.latents is None else _Rounded.apply(self.latents, self)
 
     def dense(self) -> Tensor:
-        """float32 (columns, rows), as stored, zeros where entries were dropped."""
+        """Return the stored plane, with zeros for dropped entries: float32 (columns, rows)."""
         values = self.values()
         if self._positions is None:
             return values.view(self._shape)
@@ -106,28 +107,28 @@ class _TrainedPlane(nn.Module):
 
     @torch.no_grad()
     def codes(self) -> list[np.ndarray]:
-        """The packed codes of each run of columns."""
+        """Return the packed codes of each run of columns."""
         values = self.values()
         return [book.pack(values[part]) for book, part in self._runs]
 
 
 class TrainedDelta(nn.Module):
-    """The trained delta of one tensor, a matrix or a stack of them: a parametrisation of the base's weight.
+    """The trainable delta of one tensor, a matrix or a stack of them, as a parametrisation of the base's weight.
 
     Attributes:
-        records: one for each matrix.
-        log_factors: of each, the logarithms of the factors by which its scales change: float32 (rank,) for the singular
-            values of a factored record; for a direct one (rows,) if its rows have scales, else (1,).
+        records: one record per matrix.
+        log_factors: for each matrix, the logarithms of the factors on its column scales: float32 (rank,) for the
+            singular values of a factored record; for a direct record (rows,) if its rows have scales, otherwise (1,).
     """
 
     def __init__(self, records: list[Record], name: str, exact: Tensor | None, device: torch.device):
-        """Begin with what records stand for.
+        """Initialise with the numbers in the records.
 
         Args:
-            records: of the tensor.
-            name: its, for messages.
-            exact: float32 (matrices, m, n), the delta that is compressed, if values are to be trained.
-            device: of all parameters.
+            records: the tensor's records.
+            name: the tensor's name, for messages.
+            exact: the exact delta, float32 (matrices, m, n), if kept values are trained; otherwise None.
+            device: where all parameters are.
         """
         super().__init__()
         self.records = records
@@ -137,53 +138,53 @@ class TrainedDelta(nn.Module):
         for number, (record, scales) in enumerate(zip(records, self._scales, strict=True)):
             unscaled = replace(record, column_scales=[None] * len(record.segments))
             planes = decode_planes(unscaled, name, device)
-            wanted: list[Any] = [None] * len(planes)
+            targets: list[Any] = [None] * len(planes)
             if exact is not None and len(record.codes):
-                wanted = _wanted(record, [plane.dense() for plane in planes], scales, exact[number].to(device))
+                targets = _targets(record, [plane.dense() for plane in planes], scales, exact[number].to(device))
             columns = columns_of(record.segments)
             widths = zip(*(segment.widths() for segment in record.segments), strict=True)
             books = [[CODEBOOKS[width] for width in own] for own in widths]
             runs = [list(zip(own, columns, strict=True)) for own in books] or [[] for _ in planes]
-            self._planes.append([_TrainedPlane(*parts) for parts in zip(planes, runs, wanted, strict=True)])
+            self._planes.append([_TrainedPlane(*parts) for parts in zip(planes, runs, targets, strict=True)])
         self.planes = nn.ModuleList([plane for planes in self._planes for plane in planes])
 
     def _deltas(self) -> list[MatrixDelta]:
-        """The delta of each matrix, by the numbers in force."""
-        found: list[MatrixDelta] = []
+        """Return the delta of each matrix with the current numbers."""
+        deltas: list[MatrixDelta] = []
         for planes, scales, log_factors in zip(self._planes, self._scales, self.log_factors, strict=True):
             parts, scale = [plane.dense() for plane in planes], scales * log_factors.exp()
-            found.append(DirectDelta(parts[0], scale) if len(parts) == 1 else Factors(parts[0], scale, parts[1]))
-        return found
+            deltas.append(DirectDelta(parts[0], scale) if len(parts) == 1 else Factors(parts[0], scale, parts[1]))
+        return deltas
 
     def latents(self) -> list[Tensor]:
-        """The parameters that kept values are rounded from, if these are trained."""
+        """Return the parameters from which kept values are rounded; empty if these are not trained."""
         return [plane.latents for planes in self._planes for plane in planes if plane.latents is not None]
 
     def forward(self, base: Tensor) -> Tensor:
-        """Base plus delta."""
+        """Return base plus delta."""
         return base + torch.stack([delta.matrix() for delta in self._deltas()]).view_as(base)
 
     def linear(self, inputs: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
-        """nn.Linear with base plus delta as its weight; neither the sum is formed nor a gradient of its size."""
+        """Compute nn.Linear with the weight base plus delta, without forming the sum or a gradient of its size."""
         (delta,) = self._deltas()
         change = delta.multiply(inputs)
         return functional.linear(inputs, base, bias) + change
 
     def embedding(self, tokens: Tensor, base: Tensor, padding: int | None) -> Tensor:
-        """nn.Embedding with base plus delta as its weight, of which only the tokens' own rows are formed."""
+        """Compute nn.Embedding with the weight base plus delta, of which only the tokens' rows are formed."""
         (delta,) = self._deltas()
         return functional.embedding(tokens, base, padding) + delta.rows(tokens)
 
     @torch.no_grad()
     def fold(self) -> list[Record]:
-        """The records with what was learned in them; from here on, the numbers in force are those that these store."""
+        """Write the trained numbers into the records and return them; the current numbers become the stored ones."""
         for number, factors in enumerate(self.log_factors):
             record = self.records[number]
             change = factors.double().exp().cpu().numpy()
             scale, sigma, column_scales = record.scale, record.sigma, record.column_scales
             if record.layout == FACTORED:
                 exact = record.sigma * change
-                # With 1 for the largest, the others stay as far from the ends of float16 as they were
+                # Scaled to a largest value of 1, the others stay within the range of float16.
                 largest = float(np.abs(exact).max(initial=0.0)) or 1.0
                 scale, sigma = scale * largest, (exact / largest).astype(np.float16)
             elif len(change) == 1:
@@ -209,10 +210,10 @@ class TrainedDelta(nn.Module):
 
 
 def _column_scales(record: Record, device: torch.device) -> Tensor:
-    """The column scales of a record, its own scale included: (rank,), or of a direct record (rows,) or (1,).
+    """Return a record's column scales times the record's scale: (rank,), or for a direct record (rows,) or (1,).
 
     Raises:
-        ValueError: if some rows of a direct record have scales and others none, as no method writes it.
+        ValueError: if only some rows of a direct record have scales, which no method writes.
     """
     given = [part for part in record.column_scales if part is not None]
     if record.layout == FACTORED:
@@ -220,27 +221,27 @@ def _column_scales(record: Record, device: torch.device) -> Tensor:
         both = [np.ones(s.columns) if scale is None else scale.astype(np.float64).prod(0) for s, scale in parts]
         scales = record.sigma.astype(np.float64) * (np.concatenate(both) if both else 1.0)
     elif given and len(given) < len(record.segments):
-        raise ValueError("a direct record of which only some rows have scales cannot be trained")
+        raise ValueError("a direct record in which only some rows have scales cannot be trained: compress again")
     else:
         scales = np.concatenate(given, 1)[0].astype(np.float64) if given else np.ones(1)
     return torch.from_numpy((scales * record.scale).astype(np.float32)).to(device)
 
 
-def _wanted(record: Record, planes: list[Tensor], scales: Tensor, delta: Tensor) -> list[Tensor]:
-    """What the planes of a record stand for, (columns, rows) each, in the units of its levels.
+def _targets(record: Record, planes: list[Tensor], scales: Tensor, delta: Tensor) -> list[Tensor]:
+    """Return the exact values that the planes of a record approximate, (columns, rows) each, in units of its levels.
 
-    A direct record's are the delta's own entries, less what its scales make up for where masks drop others. Of a
-    factored one U is what goes best with the stored V, and the other way round, each column in the unit in which the
-    stored one is its own best approximation.
+    For a direct record these are the delta's entries, divided by scale times keep ratio, because scales include the
+    rescaling for dropped entries. For a factored record, U is the least squares fit to the delta for the stored V, and
+    V that for the stored U; each column is scaled so that the stored column approximates it best without a factor.
     """
     if len(planes) == 1:
         rows = scales * torch.from_numpy(record.keep_ratios()).to(delta)
         return [delta / torch.where(rows == 0, 1.0, rows)[:, None]]
-    found = []
+    targets = []
     for one, other, matrix in ((planes[0], planes[1], delta), (planes[1], planes[0], delta.t())):
         best = least_squares(other, matrix, _DAMPING)
         kept = one != 0
         overlap = (best * kept * one).sum(1)
         unit = one.square().sum(1) / torch.where(overlap > 0, overlap, torch.inf)
-        found.append(best * unit[:, None])
-    return found
+        targets.append(best * unit[:, None])
+    return targets

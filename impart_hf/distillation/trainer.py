@@ -1,4 +1,4 @@
-"""Training of deltas by transformers' Trainer: in one process or many, with checkpoints, and looks at held-out text."""
+"""Training of deltas with transformers' Trainer, with checkpoints and evaluation on held-out sequences."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from ..training.trainer import run_trainer, training_arguments
 from .settings import DistillSettings
 from .trained_delta import TrainedDelta
 
-# The optimizer and its rates are this module's, and held-out text is looked at in batches like those of training
+# Fields that users cannot set: this module sets the optimizer, its rates and the batch size of evaluation.
 _OF_OPTIMIZERS = frozenset(
     field.name
     for field in dataclasses.fields(TrainingArguments)
@@ -31,16 +31,16 @@ _OF_OPTIMIZERS = frozenset(
 
 
 class TrainableDeltas(nn.Module):
-    """Deltas in training, as the Trainer sees them: nothing else is a parameter of it, or saved.
+    """The module that the Trainer trains and saves: its only parameters are those of deltas.
 
     Attributes:
-        deltas: to be trained.
+        deltas: the deltas to train.
     """
 
     def __init__(self, deltas: Iterable[TrainedDelta], loss: Callable[[Tensor], Tensor]):
         """Args:
-        deltas: to be trained; parts of the models that the loss runs.
-        loss: of the examples with these numbers, int64 (batch,): the mean over them.
+        deltas: the deltas to train; parts of the models that the loss runs.
+        loss: gives the mean loss of the sequences with these indices, int64 (batch,).
         """
         super().__init__()
         self.deltas: Any = nn.ModuleList(deltas)
@@ -58,13 +58,13 @@ def _examples(rows: range) -> Any:
 def arguments_for(
     settings: DistillSettings, device: torch.device, checkpoints: Path | None
 ) -> Iterator[TrainingArguments]:
-    """The Trainer's settings for a distillation. Connects the processes, if many.
+    """Within this context, give the Trainer's settings for a distillation; connects the processes.
 
     Args:
-        checkpoints: folder for these; None for one that is removed.
+        checkpoints: folder for checkpoints; None for a temporary one.
 
     Raises:
-        ValueError: if `settings.training` holds what it must not, or a device cannot be used.
+        ValueError: if `settings.training` contains an invalid or reserved field, or the device cannot be used.
     """
     interval = max(1, settings.steps // settings.checks)
     own = {
@@ -79,14 +79,14 @@ def arguments_for(
         "greater_is_better": False,
         "save_only_model": False,
         "eval_on_start": False,
-        # Of language models, which deltas are not
+        # These apply to language models, and `TrainableDeltas` is not one.
         "gradient_checkpointing": False,
         "neftune_noise_alpha": None,
         "label_smoothing_factor": 0.0,
         "use_liger_kernel": False,
         "remove_unused_columns": False,
         "seed": settings.seed,
-        # A layer's experts need not all be reached by a batch
+        # A batch may leave some of a layer's experts unused.
         "ddp_find_unused_parameters": True,
         **({} if checkpoints is None else {"output_dir": str(checkpoints)}),
     }
@@ -99,11 +99,10 @@ def arguments_for(
 
 
 class _Stopping(TrainerCallback):
-    """Ends training that does harm: once held-out text is matched worse at every check than at the one before, so many
-    times in a row, after all rates have come up.
+    """Callback that stops training after `patience` successive checks, each with a higher held-out loss than before.
 
-    That it is matched worse than at the start says nothing yet: values that are trained by high rates come to rest as
-    these fall.
+    Only checks after the warm-up of all learning rates count. A loss above the initial one is no reason to stop,
+    because values that are trained with high rates settle as the rates fall.
     """
 
     def __init__(self, settings: DistillSettings):
@@ -114,16 +113,16 @@ class _Stopping(TrainerCallback):
         control.should_evaluate |= state.global_step == state.max_steps
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # From the log, which a checkpoint holds: a resumed run counts on
+        # The log is part of a checkpoint, so that a resumed run counts earlier checks too.
         checks = [e["eval_loss"] for e in state.log_history if "eval_loss" in e and e["step"] >= self._warm]
         rises = [after > before for before, after in pairwise(checks)]
         if len(rises) >= self._patience and all(rises[-self._patience :]):
             control.should_training_stop = True
-            control.should_save = False  # from a checkpoint of the last step, a resumed run would go on
+            control.should_save = False  # a run resumed from a checkpoint of this step would continue training
 
 
 class _Trainer(Trainer):
-    """Drops the rest of an epoch that fills no batch, but nothing that is held out."""
+    """Trainer that drops an incomplete last batch in training, but not in evaluation."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -143,14 +142,14 @@ def train(
     progress: Progress,
     title: str,
 ) -> tuple[int, int]:
-    """Train, leave the numbers of the best check in place, and return the steps taken and the best one.
+    """Train, restore the numbers of the best check, and return the number of steps and the best step.
 
-    Continues from a checkpoint if the arguments' folder holds one.
+    Resumes from a checkpoint if the arguments' folder has one.
 
     Args:
-        training, validation: the examples.
+        training, validation: indices of the sequences.
         arguments: from `arguments_for`.
-        title: of the bar.
+        title: title of the bar.
 
     Raises:
         ValueError: if a loss is not finite.
@@ -159,7 +158,7 @@ def train(
     checkpoint = _last_checkpoint(folder)
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if state.global_step >= settings.steps:  # killed after the last step: the Trainer would take one more
+        if state.global_step >= settings.steps:  # killed after the last step; the Trainer would take one more step
             best = state.best_global_step or state.global_step
             load_model(trainable, folder / f"{PREFIX_CHECKPOINT_DIR}-{best}" / SAFE_WEIGHTS_NAME)
             return state.global_step, best
@@ -188,21 +187,21 @@ def train(
 
 
 def _rate(settings: DistillSettings, start: float, step: int) -> float:
-    """Share of a learning rate that is in force at a step, for what is trained from a share of the steps on."""
-    progress = (step + 0.5) / settings.steps  # in the middle of the step: none is without any effect
-    # Adam's first steps move all values at once, by as much as their rate: a step into the blue
+    """Return the factor on a learning rate at a step, for parameters trained from the share `start` of the steps on."""
+    progress = (step + 0.5) / settings.steps  # the middle of the step, so that no step has rate 0
+    # The rate rises slowly because Adam's first steps change all values by the full rate, whatever their gradients.
     return min(max(0.0, progress - start) / settings.warm_up, 1 - progress)
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end."""
+    """Return the last complete checkpoint."""
     states = filter(_is_whole, folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"))
-    found = {int(path.parent.name.rpartition("-")[2]): path.parent for path in states}
-    return found[max(found)] if found else None
+    checkpoints = {int(path.parent.name.rpartition("-")[2]): path.parent for path in states}
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 def _is_whole(state: Path) -> bool:
-    """Whether this file, which the Trainer writes last, has been written to its end."""
+    """Return whether this file, which the Trainer writes last in a checkpoint, is complete."""
     try:
         json.loads(state.read_text("utf-8"))
     except ValueError:
@@ -212,7 +211,7 @@ def _is_whole(state: Path) -> bool:
 
 @torch.no_grad()
 def mean_loss(trainable: TrainableDeltas, rows: range, arguments: TrainingArguments) -> float:
-    """The loss of examples, the mean over all of them, computed as in training."""
+    """Return the mean loss of sequences, computed as in training."""
     size, total = arguments.per_device_eval_batch_size, 0.0
     with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
         for part in torch.tensor(rows).split(size):

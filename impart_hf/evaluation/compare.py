@@ -1,4 +1,4 @@
-"""Models side by side: what they cost, and how well they do on a text or task."""
+"""Comparison of models: cost, quality on a text or task, and latency."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,15 +29,15 @@ from .tasks import TaskEvaluation
 
 @dataclass
 class Evaluation:
-    """One model, judged.
+    """The evaluation of one model.
 
     Attributes:
         model: folder or Hub id.
-        cost: by its shapes.
-        perplexity: on the text, per token; None without a text.
-        text_tokens: that the perplexity is the mean over.
-        task_metric, task_score: of the task; None without one.
-        latency: measured; None if that was not asked for.
+        cost: parameters, FLOPs and cache size, computed from shapes.
+        perplexity: perplexity on the text, per token; None without a text.
+        text_tokens: number of tokens over which the perplexity is the mean; None without a text.
+        task_metric, task_score: name and value of the task's metric; None without a task.
+        latency: measured time and memory; None if not requested.
     """
 
     model: str
@@ -54,12 +54,12 @@ class Evaluation:
 
 @dataclass
 class Comparison:
-    """Several models, judged alike.
+    """The evaluations of several models under the same conditions.
 
     Attributes:
         evaluations: in the order in which the models were given.
-        other_vocabularies: models whose vocabulary is not the first model's, and which read the text in tokens of
-            their own: their perplexities do not compare.
+        other_vocabularies: models whose vocabulary differs from the first model's; their perplexities per token cannot
+            be compared with its.
     """
 
     evaluations: list[Evaluation]
@@ -72,7 +72,7 @@ class Comparison:
         }
 
     def table(self) -> str:
-        """A markdown table, a line for each model."""
+        """Return a Markdown table with a line for each model."""
         rows = [_cells(evaluation) for evaluation in self.evaluations]
         columns = list(rows[0])
         lines = [columns, *([row[column] for column in columns] for row in rows)]
@@ -87,7 +87,7 @@ class Comparison:
 
 
 def _cells(evaluation: Evaluation) -> dict[str, str]:
-    """A row of the table, by column."""
+    """Return a row of the table, by column."""
     cost, latency = evaluation.cost, evaluation.latency
     cells = {"model": evaluation.model}
     if evaluation.perplexity is not None:
@@ -133,46 +133,46 @@ def compare_models(
     base_model: str | None = None,
     progress: bool = False,
 ) -> Comparison:
-    """Judge models alike: what they cost, and if asked for, how well and how fast they do.
+    """Evaluate models under the same conditions: cost, and if requested, quality and latency.
 
-    Weights are read only for a text, a task or latency, one model at a time. Everything that can be wrong with the
-    request is looked for before the first of them.
+    Weights are read only for a text, a task or latency, one model at a time, and only after all arguments have been
+    checked.
 
     Args:
         models: local folders or Hub ids of dense models, delta repositories and pruned models.
-        text: as `compress` takes for calibration; the perplexity on it is measured, on the same tokens for all
-            models whose vocabularies agree.
+        text: of the kinds that `compress` takes for calibration; perplexity is measured on the same tokens for all
+            models with equal vocabularies.
         task: a task of lm-eval, or the path of a task's YAML file; the task's first metric is measured.
-        task_limit: examples of the task at most.
-        samples, length: sequences of the text at most, and their tokens; no more than any model has positions.
+        task_limit: the most examples of the task; None for all.
+        samples, length: the most sequences of the text, and tokens per sequence, at most the positions of any model.
         batch_size: sequences, or the task's requests, at a time.
         latency: measure time and memory of prefill and decode.
-        prompt_tokens: length of the prompt whose cost is counted and measured; None for 512, or as many as leave
-            every model positions for the new tokens.
+        prompt_tokens: length of the prompt for cost and latency; None for 512, or fewer if some model's positions
+            would not leave room for the new tokens.
         new_tokens, repeats: as for `measure_latency`.
-        device: where models are judged.
-        dtype: of their weights; None for each model's own.
-        revision: branch, tag or commit of those on the Hub.
-        base_model: folder or Hub id to take the base of delta repositories from, instead of the recorded ones.
+        device: where models are evaluated.
+        dtype: dtype of the weights; None for each model's own.
+        revision: branch, tag or commit of the models on the Hub.
+        base_model: folder or Hub id of the base of delta repositories, instead of the recorded ones.
         progress: show a progress bar.
 
     Raises:
         CheckpointError, DeltaFormatError, WrongBaseError: if a model is missing or damaged.
-        ValueError: if a model is no causal language model, a number is out of range, the text holds no text, the
-            task cannot be had, the device is not there, or `base_model` is given and no model is a delta repository.
-        ModuleNotFoundError: if the task needs lm-eval and it is missing.
+        ValueError: if a model is not a causal language model, a number is out of range, the text is empty, the task or
+            the device is not available, or `base_model` is given and no model is a delta repository.
+        ModuleNotFoundError: if a task is given and lm-eval is not installed.
     """
     if not models:
-        raise ValueError("there is no model to evaluate")
+        raise ValueError("there is no model to evaluate: give at least one")
     for name, number in (("batch_size", batch_size), ("repeats", repeats), ("task_limit", task_limit)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     device = usable_device(device)
     empty = [empty_model(model, dtype, revision) for model in models]
-    positions = [found for found in map(max_positions, empty) if found is not None]
+    positions = [limit for limit in map(max_positions, empty) if limit is not None]
     following = new_tokens if latency else 1
     if prompt_tokens is None:
-        prompt_tokens = max(1, min([PROMPT_TOKENS, *(found - following for found in positions)]))
+        prompt_tokens = max(1, min([PROMPT_TOKENS, *(limit - following for limit in positions)]))
     evaluations = []
     for source, model in zip(models, empty, strict=True):
         check_positions(model, prompt_tokens, following)
@@ -182,44 +182,44 @@ def compare_models(
         return comparison
     deltas = {source for source in models if _check_weights(source, HubOptions(revision), base_model)}
     if base_model is not None and not deltas:
-        raise ValueError("base_model: none of the models is a delta repository, whose base it could be")
-    judges: list[_Judge] = []
+        raise ValueError("base_model: none of the models is a delta repository; leave it out")
+    evaluators: list[_Evaluator] = []
     if text is not None or task is not None:
         for source in models:
             tokenizer = load_tokenizer(source, HubOptions(revision))
-            judge = next((judge for judge in judges if judge.reads(tokenizer)), None)
-            if judge is None:
-                judge = _Judge(tokenizer, batch_size)
+            evaluator = next((evaluator for evaluator in evaluators if evaluator.reads_like(tokenizer)), None)
+            if evaluator is None:
+                evaluator = _Evaluator(tokenizer, batch_size)
                 if text is not None:
-                    judge.take_text(text, samples, min([length, *positions]))
+                    evaluator.take_text(text, samples, min([length, *positions]))
                 if task is not None:
-                    judge.take_task(task, task_limit)
-            judge.check_vocabulary(empty[len(judges)])
-            judges.append(judge)
-        comparison.other_vocabularies += [s for s, j in zip(models, judges, strict=True) if j is not judges[0]]
+                    evaluator.take_task(task, task_limit)
+            evaluator.check_vocabulary(empty[len(evaluators)])
+            evaluators.append(evaluator)
+        comparison.other_vocabularies += [s for s, e in zip(models, evaluators, strict=True) if e is not evaluators[0]]
     for number, source in enumerate(Progress(progress).track(models, "Evaluating")):
         options = {"base_model": base_model} if source in deltas else {}
         loaded = load(source, empty[number].dtype, device, revision=revision, **options)
-        if judges:
-            judges[number].judge(loaded, evaluations[number])
+        if evaluators:
+            evaluators[number].evaluate(loaded, evaluations[number])
         if latency:
             evaluations[number].latency = measure_latency(
                 loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
             )
-        del loaded  # before the next one is read
+        del loaded  # frees its memory before the next model is loaded
     return comparison
 
 
-class _Judge:
-    """A text and a task as the models of one vocabulary read them."""
+class _Evaluator:
+    """Evaluates the models of one vocabulary on a text and a task."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         self._tokenizer, self._batch_size = tokenizer, batch_size
         self._tokens: torch.Tensor | None = None
         self._task: TaskEvaluation | None = None
 
-    def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether another tokenizer gives the same tokens."""
+    def reads_like(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Return whether another tokenizer has the same vocabulary and special tokens."""
         own = self._tokenizer
         same_ends = (own.bos_token_id, own.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
         return same_ends and own.get_vocab() == tokenizer.get_vocab()
@@ -228,7 +228,7 @@ class _Judge:
         self._tokens = calibration_tokens(text, self._tokenizer, samples=samples, length=length)
 
     def check_vocabulary(self, model: PreTrainedModel) -> None:
-        """See that a model has every token of the text, as `calibration_text.check_vocabulary`."""
+        """Check that a model has every token of the text, as `calibration.text.check_vocabulary` does."""
         embeddings: Any = model.get_input_embeddings()
         if self._tokens is not None:
             check_vocabulary(self._tokens, embeddings.num_embeddings, str(model.name_or_path))
@@ -236,17 +236,18 @@ class _Judge:
     def take_task(self, task: str, limit: int | None) -> None:
         self._task = TaskEvaluation(task, self._tokenizer, limit, self._batch_size)
 
-    def judge(self, model: PreTrainedModel, evaluation: Evaluation) -> None:
-        """Fill in what the model does on text and task."""
+    def evaluate(self, model: PreTrainedModel, evaluation: Evaluation) -> None:
+        """Measure a model's perplexity and task score, and set them in its evaluation."""
         if self._tokens is not None:
-            evaluation.text_tokens = self._tokens.numel() - len(self._tokens)  # the first is only read
+            # The first token of a sequence is not predicted.
+            evaluation.text_tokens = self._tokens.numel() - len(self._tokens)
             evaluation.perplexity = perplexity(model, self._tokens, self._batch_size)
         if self._task is not None:
             evaluation.task_metric, evaluation.task_score = self._task.metric, self._task.score(model)
 
 
 def _check_weights(source: str, options: HubOptions, base_model: str | None) -> bool:
-    """See that a model's weight files are there and can be read, and its base's; whether it is a delta repository."""
+    """Check that a model's weight files, and its base's, can be opened; return whether it is a delta repository."""
     is_delta = repository_kind(source, options) is RepositoryKind.DELTA
     if is_delta:
         open_repository(source, options, base_model)

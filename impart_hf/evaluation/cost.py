@@ -1,7 +1,7 @@
-"""What a causal language model costs by its shapes: parameters, FLOPs, bytes of key-value cache.
+"""Cost of a causal language model, computed from its shapes: parameters, FLOPs, bytes of key-value cache.
 
-Prefill reads a prompt of one sequence and computes the logits of its last token, as `generate` does; a decode step
-reads one more token with the prompt in the cache.
+Prefill reads a prompt of one sequence and computes the logits of its last token, as `generate` does. A decode step
+reads one more token, with the prompt in the cache.
 """
 
 import functools
@@ -21,22 +21,22 @@ from .defaults import PROMPT_TOKENS
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model costs by its shapes alone, for one sequence.
+    """The cost of a model for one sequence, from its shapes.
 
-    FLOPs count a multiplication and an addition as two, in products of matrices alone (torch's FlopCounterMode).
-    Attention is counted over all pairs of tokens that the implementation computes, those that a causal mask hides
-    included.
+    FLOPs count a multiplication and an addition as two, and only in matrix products (torch's FlopCounterMode).
+    Attention is counted over all pairs of tokens that the implementation computes, including those that a causal mask
+    hides.
 
     Attributes:
-        parameters: all, those that are shared counted once.
-        parameters_without_embeddings: without the input embedding and the output projection.
-        dtype: of weights and cache, e.g. "bfloat16".
-        weight_bytes: of all parameters in that dtype, as they lie in memory; a delta repository is smaller on disk.
+        parameters: number of parameters, shared ones counted once.
+        parameters_without_embeddings: the same without the input embedding and the output projection.
+        dtype: dtype of weights and cache, such as "bfloat16".
+        weight_bytes: memory of all parameters in that dtype; a delta repository is smaller on disk.
         prompt_tokens: length of the prompt.
-        prefill_flops_per_token: of prefill, divided by the tokens of the prompt.
-        decode_flops_per_token: of a decode step that follows the prompt.
-        kv_cache_bytes_per_token: by layer, of a token that the layer's cache holds; 0 for layers whose state does not
-            grow with the text.
+        prefill_flops_per_token: FLOPs of prefill, divided by the tokens of the prompt.
+        decode_flops_per_token: FLOPs of a decode step after the prompt.
+        kv_cache_bytes_per_token: for each layer, bytes of the cache per token; 0 for layers whose state does not grow
+            with the text.
     """
 
     parameters: int
@@ -53,49 +53,51 @@ class ModelCost:
 
 
 def empty_model(source: str, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
-    """The model without weights, on torch's meta device.
+    """Make a model without weights, on torch's meta device.
 
     Args:
-        source: local folder or Hub id: a dense model, a delta repository or a pruned model.
-        dtype: of its weights; None for the dtype that its configuration names.
+        source: local folder or Hub id of a dense model, a delta repository or a pruned model.
+        dtype: dtype of the weights; None for the dtype in the model's configuration.
         revision: branch, tag or commit on the Hub.
 
     Raises:
         CheckpointError: if there is no such model.
-        ValueError: if it is no causal language model, or quantised.
+        ValueError: if it is not a causal language model, or is quantised.
     """
-    fetch_config(source, HubOptions(revision))  # for its errors
+    fetch_config(source, HubOptions(revision))  # called for its error messages
     config = AutoConfig.from_pretrained(source, revision=revision)
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"'{source}' is a quantised checkpoint; give a model with float weights")
+        raise ValueError(f"'{source}' is a quantised checkpoint: give a model with float weights")
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
-        # Of the ways to run experts, the one whose products are counted and that needs no numbers to route by.
+        # This implementation of experts works without real weights to route by, and its products are counted.
         model = meta_model(config, experts_implementation="batched_mm", **options)
     except ValueError as error:
         if type(config) in AutoModelForCausalLM._model_mapping:
             raise
-        raise ValueError(f"'{source}' is a {config.model_type} model, and no causal language model") from error
+        raise ValueError(
+            f"'{source}' is a {config.model_type} model, not a causal language model: give another one"
+        ) from error
     named = config.architectures or []
     if named and not any(
         name == type(model).__name__ or "CausalLM" in name or "LMHead" in name or name == "DeltaCompressedForCausalLM"
         for name in named
     ):
-        raise ValueError(f"'{source}' is a {named[0]}, and no causal language model")
+        raise ValueError(f"'{source}' is a {named[0]}, not a causal language model: give another one")
     model.name_or_path = source
     return model.eval()
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """How many positions the model has; None if its configuration sets no limit."""
+    """Return the number of positions of a model; None if its configuration sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_positions(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
-    """See that a model can read a prompt and decode so many tokens after it.
+    """Check that a model can read a prompt and decode new tokens after it.
 
     Raises:
-        ValueError: if a number is below 1, or both together are more than the model has positions.
+        ValueError: if a number is below 1, or their sum exceeds the model's positions.
     """
     for count, what in ((prompt_tokens, "prompt"), (new_tokens, "continuation")):
         if count < 1:
@@ -103,7 +105,7 @@ def check_positions(model: PreTrainedModel, prompt_tokens: int, new_tokens: int)
     positions = max_positions(model)
     if positions is not None and prompt_tokens + new_tokens > positions:
         room = positions - new_tokens
-        advice = f"give a prompt of {room} tokens or less" if room > 0 else "there is no room for a prompt"
+        advice = f"give a prompt of at most {room} tokens" if room > 0 else "ask for fewer new tokens"
         raise ValueError(
             f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones need more than the {positions} positions "
             f"of '{model.name_or_path}': {advice}"
@@ -111,14 +113,14 @@ def check_positions(model: PreTrainedModel, prompt_tokens: int, new_tokens: int)
 
 
 def model_cost(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS) -> ModelCost:
-    """Count what a model costs; nothing is computed if it lies on the meta device (`empty_model`).
+    """Count the cost of a model; nothing is computed if it is on the meta device (`empty_model`).
 
     Args:
         model: a causal language model.
         prompt_tokens: length of the prompt.
 
     Raises:
-        ValueError: if the model has not as many positions as the prompt and one more token need.
+        ValueError: if the model has too few positions for the prompt and one more token, or no known cache.
     """
     check_positions(model, prompt_tokens, 1)
     flops: list[int] = []
@@ -145,18 +147,18 @@ def model_cost(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS) -> Mo
 
 @functools.cache
 def _arguments(forward: Callable) -> tuple[str, dict[str, Any]]:
-    """What a model calls its cache, and the argument that makes it compute the last token's logits alone."""
+    """Return the name of a model's cache argument, and the argument that limits logits to the last token."""
     names = inspect.signature(forward).parameters
-    cache = "cache_params" if "cache_params" in names else "past_key_values"  # the first is Mamba's
+    cache = "cache_params" if "cache_params" in names else "past_key_values"  # Mamba has cache_params
     return cache, {"logits_to_keep": 1} if "logits_to_keep" in names else {}
 
 
 def step(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache | None) -> Cache:
-    """Read tokens, int64 (1, length), after those in the cache; the cache with them in it."""
+    """Run the model on tokens, int64 (1, length), after those in the cache, and return the extended cache."""
     name, options = _arguments(type(model).forward)
     cache = model(input_ids=tokens, use_cache=True, **{name: cache}, **options).get(name)
     if not isinstance(cache, Cache):
-        raise ValueError(f"'{model.name_or_path}' keeps no cache that transformers knows: decoding cannot be measured")
+        raise ValueError(f"'{model.name_or_path}' has no cache that transformers knows: its cost cannot be measured")
     return cache
 
 
@@ -166,6 +168,6 @@ def _bytes_per_token(layer: Any) -> int:
 
 
 def _embeddings(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The weights of the input embedding and the output projection, one if they are tied."""
+    """Return the weights of the input embedding and the output projection; one tensor if they are tied."""
     modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     return list({id(module.weight): module.weight for module in modules if module is not None}.values())

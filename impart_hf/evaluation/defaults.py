@@ -1,4 +1,4 @@
-"""Numbers that the evaluation takes unless others are given; the command line states them without importing torch."""
+"""Defaults of the evaluation, in a file of their own so that the command line can import them without torch."""
 
 PROMPT_TOKENS = 512
 NEW_TOKENS = 64

@@ -1,4 +1,4 @@
-"""Time and memory that a causal language model takes, measured."""
+"""Measurement of a causal language model's time and memory."""
 
 import functools
 import statistics
@@ -20,18 +20,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Latency:
-    """Time and memory of one sequence, measured.
+    """Measured time and memory of one sequence.
 
     Attributes:
         device: the accelerator's name, or "cpu".
-        prompt_tokens: tokens that were prefilled.
-        new_tokens: tokens that were decoded after them, one at a time.
-        repeats: runs whose median the times are.
-        prefill_seconds: of the whole prompt.
-        decode_tokens_per_second: of the decode steps alone; no token is chosen, nothing else of `generate` is run.
-        prefill_peak_bytes: memory in use at most during prefill, beyond the loaded model: activations and cache. On
-            a CPU it is sampled, and None where the system does not say.
-        decode_peak_bytes: the same of the decode steps, the whole cache included.
+        prompt_tokens: number of prefilled tokens.
+        new_tokens: number of tokens decoded after them, one at a time.
+        repeats: number of runs; times are their median.
+        prefill_seconds: time of prefill for the whole prompt.
+        decode_tokens_per_second: rate of the decode steps; no token is chosen, and nothing else of `generate` runs.
+        prefill_peak_bytes: peak memory of prefill in addition to the loaded model: activations and cache. On a CPU it
+            is sampled; None if the system cannot measure it.
+        decode_peak_bytes: the same for the decode steps, including the whole cache.
     """
 
     device: str
@@ -52,17 +52,17 @@ def measure_latency(
     repeats: int = 5,
     seed: int = 0,
 ) -> Latency:
-    """Measure prefill and decode of one sequence of random tokens, after a run that is not counted.
+    """Measure prefill and decode of one sequence of random tokens, after a warm-up run.
 
     Args:
         model: a loaded model, on the device where it is to be measured.
         prompt_tokens: length of the prompt.
-        new_tokens: decode steps.
-        repeats: runs of each, of which the median is taken; memory is measured in runs of its own.
-        seed: of the tokens.
+        new_tokens: number of decode steps.
+        repeats: number of timed runs, of which the median is taken; memory is measured in separate runs.
+        seed: seed of the tokens.
 
     Raises:
-        ValueError: if a number is below 1, or prompt and new tokens are more than the model has positions.
+        ValueError: if a number is below 1, or prompt and new tokens exceed the model's positions.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -107,8 +107,8 @@ def measure_latency(
 
 
 def _cache_tensors(layer: Any) -> list[torch.Tensor]:
-    found = (getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states"))
-    return [value for value in found if isinstance(value, torch.Tensor)]
+    states = (getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states"))
+    return [state for state in states if isinstance(state, torch.Tensor)]
 
 
 def _synchronize(device: torch.device) -> None:
@@ -136,7 +136,7 @@ def _memory_is_known(device: torch.device) -> bool:
 
 @contextmanager
 def _watch(device: torch.device, peaks: list[int], held: int = 0) -> Iterator[None]:
-    """Append the largest growth of the device's memory, and what was `held` before on account of the same work."""
+    """Append to `peaks` the largest growth of the device's memory within this context, plus `held` bytes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Peak memory of this process, as the operating system counts it."""
+"""Peak memory of this process, as counted by the operating system."""
 
 import ctypes
 import threading
@@ -8,10 +8,12 @@ _STATUS = Path("/proc/self/status")
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is no mapped file (RssAnon): mapped weights are page cache and can be dropped.
+    """Return the bytes of this process's memory without mapped files (RssAnon).
+
+    Weights that are mapped from files are page cache, which the system can drop.
 
     Raises:
-        OSError: on a system that does not say (only Linux does).
+        OSError: on systems other than Linux, which do not report it.
     """
     for line in _STATUS.read_text().splitlines() if _STATUS.exists() else ():
         if line.startswith("RssAnon:"):
@@ -20,14 +22,18 @@ def anonymous_bytes() -> int:
 
 
 def return_freed_memory() -> None:
-    """Hand memory that was freed back to the system, where the C library can: it would be used again unseen."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    """Return freed memory to the system, if the C library can: its reuse would not show as growth."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)
 
 
 class PeakMemory:
-    """Context manager: `bytes` is the largest growth of anonymous memory within it, sampled every few milliseconds.
+    """Context manager that samples this process's anonymous memory every few milliseconds.
+
+    Attributes:
+        bytes: the largest growth within the context.
+        grown: the growth at the end of the context.
 
     Raises:
         OSError: on entering, as `anonymous_bytes` does.
@@ -47,7 +53,7 @@ class PeakMemory:
             self.bytes = max(self.bytes, anonymous_bytes() - self._start)
 
     def __exit__(self, *_: object) -> None:
-        self.grown = anonymous_bytes() - self._start  # what is still held at the end
+        self.grown = anonymous_bytes() - self._start
         self._done.set()
         self._thread.join()
         self.bytes = max(self.bytes, self.grown)

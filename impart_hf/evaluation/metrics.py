@@ -10,19 +10,19 @@ from ..common.token_losses import cross_entropy, kl_divergence
 
 
 def load(source: str, dtype: torch.dtype, device: str | torch.device, **options: Any) -> PreTrainedModel:
-    """A model, ready to be evaluated.
+    """Load a model for evaluation.
 
     Args:
-        source: local folder or Hub id, a delta repository or not.
-        dtype, device: of its weights.
-        options: more of `from_pretrained`'s.
+        source: local folder or Hub id of a dense model or a delta repository.
+        dtype, device: dtype and device of its weights.
+        options: additional arguments of `from_pretrained`.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the first parameter
 
 
 def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int) -> float:
-    """Perplexity of the sequences' tokens but the first; arguments as for `evaluate`."""
+    """Return the perplexity of all tokens except each sequence's first; arguments as for `evaluate`."""
     return evaluate(model, None, blocks, batch_size)[0]
 
 
@@ -30,11 +30,11 @@ def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int) ->
 def evaluate(
     model: PreTrainedModel, reference: PreTrainedModel | None, blocks: torch.Tensor, batch_size: int
 ) -> tuple[float, float]:
-    """Perplexity of the sequences' tokens but the first, and mean KL(reference || model) in nats per token.
+    """Return perplexity and mean KL(reference || model), in nats per token, over all tokens except each first one.
 
     Args:
-        model: to be judged.
-        reference: what it is compared with; may be the same model. The KL is NaN without one, or if their
+        model: the model to evaluate.
+        reference: the model to compare it with, which may be the same. The KL is NaN without one, or if the
             vocabularies differ in size.
         blocks: int64 (sequences, length).
         batch_size: sequences at a time.
@@ -47,9 +47,9 @@ def evaluate(
         loss += cross_entropy(logits, targets).item()
         if reference is not None:
             same = reference is model
-            wanted = logits if same else reference(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-            divergence += kl_divergence(wanted, logits).item() if wanted.shape == logits.shape else math.nan
+            expected = logits if same else reference(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
+            divergence += kl_divergence(expected, logits).item() if expected.shape == logits.shape else math.nan
         tokens += len(targets)
-    # Infinite for a model that is broken beyond what a float can say, where math.exp would raise.
+    # torch gives infinity where the perplexity of a broken model exceeds the range of a float; math.exp would raise.
     mean_divergence = math.nan if reference is None else divergence / tokens
     return torch.tensor(loss / tokens, dtype=torch.float64).exp().item(), mean_divergence

@@ -1,4 +1,4 @@
-"""Model cards, rendered from model_cards/ with huggingface_hub's ModelCard."""
+"""Model cards, rendered from the templates in model_cards/ with huggingface_hub's ModelCard."""
 
 import os
 from importlib import resources
@@ -11,12 +11,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..common.names import is_on_hub, public_name
 from .report import settings_text
 
-# What a fine-tune's own card says of itself holds for its delta as well.
+# Entries of the fine-tune's card that apply to its delta as well.
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 
 
 def inherited_card_data(readme: Path | None) -> dict[str, Any]:
-    """License, language and datasets from a fine-tune's README.md, if it has one that can be read."""
+    """Return licence, language and datasets from a fine-tune's README.md; empty if it is missing or unreadable."""
     if readme is None:
         return {}
     try:
@@ -27,11 +27,11 @@ def inherited_card_data(readme: Path | None) -> dict[str, Any]:
 
 
 def merge_card(name: str, config: dict[str, Any]) -> str:
-    """The README.md of a merged model.
+    """Return the README.md of a merged model.
 
     Args:
-        name: of its folder.
-        config: the merge's configuration, with folders and Hub ids as the user named them.
+        name: name of its folder.
+        config: the merge's configuration, with folders and Hub ids as the user gave them.
     """
     models = dict.fromkeys([config["base_model"], *(entry["model"] for entry in config["models"])])
     on_hub = [public_name(model) for model in models if not os.path.isdir(model)]
@@ -48,7 +48,7 @@ def merge_card(name: str, config: dict[str, Any]) -> str:
 
 
 def merge_origin(config: dict[str, Any]) -> str:
-    """Markdown that says what was merged and how; the argument is as for `merge_card`."""
+    """Return Markdown that describes the merge; the argument is as for `merge_card`."""
     shown = {**config, "base_model": public_name(config["base_model"])}
     shown["models"] = [{**entry, "model": public_name(entry["model"])} for entry in config["models"]]
     if config.get("tokenizer_source", "base") != "base":
@@ -56,7 +56,7 @@ def merge_origin(config: dict[str, Any]) -> str:
     text = yaml.safe_dump(shown, sort_keys=False)
     return (
         f"Fine-tunes of `{shown['base_model']}`, merged by impart-hf ({config['merge_method']}):\n\n"
-        f"```yaml\n{text}```\n\nIn this configuration a folder stands by its own name."
+        f"```yaml\n{text}```\n\nLocal folders appear in this configuration by name, without their paths."
     )
 
 
@@ -71,16 +71,16 @@ def delta_card(
     shortfall: str,
     origin: str = "",
 ) -> str:
-    """The README.md of a delta repository.
+    """Return the README.md of a delta repository.
 
     Args:
         base, base_revision: as recorded in config.json.
-        finetuned: the fine-tuned model as the user named it.
-        method: name and settings.
-        metadata: more entries of the card's data, such as `inherited_card_data` finds.
-        sizes: the measured numbers, already written out: ratio, repository, checkpoint, error, tensors.
+        finetuned: the fine-tuned model as the user gave it.
+        method: the method's name and settings.
+        metadata: additional entries of the card's metadata, such as from `inherited_card_data`.
+        sizes: the measured numbers as text: ratio, repository, checkpoint, error, tensors, distilled.
         shortfall: why the requested ratio was missed, or "".
-        origin: Markdown that says where the fine-tuned model comes from, if it is no model of its own.
+        origin: Markdown that says how the fine-tuned model was made, if it is a merge; otherwise "".
     """
     on_hub = is_on_hub(base)
     data = ModelCardData(

@@ -1,4 +1,4 @@
-"""Looking into a delta repository without its base: a table, JSON, and a picture."""
+"""Inspection of a delta repository without its base: a table, JSON and a plot."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ _HEADINGS = ("tensor", "shape", "rank", "bits", "keep ratio", "bytes", "relative
 
 
 class Inspection:
-    """What a delta repository holds.
+    """The contents of a delta repository.
 
     Attributes:
+        source: folder or Hub id of the repository.
         config: its configuration.
         tensors: a report on every changed tensor.
-        equal_tensors: how many are equal to the base's.
+        equal_tensors: number of tensors that are equal to the base's.
         delta_bytes: size of the delta files.
     """
 
@@ -27,7 +28,7 @@ class Inspection:
         """Read the repository's own files; the base is not needed.
 
         Raises:
-            CheckpointError: if it is missing or no delta repository.
+            CheckpointError: if it is missing or not a delta repository.
             DeltaFormatError: if its delta file is damaged.
         """
         self.source = repo
@@ -38,7 +39,7 @@ class Inspection:
         self.delta_bytes = sum(path.stat().st_size for path in self._paths)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """Return everything, in types that JSON can hold."""
         return {
             "repository": self.source,
             "base_model": self.config.base_model_name_or_path,
@@ -51,7 +52,7 @@ class Inspection:
         }
 
     def table(self) -> str:
-        """A line for each changed tensor, and totals."""
+        """Return a table with a line for each changed tensor, and totals."""
         rows = [_HEADINGS, *(_row(t) for t in self.tensors)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
         lines = [
@@ -67,20 +68,20 @@ class Inspection:
             f"method      {name} ({settings_text(method)})",
             f"base model  {self.config.base_model_name_or_path}" + (f" at {revision}" if revision else ""),
             f"tensors     {len(self.tensors)} changed, {self.equal_tensors} equal to the base's",
-            f"delta file  {human_bytes(self.delta_bytes)}, of it {human_bytes(sum(t.bytes for t in self.tensors))} "
-            "values and the rest header and checksums",
+            f"delta file  {human_bytes(self.delta_bytes)}: values {human_bytes(sum(t.bytes for t in self.tensors))}, "
+            "headers and checksums the rest",
         ]
         return "\n".join(lines)
 
     def records(self) -> dict[str, list[Record]]:
-        """The parsed records of every encoded tensor."""
+        """Return the parsed records of every encoded tensor."""
         file = DeltaFile(self._paths)
         names = [t.name for t in self.tensors if t.kind == "encoded" and t.name + RECORD_SUFFIX in file]
         return {name: parse_stack(file.read_records(name), name) for name in names}
 
     def plot(self, path: Path) -> None:
-        """Draw spectra, keep ratios and bytes by layer; errors as `plot.draw`."""
-        from .plot import draw  # which needs matplotlib
+        """Write a plot of spectra, keep ratios and bytes by layer; errors as `plot.draw`."""
+        from .plot import draw  # imported late, because it needs matplotlib
 
         draw(self, path)
 
@@ -90,7 +91,7 @@ def _row(t: TensorReport) -> tuple[str, ...]:
     return (
         t.name if t.kind != "added rows" else f"{t.name} (added rows)",
         "x".join(map(str, t.shape)),
-        "as it is" if t.kind != "encoded" else rank,
+        "unchanged" if t.kind != "encoded" else rank,
         "/".join(":".join(map(str, dict.fromkeys(bits))) for bits in t.bits) or "-",
         "-" if t.keep_ratio is None else f"{t.keep_ratio:.4f}",
         str(t.bytes),

@@ -1,7 +1,7 @@
-"""A delta as a LoRA adapter: the leading singular components of every linear layer, for servers that know only LoRA.
+"""Export of a delta as a LoRA adapter: the leading singular components of every linear layer.
 
-It loses what has no place in an adapter, and says how much that is: the components beyond the rank, and every change
-of embeddings, output projection, norms, biases and experts.
+It serves engines that support only LoRA. The components beyond the rank are lost, and so is every change of embeddings,
+output projection, norms, biases and experts; the report states how much that is.
 """
 
 import copy
@@ -30,7 +30,7 @@ from ..storage.safetensors_writer import Entry, write_safetensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _LARGEST_RANK = 1 << 16
-_PREFIX = "base_model.model."  # PEFT's, before the names of the model's own modules
+_PREFIX = "base_model.model."  # PEFT puts it before the names of the model's modules
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class LoraMatrix:
     """One matrix of the adapter.
 
     Attributes:
-        name: of the fine-tuned tensor.
+        name: name of the fine-tuned tensor.
         norm: Frobenius norm of its delta.
-        relative_error: norm of what the adapter lacks of it, over `norm`; rounding of the factors included.
+        relative_error: norm of delta minus adapter, over `norm`; includes the rounding of the factors.
     """
 
     name: str
@@ -50,13 +50,13 @@ class LoraMatrix:
 
 @dataclass
 class LoraReport:
-    """What an adapter has of a delta.
+    """What an adapter contains of a delta, and what it lacks.
 
     Attributes:
-        rank: of every matrix.
-        adapter_bytes: size of the adapter's weight file.
-        matrices: what is in it.
-        left_out: norms of the deltas that it has no place for, by tensor; those of added rows included.
+        rank: rank of every matrix.
+        adapter_bytes: bytes of the adapter's tensors.
+        matrices: the matrices in the adapter.
+        left_out: by tensor name, norms of the deltas that an adapter cannot hold, added rows included.
     """
 
     rank: int
@@ -66,13 +66,13 @@ class LoraReport:
 
     @property
     def relative_error(self) -> float:
-        """What the adapter lacks of all the matrices that it has: root of summed squares, over that of their norms."""
+        """Relative error over all the adapter's matrices: root of the summed squared errors, over that of the norms."""
         lost = sum((m.norm * m.relative_error) ** 2 for m in self.matrices)
         return (lost / sum(m.norm**2 for m in self.matrices)) ** 0.5 if self.matrices else 0.0
 
     @property
     def left_out_share(self) -> float:
-        """Share of the whole delta's squared norm that is in tensors without a place in the adapter."""
+        """Share of the whole delta's squared norm that is in tensors outside the adapter."""
         left = sum(norm**2 for norm in self.left_out.values())
         return left / (left + sum(m.norm**2 for m in self.matrices))
 
@@ -91,39 +91,40 @@ def export_lora(
     """Write the leading singular components of a delta as a LoRA adapter in PEFT's format.
 
     For every linear layer W that changed, B = U sqrt(sigma), shape (m, rank), and A = sqrt(sigma) V^T, shape
-    (rank, n), of W_finetuned - W_base, in the fine-tuned dtype, with alpha = rank, so that W_base + B A is what is
-    nearest to W_finetuned at that rank. A layer with fewer components is filled up with zeros: not every server takes
-    a rank for every layer.
+    (rank, n), of W_finetuned - W_base, in the fine-tuned dtype, with alpha = rank, so that W_base + B A is the best
+    approximation of W_finetuned at that rank. A layer with fewer components is padded with zeros, because not every
+    engine accepts a different rank for each layer.
 
     Args:
         repository: from `open_repository`.
-        output_dir: folder to make; must not exist, or be empty.
+        output_dir: folder to create; must not exist, or be empty.
         rank: components of every matrix, 1 to 65536.
         device: where matrices are decomposed.
+        progress: shows a bar over the matrices.
 
     Raises:
-        ValueError: if the rank is none, no linear layer has changed, or PEFT takes no adapter of the model's
+        ValueError: if the rank is out of range, no linear layer has changed, or PEFT does not support the model's
             layers.
-        OutputError: if the folder is not free.
+        OutputError: if the folder is not empty.
         ModuleNotFoundError: if PEFT is not installed.
-        DeltaFormatError, WrongBaseError: if delta or base are not as they should be; nothing is left behind.
+        DeltaFormatError, WrongBaseError: if the delta is damaged or the base is another; no output remains.
     """
     if not 1 <= rank <= _LARGEST_RANK:
-        raise ValueError(f"a LoRA rank is from 1 to {_LARGEST_RANK}, got {rank}")
+        raise ValueError(f"rank: a LoRA rank must be from 1 to {_LARGEST_RANK}, got {rank}")
     device, progress = usable_device(str(device)), progress or Progress(False)
     changed = [name for name in repository.names() if repository.is_changed(name)]
     skeleton = meta_model(repository.text_config)
     linear = _linear_layers(skeleton)
-    wanted = [name for name in changed if name in linear]
-    if not wanted:
+    exported = [name for name in changed if name in linear]
+    if not exported:
         raise ValueError(
             f"no linear layer of '{repository.source}' differs from the base's: there is nothing to export"
         )
-    config = _adapter_config(repository, wanted, linear, rank)
+    config = _adapter_config(repository, exported, linear, rank)
     _check_adapter(skeleton, config)
     report = LoraReport(rank)
     with new_folder(output_dir) as folder:
-        entries = [entry for name in wanted for entry in _entries(repository, name, rank, device, report)]
+        entries = [entry for name in exported for entry in _entries(repository, name, rank, device, report)]
         report.adapter_bytes = sum(entry.size for entry in entries)
         config.save_pretrained(folder)
         write_safetensors(folder / ADAPTER_FILE, list(_tracked(entries, progress)), {"format": "pt"})
@@ -135,37 +136,37 @@ def export_lora(
 
 
 def _check_adapter(skeleton: PreTrainedModel, config: Any) -> None:
-    """See that PEFT would take the adapter: it refuses some layers of some models.
+    """Check that PEFT accepts the adapter: it does not support some layers of some models.
 
     Raises:
-        ValueError: if it would not.
+        ValueError: if it does not.
     """
     from peft import get_peft_model
 
-    trial = copy.copy(config)  # PEFT writes the model's name into it
+    trial = copy.copy(config)  # a copy, because PEFT writes the model's name into it
     trial.base_model_name_or_path = None
     try:
-        get_peft_model(skeleton, trial, low_cpu_mem_usage=True)  # on the meta device, too
+        get_peft_model(skeleton, trial, low_cpu_mem_usage=True)  # keeps the adapter on the meta device
     except ValueError as error:
-        raise ValueError(f"PEFT takes no such adapter for this model: {error}") from error
+        raise ValueError(f"PEFT does not support such an adapter for this model: {error}") from error
 
 
 def _linear_layers(model: PreTrainedModel) -> set[str]:
-    """Names of the weights that LoRA can change: those of linear layers, the output projection aside."""
+    """Return the names of the weights that LoRA can change: those of linear layers except the output projection."""
     output = model.get_output_embeddings()
     return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
 
 
-def _adapter_config(repository: DeltaRepository, wanted: list[str], linear: set[str], rank: int) -> Any:
-    """PEFT's configuration of the adapter."""
+def _adapter_config(repository: DeltaRepository, exported: list[str], linear: set[str], rank: int) -> Any:
+    """Return PEFT's configuration of the adapter."""
     try:
         from peft import LoraConfig
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("adapters are described by PEFT: pip install 'impart-hf[lora]'") from error
-    kinds = {_module(name).rpartition(".")[2] for name in wanted}
-    alike = [name for name in linear if _module(name).rpartition(".")[2] in kinds]
-    # By kind where every layer of a kind has changed: short, and what servers expect.
-    modules = sorted(kinds) if len(alike) == len(wanted) else [_module(name) for name in wanted]
+        raise ModuleNotFoundError("exporting an adapter needs PEFT: pip install 'impart-hf[lora]'") from error
+    kinds = {_module(name).rpartition(".")[2] for name in exported}
+    same_kind = [name for name in linear if _module(name).rpartition(".")[2] in kinds]
+    # If every layer of these kinds changed, the kinds are listed, which is short and what engines expect.
+    modules = sorted(kinds) if len(same_kind) == len(exported) else [_module(name) for name in exported]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -184,18 +185,18 @@ def _module(name: str) -> str:
 def _entries(
     repository: DeltaRepository, name: str, rank: int, device: torch.device, report: LoraReport
 ) -> Iterator[Entry]:
-    """The adapter's two factors of one matrix; they are made when the first is written."""
+    """Yield the entries of one matrix's two factors, which are computed when the first is written."""
     (m, n), dtype = repository.shape(name), repository.dtype(name)
-    made: dict[str, torch.Tensor] = {}
+    factors: dict[str, torch.Tensor] = {}
 
     def factor(which: str) -> bytes:
-        if not made:
+        if not factors:
             delta = _delta(repository, name, device)
-            made["lora_A"], made["lora_B"] = _factors(delta, rank, dtype)
+            factors["lora_A"], factors["lora_B"] = _factors(delta, rank, dtype)
             norm = float(delta.norm())
-            lost = float((delta - made["lora_B"].float() @ made["lora_A"].float()).norm())
+            lost = float((delta - factors["lora_B"].float() @ factors["lora_A"].float()).norm())
             report.matrices.append(LoraMatrix(name, norm, lost / norm if norm else 0.0))
-        return tensor_bytes(made.pop(which)).tobytes()
+        return tensor_bytes(factors.pop(which)).tobytes()
 
     for which, shape in (("lora_A", (rank, n)), ("lora_B", (m, rank))):
         size = shape[0] * shape[1] * dtype.itemsize
@@ -204,7 +205,7 @@ def _entries(
 
 
 def _tracked(entries: list[Entry], progress: Progress) -> Iterator[Entry]:
-    """The entries, advancing a bar as their data is written."""
+    """Yield the entries, advancing a bar as their data is written."""
     bar = progress.bar(len(entries) // 2, "Decomposing")
 
     def data(entry: Entry) -> bytes:
@@ -217,13 +218,13 @@ def _tracked(entries: list[Entry], progress: Progress) -> Iterator[Entry]:
 
 
 def _delta(repository: DeltaRepository, name: str, device: torch.device) -> torch.Tensor:
-    """float32, of the base's shape."""
+    """Return a tensor's delta without added rows: float32, of the base's shape."""
     base = repository.base_tensor(name).to(device).float()
     return repository.tensor(name, device)[: len(base)].float() - base
 
 
 def _factors(delta: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A of shape (rank, n) and B of shape (m, rank), filled up with zeros beyond the matrix's own rank."""
+    """Return A, shape (rank, n), and B, shape (m, rank), padded with zeros beyond the matrix's own rank."""
     u, sigma, v = leading_svd(delta, min(rank, *delta.shape))
     root = sigma.sqrt()
     a = delta.new_zeros(rank, delta.shape[1])
@@ -239,7 +240,7 @@ def _norm_of_delta(repository: DeltaRepository, name: str) -> float:
 
 
 def _card(repository: DeltaRepository, report: LoraReport) -> str:
-    """The adapter's README.md."""
+    """Return the adapter's README.md."""
     base = repository.config.base_model_name_or_path
     on_hub = is_on_hub(base)
     data = ModelCardData(

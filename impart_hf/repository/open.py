@@ -8,12 +8,12 @@ from ..modeling.repository_kind import RepositoryKind, kind_of
 
 
 def open_repository(repo: str, options: HubOptions, base_model: str | None = None) -> DeltaRepository:
-    """A delta repository and its base, opened for reading.
+    """Open a delta repository and its base for reading.
 
     Args:
         repo: local folder or Hub id.
         options: revision, token and cache.
-        base_model: folder or Hub id to take the base from, instead of the recorded one.
+        base_model: folder or Hub id of the base, instead of the recorded one.
 
     Raises:
         CheckpointError, DeltaFormatError, WrongBaseError: as `DeltaRepository` does.
@@ -22,16 +22,20 @@ def open_repository(repo: str, options: HubOptions, base_model: str | None = Non
 
 
 def read_config(repo: str, options: HubOptions) -> DeltaCompressedConfig:
-    """The configuration of a delta repository.
+    """Read the configuration of a delta repository.
 
     Raises:
-        CheckpointError: if the folder or Hub repository is missing, or is no delta repository.
-        DeltaFormatError: if its fields are not as they should be.
+        CheckpointError: if the folder or Hub repository is missing, or not a delta repository.
+        DeltaFormatError: if its config.json has invalid fields.
     """
     content, _ = fetch_config(repo, options)
     if kind_of(content) is not RepositoryKind.DELTA:
-        raise CheckpointError(f"'{repo}' is a '{content.get('model_type')}' model, not a delta repository")
+        raise CheckpointError(
+            f"'{repo}' is a '{content.get('model_type')}' model, not a delta repository: check the path"
+        )
     try:
         return DeltaCompressedConfig.from_dict(content)
-    except Exception as error:  # fields of other types, of an unknown model, … raise whatever they meet first
-        raise DeltaFormatError(f"config.json of '{repo}' cannot be used: {str(error)[:400]}") from error
+    except Exception as error:  # transformers raises many exception types for invalid fields
+        raise DeltaFormatError(
+            f"config.json of '{repo}' cannot be used, download it again or upgrade transformers: {str(error)[:400]}"
+        ) from error

@@ -1,4 +1,4 @@
-"""A picture of what a delta repository holds."""
+"""A plot of a delta repository's contents."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -13,14 +13,14 @@ from .report import TensorReport, human_bytes
 if TYPE_CHECKING:
     from .inspection import Inspection
 
-_SMALL = "norms, small"  # tensors kept as they are share one colour
+_SMALL = "norms, small"  # label of all tensors that are stored unchanged; they share one colour
 
 
 def draw(inspection: "Inspection", path: Path) -> None:
-    """Draw spectra, keep ratios and bytes by layer.
+    """Write a plot of spectra, keep ratios and bytes by layer.
 
     Raises:
-        ModuleNotFoundError: if matplotlib is missing, saying how to get it.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -37,16 +37,16 @@ def draw(inspection: "Inspection", path: Path) -> None:
 
 
 def singular_values(record: Record, name: str) -> np.ndarray:
-    """float64, shape (rank,): the delta's singular values, estimated from what is left of a factored record's vectors.
+    """Estimate the delta's singular values from a factored record: float64, shape (rank,).
 
-    Of a unit vector's squared norm a share q is kept, and sigma carries 1/q^2 and the scales of levels.
+    A share q of a unit vector's squared norm is kept, and sigma includes the factor 1/q^2 and the scales of levels.
     """
     norms = [plane.dense().norm(dim=1).double().numpy() for plane in decode_planes(record, name)]
     return record.scale * record.sigma.astype(np.float64) * norms[0] * norms[1] * record.keep_ratios()
 
 
 def _kind(t: TensorReport) -> str:
-    """The module's name without its place in the model: model.layers.3.mlp.up_proj.weight -> up_proj."""
+    """Return the module's name without its path: model.layers.3.mlp.up_proj.weight -> up_proj."""
     parts = [p for p in t.name.split(".") if not p.isdigit()]
     return _SMALL if t.kind == "kept" else parts[-2] if len(parts) > 1 else t.name
 
@@ -57,7 +57,7 @@ def _layer(name: str) -> int | None:
 
 
 def _colours(tensors: list[TensorReport]) -> dict[str, str]:
-    """A colour for every kind of module that is encoded, and one for the rest."""
+    """Return a colour for every kind of module that is encoded, and one for the rest."""
     encoded = sorted({_kind(t) for t in tensors} - {_SMALL})
     return {**{kind: f"C{i % 10}" for i, kind in enumerate(encoded)}, _SMALL: "black"}
 

@@ -1,4 +1,4 @@
-"""A delta repository as the dense checkpoint that it stands for."""
+"""Reconstruction of the dense checkpoint from a delta repository."""
 
 from pathlib import Path
 
@@ -19,17 +19,18 @@ def reconstruct(
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
 ) -> None:
-    """Write the dense fine-tuned checkpoint, tensor by tensor, in the dtypes it was published in.
+    """Write the dense fine-tuned checkpoint, tensor by tensor, in the fine-tune's dtypes.
 
     Args:
         repository: from `open_repository`.
-        output_dir: folder to make; must not exist, or be empty.
+        output_dir: folder to create; must not exist, or be empty.
         device: where tensors are decoded.
         max_shard_size: a weight file larger than this is split.
+        progress: shows a bar over the tensors.
 
     Raises:
-        OutputError: if the folder is not free or the disk is too small.
-        DeltaFormatError, WrongBaseError: if delta or base are not as they should be; nothing is left behind.
+        OutputError: if the folder is not empty, or the disk has too little space.
+        DeltaFormatError, WrongBaseError: if the delta is damaged or the base is another; no output remains.
     """
     tensors = dense_tensors(repository, device)
     with new_folder(output_dir) as folder:
@@ -38,7 +39,7 @@ def reconstruct(
 
 
 def _write_texts(repository: DeltaRepository, target: Path) -> None:
-    """config.json of the fine-tuned model, and tokenizer, generation settings and chat template."""
+    """Write the fine-tune's config.json and copy reader files and sidecar files."""
     text_config = repository.text_config
     text_config.save_pretrained(target)
     copy_pruned_reader(text_config.model_type, target)

@@ -1,4 +1,4 @@
-"""What was compressed to how many bytes: read back from the written files, not remembered from writing them."""
+"""Reports on compressed tensors and repositories, read back from the written files."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from ..modeling.width_codes import bits_of
 
 
 def human_bytes(count: float) -> str:
-    """A size as people write it: 1.5 MB is 1,500,000 bytes."""
+    """Format a size for people: 1,500,000 bytes are "1.50 MB"."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
@@ -22,25 +22,27 @@ def human_bytes(count: float) -> str:
 
 
 def settings_text(settings: dict[str, Any]) -> str:
-    """A method's settings in a line: "beta 0.6, bits 8/3/2"."""
+    """Format a method's settings in one line: "beta 0.6, bits 8/3/2"."""
     texts = {k: "/".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in settings.items()}
     return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
 @dataclass
 class TensorReport:
-    """One changed tensor.
+    """The report on one changed tensor.
 
     Attributes:
-        kind: "encoded", "kept" (stored as it is) or "added rows".
-        shape: of the entry: of the matrix or stack for "encoded".
+        name: the tensor's name.
+        kind: "encoded", "kept" (stored unchanged) or "added rows".
+        shape: shape of the file's entry; for "encoded", of the matrix or stack.
         bytes: size of its data in the file.
-        rank: singular components stored, the mean over a stack; None for a direct or kept tensor.
+        rank: number of singular components stored, the mean over a stack; None for a direct or kept tensor.
         full_rank: min(m, n).
-        bits: of a stored value, for each segment of columns: of U's and of V's where the record has both. The first
-            matrix's in a stack.
+        bits: bits per stored value, for each segment of columns, of U and of V if the record has both; for a stack,
+            those of its first matrix.
         keep_ratio: share of entries kept in the stored columns, the mean over a stack.
-        relative_error: ||delta - decoded|| / ||delta||, over the whole stack the root mean square.
+        relative_error: ||delta - decoded|| / ||delta||, the root mean square over a stack.
+        notes: the method's notes.
     """
 
     name: str
@@ -63,16 +65,16 @@ class CompressionReport:
     """The result of a compression.
 
     Attributes:
-        method: name and settings.
+        method: the method's name and settings.
         checkpoint_bytes: size of the fine-tuned checkpoint's weight files.
         repository_bytes: size of the delta files, config.json and model card.
-        sidecar_bytes: tokenizer and generation settings, copied unchanged, on both sides of the ratio the same.
-        reader_bytes: the Python files that travel along.
+        sidecar_bytes: size of the sidecar files, which are not counted in the ratio, as both models have them.
+        reader_bytes: size of the reader files, which are not counted in the ratio.
         shortfall: why and by how much the requested ratio was missed; empty if it was met.
         tensors: the changed tensors.
-        equal_tensors: how many are equal to the base's.
-        seconds: duration of the run that finished it.
-        distilled: what distillation changed, if it was asked for.
+        equal_tensors: number of tensors that are equal to the base's.
+        seconds: duration of the run; of the last one if it was resumed.
+        distilled: the report of distillation, or None.
     """
 
     method: dict[str, Any]
@@ -92,7 +94,7 @@ class CompressionReport:
 
     @property
     def ratio(self) -> float:
-        """The ratio that was reached: bytes of the checkpoint over bytes of the repository."""
+        """The compression ratio reached: bytes of the checkpoint over bytes of the repository."""
         return self.checkpoint_bytes / self.repository_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class CompressionReport:
 
 
 def tensor_report(name: str, data: Any) -> TensorReport:
-    """The report on a tensor's records (uint8)."""
+    """Return the report on a tensor's records (uint8)."""
     records = parse_stack(data, name)
     first = records[0]
     shape = (first.rows, first.columns) if len(records) == 1 else (len(records), first.rows, first.columns)
@@ -119,7 +121,7 @@ def tensor_report(name: str, data: Any) -> TensorReport:
 
 
 def read_reports(paths: Iterable[Path]) -> tuple[list[TensorReport], int]:
-    """Reports on all entries of delta files, and the number of tensors in the base."""
+    """Return reports on all entries of delta files, and the number of tensors in the base."""
     file = DeltaFile(list(paths))
     reports, base_tensors = [], 0
     for entry in file.names():

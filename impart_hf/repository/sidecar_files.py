@@ -1,4 +1,4 @@
-"""The files that stand beside a model's weights and go with it unchanged: tokenizer, generation settings, licence."""
+"""Sidecar files: files copied unchanged from the fine-tune, such as tokenizer, generation config and licence."""
 
 import shutil
 from pathlib import Path
@@ -23,12 +23,12 @@ _SIDECAR_FILES = (
 
 
 def sidecar_files(source: str, options: HubOptions) -> list[Path]:
-    """Those of these files that a local folder or Hub repository has."""
-    found = [fetch_file(source, name, options) for name in _SIDECAR_FILES]
-    return [path for path in found if path is not None]
+    """Return the paths of the sidecar files that a local folder or Hub repository has."""
+    paths = [fetch_file(source, name, options) for name in _SIDECAR_FILES]
+    return [path for path in paths if path is not None]
 
 
 def copy_sidecar_files(source: str, options: HubOptions, target: Path) -> None:
-    """Copy them to a folder."""
+    """Copy the sidecar files of a local folder or Hub repository to a folder."""
     for path in sidecar_files(source, options):
         shutil.copyfile(path, target / path.name)

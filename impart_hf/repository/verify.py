@@ -1,4 +1,4 @@
-"""Checking that a delta repository decodes against its base."""
+"""Verification of a delta repository against its base."""
 
 import torch
 
@@ -11,7 +11,7 @@ from ..modeling.delta_repository import DeltaRepository
 def verify(
     repository: DeltaRepository, progress: Progress | None = None, *, device: torch.device | str = "cpu"
 ) -> None:
-    """Decode every tensor: all checksums of delta and base hold, every record fits, every value is finite.
+    """Decode every tensor, and check all checksums of delta and base, every record, and that all values are finite.
 
     Args:
         repository: from `open_repository`.
@@ -25,4 +25,4 @@ def verify(
     for name in (progress or Progress(False)).track(repository.names(), "Verifying"):
         tensor = repository.tensor(name, device)
         if tensor.is_floating_point() and not all_finite(tensor):
-            raise DeltaFormatError(f"{name} decodes to NaN or infinity")
+            raise DeltaFormatError(f"{name} decodes to NaN or infinity: its record is damaged")

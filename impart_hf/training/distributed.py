@@ -1,4 +1,4 @@
-"""A job in several processes, as `accelerate launch` and torchrun start them."""
+"""Communication between the processes of a job started by `accelerate launch` or torchrun."""
 
 import os
 from datetime import timedelta
@@ -6,34 +6,34 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# How long the others wait for what the first does alone, such as decomposing a large model's matrices
-_PATIENCE = timedelta(days=7)
+# Timeout of the other processes while the first works alone, for instance decomposes a large model's matrices.
+_TIMEOUT = timedelta(days=7)
 
 
 def is_first() -> bool:
-    """Whether this process reports, writes and publishes."""
+    """Return whether this is the process that reports, writes and publishes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def several() -> bool:
-    """Whether there are other processes."""
+    """Return whether there is more than one process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def connect(on_cpu: bool) -> None:
-    """Meet the other processes, if there are any."""
+    """Set up communication with the other processes, if there are any, and assign each process its GPU."""
     if several():
         from accelerate import PartialState
 
-        PartialState(cpu=on_cpu, timeout=_PATIENCE)
+        PartialState(cpu=on_cpu, timeout=_TIMEOUT)
 
 
 def from_first(value: T | None = None) -> T:
-    """What the first process hands to this call, in every process; waits for it."""
+    """Return, in every process, the value that the first process passes to this call; waits for it."""
     from accelerate.utils import broadcast_object_list
 
     shared = [value]
     broadcast_object_list(shared)
-    found = shared[0]
-    assert found is not None
-    return found
+    received = shared[0]
+    assert received is not None
+    return received

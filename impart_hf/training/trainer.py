@@ -1,4 +1,4 @@
-"""What everything shares that trains: settings and checks, and transformers' Trainer, in one process or in many."""
+"""Training with transformers' Trainer, in one process or several: its settings, checks and progress bar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..common.devices import usable_device
 from ..common.progress import Progress
 from ..common.validation import check_whole
 
-# Fields of TrainingArguments that are arguments of these functions, or would take from them what they are there for.
+# Fields of TrainingArguments that are arguments of these functions, or would interfere with what they do.
 _RESERVED = {
     "learning_rate",
     "max_steps",
@@ -43,7 +43,7 @@ _RESERVED = {
     "remove_unused_columns",
     "label_names",
 }
-# What spreads parameters, or gradients, over processes: there no process has them whole.
+# Modes that shard parameters or gradients over processes, so that no process has them whole.
 _SHARDED = {"FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"}
 
 
@@ -56,26 +56,26 @@ def training_arguments(
     reserved: frozenset[str] = frozenset(),
     own: Mapping[str, Any] | None = None,
 ) -> Iterator[TrainingArguments]:
-    """The Trainer's settings, with a folder to itself that nothing is left of. Connects the processes, if many.
+    """Within this context, give the Trainer's settings and a temporary output folder; connects the processes.
 
     Args:
-        device: "cpu", "cuda", …; None for what the Trainer finds.
-        batch_size: sequences a step, over all processes and accumulated gradients.
+        device: "cpu", "cuda", …; None for the Trainer's choice.
+        batch_size: sequences per step, over all processes and accumulated gradients.
         defaults: fields of TrainingArguments.
-        training: more such fields, which go before the defaults.
-        reserved: fields that `training` may not hold, beside those that it never may.
-        own: fields that go before all others, and that `training` may not hold either.
+        training: more fields, which override the defaults.
+        reserved: fields that `training` may not contain, in addition to those that are always reserved.
+        own: fields that override all others, and that `training` may not contain.
 
     Raises:
-        ValueError: if there is no such device or field, or a field's value is none it can have.
+        ValueError: if there is no such device or field, or a field's value is invalid.
     """
     fields = _checked_fields(training, reserved | _RESERVED | (own or {}).keys())
     use_cpu = False
     if device is not None:
-        wanted = usable_device(device)
-        use_cpu = wanted.type == "cpu"
-        if wanted.index:
-            raise ValueError(f"device '{wanted}': the Trainer takes the first; choose with CUDA_VISIBLE_DEVICES")
+        usable = usable_device(device)
+        use_cpu = usable.type == "cpu"
+        if usable.index:
+            raise ValueError(f"device '{usable}': the Trainer uses the first one; choose with CUDA_VISIBLE_DEVICES")
     elif not torch.cuda.is_available():
         use_cpu = not torch.backends.mps.is_available()
     on_cuda = not use_cpu and torch.cuda.is_available()
@@ -100,18 +100,19 @@ def training_arguments(
             arguments = TrainingArguments(**settings)
         except (TypeError, ValueError, ImportError, RuntimeError, AttributeError) as error:
             raise ValueError(f"training: {' '.join(str(error).split())}") from error
-        # Several devices in one process would be torch's DataParallel, which multiplies the batch by their number
+        # With several devices in one process the Trainer would use DataParallel, which multiplies the batch size.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         if arguments.distributed_state.distributed_type.name in _SHARDED:
             raise ValueError(
-                "training is spread over processes with DDP, or not at all; FSDP and DeepSpeed cut weights"
+                f"training cannot use {arguments.distributed_state.distributed_type.name}, which shards weights over "
+                "processes (as FSDP and DeepSpeed do): use DDP or one process"
             )
         check_whole(1, gradient_accumulation_steps=arguments.gradient_accumulation_steps)
         parts = arguments.world_size * arguments.gradient_accumulation_steps
         if batch_size % parts:
             raise ValueError(
-                f"batch_size {batch_size} cannot be shared evenly by {arguments.world_size} processes with "
-                f"{arguments.gradient_accumulation_steps} gradients accumulated in each"
+                f"batch_size {batch_size} cannot be divided evenly among {arguments.world_size} processes with "
+                f"gradient_accumulation_steps {arguments.gradient_accumulation_steps}: give a multiple of {parts}"
             )
         arguments.per_device_train_batch_size = batch_size // parts
         if arguments.data_seed is None:
@@ -123,16 +124,16 @@ def _checked_fields(training: Mapping[str, Any] | None, reserved: frozenset[str]
     if training is None:
         return {}
     if not isinstance(training, Mapping):
-        raise ValueError(f"training must be a mapping of TrainingArguments' fields, not {training!r:.80}")
+        raise ValueError(f"training must be a mapping of TrainingArguments' fields, got {training!r:.80}")
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     types = get_type_hints(TrainingArguments)
     for name, value in training.items():
         if name not in known:
-            raise ValueError(f"training: TrainingArguments has no field '{name}'")
+            raise ValueError(f"training: TrainingArguments has no field '{name}': check its spelling")
         if name in reserved:
             raise ValueError(
-                f"training: '{name}' cannot be set here: steps, batch size, learning rates, seed and checkpoints are "
-                "settings of their own, and what else is refused would be of no use"
+                f"training: '{name}' cannot be set here, leave it out: steps, batch size, learning rates, seed and "
+                "checkpoints have their own settings, and other fields are refused because they would interfere"
             )
         takes_float = float in (types[name], *get_args(types[name]))
         try:
@@ -154,24 +155,24 @@ def train(
     """Train a model in place.
 
     Args:
-        model: a transformers or PEFT model; what of it requires a gradient is trained.
-        tokens: int64, (sequences, length), drawn in random order, each once an epoch.
+        model: a transformers or PEFT model; its parameters that require a gradient are trained.
+        tokens: int64, (sequences, length), drawn in random order, each once per epoch.
         arguments: from `training_arguments`.
-        callback: one more.
-        title: of the bar.
+        callback: an additional callback.
+        title: title of the bar.
         progress: shows a bar over the steps, in the first process.
 
     Returns:
         The loss of every step, in nats per token, the mean over all processes.
 
     Raises:
-        ValueError: if a loss is not finite, or the Trainer cannot do with its settings.
+        ValueError: if a loss is not finite, or the Trainer cannot work with its settings.
     """
     use_cache, callbacks = model.config.use_cache, [] if callback is None else [callback]
     try:
         _, losses = run_trainer(Trainer, model, _Sequences(tokens), arguments, callbacks, title, progress)
     finally:
-        model.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved so
+        model.config.use_cache = use_cache  # the Trainer switches it off, which would be saved with the model
     model.eval()
     return losses
 
@@ -187,28 +188,31 @@ def run_trainer(
     checkpoint: str | None = None,
     **more: Any,
 ) -> tuple[Trainer, list[float]]:
-    """Train under a bar, and return the Trainer and the loss of every step.
+    """Train with a progress bar, and return the Trainer and the loss of every step.
 
     Args:
-        kind: of Trainer.
-        model: what of it requires a gradient is trained.
-        examples: a data set.
+        kind: class of the Trainer.
+        model: the module whose parameters that require a gradient are trained.
+        examples: the data set.
         arguments: from `training_arguments`.
         callbacks: called before the bar moves.
-        checkpoint: folder to go on from.
-        more: further arguments of the Trainer.
+        title: title of the bar.
+        progress: shows the bar, in the first process.
+        checkpoint: folder of the checkpoint to resume from.
+        more: additional arguments of the Trainer.
 
     Raises:
-        ValueError: if a loss is not finite, or the Trainer cannot do with a setting.
+        ValueError: if a loss is not finite, or the Trainer cannot work with a setting.
     """
-    # An epoch's last batch would else be smaller, and its gradient noisier; too little text is one small batch
+    # An epoch's last batch is dropped if it is smaller, because its gradient is noisier; a text that does not fill one
+    # batch is used as a small batch.
     arguments.dataloader_drop_last = len(examples) >= arguments.per_device_train_batch_size * arguments.world_size
     watch = StepWatch(title, Progress(progress.enabled and arguments.process_index == 0))
     try:
         trainer = kind(model=model, args=arguments, train_dataset=examples, callbacks=[*callbacks, watch], **more)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
-    except (ImportError, TypeError, AttributeError, KeyError) as error:  # a setting that does not work out
+    except (ImportError, TypeError, AttributeError, KeyError) as error:  # a setting that only fails in use
         raise ValueError(f"training: {' '.join(str(error).split())}") from error
     finally:
         watch.close()
@@ -216,7 +220,7 @@ def run_trainer(
 
 
 class _Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Rows of int64 (sequences, length) as the model's inputs and labels; the model shifts the labels itself."""
+    """Data set of token sequences, int64 (sequences, length), as inputs and labels; the model shifts the labels."""
 
     def __init__(self, tokens: torch.Tensor):
         self.tokens = tokens
@@ -229,10 +233,10 @@ class _Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class StepWatch(TrainerCallback):
-    """Keeps the losses, ends a run whose loss is not finite, and moves a bar.
+    """Callback that records the losses, ends a run whose loss is not finite, and moves a progress bar.
 
     Attributes:
-        losses: of the steps so far.
+        losses: the losses of the steps so far.
     """
 
     def __init__(self, title: str, progress: Progress):
@@ -243,16 +247,15 @@ class StepWatch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar = self._progress.bar(state.max_steps, self._title)
-        self._bar.update(state.global_step)  # not from the first step on, if it is resumed
+        self._bar.update(state.global_step)  # above 0 if the run is resumed
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not logs or "loss" not in logs:  # the summary at the end
+        if not logs or "loss" not in logs:  # the summary at the end of training has none
             return
         loss = float(logs["loss"])
         if not math.isfinite(loss):
             raise ValueError(
-                f"the loss of step {state.global_step} is {loss}: see that the model's weights are sound, "
-                "or lower the learning rate"
+                f"the loss of step {state.global_step} is {loss}: check the model's weights, or lower the learning rate"
             )
         self.losses.append(loss)
         self._bar.set_postfix_str(f"loss {loss:.4f}{self._held_out}", refresh=False)
@@ -263,6 +266,6 @@ class StepWatch(TrainerCallback):
         self._bar.set_postfix_str(f"loss {self.losses[-1]:.4f}{self._held_out}")
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
