@@ -176,7 +176,6 @@ class _Budget(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.close()
         seconds = time.perf_counter() - self.started
-        loss = (
-            "" if math.isnan(self.loss) else f", training loss {self.loss:.3f}"
-        )  # there is none before the tenth step
+        # There is no loss before the tenth step.
+        loss = "" if math.isnan(self.loss) else f", training loss {self.loss:.3f}"
         print(f"{self.name}: {state.global_step} steps in {seconds:.0f} s{loss}", flush=True)

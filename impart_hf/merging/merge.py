@@ -141,9 +141,8 @@ def compress_merge(
         method, base_name, max_shard_size: as for `compress`.
         max_bytes: byte budget of the repository; None for the method's ratio.
     """
-    sized(
-        method, max_bytes, merged.weight_bytes()
-    )  # checks the budget before any work; the header of the file is not counted yet
+    # Checks the budget before any work; the header of the file is not counted yet.
+    sized(method, max_bytes, merged.weight_bytes())
     with Workspace(output) as workspace:
         dense = workspace.scratch() / output.name
         dense.mkdir()

@@ -105,8 +105,8 @@ def tune_merge(
 
     Every candidate is written to a hidden folder beside `output_dir` and loaded as a user would load it; the best one
     so far is kept. The disk needs room for one copy of the model in float32 and two in its own dtype. With ImPart, it
-    also needs room for the singular components of every fine-tune's layers. Whatever does not depend on lambda is
-    computed once.
+    also needs room for the singular components of every fine-tune's layers. Only what depends on lambda is computed
+    more than once.
 
     Args:
         config, output_dir, compression, base_name, device, token, cache_dir, max_shard_size: as for `merge`. The

@@ -67,7 +67,7 @@ class MatrixSums:
 
     @property
     def held(self) -> int:
-        """How many numbers are kept for the mask: gradient factors, or one sum per entry."""
+        """The number of values kept for the mask: gradient factors, or one sum per entry."""
         return self._sum.numel() if self._sum is not None else sum(a.numel() + b.numel() for a, b in self._factors)
 
     def total(self, score: str) -> float:

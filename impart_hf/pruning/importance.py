@@ -187,7 +187,7 @@ class _Gradients(TrainerCallback):
                 )
 
     def scores(self, top_percent: float) -> dict[str, Any]:
-        """Return the arguments of `Importance` that come from the gradients, and free the sums behind the masks."""
+        """Return the arguments of `Importance` that come from the gradients, and free the sums for the masks."""
         layers: dict[str, list[float]] = {score: [] for score in SCORES}
         units: dict[str, dict[str, list[torch.Tensor]]] = {
             name: {score: [] for score in SCORES} for name in ("heads", "groups", "channels")
