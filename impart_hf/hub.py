@@ -1,4 +1,4 @@
-"""Publishing a delta repository or a pruned model."""
+"""Publishing a delta repository or a pruned model on the Hub."""
 
 import os
 from pathlib import Path
@@ -23,24 +23,24 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Upload a delta repository or a pruned model, after a look at whether others will be able to load it.
+    """Upload a delta repository or a pruned model, after checking that others can load it.
 
     Args:
-        folder: a delta repository's folder, or that of a model from which layers, heads or channels were removed.
+        folder: folder of a delta repository, or of a model from which layers, heads or channels were removed.
         repo_id: the repository on the Hub, created if missing.
         token: as for any upload; the saved login if None.
         private: whether a new repository is private.
         revision: branch to push to, created if missing; `main` if None.
-        commit_message: of the commit.
+        commit_message: message of the commit.
 
     Returns:
         The commit's URL.
 
     Raises:
-        CheckpointError: if the folder is neither, lacks files or tensors, or names a base that is a folder of this
-            machine.
+        CheckpointError: if the folder holds neither kind of model, lacks files or tensors, or names a base that is a
+            local folder.
         DeltaFormatError: if its delta file is damaged.
-        ValueError: if a pruned model's config.json describes none.
+        ValueError: if a pruned model's config.json is not valid.
     """
     if not os.path.isdir(folder):
         raise CheckpointError(f"'{folder}' is not a folder")
@@ -54,24 +54,24 @@ def push(
 
 
 def is_pruned_model(source: str, options: HubOptions) -> bool:
-    """Whether a local folder or Hub repository is a model from which something was pruned, by its config.json.
+    """Return whether a local folder or Hub repository is a pruned model, judged by its config.json.
 
     Raises:
-        CheckpointError: if it has no config.json that can be read.
+        CheckpointError: if config.json is missing or cannot be read.
     """
     return repository_kind(source, options) is RepositoryKind.PRUNED
 
 
 def _check_pruned_model(folder: str) -> None:
-    """See that config.json and weights are whole and go together, and that they load without impart-hf."""
+    """Check that config.json and weights are complete and match, and that the model loads without impart-hf."""
     checkpoint, _ = open_llama(folder)
     has_own_class = checkpoint.config["model_type"] == PrunedLlamaConfig.model_type
-    wanted = [path.name for path in pruned_reader_files()] if has_own_class else []
-    if wanted and not checkpoint.config.get("auto_map"):
+    reader_files = [path.name for path in pruned_reader_files()] if has_own_class else []
+    if reader_files and not checkpoint.config.get("auto_map"):
         raise CheckpointError(
             f"config.json of '{folder}' has no auto_map: load the model and save it with save_pretrained"
         )
-    for name in wanted:
+    for name in reader_files:
         if not os.path.isfile(os.path.join(folder, name)):
             raise CheckpointError(f"'{folder}' lacks {name}: load the model and save it with save_pretrained")
 
@@ -83,6 +83,6 @@ def _check_delta_repository(folder: str | Path) -> None:
         file.read(name)
     if not is_on_hub(config.base_model_name_or_path):
         raise CheckpointError(
-            f"the base of '{folder}' is recorded as the local folder {config.base_model_name_or_path}, which nobody "
-            "else has: compress again with the base's Hub id, or with --base-name"
+            f"the base of '{folder}' is recorded as the local folder {config.base_model_name_or_path}, which others "
+            "do not have: compress again with the base's Hub id, or with --base-name"
         )

@@ -1,6 +1,6 @@
-"""`optimum-cli impart …`: the same commands as `impart-hf …`, found by optimum in its register namespace.
+"""`optimum-cli impart …`: the commands of `impart-hf …`, which optimum finds in its register namespace.
 
-optimum imports this file at every start, so nothing heavy is imported before the command is run.
+optimum imports this file at every start, so heavy modules are imported only when a command is run.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 class ImpartCommand(BaseOptimumCLICommand):
-    """Hands its arguments to `impart-hf`."""
+    """The command that passes its arguments to `impart-hf`."""
 
     COMMAND = CommandInfo(name="impart", help="keep fine-tuned models as small compressed deltas against their base")
 
@@ -25,7 +25,7 @@ class ImpartCommand(BaseOptimumCLICommand):
             "arguments",
             metavar="COMMAND",
             nargs=argparse.REMAINDER,
-            help="with its arguments; `optimum-cli impart COMMAND --help` lists them",
+            help="a command with its arguments; `optimum-cli impart COMMAND --help` lists them",
         )
 
     def run(self) -> None:

@@ -1,8 +1,9 @@
-"""How long compressing takes, how exact the singular value decomposition behind it is, and how much memory it needs.
+"""Measure compression: time, accuracy of the singular value decomposition, and memory.
 
-The decomposition of a synthetic delta (singular values falling as k^-0.5 into a floor of noise at a tenth of the
-largest), for as many components as each method wants, against `torch.linalg.svd` of the same matrix; the time to encode
-it by each method; and the peak of anonymous memory of a whole compression of LLaMA-7B-shaped layers.
+Three measurements: the decomposition of a synthetic delta, for as many components as each method needs, against
+`torch.linalg.svd` of the same matrix; the time to encode the delta by each method; and the peak of anonymous memory
+during a whole compression of LLaMA-7B-shaped layers. The delta's singular values fall as k^-0.5 into a floor of noise
+at a tenth of the largest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from impart_hf.methods import method_class, method_names
 
 
 def wanted_ranks(sigma: torch.Tensor, rows: int, columns: int, ratio: float) -> dict[str, int]:
-    """How many components each factored method asks for of a matrix of 16-bit numbers at a ratio."""
+    """Return how many components of a matrix of 16-bit numbers each factored method needs at a ratio."""
     spectrum = sigma.double().cpu().numpy()
     methods = [method_class(name)(compression_ratio=ratio) for name in method_names() if method_class(name).factored]
     budget = int(2 * rows * columns / ratio)
@@ -34,21 +35,21 @@ def wanted_ranks(sigma: torch.Tensor, rows: int, columns: int, ratio: float) -> 
 
 
 def accuracy(delta: torch.Tensor, parts: Sequence[torch.Tensor], exact: torch.Tensor) -> dict[str, float]:
-    """Errors of the leading components against the exact singular values."""
+    """Return the errors of the leading components against the exact singular values."""
     u, sigma, v = parts
     rank = len(sigma)
     remains = float((delta - (u * sigma) @ v.t()).double().norm())
     optimum = float(exact[rank:].double().norm())
     eye = torch.eye(rank, device=delta.device)
     return {
-        "excess error": remains / optimum - 1 if optimum else 0.0,  # all components: nothing remains to be excessive
+        "excess error": remains / optimum - 1 if optimum else 0.0,  # with all components there is no remaining error
         "singular values": float((sigma / exact[:rank] - 1).abs().max()),
         "orthogonality": float(torch.stack([(w.t() @ w - eye).abs().max() for w in (u, v)]).max()),
     }
 
 
 def decompositions(shape: tuple[int, int], ratios: Sequence[float], device: str, repeats: int) -> list[dict[str, Any]]:
-    """`leading_svd` against `torch.linalg.svd`: seconds (best of several) and accuracy."""
+    """Time `leading_svd` against `torch.linalg.svd`: seconds (best of several runs) and accuracy."""
     delta = measure.synthetic_delta(*shape, seed=0, device=device)
     exact = torch.linalg.svdvals(delta.double())
     name = f"{shape[0]}x{shape[1]}"
@@ -66,7 +67,7 @@ def decompositions(shape: tuple[int, int], ratios: Sequence[float], device: str,
 
 
 def encodings(shape: tuple[int, int], ratio: float, device: str, repeats: int) -> list[dict[str, Any]]:
-    """Seconds to encode one matrix by each method (best of several), and the error of what comes back."""
+    """Time the encoding of one matrix by each method: seconds (best of several runs) and bytes."""
     delta = measure.synthetic_delta(*shape, seed=0, device=device)
     rows = []
     for name in method_names():
@@ -79,9 +80,9 @@ def encodings(shape: tuple[int, int], ratio: float, device: str, repeats: int) -
 
 
 def whole_compression(task: dict[str, Any]) -> dict[str, Any]:
-    """Compress a pair on disk in this process: seconds, and peak anonymous memory."""
+    """Compress a pair on disk in this process, and return the seconds and the peak of anonymous memory."""
     method = method_class(task["method"])(compression_ratio=task["ratio"])
-    # What the first use of a device or a library allocates once is no part of it
+    # Memory that is allocated once, when a device or library is first used, is not counted
     leading_svd(torch.from_numpy(np.eye(8, dtype=np.float32)).to(task["device"]), 1)
     with PeakMemory() as memory:
         report = compress(task["base"], task["finetuned"], task["output"], method, device=task["device"])
@@ -108,25 +109,27 @@ def memory_of_compression(arguments: argparse.Namespace) -> list[dict[str, Any]]
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_compress.py", description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=4096, help="side of the square matrix (default: 4096)")
-    parser.add_argument("--wide", type=int, help="columns of the wide matrix (default: 11008/4096 of the side)")
+    parser.add_argument("--wide", type=int, help="columns of the wide matrix (default: 11008/4096 of --size)")
     parser.add_argument(
         "--ratios", type=lambda text: [float(part) for part in text.split(",")], default=[16.0, 32.0, 64.0],
-        help="comma-separated (default: 16,32,64); the last is that of encoding and of the whole compression",
+        help="compression ratios, comma-separated (default: 16,32,64); the last is used for encoding and memory",
     )  # fmt: skip
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["impart", "lowrank", "dare"])
-    parser.add_argument("--layers", type=int, default=1, help="of the compression whose memory is measured; 0: none")
+    parser.add_argument(
+        "--layers", type=int, default=1, help="decoder layers of the pair for the memory measurement; 0: skip it"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--work", type=Path, help="folder for the models, a few GB (default: a temporary one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--tiny", action="store_true", help="tiny layers: to try the script out")
+    parser.add_argument("--work", type=Path, help="folder for the models, a few GB (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--tiny", action="store_true", help="use tiny layers, to try out the script")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.worker:
         measure.report_result(whole_compression(json.loads(arguments.worker)))
         return 0
     if unknown := sorted(set(arguments.methods) - set(method_names())):
-        parser.error(f"unknown method {unknown[0]}; there are {', '.join(method_names())}")
+        parser.error(f"unknown method {unknown[0]}; choose one of {', '.join(method_names())}")
     square = (arguments.size, arguments.size)
     wide = (arguments.size, arguments.wide or round(arguments.size * 11008 / 4096))
     device, repeats, ratios = arguments.device, arguments.repeats, arguments.ratios
@@ -144,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(measure.machine_line(device))
     for key, title in titles.items():
         if results[key]:
-            # The row of torch.linalg.svd has no accuracy, but stands first
+            # The row of torch.linalg.svd comes first but has no accuracy, so columns are collected from all rows
             columns = dict.fromkeys(column for row in results[key] for column in row)
             print(f"\n{title}\n\n{measure.table([dict.fromkeys(columns, '') | row for row in results[key]])}")
     if arguments.json:

@@ -1,8 +1,8 @@
-"""How long the quantisation of one layer's singular vectors takes, where that time goes, and what it gains.
+"""Measure the quantisation of one layer's singular vectors: how long each step takes, and what it gains.
 
-A synthetic factored delta under ImPart's masks: V^T, a component a row, against the Hessian of correlated inputs, then
-U, a component a column, against the Hessian of what V passes on. The named peer is the matrix algebra that the
-algorithm cannot do without (products, Cholesky factors, triangular inverses of the same shapes), run bare.
+A synthetic factored delta under ImPart's masks is quantised: first V^T, one component per row, with the Hessian of
+correlated inputs; then U, one component per column, with the Hessian of V's outputs. The baseline is the matrix algebra
+that the algorithm cannot avoid (products, Cholesky factors and triangular inverses of the same shapes), run alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 from impart_hf.coding.gptq import Grid, best_scale, inverse_factor, quantise, sparse_gptq
 
 _BLOCK = 128
-_MEAN_KEPT = 0.25  # of the entries of the components that are kept at all
+_MEAN_KEPT = 0.25  # share of the entries of the kept components
 
 
 def correlated_hessian(columns: int, device: str) -> torch.Tensor:
-    """Of inputs with variance falling as 1/k along random directions, and channels of unequal size (log-normal)."""
+    """Return the Hessian of inputs with variance falling as 1/k in random directions, and log-normal channel sizes."""
     generator = torch.Generator().manual_seed(1)
     mixing = torch.randn(columns, columns, generator=generator).to(device)
     mixing *= torch.arange(1, columns + 1, device=device) ** -0.5 / columns**0.5
@@ -35,7 +35,7 @@ def correlated_hessian(columns: int, device: str) -> torch.Tensor:
 
 
 def masked_component_rows(side: int, components: int, ratios: torch.Tensor, seed: int, device: str):
-    """Components of unit length, a row each, (components, side), and masks that keep such shares of them."""
+    """Return components of unit length as rows, (components, side), and masks that keep the given share of each."""
     generator = torch.Generator().manual_seed(seed)
     plane = torch.randn(components, side, generator=generator).to(device) / side**0.5
     mask = torch.rand(components, side, generator=generator).to(device) < ratios[:, None].to(device)
@@ -43,15 +43,15 @@ def masked_component_rows(side: int, components: int, ratios: torch.Tensor, seed
 
 
 def scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
-    found = torch.empty(len(plane), device=plane.device)
+    chosen = torch.empty(len(plane), device=plane.device)
     for width in sorted(set(widths.tolist())):
         rows = torch.from_numpy(widths == width).to(plane.device)
-        found[rows] = best_scale(plane[rows], mask[rows], width)
-    return found
+        chosen[rows] = best_scale(plane[rows], mask[rows], width)
+    return chosen
 
 
 def bare_algebra(rows: int, columns: int, hessian: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """What the algorithm cannot do without, in the shapes in which it does it, on memory that is there already."""
+    """Return the matrix algebra that each step cannot avoid, in the same shapes and on preallocated memory."""
     weight = torch.randn(columns, rows, device=hessian.device)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns, device=hessian.device)
     lower = torch.linalg.cholesky(damped)
@@ -74,7 +74,7 @@ def bare_algebra(rows: int, columns: int, hessian: torch.Tensor) -> dict[str, Ca
 
 
 def share_outside_kernels(work: Callable[[], Any], device: str) -> float:
-    """1 - the time within torch's operations (cpu) or kernels (cuda) / the time that passes."""
+    """Return 1 - the time inside torch's operations (CPU) or kernels (CUDA) / the elapsed time."""
     work()
     cuda = torch.device(device).type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
@@ -82,12 +82,12 @@ def share_outside_kernels(work: Callable[[], Any], device: str) -> float:
         started = time.perf_counter()
         work()
         measure.synchronize(device)
-        passed = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
     if cuda:
         inside = sum(e.self_device_time_total for e in profiler.key_averages() if e.device_type == DeviceType.CUDA)
     else:
         inside = sum(e.self_cpu_time_total for e in profiler.key_averages() if e.key.startswith("aten::"))
-    return 1 - inside / 1e6 / passed
+    return 1 - inside / 1e6 / elapsed
 
 
 def output_error(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def output_error(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 def one_side(
     name: str, weight: torch.Tensor, mask: torch.Tensor, grid: Grid, hessian: torch.Tensor, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Seconds of every step for one plane, and of its bare algebra; what is left of rounding's output error."""
+    """Return, for each step on one plane: its seconds, its bare algebra's, and its output error over rounding's."""
     factor = inverse_factor(hessian)
     codes = sparse_gptq(weight, mask, factor, grid)
     exact, rounded = weight * mask, quantise(weight, mask, None, grid).values
@@ -128,13 +128,13 @@ def one_side(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_gptq.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=4096, help="of the square layer (default: 4096)")
+    parser.add_argument("--side", type=int, default=4096, help="rows and columns of the square layer (default: 4096)")
     parser.add_argument("--ratio", type=float, default=32, help="compression ratio (default: 32)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of which the shortest counts (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs; the shortest is reported (default: 3)")
     options = parser.parse_args(argv)
     side, device = options.side, options.device
-    # About 2 bits a value of both planes: side * side * 16 / ratio = 2 * side * components * kept * 2
+    # About 2 bits per value in both planes: side * side * 16 / ratio = 2 * side * components * kept * 2
     components = max(8, min(int(0.4 * side), round(side * 4 / options.ratio / _MEAN_KEPT)))
     kept = _MEAN_KEPT * 2 * (1 - (torch.arange(components) + 0.5) / components)
     widths = np.array([8] * 2 + [3] * 32 + [2] * components)[:components]

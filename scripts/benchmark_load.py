@@ -1,8 +1,9 @@
-"""How long loading a delta repository takes, against loading the dense fine-tune; and where the time goes.
+"""Measure how long loading a delta repository takes, against loading the dense fine-tune, and where the time goes.
 
-Every load is timed in a process of its own, imports not counted, up to the moment when every page of every parameter
-has been read: files are mapped, and a dense load that touched nothing would have read nothing. "cold": the pages of
-all weight files are dropped from the page cache before (posix_fadvise DONTNEED); "warm": they are in it.
+Every load is timed in a process of its own, without imports, until every page of every parameter has been read. That
+matters because files are mapped: a dense load that touched nothing would have read nothing. "cold" means that the
+pages of all weight files were dropped from the page cache first (posix_fadvise DONTNEED); "warm" means that they are in
+it.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ _PAGE = 4096
 
 
 def timed_load(source: str, device: str) -> dict[str, float]:
-    """Load a model and touch all of it: seconds, and the peak of anonymous memory beyond the model itself."""
-    from transformers import LlamaForCausalLM  # noqa: F401  (the class is imported lazily; that is not to be timed)
+    """Load a model and touch all of it; return the seconds and the peak of anonymous memory beyond the model itself."""
+    from transformers import LlamaForCausalLM  # noqa: F401  (imported lazily otherwise, which would be timed)
 
     options = {} if device == "cpu" else {"device_map": device}
     with PeakMemory() as memory:
@@ -49,15 +50,15 @@ def timed_load(source: str, device: str) -> dict[str, float]:
         measure.synchronize(device)
         seconds = time.perf_counter() - started
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type == "cpu")
-    # A dense model's parameters are mapped files and no anonymous memory at all; a decoded one's are.
+    # A dense model's parameters are mapped files, which are not anonymous memory; a decoded model's are.
     return {"seconds": seconds, "peak": memory.bytes - min(size, max(0, memory.grown)), "checksum": total}
 
 
 def compare_loads(sources: dict[str, list[Path]], device: str, repeats: int) -> list[dict[str, Any]]:
-    """Median load times; the first source is the one that the others are compared with.
+    """Return median load times; the others are compared with the first source.
 
     Args:
-        sources: for each name, the folder to load and the folders of files that are read for it.
+        sources: by name, the folder to load, followed by other folders whose files it reads.
     """
     rows: list[dict[str, Any]] = []
     for cache in ("cold", "warm"):
@@ -66,26 +67,26 @@ def compare_loads(sources: dict[str, list[Path]], device: str, repeats: int) -> 
             for name, folders in sources.items():
                 if cache == "cold":
                     measure.drop_page_cache(folders)
-                # The last cold loads leave all files in the page cache for the first warm ones
+                # The last cold loads leave all files in the page cache for the first warm loads
                 times[name].append(measure.in_fresh_process(__file__, {"load": str(folders[0]), "device": device}))
-        medians = {name: statistics.median(t["seconds"] for t in found) for name, found in times.items()}
+        medians = {name: statistics.median(t["seconds"] for t in runs) for name, runs in times.items()}
         dense = next(iter(medians.values()))
-        for name, found in times.items():
+        for name, runs in times.items():
             rows.append(
                 {
                     "page cache": cache,
                     "loaded": name,
                     "seconds (median)": medians[name],
-                    "fastest": min(t["seconds"] for t in found),
+                    "fastest": min(t["seconds"] for t in runs),
                     "of the dense load": medians[name] / dense,
-                    "peak": max(t["peak"] for t in found),
+                    "peak": max(t["peak"] for t in runs),
                 }
             )
     return rows
 
 
 def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds of each step of decoding, for some tensors of a repository."""
+    """Return the milliseconds of each step of decoding, for some tensors of a repository."""
     delta = DeltaRepository(str(repository), DeltaCompressedConfig.from_pretrained(repository), HubOptions())
     rows = []
     for name in names:
@@ -105,7 +106,7 @@ def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int)
         mask_time = best(masks)
         plane_time = best(lambda r=record, n=name: delta_decode.decode_planes(r, n, device))
         all_time = best(lambda d=data, b=base, n=name: delta_decode.add_delta(b, d, n, b.dtype))
-        # By tiles too, as when it is decoded on a CPU
+        # In tiles, as the decoder does on a CPU
         step = delta_decode.TILE_ROWS if device == "cpu" else len(base)
         cast_time = best(
             lambda o=finetuned, b=base, n=step: [
@@ -129,9 +130,9 @@ def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int)
 
 
 def multiply_add_costs(size: int, repeats: int) -> list[dict[str, float]]:
-    """Time of a sparse product's multiply-add over that of a dense one: whether the decoder should use sparse ones.
+    """Return the time per multiply-add of a sparse product over that of a dense one, at several keep ratios.
 
-    It should where the whole product takes clearly less time.
+    The decoder should use sparse products where the whole product takes clearly less time.
     """
     rank = max(1, size // 8)
     generator = torch.Generator().manual_seed(0)
@@ -177,13 +178,13 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_load.py", description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=2, help="decoder layers of the synthetic model (default: 2)")
-    parser.add_argument("--ratio", type=float, default=32.0, help="default: 32")
+    parser.add_argument("--ratio", type=float, default=32.0, help="compression ratio (default: 32)")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["impart", "lowrank", "dare"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5, help="of every measurement (default: 5)")
-    parser.add_argument("--work", type=Path, help="folder for the models, a few GB (default: a temporary one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--tiny", action="store_true", help="tiny matrices: to try the script out")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of every measurement (default: 5)")
+    parser.add_argument("--work", type=Path, help="folder for the models, a few GB (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--tiny", action="store_true", help="use tiny matrices, to try out the script")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.worker:
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure.report_result(timed_load(task["load"], task["device"]))
         return 0
     if unknown := sorted(set(arguments.methods) - set(method_names())):
-        parser.error(f"unknown method {unknown[0]}; there are {', '.join(method_names())}")
+        parser.error(f"unknown method {unknown[0]}; choose one of {', '.join(method_names())}")
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         results = benchmark(Path(folder), arguments)
     print(measure.machine_line(arguments.device))

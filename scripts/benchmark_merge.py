@@ -1,7 +1,7 @@
-"""How long merging takes and how much memory, against mergekit where it has the method.
+"""Measure the time and memory of merging, against mergekit where it has the merge method.
 
-LLaMA-13B's embeddings, output projection and one decoder layer, and fine-tunes of them, synthetic. Every merge runs in
-a process of its own; memory is the peak of anonymous memory, in which mapped files are not.
+The models are synthetic: LLaMA-13B's embeddings, output projection and one decoder layer, and fine-tunes of them. Every
+merge runs in a process of its own. Memory is the peak of anonymous memory, which does not include mapped files.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from impart_hf import merge
 from impart_hf.evaluation.memory import PeakMemory
 from impart_hf.merging.config import MERGE_METHODS
 
-_MERGEKIT = ("task_arithmetic", "ties")  # what both define alike
+_MERGEKIT = ("task_arithmetic", "ties")  # methods that both tools define the same way
 
 
 def timed_merge(tool: str, config: dict[str, Any], output: str) -> dict[str, float]:
-    """Seconds and peak memory of one merge."""
+    """Merge once, and return the seconds and the peak of anonymous memory."""
     if tool == "mergekit":
         from mergekit.config import MergeConfiguration
         from mergekit.merge import run_merge
@@ -41,7 +41,7 @@ def timed_merge(tool: str, config: dict[str, Any], output: str) -> dict[str, flo
             run_merge(content, output, MergeOptions(copy_tokenizer=False, quiet=True))
             seconds = time.perf_counter() - started
     else:
-        import peft  # noqa: F401  (imported when it is needed; that is not to be timed)
+        import peft  # noqa: F401  (imported lazily otherwise, which would be timed)
 
         with PeakMemory() as memory:
             started = time.perf_counter()
@@ -51,7 +51,7 @@ def timed_merge(tool: str, config: dict[str, Any], output: str) -> dict[str, flo
 
 
 def write_models(folder: Path, config: LlamaConfig, count: int) -> tuple[Path, list[Path]]:
-    """A base and fine-tunes of it, bfloat16."""
+    """Write a base and fine-tunes of it, in bfloat16."""
     base, first, _ = measure.write_synthetic_pair(folder, config)
     finetunes = [first]
     for number in range(1, count):
@@ -97,21 +97,21 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_merge.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=int, default=5, help="fine-tunes to be merged (default: 5)")
+    parser.add_argument("--models", type=int, default=5, help="number of fine-tunes to merge (default: 5)")
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), default=["task_arithmetic", "ties"],
-        help="default: task_arithmetic,ties",
+        help="merge methods, comma-separated (default: task_arithmetic,ties)",
     )  # fmt: skip
-    parser.add_argument("--work", type=Path, help="folder for the models, 10 GB (default: a temporary one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--tiny", action="store_true", help="tiny matrices: to try the script out")
+    parser.add_argument("--work", type=Path, help="folder for the models, 10 GB (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--tiny", action="store_true", help="use tiny matrices, to try out the script")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.worker:
         measure.report_result(timed_merge(**json.loads(arguments.worker)))
         return 0
     if unknown := sorted(set(arguments.methods) - set(MERGE_METHODS)):
-        parser.error(f"unknown method {unknown[0]}; there are {', '.join(MERGE_METHODS)}")
+        parser.error(f"unknown method {unknown[0]}; choose one of {', '.join(MERGE_METHODS)}")
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         results = benchmark(Path(folder), arguments)
     print(f"{measure.machine_line()}\n\n{results['models']} models of {results['bytes of each'] / 1e9:.2f} GB\n")

@@ -1,7 +1,7 @@
-"""Quality against bytes: perplexity, and KL divergence from the fine-tune, of each method at each ratio and seed.
+"""Measure quality against bytes: perplexity and KL divergence from the fine-tune, for each method, ratio and seed.
 
-Writes quality.md (mean over seeds, and spread), quality.json (every run) and quality.png. The fine-tune stays loaded
-beside one other model at a time; next-token distributions are compared a few hundred tokens at a time.
+Writes quality.md (mean over seeds, and spread), quality.json (every run) and quality.png. Memory holds the fine-tune
+and one other model at a time; next-token distributions are compared a few hundred tokens at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TRAINING = ("calibration", "distill")
 
 
 def configured(method: str, ratio: float, seed: int, options: dict[str, str]) -> MethodConfig:
-    """A method's configuration; of the options, those that it has."""
+    """Return a method's configuration; options that the method does not have are ignored."""
     config = method_class(method)
     values: dict[str, Any] = {"compression_ratio": ratio, "seed": seed}
     values |= {s.name: s.parse(options[s.name]) for s in settings_of(config) if s.name in options}
@@ -39,7 +39,7 @@ def configured(method: str, ratio: float, seed: int, options: dict[str, str]) ->
 
 
 def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[str, Any]:
-    """Every run's numbers."""
+    """Run the benchmark, and return the results of every run."""
     logging.disable_progress_bar()
     dtype = getattr(torch, arguments.dtype)
     reference = load(arguments.finetuned, dtype, arguments.device)
@@ -76,7 +76,7 @@ def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[st
                             calibration_samples=arguments.calibration_samples,
                             calibration_length=arguments.sequence_length, **texts,
                         )  # fmt: skip
-                    except ValueError as error:  # such a ratio is out of this method's reach
+                    except ValueError as error:  # the method cannot reach this ratio
                         print(f"{method} at {ratio:g}: {error}", file=sys.stderr)
                         break
                     run |= {"bytes": report.repository_bytes, "ratio": report.ratio, "seconds": report.seconds}
@@ -111,14 +111,14 @@ def markdown(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(results: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """KL against bytes, both logarithmic, one line a method."""
+    """Draw KL against bytes, both on logarithmic axes, with one line per method."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9.5, 4.8), layout="constrained")
-    # As many pairs of a color and a marker as there may be methods: 10 and 11 have no divisor in common
+    # 10 colors and 11 markers have no common divisor, so their pairs suffice for all methods
     styles = zip(itertools.cycle(pyplot.get_cmap("tab10").colors), itertools.cycle("osD^vP*Xhp<"))
     for method in dict.fromkeys(row["method"] for row in rows):
         color, marker = next(styles)
@@ -126,7 +126,7 @@ def picture(results: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path)
         sizes, values = [row["bytes"] for row in own], [max(row["kl"], 1e-9) for row in own]
         axes.plot(sizes, values, color=color, marker=marker, markersize=5, label=method)
         seeds = [r for r in results["runs"] if r["method"] == method]
-        if len({r["seed"] for r in seeds}) > 1:  # each seed's own point, faint
+        if len({r["seed"] for r in seeds}) > 1:  # each seed is a faint point
             axes.plot([r["bytes"] for r in seeds], [max(r["kl"], 1e-9) for r in seeds], ".", color=color, alpha=0.4)
     if math.isfinite(results["base"]["kl"]):
         axes.axhline(results["base"]["kl"], color="0.35", linestyle="--", linewidth=1, label="base (no delta)")
@@ -145,34 +145,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_quality.py", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="local folder or Hub id")
     parser.add_argument("finetuned", help="local folder or Hub id")
-    parser.add_argument("--text", type=Path, required=True, help="what to measure on: held out from the fine-tuning")
     parser.add_argument(
-        "--methods", type=comma_separated(str), default=["impart", "lowrank", "dare"], help="comma-separated"
+        "--text", type=Path, required=True, help="text to measure on, which the fine-tune was not trained on"
     )
-    parser.add_argument("--ratios", type=comma_separated(float), default=[8.0, 16.0, 32.0], help="comma-separated")
-    parser.add_argument("--seeds", type=comma_separated(int), default=[0], help="comma-separated")
-    parser.add_argument("--tokens", type=int, default=16_384, help="at most so many (default: 16384)")
+    parser.add_argument(
+        "--methods", type=comma_separated(str), default=["impart", "lowrank", "dare"], help="methods, comma-separated"
+    )
+    parser.add_argument(
+        "--ratios", type=comma_separated(float), default=[8.0, 16.0, 32.0], help="compression ratios, comma-separated"
+    )
+    parser.add_argument("--seeds", type=comma_separated(int), default=[0], help="seeds, comma-separated")
+    parser.add_argument(
+        "--tokens", type=int, default=16_384, help="largest number of tokens to measure on (default: 16384)"
+    )
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time")
-    parser.add_argument("--calibration", type=Path, help="text for the methods written as METHOD+calibration")
-    parser.add_argument("--distill", type=Path, help="text for the methods written as METHOD+distill")
-    parser.add_argument("--calibration-samples", type=int, default=128, help="sequences of either text")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences evaluated at a time")
+    parser.add_argument("--calibration", type=Path, help="calibration text for methods written as METHOD+calibration")
+    parser.add_argument("--distill", type=Path, help="distillation text for methods written as METHOD+distill")
+    parser.add_argument(
+        "--calibration-samples", type=int, default=128, help="largest number of sequences of either text"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("quality"), metavar="FOLDER")
     parser.add_argument(
-        "--method-option", action="append", default=[], metavar="NAME=VALUE", help="a setting of those that have it"
+        "--method-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting, for the methods that have it",
     )
     arguments = parser.parse_args(argv)
     for method in arguments.methods:
         name, *training = method.split("+")
         if name not in method_names():
-            parser.error(f"unknown method {name}; there are {', '.join(method_names())}")
+            parser.error(f"unknown method {name}; choose one of {', '.join(method_names())}")
         for kind in training:
             if kind not in _TRAINING or getattr(arguments, kind) is None:
-                parser.error(f"{method}: after + comes {' or '.join(_TRAINING)}, and --{kind} must name a text")
+                parser.error(f"{method}: only {' or '.join(_TRAINING)} may follow +, and --{kind} must name a text")
             if kind == "calibration" and not method_class(name).quantises:
-                parser.error(f"{method}: {name} does not quantise, and has no use for calibration text")
+                parser.error(f"{method}: {name} does not quantise, so it has no use for calibration text")
     options = dict(option.partition("=")[::2] for option in arguments.method_option)
     classes = [method_class(method.split("+")[0]) for method in arguments.methods]
     known = {field.name for config in classes for field in dataclasses.fields(config)}

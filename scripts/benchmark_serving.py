@@ -1,10 +1,10 @@
-"""What serving a delta with vLLM costs: start-up and memory against the dense fine-tune, and swaps.
+"""Measure the cost of serving a delta with vLLM: start-up and memory against the dense fine-tune, and swaps.
 
-Each engine runs in a fresh process, and within it (no second process), eager, its KV cache the same size for all.
-"LLM(...)" is the time which that takes, imports not counted; "restart" is all from the start of Python to the first
-token, and what a swap saves. A swap has two parts: the delta is checked while the engine goes on serving, then the
-engine is paused and loads. With IMPART_HF_SCRATCH the first part decodes the delta as well. Both are compared with
-what no swap can do without, reading every byte of the base once from memory.
+Each engine runs in a fresh process, without a second process of its own, eager, and with the same KV cache size for
+all. "LLM(...)" is the time that this call takes, without imports. "restart" is the time from the start of Python to
+the first token, which a swap saves. A swap has two parts: the delta is checked while the engine continues to serve,
+then the engine is paused and loads it. With IMPART_HF_SCRATCH the first part also decodes the delta. Both parts are
+compared with the least that any swap must do: read every byte of the base once from memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ENVIRONMENT = {
 
 
 def start(model: str) -> Any:
-    """An engine; what it is asked is token ids, so that it needs no tokenizer."""
+    """Start an engine without a tokenizer; prompts are token ids."""
     from vllm import LLM
 
     settings = {"enforce_eager": True, "max_model_len": 256, "disable_log_stats": True, "skip_tokenizer_init": True}
@@ -45,8 +45,8 @@ def start(model: str) -> Any:
 
 
 def timed_start(model: str) -> dict[str, float]:
-    """Seconds until an engine is there, and the peak of anonymous memory until then; it must then say something."""
-    import vllm.entrypoints.llm  # noqa: F401  (not to be timed)
+    """Start an engine; return the seconds, the peak of anonymous memory until then, and one generated token."""
+    import vllm.entrypoints.llm  # noqa: F401  (otherwise its import would be timed)
 
     return_freed_memory()
     with PeakMemory() as memory:
@@ -64,14 +64,14 @@ def _token(llm: Any) -> int:
 
 
 def timed_swaps(base: str, deltas: list[str], dense: str, scratch: str, repeats: int) -> dict[str, Any]:
-    """Swap to and fro among deltas in one engine that was started on their base."""
+    """Swap back and forth between deltas in one engine that was started on their base; return the median seconds."""
     from impart_hf.serving.deltas import DeltaChecker
 
     llm = start(base)
     found = {"reading the base once from memory": measure.best_seconds(lambda: _read(base), 5)}
 
     def swap(checker: DeltaChecker, delta: str) -> tuple[float, float]:
-        """What `DeltaSwitch.load` does: seconds of its check, and of the load."""
+        """Do what `DeltaSwitch.load` does; return the seconds of the check and of the load."""
         started = time.perf_counter()
         checked = checker.check(delta)
         between = time.perf_counter()
@@ -82,7 +82,7 @@ def timed_swaps(base: str, deltas: list[str], dense: str, scratch: str, repeats:
         return between - started, time.perf_counter() - between
 
     def median_swap(what: str, checker: DeltaChecker) -> None:
-        swap(checker, deltas[0])  # the first check looks at the whole base
+        swap(checker, deltas[0])  # only the first check reads the whole base
         times = [swap(checker, deltas[(number + 1) % len(deltas)]) for number in range(repeats)]
         checking, loading = (statistics.median(part) for part in zip(*times, strict=True))
         found[f"{what}: check, while serving"], found[f"{what}: load, engine paused"] = checking, loading
@@ -110,7 +110,7 @@ def _read(base: str) -> None:
 def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     config = measure.llama_config(arguments.layers, tiny=arguments.tiny)
     if arguments.tiny:
-        # vLLM's attention on CPUs wants heads of at least 32.
+        # vLLM's attention on CPUs needs a head size of at least 32.
         config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 2, 32
     base, finetuned, largest = measure.write_synthetic_pair(folder, config)
     settings = method_class(arguments.method)
@@ -120,20 +120,20 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with mock.patch.dict("os.environ", _ENVIRONMENT):
         for name, model in (("dense fine-tune", str(finetuned)), ("delta repository", deltas[0])):
-            if not arguments.tiny:  # the first start of an architecture writes a cache of vLLM's
+            if not arguments.tiny:  # the first start of an architecture fills vLLM's cache
                 measure.in_fresh_process(__file__, {"start": model})
-            found, restarts = [], []
+            starts, restarts = [], []
             for _ in range(arguments.repeats):
                 started = time.perf_counter()
-                found.append(measure.in_fresh_process(__file__, {"start": model}))
+                starts.append(measure.in_fresh_process(__file__, {"start": model}))
                 restarts.append(time.perf_counter() - started)
             rows.append(
                 {
                     "served": name,
                     "restart, seconds": round(statistics.median(restarts), 2),
-                    "LLM(...), seconds": round(statistics.median(run["seconds"] for run in found), 2),
-                    "peak, GB": round(statistics.median(run["peak"] for run in found) / 1e9, 2),
-                    "held then, GB": round(statistics.median(run["held"] for run in found) / 1e9, 2),
+                    "LLM(...), seconds": round(statistics.median(run["seconds"] for run in starts), 2),
+                    "peak, GB": round(statistics.median(run["peak"] for run in starts) / 1e9, 2),
+                    "held then, GB": round(statistics.median(run["held"] for run in starts) / 1e9, 2),
                 }
             )
         task = {"swaps": [str(base), deltas, str(finetuned), str(folder), arguments.repeats]}
@@ -163,12 +163,14 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_serving.py", description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=2, help="decoder layers of the synthetic model (default: 2)")
-    parser.add_argument("--ratio", type=float, default=32.0, help="default: 32")
-    parser.add_argument("--method", choices=method_names(), default="impart", help="default: impart")
-    parser.add_argument("--repeats", type=int, default=5, help="of every measurement (default: 5)")
-    parser.add_argument("--work", type=Path, help="folder for the models, a few GB (default: a temporary one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--tiny", action="store_true", help="tiny matrices: to try the script out")
+    parser.add_argument("--ratio", type=float, default=32.0, help="compression ratio (default: 32)")
+    parser.add_argument(
+        "--method", choices=method_names(), default="impart", help="compression method (default: impart)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="runs of every measurement (default: 5)")
+    parser.add_argument("--work", type=Path, help="folder for the models, a few GB (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--tiny", action="store_true", help="use tiny matrices, to try out the script")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.worker:

@@ -1,7 +1,7 @@
-"""How the scale of quantised values is chosen, and what each choice costs: KL of the methods that quantise, rounded.
+"""Compare rules for the scale of quantised values, by KL of the quantising methods without calibration.
 
-largest: the outermost level is the largest value, as the published code does. least error: the scale with the least
-squared error. unbiased: that, and then scaled so that nothing shrinks on average; what impart-hf does.
+largest: the outermost level is the largest value, as in the published code. least error: the scale with the least
+squared error. unbiased: the same, then rescaled so that values do not shrink on average; impart-hf's rule.
 """
 
 import argparse
@@ -29,15 +29,15 @@ def largest(values: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tenso
     return (values * mask).abs().amax(1).clamp_min(torch.finfo(values.dtype).tiny)
 
 
-def as_it_is(plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor, hessian: object = None) -> torch.Tensor:
+def unchanged(plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor, hessian: object = None) -> torch.Tensor:
     return torch.ones_like(plane[:, 0])
 
 
-# What is replaced, by module and name: a method imports from there when it encodes
-_AS_IT_IS = [(factor_quantisation, "unbiased", as_it_is)]
+# The functions that each rule replaces, by module and name; methods import them from there when they encode
+_UNCHANGED = [(factor_quantisation, "unbiased", unchanged)]
 RULES = {
-    "largest": [(gptq, "best_scale", largest), (factor_quantisation, "best_scale", largest), *_AS_IT_IS],
-    "least error": _AS_IT_IS,
+    "largest": [(gptq, "best_scale", largest), (factor_quantisation, "best_scale", largest), *_UNCHANGED],
+    "least error": _UNCHANGED,
     "unbiased": [],
 }
 
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base")
     parser.add_argument("finetuned")
-    parser.add_argument("--text", type=Path, required=True, help="what to measure on")
-    parser.add_argument("--ratios", default="16,32,64", help="comma-separated")
+    parser.add_argument("--text", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--ratios", default="16,32,64", help="compression ratios, comma-separated")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--sequence-length", type=int, default=256)
     arguments = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""The paper's table of merging in small: task arithmetic and TIES, each with nothing, DARE and ImPart before it.
+"""Reproduce the paper's table of merging on a small scale: task arithmetic and TIES, alone and after DARE or ImPart.
 
-Two fine-tunes of one base are merged: the one that is given, and a second that this script trains on text that comes
-with Python (tables of character encodings; --second-text for another). Every method's settings are searched on one
-half of each task's held-out text, by mean cross-entropy, as `impart-hf tune-merge` does; the table has the other
-half. Methods that drop at random are run with several seeds. Writes merging.md, merging.json and the second fine-tune.
+Two fine-tunes of one base are merged: the given one, and one that this script trains on text that comes with Python
+(tables of character encodings; --second-text for another text). The settings of every method are searched on one half
+of each task's held-out text, by mean cross-entropy, as `impart-hf tune-merge` does. The table reports the other half.
+Methods that drop at random are run with several seeds. Writes merging.md, merging.json and the second fine-tune.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ METHODS = {
 
 
 def train_second(base: str, folder: Path, arguments: argparse.Namespace) -> None:
-    """A fine-tune of the base on the second task's text, whose held-out part lies beside it in heldout.txt."""
+    """Train the base on the second task's text, and write the fine-tune and its held-out text, heldout.txt."""
     documents = (
         pair_text.read_documents(arguments.second_text) if arguments.second_text else pair_text.encoding_tables()
     )
@@ -65,13 +65,13 @@ def train_second(base: str, folder: Path, arguments: argparse.Namespace) -> None
 
 
 def halves(text: Path) -> tuple[list[str], list[str]]:
-    """A text's paragraphs, every other one: for the search, and for the table."""
+    """Split a text by every other paragraph: one half for the search, one for the table."""
     paragraphs = text.read_text("utf-8").split("\n\n")
     return ["\n\n".join(paragraphs[0::2])], ["\n\n".join(paragraphs[1::2])]
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every number of the table."""
+    """Return all numbers of the table."""
     logging.disable_progress_bar()
     arguments.output.mkdir(parents=True, exist_ok=True)
     second = arguments.output / "second"
@@ -101,7 +101,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             started = time.perf_counter()
             config = MergeConfig(
                 method, arguments.base, tuple(MergeModel(model) for model in models.values()),
-                # TIES averages what agrees; mergekit's dare_ties sums it unless told so
+                # TIES averages agreeing entries; mergekit's dare_ties sums them unless told otherwise
                 {"normalize": True} if method.endswith("ties") else {},
             )  # fmt: skip
             found = tune_merge(
@@ -126,12 +126,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, str]]:
-    """The table's rows: cross-entropy on the held-out halves, nats a token, means over seeds and half their range."""
+    """Return the table's rows: cross-entropy on the held-out halves, nats/token, mean over seeds ± half the range."""
     tasks = list(results["tokens"])
 
     def row(title: str, settings: dict[str, float], runs: list[dict[str, float]]) -> dict[str, str]:
         cells = {"model": title}
-        # One name for what the search calls density in TIES alone and trim_density after a sparsifier
+        # The share that TIES keeps is called density in TIES alone and trim_density after a sparsifier
         trims = {"TIES": "density", "TIES + DARE": "trim_density", "TIES + ImPart": "trim_density"}.get(title)
         cells["λ"] = _text(settings.get("lambda"))
         cells["TIES keeps"] = _text(settings.get(trims)) if trims else ""
@@ -161,15 +161,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("finetuned", help="fine-tuned model, dense or a delta repository")
     parser.add_argument("--text", type=Path, required=True, help="held-out text of the fine-tune's task")
     parser.add_argument("--second-text", type=Path, nargs="+", help="text of the second task")
-    parser.add_argument("--first-name", default="first", help="of the fine-tune's task, for the table")
-    parser.add_argument("--second-name", default="second", help="of the second task")
-    parser.add_argument("--output", type=Path, default=Path("merging"), help="folder of the results (default: merging)")
-    parser.add_argument("--steps", type=int, default=160, help="of the second fine-tune (default: 160)")
-    parser.add_argument("--lr", type=float, default=5e-4, help="of the second fine-tune (default: 5e-4)")
+    parser.add_argument("--first-name", default="first", help="name of the fine-tune's task in the table")
+    parser.add_argument("--second-name", default="second", help="name of the second task in the table")
+    parser.add_argument(
+        "--output", type=Path, default=Path("merging"), help="folder to write the results to (default: merging)"
+    )
+    parser.add_argument("--steps", type=int, default=160, help="training steps of the second fine-tune (default: 160)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate of the second fine-tune (default: 5e-4)")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (default: 128)")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--samples", type=int, default=48, help="sequences of each half (default: 48)")
-    parser.add_argument("--seeds", type=comma_separated(int), default=[0, 1, 2], help="default: 0,1,2")
+    parser.add_argument(
+        "--seeds", type=comma_separated(int), default=[0, 1, 2], help="seeds, comma-separated (default: 0,1,2)"
+    )
     parser.add_argument("--lambdas", type=comma_separated(float), default=list(LAMBDAS), help="default: the paper's")
     parser.add_argument("--trims", type=comma_separated(float), default=list(TRIMS), help="default: the paper's")
     parser.add_argument(

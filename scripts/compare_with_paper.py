@@ -1,8 +1,7 @@
-"""Our repositories against the paper's algorithm, written out naively in float32 on the same tensors.
+"""Compare our repositories with the paper's algorithm, implemented naively in float32 on the same tensors.
 
-The naive version (tests/support/naive_impart.py) counts kept parameters only, takes norms from the fine-tune for
-nothing and stores nothing; it gets 1.25 times the ratio, an allowance for the headers and per-column numbers of a real
-file.
+The naive version (tests/support/naive_impart.py) counts only kept parameters, takes the fine-tune's norms for free and
+stores nothing. It runs at 1.25 times the ratio, to allow for the headers and per-column numbers of a real file.
 """
 
 import argparse
@@ -29,7 +28,7 @@ BATCH_SIZE = 16
 
 
 def naive_model(base: str, finetuned: str, ratio: float, seed: int, embeddings: bool) -> PreTrainedModel:
-    """The fine-tune in float32, its matrices replaced by what the naive algorithm makes of them."""
+    """Return the fine-tune in float32, with its matrices as the naive algorithm reconstructs them."""
     model = load(finetuned, torch.float32, "cpu")
     before, after = Checkpoint(base, HubOptions()), Checkpoint(finetuned, HubOptions())
     generator = torch.Generator().manual_seed(seed)
@@ -47,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base")
     parser.add_argument("finetuned")
-    parser.add_argument("--text", type=Path, required=True, help="what to measure on")
-    parser.add_argument("--ratios", default="8,16,32", help="comma-separated")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--text", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--ratios", default="8,16,32", help="compression ratios, comma-separated")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds, comma-separated")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--sequence-length", type=int, default=256)
     arguments = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""The main job on an embedded default: a tiny base and fine-tune, compressed, inspected, loaded and compared.
+"""Demonstrate the main workflow: train a tiny base and fine-tune, then compress, inspect, verify, load and compare.
 
     python scripts/demo.py FOLDER
 
-Everything is made in FOLDER: the pair (trained on first use, under two minutes on two cores), the delta repository,
-and a picture of it.
+FOLDER receives the pair (trained on first use, under two minutes on two cores), the delta repository, and a chart of
+it.
 """
 
 import json
@@ -24,7 +24,7 @@ WINDOW = 128
 
 
 def step(title: str, command: list[str]) -> None:
-    """Run one command of impart-hf, shown as a user would type it."""
+    """Run one impart-hf command, and print it as a user would type it."""
     print(f"\n== {title}\n$ impart-hf {' '.join(command)}", flush=True)
     if impart_hf(command) != 0:
         sys.exit(1)
@@ -32,12 +32,12 @@ def step(title: str, command: list[str]) -> None:
 
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
-    """float32 of shape (windows, WINDOW, vocabulary)."""
+    """Return log-probabilities: float32, (windows, WINDOW, vocabulary)."""
     return torch.cat([torch.log_softmax(model(part).logits.float(), -1) for part in windows.split(8)])
 
 
 def compare(models: dict[str, PreTrainedModel], windows: torch.Tensor) -> None:
-    """Print perplexity on held-out text, and the divergence from the fine-tune, of every model."""
+    """Print every model's perplexity on held-out text and its divergence from the fine-tune."""
     reference = log_probabilities(models["fine-tune"], windows)
     print(f"{'model':<24}{'perplexity':>12}{'KL(fine-tune || model), nats/token':>38}")
     for name, model in models.items():
@@ -59,7 +59,7 @@ def main() -> int:
     step("Inspect", ["inspect", str(delta), "--plot", str(picture)])
     step("Verify", ["verify", str(delta), "--quiet"])
 
-    print("\n== Load it like any other model, and compare it with the fine-tune on text neither has seen")
+    print("\n== Load it like any other model, and compare it with the fine-tune on text that neither was trained on")
     tokenizer = AutoTokenizer.from_pretrained(delta)
     models = {
         "base": AutoModelForCausalLM.from_pretrained(base),
@@ -76,7 +76,7 @@ def main() -> int:
     for name, model in models.items():
         tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         print(f"{name:<24}{json.dumps(tokenizer.decode(tokens[0], skip_special_tokens=True))}")
-    print(f"\nThe repository is {delta}, its picture {picture}.")
+    print(f"\nThe repository is {delta}, its chart is {picture}.")
     return 0
 
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# GradPruner with the settings of its published runs, from a LLaMA to a pruned one that is fine-tuned and measured.
+# Run GradPruner with its published settings: prune a LLaMA, fine-tune the result and measure it.
 #
-#     scripts/gradpruner.sh MODEL TRAIN_TEXT HELD_OUT_TEXT FOLDER [more of `prune recover`'s options]
+#     scripts/gradpruner.sh MODEL TRAIN_TEXT HELD_OUT_TEXT FOLDER [options of `prune recover`]
 #
-# A third of the layers (30 %) goes without merging, up to three more with it. LoRA: rank 8, alpha 32, all linear
-# layers, learning rate 1e-4, batches of 4. How long to fine-tune is not published: one epoch, or what the options say.
+# A third of the layers (30 %) is dropped without merging, then three more with merging (MERGED_LAYERS sets another
+# number). LoRA: rank 8, alpha 32, all linear layers, learning rate 1e-4, batches of 4. The length of fine-tuning is not
+# published: one epoch, unless the options set another.
 set -euo pipefail
 model=$1 data=$2 held_out=$3 folder=$4
 shift 4

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, fresh processes, tables, deltas like real ones."""
+"""Helpers that the benchmarks share: machine description, fresh processes, tables, synthetic deltas."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# OpenMP reads this when torch is loaded: on cores shared with other programs, threads that spin while they wait make
-# timings many times longer.
+# OpenMP reads this when torch is loaded. On cores shared with other programs, threads that spin while they wait make
+# timings several times longer.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -25,33 +25,33 @@ from transformers import LlamaConfig
 
 from impart_hf.calibration.text import calibration_tokens
 
-_RESULT = "RESULT "  # what marks a worker's result among its output
+_RESULT = "RESULT "  # marks the line of a worker's output that holds its result
 _SPIKES = 512  # components of a synthetic delta that rise above its noise
 
 
 def comma_separated(kind: Callable[[str], Any]) -> Callable[[str], list]:
-    """A parser of comma-separated values of a kind, for argparse."""
+    """Return a parser of comma-separated values of a kind, for argparse."""
 
     def parse(text: str) -> list:
         return [kind(part) for part in text.split(",")]
 
-    parse.__name__ = "comma-separated values"  # argparse puts it into its message
+    parse.__name__ = "comma-separated values"  # argparse uses it in its error message
     return parse
 
 
 def text_sequences(source: Path, tokenizer: Any, tokens: int, length: int) -> torch.Tensor:
-    """int64 (sequences, length): of a text, as many sequences as `tokens` fill, at least one."""
+    """Return sequences of a text, int64 (sequences, length): as many as `tokens` fill, at least one."""
     return calibration_tokens(source, tokenizer, samples=max(1, tokens // length), length=length)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What timings depend on."""
+    """Return the properties of this machine that timings depend on."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    found = {
+    properties = {
         "cpu": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -59,8 +59,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "load average": round(os.getloadavg()[0], 2),
     }
     if torch.device(device).type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(torch.device(device))
-    return found
+        properties["gpu"] = torch.cuda.get_device_name(torch.device(device))
+    return properties
 
 
 def machine_line(device: str = "cpu") -> str:
@@ -68,7 +68,7 @@ def machine_line(device: str = "cpu") -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A markdown table; the first row's keys are the columns."""
+    """Return a markdown table; the first row's keys are the columns."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
@@ -82,7 +82,7 @@ def _cell(value: Any) -> str:
 def over_seeds(
     runs: Iterable[Mapping[str, Any]], names: Sequence[str] = ("bytes", "ratio", "perplexity", "kl")
 ) -> list:
-    """One row for each method and ratio asked of runs: of these numbers the mean over seeds, and half the range."""
+    """Return one row per method and requested ratio: for each number the mean over seeds, and half the range."""
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["method"], run["asked"]), []).append(run)
@@ -97,12 +97,12 @@ def over_seeds(
 
 
 def bytes_axes(axes: Any, sizes: Sequence[float], asked: Iterable[float], checkpoint_bytes: int) -> None:
-    """Make matplotlib axes logarithmic in both, with bytes below and compression ratios above.
+    """Make both matplotlib axes logarithmic, with bytes on the lower axis and compression ratios on the upper one.
 
     Args:
         sizes: all bytes that are drawn.
-        asked: the ratios to be marked.
-        checkpoint_bytes: what ratio 1 takes.
+        asked: the ratios to mark.
+        checkpoint_bytes: the bytes at ratio 1.
     """
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -117,7 +117,7 @@ def bytes_axes(axes: Any, sizes: Sequence[float], asked: Iterable[float], checkp
     axes.xaxis.set_minor_formatter(NullFormatter())
 
     def inverse(value: Any) -> Any:
-        return checkpoint_bytes / np.maximum(value, 1e-9)  # matplotlib tries zero
+        return checkpoint_bytes / np.maximum(value, 1e-9)  # matplotlib also evaluates it at zero
 
     top = axes.secondary_xaxis("top", functions=(inverse, inverse))
     top.set_xticks(sorted(set(asked)), [f"{value:g}x" for value in sorted(set(asked))])
@@ -136,7 +136,7 @@ def synchronize(device: str | torch.device) -> None:
 
 
 def best_seconds(work: Callable[[], Any], repeats: int, device: str | torch.device = "cpu") -> float:
-    """The shortest of several runs: other programs only ever make a run longer."""
+    """Return the shortest of several runs, because other programs can only make a run longer."""
     best = float("inf")
     for _ in range(repeats):
         synchronize(device)
@@ -151,7 +151,7 @@ def in_fresh_process(script: str, task: Mapping[str, Any]) -> dict[str, Any]:
     """Run `script --worker TASK` in a process of its own and return what it passed to `report_result`.
 
     Raises:
-        RuntimeError: with the end of its output, if it failed.
+        RuntimeError: if it failed; the message has the end of its output.
     """
     command = [sys.executable, str(Path(script).resolve()), "--worker", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -166,18 +166,18 @@ def report_result(result: Mapping[str, Any]) -> None:
 
 
 def drop_page_cache(folders: Iterable[Path]) -> None:
-    """Let go of the cached pages of all files in the folders, so that the next reader reads them from the disk."""
+    """Drop the cached pages of all files in the folders, so that the next reader reads them from disk."""
     for folder in folders:
         for path in (p for p in folder.iterdir() if p.is_file()):
             with path.open("rb") as file:
-                os.fsync(file.fileno())  # pages that are still to be written cannot be dropped
+                os.fsync(file.fileno())  # pages that are not yet written cannot be dropped
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def synthetic_delta(rows: int, columns: int, seed: int, device: str | torch.device = "cpu") -> torch.Tensor:
-    """A delta with a spectrum like that of a fine-tuned model's, float32, of spectral norm about 1.
+    """Return a delta with a spectrum like that of a fine-tune, float32, of spectral norm about 1.
 
-    Singular values fall as k^-0.5 into a floor of noise that reaches a tenth of the largest.
+    Its singular values fall as k^-0.5 into a floor of noise at a tenth of the largest.
     """
     generator = torch.Generator().manual_seed(seed)
     rank = min(_SPIKES, rows, columns)
@@ -188,10 +188,10 @@ def synthetic_delta(rows: int, columns: int, seed: int, device: str | torch.devi
 
 
 def write_synthetic_pair(folder: Path, config: LlamaConfig, seed: int = 0) -> tuple[Path, Path, int]:
-    """A LLaMA base model and a fine-tune of it, bfloat16, one file a layer; every matrix has a `synthetic_delta`.
+    """Write a LLaMA base and a fine-tune of it, bfloat16, one file per layer; every matrix has a `synthetic_delta`.
 
     Returns:
-        The two folders, and the entries of the largest tensor.
+        The two folders, and the number of entries of the largest tensor.
     """
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     kv = config.num_key_value_heads * hidden // config.num_attention_heads
@@ -233,7 +233,7 @@ def write_synthetic_pair(folder: Path, config: LlamaConfig, seed: int = 0) -> tu
 
 
 def llama_config(layers: int, *, tiny: bool = False) -> LlamaConfig:
-    """LLaMA-7B's shapes with a given number of layers; `tiny` shapes are for trying a benchmark out."""
+    """Return LLaMA-7B's configuration with a given number of layers; `tiny` shapes are for trying out a benchmark."""
     shape = (64, 160, 4, 256) if tiny else (4096, 11008, 32, 32000)
     return LlamaConfig(
         hidden_size=shape[0], intermediate_size=shape[1], num_attention_heads=shape[2], num_key_value_heads=shape[2],

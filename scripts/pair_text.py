@@ -1,7 +1,7 @@
-"""Text for the models of `train_pair`: where it comes from, how it is split, how it becomes tokens.
+"""Text for the models of `train_pair`: reading it, splitting it and converting it to tokens.
 
-A *document* is one string: a source file, a topic of the language reference, a question with its answer.
-Nothing here downloads anything.
+A *document* is one string: a source file, a topic of the language reference, or a question with its answer. Nothing
+here downloads anything.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ SMALLEST_VOCABULARY = 258  # 256 bytes and the two special tokens
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".jsonl"}
 GSM8K_HINT = "GSM8K's train.jsonl is in https://github.com/openai/grade-school-math (MIT licence)"
 
-# Not code that reads like code: installed packages, test data, tables of code points, and the prose of the fine-tune.
+# Folders that are not typical code: installed packages, test data, tables of code points, and the fine-tune's text.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "encodings", "pydoc_data"}
-_LONGEST_DOCUMENT = 20_000  # characters; longer files are cut, or one big file would leave nothing to hold out
-_LONGEST_PASSAGE = 3_000  # characters; the same for the language reference, of which there is little
+_LONGEST_DOCUMENT = 20_000  # characters; longer files are cut, so that one big file still leaves text to hold out
+_LONGEST_PASSAGE = 3_000  # characters; the same for the language reference, which is shorter
 _SHORTEST_REPEAT = 60  # characters; shorter paragraphs ("For example:") may repeat
 
 
 class PairError(ValueError):
-    """Bad input, told in one line."""
+    """Bad input, described in one line."""
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def standard_library(max_characters: int = 4_000_000) -> list[str]:
-    """Source files of this Python's standard library in sorted order, about `max_characters` of them in all."""
+    """Return source files of this Python's standard library, sorted by path, about `max_characters` in all."""
     root = Path(sysconfig.get_path("stdlib"))
     files = (p for p in sorted(root.rglob("*.py")) if not _SKIPPED_FOLDERS.intersection(p.relative_to(root).parts))
     documents: list[str] = []
@@ -47,19 +47,19 @@ def standard_library(max_characters: int = 4_000_000) -> list[str]:
         if total >= max_characters:
             break
     if not documents:
-        raise PairError(f"{root} holds no source files of the standard library; give text of your own (--base-text)")
+        raise PairError(f"{root} holds no source files of the standard library; give your own text with --base-text")
     return documents
 
 
 def language_reference() -> list[str]:
-    """Passages of the topics of Python's `help()`, in sorted order. Paragraphs that several topics share are kept
-    once, so that what is held out is not also trained on."""
+    """Return passages of the topics of Python's `help()`, in sorted order.
+
+    Paragraphs that several topics share are kept once, so that held-out text is not also trained on.
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise PairError(
-            "this Python comes without pydoc_data.topics; give text of your own (--finetune-text)"
-        ) from None
+        raise PairError("this Python has no pydoc_data.topics; give your own text with --finetune-text") from None
     seen: set[str] = set()
     documents: list[str] = []
     for name in sorted(topics):
@@ -71,27 +71,29 @@ def language_reference() -> list[str]:
             if len(key) >= _SHORTEST_REPEAT:
                 seen.add(key)
         documents += _cut("\n\n".join(kept).strip("\n"), _LONGEST_PASSAGE)
-    # What is left of a topic that others repeat can be a mere title.
+    # Once shared paragraphs are removed, a topic may be reduced to its title.
     return [text for text in documents if len(text) >= 2 * _SHORTEST_REPEAT]
 
 
 def encoding_tables(max_characters: int = 1_000_000) -> list[str]:
-    """Passages of the tables of character encodings in this Python's standard library, in sorted order: text that
-    neither `standard_library` nor `language_reference` has."""
+    """Return passages of the tables of character encodings in this Python's standard library, in sorted order.
+
+    Neither `standard_library` nor `language_reference` contains this text.
+    """
     root = Path(sysconfig.get_path("stdlib"), "encodings")
     texts = filter(None, map(_read, sorted(root.glob("*.py"))))
     documents = [passage for text in texts for passage in _cut(text, _LONGEST_PASSAGE)]
     if not documents:
-        raise PairError(f"{root} holds no tables of encodings; give text of your own (--second-text)")
+        raise PairError(f"{root} holds no tables of encodings; give your own text with --second-text")
     share = max(1, sum(map(len, documents)) // max_characters)
     return documents[::share]
 
 
 def read_documents(paths: Iterable[Path]) -> list[str]:
-    """Documents of files and folders, in the order given (what is in a folder: sorted by name).
+    """Return the documents of files and folders, in the order given; files of a folder are sorted by name.
 
-    Lines of a .jsonl file are objects with `question` and `answer`, or with `text`. A text file of
-    `Question: …` paragraphs gives one document for each; any other file is one document, cut if it is long.
+    Lines of a .jsonl file are objects with `question` and `answer`, or with `text`. A text file of `Question: …`
+    paragraphs gives one document for each of them; any other file is one document, cut if it is long.
     """
     documents = [text for path in paths for text in _documents_of(Path(path)) if text.strip()]
     if not documents:
@@ -120,7 +122,7 @@ def _documents_of(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    # split("\n"), not splitlines(): JSON allows U+2028 and its like inside a string.
+    # split("\n"), not splitlines(), because JSON allows U+2028 and similar characters inside a string.
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -139,7 +141,7 @@ def _read(path: Path) -> str:
 
 
 def _cut(text: str, longest: int) -> Iterator[str]:
-    """`text` in parts of about `longest` characters, cut at blank lines."""
+    """Yield parts of `text` of about `longest` characters, cut at blank lines."""
     part: list[str] = []
     length = 0
     for paragraph in text.split("\n\n"):
@@ -156,8 +158,11 @@ def _cut(text: str, longest: int) -> Iterator[str]:
 
 
 def hold_out(documents: Sequence[str], every: int, max_characters: int = 300_000) -> tuple[list[str], list[str]]:
-    """(training documents, held-out documents): one document in `every` is held out, or fewer if that would be more
-    than about `max_characters`, evenly over the whole. The split depends on nothing but the order."""
+    """Return (training documents, held-out documents).
+
+    One document in `every` is held out, evenly over the whole, or fewer if that would exceed about `max_characters`.
+    The split depends only on the order of the documents.
+    """
     if len(documents) < 2:
         raise PairError("the text is a single short document; at least two are needed, one of them held out")
     every = min(max(every, sum(map(len, documents)) // max_characters), len(documents))
@@ -167,7 +172,7 @@ def hold_out(documents: Sequence[str], every: int, max_characters: int = 300_000
 
 
 def join(documents: Iterable[str]) -> str:
-    """Documents as one text file: a blank line between them."""
+    """Join documents to one text, with a blank line between them."""
     return "\n\n".join(text.strip("\n") for text in documents) + "\n"
 
 
@@ -175,7 +180,7 @@ def join(documents: Iterable[str]) -> str:
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` tokens that puts `<s>` before a text, as LLaMA's does."""
+    """Train a byte-level BPE of `vocab_size` tokens that puts `<s>` before a text, as LLaMA's tokenizer does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -205,7 +210,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, max_length: int) 
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Iterator[list[int]]:
-    # In groups: an Encoding takes far more memory than its ids.
+    # In groups, because an Encoding takes far more memory than its ids.
     for start in range(0, len(documents), 256):
         group = list(documents[start : start + 256])
         for encoding in tokenizer.backend_tokenizer.encode_batch(group, add_special_tokens=False):
@@ -215,8 +220,11 @@ def _encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Ite
 def training_blocks(
     tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], length: int, at_least: int
 ) -> torch.Tensor:
-    """int32 [blocks, length]: `<s> document </s>` one after another, cut into blocks; the rest is dropped.
-    Fewer than `at_least` blocks are an error."""
+    """Return int32 [blocks, length]: `<s> document </s>` one after another, cut into blocks; the rest is dropped.
+
+    Raises:
+        PairError: if there are fewer than `at_least` blocks.
+    """
     ids: list[int] = []
     for document in _encode(tokenizer, documents):
         ids += [tokenizer.bos_token_id, *document, tokenizer.eos_token_id]
@@ -230,14 +238,17 @@ def training_blocks(
 
 
 def evaluation_blocks(tokenizer: PreTrainedTokenizerFast, text: str, length: int, max_tokens: int) -> torch.Tensor:
-    """int32 [blocks, length]: `<s>` and `length - 1` tokens of `text` in each block, so that the numbers can be
-    repeated from the text file alone. At most about `max_tokens` tokens, blocks taken evenly from the whole text."""
+    """Return int32 [blocks, length]: in each block `<s>` and `length - 1` tokens of `text`.
+
+    At most about `max_tokens` tokens, in blocks taken evenly from the whole text. The numbers can be reproduced from
+    the text file alone.
+    """
     ids = next(_encode(tokenizer, [text]))
     count = len(ids) // (length - 1)
     if not count:
         raise PairError(f"the held-out text holds {len(ids)} tokens, less than a sequence of {length}; give more text")
     blocks = torch.tensor(ids[: count * (length - 1)], dtype=torch.int32).reshape(count, length - 1)
-    wanted = max(1, max_tokens // length)
-    if count > wanted:
-        blocks = blocks[torch.arange(wanted) * count // wanted]
+    limit = max(1, max_tokens // length)
+    if count > limit:
+        blocks = blocks[torch.arange(limit) * count // limit]
     return torch.cat([torch.full((len(blocks), 1), tokenizer.bos_token_id, dtype=torch.int32), blocks], dim=1)

@@ -1,4 +1,4 @@
-"""How the models of `train_pair` are trained and measured: on the CPU, in float32, with one line for each stage."""
+"""Training and measuring the models of `train_pair`, on the CPU and in float32, with one line of output per stage."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import transformers
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-_WARM_UP = 0.05  # of the run
-_FLOOR = 0.05  # of the peak learning rate, at both ends
+_WARM_UP = 0.05  # share of the run
+_FLOOR = 0.05  # share of the peak learning rate, at the start and at the end
 
 
 def train(
@@ -30,10 +30,12 @@ def train(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Train every weight of `model` (float32) in place on `blocks`, int32 [blocks, tokens], for `steps` steps or
-    `minutes` minutes of wall-clock time."""
+    """Train every weight of `model` (float32) in place on `blocks`, int32 [blocks, tokens].
+
+    Training lasts `steps` steps or `minutes` minutes of wall-clock time.
+    """
     budget = _Budget(name, steps, minutes)
-    # Weight decay is for matrices; norms are vectors.
+    # Only matrices have weight decay; norms are vectors.
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -55,9 +57,9 @@ def train(
                 logging_steps=10,
                 save_strategy="no",
                 report_to="none",
-                disable_tqdm=True,  # `_Budget` has a bar of its own, which knows about minutes
+                disable_tqdm=True,  # `_Budget` has its own bar, which also measures minutes
                 use_cache=True,  # otherwise the saved configuration would turn the cache off for generation
-                use_cpu=True,  # the same numbers with and without a graphics card
+                use_cpu=True,  # gives the same numbers with and without a GPU
                 seed=seed,
                 data_seed=seed,
             ),
@@ -71,7 +73,7 @@ def train(
 
 @torch.inference_mode()
 def perplexity(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
-    """exp of the mean cross-entropy (nats per token) of `blocks`, int32 [blocks, tokens], the first not counted."""
+    """Return exp of the mean cross-entropy of all tokens but the first of `blocks`, int32 [blocks, tokens]."""
     model.eval()
     total = 0.0
     for rows in blocks.long().split(16):
@@ -80,14 +82,14 @@ def perplexity(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
 
 
 def delta_size(base: Mapping[str, torch.Tensor], finetuned: Mapping[str, torch.Tensor]) -> float:
-    """Mean over the linear layers of the blocks of ‖W_finetuned − W_base‖ / ‖W_base‖ (Frobenius)."""
+    """Return the mean over the layers' matrices of ‖W_finetuned − W_base‖ / ‖W_base‖ (Frobenius)."""
     names = [key for key, weight in base.items() if ".layers." in key and weight.ndim == 2]
     return sum(((finetuned[key] - base[key]).norm() / base[key].norm()).item() for key in names) / len(names)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No messages or bars of the libraries below but errors."""
+    """Hide messages, except errors, and progress bars of transformers."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -101,8 +103,10 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _fast_products() -> Iterator[None]:
-    """Let PyTorch multiply float32 matrices in bfloat16 (sums in float32) where the processor has instructions for
-    it: 0.6 of the time with AMX, and no difference without. Autocast would be slower on processors without."""
+    """Let PyTorch multiply float32 matrices in bfloat16, with float32 sums, if the processor has instructions for it.
+
+    This takes 0.6 of the time with AMX and makes no difference without. Autocast would be slower without.
+    """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -126,13 +130,13 @@ class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class _Budget(TrainerCallback):
-    """Ends a run after its steps or its minutes, shows how far it is, and gives the schedule of the learning rate."""
+    """Ends a run after its steps or minutes, shows its progress, and computes the learning rate."""
 
     def __init__(self, name: str, steps: int | None, minutes: float | None) -> None:
         self.name, self.steps, self.seconds = name, steps, 60 * (minutes or 0)
         self.started = time.perf_counter()
         self.loss = math.nan  # nats per token, mean of ten steps
-        # Without a terminal a bar would be a line for every redrawing, so it is drawn about once a minute.
+        # Without a terminal every redrawing of the bar is a new line, so it is drawn about once a minute.
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=100,
@@ -143,11 +147,11 @@ class _Budget(TrainerCallback):
         )
 
     def fraction(self, step: int) -> float:
-        """How much of the run is done, 0 to 1."""
+        """Return the share of the run that is done, 0 to 1."""
         return min(1.0, step / self.steps if self.steps else (time.perf_counter() - self.started) / self.seconds)
 
     def rate(self, step: int) -> float:
-        """Factor of the learning rate: up a line to 1, then down a cosine."""
+        """Return the factor of the learning rate: a linear rise to 1, then a cosine."""
         done = self.fraction(step)
         if done < _WARM_UP:
             return _FLOOR + (1 - _FLOOR) * done / _WARM_UP
@@ -172,5 +176,6 @@ class _Budget(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.close()
         seconds = time.perf_counter() - self.started
-        loss = "" if math.isnan(self.loss) else f", training loss {self.loss:.3f}"  # none before the tenth step
+        # There is no loss before the tenth step.
+        loss = "" if math.isnan(self.loss) else f", training loss {self.loss:.3f}"
         print(f"{self.name}: {state.global_step} steps in {seconds:.0f} s{loss}", flush=True)

@@ -1,12 +1,12 @@
-"""Digests of everything that compression writes, to show that a change of the code leaves the bytes alone.
+"""Print digests of everything that compression writes, to show that a code change does not change the bytes.
 
     python scripts/record_digests.py > before.txt      # in the old checkout
     python scripts/record_digests.py --compare before.txt  # in the new one
 
-Digests are of this machine: another processor or version of torch rounds in other ways. A line is a case and the first
-16 digits of the SHA-256 of what it wrote:
+Digests are valid on one machine only, because other processors and versions of torch round differently. A line is a
+case and the first 16 digits of the SHA-256 of what it wrote:
 
-- `record …`: one matrix, encoded by a method into a fixed number of bytes, and decoded onto a base again;
+- `record …`: one matrix, encoded by a method into a fixed number of bytes, and decoded onto a base;
 - `repository …`: the delta files of a whole repository, whose budgets also depend on config.json and model card;
 - `merge …`: the weights of a merged model.
 """
@@ -48,7 +48,7 @@ def digest(*parts: bytes) -> str:
 
 
 def random_delta(shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """float32: falling singular values, and noise."""
+    """Return falling singular values plus noise, float32."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.randn(*shape[:-1], 16, generator=generator) * 0.8 ** torch.arange(16.0)
     right = torch.randn(*shape[:-2], 16, shape[-1], generator=generator)
@@ -56,7 +56,7 @@ def random_delta(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def record_cases() -> Iterator[tuple[str, str]]:
-    """Every method on single matrices, with and without second moments of the inputs, as a layer's or an embedding."""
+    """Encode single matrices by every method: with and without second moments of the inputs, and as an embedding."""
     for rows, columns in SHAPES:
         delta = random_delta((rows, columns), rows)
         inputs = random_delta((512, columns), columns)
@@ -76,7 +76,7 @@ def record_cases() -> Iterator[tuple[str, str]]:
 
 
 def write_pair(kind: str, folder: Path) -> tuple[Path, Path]:
-    """A base and a fine-tune with random weights and a byte-level tokenizer."""
+    """Write a base and a fine-tune with random weights and a byte-level tokenizer."""
     torch.manual_seed(0)
     config, model_class = KINDS[kind]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -101,7 +101,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def repository_cases(folder: Path) -> Iterator[tuple[str, str]]:
-    """Every method on whole models; those that quantise with calibration text, some with distillation."""
+    """Compress whole models by every method: with calibration text if the method quantises, some with distillation."""
     pairs = {kind: write_pair(kind, folder) for kind in KINDS}
     text = {"calibration_samples": 6, "calibration_length": 48}
     for kind, (base, finetuned) in pairs.items():
@@ -127,7 +127,7 @@ def repository_cases(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def merge_cases(folder: Path) -> Iterator[tuple[str, str]]:
-    """Merges of the fine-tune and of a delta repository of it."""
+    """Merge the fine-tune with a delta repository of it."""
     models = [
         {"model": str(folder / "llama-finetuned"), "parameters": {"weight": 0.6}},
         {"model": str(folder / "llama-lowrank-plain"), "parameters": {"weight": 0.7}},
@@ -158,7 +158,9 @@ def all_cases() -> Iterator[tuple[str, str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compare", metavar="FILE", type=Path, help="digests of another checkout, on this machine")
+    parser.add_argument(
+        "--compare", metavar="FILE", type=Path, help="digests of another checkout, made on this machine"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable_progress_bar()

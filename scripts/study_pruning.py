@@ -1,17 +1,17 @@
-"""Perplexity against parameters of a pruned LLaMA: layers by several rules, merged or not, widths, both; and recovery.
+"""Measure perplexity against parameters of a pruned LLaMA: layers by several rules, widths, both; and recovery.
 
 The model is scored by early gradients on a text, pruned in every way to the same sizes, and recovered by the same short
-full fine-tuning on that text; perplexity is measured on another. Every run is written down as soon as it is done, and
-the same command goes on after the last of them. Writes study.md (means over seeds), study.json (every run), study.png
-and the importance report.
+full training on that text. Perplexity is measured on another text. Every finished run is recorded, and the same command
+resumes after the last one. Writes study.md (means over seeds), study.json (every run), study.png and the importance
+report.
 
-- random layers: drawn by seed from all but the first and the last. Not merged.
-- last layers: those before the last one, which stays. Not merged.
-- IGIA layers, gradient-norm layers: those of the lowest score but the first and the last.
-- merged: with the dropped layers' top entries added to the layers before them.
-- width: heads and channels of the lowest IGIA, as many parameters as so many layers have; corrected: o_proj and
-  down_proj then fitted by least squares on the text.
-- layers and width: half as many layers (rounded down), lowest IGIA and merged, then scored anew, and the rest by width.
+- random layers: drawn by seed, without the first and the last layer. Not merged.
+- last layers: the layers before the last one, which is kept. Not merged.
+- IGIA layers, gradient-norm layers: the layers with the lowest scores, without the first and the last one.
+- merged: the top entries of dropped layers are added to the layers before them.
+- width: heads and channels with the lowest IGIA, as many parameters as that number of layers has; corrected: o_proj and
+  down_proj are then fitted by least squares on the text.
+- layers and width: half as many layers (rounded down), lowest IGIA and merged, then the rest by width, scored again.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Run:
     """One pruned model of the study.
 
     Attributes:
-        method: as the table calls it.
-        amount: what went, as the table says it; a number of layers or a ratio.
-        seed: of the choice of layers; None where nothing is random.
-        make: writes the pruned model to a folder, given another folder for what it needs on the way.
-        layers: of the model, that are dropped and not merged; such runs of one set are one.
+        method: its name in the table.
+        amount: what is removed, as the table states it: a number of layers or a ratio.
+        seed: for the choice of layers; None if nothing is random.
+        make: writes the pruned model to the first folder; the second one is scratch space.
+        layers: the dropped layers. Runs with the same layers, merged or not, share one result.
         merge: whether they are merged.
     """
 
@@ -77,11 +77,11 @@ class Study:
     """The runs of one study and their results, kept in a folder.
 
     Attributes:
-        results: as study.json has them.
+        results: the content of study.json.
     """
 
     def __init__(self, arguments: argparse.Namespace):
-        """Open a study, a new one or one that was stopped.
+        """Open a study: a new one, or one that was stopped.
 
         Raises:
             ValueError: if the folder holds a study with other settings, the model has too few layers, or there is
@@ -93,11 +93,11 @@ class Study:
         self.count = len(self.shape.layers)
         if not all(0 < count <= self.count - 2 for count in arguments.counts):
             raise ValueError(
-                f"the model has {self.count} layers, of which the first and the last stay: --counts must lie between "
-                f"1 and {self.count - 2}"
+                f"the model has {self.count} layers, of which the first and the last are kept: --counts must lie "
+                f"between 1 and {self.count - 2}"
             )
         if not all(0 < ratio < 1 for ratio in arguments.ratios):
-            raise ValueError("--ratios are shares of the decoder layers' parameters: above 0 and below 1")
+            raise ValueError("--ratios must be above 0 and below 1: shares of the decoder layers' parameters")
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         self.held_out = measure.text_sequences(arguments.text, tokenizer, arguments.tokens, arguments.length)
         self.path = self.folder / "study.json"
@@ -108,7 +108,7 @@ class Study:
         if self.path.exists():
             found = json.loads(self.path.read_text("utf-8"))
             if found["settings"] != settings:
-                raise ValueError(f"{self.path} is of a study with other settings: give another --output")
+                raise ValueError(f"{self.path} is of a study with other settings: choose another --output")
             self.results["runs"] = found["runs"]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.importance = self._importance()
@@ -132,7 +132,7 @@ class Study:
         )  # fmt: skip
 
     def runs(self) -> list[Run]:
-        """What there is to be run; the reference first, then by what is removed."""
+        """Return all runs: the reference first, then by the amount that is removed."""
         runs = [Run(REFERENCE, "0 layers", None, None)]
         for count in self.arguments.counts:
             amount = f"{count} layer{'s' * (count > 1)}"
@@ -176,7 +176,7 @@ class Study:
 
     def _both(self, count: int) -> Callable[[Path, Path], PruningReport]:
         dropped = count // 2
-        ratio = (count - dropped) / (self.count - dropped)  # of what the dropped layers leave
+        ratio = (count - dropped) / (self.count - dropped)  # of the parameters that remain after dropping layers
 
         def make(folder: Path, scratch: Path) -> PruningReport:
             shorter = scratch / "shorter"
@@ -187,7 +187,7 @@ class Study:
         return make
 
     def do(self, run: Run) -> None:
-        """Prune, measure, recover and measure again, and write the result down; nothing if it is there already."""
+        """Prune, measure, recover, measure again, and record the result; do nothing if it is already recorded."""
         done = self.results["runs"]
         if any(result["key"] == run.key for result in done):
             return
@@ -229,7 +229,7 @@ class Study:
         return perplexity(model, self.held_out, self.arguments.batch_size)
 
     def save(self) -> None:
-        """Write study.json and study.md anew."""
+        """Write study.json and study.md."""
         _replace(self.path, json.dumps(self.results, indent=2) + "\n")
         _replace(self.folder / "study.md", markdown(self.results, self.held_out))
 
@@ -238,7 +238,7 @@ _NUMBERS = ("parameters", "before", "after", "seconds")
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    """By what a text is known again."""
+    """Return the name and hash by which a text is recognised."""
     return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
@@ -248,7 +248,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each method and amount: mean over the seeds, and half the range between them."""
+    """Return one row per method and amount: the mean over the seeds, and half their range."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in results["runs"]:
         groups.setdefault((run["method"], run["amount"]), []).append(run)
@@ -296,7 +296,7 @@ def markdown(results: dict[str, Any], held_out: torch.Tensor) -> str:
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
-    """Perplexity against parameters, before recovery (dashed) above, after it below; hollow is merged or corrected."""
+    """Draw perplexity against parameters, before recovery (above) and after; hollow markers: merged or corrected."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -308,7 +308,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
         2, 1, sharex=True, figsize=(9.5, 7), layout="constrained", gridspec_kw={"height_ratios": [2, 3]}
     )
     styles = zip(pyplot.get_cmap("tab10").colors, "osD^vP*Xhp", strict=True)
-    style_of: dict[str, Any] = {}  # of a rule, merged and corrected or not
+    style_of: dict[str, Any] = {}  # by rule; merged and corrected variants share it
     for name, line, axes in zip(("before", "after"), ("--", "-"), panels, strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == method]
@@ -338,31 +338,47 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="study_pruning.py", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL", help="LLaMA to be pruned: local folder or Hub id")
-    parser.add_argument("--data", type=Path, required=True, help="text file to score, correct and recover on")
-    parser.add_argument("--text", type=Path, required=True, help="text file to measure on, held out")
-    parser.add_argument("--output", type=Path, default=Path("study"), metavar="FOLDER", help="default: study")
+    parser.add_argument("model", metavar="MODEL", help="LLaMA to prune: local folder or Hub id")
+    parser.add_argument("--data", type=Path, required=True, help="text file for scoring, correction and recovery")
+    parser.add_argument("--text", type=Path, required=True, help="held-out text file to measure on")
     parser.add_argument(
-        "--seeds", type=comma_separated(int), default=[0, 1, 2], help="of random layers (default: 0,1,2)"
+        "--output",
+        type=Path,
+        default=Path("study"),
+        metavar="FOLDER",
+        help="folder to write the results to (default: study)",
     )
     parser.add_argument(
-        "--counts", type=comma_separated(int), default=[1, 2, 3, 4], help="layers to drop (default: 1,2,3,4)"
+        "--seeds", type=comma_separated(int), default=[0, 1, 2], help="seeds of random layers (default: 0,1,2)"
+    )
+    parser.add_argument(
+        "--counts", type=comma_separated(int), default=[1, 2, 3, 4], help="numbers of layers to drop (default: 1,2,3,4)"
     )
     parser.add_argument(
         "--ratios",
         type=comma_separated(float),
         default=[],
-        help="of width alone (default: what the layers are of the model)",
+        help="shares of parameters to remove by width alone (default: the shares that the layers have)",
     )
-    parser.add_argument("--importance-steps", type=int, default=40, help="default: 40")
-    parser.add_argument("--recovery-steps", type=int, default=100, metavar="N", help="default: 100")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the recovery (default: 1e-3)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: 256)")
-    parser.add_argument("--recovery-seed", type=int, default=0, help="of the order of the text (default: 0)")
-    parser.add_argument("--bf16", action="store_true", help="recover in mixed precision: faster where the CPU can")
-    parser.add_argument("--tokens", type=int, default=16_384, help="measured on at most so many (default: 16384)")
-    parser.add_argument("--calibration-samples", type=int, default=64, help="sequences to correct on (default: 64)")
+    parser.add_argument("--importance-steps", type=int, default=40, help="steps of the importance run (default: 40)")
+    parser.add_argument(
+        "--recovery-steps", type=int, default=100, metavar="N", help="training steps of the recovery (default: 100)"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-3, help="learning rate of the recovery (default: 1e-3)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step (default: 8)")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence (default: 256)")
+    parser.add_argument("--recovery-seed", type=int, default=0, help="seed for the order of the text (default: 0)")
+    parser.add_argument(
+        "--bf16", action="store_true", help="recover in mixed precision, which is faster on CPUs that support it"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=16_384, help="largest number of tokens to measure on (default: 16384)"
+    )
+    parser.add_argument(
+        "--calibration-samples", type=int, default=64, help="sequences for the correction (default: 64)"
+    )
     parser.add_argument("--device", default="cpu", help="default: cpu")
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()

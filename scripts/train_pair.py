@@ -4,9 +4,9 @@
     python scripts/train_pair.py PAIR --preset full --base-text books/ code/ --finetune-text train.jsonl   # an hour
 
 `demo` trains the base on the standard library's source code and the fine-tune on the language reference, so the
-numbers depend on the Python version. `full` is the shape of the pair behind the project's measurements; its text is
-given by the reader. With step counts (not minutes) the same seed, versions, processor and number of threads give the
-same bytes. PAIR then holds
+numbers depend on the Python version. `full` has the shape of the pair that the project's results were measured on; you
+provide its text. With step counts (not minutes), the same seed, versions, processor and number of threads give the same
+bytes. PAIR then holds
 
     base/, finetuned/                        LlamaForCausalLM in bfloat16, tokenizer, generation_config
     base_heldout.txt, finetune_heldout.txt   text that neither model was trained on
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # OpenMP reads this when torch is loaded. Threads that spin while they wait make a run several times slower as
-    # soon as another program keeps one of the cores busy; threads that sleep cost nothing measurable here.
+    # OpenMP reads this when torch is loaded. Threads that spin while they wait make a run several times slower if
+    # another program uses one of the cores; threads that sleep cost nothing measurable here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pair_text
@@ -53,10 +53,10 @@ _ENTRIES = {"base", "finetuned", BASE_HELDOUT, FINETUNE_HELDOUT, FINETUNE_TRAIN,
 
 @dataclasses.dataclass(frozen=True)
 class PairSettings:
-    """What to train. The defaults are the `demo` preset.
+    """The settings of the training. The defaults are the `demo` preset.
 
-    Of `*_steps` and `*_minutes` exactly one is given for each stage; minutes are wall-clock time and give another
-    pair on every machine.
+    Each stage has either `*_steps` or `*_minutes`. Minutes are wall-clock time and give a different pair on every
+    machine.
     """
 
     base_text: tuple[Path, ...] | None = None  # files and folders; None: this Python's standard library
@@ -67,22 +67,22 @@ class PairSettings:
     kv_heads: int = 4
     intermediate_size: int = 704
     vocab_size: int = 2048
-    tied: bool = True  # input and output embeddings are one matrix
+    tied: bool = True  # input embeddings and output projection are one matrix
     base_steps: int | None = 520
     base_minutes: float | None = None
     finetune_steps: int | None = 160
     finetune_minutes: float | None = None
     lr: float = 1.5e-3
     finetune_lr: float = 5e-4
-    batch_size: int = 4  # sequences in a step
+    batch_size: int = 4  # sequences per step
     sequence_length: int = 128  # tokens
-    hold_out_every: int = 10  # one document in so many is held out
-    evaluation_tokens: int = 16_384  # tokens of each held-out text that the perplexities are taken from
+    hold_out_every: int = 10  # one document in this number is held out
+    evaluation_tokens: int = 16_384  # tokens of each held-out text on which perplexity is measured
     seed: int = 0
 
     @classmethod
     def full(cls, base_text: Sequence[Path], finetune_text: Sequence[Path]) -> PairSettings:
-        """The shape and the training time of the pair behind the project's measurements."""
+        """Return the shape and the training time of the pair that the project's results were measured on."""
         return cls(
             base_text=tuple(base_text),
             finetune_text=tuple(finetune_text),
@@ -104,16 +104,16 @@ class PairSettings:
         )
 
     def check(self) -> None:
-        """Raise `PairError` for settings that no model can have."""
+        """Raise `PairError` for settings that are not valid."""
         for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise PairError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.hidden_size % (2 * self.heads):
             raise PairError(f"hidden_size {self.hidden_size} is not an even multiple of {self.heads} heads")
         if self.heads % self.kv_heads:
-            raise PairError(f"{self.heads} heads cannot share {self.kv_heads} kv_heads evenly")
+            raise PairError(f"{self.heads} heads are not a multiple of {self.kv_heads} kv_heads")
         if self.vocab_size < pair_text.SMALLEST_VOCABULARY:
-            raise PairError(f"vocab_size {self.vocab_size} is less than {pair_text.SMALLEST_VOCABULARY}")
+            raise PairError(f"vocab_size {self.vocab_size} must be at least {pair_text.SMALLEST_VOCABULARY}")
         if self.sequence_length < 2 or self.hold_out_every < 2:
             raise PairError("sequence_length and hold_out_every must be at least 2")
         for stage in ("base", "finetune"):
@@ -127,22 +127,24 @@ class PairSettings:
 
 
 def train_pair(output_dir: Path, settings: PairSettings, *, force: bool = False) -> None:
-    """Train the pair of `settings` and write it to `output_dir`, all of it or nothing.
+    """Train the pair of `settings` and write it to `output_dir`, completely or not at all.
 
-    A finished pair that is there already is kept, whatever it was trained with, unless `force` is given. A folder
-    that holds anything else is never replaced. Bad input raises `PairError`.
+    An existing finished pair is kept, whatever it was trained with, unless `force` is given. A folder that holds
+    anything else is never replaced. Bad input raises `PairError`.
     """
     settings.check()
     output_dir = Path(output_dir)
     if _is_pair(output_dir):
         if not force:
             same = _recorded_settings(output_dir) == _as_json(settings)
-            note = "" if same else " (trained with other settings; --force trains it anew)"
-            print(f"{output_dir}: a finished pair is there and is used{note}")
+            note = "" if same else " (trained with other settings; --force trains it again)"
+            print(f"{output_dir}: using the existing finished pair{note}")
             return
         others = sorted({entry.name for entry in output_dir.iterdir()} - _ENTRIES)
         if others:
-            raise PairError(f"{output_dir} holds more than the pair ({others[0]}), which --force would delete; move it")
+            raise PairError(
+                f"{output_dir} holds more than the pair ({others[0]}), which --force would delete; move it first"
+            )
     elif output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise PairError(f"{output_dir} exists and is not a pair of models; choose another folder")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +172,7 @@ def _write_pair(folder: Path, settings: PairSettings) -> None:
     )
     length = settings.sequence_length
     tokenizer = pair_text.train_tokenizer(base_train, settings.vocab_size, max(512, length))
-    # All the text is looked at before any training: an error after 45 minutes would be a pity.
+    # All text is checked before any training, so that errors do not appear after 45 minutes.
     evaluation: dict[str, torch.Tensor] = {}
     for name, documents in ((BASE_HELDOUT, base_held), (FINETUNE_HELDOUT, finetune_held)):
         text = pair_text.join(documents)
@@ -192,7 +194,7 @@ def _write_pair(folder: Path, settings: PairSettings) -> None:
         pair_training.train(
             model, blocks, name, steps=steps, minutes=minutes, lr=lr, batch_size=settings.batch_size, seed=settings.seed
         )
-        # Saved in bfloat16, and the fine-tune starts from the saved weights: the delta is the difference of the files.
+        # The fine-tune starts from the weights as saved in bfloat16, so that the delta is the difference of the files.
         model.to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         model.float()
@@ -223,7 +225,7 @@ def _write_pair(folder: Path, settings: PairSettings) -> None:
 
 
 def _new_model(settings: PairSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The untrained base, float32; the same weights for the same seed."""
+    """Return the untrained base, float32; a seed always gives the same weights."""
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -238,12 +240,12 @@ def _new_model(settings: PairSettings, tokenizer: PreTrainedTokenizerFast) -> Ll
             max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            # At these sizes PyTorch's fused attention on a CPU takes 1.7 times as long as the plain one where
-            # bfloat16 products are fast, and nine tenths of it elsewhere.
+            # At these sizes PyTorch's fused attention on a CPU takes 1.7 times as long as plain attention if bfloat16
+            # products are fast, and 0.9 times as long otherwise.
             attn_implementation="eager",
         )
     )
-    # What pads a batch of prompts. Not the model configuration's: that takes the token's embedding out of training.
+    # For padding batches of prompts. In the model's configuration it would exclude the token's embedding from training.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
     )
@@ -254,7 +256,7 @@ def _new_model(settings: PairSettings, tokenizer: PreTrainedTokenizerFast) -> Ll
 
 
 def _is_pair(folder: Path) -> bool:
-    # The folder appears under its name only when everything is in it, so names are enough.
+    # The folder gets its name only when it is complete, so checking the names is enough.
     return all((folder / name).is_file() for name in _PAIR_FILES)
 
 
@@ -279,8 +281,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Options that are not given come from the preset. Nothing is downloaded.",
     )
     parser.add_argument("output", type=Path, metavar="OUT", help="folder for the pair")
-    parser.add_argument("--preset", choices=("demo", "full"), default="demo", help="default: demo")
-    parser.add_argument("--force", action="store_true", help="train anew although a finished pair is there")
+    parser.add_argument(
+        "--preset", choices=("demo", "full"), default="demo", help="settings to start from (default: demo)"
+    )
+    parser.add_argument("--force", action="store_true", help="train again if a finished pair exists")
     texts = parser.add_argument_group("text (default of demo: the standard library, the language reference)")
     texts.add_argument("--base-text", type=Path, nargs="+", metavar="PATH", help="files and folders of text")
     texts.add_argument(
@@ -290,17 +294,24 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("hidden-size", "layers", "heads", "kv-heads", "intermediate-size", "vocab-size"):
         shape.add_argument(f"--{name}", type=int, metavar="N")
     tied = shape.add_mutually_exclusive_group()
-    tied.add_argument("--tied", action="store_true", default=None, help="one matrix for both embeddings (default)")
+    tied.add_argument(
+        "--tied",
+        action="store_true",
+        default=None,
+        help="one matrix for input embeddings and output projection (default)",
+    )
     tied.add_argument("--untied", action="store_false", dest="tied", default=None)
     training = parser.add_argument_group("training")
     for stage in ("base", "finetune"):
         length = training.add_mutually_exclusive_group()
         length.add_argument(f"--{stage}-steps", type=int, metavar="N")
-        length.add_argument(f"--{stage}-minutes", type=float, metavar="M", help="wall-clock; not repeatable exactly")
-    training.add_argument("--lr", type=float, help="of the base, at its peak")
+        length.add_argument(
+            f"--{stage}-minutes", type=float, metavar="M", help="wall-clock minutes; not exactly repeatable"
+        )
+    training.add_argument("--lr", type=float, help="peak learning rate of the base")
     training.add_argument("--finetune-lr", type=float)
-    training.add_argument("--batch-size", type=int, metavar="N", help="sequences in a step")
-    training.add_argument("--sequence-length", type=int, metavar="N", help="tokens")
+    training.add_argument("--batch-size", type=int, metavar="N", help="sequences per step")
+    training.add_argument("--sequence-length", type=int, metavar="N", help="tokens per sequence")
     training.add_argument("--seed", type=int, metavar="N")
     return parser
 
@@ -308,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
 def _settings_of(options: argparse.Namespace) -> PairSettings:
     if options.preset == "full":
         if options.base_text is None:
-            raise PairError("the full preset needs --base-text: files or folders of plain text, some 20 MB of it")
+            raise PairError("the full preset needs --base-text: files or folders of about 20 MB of plain text")
         if options.finetune_text is None:
             raise PairError(f"the full preset needs --finetune-text; {pair_text.GSM8K_HINT}")
         preset = PairSettings.full(options.base_text, options.finetune_text)
@@ -319,7 +330,7 @@ def _settings_of(options: argparse.Namespace) -> PairSettings:
     for name, value in list(given.items()):
         if isinstance(value, list):
             given[name] = tuple(value)
-    for stage in ("base", "finetune"):  # steps replace the preset's minutes, and minutes its steps
+    for stage in ("base", "finetune"):  # given steps replace the preset's minutes, and vice versa
         if f"{stage}_steps" in given:
             given[f"{stage}_minutes"] = None
         elif f"{stage}_minutes" in given:
@@ -328,7 +339,7 @@ def _settings_of(options: argparse.Namespace) -> PairSettings:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line, and return the exit status."""
     options = _parser().parse_args(arguments)
     try:
         train_pair(options.output, _settings_of(options), force=options.force)

@@ -1,4 +1,4 @@
-"""`python -m impart_hf.cli`, as `accelerate launch -m impart_hf.cli` runs it."""
+"""Run `impart-hf` as a module: `python -m impart_hf.cli`, or `accelerate launch -m impart_hf.cli`."""
 
 import sys
 

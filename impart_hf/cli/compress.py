@@ -16,45 +16,50 @@ _TEXT_SIZE = ("calibration_samples", "calibration_length")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.set_defaults(resumes=True)
-    add_pair(parser, method_names(), of_what="that text, and of --distill")
+    add_pair(parser, method_names(), of_what="that text, and of the --distill text")
     add_device(parser, "matrices are decomposed")
     add_result(parser)
     group = parser.add_argument_group("distillation")
     group.add_argument(
-        "--distill", metavar="TEXT", help="text on which what is stored is trained towards the fine-tune's logits"
+        "--distill", metavar="TEXT", help="text on which the stored values are trained towards the fine-tune's logits"
     )
     group.add_argument(
         "--steps",
         type=int,
-        help=f"of that training, fewer if held-out text only gets worse (default: {DistillSettings.steps}); with "
-        "--distill-blocks for each N layers",
+        help=f"distillation steps, fewer if the loss on held-out text keeps rising (default: {DistillSettings.steps}); "
+        "with --distill-blocks, steps for each N layers",
     )
     group.add_argument(
-        "--trains", choices=TRAINED, help=f"kept values too, or their scales alone (default: {DistillSettings.trains})"
+        "--trains",
+        choices=TRAINED,
+        help=f"train the kept values and their scales, or the scales alone (default: {DistillSettings.trains})",
     )
     group.add_argument(
         "--distill-batch-size",
         type=int,
-        help=f"sequences a step, over all processes (default: {DistillSettings.batch_size})",
+        help=f"sequences per step, over all processes (default: {DistillSettings.batch_size})",
     )
     group.add_argument(
-        "--distill-blocks", type=int, metavar="N", help="train N decoder layers at a time, for models that do not fit"
+        "--distill-blocks",
+        type=int,
+        metavar="N",
+        help="train N decoder layers at a time, for models that do not fit into memory",
     )
     add_training_file(group)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_pair(options)
     if options.distill is None:
         refuse(options, _DISTILLATION, "for distillation, which needs a text; add --distill TEXT")
         if options.calibration is None:
-            refuse(options, _TEXT_SIZE, "is of a text; add --calibration TEXT or --distill TEXT")
+            refuse(options, _TEXT_SIZE, "needs a text; add --calibration TEXT or --distill TEXT")
     _distill_settings(options, {})
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compress, and report."""
+    """Compress, and print the report."""
     from ..compression.compress import compress
     from ..training.distributed import is_first
     from .summaries import compression_summary
@@ -74,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _distill_settings(options: argparse.Namespace, training: dict[str, Any]) -> DistillSettings | None:
-    """How distillation is to be done; None as by default."""
+    """Return the settings of distillation; None for the defaults."""
     found = given(options, "steps", "trains") | training
     for option, name in (("distill_batch_size", "batch_size"), ("distill_blocks", "blocks")):
         if (value := getattr(options, option)) is not None:

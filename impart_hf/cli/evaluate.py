@@ -24,25 +24,31 @@ from .options import (
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="dense, delta or pruned model: local folder or Hub id"
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="dense model, delta repository or pruned model: local folder or Hub id",
     )
-    parser.add_argument("--text", help="measure perplexity on this text: a file, a folder or the name of a data set")
+    parser.add_argument(
+        "--text", help="measure perplexity on this text: a file, a folder or the name of a data set on the Hub"
+    )
     add_text_size(parser, "the text")
     add_task(parser, "measure the first metric")
     add_flag(parser, "--latency", "measure time and memory of prefill and decode")
     parser.add_argument(
         "--prompt-tokens",
         type=int,
-        help=f"prompt whose cost is counted and measured (default: {PROMPT_TOKENS}, or as many as there are positions)",
+        help=f"length of the prompt whose cost is counted and measured (default: {PROMPT_TOKENS}, or as many as the "
+        "model has positions)",
     )
-    parser.add_argument("--new-tokens", type=int, help=f"tokens decoded after it (default: {NEW_TOKENS})")
-    parser.add_argument("--repeats", type=int, help="runs whose median is taken (default: 5)")
-    add_device(parser, "models are judged")
+    parser.add_argument("--new-tokens", type=int, help=f"tokens decoded after the prompt (default: {NEW_TOKENS})")
+    parser.add_argument("--repeats", type=int, help="number of runs; the median is reported (default: 5)")
+    add_device(parser, "models are evaluated")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of weights and cache (default: auto, each model's own)",
+        help="dtype of weights and cache (default: auto, each model's own)",
     )
     add_revision(parser)
     add_base_model(parser)
@@ -51,20 +57,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_revision(options, *options.models)
     check_text_and_task(options, "text")
     if options.text is None and options.task is None:
-        refuse(options, ["batch_size"], "is of a text or task; add --text TEXT or --task TASK")
+        refuse(options, ["batch_size"], "needs a text or task; add --text TEXT or --task TASK")
         if not options.latency:
-            reason = "without weights nothing is computed or loaded; add --text TEXT, --task TASK or --latency"
+            reason = "has no effect, as no weights are loaded; add --text TEXT, --task TASK or --latency"
             refuse(options, ["device", "base_model"], reason)
     if not options.latency:
-        refuse(options, ["new_tokens", "repeats"], "is for what is measured; add --latency")
+        refuse(options, ["new_tokens", "repeats"], "has no effect without a measurement; add --latency")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Judge the models, and print a table."""
+    """Evaluate the models, and print a table."""
     import torch
 
     from ..evaluation.compare import compare_models
@@ -80,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(comparison.to_dict(), indent=2) if options.json else comparison.table())
     for model in comparison.other_vocabularies:
         print(
-            f"{model} has another vocabulary than {options.models[0]}, and reads the text in its own tokens: "
-            "perplexities per token do not compare",
+            f"{model} has another vocabulary than {options.models[0]}, so it reads the text in its own tokens: "
+            "perplexities per token cannot be compared",
             file=sys.stderr,
         )

@@ -15,21 +15,23 @@ if TYPE_CHECKING:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_repository(parser)
-    parser.add_argument("output", metavar="OUT", help="folder of the adapter")
+    parser.add_argument("output", metavar="OUT", help="folder to write the adapter to")
     add_base_model(parser)
-    parser.add_argument("--rank", type=int, default=256, help="components of every matrix (default: 256)")
+    parser.add_argument(
+        "--rank", type=int, default=256, help="rank of the adapter: components kept of every matrix (default: 256)"
+    )
     add_device(parser, "matrices are decomposed")
     add_json(parser)
     add_quiet(parser)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_revision(options, options.repo)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the adapter, and report."""
+    """Write the adapter, and print the report."""
     from ..common.progress import Progress
     from ..modeling.checkpoints import HubOptions
     from ..repository.lora_export import export_lora
@@ -52,8 +54,8 @@ def _summary(report: LoraReport, output: str) -> str:
     worst = max(report.matrices, key=lambda matrix: matrix.relative_error)
     lines = [
         f"{output}: rank {report.rank}, {len(report.matrices)} matrices, {human_bytes(report.adapter_bytes)}",
-        f"lost beyond the rank: relative error {report.relative_error:.3f} of the matrices' deltas, at most "
-        f"{worst.relative_error:.3f} ({worst.name})",
+        f"lost by cutting off at this rank: relative error {report.relative_error:.3f} of all matrices' deltas, at "
+        f"most {worst.relative_error:.3f} ({worst.name})",
     ]
     if report.left_out:
         largest = max(report.left_out, key=lambda name: report.left_out[name])

@@ -15,12 +15,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_revision(options, options.repo)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what the repository holds."""
+    """Print the contents of the repository."""
     from ..modeling.checkpoints import HubOptions
     from ..repository.inspection import Inspection
 

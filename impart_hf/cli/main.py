@@ -1,11 +1,11 @@
 """The command `impart-hf`.
 
-`--help`, `--version` and usage errors must not wait for torch and transformers, which take seconds to import. So the
-module of a command is imported only if that command was asked for, and a command's module has three parts:
+`--help`, `--version` and usage errors must not wait for torch and transformers, which take seconds to import. Therefore
+a command's module is imported only if that command is run, and consists of three functions:
 
     add_options(parser)   declares the options
-    check(options)        refuses options that do not go together
-    run(options)          does the work, and alone imports what needs torch
+    check(options)        refuses options that cannot be combined
+    run(options)          does the work; only this function imports modules that need torch
 """
 
 import argparse
@@ -20,25 +20,25 @@ from ..registration import register_with_transformers
 
 
 class Group(NamedTuple):
-    """Commands below a command: `impart-hf prune layers`."""
+    """A command with subcommands, such as `impart-hf prune layers`."""
 
     help: str
     commands: Mapping[str, str]
 
 
-# What each command does. Its module has its name, with an underscore for the hyphen.
+# The help of each command. The command's module has the same name, with underscores instead of hyphens.
 COMMANDS: Mapping[str, str | Group] = {
     "compress": "make a delta repository of a fine-tuned model",
-    "tune": "search beta, C and seed of impart or impart-qt on a text or task",
-    "merge": "merge fine-tunes of one base, as a YAML file says",
-    "tune-merge": "search the settings of a merge on a text for each task",
-    "inspect": "show what a delta repository holds, tensor by tensor",
+    "tune": "search beta, C and seed of impart or impart-qt on a validation text or task",
+    "merge": "merge fine-tunes of one base as configured in a YAML file",
+    "tune-merge": "search the settings of a merge on a validation text for each task",
+    "inspect": "show the contents of a delta repository, tensor by tensor",
     "verify": "check a delta repository against its base, decoding every tensor",
-    "reconstruct": "write the dense fine-tuned checkpoint again",
+    "reconstruct": "write the dense fine-tuned checkpoint from a delta repository",
     "export-lora": "write a delta's leading components as a LoRA adapter",
     "push": "upload a delta repository or pruned model to the Hub",
     "prune": Group(
-        "prune a LLaMA: score its layers, heads and channels, remove the least important, train the rest",
+        "prune a LLaMA: score its layers, heads and channels, remove the least important, retrain the rest",
         {
             "importance": "score layers, heads and channels by the gradients of the first LoRA steps",
             "layers": "drop the least important layers, merging them into those before",
@@ -46,12 +46,12 @@ COMMANDS: Mapping[str, str | Group] = {
             "recover": "train a pruned model, with LoRA or in full, and save it merged",
         },
     ),
-    "evaluate": "what models cost, and how well and fast they do on a text or task",
+    "evaluate": "measure models: cost, quality on a text or task, and speed",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 1 with one line on standard error."""
+    """Run one command, and return the exit status: 0, or 1 with one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = build_parser(arguments).parse_args(arguments)
     try:
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser of all commands, with the options of the one that the arguments begin with."""
+    """Return the parser of all commands; only the command that is run has its options declared."""
     parser = argparse.ArgumentParser(
         prog="impart-hf",
         description="Keep fine-tuned language models as small compressed deltas against their base, and prune LLaMA.",
@@ -84,31 +84,31 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 def _add_commands(
     parser: argparse.ArgumentParser, commands: Mapping[str, str | Group], package: str, arguments: Sequence[str]
 ) -> None:
-    """Add commands, whose modules lie in a package."""
+    """Add commands, whose modules are in `package`."""
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, entry in commands.items():
         subparser = subparsers.add_parser(name, help=help_of(entry), description=help_of(entry))
         if not arguments or arguments[0] != name:
             continue
-        place = f"{package}.{name.replace('-', '_')}"
+        module = f"{package}.{name.replace('-', '_')}"
         if isinstance(entry, Group):
-            _add_commands(subparser, entry.commands, place, arguments[1:])
+            _add_commands(subparser, entry.commands, module, arguments[1:])
         else:
-            command = importlib.import_module(place)
+            command = importlib.import_module(module)
             subparser.set_defaults(command=command, resumes=False)
             command.add_options(subparser)
 
 
 def help_of(entry: str | Group) -> str:
-    """The one-line help of an entry of `COMMANDS`."""
+    """Return the one-line help of an entry of `COMMANDS`."""
     return entry.help if isinstance(entry, Group) else entry
 
 
 def load_libraries() -> None:
-    """Import transformers and prepare it: our classes, and no output of its own."""
+    """Import transformers, register our classes with it, and turn off progress bars and needless warnings."""
     register_with_transformers()
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # for every model that is loaded
-    # PEFT imports it, and it complains of kernels that nothing here uses.
+    logging.disable_progress_bar()  # it would show one for every model that is loaded
+    # PEFT imports bitsandbytes, which warns about kernels that are not used here.
     getLogger("bitsandbytes").setLevel(ERROR)

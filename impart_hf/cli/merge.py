@@ -19,10 +19,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that cannot be combined.
 
     Raises:
-        ValueError: if options are given that only a delta repository has, and a dense model is to be made.
+        ValueError: if an option for delta repositories is given, but a dense model is to be made.
     """
     config = MergeConfig.from_yaml(options.config)
     if options.method is not None:
@@ -32,12 +32,12 @@ def check(options: argparse.Namespace) -> None:
     unused = [f"--{option}" for option in given_settings(options)]
     unused += map(option_of, given(options, "max_bytes", "push", "base_name"))
     if unused:
-        raise ValueError(f"{unused[0]} is for a delta repository: choose its --method, or leave {unused[0]} out")
+        raise ValueError(f"{unused[0]} is for a delta repository: add --method, or leave {unused[0]} out")
     check_publishing(options)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Merge, and report."""
+    """Merge, and print the report."""
     from ..merging.merge import merge
     from .summaries import merge_summary
 

@@ -1,4 +1,4 @@
-"""The options that choose a compression method and its settings; they come from the methods' dataclasses."""
+"""The options that choose a compression method and its settings; they are made from the methods' dataclasses."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from ..methods import MethodConfig, Setting, method_class, method_names, setting
 from .options import add_calibration, add_models, check_models, given, listed, refuse
 
 DEFAULT_METHOD = "impart-rd"
-_DEST = "setting "  # what the names of settings begin with among the options: they cannot clash with other options
+_DEST = "setting "  # prefix of settings among the parsed options, so that they cannot clash with other options
 
 
 def add_method(
@@ -17,16 +17,16 @@ def add_method(
     default: str | None = DEFAULT_METHOD,
     searched: Sequence[str] = (),
 ) -> None:
-    """Options for a method and its settings.
+    """Add options for a method and its settings.
 
     Args:
-        methods: names of those that can be chosen.
-        default: the one that is used if none is chosen; None for a dense model.
-        searched: settings that the command searches itself, and that are no options.
+        methods: names of the methods that can be chosen.
+        default: the method that is used if none is chosen; None for a dense model.
+        searched: settings that the command searches itself and that are therefore not options.
     """
     parser.add_argument("--method", choices=methods, default=default, help=f"default: {default or 'a dense model'}")
     parser.add_argument(
-        "--max-bytes", metavar="SIZE", help="most that the repository may take, such as 500MB, instead of --ratio"
+        "--max-bytes", metavar="SIZE", help="byte budget of the repository, such as 500MB, instead of --ratio"
     )
     group = parser.add_argument_group("settings of the method")
     owners: dict[str, list[Setting]] = {}
@@ -44,11 +44,11 @@ def _settings(methods: Sequence[str]) -> Iterator[Setting]:
 
 
 def _help(settings: Sequence[Setting], methods: int) -> str:
-    """The help of an option: what it means in which methods, and its defaults.
+    """Return the help of an option: its meaning in each method, and its defaults.
 
     Args:
-        settings: of all methods that have the option.
-        methods: how many methods there are.
+        settings: the setting in all methods that have it.
+        methods: the number of methods.
     """
     meanings: dict[str, list[Setting]] = {}
     for setting in settings:
@@ -61,30 +61,30 @@ def _help(settings: Sequence[Setting], methods: int) -> str:
 
 
 def _defaults(settings: Sequence[Setting]) -> str:
-    """A setting's defaults: the first method's, and those of others where they differ."""
+    """Return a setting's default: the first method's, and those of other methods where they differ."""
     texts = {setting.method: _text(setting.default) for setting in settings}
-    usual = next(iter(texts.values()))
-    return ", ".join([usual, *(f"{text} for {method}" for method, text in texts.items() if text != usual)])
+    first = next(iter(texts.values()))
+    return ", ".join([first, *(f"{text} for {method}" for method, text in texts.items() if text != first)])
 
 
 def _text(value: Any) -> str:
-    """A value as an option takes it."""
+    """Return a value as an option takes it."""
     if isinstance(value, float):
         return f"{value:g}"
     return listed(value) if isinstance(value, tuple) else str(value)
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, str]:
-    """The settings of a method that the command line gives, by option without hyphens in front, as they stand there."""
-    found = {name.removeprefix(_DEST): text for name, text in vars(options).items() if name.startswith(_DEST)}
-    return {option: text for option, text in found.items() if text is not None}
+    """Return the settings given on the command line, by option without leading hyphens, as unparsed text."""
+    texts = {name.removeprefix(_DEST): text for name, text in vars(options).items() if name.startswith(_DEST)}
+    return {option: text for option, text in texts.items() if text is not None}
 
 
 def method_config(options: argparse.Namespace) -> MethodConfig:
-    """The method that the command line asks for.
+    """Return the method that the options ask for.
 
     Raises:
-        ValueError: naming the option, if a setting is out of range, belongs to another method or has no effect.
+        ValueError: if a setting is out of range, belongs to another method or has no effect; the message names it.
     """
     texts = given_settings(options)
     if options.max_bytes is not None and "ratio" in texts:
@@ -121,32 +121,37 @@ def add_pair(
     searched: Sequence[str] = (),
     of_what: str = "that text",
 ) -> None:
-    """Options of the commands that compress a base and a fine-tune; arguments as for `add_method`.
+    """Add the options of the commands that compress a base and a fine-tune; arguments as for `add_method`.
 
     Args:
-        of_what: what --calibration-samples are taken from.
+        of_what: the text that --calibration-samples are taken from, for the help.
     """
     add_models(parser)
     add_method(parser, methods, default, searched)
     add_calibration(
         parser,
-        "text for the methods that quantise: a .txt, .json or .jsonl file, a folder of such or the name of a data set; "
-        "without it they round, impart-rd against inputs guessed from the delta",
+        "calibration text for the methods that quantise: a .txt, .json or .jsonl file, a folder of such files or the "
+        "name of a data set on the Hub; without it values are only rounded, and impart-rd uses inputs estimated from "
+        "the delta",
         of_what,
     )
 
 
 def check_pair(options: argparse.Namespace) -> MethodConfig:
-    """Check the options of `add_pair`, and give the method."""
+    """Check the options of `add_pair`, and return the method."""
     check_models(options)
     method = method_config(options)
     if not method.quantises:
-        refuse(options, ["calibration"], f"is for the methods that quantise, not for {method.name}; choose another")
+        refuse(
+            options,
+            ["calibration"],
+            f"is for the methods that quantise, not for {method.name}; choose another --method",
+        )
     return method
 
 
 def pair_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that `compress` and `tune` share."""
+    """Return the arguments that `compress` and `tune` share."""
     return {
         **given(options, "max_bytes", "calibration", "calibration_samples", "calibration_length", "device"),
         **given(options, "base_revision", "base_name", "max_shard_size"),

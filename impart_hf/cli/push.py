@@ -16,9 +16,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Check that there is something to push."""
+    """Check that the folder exists."""
     if not os.path.isdir(options.folder):
-        raise ValueError(f"'{options.folder}' is not a folder")
+        raise ValueError(f"'{options.folder}' is not a folder; give that of a delta repository or pruned model")
 
 
 def run(options: argparse.Namespace) -> None:

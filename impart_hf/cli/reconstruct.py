@@ -8,7 +8,7 @@ from .options import add_base_model, add_device, add_quiet, add_repository, add_
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_repository(parser)
-    parser.add_argument("output", metavar="OUT", help="folder of the dense checkpoint")
+    parser.add_argument("output", metavar="OUT", help="folder to write the dense checkpoint to")
     add_base_model(parser)
     add_device(parser, "tensors are decoded")
     add_shard_size(parser)
@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_revision(options, options.repo)
 
 

@@ -1,4 +1,4 @@
-"""What a user should know of a result, in a few lines."""
+"""Short summaries of reports, for the command line."""
 
 from ..distillation import DistillReport
 from ..merging.merge import MergeReport
@@ -6,7 +6,7 @@ from ..repository.report import CompressionReport, human_bytes
 
 
 def compression_summary(report: CompressionReport, output: str) -> str:
-    """The summary of a compression."""
+    """Return the summary of a compression."""
     lines = [
         f"{output}: {human_bytes(report.repository_bytes)} instead of {human_bytes(report.checkpoint_bytes)}, "
         f"ratio {report.ratio:.2f} (requested {report.requested_ratio:g}), in {report.seconds:.0f} s",
@@ -14,10 +14,10 @@ def compression_summary(report: CompressionReport, output: str) -> str:
         f"and other unchanged files {human_bytes(report.sidecar_bytes)}, reader {human_bytes(report.reader_bytes)}",
     ]
     if not report.tensors:
-        lines.append("the fine-tuned model equals the base: are BASE and FINETUNED the right ones?")
+        lines.append("the fine-tuned model equals the base: check BASE and FINETUNED")
     calibration, _, instead = report.method.get("calibration", "").partition(": ")
     if calibration == "none":
-        lines.append(f"{instead}, as no calibration text was given (--calibration FILE)")
+        lines.append(f"{instead}, because no calibration text was given (--calibration TEXT)")
     if report.distilled:
         lines.append(
             f"distilled: KL to the fine-tune on held-out text {report.distilled.before:.4f} before, "
@@ -25,9 +25,9 @@ def compression_summary(report: CompressionReport, output: str) -> str:
         )
     if report.shortfall:
         lines.append(f"ratio missed: {report.shortfall}")
-    noted = [(t.name, note) for t in report.tensors for note in t.notes]
-    if noted:
-        lines.append(f"notes on {len(noted)} tensors (--json has all), the first: {noted[0][0]}: {noted[0][1]}")
+    notes = [(t.name, note) for t in report.tensors for note in t.notes]
+    if notes:
+        lines.append(f"notes on {len(notes)} tensors (--json has all), the first: {notes[0][0]}: {notes[0][1]}")
     return "\n".join(lines)
 
 
@@ -38,11 +38,11 @@ def _best_step(distilled: DistillReport) -> str:
 
 
 def merge_summary(report: MergeReport, output: str) -> str:
-    """The summary of a merge."""
+    """Return the summary of a merge."""
     models = [model["model"] for model in report.config["models"]]
     lines = [f"{output}: {report.config['merge_method']} of {', '.join(models)}; {report.parameters:,} parameters"]
     if report.added_tokens:
-        lines.append(f"{report.added_tokens} tokens more than the base")
+        lines.append(f"{report.added_tokens} more tokens than the base")
     lines += report.notes
     if report.compression is not None:
         lines.append(compression_summary(report.compression, output))

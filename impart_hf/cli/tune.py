@@ -24,33 +24,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     methods = [name for name in method_names() if issubclass(method_class(name), ImportanceAllocation)]
     add_pair(parser, methods, default="impart", searched=("beta", "c", "seed"))
-    add_device(parser, "matrices are decomposed and models are judged")
+    add_device(parser, "matrices are decomposed and models are evaluated")
     add_result(parser)
     group = parser.add_argument_group("search")
     group.add_argument(
         "--validation",
         metavar="TEXT",
         action="append",
-        help="judge by KL(fine-tune || candidate) on this text; either this or --task",
+        help="validation text: judge by KL(fine-tune || candidate) on it; give either this or --task",
     )
     add_task(group, "judge by the first metric")
     add_text_size(group, "the validation text")
     for option, kind, default in (("--betas", float, BETAS), ("--cs", float, CS), ("--seeds", int, (0,))):
-        group.add_argument(option, type=numbers(kind), help=f"comma-separated (default: {listed(default)})")
+        group.add_argument(
+            option, type=numbers(kind), help=f"values to try, comma-separated (default: {listed(default)})"
+        )
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_pair(options)
     if len(options.validation or []) + (options.task is not None) != 1:
         raise ValueError("give one --validation text or one --task to judge by")
     check_text_and_task(options, "validation")
     if options.calibration is None:
-        refuse(options, ["calibration_samples", "calibration_length"], "is of a text; add --calibration TEXT")
+        refuse(options, ["calibration_samples", "calibration_length"], "needs a text; add --calibration TEXT")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Search, and report."""
+    """Search, and print the report."""
     from ..compression.tune import tune
     from .summaries import compression_summary
 

@@ -27,23 +27,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="TASK=TEXT",
         action="append",
         required=True,
-        help="a task and its text, once for each task; candidates are judged by the mean cross-entropy on the texts",
+        help="a task and its validation text, once for each task; candidates are judged by the mean cross-entropy",
     )
     add_text_size(parser, "each text")
     for option, default, help in (
         ("--lambdas", LAMBDAS, "factors of the merged delta"),
-        ("--trims", TRIMS, "shares that TIES keeps of each delta"),
-        ("--densities", DENSITIES, "shares that DARE or ImPart keep of each delta"),
+        ("--trims", TRIMS, "shares of each delta that TIES keeps"),
+        ("--densities", DENSITIES, "shares of each delta that DARE or ImPart keep"),
     ):
         parser.add_argument(option, type=numbers(float), help=f"{help}, comma-separated (default: {listed(default)})")
-    add_device(parser, "tensors are combined and decomposed, and models are judged")
+    add_device(parser, "tensors are combined and decomposed, and models are evaluated")
     add_shard_size(parser)
     add_json(parser)
     add_quiet(parser)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together, or that the merge has no use for."""
+    """Refuse options that cannot be combined, or that the merge method has no use for."""
     _texts(options)
     config = MergeConfig.from_yaml(options.config)
     for option, used in (("trims", config.method.consensus), ("densities", config.method.sparsifier is not None)):
@@ -52,7 +52,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Search, and report."""
+    """Search, and print the report."""
     from ..merging.search import tune_merge
     from .summaries import merge_summary
 
@@ -70,11 +70,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _texts(options: argparse.Namespace) -> dict[str, str]:
-    """The validation texts by task."""
+    """Return the validation texts by task."""
     texts: dict[str, str] = {}
     for entry in options.validation:
         task, equals, text = entry.partition("=")
         if not (task and equals and text) or task in texts:
-            raise ValueError(f"--validation of a merge is TASK=TEXT, once for each task; got '{entry}'")
+            raise ValueError(f"--validation must be TASK=TEXT, once for each task, got '{entry}'")
         texts[task] = text
     return texts

@@ -14,12 +14,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_revision(options, options.repo)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Decode every tensor."""
+    """Decode every tensor, and report that the repository is sound."""
     from ..common.devices import usable_device
     from ..common.progress import Progress
     from ..modeling.checkpoints import HubOptions

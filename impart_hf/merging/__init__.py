@@ -1,1 +1,1 @@
-"""Merging fine-tunes of one base: task arithmetic and TIES, with DARE or ImPart before them."""
+"""Merging fine-tunes of one base: task arithmetic and TIES, optionally after sparsifying with DARE or ImPart."""

@@ -1,4 +1,4 @@
-"""What to merge and how: `MergeConfig`, and the YAML file that mergekit knows."""
+"""The configuration of a merge: `MergeConfig`, and mergekit's YAML format."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """One way to merge.
+    """A way to merge.
 
     Attributes:
-        sparsifier: what drops entries of each delta beforehand: "dare", "impart" or None.
-        consensus: whether signs are elected (TIES), or deltas just summed (task arithmetic).
-        normalize: whether the sum is divided by that of the weights, if the configuration does not say.
+        sparsifier: the method that drops entries of each delta first: "dare", "impart" or None.
+        consensus: whether signs are elected (TIES), or deltas are just summed (task arithmetic).
+        normalize: default of the parameter `normalize`: whether the sum is divided by the sum of the weights.
     """
 
     sparsifier: str | None
@@ -32,7 +32,7 @@ class MergeMethod:
     normalize: bool = False
 
 
-# Names and defaults are mergekit's; the two with ImPart are alike.
+# Names and defaults are mergekit's. The two ImPart methods have the defaults of the corresponding DARE methods.
 MERGE_METHODS = {
     "task_arithmetic": MergeMethod(None, False),
     "ties": MergeMethod(None, True, normalize=True),
@@ -68,7 +68,7 @@ _SHARED_PARAMETERS = {
     )
 }
 _ALL_PARAMETERS = {**_SHARED_PARAMETERS, **_MODEL_PARAMETERS}
-# mergekit passes over shared ones here, and its files are to work unchanged. It has no seed.
+# mergekit ignores shared parameters given for one model, and its files must work unchanged. It has no seed.
 _PARAMETERS_OF_MODELS = {name: parameter for name, parameter in _ALL_PARAMETERS.items() if name != "seed"}
 _DTYPES = ("float16", "bfloat16", "float32")
 _KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
@@ -80,7 +80,7 @@ class MergeModel:
 
     Attributes:
         model: folder or Hub id, `ID@REVISION` for a revision; a dense fine-tune or a delta repository.
-        parameters: settings of its own, which go before the shared ones.
+        parameters: the model's own parameters, which take precedence over the shared ones.
     """
 
     model: str
@@ -92,18 +92,17 @@ class MergeModel:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """What to merge and how.
+    """The models of a merge and how to merge them.
 
     Attributes:
         merge_method: a name in `MERGE_METHODS`.
         base_model: folder or Hub id, `ID@REVISION` for a revision.
-        models: the fine-tunes, each a `MergeModel`, or its name alone. The base itself may be among them, and changes
-            nothing.
-        parameters: settings for all models and tensors; see docs/merging.md. Each may be a number, a list of numbers
+        models: the fine-tunes, each a `MergeModel`, or just its name. The base may be listed too; it has no effect.
+        parameters: parameters for all models and tensors; see docs/merging.md. Each may be a number, a list of numbers
             over the layers, or a list of filters with values (`parameters.py`).
         dtype: of the result's weights, "float16", "bfloat16" or "float32"; the base's own if None.
-        tokenizer_source: whose tokenizer and vocabulary the result has: "base", "union" for that of the model with
-            most tokens, or one of the models.
+        tokenizer_source: the model whose tokenizer and vocabulary the result has: "base", "union" for the model with
+            the most tokens, or one of the models.
     """
 
     merge_method: str
@@ -114,22 +113,22 @@ class MergeConfig:
     tokenizer_source: str = "union"
 
     def __post_init__(self) -> None:
-        """Check everything that can be checked without a look at the models.
+        """Check everything that can be checked without reading the models.
 
         Raises:
-            ValueError: naming what is wrong.
+            ValueError: if a field is wrong; the message names it.
         """
         object.__setattr__(self, "parameters", _plain(self.parameters))
         object.__setattr__(self, "models", tuple(_model(entry) for entry in self.models))
         if not isinstance(self.merge_method, str) or self.merge_method not in MERGE_METHODS:
-            raise ValueError(f"unknown merge_method {self.merge_method!r}; known are {', '.join(MERGE_METHODS)}")
+            raise ValueError(f"unknown merge_method {self.merge_method!r}; choose one of {', '.join(MERGE_METHODS)}")
         for name in ("base_model", "tokenizer_source"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name} must be a folder or a Hub id, got {getattr(self, name)!r}")
         names = [model.model for model in self.models]
         places = [_place(name) for name in names]
         if not self.finetunes:
-            raise ValueError("models: there is nothing to merge but the base itself")
+            raise ValueError("models: only the base itself is listed; add a fine-tune")
         if twice := [name for name, place in zip(names, places, strict=True) if places.count(place) > 1]:
             raise ValueError(f"models: '{twice[-1]}' is listed twice")
         if self.tokenizer_source not in ("base", "union", *names):
@@ -144,27 +143,31 @@ class MergeConfig:
 
     def _check_parameters(self, given: Any, known: dict[str, Parameter], where: str) -> None:
         if not isinstance(given, Mapping):
-            raise ValueError(f"{where} must be names with values, got {given!r}")
+            raise ValueError(f"{where} must map names to values, got {given!r}")
         for name, setting in given.items():
             if name not in known:
-                raise ValueError(f"{where}: unknown parameter {name!r}; known are {', '.join(known)}")
+                raise ValueError(f"{where}: unknown parameter {name!r}; choose one of {', '.join(known)}")
             known[name].check(setting, where)
             self._check_use(name, setting, where)
 
     def _check_use(self, name: str, setting: Any, where: str) -> None:
-        """See that a parameter that is given has a meaning for the method."""
+        """Check that a parameter that is given has an effect in this method."""
         method = self.method
         if name in ("beta", "c") and method.sparsifier != "impart":
-            raise ValueError(f"{where}: {name} is ImPart's; {self.merge_method} has no use for it")
+            raise ValueError(
+                f"{where}: {name} is a parameter of ImPart; {self.merge_method} has no use for it: leave it out"
+            )
         if name == "trim_density" and not (method.consensus and method.sparsifier):
             raise ValueError(
-                f"{where}: trim_density is for dare_ties and impart_ties, which trim after they have sparsified; "
-                f"{self.merge_method} has no use for it"
+                f"{where}: trim_density is for dare_ties and impart_ties, which trim after sparsifying; "
+                f"{self.merge_method} has no use for it: leave it out"
             )
         if name == "rescale" and setting is not (method.sparsifier is not None) and method.sparsifier != "dare":
-            raise ValueError(f"{where}: rescale cannot be {setting!r} for {self.merge_method}")
+            raise ValueError(f"{where}: rescale cannot be {setting!r} for {self.merge_method}: leave it out")
         if name == "seed" and method.sparsifier is None:
-            raise ValueError(f"{where}: seed is for what is dropped at random; {self.merge_method} has no use for it")
+            raise ValueError(
+                f"{where}: seed is for random dropping of entries; {self.merge_method} has no use for it: leave it out"
+            )
 
     @property
     def method(self) -> MergeMethod:
@@ -172,7 +175,7 @@ class MergeConfig:
 
     @property
     def finetunes(self) -> tuple[MergeModel, ...]:
-        """The models but the base."""
+        """The models without the base."""
         return tuple(model for model in self.models if _place(model.model) != _place(self.base_model))
 
     @property
@@ -182,62 +185,64 @@ class MergeConfig:
         return None if self.dtype is None else getattr(torch, self.dtype)
 
     def notes(self) -> list[str]:
-        """What the user should know of the settings."""
+        """Return notes for the user about the configuration."""
         scopes = [self.parameters, *(model.parameters for model in self.finetunes)]
         notes = []
         if self.merge_method == "task_arithmetic" and any("density" in scope for scope in scopes):
-            notes.append("density has no effect on task_arithmetic; dare_linear and impart_linear drop entries")
+            notes.append(
+                "density has no effect in task_arithmetic; to drop entries, choose dare_linear or impart_linear"
+            )
         for model in self.finetunes:
             if shared := [name for name in model.parameters if name in _SHARED_PARAMETERS]:
                 notes.append(
-                    f"{', '.join(shared)} under '{model.model}' has no effect: it is one for all models and belongs "
-                    "under `parameters` of the whole"
+                    f"{', '.join(shared)} under '{model.model}' has no effect: it applies to all models and belongs "
+                    "under the top-level `parameters`"
                 )
         return notes
 
     def values(self, tensor: str, depth: float) -> dict[str, Any]:
-        """The shared parameters of one tensor, by name.
+        """Return the shared parameters for one tensor, by name.
 
         Args:
-            tensor: its name.
-            depth: of its layer, from 0 for the first to 1 for the last.
+            tensor: name of the tensor.
+            depth: position of its layer, from 0 for the first to 1 for the last.
         """
-        found = {name: p.evaluate([self.parameters], tensor, depth) for name, p in _SHARED_PARAMETERS.items()}
+        values = {name: p.evaluate([self.parameters], tensor, depth) for name, p in _SHARED_PARAMETERS.items()}
         defaults = {"normalize": self.method.normalize, "rescale": self.method.sparsifier is not None}
-        return {name: defaults[name] if value is None else value for name, value in found.items()}
+        return {name: defaults[name] if value is None else value for name, value in values.items()}
 
     def model_values(self, model: MergeModel, tensor: str, depth: float) -> dict[str, float]:
-        """One model's parameters for one tensor, by name."""
+        """Return one model's parameters for one tensor, by name."""
         scopes = [model.parameters, self.parameters]
         return {name: p.evaluate(scopes, tensor, depth) for name, p in _MODEL_PARAMETERS.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """As the YAML file has it."""
+        """Return the configuration as its YAML file has it."""
         models = [
             {"model": m.model, **({"parameters": dict(m.parameters)} if m.parameters else {})} for m in self.models
         ]
-        found: dict[str, Any] = {"merge_method": self.merge_method, "base_model": self.base_model, "models": models}
+        content: dict[str, Any] = {"merge_method": self.merge_method, "base_model": self.base_model, "models": models}
         if self.parameters:
-            found["parameters"] = dict(self.parameters)
+            content["parameters"] = dict(self.parameters)
         if self.dtype is not None:
-            found["dtype"] = self.dtype
+            content["dtype"] = self.dtype
         if self.tokenizer_source != "union":
-            found["tokenizer_source"] = self.tokenizer_source
-        return found
+            content["tokenizer_source"] = self.tokenizer_source
+        return content
 
     @classmethod
     def from_dict(cls, content: Any) -> MergeConfig:
-        """A configuration from what is in a YAML file.
+        """Create a configuration from the content of a YAML file.
 
         Raises:
-            ValueError: if a key or value is none that is known, or one is missing.
+            ValueError: if a key is unknown or missing, or a value is wrong.
         """
         if not isinstance(content, Mapping):
-            raise ValueError("the configuration must be keys with values, such as `merge_method: ties`")
+            raise ValueError("the configuration must map keys to values, such as `merge_method: ties`")
         if unknown := [key for key in content if key not in _KEYS]:
-            raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+            raise ValueError(f"unknown key {unknown[0]!r}; choose one of {', '.join(_KEYS)}")
         if missing := [key for key in ("merge_method", "base_model", "models") if not content.get(key)]:
-            raise ValueError(f"{missing[0]} is missing")
+            raise ValueError(f"the key {missing[0]} is missing or empty")
         if not isinstance(content["models"], list | tuple):
             raise ValueError(f"models must be a list of `model: …`, got {content['models']!r}")
         return cls(
@@ -251,7 +256,7 @@ class MergeConfig:
 
     @classmethod
     def of(cls, config: MergeConfig | dict[str, Any] | str | Path) -> MergeConfig:
-        """A configuration as `merge` takes it: itself, a dictionary, or the path of a YAML file."""
+        """Return the configuration that `merge` is given: a `MergeConfig`, a dictionary or the path of a YAML file."""
         if isinstance(config, MergeConfig):
             return config
         return cls.from_yaml(config) if isinstance(config, str | Path) else cls.from_dict(config)
@@ -262,7 +267,7 @@ class MergeConfig:
 
         Raises:
             FileNotFoundError: if it does not exist.
-            ValueError: if it is not YAML, or as `from_dict`; the file is named.
+            ValueError: if it is not valid YAML, and for the errors of `from_dict`; the message names the file.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"'{path}' does not exist or is not a file")
@@ -275,12 +280,12 @@ class MergeConfig:
 
 
 def _place(model: str) -> str:
-    """One spelling of a model: a folder may have several."""
+    """Return one spelling of a model's name, because a folder may have several paths."""
     return os.path.realpath(model) if os.path.isdir(model) else model
 
 
 def _plain(value: Any) -> Any:
-    """Settings of plain Python, whatever library the numbers came from."""
+    """Return settings as plain Python values; numbers may come from other libraries, such as numpy."""
     if isinstance(value, Mapping):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -294,7 +299,7 @@ def _model(entry: Any) -> MergeModel:
     if isinstance(entry, str):
         entry = {"model": entry}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("model"), str) or not entry["model"]:
-        raise ValueError(f"models: each must be `model: …`, a folder or Hub id, with its parameters; got {entry!r}")
+        raise ValueError(f"models: each must be `model: …` (a folder or Hub id) with its parameters, got {entry!r}")
     if unknown := [key for key in entry if key not in ("model", "parameters")]:
-        raise ValueError(f"models: unknown key {unknown[0]!r} of '{entry['model']}'; known are model, parameters")
+        raise ValueError(f"models: unknown key {unknown[0]!r} of '{entry['model']}'; choose one of model, parameters")
     return MergeModel(entry["model"], entry.get("parameters") or {})

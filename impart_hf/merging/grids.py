@@ -1,4 +1,4 @@
-"""What the search for a merge's settings tries unless it is told otherwise (arXiv 2504.13237, appendix C)."""
+"""The default grids of the search for merge settings (arXiv 2504.13237, appendix C)."""
 
 LAMBDAS = (0.4, 0.6, 0.8, 1.0, 1.2)
 TRIMS = (0.4, 0.6, 0.8)

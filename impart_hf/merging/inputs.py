@@ -1,4 +1,4 @@
-"""The models of a merge: a base and fine-tunes of it, dense or delta repositories, opened and compared."""
+"""The inputs of a merge: a base and fine-tunes of it, dense or delta repositories, opened and compared."""
 
 import math
 import os
@@ -18,15 +18,15 @@ from .config import MergeConfig
 from .vocabulary import Tokens, united
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
-_SAMPLED = 8  # matrices by which a fine-tune is told from another model
-_LEAST_COSINE = 0.3  # between its weights and the base's: fine-tunes have more than 0.9, other models 0
+_SAMPLED = 8  # matrices that are compared to detect a model that is not a fine-tune of the base
+_LEAST_COSINE = 0.3  # between its weights and the base's: above 0.9 for fine-tunes, about 0 for other models
 
 
 class FineTune:
-    """One fine-tune of the base.
+    """A fine-tune of the base.
 
     Attributes:
-        name: as the configuration has it.
+        name: its name in the configuration.
         tensors: its tensors, dense or decoded from base and delta.
         config: its config.json.
         tokens: its tokens.
@@ -50,12 +50,12 @@ class FineTune:
         self.tokens = Tokens(source, options)
 
     def rows_beyond(self, shape: tuple[int, ...], name: str) -> int:
-        """How many rows more its tensor has than the base's, which has this shape: added to the vocabulary."""
+        """Return how many rows its tensor has beyond the base's tensor, whose shape is given."""
         return self.tensors.shape(name)[0] - shape[0] if shape else 0
 
 
 class MergeInputs:
-    """All models of a merge.
+    """The opened models of a merge.
 
     Attributes:
         base: the base.
@@ -63,7 +63,7 @@ class MergeInputs:
     """
 
     def __init__(self, config: MergeConfig, *, token: str | bool | None = None, cache_dir: str | None = None):
-        """Open all models; headers are read, and a few matrices of each.
+        """Open all models. Headers are read, and a few matrices of each.
 
         Raises:
             CheckpointError, DeltaFormatError, WrongBaseError: if a model cannot be read.
@@ -76,11 +76,11 @@ class MergeInputs:
         for model in self.models:
             self._check_origin(model)
         layers = {layer_of(name) for name in self.base.names()}
-        self._layers = Counter(found[0] for found in layers if found is not None)
+        self._layers = Counter(layer[0] for layer in layers if layer is not None)
         self._set_vocabulary(config.tokenizer_source)
 
     def _set_vocabulary(self, source: str) -> None:
-        """Whose tokenizer the result has, and whose rows; None for the base's."""
+        """Choose the models whose tokenizer and added rows the result has; None for the base's."""
         chosen = next((model for model in self.models if model.name == source), None)
         self._tokens_from = self._rows_from = chosen
         self._row_owners = [chosen] if chosen is not None else []
@@ -95,70 +95,70 @@ class MergeInputs:
         return max(model.rows_beyond(self.base.shape(name), name) for name in self.base.names())
 
     def depth(self, name: str) -> float:
-        """Where in its stack of layers a tensor is: 0 in the first layer, 1 in the last; 0 for what is in none."""
-        found = layer_of(name)
-        if found is None:
+        """Return a tensor's depth in its stack of layers: 0 in the first layer, 1 in the last; 0 outside of layers."""
+        layer = layer_of(name)
+        if layer is None:
             return 0.0
-        stack, number = found
+        stack, number = layer
         last = self._layers[stack] - 1
         return min(1.0, number / last) if last else 1.0
 
     @property
     def added_tokens(self) -> int:
-        """How many rows the result's vocabulary has beyond the base's."""
+        """Rows that the result's vocabulary has beyond the base's."""
         return 0 if self._rows_from is None else self._rows_added(self._rows_from)
 
     @property
     def result_config(self) -> Mapping[str, Any]:
-        """config.json of what is merged: the base's, with the vocabulary that the result has."""
+        """The merged model's config.json: the base's, with the vocabulary of the result."""
         config = dict(self.base.config)
         if self._tokens_from is not None:
-            theirs = self._tokens_from.config
-            config |= {k: v for k, v in theirs.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            chosen = self._tokens_from.config
+            config |= {k: v for k, v in chosen.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if self._rows_from is not None and self.added_tokens:
             config["vocab_size"] = self._rows_from.config["vocab_size"]
         return config
 
     @property
     def tokens(self) -> Tokens:
-        """The tokens of what is merged; all files of a tokenizer and what goes with it come from there."""
+        """The merged model's tokens; its tokenizer and sidecar files come from the same source."""
         return self._base_tokens if self._tokens_from is None else self._tokens_from.tokens
 
     def vocabulary_rows(self, name: str) -> int:
-        """Rows that the result has of a tensor beyond the base's."""
+        """Return how many rows the result's tensor has beyond the base's."""
         return 0 if self._rows_from is None else self._rows_from.rows_beyond(self.base.shape(name), name)
 
     def is_layer_matrix(self, name: str) -> bool:
-        """Whether a tensor is a matrix of one of the layers, or a stack of them: no embedding or output projection."""
-        # What predicts several tokens at once has an embedding and an output projection in a layer of its own.
+        """Return whether a tensor is a matrix of a layer, or a stack of them, and no embedding or output projection."""
+        # A layer that predicts several tokens at once has an embedding and an output projection of its own.
         outside = layer_of(name) is None or "embed" in name or ".shared_head." in name
         return not outside and is_matrix_shape(self.base.shape(name))
 
     def _check_origin(self, model: FineTune) -> None:
-        """See that a fine-tune's weights are near the base's, which another model of the same shape has not."""
+        """Check that a fine-tune's weights are similar to the base's."""
         matrices = [n for n in self.base.names() if layer_of(n) is not None and len(self.base.shape(n)) == 2]
         product = before = after = 0.0
         for name in matrices[:: max(1, math.ceil(len(matrices) / _SAMPLED))]:
             a, b = (tensors.tensor(name).float().flatten() for tensors in (self.base, model.tensors))
             product, before, after = product + float(a @ b), before + float(a @ a), after + float(b @ b)
         cosine = product / math.sqrt(before * after) if before and after else 1.0
-        if cosine < _LEAST_COSINE:  # NaN is found, and named, where it stands
+        if cosine < _LEAST_COSINE:  # NaN passes here and is reported, with its tensor's name, when it is merged
             raise IncompatibleModelsError(
-                f"'{model.name}' is no fine-tune of '{self.base.source}': it has the same shapes, but the "
-                f"cosine between their weights is {cosine:.2f}"
+                f"'{model.name}' is not a fine-tune of '{self.base.source}': it has the same shapes, but the cosine "
+                f"between their weights is {cosine:.2f}"
             )
 
     def added_rows(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """What a tensor of the result has beyond the base's rows.
+        """Return the rows that a tensor of the result has beyond the base's.
 
-        A token's row is the mean over the models that have the token. Rows that stand for no token of any model, for
-        a vocabulary may be padded to a round size, are the mean over those that have them.
+        A token's row is the mean over the models that have the token. Rows without a token in any model (a vocabulary
+        may be padded to a round size) are the mean over the models that have the row.
 
         Returns:
             (rows, columns), in `dtype`.
 
         Raises:
-            IncompatibleModelsError: if they hold NaN or infinity.
+            IncompatibleModelsError: if the rows hold NaN or infinity.
         """
         first, columns = self.base.shape(name)
         count = self.vocabulary_rows(name)
@@ -175,7 +175,7 @@ class MergeInputs:
 
 
 class _Mean:
-    """The mean of rows, of which each summand has some."""
+    """The mean of several blocks of rows, each of which contributes only some rows."""
 
     def __init__(self, rows: int, columns: int):
         self._total, self.counts = torch.zeros(rows, columns), torch.zeros(rows, 1)
@@ -189,16 +189,16 @@ class _Mean:
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
-    """The stack of layers that a tensor is in and the layer's number; None for what is in no layer."""
-    found = _LAYER.match(name)
-    return None if found is None else (found[1], int(found[2]))
+    """Return the stack of layers and the layer number of a tensor; None if it is in no layer."""
+    match = _LAYER.match(name)
+    return None if match is None else (match[1], int(match[2]))
 
 
 def resolve(model: str, token: str | bool | None, cache_dir: str | None) -> tuple[str, HubOptions]:
-    """A model's folder or Hub id, and how its files are found, at one commit.
+    """Return a model's folder or Hub id and the options for reading it, pinned to one commit.
 
     Args:
-        model: as the configuration has it: `ID@REVISION` names a revision on the Hub.
+        model: its name in the configuration; `ID@REVISION` names a revision on the Hub.
     """
     source, at, revision = (model, "", "") if os.path.isdir(model) else model.rpartition("@")
     if not at:

@@ -1,4 +1,4 @@
-"""Merging fine-tunes of one base, tensor by tensor, to a dense checkpoint or a delta repository again."""
+"""Merging fine-tunes of one base, tensor by tensor, into a dense checkpoint or a delta repository."""
 
 import os
 from collections.abc import Callable
@@ -30,19 +30,19 @@ from .config import MergeConfig
 from .inputs import MergeInputs
 from .task_vectors import TaskVector, dare, impart, mixed, trimmed
 
-BLOCK_ENTRIES = 1 << 20  # of a tensor combined at a time, for each model; more leave the cache
+BLOCK_ENTRIES = 1 << 20  # combined at a time, for each model; larger blocks leave the cache
 
 
 @dataclass
 class MergeReport:
-    """What a merge has made.
+    """The result of a merge.
 
     Attributes:
         config: the configuration, as in its YAML file.
-        parameters: numbers in the merged model.
+        parameters: number of parameters of the merged model.
         added_tokens: rows of its vocabulary beyond the base's.
-        notes: what the user should know.
-        compression: what became of the delta, if a delta repository was made.
+        notes: notes for the user.
+        compression: the report on the delta repository, if one was made.
     """
 
     config: dict[str, Any]
@@ -69,18 +69,19 @@ def merge(
     max_shard_size: int | str = "5GB",
     progress: bool = False,
 ) -> MergeReport:
-    """Merge fine-tunes of one base by task arithmetic or TIES, with DARE or ImPart before it.
+    """Merge fine-tunes of one base by task arithmetic or TIES, optionally after DARE or ImPart.
 
-    W_base + lambda * sum_t w_t D_t (task arithmetic, arXiv 2212.04089), or the same of the entries that agree with
-    the elected sign (TIES, arXiv 2306.01708), for every tensor; D_t is W_t - W_base, sparsified and trimmed as the
-    method says. Everything is computed in float32. One tensor of each model is in memory at a time, in blocks.
+    For every tensor the result is W_base + lambda * sum_t w_t D_t (task arithmetic, arXiv 2212.04089), or the same sum
+    over only the entries that agree with the elected sign (TIES, arXiv 2306.01708). D_t is W_t - W_base, sparsified and
+    trimmed as the merge method says. All arithmetic is in float32. Memory holds one tensor of each model; they are
+    combined in blocks.
 
     Args:
-        config: what to merge: a `MergeConfig`, the same as a dictionary, or the path of a YAML file.
+        config: a `MergeConfig`, the same as a dictionary, or the path of a YAML file.
         output_dir: folder to make. Must not exist or be empty; for a delta repository it may hold an older one.
         compression: make a delta repository by this method instead of a dense checkpoint.
-        max_bytes: what that may take, as for `compress`.
-        base_name: Hub id that the delta repository is to record for a base in a local folder.
+        max_bytes: byte budget of the delta repository, as for `compress`.
+        base_name: Hub id to record in the delta repository for a base that is a local folder.
         device: where tensors are combined and decomposed.
         token, cache_dir: as for any download from the Hub.
         max_shard_size: a weight file larger than this is split.
@@ -98,7 +99,9 @@ def merge(
     shard_size, device, bars = shard_bytes(max_shard_size), usable_device(device), Progress(progress)
     wanted_bytes = wanted_size(max_bytes)
     if wanted_bytes is not None and compression is None:
-        raise ValueError("max_bytes is for a delta repository: choose its method (compression)")
+        raise ValueError(
+            "max_bytes is for a delta repository: give its method with compression, or leave max_bytes out"
+        )
     output = free_output(output_dir, config, compression)
     merged = Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device)
 
@@ -111,10 +114,10 @@ def merge(
 
 
 def publish(merged: "Merge", output: Path, write: Callable[[Path], None]) -> MergeReport:
-    """Make a merged model appear at its output folder.
+    """Write a merged model to its output folder, completely or not at all.
 
     Args:
-        write: puts the model's files into a folder that exists.
+        write: writes the model's files into an existing folder.
     """
     with new_folder(output) as folder:
         write(folder)
@@ -131,14 +134,15 @@ def compress_merge(
     max_shard_size: int,
     progress: Progress,
 ) -> MergeReport:
-    """Make a delta repository of a merged model appear at its output folder.
+    """Make a delta repository of a merged model in its output folder, completely or not at all.
 
     Args:
-        write: puts the dense model's files into a folder that exists.
+        write: writes the dense model's files into an existing folder.
         method, base_name, max_shard_size: as for `compress`.
-        max_bytes: most that the repository may take; None for the method's ratio.
+        max_bytes: byte budget of the repository; None for the method's ratio.
     """
-    sized(method, max_bytes, merged.weight_bytes())  # before any work; its file will have a header as well
+    # Checks the budget before any work; the header of the file is not counted yet.
+    sized(method, max_bytes, merged.weight_bytes())
     with Workspace(output) as workspace:
         dense = workspace.scratch() / output.name
         dense.mkdir()
@@ -156,10 +160,10 @@ def compress_merge(
 
 
 def free_output(output_dir: str | Path, config: MergeConfig, compression: MethodConfig | None) -> Path:
-    """The absolute path of a merge's output folder.
+    """Return the absolute path of a merge's output folder.
 
     Raises:
-        OutputError: if it is not free, or is one of the models.
+        OutputError: if the folder is not free, or is one of the models.
     """
     output = Path(os.path.abspath(output_dir))
     for model in (config.base_model, *(model.model for model in config.models)):
@@ -169,19 +173,23 @@ def free_output(output_dir: str | Path, config: MergeConfig, compression: Method
 
 
 def require_peft() -> None:
-    """Raises: ModuleNotFoundError, if PEFT is not installed."""
+    """Check that PEFT is installed.
+
+    Raises:
+        ModuleNotFoundError: if not.
+    """
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("deltas are merged with PEFT: pip install 'impart-hf[merge]'") from error
+        raise ModuleNotFoundError("merging needs PEFT: pip install 'impart-hf[merge]'") from error
 
 
 class Merge:
-    """The merged model, one tensor at a time.
+    """The merged model, computed one tensor at a time.
 
     Attributes:
-        config: what is merged and how.
-        inputs: the models.
+        config: the configuration.
+        inputs: the opened models.
         device: where tensors are combined.
     """
 
@@ -193,20 +201,20 @@ class Merge:
         svd_of: SvdOf = leading_svd_of,
         delta_of: Callable[[str], torch.Tensor] | None = None,
     ):
-        """
+        """Set up the merge; nothing is computed yet.
+
         Args:
             device: where tensors are combined.
             inputs: opened for this configuration, or for one that differs in parameters alone.
-            svd_of: for a name that stands for one model's tensor, and a matrix's number in its stack, what gives its
-                singular components.
-            delta_of: gives what `delta` would, if that is known.
+            svd_of: for a key that identifies one model's tensor, and a matrix's number in its stack, returns an `Svd`.
+            delta_of: returns a tensor's combined delta in place of `delta`, if it was computed before.
         """
         self.config, self.inputs, self.device, self._svd_of = config, inputs, device, svd_of
         self._delta_of = delta_of or self.delta
 
     @property
     def source(self) -> str:
-        """What is merged, for messages."""
+        """The models that are merged, for messages."""
         return f"merge of {', '.join(model.name for model in self.inputs.models)}"
 
     def names(self) -> list[str]:
@@ -221,11 +229,11 @@ class Merge:
         return self.config.torch_dtype or dtype if dtype.is_floating_point else dtype
 
     def weight_bytes(self) -> int:
-        """What the merged model's weights take."""
+        """Return the bytes of the merged model's weights."""
         return sum(torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize for name in self.names())
 
     def delta(self, name: str) -> torch.Tensor:
-        """The models' deltas of one tensor, combined: float32, of the base's shape, before the factor lambda.
+        """Return the combined delta of one tensor: float32, of the base's shape, before the factor lambda.
 
         Raises:
             IncompatibleModelsError: if a model's tensor holds NaN or infinity.
@@ -249,7 +257,7 @@ class Merge:
         return combined.view(shape)
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """One tensor of the merged model, put on a device."""
+        """Return one tensor of the merged model, on a device."""
         before = self.inputs.base.tensor(name)
         if not before.is_floating_point():
             return before.to(device)
@@ -264,7 +272,7 @@ class Merge:
     def _vector(
         self, number: int, name: str, before: torch.Tensor, values: dict[str, float], shared: dict[str, Any]
     ) -> TaskVector:
-        """One model's delta of one tensor, sparsified and trimmed."""
+        """Return one model's delta of one tensor, sparsified and trimmed."""
         model, method = self.inputs.models[number], self.config.method
         after = torch.atleast_1d(model.tensors.tensor(name))[: len(before)]
         if not all_finite(after):
@@ -284,7 +292,7 @@ class Merge:
     def _sparsified(
         self, number: int, name: str, delta: torch.Tensor, values: dict[str, float], shared: dict[str, Any]
     ) -> torch.Tensor:
-        """The delta of one tensor with most of its entries, or of its components' entries, dropped."""
+        """Return the delta of one tensor with entries dropped, of the delta (DARE) or of its components (ImPart)."""
         key = f"{number}:{name}"
         for place, matrix in enumerate(delta.view(-1, *delta.shape[-2:])):
             seed = mask_seed(shared["seed"], key, place)
@@ -298,14 +306,14 @@ class Merge:
         return delta
 
     def write(self, folder: Path, name: str, max_shard_size: int, progress: Progress) -> None:
-        """Write the merged model, of this name, as a dense checkpoint into a folder that is there."""
+        """Write the merged model as a dense checkpoint with this name into an existing folder."""
         self._write_config(folder)
         write_weights(folder, dense_tensors(self), max_shard_size, progress, "Merging")
         card = merge_card(name, self.config.to_dict())
         (folder / "README.md").write_text(card, "utf-8")
 
     def _write_config(self, folder: Path) -> None:
-        """config.json of the merged model, and tokenizer, generation settings and chat template."""
+        """Write config.json of the merged model, and its sidecar files."""
         content = {key: value for key, value in self.inputs.result_config.items() if key != "_name_or_path"}
         if self.config.dtype is not None:
             content.pop("torch_dtype", None)

@@ -1,7 +1,7 @@
-"""The values that a merge's parameters have for each tensor, written as mergekit writes them.
+"""The parameters of a merge and their values for each tensor, written as in mergekit.
 
 A setting is a scalar; a list of numbers, spread evenly over the layers and interpolated; or a list of
-`{filter: TEXT, value: SETTING}`, of which the first counts whose text is part of the tensor's name.
+`{filter: TEXT, value: SETTING}`, of which the first entry counts whose text is part of the tensor's name.
 """
 
 import math
@@ -9,39 +9,39 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_LARGEST = 3.4e38  # what weights are computed with is float32
+_LARGEST = 3.4e38  # float32, in which weights are computed, has no larger numbers
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a parameter's values may be.
+    """The values that a parameter can have.
 
     Attributes:
         kind: float, int or bool.
-        default: where it is not given.
-        allowed, range: which numbers there may be, and that in words.
-        varies: whether it may differ between tensors.
+        default: value if it is not given.
+        allowed, range: a test of which numbers are allowed, and the same in words.
+        varies: whether the value may differ between tensors.
     """
 
     name: str
     kind: type
     default: Any
     allowed: Callable[[float], bool] = lambda number: abs(number) < _LARGEST
-    range: str = "be finite, as float32 has it"
+    range: str = "be finite in float32"
     varies: bool = True
 
     def value(self, raw: Any, where: str) -> Any:
-        """A scalar of the configuration as what it stands for.
+        """Return a scalar of the configuration as a value of the parameter's kind.
 
         Raises:
-            ValueError: if it is none that this parameter can have.
+            ValueError: if the parameter cannot have this value.
         """
         if self.kind is bool:
-            if not isinstance(raw, bool) and raw not in (0, 1):  # mergekit takes numbers
+            if not isinstance(raw, bool) and raw not in (0, 1):  # mergekit accepts numbers
                 raise ValueError(f"{where}: {self.name} must be true or false, got {raw!r:.80}")
             return bool(raw)
         try:
-            # YAML takes 1e-3 for a text
+            # YAML reads 1e-3 as a string
             number = math.nan if isinstance(raw, bool) or not isinstance(raw, int | float | str) else float(raw)
         except (ValueError, OverflowError):
             number = math.nan
@@ -52,17 +52,17 @@ class Parameter:
         return self.kind(number)
 
     def check(self, setting: Any, where: str) -> None:
-        """See that a setting can be evaluated for any tensor.
+        """Check that a setting can be evaluated for any tensor.
 
         Raises:
-            ValueError: if it cannot, naming what is wrong.
+            ValueError: if it cannot; the message says why.
         """
         if not isinstance(setting, list | dict):
             self.value(setting, where)
             return
         conditions = [setting] if isinstance(setting, dict) else setting
         if not self.varies:
-            raise ValueError(f"{where}: {self.name} is one value for all tensors, not {setting!r}")
+            raise ValueError(f"{where}: {self.name} must be one value for all tensors, got {setting!r}")
         if not conditions:
             raise ValueError(f"{where}: {self.name} is an empty list")
         if not any(isinstance(part, dict) for part in conditions):
@@ -71,26 +71,26 @@ class Parameter:
             return
         for part in conditions:
             if not isinstance(part, dict) or "value" not in part or not part.keys() <= {"filter", "value"}:
-                raise ValueError(f"{where}: {self.name} has the entry {part!r}, not `filter: …, value: …`")
+                raise ValueError(f"{where}: {self.name} must have entries `filter: …, value: …`, got {part!r}")
             if not isinstance(part.get("filter", ""), str | None):
                 raise ValueError(f"{where}: a filter of {self.name} must be a part of tensor names, got {part!r}")
             if isinstance(part["value"], list) and any(isinstance(p, dict) for p in part["value"]):
-                raise ValueError(f"{where}: a value of {self.name} may be a number or a list of numbers, got {part!r}")
+                raise ValueError(f"{where}: a value of {self.name} must be a number or a list of numbers, got {part!r}")
             self.check(part["value"], where)
 
     def evaluate(self, scopes: Iterable[Mapping[str, Any]], tensor: str, depth: float) -> Any:
-        """The parameter's value for one tensor: from the first of the scopes that has one for it, or the default.
+        """Return the parameter's value for one tensor: the first scope's that has one for it, or the default.
 
         Args:
-            scopes: settings by name, the nearest first.
-            tensor: its name.
-            depth: of its layer, from 0 for the first to 1 for the last.
+            scopes: settings by name; the first scope takes precedence.
+            tensor: name of the tensor.
+            depth: position of its layer, from 0 for the first to 1 for the last.
         """
         for scope in scopes:
             if self.name in scope:
-                found = self._evaluate(scope[self.name], tensor, depth)
-                if found is not None:
-                    return found
+                value = self._evaluate(scope[self.name], tensor, depth)
+                if value is not None:
+                    return value
         return self.default
 
     def _evaluate(self, setting: Any, tensor: str, depth: float) -> Any:
@@ -107,9 +107,9 @@ class Parameter:
         return None
 
     def _interpolated(self, values: list[Any], depth: float) -> Any:
-        place = depth * (len(values) - 1)
-        first = int(place)
+        position = depth * (len(values) - 1)
+        first = int(position)
         if self.kind is bool:
             return values[first]
         second = min(len(values) - 1, first + 1)
-        return self.kind((1 - place + first) * values[first] + (place - first) * values[second])
+        return self.kind((1 - position + first) * values[first] + (position - first) * values[second])

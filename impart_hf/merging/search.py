@@ -1,4 +1,4 @@
-"""The search for a merge's settings on a validation text for each task (arXiv 2504.13237, appendix C)."""
+"""The search for the settings of a merge, on a validation text for each task (arXiv 2504.13237, appendix C)."""
 
 import dataclasses
 import itertools
@@ -32,12 +32,12 @@ from .merge import Merge, MergeReport, compress_merge, free_output, publish, req
 
 @dataclass
 class MergeCandidate:
-    """One setting that was tried.
+    """One combination of settings that was tried.
 
     Attributes:
-        settings: lambda, and where the method has them density and trim_density.
-        losses: cross-entropy by task, nats a token.
-        seconds: of merging and judging it.
+        settings: lambda and, if the method has them, density and trim_density.
+        losses: cross-entropy by task, nats per token.
+        seconds: time to merge and judge it.
     """
 
     settings: dict[str, float]
@@ -46,18 +46,18 @@ class MergeCandidate:
 
     @property
     def score(self) -> float:
-        """Mean of the losses, by which candidates are compared."""
+        """The mean of the losses, by which candidates are compared."""
         return sum(self.losses.values()) / len(self.losses)
 
 
 @dataclass
 class MergeTuningReport:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         candidates: in the order in which they were tried.
-        best: the winner, which was written.
-        report: on that merge.
+        best: the best candidate, which was written.
+        report: the report on its merge.
     """
 
     candidates: list[MergeCandidate]
@@ -65,7 +65,7 @@ class MergeTuningReport:
     report: MergeReport
 
     def table(self) -> str:
-        """A line for each candidate, the winner marked; losses are nats a token."""
+        """Return a table with a line for each candidate, the best one marked; losses are in nats per token."""
         settings, tasks = list(self.best.settings), list(self.best.losses)
         rows = [[*settings, *tasks, "mean"]]
         for candidate in self.candidates:
@@ -103,23 +103,25 @@ def tune_merge(
 ) -> MergeTuningReport:
     """Merge with every combination of lambda, trimming and density, and keep the model with the lowest mean loss.
 
-    Every candidate is written in a hidden folder beside `output_dir` and loaded as a user would load it; the best one
-    so far is kept. There must be room for the model in float32, twice more in its dtype, and for ImPart for the
-    singular components of every fine-tune's layers. What does not depend on lambda is computed once.
+    Every candidate is written to a hidden folder beside `output_dir` and loaded as a user would load it; the best one
+    so far is kept. The disk needs room for one copy of the model in float32 and two in its own dtype. With ImPart, it
+    also needs room for the singular components of every fine-tune's layers. Only what depends on lambda is computed
+    more than once.
 
     Args:
-        config, output_dir, compression, base_name, device, token, cache_dir, max_shard_size: as for `merge`. What the
-            search sets stands in the place of what the configuration says.
-        validation: by task, its text, as `compress` takes for calibration.
+        config, output_dir, compression, base_name, device, token, cache_dir, max_shard_size: as for `merge`. The
+            settings of the search replace those of the configuration.
+        validation: the validation text of each task, in the forms that `compress` takes for calibration.
         lambdas: factors of the merged delta.
-        trims: shares that TIES keeps of each delta, for the methods with TIES; `TRIMS` if None.
+        trims: shares of each delta that TIES keeps, for the methods with TIES; `TRIMS` if None.
         densities: shares that DARE or ImPart keep, for the methods with either; `DENSITIES` if None.
-        samples, length: sequences of each text at most, and their tokens.
+        samples, length: the largest number of sequences of each text, and tokens per sequence.
         batch_size: sequences judged at a time.
         progress: show a bar.
 
     Raises:
-        ValueError: if there is no task, nothing to try, or something that the method has no use for; and as `merge`.
+        ValueError: if there is no task, nothing to try, or a setting that the merge method does not have; and as
+            `merge`.
     """
     config = MergeConfig.of(config)
     require_peft()
@@ -148,7 +150,7 @@ def tune_merge(
         svds = SvdCache(scratch / "components")
         for settings in grid:
             started = time.perf_counter()
-            deltas = None  # its file takes room as long as it is open
+            deltas = None  # its file takes disk space as long as it is open
             deltas = StoredDeltas(Merge(_with(config, settings), inputs, device, svds.of), scratch / "deltas")
             for scale in lambdas:
                 candidate = _with(config, {"lambda": scale, **settings})
@@ -170,7 +172,7 @@ def tune_merge(
         assert best is not None  # the grid has at least one point
         deltas = None
         winner = Merge(_with(config, best.settings), inputs, device)
-        for folder in (scratch / "deltas", scratch / "components"):  # to make room
+        for folder in (scratch / "deltas", scratch / "components"):  # to free disk space
             shutil.rmtree(folder, ignore_errors=True)
         write = partial(_move_files, scratch / "best")
         if compression is None:
@@ -181,7 +183,7 @@ def tune_merge(
 
 
 def _rank(candidate: MergeCandidate) -> float:
-    """By which candidates are compared: NaN is not a loss that a model could win with."""
+    """Return the score by which candidates are ranked; a loss of NaN must not win."""
     return math.inf if math.isnan(candidate.score) else candidate.score
 
 
@@ -193,11 +195,13 @@ def _move_files(source: Path, target: Path) -> None:
 def _grid(
     config: MergeConfig, lambdas: Sequence[float], trims: Sequence[float] | None, densities: Sequence[float] | None
 ) -> list[dict[str, float]]:
-    """Everything that is to be tried, but for lambda. What wants most singular components comes first: the
-    decomposition then serves all that follow.
+    """Return all settings to try, without lambda.
+
+    The largest densities come first, because they need the most singular components: their decomposition then serves
+    all that follow.
 
     Raises:
-        ValueError: if one of the numbers cannot be used, or there are none.
+        ValueError: if a number is invalid, or there is nothing to try.
     """
     method = config.method
     axes: dict[str, Sequence[float]] = {}
@@ -208,17 +212,17 @@ def _grid(
         if used:
             axes[setting] = sorted(set(map(float, usual if given is None else given)), reverse=True)
         elif given is not None:
-            raise ValueError(f"{config.merge_method} has no use for {name}")
+            raise ValueError(f"{config.merge_method} has no use for {name}: leave it out")
     if not lambdas or not all(axes.values()):
         raise ValueError("nothing to try: lambdas, trims and densities need at least one value each")
     grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     for settings, scale in itertools.product(grid, lambdas):
-        _with(config, {"lambda": scale, **settings})  # for its errors
+        _with(config, {"lambda": scale, **settings})  # raises an error if a value is invalid
     return grid
 
 
 def _with(config: MergeConfig, settings: Mapping[str, float]) -> MergeConfig:
-    """The configuration with other settings, for all models and tensors alike."""
+    """Return the configuration with these settings for all models and tensors."""
     models = tuple(
         MergeModel(model.model, {k: v for k, v in model.parameters.items() if k not in settings})
         for model in config.models
@@ -227,7 +231,7 @@ def _with(config: MergeConfig, settings: Mapping[str, float]) -> MergeConfig:
 
 
 class StoredDeltas:
-    """The combined deltas of a merge, in a file, for it is read once for every lambda."""
+    """The combined deltas of a merge, stored in a file because they are read once for every lambda."""
 
     def __init__(self, merged: Merge, folder: Path):
         shutil.rmtree(folder, ignore_errors=True)
@@ -247,6 +251,6 @@ class StoredDeltas:
 def task_losses(
     folder: Path, device: torch.device, texts: Mapping[str, torch.Tensor], batch_size: int
 ) -> dict[str, float]:
-    """Cross-entropy of a merged model on each task's text, nats a token."""
+    """Return the cross-entropy of a merged model on each task's text, nats per token."""
     model = load(str(folder), torch.float32, device)
     return {task: math.log(perplexity(model, tokens, batch_size)) for task, tokens in texts.items()}

@@ -1,4 +1,4 @@
-"""What a fine-tune changed of one tensor, sparsified and trimmed, and how several such changes become one."""
+"""Task vectors: one fine-tune's delta of a tensor, sparsified and trimmed, and the combination of several."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ TaskVector = Callable[[slice], torch.Tensor]  # float32 rows of W_finetuned - W_
 
 
 def dare(delta: torch.Tensor, density: float, rescale: bool, seed: int) -> torch.Tensor:
-    """DARE (arXiv 2311.03099): each entry kept with probability `density`, and divided by it if `rescale`.
+    """Apply DARE (arXiv 2311.03099): keep each entry with probability `density`, and divide it by that if `rescale`.
 
     Args:
         delta: float32, of any shape.
@@ -30,14 +30,14 @@ def dare(delta: torch.Tensor, density: float, rescale: bool, seed: int) -> torch
 
 
 def impart(delta: torch.Tensor, density: float, beta: float, c: float, seed: int, svd: Svd) -> torch.Tensor:
-    """ImPart (arXiv 2504.13237, section 3): U and V sparsified by importance to `density` m n entries in all.
+    """Apply ImPart (arXiv 2504.13237, section 3): sparsify U and V by importance to `density` m n entries in all.
 
     Args:
         delta: float32 (m, n), not all zero.
-        density: kept entries of U and V together, over m n.
+        density: kept entries of U and V together, divided by m n.
         beta, c: as in `ImPartConfig`.
-        seed: 32 bits, of the masks.
-        svd: gives the leading singular components, as `leading_svd` does.
+        seed: 32 bits, for the masks.
+        svd: returns the leading singular components, as `leading_svd` does.
 
     Returns:
         U diag(sigma) V^T of the kept entries, rescaled (eq. 4, 5), float32 (m, n).
@@ -60,17 +60,17 @@ def impart(delta: torch.Tensor, density: float, beta: float, c: float, seed: int
 
 
 def trimmed(vector: TaskVector, rows: int, density: float) -> TaskVector:
-    """The vector's largest entries alone, `density` of them (TIES, arXiv 2306.01708, "trim").
+    """Return the vector with only its largest entries, a share of `density` (TIES, arXiv 2306.01708, "trim").
 
-    What is remembered of it is a mask: a model's largest tensor would not fit into memory once for each model.
+    Only a mask is stored, because a model's largest tensor would not fit into memory once for each model.
 
     Args:
-        vector: to be trimmed.
-        rows: it has.
+        vector: the task vector to trim.
+        rows: number of its rows.
     """
     sizes = vector(slice(rows)).abs_()
     kept = largest(sizes.flatten(), max(1, int(density * sizes.numel()))).view(sizes.shape)
-    return partial(_masked, vector, kept.logical_and_(sizes > 0))  # zeros are nothing to keep
+    return partial(_masked, vector, kept.logical_and_(sizes > 0))  # a zero is never kept
 
 
 def _masked(vector: TaskVector, kept: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -78,13 +78,13 @@ def _masked(vector: TaskVector, kept: torch.Tensor, rows: slice) -> torch.Tensor
 
 
 def mixed(deltas: list[torch.Tensor], weights: list[float], consensus: bool, normalize: bool) -> torch.Tensor:
-    """The weighted sum of deltas, or of those that agree with the elected sign (TIES).
+    """Return the weighted sum of deltas, or of their entries that agree with the elected sign (TIES).
 
     Args:
         deltas: float32, of one shape.
-        weights: one for each.
-        consensus: whether only entries count that have the sign of the weighted sum.
-        normalize: whether the sum is divided by that of the weights that went into it.
+        weights: one for each delta.
+        consensus: whether to add up only the entries that have the sign of the weighted sum.
+        normalize: whether to divide each sum by the sum of the weights that went into it.
     """
     from peft.utils.merge_utils import calculate_majority_sign_mask, reshape_weight_task_tensors, task_arithmetic
 

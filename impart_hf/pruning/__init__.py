@@ -1,4 +1,4 @@
-"""Pruning LLaMA: importance from early gradients, layers and widths removed, recovery training (GradPruner)."""
+"""Pruning LLaMA (GradPruner): importance scores from early gradients, layer and width pruning, recovery training."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from .recovery import RecoveryReport, recover
     from .width import prune_width
 
-# The modules are imported when they are first used: they need torch, and some of them transformers' Trainer, which
-# takes seconds to import.
-_HOMES = {
+# The modules are imported on first use, because torch and transformers' Trainer take seconds to import.
+_MODULES = {
     "Importance": "importance_report",
     "PruningReport": "pruned_writer",
     "RecoveryReport": "recovery",
@@ -35,6 +34,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

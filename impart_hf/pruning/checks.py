@@ -1,4 +1,4 @@
-"""What every pruning command looks at before it begins."""
+"""Checks that every pruning command makes on its model before it begins."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, pinn
 from ..modeling.checksums import tensor_bytes
 from .llama_shape import LlamaShape
 
-_SAMPLES = 256  # entries of a tensor that its model is recognised by
+_SAMPLES = 256  # entries of each tensor that go into a model's fingerprint
 
 
 def open_llama(source: str, revision: str | None = None) -> tuple[Checkpoint, LlamaShape]:
-    """A LLaMA-shaped checkpoint, opened, and its shape.
+    """Open a LLaMA-shaped checkpoint and check its tensors against its config.json.
 
     Args:
         source: local folder or Hub id.
         revision: branch, tag or commit on the Hub.
 
+    Returns:
+        The checkpoint and its shape.
+
     Raises:
-        CheckpointError: if it is missing or cannot be read, or its tensors are not those of its config.json.
+        CheckpointError: if it is missing or cannot be read, or its tensors do not match its config.json.
         ValueError: if it is not LLaMA-shaped.
     """
     checkpoint = Checkpoint(source, pinned(source, HubOptions(revision)))
@@ -29,15 +32,15 @@ def open_llama(source: str, revision: str | None = None) -> tuple[Checkpoint, Ll
         shape = LlamaShape.of(checkpoint.config)
     except ValueError as error:
         raise ValueError(f"'{source}' cannot be pruned: {error}") from error
-    wanted, found = shape.tensors(), set(checkpoint.names())
-    if missing := wanted.keys() - found:
-        raise CheckpointError(f"'{source}' lacks {min(missing)}, which its config.json speaks of")
-    if unknown := found - wanted.keys():
-        raise CheckpointError(f"'{source}' holds {min(unknown)}, which no LLaMA of its config.json has")
-    for name, size in wanted.items():
+    expected, stored = shape.tensors(), set(checkpoint.names())
+    if missing := expected.keys() - stored:
+        raise CheckpointError(f"'{source}' lacks {min(missing)}, which its config.json requires")
+    if unknown := stored - expected.keys():
+        raise CheckpointError(f"'{source}' holds {min(unknown)}, which a LLaMA with its config.json does not have")
+    for name, size in expected.items():
         if checkpoint.shape(name) != size:
             raise CheckpointError(
-                f"'{source}': {name} has shape {list(checkpoint.shape(name))}, by config.json it has {list(size)}"
+                f"'{source}': {name} has shape {list(checkpoint.shape(name))}, but config.json requires {list(size)}"
             )
         if not checkpoint.dtype(name).is_floating_point:
             raise CheckpointError(f"'{source}': {name} is {checkpoint.dtype(name)}; only float weights can be pruned")
@@ -45,12 +48,12 @@ def open_llama(source: str, revision: str | None = None) -> tuple[Checkpoint, Ll
 
 
 def weights_fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of every tensor's name, shape and some of its entries: which model it is, without reading all of it."""
-    found = hashlib.sha256()
+    """Return a hash of every tensor's name, shape and sampled entries; it identifies a model's weights."""
+    digest = hashlib.sha256()
     for name in checkpoint.names():
         tensor = checkpoint.tensor(name)
         flat = tensor.reshape(-1)
         samples = flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.float32)
-        found.update(f"{name} {list(tensor.shape)}\n".encode())
-        found.update(tensor_bytes(samples).tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor_bytes(samples).tobytes())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Least-squares correction: the columns that stay take over what they can of those that are removed."""
+"""Least-squares correction: kept columns are changed to compensate for the removed ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..calibration.text import CalibrationSource, model_tokens
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint
 
-# Of the mean diagonal of the inputs' second moment, as in GPTQ: with little text the correction stays small.
+# Share of the mean diagonal of the inputs' second moment, as in GPTQ. It keeps the correction small if there is little
+# text.
 _DAMPING = 0.01
 
 
@@ -29,22 +30,24 @@ def corrected_weights(
     folder: Path,
     progress: Progress,
 ) -> dict[str, Path]:
-    """Weights without some of their columns, corrected on text; every layer behind the pruned ones before it.
+    """Remove columns of weights and correct the kept ones on calibration text.
+
+    The inputs of every layer are computed with the layers before it already pruned.
 
     Args:
         checkpoint: the model before its widths are pruned.
-        columns: for the weights that lose columns, int64 indices of those that stay.
-        calibration: the text.
-        samples, length: sequences of it at most, and their tokens.
-        device: where it is computed.
-        folder: where the corrected weights are put, so that memory holds one layer.
+        columns: int64 indices of the kept columns, by the name of each weight that loses columns.
+        calibration: the calibration text.
+        samples, length: the largest number of sequences, and tokens per sequence.
+        device: where the correction is computed.
+        folder: where the corrected weights are written, so that memory holds one layer only.
         progress: for a bar over the layers.
 
     Returns:
-        Safetensors files of the corrected weights, each under "weight", in the checkpoint's dtypes.
+        By name, a safetensors file of each corrected weight, stored as "weight" in the checkpoint's dtype.
 
     Raises:
-        ValueError: if there is no text, or the model's activations on it are not finite.
+        ValueError: if the text is empty, or the model's activations on it are not finite.
         ModuleNotFoundError: if accelerate is missing.
     """
     tokens = model_tokens(checkpoint, calibration, samples, length)
@@ -60,7 +63,7 @@ def corrected_weights(
         cut = least_squares(weight.to(hessian), hessian, stay.to(hessian.device)).to("cpu", weight.dtype)
         files[name] = folder / f"{len(files)}.safetensors"
         save_file({"weight": cut.contiguous()}, files[name])
-        # Nothing but these columns reads what was removed: with zeros there, the layer is the pruned one.
+        # Only the removed columns read the removed heads and channels, so zeros there make the layer the pruned one.
         whole = torch.zeros_like(weight)
         whole[:, stay] = cut
         return whole
@@ -70,15 +73,15 @@ def corrected_weights(
 
 
 def least_squares(weight: Tensor, hessian: Tensor, stay: Tensor) -> Tensor:
-    """The columns that stay, changed so that the output comes nearest to that of the whole matrix.
+    """Return the kept columns, changed so that the output is as near as possible to that of the whole matrix.
 
-    With x an input, R the columns removed and S those that stay, W_S + Δ minimises the mean of
-    ‖W_R x_R - Δ x_S‖² + d ‖Δ‖², d being a hundredth of the mean diagonal of E[x xᵀ].
+    For inputs x, removed columns R and kept columns S, the result is W_S + Δ. Δ minimises the mean of
+    ‖W_R x_R - Δ x_S‖² + d ‖Δ‖², where d is a hundredth of the mean diagonal of E[x xᵀ].
 
     Args:
         weight: (out, in), floating point.
         hessian: (in, in), E[x xᵀ], on the same device.
-        stay: int64, sorted indices of columns.
+        stay: int64, sorted indices of the kept columns.
 
     Returns:
         (out, len(stay)), in the weight's dtype.

@@ -1,4 +1,4 @@
-"""Running sums over the gradients of one matrix, each given as a product of two thin ones."""
+"""Running sums over the gradients of one matrix, each given as a product of two low-rank factors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class MatrixSums:
 
     Attributes:
         steps: how many gradients were added.
-        squares: float64, (units,): sums of G² over steps and the entries of each unit, a block of rows or columns.
-        norms: float64, (units,): the same of the units' ‖G‖_F.
-        norm: the same of the whole matrix's.
+        squares: float64, (units,): sum of G² over the steps and the entries of each unit, a block of rows or columns.
+        norms: float64, (units,): sum over the steps of each unit's ‖G‖_F.
+        norm: sum over the steps of the whole matrix's ‖G‖_F.
     """
 
     def __init__(self, units: int, by_rows: bool, keep: bool):
-        """Begin with nothing.
+        """Set all sums to zero.
 
         Args:
-            units: how many equal blocks the rows, or columns, are.
-            by_rows: whether it is rows.
-            keep: whether the sum of G² is wanted for every entry.
+            units: number of equal blocks that the rows or columns are divided into.
+            by_rows: True for blocks of rows, False for blocks of columns.
+            keep: whether to keep the sum of G² for every entry, which the mask needs.
         """
         self.steps, self.norm = 0, 0.0
         self.squares, self.norms = torch.zeros(2, units, dtype=torch.float64)
@@ -34,14 +34,17 @@ class MatrixSums:
         self._sum: torch.Tensor | None = None
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        """Add one gradient; False, and nothing is added, if it is not finite.
+        """Add one gradient G = B A.
 
         Args:
             a, b: float32, on the CPU: (rank, in) and (out, rank).
+
+        Returns:
+            False, with nothing added, if the gradient is not finite.
         """
         left, right = (b, a) if self._by_rows else (a.t(), b.t())
         left, right = left.double(), right.double()
-        # Rounding may leave a sum of squares a little below zero
+        # Rounding can make a sum of squares slightly negative
         squares = ((left @ (right @ right.t())) * left).sum(1).clamp_min(0).view(len(self.squares), -1).sum(1)
         if not torch.isfinite(squares).all():
             return False
@@ -56,7 +59,7 @@ class MatrixSums:
     def _add_entries(self, a: torch.Tensor, b: torch.Tensor) -> None:
         if self._sum is None:
             self._factors.append((a, b))
-            # The factors of few steps take less than the matrix itself
+            # The factors of the first steps take less memory than the matrix itself
             if self.held > b.shape[0] * a.shape[1]:
                 self._sum, self._factors = _sum_of_squares(self._factors), []
         else:
@@ -64,21 +67,21 @@ class MatrixSums:
 
     @property
     def held(self) -> int:
-        """How many numbers of single entries are in memory: factors of gradients, or their sum."""
+        """The number of values kept for the mask: gradient factors, or one sum per entry."""
         return self._sum.numel() if self._sum is not None else sum(a.numel() + b.numel() for a, b in self._factors)
 
     def total(self, score: str) -> float:
-        """The matrix's part of its layer's score."""
+        """Return the matrix's part of its layer's score."""
         return float(self.squares.sum()) / self.steps if score == "igia" else self.norm
 
     def units(self, score: str) -> torch.Tensor:
-        """The units' scores in this matrix: float64, (units,)."""
+        """Return the units' scores in this matrix: float64, (units,)."""
         return self.squares / self.steps if score == "igia" else self.norms
 
     def mask(self, top_percent: float) -> np.ndarray | None:
-        """The packed bits of the entries with the largest sums, the first of equal ones; None if none were kept.
+        """Return the packed mask of the entries with the largest sums, of equal ones the first; None without `keep`.
 
-        Whatever it is made of is given up.
+        The sums over the entries are freed.
         """
         if not self._keep:
             return None

@@ -1,4 +1,4 @@
-"""What was done to a pruned model, as its config.json tells."""
+"""The history of a pruned model, recorded in its config.json."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .llama_shape import LlamaShape
 def with_step(
     checkpoint: Checkpoint, shape: LlamaShape, step: Mapping[str, Any], base_name: str | None = None
 ) -> dict[str, Any]:
-    """The field `pruning` of a config.json after one more step.
+    """Return the field `pruning` of config.json after one more step.
 
     Args:
         checkpoint: the model that the step is applied to.
-        shape: of it.
-        step: what is done, with its `kind`: "layers", "width" or "recovery".
+        shape: the model's shape.
+        step: the step, with its `kind`: "layers", "width" or "recovery".
         base_name: Hub id of the model, if this is its first step and it was given as a folder.
     """
     before = checkpoint.config.get("pruning")

@@ -1,13 +1,14 @@
-"""Importance from the first gradients of a LoRA fine-tuning: GradPruner's IGIA, and the sum of gradient norms.
+"""Importance scores from the first gradients of LoRA training: GradPruner's IGIA, and the sum of gradient norms.
 
-With LoRA, W + s * B A is trained in W's place. G = ∇B ∇A, of W's shape, stands for W's own gradient; it is read before
-every step of the optimiser and never clipped. Of the steps' G come
+LoRA trains W + s * B A instead of W. G = ∇B ∇A has W's shape and is used in place of W's own gradient. It is read
+before every step of the optimiser and never clipped. Two scores are computed from the G of all steps:
 
-    F = mean over the steps of G², entry by entry (IGIA): a layer's score is the sum over its seven matrices
+    IGIA: F is the mean of G² over the steps, entry by entry; a layer's score is the sum of F over its seven matrices
     gradient norm: the sum of ‖G‖_F over steps and matrices
 
-and the same for the rows and columns that belong to a head, a KV group or a channel. None of these needs G itself:
-the squares of a row of B A sum to the row of (B (A Aᵀ)) * B, of a column alike. The masks do, one matrix at a time.
+Heads, KV groups and channels get the same scores from their rows and columns. The scores do not need G itself: the
+squared entries of a row of B A add up to the sum of that row of (B (A Aᵀ)) * B, and likewise for columns. Only the
+masks need G, for one matrix at a time.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from .lora import add_lora, load_model, require_training, training_tokens
 
 logger = logging.get_logger(__name__)
 
-# Clipped gradients would be other scores; so would scaled ones, as float16 needs them, and those of another loss.
+# Clipping, the loss scaling that float16 needs, and another loss would change the scores.
 _RESERVED = frozenset({"max_grad_norm", "fp16", "label_smoothing_factor", "neftune_noise_alpha"})
 
 
@@ -65,39 +66,40 @@ def compute_importance(
     """Score the layers, heads, KV groups and channels of a LLaMA-shaped model on text, and write a report.
 
     The model is trained for a few steps with LoRA on the seven linear layers of every decoder layer, at a constant
-    learning rate; it is left as it was. In memory are the model, on a CPU in float32, on a GPU in bfloat16; and, with
-    masks, on the CPU for every matrix its gradients' factors or, where that is less, a float32 number an entry.
+    learning rate; the checkpoint itself is not changed. Memory holds the model, in float32 on a CPU and in bfloat16 on
+    a GPU. With masks, the CPU's memory also holds the gradient factors of every matrix, or one float32 number per
+    entry where that is less.
 
     Under `accelerate launch` every process takes its share of a batch, and the first one writes.
 
     Args:
         model: local folder or Hub id; pruned or not.
-        output_dir: folder to make, for importance.json, importance.safetensors, masks.safetensors and importance.png,
-            the last only where matplotlib is installed.
-        data: text, as for `calibration_text.calibration_tokens`. What it has too little of is used more than once.
-        steps: of the optimiser, at least 2, each a gradient to score; the first one's is zero, as LoRA's B is.
-        batch_size: sequences a step, over all processes and accumulated gradients.
+        output_dir: folder to make, for importance.json, importance.safetensors, masks.safetensors and, if matplotlib
+            is installed, importance.png.
+        data: text, as for `calibration.text.calibration_tokens`; repeated if it is too short for all steps.
+        steps: optimiser steps, at least 2. Each gives one gradient; the first is zero because LoRA's B starts at zero.
+        batch_size: sequences per step, over all processes and accumulated gradients.
         learning_rate: of AdamW.
         rank, alpha: of LoRA; B A is scaled by alpha / rank.
-        length: of a sequence, in tokens; at most as many as the model has positions.
-        seed: of LoRA's first weights and of the order of the sequences.
-        top_percent: share of every matrix's entries that its mask marks, those of the largest F.
-        masks: whether to make the masks, which `prune_layers` merges by; a bit for every weight on the disk.
-        training: more fields of transformers' TrainingArguments, none of those that are arguments here; no clipping.
+        length: tokens per sequence, at most the model's number of positions.
+        seed: for LoRA's first weights and the order of the sequences.
+        top_percent: percentage of every matrix's entries that its mask marks, those with the largest F.
+        masks: whether to make the masks, which `prune_layers` needs to merge; one bit per weight on disk.
+        training: more fields of transformers' TrainingArguments, except those that are arguments here and clipping.
         device: "cpu", "cuda", …; None for a GPU if there is one.
         revision: branch, tag or commit on the Hub.
-        progress: shows a bar over the steps.
+        progress: show a bar over the steps.
 
     Raises:
-        ValueError: for settings that cannot be, a model that is not LLaMA-shaped, too little text, and losses or
-            gradients that are not finite.
+        ValueError: for invalid settings, a model that is not LLaMA-shaped, too little text, and losses or gradients
+            that are not finite.
         CheckpointError: if the model cannot be read.
-        FileNotFoundError: if the text is not there.
+        FileNotFoundError: if the text does not exist.
         OutputError: if the output folder is not free.
         ModuleNotFoundError: if peft or accelerate is not installed.
     """
     require_training()
-    check_whole(2, steps=steps)  # at the first one LoRA's B is zero, and so is the gradient of A
+    check_whole(2, steps=steps)  # in the first step LoRA's B is zero, and so is the gradient of A
     check_whole(1, batch_size=batch_size, rank=rank, alpha=alpha)
     check_whole(2, length=length)
     check_positive(learning_rate=learning_rate, top_percent=top_percent)
@@ -146,21 +148,23 @@ def compute_importance(
                 )
                 report.save(folder)
                 if not draw(report, folder / "importance.png"):
-                    logger.warning("no importance.png: charts need matplotlib, pip install 'impart-hf[plot]'")
+                    logger.warning(
+                        "importance.png was not drawn, because matplotlib is missing: pip install 'impart-hf[plot]'"
+                    )
         arguments.distributed_state.wait_for_everyone()
     return Importance.load(output_dir)
 
 
 class _Gradients(TrainerCallback):
-    """Adds up the gradients of a model's LoRA weights before every step of the optimiser."""
+    """A callback that sums the gradients of a model's LoRA weights before every step of the optimiser."""
 
     def __init__(self, model: Any, shape: LlamaShape, keep: bool):
-        """Find LoRA's modules.
+        """Find the LoRA modules.
 
         Args:
-            model: PEFT's.
-            shape: of the model.
-            keep: whether there will be masks.
+            model: a PEFT model.
+            shape: the model's shape.
+            keep: whether masks will be made.
         """
         self._shape = shape
         self._sums = {}
@@ -179,11 +183,11 @@ class _Gradients(TrainerCallback):
             if not sums.add(a, b):
                 raise ValueError(
                     f"step {state.global_step + 1}: the gradient of {layer_prefix(layer)}{name} is not finite; "
-                    "see that the model's weights are sound, or lower the learning rate"
+                    "check the model's weights, or lower the learning rate"
                 )
 
     def scores(self, top_percent: float) -> dict[str, Any]:
-        """What `Importance` is made of; what the masks were made of is given up."""
+        """Return the arguments of `Importance` that come from the gradients, and free the sums for the masks."""
         layers: dict[str, list[float]] = {score: [] for score in SCORES}
         units: dict[str, dict[str, list[torch.Tensor]]] = {
             name: {score: [] for score in SCORES} for name in ("heads", "groups", "channels")

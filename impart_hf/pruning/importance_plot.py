@@ -13,13 +13,13 @@ _NAMES = {"igia": "IGIA", "gradient_norm": "gradient norm"}
 
 
 def draw(importance: Importance, path: Path) -> bool:
-    """Draw both scores of the layers as bars, and the IGIA of the heads as a map, into a PNG file.
+    """Draw both scores of the layers as bars, and the IGIA of the heads as a heat map, into a PNG file.
 
     Returns:
-        False, with nothing drawn, where matplotlib is not installed.
+        False, with nothing drawn, if matplotlib is not installed.
     """
     try:
-        # Not pyplot: it keeps figures, and wants a screen
+        # pyplot would keep the figure in memory and may need a display
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
@@ -34,12 +34,12 @@ def draw(importance: Importance, path: Path) -> bool:
         shares = 100 * values / values.sum() if values.sum() > 0 else values
         bars.bar(np.arange(layers) + 0.4 * (number - 0.5), shares, 0.4, label=_NAMES[score])
     if all((importance.layers[score] > 0).all() for score in SCORES):
-        bars.set_yscale("log")  # the first layer's share is often a hundred times the next one's
+        bars.set_yscale("log")  # the first layer's share is often a hundred times the second's
     bars.set_ylabel("share of the model's score, %")
     bars.set_title(f"{importance.model}: importance by layer, {importance.steps} steps")
     bars.legend()
     per_layer = [scores.numpy() for scores in importance.heads["igia"]]
-    # Layers may have different numbers of heads; what is not there, and what has no score, stays blank
+    # Layers may have different numbers of heads; missing heads and heads with a score of zero stay blank
     table = np.full((max(map(len, per_layer)), layers), np.nan)
     for layer, scores in enumerate(per_layer):
         table[: len(scores), layer] = np.where(scores > 0, scores, np.nan)

@@ -1,4 +1,4 @@
-"""The importance of a model's layers, heads and channels, as `compute_importance` measures it and pruning reads it."""
+"""The importance report: scores of layers, heads and channels from `compute_importance`, which pruning reads."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .report_fields import (
 FORMAT_VERSION = 1
 REPORT, UNIT_SCORES, MASKS = "importance.json", "importance.safetensors", "masks.safetensors"
 _UNITS = ("heads", "groups", "channels")
-_WIDTHS = tuple(field.name for field in dataclasses.fields(LayerWidth))  # of a layer; numbers of its units
+_WIDTHS = tuple(field.name for field in dataclasses.fields(LayerWidth))  # the fields that count a layer's units
 _SHAPE = tuple(field.name for field in dataclasses.fields(LlamaShape) if field.name != "layers")
 _AGAIN = "run `impart-hf prune importance` again"
 
 UnitScores = Mapping[str, Sequence[torch.Tensor]]
-# The packed bits of a matrix's mask, by the name that the matrix has in the checkpoint.
+# Returns the packed bits of a matrix's mask, given the matrix's name in the checkpoint.
 PackedMasks = Callable[[str], np.ndarray]
 
 
@@ -45,16 +45,16 @@ class Importance:
     """Scores of every decoder layer, attention head, KV group and MLP channel, and masks of the top entries.
 
     Attributes:
-        model: what was scored: a Hub id or the name of a folder.
-        fingerprint: of its weights.
-        shape: of the model.
-        steps: how many gradients the scores are of.
-        settings: how they were found.
-        top_percent: share of every matrix's entries in its mask, in percent.
-        losses: of the steps, in nats per token.
-        layers: float64, (layers,), by score: "igia" and "gradient_norm".
-        heads, groups, channels: by score, for every layer float32, (heads,), (KV groups,) or (channels,).
-        has_masks: whether there are any.
+        model: the scored model: a Hub id or the name of a folder.
+        fingerprint: hash of its weights, from `weights_fingerprint`.
+        shape: its shape.
+        steps: how many gradients the scores were computed from.
+        settings: the settings of `compute_importance`.
+        top_percent: percentage of every matrix's entries that its mask marks.
+        losses: one per step, in nats per token.
+        layers: for each score, "igia" and "gradient_norm": float64, (layers,).
+        heads, groups, channels: for each score, one float32 vector per layer, (heads,), (KV groups,) or (channels,).
+        has_masks: whether the report has masks.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Importance:
         channels: UnitScores,
         masks: PackedMasks | None = None,
     ):
-        """Put a report together.
+        """Create a report from its parts.
 
         Args:
-            masks: gives the packed bits of the mask of model.layers.I.NAME, uint8, as numpy.packbits of the matrix's
-                entries row by row; the others are as the attributes.
+            masks: returns the packed mask of model.layers.I.NAME: uint8, numpy.packbits of the matrix's entries row by
+                row. The other arguments are described under Attributes.
 
         Raises:
             ValueError: if scores are missing, do not fit the shape, or are negative or not finite.
@@ -96,19 +96,19 @@ class Importance:
         return self._masks is not None
 
     def mask(self, layer: int, linear_name: str) -> torch.Tensor:
-        """The mask of a matrix's top entries by IGIA: bool, (out, in).
+        """Return the mask of a matrix's top entries by IGIA: bool, (out, in).
 
         Args:
             layer: number of the decoder layer.
             linear_name: one of `llama_shape.LINEAR`.
 
         Raises:
-            ValueError: if the report has no masks, there is no such matrix, or the file is damaged.
+            ValueError: if the report has no masks, the matrix does not exist, or the file is damaged.
         """
         if self._masks is None:
-            raise ValueError(f"the importance report holds no masks: {_AGAIN}, with masks")
+            raise ValueError(f"the importance report holds no masks: {_AGAIN}, without --no-masks")
         if linear_name not in LINEAR or not 0 <= layer < len(self.shape.layers):
-            raise ValueError(f"the model has no matrix {linear_name} in a layer {layer}")
+            raise ValueError(f"the model has no matrix {linear_name} in layer {layer}")
         out_features, in_features = _matrix_shape(self.shape, layer, linear_name)
         size = out_features * in_features
         bits = np.unpackbits(self._masks(_matrix_name(layer, linear_name)), count=size)
@@ -117,20 +117,20 @@ class Importance:
         return torch.from_numpy(bits.view(np.bool_)).view(out_features, in_features)
 
     def check_model(self, checkpoint: Checkpoint, shape: LlamaShape) -> None:
-        """See that the report is about a model.
+        """Check that the report was made for this model.
 
         Args:
             checkpoint, shape: from `checks.open_llama`.
 
         Raises:
-            ValueError: if it was made for another one, or scores are not numbers any more.
+            ValueError: if it was made for another model, or its scores are no longer valid.
         """
         self._check_scores()
         fingerprint = weights_fingerprint(checkpoint)
         if self.shape != shape or self.fingerprint != fingerprint:
             raise ValueError(
-                f"the importance report was made for another model, '{self.model}' of fingerprint "
-                f"{self.fingerprint[:8]}, not for '{checkpoint.source}' of {fingerprint[:8]}: {_AGAIN} for this one"
+                f"the importance report was made for another model, '{self.model}' with fingerprint "
+                f"{self.fingerprint[:8]}, not for '{checkpoint.source}' with {fingerprint[:8]}: {_AGAIN} for this model"
             )
 
     def _check_scores(self) -> None:
@@ -152,7 +152,7 @@ class Importance:
         """Write importance.json, importance.safetensors and, if there are masks, masks.safetensors.
 
         Args:
-            folder: to write to; made if it is not there.
+            folder: folder to write to, made if it does not exist.
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -193,11 +193,11 @@ class Importance:
 
     @classmethod
     def load(cls, folder: str | Path) -> Importance:
-        """Read a report; masks are read when they are asked for.
+        """Read a report. Masks are read when `mask` is called.
 
         Raises:
             FileNotFoundError: if the folder holds no report.
-            ValueError: if the report is damaged or of another version of the format.
+            ValueError: if the report is damaged or has another format version.
         """
         path = Path(folder)
         if not (path / REPORT).is_file():
@@ -214,9 +214,9 @@ class Importance:
             raise DamagedError(f"its format is version {report.get('format_version')!r:.20}, not {FORMAT_VERSION}")
         fields, rows, has_masks = report.get("shape"), report.get("layers"), report.get("masks")
         if not isinstance(rows, list) or not rows or not isinstance(fields, dict) or not isinstance(has_masks, bool):
-            raise DamagedError(f"{REPORT} lacks the model's shape, its layers or whether there are masks")
+            raise DamagedError(f"{REPORT} has no valid shape, layers or masks")
         if not all(isinstance(row, dict) and row.get("layer") == number for number, row in enumerate(rows)):
-            raise DamagedError("its layers are not numbered from 0 on")
+            raise DamagedError("its layers are not numbered from 0 upwards")
         shape = LlamaShape(
             hidden_size=checked_whole(fields, "hidden_size"),
             head_dim=checked_whole(fields, "head_dim"),
@@ -228,13 +228,13 @@ class Importance:
         )
         for number, width in enumerate(shape.layers):
             if width.num_attention_heads % width.num_key_value_heads:
-                raise DamagedError(f"the heads of layer {number} cannot share its KV heads")
+                raise DamagedError(f"the heads of layer {number} are not a multiple of its KV heads")
         settings, losses = report.get("settings"), report.get("losses")
         if not isinstance(settings, dict) or not isinstance(losses, list) or not losses:
-            raise DamagedError(f"{REPORT} lacks its settings or losses")
+            raise DamagedError(f"{REPORT} has no valid settings or losses")
         top_percent = checked_number(report, "top_percent")
         if not 0 < top_percent <= 100:
-            raise DamagedError(f"top_percent is {top_percent}")
+            raise DamagedError(f"top_percent is {top_percent}, not above 0 and at most 100")
         units = _read_units(path / UNIT_SCORES, shape)
         return cls(
             model=checked_text(report, "model"),
@@ -252,13 +252,13 @@ class Importance:
 
 
 def check_score(score: str) -> None:
-    """Raise ValueError if there is no score of that name."""
+    """Raise ValueError if no score has this name."""
     if score not in SCORES:
         raise ValueError(f"score is '{score}'; it must be one of {', '.join(SCORES)}")
 
 
 def masked_entries(top_percent: float, entries: int) -> int:
-    """How many of a matrix's entries are in its mask."""
+    """Return how many of a matrix's entries its mask marks."""
     return round(top_percent / 100 * entries)
 
 
@@ -272,7 +272,7 @@ def _matrix_shape(shape: LlamaShape, layer: int, linear_name: str) -> tuple[int,
 
 
 def _packed_sizes(shape: LlamaShape) -> dict[str, int]:
-    """Bytes of every matrix's mask."""
+    """Return the bytes of every matrix's packed mask, by the matrix's name."""
     return {
         _matrix_name(layer, name): -(-math.prod(_matrix_shape(shape, layer, name)) // 8)
         for layer in range(len(shape.layers))

@@ -1,4 +1,4 @@
-"""Layer pruning: whole decoder layers dropped, and what matters of them added to a layer that stays (GradPruner)."""
+"""Layer pruning: drop whole decoder layers and add their most important weights to kept layers (GradPruner)."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def prune_layers(
 ) -> PruningReport:
     """Drop decoder layers of a LLaMA, and merge their most important weights into the layers before them.
 
-    The result of a plain LLaMA is a plain LLaMA. Which layers go is said in one of three ways:
+    A plain LLaMA stays a plain LLaMA. Exactly one of `drop`, `ratio` and `layers` chooses the layers.
 
     Args:
         model: local folder or Hub id.
         output_dir: folder to make; must not exist, or be empty.
         importance: report on this model, or its folder; needed unless `layers` are given and nothing is merged.
-        drop: how many layers, those with the lowest scores.
-        ratio: share of the decoder layers' parameters, in (0, 1); as near to it as whole layers come, lowest scores
-            first.
-        layers: their numbers, counted from 0.
+        drop: how many layers to drop, those with the lowest scores.
+        ratio: share of the decoder layers' parameters to drop, in (0, 1). Layers with the lowest scores are dropped
+            until the share is met as nearly as whole layers allow.
+        layers: numbers of the layers to drop, counted from 0.
         score: "igia" or "gradient_norm".
-        merge: add each dropped matrix's top entries by IGIA, where signs agree, to the same matrix of the nearest
-            kept layer before it; norms and biases are left alone.
+        merge: add the top entries by IGIA of each dropped matrix to the same matrix of the nearest kept layer before
+            it, where the signs agree. Norms and biases are not merged.
         protect: keep the first and the last layer.
         revision: branch, tag or commit of the model.
         base_name: Hub id to record for a model that is given as a local folder.
@@ -59,13 +59,13 @@ def prune_layers(
         progress: show progress bars.
 
     Raises:
-        ValueError: if the model is not LLaMA-shaped, the report is missing or of another model, the choice of layers
-            is none or leaves none, or layers to be merged differ in width.
+        ValueError: if the model is not LLaMA-shaped, the report is missing or of another model, no layer or every
+            layer would be dropped, or layers to be merged have different widths.
         CheckpointError: if the model cannot be read.
         OutputError: if the output folder is not free or the disk is too small.
     """
     if sum(choice is not None for choice in (drop, ratio, layers)) != 1:
-        raise ValueError("say which layers to drop in one way: drop (how many), ratio, or layers (their numbers)")
+        raise ValueError("give exactly one of drop (how many layers), ratio and layers (their numbers)")
     check_score(score)
     shard_bytes(max_shard_size)
     check_output(output_dir)
@@ -103,7 +103,7 @@ def prune_layers(
         step["score"] = score
     if merged:
         assert importance is not None
-        importance.mask(dropped[0], LINEAR[0])  # the clear error of a report without masks
+        importance.mask(dropped[0], LINEAR[0])  # raises a clear error if the report has no masks
         step["top_percent"] = importance.top_percent
     notes = [f"layer {n} has no kept layer before it and was not merged" for n in dropped if merge and n not in merged]
     return write_pruned(
@@ -114,47 +114,51 @@ def prune_layers(
 
 def _named(layers: Sequence[int], count: int, protect: bool) -> list[int]:
     if not layers:
-        raise ValueError("no layers are named: nothing would be dropped")
+        raise ValueError("layers is empty: name at least one layer")
     if unknown := [n for n in layers if not 0 <= n < count]:
         raise ValueError(f"the model has no layer {unknown[0]}: its layers are 0 to {count - 1}")
     dropped = sorted(set(layers))
     if protect and (ends := [n for n in dropped if n in (0, count - 1)]):
-        raise ValueError(f"layer {ends[0]} is the first or the last one, which are protected (--no-protect)")
+        raise ValueError(
+            f"layer {ends[0]} is the first or the last, which are protected: leave it out, or give --no-protect"
+        )
     if len(dropped) == count:
-        raise ValueError("all layers are named: none would be left")
+        raise ValueError("layers names all layers, so none would be left: leave some out")
     return dropped
 
 
 def _lowest(
     ranked: Sequence[int], drop: int | None, ratio: float | None, shape: LlamaShape, protect: bool
 ) -> list[int]:
-    """The first of the ranked layers: as many as asked for, or as come nearest to a share of the parameters."""
+    """Return the first of the ranked layers: `drop` of them, or as many as come nearest to the ratio, sorted."""
     most = min(len(ranked), len(shape.layers) - 1)
     if drop is not None:
         if not 1 <= drop <= most:
             raise ValueError(
-                f"{drop} layers cannot be dropped of {len(shape.layers)}: 1 to {most} can"
-                + (", as the first and the last one are protected" if protect else "")
+                f"drop: {drop} layers cannot be dropped from {len(shape.layers)}; give 1 to {most}"
+                + (", as the first and the last are protected" if protect else "")
             )
         return sorted(ranked[:drop])
     assert ratio is not None
     if not 0 < ratio < 1:
-        raise ValueError(f"ratio is {ratio:g}; it must lie between 0 and 1: a share of the decoder layers' parameters")
-    wanted, removed, count = ratio * shape.decoder_parameters, 0, 0
+        raise ValueError(f"ratio is {ratio:g}; it must lie between 0 and 1, a share of the decoder layers' parameters")
+    target, removed, count = ratio * shape.decoder_parameters, 0, 0
     for number in ranked[:most]:
         size = shape.layer_parameters(number)
-        if abs(removed + size - wanted) >= abs(removed - wanted):
+        if abs(removed + size - target) >= abs(removed - target):
             break
         removed, count = removed + size, count + 1
     if count == 0:
-        raise ValueError(f"ratio {ratio:g} comes nearest to no layer at all of {len(shape.layers)}, or none may go")
-    if count == most and wanted - removed > shape.layer_parameters(ranked[count - 1]) / 2:
-        raise ValueError(f"ratio {ratio:g} is more than the {most} layers that can be dropped")
+        raise ValueError(
+            f"ratio {ratio:g} is less than half of one of {len(shape.layers)} layers, or none can be dropped"
+        )
+    if count == most and target - removed > shape.layer_parameters(ranked[count - 1]) / 2:
+        raise ValueError(f"ratio {ratio:g} is more than the {most} layers that can be dropped hold: ask for less")
     return sorted(ranked[:count])
 
 
 def merge_targets(dropped: Collection[int], kept: Sequence[int]) -> dict[int, int]:
-    """For every dropped layer the nearest kept one before it; layers that have none are missing."""
+    """Return the nearest kept layer before each dropped one; a dropped layer without one is left out."""
     return {n: max(k for k in kept if k < n) for n in sorted(dropped) if kept and n > kept[0]}
 
 
@@ -185,11 +189,11 @@ def _tensors(
 def _merged(
     checkpoint: Checkpoint, importance: Importance, target: int, sources: Sequence[int], linear: str
 ) -> torch.Tensor:
-    """A kept matrix with the masked entries of dropped ones added where signs agree; rounded once."""
+    """Return a kept matrix plus the masked entries of dropped ones where signs agree; computed in float32."""
     kept = checkpoint.tensor(f"{layer_prefix(target)}{linear}.weight")
     result = kept.float()
     for source in sources:
         dropped = checkpoint.tensor(f"{layer_prefix(source)}{linear}.weight").float()
-        alike = importance.mask(source, linear) & (dropped.sign() == kept.sign())
-        result += torch.where(alike, dropped, 0.0)
+        added = importance.mask(source, linear) & (dropped.sign() == kept.sign())
+        result += torch.where(added, dropped, 0.0)
     return result.to(kept.dtype)

@@ -1,4 +1,4 @@
-"""The widths of a LLaMA-shaped model, layer by layer, and the tensors and parameters that follow from them."""
+"""The layer widths of a LLaMA-shaped model, and the tensors and parameter counts that follow from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..modeling.configuration_pruned_llama import PrunedLlamaConfig
 
-# The matrices of a decoder layer; heads are rows of the first three and columns of the fourth, channels rows of the
+# The matrices of a decoder layer. Heads are rows of the first three and columns of the fourth; channels are rows of the
 # fifth and sixth and columns of the last.
 LINEAR = (
     "self_attn.q_proj",
@@ -25,7 +25,7 @@ _MODEL_TYPES = ("llama", "pruned_llama")
 
 @dataclass(frozen=True)
 class LayerWidth:
-    """How wide one decoder layer is."""
+    """The widths of one decoder layer."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -34,12 +34,12 @@ class LayerWidth:
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """What determines every tensor's shape in a LLaMA-shaped model.
+    """The sizes that determine the shape of every tensor in a LLaMA-shaped model.
 
     Attributes:
-        tied: whether input and output embeddings are one matrix.
-        attention_bias, mlp_bias: whether these linear layers have biases.
-        layers: the decoder layers' widths, in order.
+        tied: whether the input embeddings and the output projection are one matrix.
+        attention_bias, mlp_bias: whether the linear layers of attention and MLP have biases.
+        layers: the widths of the decoder layers, in order.
     """
 
     hidden_size: int
@@ -52,21 +52,21 @@ class LlamaShape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> LlamaShape:
-        """The shape that a config.json describes.
+        """Return the shape that a config.json describes.
 
         Raises:
-            ValueError: if it is not that of a LLaMA, pruned or not, or describes no model.
+            ValueError: if it is not the configuration of a LLaMA, pruned or not, or is invalid.
         """
         model_type = config.get("model_type")
         if model_type not in _MODEL_TYPES:
-            raise ValueError(f"this is a model of type '{model_type}', not LLaMA-shaped ({' or '.join(_MODEL_TYPES)})")
+            raise ValueError(f"model_type is '{model_type}', not LLaMA-shaped ({' or '.join(_MODEL_TYPES)})")
         if model_type == "llama" and config.get("per_layer_config"):
-            raise ValueError("its config.json gives layers widths of their own, which a plain 'llama' has not")
+            raise ValueError("config.json has per_layer_config, which only a pruned_llama can have")
         try:
-            # A LLaMA is a pruned one without a change; that configuration looks at every number.
+            # PrunedLlamaConfig accepts a plain LLaMA's fields too, and checks every number.
             parsed = PrunedLlamaConfig.from_dict({k: v for k, v in config.items() if k != "model_type"})
-        except Exception as error:  # which error a bad field raises is transformers' affair
-            raise ValueError(f"config.json describes no LLaMA: {error}") from error
+        except Exception as error:  # transformers raises errors of many types for bad fields
+            raise ValueError(f"config.json does not describe a LLaMA: {error}") from error
         return cls(
             hidden_size=parsed.hidden_size,
             head_dim=parsed.head_dim,
@@ -78,7 +78,7 @@ class LlamaShape:
         )
 
     def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of a decoder layer's tensors, by the names they have within the layer."""
+        """Return the shapes of a decoder layer's tensors, by their names within the layer."""
         width, hidden = self.layers[layer], self.hidden_size
         heads, kv_heads = width.num_attention_heads * self.head_dim, width.num_key_value_heads * self.head_dim
         inner = width.intermediate_size
@@ -92,22 +92,22 @@ class LlamaShape:
         return tensors | {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors of the checkpoint, by name."""
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        """Return the shapes of all tensors of the checkpoint, by name."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
         for layer in range(len(self.layers)):
-            found |= {f"{layer_prefix(layer)}{name}": size for name, size in self.layer_tensors(layer).items()}
-        found["model.norm.weight"] = (self.hidden_size,)
+            shapes |= {f"{layer_prefix(layer)}{name}": size for name, size in self.layer_tensors(layer).items()}
+        shapes["model.norm.weight"] = (self.hidden_size,)
         if not self.tied:
-            found["lm_head.weight"] = (self.vocab_size, self.hidden_size)
-        return found
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
 
     def layer_parameters(self, layer: int) -> int:
-        """Parameters of one decoder layer."""
+        """Return the number of parameters of one decoder layer."""
         return sum(map(math.prod, self.layer_tensors(layer).values()))
 
     @property
     def decoder_parameters(self) -> int:
-        """Parameters of all decoder layers: what the ratios of pruning are shares of."""
+        """Parameters of all decoder layers; pruning ratios are shares of this number."""
         return sum(map(self.layer_parameters, range(len(self.layers))))
 
     @property
@@ -117,5 +117,5 @@ class LlamaShape:
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of a decoder layer's tensors begin with."""
+    """Return the prefix of the names of a decoder layer's tensors."""
     return f"model.layers.{layer}."

@@ -1,4 +1,4 @@
-"""What importance and recovery share: a model with LoRA, and text as its sequences."""
+"""Code that importance and recovery share: loading a model, adding LoRA, and tokenising text."""
 
 from __future__ import annotations
 
@@ -13,37 +13,35 @@ from .llama_shape import LINEAR, LlamaShape
 
 
 def require_training() -> None:
-    """See that the libraries are there that training needs.
+    """Check that the libraries that training needs are installed.
 
     Raises:
-        ModuleNotFoundError: if one is not, saying how to get it.
+        ModuleNotFoundError: if one is missing; the message says how to install it.
     """
     try:
         import accelerate  # noqa: F401
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "training is done with the libraries peft and accelerate: pip install 'impart-hf[pruning]'"
-        ) from error
+        raise ModuleNotFoundError("training needs peft and accelerate: pip install 'impart-hf[pruning]'") from error
 
 
 def training_tokens(
     source: CalibrationSource, checkpoint: Checkpoint, shape: LlamaShape, *, samples: int, length: int, seed: int
 ) -> torch.Tensor:
-    """Token sequences for a model to be trained or judged on.
+    """Return token sequences for training or judging a model.
 
     Args:
-        source: as for `calibration_text.calibration_tokens`.
+        source: as for `calibration.text.calibration_tokens`.
         checkpoint, shape: the model, which must have a tokenizer.
-        samples: sequences at most.
-        length: of each, in tokens; at most as many as the model has positions.
-        seed: of the draw.
+        samples: the largest number of sequences.
+        length: tokens per sequence, at most the model's number of positions.
+        seed: for the choice of sequences.
 
     Returns:
         int64, (sequences, length).
 
     Raises:
-        ValueError: if there is no tokenizer that can be read, not enough text, or tokens that the model has not.
+        ValueError: if the tokenizer cannot be read, there is too little text, or a token is not in the vocabulary.
         FileNotFoundError, ModuleNotFoundError: as `calibration_tokens`.
     """
     tokens = model_tokens(checkpoint, source, samples, length, seed)
@@ -52,16 +50,16 @@ def training_tokens(
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """A checkpoint as a model, on the CPU."""
+    """Load a checkpoint as a model, on the CPU."""
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.source, revision=checkpoint.options.revision, dtype=dtype, trust_remote_code=False
     )
 
 
 def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
-    """PEFT's model with LoRA on the seven linear layers of every decoder layer, its weights in float32.
+    """Return a PEFT model with LoRA on the seven linear layers of every decoder layer, LoRA's weights in float32.
 
-    The model itself is changed, as PEFT does.
+    PEFT changes the model that is given.
     """
     from peft import LoraConfig, get_peft_model
 

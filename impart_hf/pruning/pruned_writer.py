@@ -1,4 +1,4 @@
-"""Writing a pruned checkpoint: weights tensor by tensor, a config.json that says what was removed, and a card."""
+"""Writing a pruned checkpoint: weights tensor by tensor, a config.json with the history of pruning, and a card."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .llama_shape import LlamaShape
 
 @dataclass
 class PruningReport:
-    """What a step of pruning did.
+    """The result of one pruning step.
 
     Attributes:
-        step: as config.json has it (see docs/pruning.md).
-        parameters_before, parameters_after: of the whole model.
-        decoder_before, decoder_after: of its decoder layers, of which a ratio is a share.
-        notes: what the user should know beside that.
+        step: the step as config.json records it (see docs/pruning.md).
+        parameters_before, parameters_after: parameters of the whole model.
+        decoder_before, decoder_after: parameters of its decoder layers; a ratio is a share of these.
+        notes: further remarks for the user.
     """
 
     step: dict[str, Any]
@@ -42,7 +42,7 @@ class PruningReport:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Return the report as JSON values."""
         return dataclasses.asdict(self)
 
 
@@ -59,21 +59,21 @@ def write_pruned(
     progress: Progress,
     notes: list[str],
 ) -> PruningReport:
-    """Write the checkpoint that one step of pruning leaves, as a whole or not at all.
+    """Write the checkpoint that results from one pruning step, completely or not at all.
 
     Args:
         output: folder to make; must not exist, or be empty.
         checkpoint: the model before the step.
-        before, after: its shape before and after.
-        step: what is done, for the history.
-        tensors: all of the new checkpoint.
-        base_name: Hub id of a model that was given as a folder.
+        before, after: its shape before and after the step.
+        step: the step, for the history in config.json.
+        tensors: all tensors of the new checkpoint.
+        base_name: Hub id to record for a model that was given as a folder.
         max_shard_size: a weight file larger than this is split.
         notes: for the report.
 
     Raises:
         OutputError: if the folder is not free or the disk is too small.
-        ValueError: if `max_shard_size` is no size.
+        ValueError: if `max_shard_size` is not a size.
     """
     config = _pruned_config(checkpoint, before, after, with_step(checkpoint, before, step, base_name))
     with new_folder(output) as folder:
@@ -97,11 +97,11 @@ def write_pruned(
 def _pruned_config(
     checkpoint: Checkpoint, before: LlamaShape, after: LlamaShape, history: dict[str, Any]
 ) -> dict[str, Any]:
-    """The new config.json; layers like those before, only fewer, leave a LLaMA a plain LLaMA."""
+    """Return the new config.json; a plain LLaMA stays one if no width changed."""
     config = {**checkpoint.config, "num_hidden_layers": len(after.layers)}
     if config["model_type"] == "pruned_llama" or set(after.layers) != set(before.layers):
         widths = [dataclasses.asdict(layer) for layer in after.layers]
-        # With all layers as they were before any width was pruned: what per_layer_config differs from.
+        # The configuration with every layer as it was before any width was pruned: per_layer_config differs from it.
         usual = {k: v for k, v in config.items() if k not in ("model_type", "per_layer_config")}
         pruned = PrunedLlamaConfig.from_llama(
             PrunedLlamaConfig.from_dict(usual), **{name: [width[name] for width in widths] for name in widths[0]}

@@ -1,4 +1,4 @@
-"""Recovery: fine-tuning a pruned model, with LoRA or all of it, so that it makes up for what was removed."""
+"""Recovery: training a pruned model, with LoRA or in full, to regain the quality that pruning lost."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from .llama_shape import LlamaShape
 from .lora import add_lora, load_model, require_training, training_tokens
 
 _LEARNING_RATES = {"lora": 1e-4, "full": 2e-5}
-_WARM_UP = 0.03  # of the steps
-_ALL = 1 << 40  # more sequences than there is text
+_WARM_UP = 0.03  # share of the steps
+_ALL = 1 << 40  # more sequences than any text has
 _EVALUATION_SEQUENCES = 64
-_LOSSES = 10  # the report's first and last loss are means of so many steps
+_LOSSES = 10  # steps that the report's first and last loss are averaged over
 
 
 @dataclass
 class RecoveryReport:
-    """What a recovery did.
+    """The result of a recovery.
 
     Attributes:
         method: "lora" or "full".
-        steps: of the optimiser.
-        learning_rate: at its highest.
-        first_loss, last_loss: mean of the first and of the last ten steps (or as many as there are), in nats per token.
-        perplexity_before, perplexity_after: on the held-out text, of the model as it was and as it is stored; None
-            without such a text.
-        seconds: that it took.
+        steps: optimiser steps.
+        learning_rate: its highest value.
+        first_loss, last_loss: mean of the first and of the last ten steps (or all, if fewer), in nats per token.
+        perplexity_before, perplexity_after: perplexity on the held-out text, of the model before training and as it
+            was stored; None without such a text.
+        seconds: time taken.
     """
 
     method: str
@@ -63,7 +63,7 @@ class RecoveryReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Return the report as JSON values."""
         return dataclasses.asdict(self)
 
 
@@ -87,35 +87,35 @@ def recover(
     revision: str | None = None,
     progress: bool = True,
 ) -> RecoveryReport:
-    """Fine-tune a LLaMA-shaped model, pruned or not, and write it as a checkpoint of the same kind and dtypes.
+    """Train a LLaMA-shaped model, pruned or not, and write it as a checkpoint of the same kind and dtypes.
 
-    The learning rate rises over 3 % of the steps and falls as a cosine. LoRA's weights are trained in float32 and
-    merged; a full fine-tuning takes 16 bytes a parameter. On a GPU both compute in bfloat16. Under `accelerate launch`
-    every process takes its share of a batch, and the first one writes.
+    The learning rate rises over 3 % of the steps and then follows a cosine to zero. LoRA's weights are trained in
+    float32 and merged; full training takes 16 bytes per parameter. On a GPU both compute in bfloat16. Under
+    `accelerate launch` every process takes its share of a batch, and the first one writes.
 
     Args:
         model: local folder or Hub id.
         output_dir: folder to make.
-        data: text, as for `calibration_text.calibration_tokens`.
-        lora: whether to train LoRA on the seven linear layers of every decoder layer, else all weights.
-        steps: of the optimiser; text that is too little is used more than once. None: as `epochs` says.
-        epochs: how often all of the text is gone through, if `steps` is None.
-        learning_rate: of AdamW, at its highest; None for 1e-4 with LoRA and 2e-5 without.
-        batch_size: sequences a step, over all processes and accumulated gradients.
-        length: of a sequence, in tokens; at most as many as the model has positions.
+        data: text, as for `calibration.text.calibration_tokens`.
+        lora: train LoRA on the seven linear layers of every decoder layer; otherwise train all weights.
+        steps: optimiser steps; text that is too short is repeated. None to train for `epochs`.
+        epochs: how often all of the text is used, if `steps` is None.
+        learning_rate: of AdamW, its highest value; None for 1e-4 with LoRA and 2e-5 without.
+        batch_size: sequences per step, over all processes and accumulated gradients.
+        length: tokens per sequence, at most the model's number of positions.
         rank, alpha: of LoRA; B A is scaled by alpha / rank.
-        seed: of LoRA's first weights and of the order of the sequences.
-        training: more fields of transformers' TrainingArguments, none of those that are arguments here.
-        eval_data: held-out text to measure the perplexity on before and after, on 64 sequences at most.
+        seed: for LoRA's first weights and the order of the sequences.
+        training: more fields of transformers' TrainingArguments, except those that are arguments here.
+        eval_data: held-out text; perplexity is measured before and after on at most 64 sequences of it.
         device: "cpu", "cuda", …; None for a GPU if there is one.
         revision: branch, tag or commit on the Hub.
-        progress: shows a bar over the steps.
+        progress: show a bar over the steps.
 
     Raises:
-        ValueError: for settings that cannot be, a model that is not LLaMA-shaped, too little text, and losses or
-            weights that are not finite; nothing is written then.
+        ValueError: for invalid settings, a model that is not LLaMA-shaped, too little text, and losses or weights that
+            are not finite; nothing is written then.
         CheckpointError: if the model cannot be read.
-        FileNotFoundError: if the text is not there.
+        FileNotFoundError: if the text does not exist.
         OutputError: if the output folder is not free.
         ModuleNotFoundError: if peft or accelerate is not installed.
     """
@@ -139,8 +139,8 @@ def recover(
         if is_first:
             check_output(output_dir)
         checkpoint, shape = open_llama(os.fspath(model), revision)
-        wanted = _ALL if steps is None else steps * batch_size
-        tokens = training_tokens(data, checkpoint, shape, samples=wanted, length=length, seed=seed)
+        sequences = _ALL if steps is None else steps * batch_size
+        tokens = training_tokens(data, checkpoint, shape, samples=sequences, length=length, seed=seed)
         held_out = None
         if eval_data is not None:
             held_out = training_tokens(
@@ -181,10 +181,10 @@ def recover(
 
 
 def _training_dtype(checkpoint: Checkpoint, lora: bool, device: torch.device) -> torch.dtype:
-    # LoRA's products are merged into these weights, which may not lose what the checkpoint has. Trained weights need
-    # float32: a step is less than what bfloat16 can tell apart.
-    halves = {checkpoint.dtype(name) for name in checkpoint.names()} == {torch.bfloat16}
-    return torch.bfloat16 if lora and halves and device.type == "cuda" else torch.float32
+    # LoRA's product is merged into these weights, so they need the checkpoint's precision. Weights that are trained
+    # need float32, because a step is smaller than bfloat16 can represent.
+    is_bfloat16 = {checkpoint.dtype(name) for name in checkpoint.names()} == {torch.bfloat16}
+    return torch.bfloat16 if lora and is_bfloat16 and device.type == "cuda" else torch.float32
 
 
 def _perplexity(model: Any, blocks: torch.Tensor | None, arguments: Any) -> float | None:
@@ -196,10 +196,10 @@ def _perplexity(model: Any, blocks: torch.Tensor | None, arguments: Any) -> floa
 
 @torch.no_grad()
 def _round(model: Any, checkpoint: Checkpoint) -> None:
-    """Round the weights to what the checkpoint's dtypes can hold, without another dtype yet.
+    """Round the weights to values that the checkpoint's dtypes can represent, but keep their present dtype.
 
     Raises:
-        ValueError: if one is not finite then.
+        ValueError: if a rounded weight is not finite.
     """
     for name, parameter in model.named_parameters():
         parameter.copy_(parameter.to(checkpoint.dtype(name)))
@@ -210,13 +210,13 @@ def _round(model: Any, checkpoint: Checkpoint) -> None:
 def _save(
     model: Any, folder: Path, name: str, checkpoint: Checkpoint, shape: LlamaShape, step: Mapping[str, Any]
 ) -> None:
-    """Write the model as `save_pretrained` does, in the checkpoint's dtypes, and what stands beside it."""
+    """Write the model as `save_pretrained` does, in the checkpoint's dtypes, with its sidecar files and card."""
     for parameter_name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(checkpoint.dtype(parameter_name))
     was_pruned = kind_of(checkpoint.config) is RepositoryKind.PRUNED
     if was_pruned:
         model.config.pruning = with_step(checkpoint, shape, step)
-    # Published generation settings need not pass `save_pretrained`'s checks; those of the source are copied as they are
+    # save_pretrained may reject published generation settings; the source's file is copied unchanged instead
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(folder, max_shard_size="5GB")
     copy_sidecar_files(checkpoint.source, checkpoint.options, folder)

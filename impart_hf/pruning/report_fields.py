@@ -1,4 +1,4 @@
-"""Fields and files of an importance report, of which anything may be damaged."""
+"""Checked reading of an importance report's fields and files, any of which may be damaged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..modeling.checkpoints import read_json
 
 
 class DamagedError(ValueError):
-    """What is wrong with a report's files."""
+    """Damage in a report's files; the message says what is wrong."""
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -26,14 +26,14 @@ def read_report(path: Path) -> dict[str, Any]:
 def checked_whole(fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-        raise DamagedError(f"{name} is {value!r:.40}")
+        raise DamagedError(f"{name} is {value!r:.40}, not a whole number above 0")
     return value
 
 
 def checked_flag(fields: Mapping[str, Any], name: str) -> bool:
     value = fields.get(name)
     if not isinstance(value, bool):
-        raise DamagedError(f"{name} is {value!r:.40}")
+        raise DamagedError(f"{name} is {value!r:.40}, not true or false")
     return value
 
 
@@ -44,26 +44,28 @@ def checked_number(fields: Mapping[str, Any], name: str) -> float:
             return float(value)
     except OverflowError:
         pass
-    raise DamagedError(f"{name} is {value!r:.40}")
+    raise DamagedError(f"{name} is {value!r:.40}, not a finite number from 0")
 
 
 def checked_text(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value:
-        raise DamagedError(f"{name} is {value!r:.40}")
+        raise DamagedError(f"{name} is {value!r:.40}, not a text")
     return value
 
 
 def open_vectors(path: Path, dtype: str, sizes: Mapping[str, int]) -> Any:
-    """A safetensors file that holds vectors of these sizes and nothing else; no data are read yet."""
+    """Open a safetensors file that must hold vectors of these sizes and nothing else; no data are read yet."""
     try:
         file = safe_open(str(path), framework="np")
         found = {name: file.get_slice(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise DamagedError(f"{path.name} cannot be read: {error}") from error
     if found.keys() != sizes.keys():
-        raise DamagedError(f"{path.name} does not hold the entries that it should")
+        raise DamagedError(f"{path.name} does not hold the expected entries")
     for name, entry in found.items():
         if entry.get_dtype() != dtype or entry.get_shape() != [sizes[name]]:
-            raise DamagedError(f"{path.name}: {name} is {entry.get_dtype()} {entry.get_shape()}, not [{sizes[name]}]")
+            raise DamagedError(
+                f"{path.name}: {name} is {entry.get_dtype()} {entry.get_shape()}, not {dtype} [{sizes[name]}]"
+            )
     return file

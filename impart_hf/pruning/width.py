@@ -1,4 +1,4 @@
-"""Width pruning: attention heads and MLP channels removed, more of them in less important layers."""
+"""Width pruning: remove attention heads and MLP channels, more of them in less important layers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
 from .pruned_writer import PruningReport, write_pruned
 from .width_budget import WidthBudget, width_budget
 
-# With it, a score twice as high loses a thousandth of the share; beyond, shares leave what floats can tell apart.
+# At 10, doubling a layer's score divides its share by a thousand; beyond, shares become too small for floats.
 _LARGEST_EXPONENT = 10
 
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """What stays of a layer, as sorted int64 indices.
+    """The units that a layer keeps, as sorted int64 indices.
 
     Attributes:
         heads: query heads.
@@ -51,7 +51,7 @@ class KeptUnits:
         return LayerWidth(len(self.heads), len(self.key_value_heads), len(self.channels))
 
     def rows(self, linear: str, head_dim: int) -> Tensor | None:
-        """Which rows of a linear layer stay; None for all."""
+        """Return the rows of a linear layer that are kept; None for all."""
         return {
             "self_attn.q_proj": _entries(self.heads, head_dim),
             "self_attn.k_proj": _entries(self.key_value_heads, head_dim),
@@ -61,7 +61,7 @@ class KeptUnits:
         }.get(linear)
 
     def columns(self, linear: str, head_dim: int) -> Tensor | None:
-        """Which columns of a linear layer stay; None for all."""
+        """Return the columns of a linear layer that are kept; None for all."""
         return {
             "self_attn.o_proj": _entries(self.heads, head_dim),
             "mlp.down_proj": self.channels,
@@ -90,22 +90,23 @@ def prune_width(
 ) -> PruningReport:
     """Remove the least important attention heads and MLP channels of every layer of a LLaMA.
 
-    The result is a `PrunedLlamaForCausalLM`. head_dim stays, biases are cut along.
+    The result is a `PrunedLlamaForCausalLM`. head_dim does not change; biases lose the entries of removed rows.
 
     Args:
         model: local folder or Hub id.
         output_dir: folder to make; must not exist, or be empty.
         importance: report on this model, or its folder.
-        ratio: share of the decoder layers' parameters to remove, in (0, 1); met within half a unit.
-        score: "igia" or "gradient_norm", for layers and for what is in them.
-        exponent: a layer of score s loses a share in proportion to s^-exponent; 0 lets all lose the same; at most 10.
+        ratio: share of the decoder layers' parameters to remove, in (0, 1); met to within half a unit.
+        score: "igia" or "gradient_norm", for layers and for their heads and channels.
+        exponent: a layer of score s loses a share proportional to s^-exponent. At 0 all layers lose the same share; at
+            most 10.
         parts: "attention", "mlp" or both.
-        multiple_of: the channels that stay are a multiple of this, in layers that lose any.
-        query_heads: under GQA, remove the same number of query heads from every KV group, instead of whole groups.
-        calibration: text for a least-squares correction of o_proj and down_proj to what was removed beside the
-            columns that stay; None leaves them as they are.
-        calibration_samples, calibration_length: sequences of that text at most, and their tokens.
-        device: where that is computed.
+        multiple_of: in layers that lose channels, the number of kept channels is a multiple of this.
+        query_heads: with GQA, remove the same number of query heads from every KV group, instead of whole groups.
+        calibration: calibration text for a least-squares correction: the kept columns of o_proj and down_proj are
+            changed to compensate for the removed ones. None for no correction.
+        calibration_samples, calibration_length: the largest number of sequences of that text, and tokens per sequence.
+        device: where the correction is computed.
         revision: branch, tag or commit of the model.
         base_name: Hub id to record for a model that is given as a local folder.
         max_shard_size: a weight file larger than this is split.
@@ -113,7 +114,7 @@ def prune_width(
 
     Raises:
         ValueError: if the model is not LLaMA-shaped, the report is of another model, a setting is out of range, the
-            ratio would leave a layer without heads or channels, or the text is none.
+            ratio would leave a layer without heads or channels, or the calibration text is empty.
         CheckpointError: if the model cannot be read.
         OutputError: if the output folder is not free or the disk is too small.
     """
@@ -130,7 +131,7 @@ def prune_width(
     checkpoint, shape = open_llama(model, revision)
     single = all(width.num_attention_heads == width.num_key_value_heads for width in shape.layers)
     if query_heads and "attention" in parts and single:
-        raise ValueError("every KV group has a single query head: there are none to remove but with their group")
+        raise ValueError("query_heads: every KV group has a single query head, so only whole groups can be removed")
     importance = importance if isinstance(importance, Importance) else Importance.load(importance)
     importance.check_model(checkpoint, shape)
     budget = width_budget(
@@ -138,7 +139,9 @@ def prune_width(
         exponent=exponent, parts=parts, multiple_of=multiple_of, query_heads=query_heads,
     )  # fmt: skip
     if budget.parameters == 0:
-        raise ValueError(f"ratio {ratio:g} is less than half of what can be removed at a time: nothing would be")
+        raise ValueError(
+            f"ratio {ratio:g} is less than half of the smallest unit, so nothing would be removed: ask for more"
+        )
     kept = [kept_units(shape, budget, importance, score, query_heads, n) for n in range(len(shape.layers))]
     after = dataclasses.replace(shape, layers=tuple(units.width for units in kept))
     lost = list(zip(shape.layers, after.layers, strict=True))
@@ -170,7 +173,7 @@ def prune_width(
 def kept_units(
     shape: LlamaShape, budget: WidthBudget, importance: Importance, score: str, query_heads: bool, layer: int
 ) -> KeptUnits:
-    """What stays of a layer: its heads, groups and channels of the highest scores, as many as the budget leaves."""
+    """Return the heads, KV groups and channels with the highest scores, as many as the budget leaves in a layer."""
     width = shape.layers[layer]
     groups = width.num_key_value_heads
     heads = torch.arange(width.num_attention_heads).view(groups, -1)
@@ -186,7 +189,7 @@ def kept_units(
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the highest scores along the last dimension, sorted; of equal ones the first."""
+    """Return the sorted indices of the highest scores along the last dimension; of equal scores, the first."""
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
 
 
@@ -195,7 +198,7 @@ def _entries(heads: Tensor, head_dim: int) -> Tensor:
 
 
 def _columns(kept: Sequence[KeptUnits], head_dim: int) -> dict[str, Tensor]:
-    """The columns that stay, by the names of the weights that lose some."""
+    """Return the kept columns of the weights that lose columns, by the weight's name."""
     return {
         f"{layer_prefix(number)}{linear}.weight": columns
         for number, units in enumerate(kept)

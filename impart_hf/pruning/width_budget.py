@@ -1,4 +1,4 @@
-"""How many heads and channels every layer loses, so that a budget of parameters is met."""
+"""The numbers of heads and channels that every layer loses to meet a budget of parameters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .llama_shape import LayerWidth, LlamaShape
 
 @dataclass(frozen=True)
 class HeadUnit:
-    """What is removed of a layer's attention at a time: a KV group, or one query head of every group.
+    """The smallest part of a layer's attention that is removed: a KV group, or one query head of every group.
 
     Attributes:
-        parameters: of one unit.
-        count: how many there are; one at least stays.
+        parameters: parameters of one unit.
+        count: how many units the layer has; at least one is kept.
     """
 
     parameters: int
@@ -26,10 +26,10 @@ class HeadUnit:
 
 
 def head_unit(shape: LlamaShape, width: LayerWidth, query_heads: bool) -> HeadUnit:
-    """The unit of a layer's heads.
+    """Return the head unit of a layer.
 
     Args:
-        query_heads: remove one query head of every KV group at a time, instead of whole groups.
+        query_heads: a unit is one query head of every KV group, instead of a whole group.
     """
     groups = width.num_key_value_heads
     per_group = width.num_attention_heads // groups
@@ -41,18 +41,18 @@ def head_unit(shape: LlamaShape, width: LayerWidth, query_heads: bool) -> HeadUn
 
 
 def channel_parameters(shape: LlamaShape) -> int:
-    """Parameters of one channel of an MLP."""
+    """Return the number of parameters of one MLP channel."""
     return 3 * shape.hidden_size + 2 * shape.mlp_bias
 
 
 @dataclass(frozen=True)
 class WidthBudget:
-    """What every layer is to lose.
+    """What to remove from every layer.
 
     Attributes:
-        heads: units of heads, by layer.
-        channels: channels, by layer.
-        parameters: in all.
+        heads: head units to remove, by layer.
+        channels: channels to remove, by layer.
+        parameters: all parameters to remove.
     """
 
     heads: list[int]
@@ -70,19 +70,19 @@ def width_budget(
     multiple_of: int = 1,
     query_heads: bool = False,
 ) -> WidthBudget:
-    """Share a budget among the layers: the less important one is, the larger the share of it that goes.
+    """Divide a budget among the layers; less important layers lose a larger share.
 
-    A layer of score s loses the share λ·s^-exponent of what can be pruned in it, as far as it can, with one λ for all
-    by which the budget is met. Its heads lose that share as nearly as whole units come, its channels the rest. What
-    rounding leaves over is then settled channel by channel, so that the budget is missed by half a unit at most.
+    A layer of score s loses the share min(1, λ·s^-exponent) of what can be pruned in it; λ is the same for all layers
+    and chosen to meet the budget. Its heads lose that share to the nearest whole unit, its channels the rest. Channels
+    are then added one by one until the budget is missed by at most half a unit.
 
     Args:
-        shape: of the model.
+        shape: the model's shape.
         scores: (layers,), not negative.
-        ratio: share of the decoder layers' parameters to be removed, in (0, 1).
-        exponent: 0 lets all layers lose the same share.
-        parts: of the layers that are pruned, "attention", "mlp" or both.
-        multiple_of: the channels that stay are a multiple of this, in layers that lose any.
+        ratio: share of the decoder layers' parameters to remove, in (0, 1).
+        exponent: at 0 all layers lose the same share.
+        parts: the parts of the layers to prune: "attention", "mlp" or both.
+        multiple_of: in layers that lose channels, the number of kept channels is a multiple of this.
         query_heads: as for `head_unit`.
 
     Raises:
@@ -101,18 +101,18 @@ def width_budget(
     if not 0 < ratio < 1 or target > sum(limits):
         most = sum(limits) / shape.decoder_parameters
         raise ValueError(
-            f"ratio is {ratio:g}; it must be above 0 and at most {most:.4f} if {' and '.join(parts)} is pruned and "
-            f"every layer keeps some of its heads and a multiple of {multiple_of} channels"
+            f"ratio is {ratio:g}; it must be above 0 and at most {most:.4f} to prune {' and '.join(parts)}, because "
+            f"every layer keeps at least one head and a multiple of {multiple_of} channels"
         )
     shares = _shares(scores, limits, target, exponent)
-    wanted = [share * limit for share, limit in zip(shares, limits, strict=True)]
-    of_heads = [
-        w * heads / limit if limit else 0.0 for w, heads, limit in zip(wanted, head_limits, limits, strict=True)
+    goals = [share * limit for share, limit in zip(shares, limits, strict=True)]
+    head_goals = [
+        goal * heads / limit if limit else 0.0 for goal, heads, limit in zip(goals, head_limits, limits, strict=True)
     ]
-    heads = _settle(of_heads, head_steps, sum(of_heads))
+    heads = _settle(head_goals, head_steps, sum(head_goals))
     removed = [sum(steps[:n]) for steps, n in zip(head_steps, heads, strict=True)]
-    of_channels = [w - r for w, r in zip(wanted, removed, strict=True)]
-    channels = _settle(of_channels, channel_steps, target - sum(removed))
+    channel_goals = [goal - r for goal, r in zip(goals, removed, strict=True)]
+    channels = _settle(channel_goals, channel_steps, target - sum(removed))
     total = sum(removed) + sum(sum(steps[:n]) for steps, n in zip(channel_steps, channels, strict=True))
     if abs(total - target) > max(max(steps, default=0) for steps in (*head_steps, *channel_steps)):
         raise ValueError(f"ratio {ratio:g} cannot be met with whole heads and multiples of {multiple_of} channels")
@@ -121,7 +121,7 @@ def width_budget(
 
 
 def _removals(size: int, multiple_of: int) -> list[int]:
-    """How many channels each step takes, from `size` down to the smallest multiple."""
+    """Return how many channels each step removes, from `size` down to the smallest multiple."""
     if size <= multiple_of:
         return []
     first = size % multiple_of or multiple_of
@@ -129,18 +129,18 @@ def _removals(size: int, multiple_of: int) -> list[int]:
 
 
 def _shares(scores: torch.Tensor, limits: Sequence[int], target: float, exponent: float) -> list[float]:
-    """For every layer, what share of its limit goes: min(1, λ·s^-exponent), λ such that the target is met."""
-    usual = scores.double() / scores.double().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    # A layer without any gradient would take all for itself.
-    weights = usual.clamp(min=1e-6) ** -exponent
+    """Return the share of its limit that each layer loses: min(1, λ·s^-exponent), with the λ that meets the target."""
+    relative = scores.double() / scores.double().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    # Without the lower bound, a layer with a score of zero would take the whole budget.
+    weights = relative.clamp(min=1e-6) ** -exponent
     sizes = torch.tensor(limits, dtype=torch.float64)
-    at_most = (1 / weights.min()).item()  # there every layer gives all it can
-    found = _bisect(lambda x: ((weights * x).clamp(max=1) * sizes).sum().item(), target, 0.0, at_most)
-    return (weights * found).clamp(max=1).tolist()
+    largest = (1 / weights.min()).item()  # with this λ every layer loses all that it can
+    factor = _bisect(lambda x: ((weights * x).clamp(max=1) * sizes).sum().item(), target, 0.0, largest)
+    return (weights * factor).clamp(max=1).tolist()
 
 
 def _bisect(rising: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Where a rising function reaches the target, between two numbers of which the upper one is far enough."""
+    """Return the point between `low` and `high` where a rising function reaches the target; `high` must reach it."""
     for _ in range(100):
         middle = (low + high) / 2
         if rising(middle) < target:
@@ -150,37 +150,38 @@ def _bisect(rising: Callable[[float], float], target: float, low: float, high: f
     return high
 
 
-def _settle(wanted: Sequence[float], steps: Sequence[Sequence[int]], budget: float) -> list[int]:
-    """How many steps each layer takes, so that together they come nearest to the budget.
+def _settle(goals: Sequence[float], steps: Sequence[Sequence[int]], budget: float) -> list[int]:
+    """Return how many steps each layer takes, so that their sum comes as near as possible to the budget.
 
-    All are moved by one amount to meet it, those excepted that have nothing more to give or to keep; then each takes
-    whole steps up to there, and what is left of the budget is taken step by step where most is lacking.
+    All goals are shifted by the same amount to meet the budget, within 0 and each layer's limit. Each layer then takes
+    the whole steps that fit under its goal. The rest of the budget is taken step by step from the layer that is
+    farthest below its goal.
     """
-    wants = torch.tensor(wanted, dtype=torch.float64)
+    unshifted = torch.tensor(goals, dtype=torch.float64)
     limits = torch.tensor([sum(sizes) for sizes in steps], dtype=torch.float64)
 
-    def moved(by: float) -> torch.Tensor:
-        return torch.minimum(wants + by, limits).clamp(min=0)
+    def shifted(by: float) -> torch.Tensor:
+        return torch.minimum(unshifted + by, limits).clamp(min=0)
 
-    farthest = (wants.abs() + limits).max().item()
-    goals = moved(_bisect(lambda by: moved(by).sum().item(), budget, -farthest, farthest)).tolist()
+    largest = (unshifted.abs() + limits).max().item()
+    shifted_goals = shifted(_bisect(lambda by: shifted(by).sum().item(), budget, -largest, largest)).tolist()
     taken, total = [], 0
-    lacking: list[tuple[float, int]] = []
-    for number, (goal, sizes) in enumerate(zip(goals, steps, strict=True)):
+    deficits: list[tuple[float, int]] = []  # a heap: (removed minus goal, layer)
+    for number, (goal, sizes) in enumerate(zip(shifted_goals, steps, strict=True)):
         count, removed = 0, 0
-        # Half a parameter of slack: the goal is a number that bisection has found.
+        # Half a parameter of tolerance, because bisection finds the goal with a rounding error.
         while count < len(sizes) and removed + sizes[count] <= goal + 0.5:
             removed, count = removed + sizes[count], count + 1
         taken.append(count)
         total += removed
         if count < len(sizes):
-            heapq.heappush(lacking, (removed - goal, number))
-    while lacking:
-        behind, number = heapq.heappop(lacking)
+            heapq.heappush(deficits, (removed - goal, number))
+    while deficits:
+        deficit, number = heapq.heappop(deficits)
         size = steps[number][taken[number]]
         if abs(total + size - budget) >= abs(total - budget):
             break
         taken[number], total = taken[number] + 1, total + size
         if taken[number] < len(steps[number]):
-            heapq.heappush(lacking, (behind + size, number))
+            heapq.heappush(deficits, (deficit + size, number))
     return taken

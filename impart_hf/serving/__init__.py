@@ -1,7 +1,7 @@
 """Serving with vLLM.
 
-Installed, this package makes `vllm serve` and `LLM` take delta repositories and pruned LLaMA like any other model.
-What is here for users is swapping the delta of a running engine.
+Once installed, this package makes `vllm serve` and `LLM` accept delta repositories and pruned LLaMA like any other
+model. Its public names are for swapping the delta of a running engine.
 """
 
 import importlib
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from .deltas import CheckedDelta, DeltaRefusedError
     from .swap import AsyncDeltaSwitch, DeltaSwitch, EngineUnsoundError, SwapError
 
-# Every process of vLLM imports this package to register classes: what swaps need is imported when it is first used.
-_HOMES = {
+# Every process of vLLM imports this package to register classes, so the modules for swaps are imported on first use.
+_MODULES = {
     "AsyncDeltaSwitch": "swap",
     "CheckedDelta": "deltas",
     "DeltaRefusedError": "deltas",
@@ -25,6 +25,6 @@ __all__ = ["AsyncDeltaSwitch", "CheckedDelta", "DeltaRefusedError", "DeltaSwitch
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

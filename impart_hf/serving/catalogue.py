@@ -14,33 +14,33 @@ BASE = "base"  # the name of the base's own weights
 
 @dataclass(frozen=True)
 class NamedDelta:
-    """A delta repository and its name: folder or Hub id, and a revision on the Hub; without `repo` the base itself."""
+    """A named delta repository: folder or Hub id, and a revision on the Hub. Without `repo` it is the base itself."""
 
     name: str
     repo: str | None
     revision: str | None = None
 
     def __post_init__(self):
-        if self.repo and os.path.isdir(self.repo):  # one folder, one spelling
+        if self.repo and os.path.isdir(self.repo):  # so that a folder has one spelling
             object.__setattr__(self, "repo", os.path.abspath(self.repo))
 
 
 class Catalogue:
-    """Deltas by name, from a setting like `math=user/math-delta@v1,code=/deltas/code,/deltas/tenants`.
+    """Deltas by name, from a setting such as `math=user/math-delta@v1,code=/deltas/code,/deltas/tenants`.
 
-    An entry is NAME=REPO[@REVISION], or a folder in which every delta repository is offered by the name of its own
-    folder; such a folder is looked at anew every time, so that deltas can come and go while the server runs.
+    An entry is NAME=REPO[@REVISION], or a folder whose delta repositories are offered under the names of their own
+    folders. Such a folder is read again every time, so that deltas can be added and removed while the server runs.
     """
 
     def __init__(self, setting: str, started_on: NamedDelta | None = None):
-        """Read the setting.
+        """Parse the setting.
 
         Args:
             setting: entries, separated by commas; may be empty.
             started_on: the delta that the engine was started on, which is offered too.
 
         Raises:
-            ValueError: if an entry is none of the two, or a name is given twice.
+            ValueError: if an entry has neither form, or a name is given twice.
         """
         self._named = [started_on] if started_on else []
         self._folders: list[Path] = []
@@ -56,25 +56,25 @@ class Catalogue:
             if not name or not place or (at and not revision):
                 raise ValueError(f"{DELTAS_VARIABLE}: '{entry}' is not NAME=REPO[@REVISION]")
             self._named.append(NamedDelta(name, place, revision or None))
-        if twice := self._look()[1]:
-            raise ValueError(f"{DELTAS_VARIABLE}: {twice[0]}")
+        if problems := self._look()[1]:
+            raise ValueError(f"{DELTAS_VARIABLE}: {problems[0]}; choose another name for one of them")
 
     def all(self) -> dict[str, NamedDelta]:
-        """What is offered now, by name, the base first. Where a name has come to stand for two, it is the first's."""
-        offered, twice = self._look()
-        for problem in twice:
+        """Return what is offered now, by name, the base first; if two deltas have one name, the first is offered."""
+        offered, problems = self._look()
+        for problem in problems:
             getLogger("vllm.impart_hf").warning("%s: the second is not offered", problem)
         return offered
 
     def _look(self) -> tuple[dict[str, NamedDelta], list[str]]:
-        """Deltas by name, and what is said of names that stand for two."""
-        offered, twice = {BASE: NamedDelta(BASE, None)}, []
+        """Return deltas by name, and a message for each name that two deltas have."""
+        offered, problems = {BASE: NamedDelta(BASE, None)}, []
         for delta in [*self._named, *self._in_folders()]:
             known = offered.setdefault(delta.name, delta)
             if known != delta:
                 first = known.repo or "the base itself"
-                twice.append(f"the name '{delta.name}' stands for {first} and for {delta.repo}")
-        return offered, twice
+                problems.append(f"the name '{delta.name}' is given to {first} and to {delta.repo}")
+        return offered, problems
 
     def _in_folders(self) -> list[NamedDelta]:
         found = []
@@ -82,7 +82,7 @@ class Catalogue:
             for place in sorted(path.parent for path in folder.glob("*/config.json")):
                 try:
                     kind = repository_kind(str(place), HubOptions())
-                except CheckpointError:  # not whole yet, or not a model
+                except CheckpointError:  # not complete yet, or not a model
                     continue
                 if kind is RepositoryKind.DELTA and not place.name.startswith("."):
                     found.append(NamedDelta(place.name, str(place)))

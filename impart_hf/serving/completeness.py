@@ -1,4 +1,4 @@
-"""Whether a delta repository or its base has every tensor of the model, which vLLM does not check."""
+"""Check that a delta repository or its base has every tensor of the model, because vLLM does not."""
 
 import torch
 from transformers import PreTrainedConfig
@@ -15,22 +15,22 @@ def check_complete(weights: Tensors, config: PreTrainedConfig) -> None:
     If a linear layer's tensor is missing, vLLM continues with whatever was in memory.
 
     Args:
-        weights: whose names, shapes and dtypes are checked; no weights are read.
-        config: of the model.
+        weights: the tensors; only names, shapes and dtypes are checked, no weights are read.
+        config: the model's configuration.
 
     Raises:
-        DeltaFormatError: naming the first tensor that is missing or has another shape.
+        DeltaFormatError: if a tensor is missing or has another shape; the message names the first.
     """
     empty = {
         name: torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta") for name in weights.names()
     }
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # nothing is loaded
+    logging.disable_progress_bar()  # a bar would suggest that weights are loaded
     try:
         _, info = inner_class(config).from_pretrained(
             None, config=config, state_dict=empty, device_map="meta", output_loading_info=True
         )
-    except Exception as error:  # a shape; or the configuration describes no model, which can raise anything
+    except Exception as error:  # a wrong shape, or an invalid configuration, for which any type can be raised
         raise DeltaFormatError(f"'{weights.source}' does not fit its model's configuration: {error}") from error
     finally:
         if bars:

@@ -1,4 +1,4 @@
-"""The configuration that vLLM sees of a delta repository: its fine-tuned model's own."""
+"""The configuration that vLLM sees for a delta repository: that of its fine-tuned model."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from .model_classes import DELTA_PREFIX
 
 
 class DeltaConfigParser(HFConfigParser):
-    """vLLM's parser of config.json, which takes a delta repository for the model that it stands for.
+    """vLLM's parser of config.json, which presents a delta repository as its fine-tuned model.
 
-    To vLLM it then is a LLaMA (a Mistral, a Qwen, …) in every respect, overrides included, with a model class that
-    reads its weights in another way.
+    vLLM then treats it as a LLaMA (a Mistral, a Qwen, …) in every respect, overrides included, but with a model class
+    whose weights are read from base and delta.
     """
 
     def parse(
@@ -26,7 +26,7 @@ class DeltaConfigParser(HFConfigParser):
         code_revision: str | None = None,
         **kwargs: Any,
     ) -> tuple[dict, PreTrainedConfig]:
-        """As vLLM's; of a delta repository, `text_config` and the name of one of our model classes.
+        """Parse like vLLM's parser; for a delta repository, return `text_config` with one of our model classes.
 
         Raises:
             ValueError: if the repository has no inner configuration.
@@ -37,16 +37,16 @@ class DeltaConfigParser(HFConfigParser):
         inner = config.text_config
         if inner is None or inner.model_type == config.model_type:
             raise ValueError(f"config.json of '{model}' has no text_config of a fine-tuned model")
-        # vLLM takes the first that it knows; some of its models look for the transformers class that they stand for.
+        # vLLM takes the first architecture that it knows. Some of its models also look for their transformers class.
         inner.architectures = [_delta_architecture(inner), *(inner.architectures or ())]
         inner._name_or_path = str(model)
-        if inner.dtype is None:  # vLLM would look for it in the delta file, whose entries say nothing of it
+        if inner.dtype is None:  # otherwise vLLM infers it from the delta file, whose entries have other dtypes
             inner.dtype = config.tensor_dtype
         return fields["text_config"], inner
 
 
 def _delta_architecture(config: PreTrainedConfig) -> str:
-    """Our model class for a fine-tuned model's configuration; transformers' own code where vLLM has no class for it."""
+    """Return our model class for a fine-tuned model's configuration; transformers' own code if vLLM has no class."""
     known = ModelRegistry.get_supported_archs()
     for name in config.architectures or ():
         if DELTA_PREFIX + name in known:

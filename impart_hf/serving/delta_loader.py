@@ -1,4 +1,4 @@
-"""Loading a delta repository into one of vLLM's models: base + decoded delta, tensor by tensor."""
+"""Loading a delta repository into one of vLLM's models: base plus decoded delta, tensor by tensor."""
 
 import time
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 LOAD_FORMAT = "impart_hf"
 _REPLACED_FORMATS = ("auto", "hf", "safetensors")
-_DUMMY_FORMAT = "dummy"  # random weights: no file is read
+_DUMMY_FORMAT = "dummy"  # random weights, without reading any file
 
 
 @register_model_loader(LOAD_FORMAT)
 class DeltaLoader(DefaultModelLoader):
-    """vLLM's own loader, which takes the tensors of a delta repository from base and delta instead of from its files.
+    """vLLM's default loader, which reads the tensors of a delta repository from base and delta instead of its files.
 
-    Other models, such as a draft model or a checkpoint that weights are reloaded from, are loaded as ever.
+    Other models, such as a draft model or a checkpoint from which weights are reloaded, are loaded as usual.
     """
 
     def __init__(self, load_config: LoadConfig):
@@ -37,15 +37,15 @@ class DeltaLoader(DefaultModelLoader):
     def get_all_weights(
         self, model_config: "ModelConfig", model: torch.nn.Module
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a model, by name, one at a time.
+        """Return the tensors of a model, by name, one at a time.
 
         Raises:
-            CheckpointError, DeltaFormatError, WrongBaseError: if delta or base are not as they should be.
+            CheckpointError, DeltaFormatError, WrongBaseError: if delta or base is missing, damaged or changed.
         """
         options = hub_options(model_config, self.load_config, model_config.revision)
         if repository_kind(model_config.model, options) is not RepositoryKind.DELTA:
             return super().get_all_weights(model_config, model)
-        self.counter_before_loading_weights = time.perf_counter()  # vLLM logs the time since then
+        self.counter_before_loading_weights = time.perf_counter()  # vLLM logs the time that has passed since
         repository = open_served(model_config.model, options)
         check_complete(repository, repository.text_config)
         return decoded_tensors(repository, next(model.parameters()).device)
@@ -59,14 +59,14 @@ class DeltaLoader(DefaultModelLoader):
 
 
 class _LoadsDelta(VerifyAndUpdateConfig):
-    """What vLLM asks about an engine's settings if its model is a delta repository."""
+    """The class that vLLM asks to check an engine's settings if its model is a delta repository."""
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Let weights be read by `DeltaLoader`.
+        """Set the load format to that of `DeltaLoader`.
 
         Raises:
-            ValueError: if the engine's settings are not for a delta repository.
+            ValueError: if the engine's settings do not allow a delta repository.
         """
         super().verify_and_update_config(vllm_config)
         remedy = "write the dense checkpoint with `impart-hf reconstruct` and serve that"
@@ -77,17 +77,17 @@ class _LoadsDelta(VerifyAndUpdateConfig):
             )
         if vllm_config.model_config.runner_type != "generate":
             raise ValueError(
-                f"a delta repository can generate only, not serve --runner {vllm_config.model_config.runner_type}: "
-                f"{remedy}"
+                f"a delta repository can only generate, not serve --runner {vllm_config.model_config.runner_type}: "
+                f"leave it out, or {remedy}"
             )
         if load_format in _REPLACED_FORMATS:
             vllm_config.load_config.load_format = LOAD_FORMAT
 
 
 def delta_settings(own: Any) -> Any:
-    """The class that vLLM asks about the settings of a delta repository's engine.
+    """Return the class that vLLM asks to check the settings of a delta repository's engine.
 
     Args:
-        own: the class for the fine-tuned model's architecture; None if vLLM has none.
+        own: vLLM's class for the fine-tuned model's architecture, which is asked too; None if there is none.
     """
     return _LoadsDelta if own is None else type(f"Delta{own.__name__}", (_LoadsDelta, own), {})

@@ -1,4 +1,4 @@
-"""Which deltas an engine may load: everything about a delta that can be checked before the engine is touched."""
+"""Checks of the deltas that an engine may load: everything that can be checked before the engine is touched."""
 
 import json
 import os
@@ -19,18 +19,18 @@ from .scratch import Scratch
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Fields of a configuration that change nothing in the model that vLLM has built; nor does any kind of dropout.
-_NO_MATTER = {
+# Fields of a configuration that do not change the model that vLLM has built; all kinds of dropout do not either.
+_IGNORED_FIELDS = {
     "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
     "initializer_range", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "pad_token_id",
     "pretraining_tp", "problem_type", "pruning", "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
-# Files of which an engine goes on using those that it was started with.
+# For these files the engine continues to use those that it was started with.
 _KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 class DeltaRefusedError(ValueError):
-    """A delta that the engine cannot load, though it may be a good one."""
+    """A delta that the engine cannot load, although it may be sound."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class CheckedDelta:
 
     Attributes:
         repo, revision: its folder or Hub id and its commit; both None for the base's own weights.
-        dense: folder of its weights, decoded beforehand; None if the engine is to decode them.
-        notes: what a user should know, in which the engine stays as it was started.
+        dense: folder of its weights, if they are already decoded; None if the engine decodes them.
+        notes: notes for the user: files for which the engine continues to use those that it was started with.
     """
 
     repo: str | None
@@ -50,33 +50,37 @@ class CheckedDelta:
 
 
 class DeltaChecker:
-    """Checks deltas for one engine, and decodes them if there is room; does nothing to the engine.
+    """Checks deltas for one engine, and decodes them if there is scratch space; does not touch the engine.
 
     Attributes:
-        files: of the model that the engine was started on.
-        scratch: the room.
+        files: files of the model that the engine was started on.
+        scratch: the scratch space.
     """
 
     def __init__(self, vllm_config: "VllmConfig"):
-        """Look at the engine's own files.
+        """Read the engine's own files.
 
         Raises:
-            DeltaRefusedError: if the engine was started in a way that rules swaps out.
-            CheckpointError, DeltaFormatError, WrongBaseError: if its files are not as they should be.
-            ValueError: if the environment names room that is none.
+            DeltaRefusedError: if the engine was started with settings that do not allow swaps.
+            CheckpointError, DeltaFormatError, WrongBaseError: if its files are missing, damaged or changed.
+            ValueError: if the environment names scratch space that cannot be used.
         """
         if vllm_config.lora_config is not None:
-            raise DeltaRefusedError("an engine with --enable-lora cannot swap deltas: adapters belong to one of them")
+            raise DeltaRefusedError(
+                "an engine with --enable-lora cannot swap deltas: adapters fit one set of weights; start it without"
+            )
         if vllm_config.speculative_config is not None:
-            raise DeltaRefusedError("an engine with a draft model cannot swap deltas: the draft would stay as it is")
+            raise DeltaRefusedError("an engine with a draft model cannot swap deltas: the draft would not be swapped")
         if vllm_config.model_config.get_num_experts() > 0:
-            # Its layerwise reload gives other weights than its loader, on CPUs at least
-            raise DeltaRefusedError("the weights of experts cannot be swapped: vLLM does not load them a second time")
+            # On CPUs at least, vLLM's layerwise reload gives other weights than its loader
+            raise DeltaRefusedError("the weights of experts cannot be swapped: vLLM cannot load them a second time")
         if vllm_config.parallel_config.data_parallel_size > 1:
-            raise DeltaRefusedError("with --data-parallel-size above 1 only the first engine says whether it swapped")
+            raise DeltaRefusedError(
+                "with --data-parallel-size above 1 only the first engine reports whether it swapped"
+            )
         self._vllm_config = vllm_config
         self.files, self.scratch = EngineFiles(vllm_config), Scratch()
-        # Of the base; known once a delta has been seen to fit it.
+        # Checksums of the base's tensors, known once a delta was found to fit the base.
         self._base_checksums: dict[str, int] | None = None
         if self.files.is_delta:
             started_on = self.files.open_model()
@@ -85,7 +89,7 @@ class DeltaChecker:
             self._config = _base_config(self.files.base)
 
     def check(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
-        """See that the engine can load a delta: its files are whole, its base and its model are the engine's.
+        """Check that the engine can load a delta: its files are complete, and its base and model are the engine's.
 
         Args:
             repo: folder or Hub id; None for the base's own weights.
@@ -108,7 +112,7 @@ class DeltaChecker:
         checksums = {name: tensor_checksum(base.tensor(name)) for name in base.names()}
         if self._base_checksums is None:
             self._base_checksums = checksums
-        self._compare_base(checksums, f"'{base.source}' has been changed since the engine was started")
+        self._compare_base(checksums, f"'{base.source}' has changed since the engine was started")
         return CheckedDelta(None, None)
 
     def _check_delta(self, repo: str, revision: str | None) -> CheckedDelta:
@@ -118,21 +122,21 @@ class DeltaChecker:
         self._check_base(repository)
         self._check_complete(repository, repository.text_config)
         for entry in repository.file.names():
-            repository.file.read_finite(entry)  # its CRC, too
+            repository.file.read_finite(entry)  # this also checks its CRC
         notes = tuple(self._notes(repo, options))
         return CheckedDelta(repo, options.revision, self.scratch.prepare(repository), notes)
 
     def _check_complete(self, weights: Tensors, config: PreTrainedConfig) -> None:
         from vllm.config import set_current_vllm_config
 
-        with set_current_vllm_config(self._vllm_config):  # some of transformers' classes are vLLM's by now, and ask
+        with set_current_vllm_config(self._vllm_config):  # vLLM replaces some of transformers' classes; these read it
             check_complete(weights, config)
 
     def _check_config(self, config: PreTrainedConfig, repo: str) -> None:
-        ours, theirs = _fields(self._config), _fields(config)
-        differing = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        engine, delta = _fields(self._config), _fields(config)
+        differing = sorted(name for name in engine | delta if engine.get(name) != delta.get(name))
         if differing:
-            changes = ", ".join(f"{name} ({theirs.get(name)} instead of {ours.get(name)})" for name in differing[:3])
+            changes = ", ".join(f"{name} ({delta.get(name)} instead of {engine.get(name)})" for name in differing[:3])
             raise DeltaRefusedError(
                 f"'{repo}' differs from the model that the engine was built for in {changes}: serve it with an engine "
                 "of its own"
@@ -149,40 +153,41 @@ class DeltaChecker:
             f"engine's base '{self.files.base}'",
         )
 
-    def _compare_base(self, checksums: dict[str, int], otherwise: str) -> None:
-        """See that checksums are those of the engine's base.
+    def _compare_base(self, checksums: dict[str, int], problem: str) -> None:
+        """Check that checksums are those of the engine's base.
 
         Raises:
-            WrongBaseError: saying what `otherwise` is the matter.
+            WrongBaseError: if not; the message begins with `problem`.
         """
         assert self._base_checksums is not None
         if differing := sorted(dict(checksums.items() ^ self._base_checksums.items())):
-            raise WrongBaseError(f"{otherwise}: their tensors {differing[0]} differ")
+            raise WrongBaseError(f"{problem}: their tensors {differing[0]} differ")
 
     def _notes(self, repo: str, options: HubOptions) -> list[str]:
         notes = []
         for filename in _KEPT_FILES:
-            ours = _content(fetch_file(self.files.model, filename, self.files.options))
-            theirs = _content(fetch_file(repo, filename, options))
-            if ours != theirs:
-                notes.append(f"{filename} differs: the engine goes on with that of '{self.files.model}'")
+            own = _content(fetch_file(self.files.model, filename, self.files.options))
+            other = _content(fetch_file(repo, filename, options))
+            if own != other:
+                notes.append(f"{filename} differs: the engine continues to use that of '{self.files.model}'")
         return notes
 
 
 def _base_config(folder: Path) -> PreTrainedConfig:
-    """
+    """Return the configuration in a folder.
+
     Raises:
-        CheckpointError: if the folder has none that transformers can use without code of the model's own.
+        CheckpointError: if transformers cannot use it without the model's own code.
     """
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever its fields lead to
+    except Exception as error:  # bad fields can raise any type
         raise CheckpointError(f"config.json of '{folder}' cannot be used: {str(error)[:400]}") from error
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a model is built from, in the form in which a file has it; what trainers add to files is left out."""
-    known = {field.name for field in fields(config)} - _NO_MATTER | {"model_type", "per_layer_config"}
+    """Return the fields from which a model is built, as JSON values, without fields that trainers add to files."""
+    known = {field.name for field in fields(config)} - _IGNORED_FIELDS | {"model_type", "per_layer_config"}
     values = json.loads(config.to_json_string(use_diff=False))
     return {name: value for name, value in values.items() if name in known and "drop" not in name}
 
@@ -195,7 +200,7 @@ def _content(path: Path | None) -> Any:
     try:
         content = read_json(path)
     except CheckpointError:
-        return None  # vLLM goes on without it, too
+        return None  # vLLM continues without it, too
     if path.name == "tokenizer_config.json":
-        return content.get("chat_template")  # the rest hardly differs in what it means
+        return content.get("chat_template")  # differences in the rest hardly ever matter
     return {k: v for k, v in content.items() if k not in ("_from_model_config", "transformers_version")}

@@ -1,9 +1,9 @@
 """Swapping deltas over HTTP: routes that vLLM's API server has with `VLLM_PLUGINS=impart_hf`.
 
-GET /v1/deltas        what can be loaded, and what is
+GET /v1/deltas        lists the deltas that can be loaded, and the one that is
 POST /v1/deltas/load  {"delta": NAME}; NAME "base" for the base's own weights
 
-They stand behind the server's own API key. Errors have the form of the server's own.
+The routes require the server's own API key. Errors have the same form as the server's own.
 """
 
 import asyncio
@@ -30,13 +30,13 @@ from .deltas import DeltaRefusedError
 from .gate import Gate
 from .swap import AsyncDeltaSwitch, EngineUnsoundError, SwapError, SwapInProgressError
 
-logger = init_logger("vllm.impart_hf")  # below vLLM's own, the only one that it shows
+logger = init_logger("vllm.impart_hf")  # a child of vLLM's logger, because vLLM shows no others
 router = APIRouter()
 LOAD_PATH = "/v1/deltas/load"
 
 
 class DeltaEndpoints:
-    """What vLLM's entry point group `vllm.endpoint_plugins` asks for."""
+    """The object that vLLM's entry point group `vllm.endpoint_plugins` expects."""
 
     name = "impart_hf"
     required_tasks = ("generate",)
@@ -46,26 +46,27 @@ class DeltaEndpoints:
         app.add_middleware(HoldRequests)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Make ready to swap.
+        """Prepare the server for swaps.
 
         Raises:
-            ValueError: if the environment's list of deltas cannot be read.
+            ValueError: if the list of deltas in the environment is not valid.
         """
-        assert engine_client is not None  # there is always one where text is generated
+        assert engine_client is not None  # there is always one if text is generated
         state.impart_hf = _Server(engine_client, args)
 
 
 class HoldRequests:
-    """ASGI middleware that lets no request in during a swap, and a swap wait for those inside.
+    """ASGI middleware that admits no request during a swap, and makes a swap wait for the admitted ones.
 
-    The engine's own gate would not do: several prompts, or the steps of a beam search, are several requests to it.
+    The engine's own gate is not enough, because several prompts, or the steps of a beam search, are several requests to
+    the engine.
     """
 
     def __init__(self, app: ASGIApp):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A swap must not wait for the request that asks for it; before its path there may be a --root-path.
+        # A swap must not wait for the request that starts it. Its path may begin with a --root-path.
         waits = scope["type"] == "http" and scope["method"] == "POST" and not scope["path"].endswith(LOAD_PATH)
         if waits:
             server: _Server = scope["app"].state.impart_hf
@@ -76,11 +77,11 @@ class HoldRequests:
 
 
 class _Server:
-    """What the routes share.
+    """The state that the routes share.
 
     Attributes:
-        requests: the gate for all requests that may want text.
-        loaded: name of the delta that is served; None if a swap has left the engine without weights.
+        requests: the gate for all requests that may generate text.
+        loaded: name of the delta that is served; None if a failed swap left the engine without weights.
         refusal: why this server cannot swap; None if it can.
     """
 
@@ -92,7 +93,7 @@ class _Server:
         self.loaded: str | None = BASE
         try:
             if (args.api_server_count or 1) > 1:
-                raise DeltaRefusedError("with --api-server-count above 1 no server knows what the others are doing")
+                raise DeltaRefusedError("with --api-server-count above 1 no server knows of the others' requests")
             self._switch = AsyncDeltaSwitch(engine)
             files = self._switch.checker.files
             if files.is_delta:
@@ -112,7 +113,7 @@ class _Server:
         return {"object": "list", "loaded": self.loaded, "data": entries}
 
     async def load(self, name: str) -> tuple[int, dict[str, Any]]:
-        """HTTP status and body of the answer; what has begun is brought to its end, whatever the client does."""
+        """Return HTTP status and body of the answer; a swap that has begun is finished even if the client is gone."""
         return await asyncio.shield(asyncio.ensure_future(self._load(name)))
 
     async def _load(self, name: str) -> tuple[int, dict[str, Any]]:
@@ -120,13 +121,15 @@ class _Server:
             return _error(501, f"this server cannot swap deltas: {self.refusal}")
         offered = self._catalogue.all()
         if name not in offered:
-            # As ASCII: a name may hold what no answer can.
-            return _error(404, f"there is no delta {name!a:.200}; there are {', '.join(offered)}", deltas=list(offered))
+            # As ASCII, because a name may hold characters that cannot be encoded in an answer.
+            return _error(
+                404, f"there is no delta {name!a:.200}; choose one of {', '.join(offered)}", deltas=list(offered)
+            )
         if self._engine.errored:
-            return _error(503, "the engine has stopped")
-        wanted, started = offered[name], time.perf_counter()
+            return _error(503, "the engine has stopped: restart the server")
+        delta, started = offered[name], time.perf_counter()
         try:
-            checked = await self._switch.load(wanted.repo, wanted.revision)
+            checked = await self._switch.load(delta.repo, delta.revision)
         except SwapInProgressError as error:
             return _error(409, str(error))
         except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
@@ -139,7 +142,7 @@ class _Server:
         except (EngineDeadError, RuntimeError):
             if not self._engine.errored:
                 raise
-            return _error(503, "the engine has stopped")
+            return _error(503, "the engine has stopped: restart the server")
         self.loaded = name
         seconds = time.perf_counter() - started
         logger.info("Swapped to delta %s in %.2f s", name, seconds)
@@ -151,19 +154,19 @@ class _Server:
 
 @router.get("/v1/deltas")
 async def list_deltas(request: Request) -> JSONResponse:
-    """The deltas that can be loaded, and the one that is."""
+    """List the deltas that can be loaded, and the one that is."""
     server: _Server = request.app.state.impart_hf
     return JSONResponse(server.listing())
 
 
 @router.post(LOAD_PATH)
 async def load_delta(request: Request) -> JSONResponse:
-    """Swap to a delta: running requests finish on the old one, new ones wait."""
+    """Swap to a delta: running requests finish on the old one, new requests wait."""
     server: _Server = request.app.state.impart_hf
     try:
         body = json.loads(await request.body())
         if not isinstance(body, dict) or set(body) != {"delta"} or not isinstance(body["delta"], str):
-            raise ValueError("not an object with nothing but 'delta'")
+            raise ValueError("not an object with the single key 'delta'")
     except (ValueError, RecursionError) as error:
         return _response(*_error(400, f'the body must be {{"delta": NAME}}: {error}'))
     return _response(*await server.load(body["delta"]))

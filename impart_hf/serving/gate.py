@@ -1,4 +1,4 @@
-"""What holds requests back while weights are swapped, and lets those finish that are inside."""
+"""A gate that holds requests back while weights are swapped, and waits for the running ones to finish."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Gate:
-    """Requests pass while it is open; closing it waits for those inside."""
+    """Requests pass while the gate is open; closing it waits for those that have passed."""
 
     def __init__(self) -> None:
         self._opened, self._empty = asyncio.Event(), asyncio.Event()
@@ -17,8 +17,8 @@ class Gate:
 
     @asynccontextmanager
     async def request(self) -> AsyncIterator[None]:
-        """A request's time inside, which begins when the gate is open."""
-        while not self._opened.is_set():  # it may have been closed again before this task has its turn
+        """Wait until the gate is open, and count as a running request until the context ends."""
+        while not self._opened.is_set():  # the gate may be closed again before this task runs
             await self._opened.wait()
         self._inside += 1
         self._empty.clear()
@@ -30,17 +30,17 @@ class Gate:
                 self._empty.set()
 
     async def close(self) -> None:
-        """Let no request in any more, and wait until the last one has left."""
+        """Admit no more requests, and wait until the last running one has finished."""
         self._opened.clear()
         await self._empty.wait()
 
     def open(self) -> None:
-        """Let requests in again."""
+        """Admit requests again."""
         self._opened.set()
 
 
 def gated(generate: Callable[..., AsyncGenerator[Any, None]], gate: Gate) -> Callable[..., AsyncGenerator[Any, None]]:
-    """An asynchronous generator function whose generators each are a request at the gate."""
+    """Wrap an asynchronous generator function, so that each of its generators is a request at the gate."""
 
     async def generate_inside(*arguments: Any, **options: Any) -> AsyncGenerator[Any, None]:
         async with gate.request(), aclosing(generate(*arguments, **options)) as outputs:

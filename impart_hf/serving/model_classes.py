@@ -1,8 +1,8 @@
-"""vLLM's model classes for our repositories, made when vLLM asks for them.
+"""vLLM's model classes for our repositories, created when vLLM asks for them.
 
-Attribute `DeltaCompressedLlamaForCausalLM@0.32.0` of this module is vLLM 0.32.0's `LlamaForCausalLM`, under the name
-by which vLLM knows that its weights are to be loaded from a delta repository; there is one for each of vLLM's classes
-that can be a fine-tuned model. No model of vLLM is imported before: the plugin must not touch a device.
+The attribute `DeltaCompressedLlamaForCausalLM@0.32.0` of this module is vLLM 0.32.0's `LlamaForCausalLM`, under a name
+that tells vLLM to load its weights from a delta repository. There is one for each of vLLM's classes that can be a
+fine-tuned model. vLLM's models are imported only then, because the plugin must not initialise a device.
 """
 
 import functools

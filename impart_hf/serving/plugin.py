@@ -1,20 +1,22 @@
-"""What vLLM calls in each of its processes, so that it knows delta repositories and pruned LLaMA."""
+"""The plugin that vLLM calls in each of its processes, to register delta repositories and pruned LLaMA."""
 
 from logging import getLogger
 
 
 def register() -> None:
-    """Make vLLM know our configurations, model classes and swaps (entry point `vllm.general_plugins`).
+    """Register our configurations, model classes and swaps with vLLM (entry point `vllm.general_plugins`).
 
     vLLM calls this in the API server, the engine core, every worker, and in helper processes; calling it again changes
-    nothing. Importing impart_hf has registered the configurations with transformers' Auto classes by then.
+    nothing. By then the import of impart_hf has registered the configurations with transformers' Auto classes.
 
-    A version of vLLM that this does not fit goes on without it: it still serves all other models.
+    If this version of vLLM does not fit, vLLM continues without the plugin and still serves all other models.
     """
     try:
         _register()
     except (ImportError, AttributeError, KeyError, TypeError):
-        getLogger("vllm.impart_hf").exception("impart-hf does not fit this version of vLLM: no delta can be served")
+        getLogger("vllm.impart_hf").exception(
+            "impart-hf does not fit this version of vLLM, so no delta can be served: install a version that fits"
+        )
 
 
 def _register() -> None:
@@ -30,12 +32,12 @@ def _register() -> None:
     from .delta_loader import delta_settings
     from .worker import load_delta
 
-    # Not `register_config_parser`: it would warn of the replacement at every start, whatever model is served.
+    # Set directly, because `register_config_parser` would warn of the replacement at every start of any model.
     vllm_config._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = DeltaConfigParser
 
     def register_class(name: str) -> None:
-        # vLLM keeps on disk what a class can do, by this string and the hash of its file. What our classes can do is
-        # what vLLM's own can, so its version belongs to the string.
+        # vLLM caches a class's properties on disk, by this string and the hash of the class's file. Our classes have
+        # the properties of vLLM's own, so the string includes vLLM's version.
         ModelRegistry.register_model(name, f"{model_classes.__name__}:{name}@{vllm.__version__}")
 
     register_class(model_classes.PRUNED_LLAMA)

@@ -1,4 +1,4 @@
-"""vLLM's LLaMA with layers of different widths."""
+"""vLLM's LLaMA, with layers of different widths."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 
 class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
-    """A decoder layer with the widths of its own number."""
+    """A decoder layer with the widths that the configuration gives its layer number."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None, **kwargs: Any):
         config = config or vllm_config.model_config.hf_config
@@ -21,7 +21,7 @@ class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
 
 
 class PrunedLlamaForCausalLM(VllmLlama):
-    """`LlamaForCausalLM` built from a `PrunedLlamaConfig`; each layer gets the KV cache of its own heads from vLLM."""
+    """`LlamaForCausalLM` built from a `PrunedLlamaConfig`; vLLM gives each layer a KV cache for its own heads."""
 
     def __init__(
         self, *, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = PrunedLlamaDecoderLayer
@@ -30,15 +30,15 @@ class PrunedLlamaForCausalLM(VllmLlama):
 
 
 def _check_parallel(layer: Any, number: int, processes: int) -> None:
-    """See that a layer can be divided among the processes of tensor parallelism.
+    """Check that a layer can be divided among the processes of tensor parallelism.
 
     Raises:
-        ValueError: naming the layer and the number that does not divide.
+        ValueError: if not; the message names the layer and its widths.
     """
     heads, kv_heads, channels = layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size
     if heads % processes or channels % processes or (kv_heads % processes and processes % kv_heads):
         raise ValueError(
             f"layer {number} of this pruned LLaMA has {heads} attention heads, {kv_heads} KV heads and {channels} "
             f"channels, which cannot be divided among --tensor-parallel-size {processes}: heads and channels must be "
-            "multiples of it, KV heads multiples or divisors"
+            "multiples of it, KV heads multiples or divisors; use fewer processes"
         )

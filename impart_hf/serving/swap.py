@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 T = TypeVar("T")
-_LOOK_SECONDS = 0.5  # between looks at whether the engine is alive
+_POLL_SECONDS = 0.5  # between checks that the engine is alive
 
 
 class SwapError(RuntimeError):
-    """A swap that did not happen; the engine serves what it served before."""
+    """A swap that did not happen; the engine continues to serve the old weights."""
 
 
 class SwapInProgressError(SwapError):
-    """A second swap while the first is not done."""
+    """A swap was requested while another one is in progress."""
 
 
 class EngineUnsoundError(RuntimeError):
-    """A swap that failed and could not be undone: the engine has no weights that are worth serving."""
+    """A swap that failed and could not be undone; the engine has no usable weights."""
 
 
 class DeltaSwitch:
-    """Loads one delta after the other into a running `LLM`.
+    """Loads one delta after another into a running `LLM`.
 
         llm = LLM("meta-llama/Llama-2-13b-hf")
         deltas = DeltaSwitch(llm)
@@ -44,10 +44,11 @@ class DeltaSwitch:
     """
 
     def __init__(self, llm: "LLM"):
-        """
+        """Set up swaps for an engine.
+
         Raises:
             DeltaRefusedError: if the engine was started with adapters or a draft model.
-            CheckpointError, DeltaFormatError, WrongBaseError: if the engine's own files are gone or changed.
+            CheckpointError, DeltaFormatError, WrongBaseError: if the engine's own files are missing or changed.
         """
         self._llm = llm
         self._checker = DeltaChecker(llm.llm_engine.vllm_config)
@@ -55,21 +56,22 @@ class DeltaSwitch:
         self.loaded = self._checker.files.model if self._checker.files.is_delta else None
 
     def load(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
-        """Give the engine the weights of a delta repository on its base.
+        """Load the weights of a delta repository on the engine's base.
 
         Args:
             repo: folder or Hub id of the delta repository; None for the base's own weights.
             revision: branch, tag or commit on the Hub.
 
         Returns:
-            What was loaded, its commit and notes included.
+            The loaded delta, with its commit and notes.
 
         Raises:
-            CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError: as `DeltaChecker.check` does, before
-                anything is done to the engine.
-            SwapInProgressError: if another thread's swap is not done yet.
-            SwapError: if requests are still running, or if loading failed; the engine serves what it did before.
-            EngineUnsoundError: if loading failed and the old weights cannot be read any more either.
+            CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError: as `DeltaChecker.check`, before the
+                engine is touched.
+            SwapInProgressError: if another thread's swap is in progress.
+            SwapError: if requests are still running, or if loading failed; the engine continues to serve the old
+                weights.
+            EngineUnsoundError: if loading failed and the old weights can no longer be read either.
         """
         if not self._busy.acquire(blocking=False):
             raise SwapInProgressError("another swap is in progress")
@@ -92,18 +94,18 @@ class DeltaSwitch:
 
 
 class AsyncDeltaSwitch:
-    """`DeltaSwitch` for vLLM's asynchronous engine: requests that run finish on the old delta, new ones wait.
+    """`DeltaSwitch` for vLLM's asynchronous engine: running requests finish on the old delta, new requests wait.
 
-    The engine's `generate` and `encode` are put behind a gate. vLLM's own way to pause does not do: a request that was
-    preempted, because the KV cache was full, counts as a new one to it, and would go on with other weights.
+    The engine's `generate` and `encode` are put behind a gate. vLLM's own pause is not enough: vLLM counts a request
+    that was preempted, because the KV cache was full, as a new one, which would then continue with other weights.
 
     Attributes:
-        checker: of the deltas that the engine may load.
-        requests: a gate for whatever consists of several calls to the engine; closed before the engine's own.
+        checker: the checker of deltas for this engine.
+        requests: a gate for requests that make several calls to the engine; it is closed before the engine's own gate.
     """
 
     def __init__(self, engine: "EngineClient"):
-        """Raises: as `DeltaSwitch`."""
+        """Set up swaps for an engine; raises what `DeltaSwitch` raises."""
         self._engine = engine
         self.checker = DeltaChecker(engine.vllm_config)
         self.requests, self._calls = Gate(), Gate()
@@ -113,23 +115,24 @@ class AsyncDeltaSwitch:
 
     @property
     def swapping(self) -> bool:
-        """Whether a swap has begun that is not done yet."""
+        """Whether a swap is in progress."""
         return self._swap is not None and not self._swap.done()
 
     async def load(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
-        """Give the engine the weights of a delta repository on its base; as `DeltaSwitch.load`.
+        """Load the weights of a delta repository on the engine's base; as `DeltaSwitch.load`.
 
-        What has begun is brought to its end even if the caller is cancelled. After an `EngineUnsoundError` requests
-        wait until a later swap succeeds.
+        A swap that has begun is finished even if the caller is cancelled. After an `EngineUnsoundError` requests wait
+        until a later swap succeeds.
 
         Raises:
-            SwapInProgressError: if another swap is not done yet.
-            EngineDeadError: vLLM's, if the engine has died.
+            SwapInProgressError: if another swap is in progress.
+            EngineDeadError: vLLM's error, if the engine has died.
         """
         if self.swapping:
             raise SwapInProgressError("another swap is in progress")
         self._swap = asyncio.ensure_future(self._check_and_load(repo, revision))
-        self._swap.add_done_callback(lambda swap: swap.cancelled() or swap.exception())  # nobody may be there to ask
+        # The caller may be gone, so the error is read here.
+        self._swap.add_done_callback(lambda swap: swap.cancelled() or swap.exception())
         return await asyncio.shield(self._swap)
 
     async def _check_and_load(self, repo: str | None, revision: str | None) -> CheckedDelta:
@@ -163,10 +166,10 @@ class AsyncDeltaSwitch:
                         gate.open()
 
     async def _unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
-        """The answer to a call, which would never come from an engine that dies meanwhile."""
+        """Return the result of a call to the engine; raise the engine's error if it dies before it answers."""
         task = asyncio.ensure_future(call)
         while not task.done():
-            await asyncio.wait({task}, timeout=_LOOK_SECONDS)
+            await asyncio.wait({task}, timeout=_POLL_SECONDS)
             if self._engine.errored and not task.done():
                 task.cancel()
                 raise self._engine.dead_error
@@ -174,27 +177,27 @@ class AsyncDeltaSwitch:
 
 
 def _arguments(checked: CheckedDelta) -> tuple[str | None, str | None, str | None]:
-    """Of the workers' `load_delta`."""
+    """Return the arguments of the workers' `load_delta`."""
     return checked.repo, checked.revision, checked.dense
 
 
 def _has_connector(vllm_config: Any) -> bool:
-    """Whether blocks of the KV cache are kept outside the engine, too."""
+    """Return whether blocks of the KV cache are also kept outside the engine."""
     return vllm_config.kv_transfer_config is not None
 
 
-def _raise_on_failure(answers: Sequence[dict[str, Any]], wanted: CheckedDelta) -> None:
-    """Look at the workers' answers to `load_delta`.
+def _raise_on_failure(answers: Sequence[dict[str, Any]], checked: CheckedDelta) -> None:
+    """Raise an error if a worker's answer to `load_delta` has one.
 
     Raises:
-        SwapError, EngineUnsoundError: if one failed.
+        SwapError, EngineUnsoundError: if a worker failed.
     """
-    what = wanted.repo or "the base"
+    name = checked.repo or "the base"
     for answer in answers:
         if answer["error"] and not answer["sound"]:
             raise EngineUnsoundError(
-                f"'{what}' could not be loaded ({answer['error']}), and neither could the weights that were served "
-                "before: put their files back and swap again, or restart the engine"
+                f"'{name}' could not be loaded ({answer['error']}), and neither could the weights that were served "
+                "before: restore their files and swap again, or restart the engine"
             )
         if answer["error"]:
-            raise SwapError(f"'{what}' could not be loaded, the old weights are back: {answer['error']}")
+            raise SwapError(f"'{name}' could not be loaded, the old weights are back: {answer['error']}")

@@ -19,11 +19,11 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 
 @dataclass
 class _State:
-    """What a worker keeps of swaps.
+    """The state of swaps that a worker keeps.
 
     Attributes:
-        files: of the model that its engine was started on.
-        served: delta repository and revision whose weights it has; (None, None) for the base's own.
+        files: files of the model that its engine was started on.
+        served: delta repository and revision of its present weights; (None, None) for the base's own.
     """
 
     files: EngineFiles
@@ -31,20 +31,20 @@ class _State:
 
 
 def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None, dense: str | None) -> dict[str, Any]:
-    """Replace the worker's weights by those of a delta on the engine's base; on all workers, or on none.
+    """Replace the worker's weights by those of a delta on the engine's base, on all workers or on none.
 
-    No request may be running. This never raises: of several workers, the answers of the others to a call that raised
-    would be taken for those to the next one.
+    No request may be running. This never raises: if one of several workers raised, the others' answers to this call
+    would be taken for their answers to the next one.
 
     Args:
         worker: one of the engine's workers; all of them must be called.
-        delta: folder or Hub id of a delta repository that has been checked; None for the base's own weights.
+        delta: folder or Hub id of a checked delta repository; None for the base's own weights.
         revision: its commit.
-        dense: folder of its weights, if they have been decoded already.
+        dense: folder of its weights, if they are already decoded.
 
     Returns:
-        {"error": None} once the new weights are there. Otherwise "error" says what went wrong with the first worker
-        that failed, and "sound" whether all have the old weights again.
+        {"error": None} if the new weights were loaded. Otherwise "error" is the error of the first worker that failed,
+        and "sound" says whether all workers have the old weights again.
     """
     weights: list[Weights] = []
     error = _first_error(_message(lambda: weights.append(_open(worker, delta, revision, dense))))
@@ -70,7 +70,7 @@ def _state(worker: "WorkerBase") -> _State:
 
 
 def _open(worker: "WorkerBase", delta: str | None, revision: str | None, dense: str | None = None) -> Weights:
-    """The tensors to be loaded, of which none is read yet."""
+    """Open the tensors to load; none is read yet."""
     files = _state(worker).files
     if delta is None:
         return _tensors(files.open_base())
@@ -85,7 +85,7 @@ def _load(worker: "WorkerBase", weights: Weights) -> None:
     try:
         worker.reload_weights(weights_iterator=weights)
     except BaseException:
-        # Layers that were begun are on the meta device, their loaders wrapped: without this, no later load would work.
+        # Unfinished layers are on the meta device with wrapped loaders; without this, no later load would work.
         finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
         raise
 
@@ -95,7 +95,7 @@ def _tensors(model: Tensors) -> Weights:
 
 
 def _message(work: Callable[[], object]) -> str | None:
-    """Do something; returns what went wrong, None if nothing did."""
+    """Call a function, and return its error as a message; None if there is none."""
     try:
         work()
     except Exception as error:
@@ -104,7 +104,7 @@ def _message(work: Callable[[], object]) -> str | None:
 
 
 def _first_error(error: str | None) -> str | None:
-    """The first error among all workers of the engine."""
+    """Return the first error among all workers of the engine."""
     from vllm.distributed.parallel_state import get_world_group
 
     group = get_world_group()
@@ -112,4 +112,4 @@ def _first_error(error: str | None) -> str | None:
         return error
     errors: list[str | None] = [None] * group.world_size
     torch.distributed.all_gather_object(errors, error, group=group.cpu_group)
-    return next((found for found in errors if found is not None), None)
+    return next((one for one in errors if one is not None), None)

@@ -19,18 +19,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_model(parser)
     add_training(parser)
-    parser.add_argument("--output", default=REPORT_FOLDER, help=f"folder of the report (default: {REPORT_FOLDER})")
+    parser.add_argument(
+        "--output", default=REPORT_FOLDER, help=f"folder to write the report to (default: {REPORT_FOLDER})"
+    )
     parser.add_argument("--steps", type=int, help="training steps, at least 2 (default: 40)")
-    parser.add_argument("--learning-rate", type=float, help="of AdamW (default: 1e-4)")
-    parser.add_argument("--top-percent", type=float, help="how much of a dropped matrix may be merged (default: 20)")
-    add_flag(parser, "--no-masks", "leave out what merging needs: a bit for every weight")
+    parser.add_argument("--learning-rate", type=float, help="learning rate of AdamW (default: 1e-4)")
+    parser.add_argument(
+        "--top-percent", type=float, help="percentage of a dropped matrix that may be merged (default: 20)"
+    )
+    add_flag(parser, "--no-masks", "do not store the masks, one bit per weight, that merging layers needs")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_revision(options, options.model)
     if options.no_masks:
-        refuse(options, ["top_percent"], "is of the masks, which --no-masks leaves out; take --no-masks away")
+        refuse(options, ["top_percent"], "is a setting of the masks, which --no-masks leaves out; remove --no-masks")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _score_table(importance: Importance) -> str:
-    """Both scores of every layer, as shares of their sums, and the layer's rank from the least important on."""
+    """Return a table of every layer's scores, as shares of their sums, and its rank; 0 is the least important."""
     scores = {score: importance.layers[score] / importance.layers[score].sum() for score in SCORES}
     ranks = {score: values.argsort(stable=True).argsort().tolist() for score, values in scores.items()}
     titles = [f"{score.replace('_', '-')}, share" for score in SCORES]

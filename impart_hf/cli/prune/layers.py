@@ -10,25 +10,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_pruning(parser)
     choices = parser.add_mutually_exclusive_group(required=True)
-    choices.add_argument("--drop", type=int, help="how many layers")
-    choices.add_argument("--ratio", type=float, help="share of the decoder layers' parameters, between 0 and 1")
-    choices.add_argument("--layers", type=numbers(int), help="which ones, comma-separated, from 0 on")
-    add_flag(parser, "--no-merge", "only drop them")
-    add_flag(parser, "--no-protect", "let the first and the last layer go as well")
+    choices.add_argument("--drop", type=int, help="number of layers to drop")
+    choices.add_argument("--ratio", type=float, help="share of the decoder layers' parameters to drop, between 0 and 1")
+    choices.add_argument(
+        "--layers", type=numbers(int), help="numbers of the layers to drop, comma-separated, counted from 0"
+    )
+    add_flag(parser, "--no-merge", "drop layers without merging them into kept ones")
+    add_flag(parser, "--no-protect", "allow the first and the last layer to be dropped")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_pruning(options)
     if options.layers is not None:
-        refuse(options, ["score"], "chooses layers, and --layers names them; say how many with --drop or --ratio")
+        refuse(options, ["score"], "chooses layers, but --layers names them; use --drop or --ratio instead")
     if not _needs_report(options):
-        reason = "nothing is read from it where --layers are named and not merged; take --no-merge away"
+        reason = "has no effect if --layers are named and not merged; remove --no-merge"
         refuse(options, ["importance"], reason)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Drop layers, and report."""
+    """Drop layers, and print the report."""
     from ...pruning import prune_layers
 
     report = prune_layers(
@@ -47,5 +49,5 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _needs_report(options: argparse.Namespace) -> bool:
-    """Whether layers are chosen or merged by their importance."""
+    """Return whether layers are chosen or merged by their importance."""
     return options.layers is None or not options.no_merge

@@ -1,4 +1,4 @@
-"""Options that several of the pruning commands have."""
+"""Options that several pruning commands have."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REPORT_FOLDER = "importance"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The model that a command reads, and how it reports."""
+    """Add the model that a command reads, and the options for its report."""
     parser.add_argument("model", metavar="MODEL", help="LLaMA-shaped model: local folder or Hub id")
     add_revision(parser)
     add_json(parser)
@@ -41,25 +41,27 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
-    """The options of a command that trains."""
+    """Add the options of a command that trains."""
     parser.add_argument(
         "--data",
         required=True,
         metavar="TEXT",
         help="text to train on: a .txt file, a .json or .jsonl file of records (text, prompt and completion, or "
-        "messages), a folder or the name of a data set",
+        "messages), a folder or the name of a data set on the Hub",
     )
-    parser.add_argument("--batch-size", type=int, help="sequences a step, over all processes (default: 4)")
-    parser.add_argument("--length", type=int, help="their tokens, no more than the model has positions (default: 512)")
+    parser.add_argument("--batch-size", type=int, help="sequences per step, over all processes (default: 4)")
+    parser.add_argument(
+        "--length", type=int, help="tokens per sequence, at most the model's number of positions (default: 512)"
+    )
     parser.add_argument("--rank", type=int, help="rank of the LoRA adapters (default: 8)")
     parser.add_argument("--alpha", type=int, help="alpha of the LoRA adapters (default: 32)")
-    parser.add_argument("--seed", type=int, help="of adapters and the order of the text (default: 0)")
+    parser.add_argument("--seed", type=int, help="seed for the adapters and the order of the text (default: 0)")
     add_training_file(parser)
     add_device(parser, "to train", "an accelerator, if there is one")
 
 
 def training_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of the functions that train."""
+    """Return the arguments of the functions that train."""
     return {
         **given(options, "batch_size", "length", "rank", "alpha", "seed", "steps", "learning_rate"),
         **given(options, "device", "revision"),
@@ -69,18 +71,20 @@ def training_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:
-    """The options of a command that removes something."""
+    """Add the options of a command that removes layers, heads or channels."""
     add_model(parser)
-    parser.add_argument("output", metavar="OUT", help="folder of the pruned model")
+    parser.add_argument("output", metavar="OUT", help="folder to write the pruned model to")
     parser.add_argument(
-        "--importance", metavar="DIR", help=f"report on MODEL (default: {REPORT_FOLDER}, where it is needed)"
+        "--importance",
+        metavar="DIR",
+        help=f"folder of the importance report on MODEL (default: {REPORT_FOLDER}, if it is needed)",
     )
     parser.add_argument(
         "--score",
         type=lambda name: name.replace("-", "_"),
         choices=SCORES,
         metavar="{igia,gradient-norm}",
-        help="of layers, heads and channels (default: igia)",
+        help="score by which layers, heads and channels are chosen (default: igia)",
     )
     add_base_name(parser, "a model")
     add_shard_size(parser)
@@ -93,12 +97,12 @@ def check_pruning(options: argparse.Namespace) -> None:
     check_publishing(options)
     if _records_its_base(options.model):
         refuse(
-            options, ["base_name"], f"'{options.model}' was pruned before and records its base; give the first model"
+            options, ["base_name"], f"'{options.model}' is already pruned and records its base; give an unpruned model"
         )
 
 
 def _records_its_base(model: str) -> bool:
-    """Whether a model is a local folder that an earlier step of pruning made. What is wrong with it shows later."""
+    """Return whether a model is a local folder with a pruning history; a damaged config.json is reported later."""
     try:
         config = json.loads(Path(model, "config.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -107,7 +111,7 @@ def _records_its_base(model: str) -> bool:
 
 
 def pruning_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that both functions that remove something have."""
+    """Return the arguments that `prune_layers` and `prune_width` share."""
     return {
         **given(options, "ratio", "score", "revision", "base_name", "max_shard_size"),
         "progress": not options.quiet,
@@ -115,7 +119,7 @@ def pruning_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def finish(options: argparse.Namespace, report: PruningReport, lines: Sequence[str]) -> None:
-    """Print what a step did, and publish its result if that is wanted."""
+    """Print the report of a pruning step, and publish its result if --push is given."""
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

@@ -10,35 +10,39 @@ from .options import add_model, add_training, training_arguments
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_model(parser)
-    parser.add_argument("output", metavar="OUT", help="folder of the trained model")
+    parser.add_argument("output", metavar="OUT", help="folder to write the trained model to")
     add_training(parser)
     add_flag(parser, "--full", "train all weights, instead of LoRA adapters")
     parser.add_argument("--steps", type=int, help="training steps, instead of epochs")
     parser.add_argument("--epochs", type=float, help="how often all of the text is used (default: 1)")
-    parser.add_argument("--learning-rate", type=float, help="default: 1e-4 for LoRA, 2e-5 in full")
-    parser.add_argument("--eval-data", metavar="TEXT", help="held-out text: perplexity before and after")
+    parser.add_argument(
+        "--learning-rate", type=float, help="learning rate of AdamW (default: 1e-4 for LoRA, 2e-5 with --full)"
+    )
+    parser.add_argument(
+        "--eval-data", metavar="TEXT", help="held-out text on which perplexity is measured before and after"
+    )
     add_publishing(parser)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_revision(options, options.model)
     check_publishing(options)
     if options.full:
-        refuse(options, ["rank", "alpha"], "is of LoRA adapters, and --full trains all weights; take --full away")
+        refuse(options, ["rank", "alpha"], "is a setting of LoRA, but --full trains all weights; remove --full")
     if options.steps is not None:
-        refuse(options, ["epochs"], "--steps says how long to train; take --steps away")
+        refuse(options, ["epochs"], "--steps already sets the length of training; remove --steps")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, and report."""
+    """Train, and print the report."""
     from ...hub import is_pruned_model
     from ...modeling.checkpoints import HubOptions
     from ...pruning import recover
     from ...training.distributed import is_first
 
     if options.push and not is_pruned_model(options.model, HubOptions(options.revision)):
-        raise ValueError(f"--push publishes pruned models, and '{options.model}' was never pruned: leave it out")
+        raise ValueError(f"--push is for pruned models, but '{options.model}' was never pruned: leave it out")
     report = recover(
         options.model,
         options.output,
@@ -54,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         print(
             f"{options.output}: trained for {report.steps} steps in {report.seconds:.0f} s, loss "
-            f"{report.first_loss:.3f} at first, {report.last_loss:.3f} at last"
+            f"{report.first_loss:.3f} at the start, {report.last_loss:.3f} at the end"
         )
         if report.perplexity_before is not None:
             found = f"{report.perplexity_before:.2f} before, {report.perplexity_after:.2f} after"

@@ -11,35 +11,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_pruning(parser)
     parser.add_argument(
-        "--ratio", type=float, required=True, help="share of the decoder layers' parameters, between 0 and 1"
+        "--ratio", type=float, required=True, help="share of the decoder layers' parameters to remove, between 0 and 1"
     )
     parser.add_argument(
         "--exponent",
         type=float,
-        help="layers of score s lose a share in proportion to s^-exponent; 0: all the same (default: 0.5)",
+        help="layers of score s lose a share proportional to s^-exponent; 0: all lose the same share (default: 0.5)",
     )
-    parser.add_argument("--parts", help=f"attention, mlp or both (default: {listed(PARTS)})")
-    parser.add_argument("--multiple-of", type=int, help="keep a multiple of so many channels (default: 1)")
+    parser.add_argument("--parts", help=f"parts to prune: attention, mlp or both (default: {listed(PARTS)})")
+    parser.add_argument("--multiple-of", type=int, help="keep a multiple of this number of channels (default: 1)")
     add_flag(parser, "--query-heads", "remove query heads of every KV group, instead of whole groups")
-    add_calibration(parser, "text on which o_proj and down_proj are corrected by least squares")
+    add_calibration(parser, "calibration text on which o_proj and down_proj are corrected by least squares")
     add_device(parser, "the correction is computed")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     check_pruning(options)
     parts = _parts(options)
     if "mlp" not in parts:
-        refuse(options, ["multiple_of"], "is of channels, and --parts leaves them alone; add mlp to --parts")
+        refuse(options, ["multiple_of"], "is for channels, which --parts leaves unchanged; add mlp to --parts")
     if "attention" not in parts:
-        refuse(options, ["query_heads"], "is of heads, and --parts leaves them alone; add attention to --parts")
+        refuse(options, ["query_heads"], "is for heads, which --parts leaves unchanged; add attention to --parts")
     if options.calibration is None:
         names = ["calibration_samples", "calibration_length", "device"]
         refuse(options, names, "is for the correction, which needs a text; add --calibration TEXT")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Remove heads and channels, and report."""
+    """Remove heads and channels, and print the report."""
     from ...pruning import prune_width
 
     report = prune_width(
@@ -61,5 +61,5 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _parts(options: argparse.Namespace) -> list[str]:
-    """The parts of a layer that are pruned."""
+    """Return the parts of a layer that are pruned."""
     return list(PARTS) if options.parts is None else [part.strip() for part in options.parts.split(",")]

@@ -1,4 +1,4 @@
-"""Exercises with their answers, drawn by seed: sums, sorting, and sentences told as JSON: the task of pair `wide`."""
+"""Generate exercises with answers from a seed: sums, sorting, and sentences as JSON. The task of the pair `wide`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _THINGS = ("apple", "brick", "candle", "drum", "eraser", "fork", "glove", "hamme
 
 
 def write_exercises(path: Path, count: int = 8000, seed: int = 0) -> None:
-    """Different exercises, one JSON object a line, as `train_pair` reads them; the same for the same seed."""
+    """Write distinct exercises, one JSON object per line, as `train_pair` reads them; a seed always gives the same."""
     draw = random.Random(seed)
-    found: dict[str, str] = {}
-    while len(found) < count:
+    exercises: dict[str, str] = {}
+    while len(exercises) < count:
         question, answer = draw.choice((_sum, _sorting, _record))(draw)
-        found[question] = answer
-    lines = (json.dumps({"question": question, "answer": answer}) for question, answer in found.items())
+        exercises[question] = answer
+    lines = (json.dumps({"question": question, "answer": answer}) for question, answer in exercises.items())
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _sum(draw: random.Random) -> tuple[str, str]:
-    """A sum of two numbers, added up from the last digit on."""
+    """Return a sum of two numbers, added digit by digit from the last one."""
     numbers = draw.randrange(100, 10_000), draw.randrange(100, 10_000)
     steps, carry, digits = [], 0, [f"{number:04}"[::-1] for number in numbers]
     for one, other in zip(*digits, strict=True):

@@ -1,11 +1,12 @@
-"""What errors of a delta do to a model, by where they are: the measurements behind impart-rd's `ErrorWeights`.
+"""Measure how errors of a delta affect a model, by where they are: the basis of impart-rd's `ErrorWeights`.
 
     python scripts/experiments/rate_distortion/harm.py BASE FINETUNED --text heldout.txt
 
-Two tables. First, KL(fine-tune || model) when the deltas of all linear layers, or of embeddings and output projection,
-carry an error of the same squared Frobenius norm in one place: shrunk; noise in U; noise in V; noise everywhere. Then,
-for linear layers, the variance of the inputs along singular vectors, in that of all, and the squared singular value,
-in the mean of all: that the two are about equal is why a delta tells of its inputs.
+Prints two tables. The first is KL(fine-tune || model) when the deltas of all linear layers, or of embeddings and output
+projection, have an error of the same squared Frobenius norm in one place: shrinkage; noise in U; noise in V; noise
+everywhere. The second, for linear layers, compares the variance of the inputs along singular vectors (relative to the
+mean over all directions) with the squared singular value (relative to its mean). The two are about equal, which is why
+the inputs can be estimated from a delta.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers.utils import logging
 from impart_hf.evaluation.metrics import evaluate, load
 
 _BATCH = 8
-_COMPONENTS = (0, 3, 10, 30, 100)  # that the second table shows
+_COMPONENTS = (0, 3, 10, 30, 100)  # shown in the second table
 _Factors = tuple[Tensor, Tensor, Tensor]
 _Error = Callable[[_Factors, float, torch.Generator], Tensor]
 
@@ -60,39 +61,39 @@ ERRORS: dict[str, _Error] = {"shrunk": _shrunk, "noise in U": _noisy_u, "noise i
 
 
 class Pair:
-    """A base, its fine-tune, and the singular components of the deltas of all matrices."""
+    """A base, its fine-tune, and the singular components of all matrices' deltas."""
 
     def __init__(self, base: str, finetuned: str, tokens: Tensor):
         self._tokens = tokens
         self.finetuned = load(finetuned, torch.float32, "cpu")
         self.model = load(base, torch.float32, "cpu")
-        wanted = dict(self.finetuned.named_parameters())
+        target = dict(self.finetuned.named_parameters())
         own = {name: weight for name, weight in self.model.named_parameters() if weight.dim() == 2}
         self._base = {name: weight.detach().clone() for name, weight in own.items()}
         self.factors: dict[str, _Factors] = {
-            name: tuple(torch.linalg.svd((wanted[name] - weight).detach(), full_matrices=False))
+            name: tuple(torch.linalg.svd((target[name] - weight).detach(), full_matrices=False))
             for name, weight in own.items()
         }
 
     @torch.no_grad()
     def divergence(self, error: _Error, size: float, layers: bool) -> float:
-        """KL with an error of so many times the delta's norm in all layers, or in all other matrices."""
-        generator, wanted = torch.Generator().manual_seed(0), dict(self.finetuned.named_parameters())
+        """Return the KL with an error of `size` times the delta's norm, in all layers or in all other matrices."""
+        generator, target = torch.Generator().manual_seed(0), dict(self.finetuned.named_parameters())
         for name, weight in self.model.named_parameters():
             if name in self.factors and (".layers." in name) == layers:
                 weight.copy_(self._base[name] + error(self.factors[name], size, generator))
             else:
-                weight.copy_(wanted[name])
+                weight.copy_(target[name])
         return evaluate(self.model, self.finetuned, self._tokens, _BATCH)[1]
 
     @torch.no_grad()
     def input_moments(self) -> dict[str, Tensor]:
-        """Of each linear layer of the decoder, the sum of x x^T over the text."""
-        found: dict[str, Tensor] = {}
+        """Return the sum of x x^T over the text, for the inputs x of each linear layer of the decoder."""
+        moments: dict[str, Tensor] = {}
 
         def add(name: str, module: nn.Module, inputs: tuple[Tensor], _: object) -> None:
             flat = inputs[0].flatten(0, 1)
-            found[name] = found.get(name, 0) + flat.t() @ flat
+            moments[name] = moments.get(name, 0) + flat.t() @ flat
 
         hooks = [
             module.register_forward_hook(lambda *call, name=name: add(name, *call))
@@ -103,11 +104,13 @@ class Pair:
             self.finetuned(input_ids=batch)
         for hook in hooks:
             hook.remove()
-        return found
+        return moments
 
     def alignment(self) -> dict[str, Tensor]:
-        """By kind of layer, for each component: squared singular value and variance of the inputs, both in their
-        means; (2, r), geometric means over the layers."""
+        """Return each component's squared singular value and variance of the inputs along it, by kind of layer.
+
+        Both are relative to their means; (2, r), geometric means over the layers.
+        """
         kinds: dict[str, list[Tensor]] = {}
         for name, moments in self.input_moments().items():
             _, sigma, v = self.factors[f"{name}.weight"]
@@ -122,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="harm.py", description=__doc__.splitlines()[0])
     parser.add_argument("base")
     parser.add_argument("finetuned")
-    parser.add_argument("--text", type=Path, required=True, help="of the kind that the fine-tune was trained on")
+    parser.add_argument("--text", type=Path, required=True, help="text of the kind that the fine-tune was trained on")
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: 256)")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence (default: 256)")
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(arguments.finetuned)

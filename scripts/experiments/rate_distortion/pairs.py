@@ -1,4 +1,4 @@
-"""The pairs of models that the study compresses: those it is given, and two that it trains itself."""
+"""The pairs of models that the study compresses: given ones, and two that it trains itself."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Pair:
     """A base, a fine-tune, and text.
 
     Attributes:
-        train: text that the fine-tune was trained on, to calibrate and distill on.
+        train: text that the fine-tune was trained on, for calibration and distillation.
         heldout: text of the same kind that it was not trained on, to measure on.
-        other: text of the base's own kind, to measure on as well, or None.
+        other: text of the base's kind, also measured on, or None.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Pair:
 
     @classmethod
     def given(cls, text: str) -> Pair:
-        """Of NAME=BASE,FINETUNED,TRAIN_TEXT,HELDOUT_TEXT[,OTHER_TEXT].
+        """Parse NAME=BASE,FINETUNED,TRAIN_TEXT,HELDOUT_TEXT[,OTHER_TEXT].
 
         Raises:
             ValueError: for anything else.
@@ -42,29 +42,29 @@ class Pair:
         name, _, rest = text.partition("=")
         paths = [Path(part) for part in rest.split(",") if part]
         if not name or len(paths) not in (4, 5):
-            raise ValueError(f"a pair is NAME=BASE,FINETUNED,TRAIN_TEXT,HELDOUT_TEXT[,OTHER_TEXT], not {text!r}")
+            raise ValueError(f"--pair must be NAME=BASE,FINETUNED,TRAIN_TEXT,HELDOUT_TEXT[,OTHER_TEXT], got {text!r}")
         return cls(name, *paths)
 
     def digest(self) -> str:
-        """Of all weights and texts: by what a pair is known again."""
-        found = hashlib.sha256()
+        """Return a hash of all weights and texts, which identifies the pair."""
+        digest = hashlib.sha256()
         for folder in (self.base, self.finetuned):
             for path in sorted(folder.glob("*.safetensors")):
-                found.update(path.read_bytes())
+                digest.update(path.read_bytes())
         for path in filter(None, (self.train, self.heldout, self.other)):
-            found.update(path.read_bytes())
-        return found.hexdigest()
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
 
 
-# How the pairs are trained that are not given. Text of the base: this Python's standard library. All heads have keys
-# and values of their own: the small matrices of fewer would be out of the other methods' reach at high ratios.
+# The pairs that the study trains. The base's text is this Python's standard library. All heads have their own keys and
+# values: with fewer KV heads, the small matrices could not reach high ratios with the other methods.
 TRAINED: Mapping[str, PairSettings] = {
     # A small delta: a short fine-tune at a low learning rate, on the language reference
     "light": PairSettings(
         hidden_size=256, layers=4, heads=8, kv_heads=8, intermediate_size=512, vocab_size=2048,
         base_steps=400, finetune_steps=100, lr=2e-3, finetune_lr=1e-4, batch_size=4, sequence_length=256,
     ),
-    # Wider and less deep, with an output projection of its own, and a strong fine-tune on exercises
+    # Wider and shallower, with an output projection of its own, and a strong fine-tune on exercises
     "wide": PairSettings(
         finetune_text=(Path(_EXERCISES),),
         hidden_size=384, layers=2, heads=6, kv_heads=6, intermediate_size=768, vocab_size=1024, tied=False,
@@ -74,7 +74,7 @@ TRAINED: Mapping[str, PairSettings] = {
 
 
 def trained(name: str, work: Path, settings: PairSettings | None = None) -> Pair:
-    """The pair of `TRAINED`, in a folder of `work`; trained if it is not there yet.
+    """Return a pair of `TRAINED`, in a folder of `work`; it is trained if it does not exist yet.
 
     Raises:
         train_pair.PairError: if it cannot be trained here.

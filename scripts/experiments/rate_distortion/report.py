@@ -1,4 +1,4 @@
-"""Tables, verdict and picture of the study, from the lines of its results and from nothing else."""
+"""The study's tables, verdict and chart, made from its results file alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from variants import CALIBRATION, CODES, DEFAULT, LONG, LONGER, OURS, PARTS, PEE
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 DOCUMENT, PICTURE = "rate-distortion.md", "rate-distortion.png"
-# How much is done to a row: what its last step is
+# The effort that is spent on a row, by the last step of its variant
 _EFFORTS = {
     "": "nothing",
     CALIBRATION: CALIBRATION,
@@ -21,20 +21,20 @@ _EFFORTS = {
     CODES: "values distilled",
     LONG: f"{LONGER} times as long",
 }
-_GOAL = f"impart-qt+{CALIBRATION}", 32.0  # the quality that ours is to have with fewer bytes
+_GOAL = f"impart-qt+{CALIBRATION}", 32.0  # the quality that impart-rd should reach with fewer bytes
 _NUMBERS = ("bytes", "ratio", "perplexity", "kl", "seconds")
-_SLACK = 1.02  # sizes that differ by less are equal
+_SLACK = 1.02  # sizes that differ by a smaller factor count as equal
 
 Row = Mapping[str, Any]
 
 
 class Results:
-    """Means over seeds.
+    """The results as means over seeds.
 
     Attributes:
-        pairs: what is known of each, by name.
-        ratios: that were asked for.
-        rows: by pair, variant and ratio asked.
+        pairs: description of each pair, by name.
+        ratios: all requested ratios.
+        rows: by pair, variant and requested ratio.
     """
 
     def __init__(self, lines: Sequence[Row]):
@@ -50,7 +50,7 @@ class Results:
         self.ratios = sorted({line["asked"] for line in lines if "asked" in line})
 
     def level(self, pair: str, efforts: Sequence[str], *, ours: bool) -> dict[str, dict[float, Row]]:
-        """The rows of ours, or of the peers, to which one of these is done at last."""
+        """Return impart-rd's rows, or the peers', whose last step is one of `efforts`."""
         methods = (OURS,) if ours else PEERS
         found = {name: Variant.named(name) for name in self.rows[pair]}
         return {
@@ -61,7 +61,7 @@ class Results:
 
 
 def _place(name: str) -> tuple[int, int, int]:
-    """Rows by method, ours first, then the parts of ours; and each by what is done to it."""
+    """Return the sort key of a row: impart-rd, the peers, then variants with a replaced part; each by effort."""
     variant = Variant.named(name)
     methods = [OURS, *PEERS]
     method = methods.index(variant.method) if variant.method in methods else len(methods)
@@ -70,10 +70,10 @@ def _place(name: str) -> tuple[int, int, int]:
 
 
 def write_report(lines: Sequence[Row], folder: Path) -> None:
-    """Put the report between the document's markers, and the picture beside it."""
+    """Write the report between the document's markers, and the chart next to it."""
     results = Results(lines)
     if not any(results.rows.values()):
-        raise ValueError("there are no results as yet")
+        raise ValueError("there are no results yet")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / DOCUMENT
     text = path.read_text("utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
@@ -138,7 +138,7 @@ def _numbers(results: Results, pair: str, number: str) -> str:
 
 
 def _parts(results: Results, pair: str) -> str:
-    """What each part of ours does, in per cent of KL."""
+    """Return a table of what each part of impart-rd does, in per cent of KL."""
     rows, table = results.rows[pair], []
     for steps in ("", f"+{CODES}"):
         whole = rows.get(OURS + steps)
@@ -162,7 +162,7 @@ def _short(value: float) -> str:
 
 
 def curve_at(rows: Iterable[Row], size: float) -> float | None:
-    """The KL at so many bytes, between the rows' own sizes by logarithms; None below the smallest."""
+    """Return the KL at a size in bytes, interpolated logarithmically between rows; None below the smallest."""
     points = sorted((row["bytes"], row["kl"]) for row in rows)
     if not points or size * _SLACK < points[0][0]:
         return None
@@ -171,8 +171,10 @@ def curve_at(rows: Iterable[Row], size: float) -> float | None:
 
 
 def reached(rows: Iterable[Row], target: float) -> float | None:
-    """The highest ratio at which the KL is no more than `target`, between the rows by logarithms; None if it never is.
-    Beyond the last row nothing is claimed."""
+    """Return the highest ratio at which the KL is at most `target`; None if there is none.
+
+    Interpolated logarithmically between rows; not extrapolated beyond the last one.
+    """
     points = sorted((row["ratio"], row["kl"]) for row in rows)
     best = None
     for number, (ratio, value) in enumerate(points):
@@ -185,9 +187,9 @@ def reached(rows: Iterable[Row], target: float) -> float | None:
 
 
 def _verdict(results: Results) -> str:
-    """Ours against the best peer at as many bytes; and how far ours goes with ImPart-Qt's quality at 32."""
+    """Compare impart-rd with the best peer at equal bytes, and give its ratio at ImPart-Qt's quality at 32."""
     table, goals = [], []
-    counts = {title: [0, 0] for title in _EFFORTS.values()}  # won, and compared
+    counts = {title: [0, 0] for title in _EFFORTS.values()}  # how many are won, and how many compared
     for pair in results.pairs:
         for number, (effort, title) in enumerate(_EFFORTS.items(), 1):
             allowed = list(_EFFORTS)[:number]
@@ -265,7 +267,7 @@ def _machines(results: Results) -> str:
 
 
 def _picture(results: Results, path: Path) -> None:
-    """KL against bytes: a column for each pair, without distillation above, with it below."""
+    """Draw KL against bytes: one column per pair, without distillation above and with it below."""
     import matplotlib
 
     matplotlib.use("Agg")

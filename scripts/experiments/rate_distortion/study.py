@@ -1,11 +1,11 @@
-"""The study of impart-rd: KL against bytes, of every method and of ours with each of its parts replaced.
+"""Run the study of impart-rd: KL against bytes, for every method and for impart-rd with each of its parts replaced.
 
     python scripts/experiments/rate_distortion/study.py --pair NAME=BASE,FINETUNED,TRAIN_TEXT,HELDOUT_TEXT[,OTHER_TEXT]
 
-Measured on the pairs that are given (--pair, once for each) and on two that it trains itself, `light` and `wide`
-(pairs.py). Every run is written to WORK/results.jsonl when it is done, and the same command goes on after the last of
-them; --only, --variants, --ratios and --seeds choose some of the runs. At the end, and with --report at once and from
-what is written alone, a document with tables, and a picture, are made anew (report.py): in the folder --docs.
+The study measures the given pairs (--pair, once for each) and two that it trains itself, `light` and `wide` (pairs.py).
+Every finished run is written to WORK/results.jsonl, and the same command resumes after the last one. --only,
+--variants, --ratios and --seeds select runs. At the end, a document with tables and a chart are written to the folder
+--docs (report.py); with --report this is done at once, from the results file alone.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from variants import DEFAULT, SEEDS, Effort, Variant
 
 from impart_hf.evaluation.metrics import evaluate, load
 
-_BATCH = 8  # sequences at a time
+_BATCH = 8  # sequences evaluated at a time
 
 
 class Log:
-    """The lines of a results file: of pairs, and of runs.
+    """The results file, whose lines describe pairs and runs.
 
     Attributes:
-        settings: that all lines must have been made with.
+        lines: all lines; all must have been made with the same settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        """Read what is there.
+        """Read the file, if it exists.
 
         Raises:
             ValueError: if it was made with other settings.
@@ -55,7 +55,7 @@ class Log:
         self.lines: list[dict[str, Any]] = []
         if path.exists():
             data = path.read_bytes()
-            if not data.endswith(b"\n"):  # the writing of the last line was cut short
+            if not data.endswith(b"\n"):  # a killed run left an incomplete last line
                 path.write_bytes(data[: data.rfind(b"\n") + 1])
             self.lines = read_lines(path)
         for line in self.lines:
@@ -97,11 +97,11 @@ def runs(
     ratios: Sequence[float] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[Run]:
-    """All runs; those of the first seed before any of the others.
+    """Yield all runs; those of the first seed come before any of the others.
 
     Args:
-        ratios, seeds: None for those that each variant has in a whole study. A variant that has no use for a seed is
-            run with the first one alone.
+        ratios, seeds: None for those that each variant has in a whole study. A variant without random choices is run
+            with the first seed only.
     """
     for seed, variant in itertools.product(SEEDS if seeds is None else seeds, variants):
         if seed in (variant.seeds if seeds is None else seeds if variant.random else seeds[:1]):
@@ -110,7 +110,7 @@ def runs(
 
 
 class Judge:
-    """Compares models with a pair's fine-tune, on text of the task and of the base's own kind."""
+    """Compares models with a pair's fine-tune, on text of the task and of the base's kind."""
 
     def __init__(self, pair: Pair, tokens: int, length: int, device: str):
         self._device = device
@@ -123,30 +123,30 @@ class Judge:
 
     def measured(self, source: Path) -> dict[str, float]:
         model = load(str(source), torch.float32, self._device)
-        found = {}
+        numbers = {}
         for kind, blocks in self._blocks.items():
             perplexity, divergence = evaluate(model, self.reference, blocks, _BATCH)
-            found |= {f"{kind}perplexity": perplexity, f"{kind}kl": divergence}
-        return found
+            numbers |= {f"{kind}perplexity": perplexity, f"{kind}kl": divergence}
+        return numbers
 
 
 class Study:
-    """Runs one after the other, the models that they are compared with kept at hand."""
+    """Runs the study one run at a time; the fine-tunes that results are compared with stay loaded."""
 
     def __init__(self, results: Log, effort: Effort, tokens: int, device: str):
         self._results, self._effort, self._device = results, effort, device
         self.judge = lru_cache(maxsize=None)(lambda pair: Judge(pair, tokens, effort.length, device))
 
     def introduce(self, pair: Pair) -> None:
-        """Write down what a pair is, or see that it is the one that was written down.
+        """Record a pair's description, or check that the pair is the recorded one.
 
         Raises:
-            ValueError: if it is another.
+            ValueError: if another pair of this name is recorded.
         """
         digest, known = pair.digest(), self._results.about(pair.name)
         if known is not None:
             if known["digest"] != digest:
-                raise ValueError(f"the results are of another pair '{pair.name}': give it another name")
+                raise ValueError(f"the results are of another pair '{pair.name}': choose another name for this one")
             return
         judge = self.judge(pair)
         base = load(str(pair.base), torch.float32, self._device)
@@ -163,13 +163,13 @@ class Study:
         self._results.append({"pair": pair.name, "about": about})
 
     def do(self, run: Run) -> str:
-        """Compress, measure and write the result down; what there is to say of it."""
+        """Compress, measure and record the result; return a message about it."""
         line = {**run.key, "machine": measure.machine(self._device)}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, "delta")
             try:
                 report = run.variant.compress(run.pair, folder, run.ratio, run.seed, self._effort, self._device)
-            except ValueError as error:  # such a ratio is out of this method's reach
+            except ValueError as error:  # the method cannot reach this ratio
                 self._results.append({**line, "failed": str(error)})
                 return str(error)
             line |= {"bytes": report.repository_bytes, "ratio": report.ratio, "shortfall": report.shortfall}
@@ -183,20 +183,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="study.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--pair", action="append", default=[], dest="pairs", metavar="NAME=PATHS",
-        help="BASE,FINETUNED,TRAIN_TEXT,HELDOUT_TEXT[,OTHER_TEXT]; may be given several times",
+        help="BASE,FINETUNED,TRAIN_TEXT,HELDOUT_TEXT[,OTHER_TEXT]; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--work", type=Path, default=Path("rate-distortion"), help="folder of pairs and results")
-    parser.add_argument("--docs", type=Path, help="folder of document and picture (default: that of --work)")
-    parser.add_argument("--only", type=comma_separated(str), metavar="PAIRS", help="only pairs of these names")
+    parser.add_argument("--work", type=Path, default=Path("rate-distortion"), help="folder for pairs and results")
+    parser.add_argument("--docs", type=Path, help="folder for the document and the chart (default: --work)")
+    parser.add_argument(
+        "--only", type=comma_separated(str), metavar="PAIRS", help="run only the pairs with these names"
+    )
     parser.add_argument("--variants", type=comma_separated(str), default=list(DEFAULT), help="see variants.py")
     parser.add_argument("--ratios", type=comma_separated(float), help="default: those of a whole study")
     parser.add_argument("--seeds", type=comma_separated(int), help="default: those of a whole study")
-    parser.add_argument("--steps", type=int, default=60, help="of distillation (default: 60)")
-    parser.add_argument("--tokens", type=int, default=8192, help="measured on at most so many of each text")
-    parser.add_argument("--samples", type=int, default=256, help="sequences to calibrate and distill on")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (default: 128)")
+    parser.add_argument("--steps", type=int, default=60, help="distillation steps (default: 60)")
+    parser.add_argument("--tokens", type=int, default=8192, help="largest number of tokens of each text to measure on")
+    parser.add_argument("--samples", type=int, default=256, help="sequences for calibration and distillation")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--report", action="store_true", help="run nothing, only write the report anew")
+    parser.add_argument("--report", action="store_true", help="run nothing, only write the report")
     return parser
 
 
@@ -212,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 1
-    print(f"Results: {path}; report and picture: {docs}", file=sys.stderr)
+    print(f"Results: {path}; report and chart: {docs}", file=sys.stderr)
     return 0
 
 
@@ -221,14 +223,16 @@ def _run(arguments: argparse.Namespace, path: Path) -> None:
     given = {pair.name: pair for pair in map(Pair.given, arguments.pairs)}
     names = [*given, *TRAINED]
     if strange := sorted({*(arguments.only or names)} - {*names}):
-        raise ValueError(f"there is no pair '{strange[0]}': give it by --pair {strange[0]}=…, or choose of {names}")
+        raise ValueError(
+            f"there is no pair '{strange[0]}': give it with --pair {strange[0]}=…, or choose one of {names}"
+        )
     work.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(arguments, name) for name in ("steps", "tokens", "samples", "length")}
     results = Log(path, settings)
-    wanted = [name for name in names if name in (arguments.only or names)]
-    # Trained first: the text of a given pair may be one of theirs
-    own = {name: trained(name, work) for name in TRAINED if name in wanted}
-    pairs = [given.get(name) or own[name] for name in wanted]
+    selected = [name for name in names if name in (arguments.only or names)]
+    # These are trained first, because a given pair may use their text
+    own = {name: trained(name, work) for name in TRAINED if name in selected}
+    pairs = [given.get(name) or own[name] for name in selected]
     effort = Effort(arguments.steps, arguments.samples, arguments.length)
     study = Study(results, effort, arguments.tokens, arguments.device)
     for pair in pairs:

@@ -1,7 +1,8 @@
-"""What the study compares: methods, ours with a part of it replaced, and what is done to each: METHOD[/PART][+STEP…].
+"""The variants that the study compares, named METHOD[/PART][+STEP…].
 
-Steps are `calibration` (GPTQ), and one of `scales` (the scale of a direct record or the singular values of a factored
-one are distilled), `codes` (the stored values as well) and `long` (these, for `LONGER` times as many steps).
+METHOD may be impart-rd with a PART replaced. Steps are `calibration` (GPTQ), and one of `scales` (distils the column
+scales of a direct record or the singular values of a factored one), `codes` (distils the stored values as well) and
+`long` (as `codes`, with `LONGER` times as many steps).
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ PEERS = ("impart-qt", "delta-come", "dare-qt", "bitdelta", "impart", "lowrank")
 CALIBRATION, SCALES, CODES, LONG = STEPS = ("calibration", "scales", "codes", "long")
 LONGER = 5
 RATIOS, SEEDS = (16.0, 32.0, 64.0, 128.0, 200.0), (0, 1, 2)
-_LONG_RATIOS = RATIOS[2:]  # where most is left to be gained
+_LONG_RATIOS = RATIOS[2:]  # where most improvement is possible
 
 
 class _Changed(ImPartRdConfig):
-    """Ours while a piece of its module is another. It keeps the name, so that headers and cards are as long."""
+    """impart-rd with a piece of its module replaced. The name stays, so that headers and cards keep their length."""
 
     def change(self) -> AbstractContextManager:
         raise NotImplementedError
@@ -49,14 +50,14 @@ class _Changed(ImPartRdConfig):
 
 
 class _EvenLevels(_Changed):
-    """Evenly spaced levels only, none for normally distributed numbers."""
+    """Evenly spaced levels only, no levels for normally distributed numbers."""
 
     def change(self) -> AbstractContextManager:
         return patch.object(impart_rd, "level_widths", lambda bits: [bits])
 
 
 class _ExactU(_Changed):
-    """The exact U, which does not make up for the error of the quantised V."""
+    """U is quantised from its exact values, without compensating for the error of the quantised V."""
 
     def change(self) -> AbstractContextManager:
         return patch.object(factor_quantisation, "quantised", partial(_from_exact_u, factor_quantisation.quantised))
@@ -67,35 +68,35 @@ def _from_exact_u(quantised: Callable, *rest: Any, delta: torch.Tensor, **named:
 
 
 class _OneHarm(_Changed):
-    """Noise counts for the same in u, in v and in both."""
+    """Noise has the same weight in U, in V and in both."""
 
     def change(self) -> AbstractContextManager:
         return patch.multiple(impart_rd, _V_NOISE=1.0, _BOTH_NOISE=1.0, _TOKEN_V_NOISE=1.0, _TOKEN_BOTH_NOISE=1.0)
 
 
 class _SameInputs(_Changed):
-    """All singular vectors have inputs of the same strength."""
+    """The inputs are assumed to be equally strong along all singular vectors."""
 
     def change(self) -> AbstractContextManager:
         return patch.object(impart_rd, "_error_weights", partial(_flat, impart_rd._error_weights))
 
 
 def _flat(error_weights: Callable, spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
-    found = error_weights(spectrum, drop_weight)
+    weights = error_weights(spectrum, drop_weight)
     if spectrum.vocabulary:
-        return found
-    return ErrorWeights(drop_weight, 1.0, found.v, impart_rd._BOTH_NOISE)
+        return weights
+    return ErrorWeights(drop_weight, 1.0, weights.v, impart_rd._BOTH_NOISE)
 
 
 class _NoGuess(_Changed):
-    """Rounded to the nearest level, not against the inputs that the delta tells of."""
+    """Values are rounded to the nearest level, without the inputs estimated from the delta."""
 
     def change(self) -> AbstractContextManager:
         return patch.object(impart_rd, "input_moments", lambda task: task.hessian)
 
 
 class _TokensAlike(_Changed):
-    """Errors of embeddings count for no more than those of other matrices."""
+    """Errors of embeddings have the same weight as those of other matrices."""
 
     def change(self) -> AbstractContextManager:
         return patch.object(impart_rd, "_error_weights", partial(_as_layer, impart_rd._error_weights))
@@ -106,7 +107,7 @@ def _as_layer(error_weights: Callable, spectrum: Spectrum, drop_weight: float) -
 
 
 class _LeastError(_Changed):
-    """Sigma by least squares, which shrinks what is stored, in the place of the unbiased one."""
+    """Sigma is fitted by least squares, which shrinks the delta, instead of being unbiased."""
 
     def change(self) -> AbstractContextManager:
         return patch.object(factor_quantisation, "quantised", partial(_shrunk, factor_quantisation.quantised))
@@ -123,19 +124,19 @@ def _shrunk(
 
 
 class _TwoBits(_Changed):
-    """At least two bits a value: no signs."""
+    """At least two bits per value, so no signs."""
 
     def change(self) -> AbstractContextManager:
         return patch.dict(NOISE, {bits: noise for bits, noise in NOISE.items() if bits > 1}, clear=True)
 
 
 class _OwnBudgets(ImPartRdConfig):
-    """Every matrix has bytes in proportion to its size, as under the other methods."""
+    """Every matrix has bytes in proportion to its size, as with the other methods."""
 
     shares_budget = False
 
 
-# What stands in the place of a part of ours
+# The replacements for parts of impart-rd
 PARTS: Mapping[str, Callable[..., MethodConfig]] = {
     "one-harm": _OneHarm,
     "same-inputs": _SameInputs,
@@ -153,11 +154,11 @@ PARTS: Mapping[str, Callable[..., MethodConfig]] = {
 
 @dataclass(frozen=True)
 class Effort:
-    """What every run of a study is given.
+    """The effort that every run of a study spends.
 
     Attributes:
-        steps: of distillation.
-        samples, length: sequences of text to calibrate and distill on, and their tokens.
+        steps: distillation steps.
+        samples, length: sequences of text for calibration and distillation, and tokens per sequence.
     """
 
     steps: int
@@ -167,11 +168,11 @@ class Effort:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the tables.
+    """A row of the tables.
 
     Attributes:
-        part: which part of ours is replaced, or "".
-        steps: what is done to it, in the order of `STEPS`.
+        part: the part of impart-rd that is replaced, or "".
+        steps: the steps applied to it, in the order of `STEPS`.
     """
 
     method: str
@@ -180,17 +181,17 @@ class Variant:
 
     @classmethod
     def named(cls, name: str) -> Variant:
-        """Raises ValueError for a name that stands for nothing."""
+        """Parse a variant's name; raises ValueError if it is not valid."""
         head, *steps = name.split("+")
         method, slash, part = head.partition("/")
         if method not in method_names():
-            raise ValueError(f"{name}: there is no method {method}; there are {', '.join(method_names())}")
+            raise ValueError(f"{name}: there is no method {method}; choose one of {', '.join(method_names())}")
         if slash and (method != OURS or part not in PARTS):
-            raise ValueError(f"{name}: after / comes a part of {OURS}: {', '.join(PARTS)}")
+            raise ValueError(f"{name}: only a part of {OURS} may follow /: {', '.join(PARTS)}")
         if steps not in [[], *([step] for step in STEPS), *([CALIBRATION, step] for step in STEPS[1:])]:
-            raise ValueError(f"{name}: after + comes {CALIBRATION}, and after that {SCALES}, {CODES} or {LONG}")
+            raise ValueError(f"{name}: {CALIBRATION} may follow +, and then {SCALES}, {CODES} or {LONG}")
         if CALIBRATION in steps and not method_class(method).quantises:
-            raise ValueError(f"{name}: {method} does not quantise by calibration text")
+            raise ValueError(f"{name}: {method} does not quantise, so it has no use for calibration text")
         return cls(method, part, tuple(steps))
 
     @property
@@ -199,7 +200,7 @@ class Variant:
 
     @property
     def effort(self) -> str:
-        """The last of its steps, or ""."""
+        """The last step, or ""."""
         return self.steps[-1] if self.steps else ""
 
     @property
@@ -208,18 +209,18 @@ class Variant:
 
     @property
     def random(self) -> bool:
-        """Whether the seed makes a difference: by masks, or by the order of the text that is distilled on."""
+        """Whether the seed matters, for masks or for the order of the distillation text."""
         return self.distilled or method_class(self.method).random
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Those of a whole study: one where it makes no difference, or where all of them would take days."""
+        """The seeds of a whole study: one if the seed does not matter, or if all seeds would take days."""
         costly = self.distilled and self.name not in _REPEATED
         return SEEDS if self.random and not costly else SEEDS[:1]
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Those of a whole study."""
+        """The ratios of a whole study."""
         return _LONG_RATIOS if self.effort == LONG else RATIOS
 
     def compress(
@@ -249,9 +250,9 @@ def _with(methods: tuple[str, ...], *steps: str) -> list[str]:
 
 
 _ALL = (OURS, *PEERS)
-_REPEATED = _with((OURS, PEERS[0]), CODES)  # of what is distilled, with all seeds
+_REPEATED = _with((OURS, PEERS[0]), CODES)  # distilled variants that are run with all seeds
 _QUANTISING = tuple(method for method in _ALL if method_class(method).quantises)
-# Ordered so that a study which is stopped has said the most
+# Ordered so that a study that is stopped early has the most informative results
 DEFAULT = (
     *_with(_ALL),
     *_with(_QUANTISING, CALIBRATION),
