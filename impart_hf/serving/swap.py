@@ -194,7 +194,7 @@ def _raise_on_failure(answers: Sequence[dict[str, Any]], wanted: CheckedDelta) -
         if answer["error"] and not answer["sound"]:
             raise EngineUnsoundError(
                 f"'{what}' could not be loaded ({answer['error']}), and neither could the weights that were served "
-                "before: put their files back and swap again, or restart the engine"
+                f"before ({answer['undoing']}): put their files back and swap again, or restart the engine"
             )
         if answer["error"]:
             raise SwapError(f"'{what}' could not be loaded, the old weights are back: {answer['error']}")

@@ -44,7 +44,7 @@ def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None, de
 
     Returns:
         {"error": None} once the new weights are there. Otherwise "error" says what went wrong with the first worker
-        that failed, and "sound" whether all have the old weights again.
+        that failed, "sound" whether all have the old weights again, and "undoing" why not.
     """
     weights: list[Weights] = []
     error = _first_error(_message(lambda: weights.append(_open(worker, delta, revision, dense))))
@@ -55,7 +55,7 @@ def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None, de
         _state(worker).served = (delta, revision)
         return {"error": None, "sound": True}
     undone = _first_error(_message(lambda: _load(worker, _open(worker, *_state(worker).served))))
-    return {"error": error, "sound": undone is None}
+    return {"error": error, "sound": undone is None, "undoing": undone}
 
 
 _STATE = "_impart_hf_state"
