@@ -197,7 +197,7 @@ def _raise_on_failure(answers: Sequence[dict[str, Any]], checked: CheckedDelta) 
         if answer["error"] and not answer["sound"]:
             raise EngineUnsoundError(
                 f"'{name}' could not be loaded ({answer['error']}), and neither could the weights that were served "
-                "before: restore their files and swap again, or restart the engine"
+                f"before ({answer['undoing']}): restore their files and swap again, or restart the engine"
             )
         if answer["error"]:
             raise SwapError(f"'{name}' could not be loaded, the old weights are back: {answer['error']}")

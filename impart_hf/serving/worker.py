@@ -44,7 +44,7 @@ def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None, de
 
     Returns:
         {"error": None} if the new weights were loaded. Otherwise "error" is the error of the first worker that failed,
-        and "sound" says whether all workers have the old weights again.
+        "sound" says whether all workers have the old weights again, and "undoing" why not.
     """
     weights: list[Weights] = []
     error = _first_error(_message(lambda: weights.append(_open(worker, delta, revision, dense))))
@@ -55,7 +55,7 @@ def load_delta(worker: "WorkerBase", delta: str | None, revision: str | None, de
         _state(worker).served = (delta, revision)
         return {"error": None, "sound": True}
     undone = _first_error(_message(lambda: _load(worker, _open(worker, *_state(worker).served))))
-    return {"error": error, "sound": undone is None}
+    return {"error": error, "sound": undone is None, "undoing": undone}
 
 
 _STATE = "_impart_hf_state"
