@@ -41,7 +41,7 @@ class DeltaCompressedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"the delta repository has format_version {self.format_version}, this reader knows version "
+                f"the delta repository has format version {self.format_version}, this reader knows version "
                 f"{FORMAT_VERSION}: upgrade impart-hf"
             )
         if isinstance(self.text_config, dict):

@@ -46,7 +46,7 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
             per_column = kept[side].counts[start:stop]
             size = CODEBOOKS[width].packed_bytes(int(per_column.sum()))
             if at + size > len(codes):
-                raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are too few for the kept entries")
+                raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are fewer than the masks need")
             side_scales = None if scales is None else scales[side]
             values = _side_values(codes[at : at + size], width, per_column, side_scales)
             # A level times a finite column scale is finite, so only floats need the check.
@@ -56,7 +56,7 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
             at += size
         start = stop
     if at != len(codes):
-        raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are more than the {at} of the kept entries")
+        raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are more than the {at} that the masks need")
     rows = [record.plane_rows(side) for side in range(record.sides)]
     no_values = torch.empty(0, device=device)
     return [

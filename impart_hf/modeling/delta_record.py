@@ -161,7 +161,7 @@ def _check_segments(name: str, segments: list[Segment], layout: int, plane_colum
         v_ok = segment.width_v in BITS if layout == FACTORED else segment.width_v == 0
         known = segment.width_u in BITS and v_ok and segment.keep <= KEEP_PER_COLUMN and segment.scaled <= 1
         if not known or segment.columns == 0:
-            raise DeltaFormatError(f"{name}: a segment is empty or has an unknown width code or mode: {segment}")
+            raise DeltaFormatError(f"{name}: a column segment is empty or has an unknown width code or mode: {segment}")
     if sum(s.columns for s in segments) != plane_columns:
         raise DeltaFormatError(f"{name}: the segments do not add up to {plane_columns} columns")
 
@@ -201,7 +201,7 @@ def parse_record(data: np.ndarray, shape: tuple[int, int], name: str) -> tuple[R
         cursor.take("<f2", len(s.widths()) * s.columns).reshape(-1, s.columns) if s.scaled else None for s in segments
     ]
     if not all(np.isfinite(a).all() for a in [sigma, *(s for s in scales if s is not None)]):
-        raise DeltaFormatError(f"{name}: a sigma or column scale is not finite")
+        raise DeltaFormatError(f"{name}: a singular value or column scale is not finite")
     record = Record(
         layout=layout,
         rows=rows,

@@ -229,7 +229,7 @@ class DeltaRepository:
                 raise DeltaFormatError(f"delta entry {entry} belongs to no tensor of the base '{self.base.source}'")
             dtype = self.file.dtype_name(entry)
             if kind == "records" and (dtype != "U8" or len(self.file.shape(entry)) != 1):
-                raise DeltaFormatError(f"delta entry {entry} is not a one-dimensional U8 tensor")
+                raise DeltaFormatError(f"delta entry {entry} must be one-dimensional bytes (U8)")
             if kind != "records" and dtype not in SAFETENSORS_DTYPES:
                 raise DeltaFormatError(f"delta entry {entry} has the unknown dtype {dtype}")
             if self.base.dtype(name).is_floating_point != (kind == "records" or _is_float(dtype)):
@@ -240,7 +240,7 @@ class DeltaRepository:
     def _check_parts(self, name: str, part: TensorParts) -> None:
         base_shape, dtype = self.base.shape(name), self.dtype(name)
         if part.replacement and part.records:
-            raise DeltaFormatError(f"{name} has both a replacement and records in the delta file")
+            raise DeltaFormatError(f"{name} is both replaced and changed by records in the delta file")
         if part.replacement and self.file.shape(part.replacement) != base_shape:
             raise DeltaFormatError(f"{name} has shape {self.file.shape(part.replacement)}, the base has {base_shape}")
         if part.records and len(base_shape) not in (2, 3):
