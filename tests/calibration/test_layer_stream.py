@@ -220,8 +220,9 @@ def test_an_expert_may_be_reached_by_a_later_batch(tmp_path: Path, monkeypatch: 
         return {name for name in calls.hessians if "experts" in name}
 
     sequences = TOKENS.view(-1, 1)  # a sequence of one token reaches one expert
-    one, others = sequences[:1], [s for s in sequences.split(1) if reached(s) != reached(sequences[:1])]
-    assert reached(torch.cat([one, others[0]])) == reached(one) | reached(others[0])
+    one = sequences[:1]
+    other = next(s for s in sequences.split(1) if reached(s) != reached(one))
+    assert reached(torch.cat([one, other])) == reached(one) | reached(other)
 
 
 def test_one_decoder_layer_is_in_memory_at_a_time(

@@ -59,6 +59,7 @@ def test_importance_prints_both_scores(model: Path, text: Path, tmp_path: Path, 
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 5
 
 
+@pytest.mark.slow
 def test_from_scores_to_a_delta(model: Path, text: Path, report: Path, tmp_path: Path, capsys) -> None:
     """Layers, importance again, widths with correction, recovery, and recovered - pruned as a delta repository."""
     steps = {name: tmp_path / name for name in ("fewer", "scores", "narrow", "recovered", "delta")}

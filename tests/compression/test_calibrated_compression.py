@@ -146,6 +146,7 @@ def test_the_ratio_is_met_on_disk(name: str, tmp_path: Path) -> None:
     assert report.ratio >= 8 and not report.shortfall
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, most", [("dare-qt", 0.9), ("delta-come", 0.9), ("impart-qt", 0.97)])
 def test_calibration_brings_models_closer_to_the_fine_tune(
     name: str, most: float, pair_of: PairOf, repository_of: RepositoryOf
@@ -382,6 +383,7 @@ SETTINGS = DistillSettings(steps=12)
 STEPS = {"distill": [TEXT], "distill_settings": SETTINGS, "calibration_samples": 24, "calibration_length": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bitdelta", "impart", "impart-qt"])
 def test_distilled_repositories(name: str, tiny_pair: Pair, tmp_path: Path) -> None:
     method = method_class(name)(compression_ratio=8)
@@ -446,6 +448,7 @@ def distilled(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path
     return output
 
 
+@pytest.mark.slow
 def test_distillation_is_the_same_again(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
     """Also into the same folder, where the first run's repository is replaced, not distilled further."""
     shutil.copytree(distilled, tmp_path / "delta")
@@ -453,6 +456,7 @@ def test_distillation_is_the_same_again(tiny_pair: Pair, distilled: Path, tmp_pa
     assert differing(tmp_path / "delta", distilled) == []
 
 
+@pytest.mark.slow
 def test_a_run_broken_off_before_distillation_goes_on(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
     method = ImPartConfig(compression_ratio=8)
     break_off(tiny_pair, tmp_path / "delta", method, 7, **STEPS)
@@ -460,6 +464,7 @@ def test_a_run_broken_off_before_distillation_goes_on(tiny_pair: Pair, distilled
     assert differing(tmp_path / "delta", distilled) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["in distillation", "while distilled records are kept", "after distillation"])
 def test_a_run_broken_off_in_distillation_goes_on(where: str, tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
     """From the records as they were before: scales trained twice would be other scales."""
@@ -489,6 +494,7 @@ def test_a_run_broken_off_in_distillation_goes_on(where: str, tiny_pair: Pair, d
     assert [p.name for p in tmp_path.iterdir()] == ["delta"]
 
 
+@pytest.mark.slow
 def test_other_distillation_starts_afresh(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
     method = ImPartConfig(compression_ratio=8)
     break_off(tiny_pair, tmp_path / "delta", method, 7, **{**STEPS, "distill_settings": DistillSettings(steps=11)})

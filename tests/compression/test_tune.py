@@ -118,6 +118,7 @@ def test_every_combination_is_tried_and_the_best_is_kept(searched: tuple) -> Non
     assert len(marked) == 1 and f"{found.best.score:.5f}" in marked[0]
 
 
+@pytest.mark.slow
 def test_scores_are_what_a_user_would_measure(pair: Pair, searched: tuple, tmp_path: Path) -> None:
     found, output, _ = searched
     sequences = calibration_tokens([TEXT], tiny_tokenizer(), samples=8, length=32)
@@ -188,6 +189,7 @@ def test_a_value_given_twice_is_tried_once(tiny_pair: Pair, tmp_path: Path) -> N
     assert settings(found) == [(0.6, 1.0, 5)] and found.best is found.candidates[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_impart_qt(calibrated: bool, tiny_pair: Pair, tmp_path: Path) -> None:
     method = ImPartQtConfig(compression_ratio=4, bits=(8, 2), groups=(4,))
@@ -295,6 +297,7 @@ def test_bad_input(arguments: dict, names: Any, tiny_pair: Pair, tmp_path: Path)
     refuses(tiny_pair, tmp_path, ValueError, naming(names), **arguments)
 
 
+@pytest.mark.slow
 def test_tasks_that_cannot_be_had(tiny_pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "task").mkdir()
     task = write_task(tmp_path / "task")

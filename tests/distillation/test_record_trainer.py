@@ -71,6 +71,7 @@ def test_blocks_may_be_as_large_as_the_model(tiny_pair: Pair) -> None:
     assert blocks.after == pytest.approx(whole.after, rel=0.01)
 
 
+@pytest.mark.slow
 def test_interrupted_blocks_go_on(tiny_pair: Pair, tmp_path: Path) -> None:
     settings = DistillSettings(steps=8, batch_size=4, checks=2, patience=8, blocks=1)
     seen: list[int] = []
@@ -87,6 +88,7 @@ def test_blocks_of_models_that_cannot_be_cut(kind: str, tmp_path: Path) -> None:
         distill(pair, encode(pair, DareConfig(), 8), DistillSettings(blocks=1))
 
 
+@pytest.mark.slow
 def test_training_stops_early_and_keeps_the_best(tiny_pair: Pair, tmp_path: Path) -> None:
     records = encode(tiny_pair, BitDeltaConfig(), 16)
     models = checkpoints(tiny_pair)
@@ -99,6 +101,7 @@ def test_training_stops_early_and_keeps_the_best(tiny_pair: Pair, tmp_path: Path
     assert distill_records(*models, records, TOKENS, settings, checkpoints=tmp_path) == first
 
 
+@pytest.mark.slow
 def test_training_goes_on_until_rates_have_fallen(tiny_pair: Pair) -> None:
     """High rates do harm at first, and little is lost that could be gained: no reason to stop."""
     records = encode(tiny_pair, ImPartRdConfig(), 3)
@@ -120,6 +123,7 @@ def test_training_killed_after_its_last_step_takes_no_other(tiny_pair: Pair, tmp
     assert distill_records(*checkpoints(tiny_pair), records, TOKENS, settings, checkpoints=tmp_path) == first
 
 
+@pytest.mark.slow
 def test_interrupted_training_goes_on(tiny_pair: Pair, tmp_path: Path) -> None:
     settings = DistillSettings(steps=24, batch_size=4, checks=4, patience=8)
     seen: list[int] = []

@@ -66,6 +66,7 @@ def test_impart_uses_every_budget() -> None:
             assert budget - 1.5 * component < size <= budget, (budget, seed)
 
 
+@pytest.mark.slow
 def test_impart_is_unbiased_over_seeds() -> None:
     """Equations 4 and 5: rescaling by 1/q makes the expectation the un-dropped leading part."""
     delta = make_delta(64, 64)

@@ -249,6 +249,7 @@ def projections(mean: torch.Tensor, delta: torch.Tensor, rank: int) -> torch.Ten
     return (u @ mean.double() * v).sum(1) / sigma
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [(8, 3, 2), (8, 8, 8)])
 def test_impart_qt_is_unbiased_over_seeds(bits: tuple[int, ...]) -> None:
     delta = make_delta(64, 64)

@@ -219,6 +219,7 @@ def test_few_texts_are_used_again(tmp_path: Path, model: Path) -> None:
     assert found.steps == 6 and found.losses[-1] < found.losses[0]
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_changes_nothing_but_memory(tmp_path: Path, model: Path) -> None:
     one, other = (
         compute_importance(

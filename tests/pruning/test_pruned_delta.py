@@ -173,6 +173,7 @@ def test_calibration(pair: Pair, tmp_path: Path) -> None:
     assert distances["calibrated"] < distances["plain"] < distance(logits(load(pair.base)), finetuned)
 
 
+@pytest.mark.slow
 def test_distillation(pair: Pair, tmp_path: Path) -> None:
     report = compress(
         str(pair.base),

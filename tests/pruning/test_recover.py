@@ -115,6 +115,7 @@ def check_checkpoint(source: Path, output: Path, step: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_lora_merged_is_what_was_trained(lora: bool, tmp_path: Path) -> None:
     """In float32, where nothing is rounded: training goes on from where it ended."""
@@ -162,6 +163,7 @@ def test_epochs_go_through_all_of_the_text(model: Path, tmp_path: Path) -> None:
     assert full.learning_rate == 2e-5
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights(model: Path, tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         recover(str(model), tmp_path / name, TEXTS, seed=seed, **{**SETTINGS, "steps": 3})
