@@ -131,6 +131,7 @@ def test_scores_are_what_a_user_would_measure(pair: Pair, searched: tuple, tmp_p
         assert divergence(pair, tmp_path / "delta", sequences) == pytest.approx(candidate.score, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_winner_is_what_compress_makes(pair: Pair, searched: tuple, tmp_path: Path) -> None:
     found, output, _ = searched
     method = dataclasses.replace(METHOD, beta=found.best.beta, c=found.best.c)

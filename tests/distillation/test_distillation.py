@@ -146,6 +146,7 @@ def test_only_the_numbers_that_are_trained_change(tiny_pair: Pair, layout: str) 
         assert new.relative_error == pytest.approx(error.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tiny_pair: Pair) -> None:
     records = spoiled(encode(tiny_pair, LowRankConfig(), 8))
     with torch.no_grad():

@@ -26,6 +26,7 @@ CODED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CODED)
 def test_values_are_trained_and_cost_no_byte(tiny_pair: Pair, method: str, tmp_path: Path) -> None:
     # So small matrices have too many bits at 24 under impart-rd, and too few entries under DARE-Qt, for a few steps on

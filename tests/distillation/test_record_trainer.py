@@ -45,6 +45,7 @@ def interrupted(pair: Pair, settings: DistillSettings, folder: Path, seen: list[
     return unbroken, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "gemma2", "gpt-oss"])
 def test_block_by_block(kind: str, tmp_path: Path) -> None:
     """What a group of layers learns, the next is fed by; the report is true for the whole model."""
@@ -61,6 +62,7 @@ def test_block_by_block(kind: str, tmp_path: Path) -> None:
     assert all(result[name] == records[name] for name in outside)
 
 
+@pytest.mark.slow
 def test_blocks_may_be_as_large_as_the_model(tiny_pair: Pair) -> None:
     """Then there is one group, trained towards the logits: what end to end is, but for the embeddings."""
     records = {n: d for n, d in encode(tiny_pair, ImPartRdConfig(), 24).items() if "embed" not in n}
@@ -136,6 +138,7 @@ def test_interrupted_training_goes_on(tiny_pair: Pair, tmp_path: Path) -> None:
     assert seen[0] == 13
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_batch(tiny_pair: Pair) -> None:
     records = encode(tiny_pair, ImPartRdConfig(), 24)
     fields = [{"gradient_accumulation_steps": parts, "max_grad_norm": 10} for parts in (1, 4)]

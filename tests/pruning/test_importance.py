@@ -165,6 +165,7 @@ def expected(gradients: dict[tuple[int, str], list[torch.Tensor]], layer: int, w
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "changes"),
     [

@@ -72,6 +72,7 @@ def perplexity(folder: Path) -> float:
     return evaluate(model, model, tokens, 4)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "pruned-llama", "pruned-llama-tied"])
 def test_recovery_lowers_the_loss(kind: str, lora: bool, tmp_path: Path) -> None:
