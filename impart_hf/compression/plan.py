@@ -52,7 +52,7 @@ class CompressionPlan:
             raise ValueError(
                 f"a repository of {self.allowed_bytes} bytes cannot be made: {self.fixed_bytes} are fixed (norms, "
                 f"added vocabulary rows, headers, config.json and model card), and the matrices need the rest; "
-                f"{_met_instead(_met_ratio(self.checkpoint_bytes, self.fixed_bytes, dense), self.checkpoint_bytes)}"
+                f"{_reachable(_met_ratio(self.checkpoint_bytes, self.fixed_bytes, dense), self.checkpoint_bytes)}"
             )
 
     def shortfall(self, repository_bytes: int, record_bytes: int, ratio: float) -> str:
@@ -130,7 +130,7 @@ def make_plan(
                 f"compression_ratio={method.compression_ratio:g} cannot be reached: {worst.name} "
                 f"({'x'.join(map(str, worst.shape))}) would get {worst.max_bytes} bytes, and the smallest record of "
                 f"'{method.name}' takes {_least_bytes(worst, method)}; "
-                f"{_met_instead(min(reachable, _met_ratio(checkpoint_bytes, fixed, dense)), checkpoint_bytes)}"
+                f"{_reachable(min(reachable, _met_ratio(checkpoint_bytes, fixed, dense)), checkpoint_bytes)}"
             )
         for t in unreachable:
             t.kind, t.max_bytes = "kept", 0
@@ -142,7 +142,7 @@ def _met_ratio(checkpoint_bytes: int, fixed: int, dense: int) -> float:
     return (checkpoint_bytes - dense / _MOST_COMPENSATION) / fixed
 
 
-def _met_instead(ratio: float, checkpoint_bytes: int) -> str:
+def _reachable(ratio: float, checkpoint_bytes: int) -> str:
     """Name a ratio and a size to ask for instead, rounded so that they can be met."""
     ratio = math.floor(100 * ratio - 0.5) / 100
     return f"a ratio of {ratio:.2f}, which is {math.ceil(checkpoint_bytes / ratio)} bytes, is certain to be met"
