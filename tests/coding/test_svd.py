@@ -59,6 +59,7 @@ def check(matrix: torch.Tensor, sigma: torch.Tensor, parts: tuple[torch.Tensor, 
         assert (vectors.t() @ vectors - torch.eye(rank)).abs().max() < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 16, 80, 300])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_leading_part(name, rank, rotations, noise):

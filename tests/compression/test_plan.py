@@ -79,6 +79,7 @@ def test_the_ratio_holds_on_disk(pair: Pair, tmp_path: Path, config: type[Method
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "mixtral"])
 @pytest.mark.parametrize("config", METHODS)
 def test_tiny_models_meet_it_or_say_so(tmp_path: Path, kind: str, config: type[MethodConfig]) -> None:

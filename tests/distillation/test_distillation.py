@@ -92,6 +92,7 @@ def test_gradients_are_those_of_the_dense_formula(kind: str, layout: str, tmp_pa
     assert {p for p in student.parameters() if p.grad is not None} == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", METHODS)
 def test_spoiled_scales_come_back(tiny_pair: Pair, layout: str, tmp_path: Path) -> None:
     right = encode(tiny_pair, METHODS[layout], EVERYTHING)
@@ -106,6 +107,7 @@ def test_spoiled_scales_come_back(tiny_pair: Pair, layout: str, tmp_path: Path) 
     assert report.untrained == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", METHODS)
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gemma2", "mixtral", "gpt-oss", "gpt-neox", "mamba"])
 def test_report_is_true_for_the_records_as_stored(kind: str, layout: str, tmp_path: Path) -> None:

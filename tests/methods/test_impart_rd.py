@@ -138,6 +138,7 @@ def test_the_price_uses_up_the_budget(budget: int) -> None:
     assert 0.9 * budget - 100 < size <= budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [3_000, 300_000, 3_000_000])
 def test_a_sample_of_many_components_changes_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
