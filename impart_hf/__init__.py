@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # names for the type checker
     from .modeling.modeling_pruned_llama import PrunedLlamaModel as PrunedLlamaModel
 
 # The modules of the public names, except the methods' classes.
-_HOMES = {
+_MODULES = {
     "compress": "compression.compress",
     "tune": "compression.tune",
     "DistillSettings": "distillation",
@@ -48,12 +48,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     if name == "__all__" or name.endswith("Config"):
         methods = importlib.import_module(f"{__name__}.methods").PUBLIC
         if name == "__all__":
-            return sorted([*_HOMES, *methods])
+            return sorted([*_MODULES, *methods])
         if name in methods:
             return methods[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

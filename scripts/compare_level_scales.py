@@ -34,7 +34,7 @@ def unchanged(plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor, 
 
 
 # The functions that each rule replaces, by module and name; methods import them from there when they encode
-_UNCHANGED = [(factor_quantisation, "unbiased", unchanged)]
+_UNCHANGED = [(factor_quantisation, "bias_correction", unchanged)]
 RULES = {
     "largest": [(gptq, "best_scale", largest), (factor_quantisation, "best_scale", largest), *_UNCHANGED],
     "least error": _UNCHANGED,

@@ -35,7 +35,7 @@ from measure import comma_separated
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from impart_hf.common.files import written_whole
+from impart_hf.common.files import atomic_write
 from impart_hf.evaluation.metrics import load, perplexity
 from impart_hf.pruning import Importance, PruningReport, compute_importance, prune_layers, prune_width, recover
 from impart_hf.pruning.checks import open_llama
@@ -243,7 +243,7 @@ def _identity(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    with written_whole(path) as new:
+    with atomic_write(path) as new:
         new.write_text(text, encoding="utf-8")
 
 

@@ -48,12 +48,12 @@ def stream_layers(
     Raises:
         ValueError: as soon as a layer's activations are found not to be finite.
     """
-    for name in model.outside:
+    for name in model.outside_layers:
         weight = compressed(name, None)
-        if name in model.entrance:
+        if name in model.embedding_names:
             model.put(name, weight)
     hidden, arguments = model.layer_inputs(tokens.split(batch_size))
-    model.release(model.entrance)
+    model.release(model.embedding_names)
     last = len(model.layers) - 1
     for number, prefix in enumerate(progress.track(list(model.layers), "Calibrating")):
         own_arguments = {rows: of_layers[number] for rows, of_layers in arguments.items()}

@@ -55,8 +55,8 @@ class StreamedModel:
         known = self.model.state_dict()
         self.names = [n for n in finetuned.names() if n in known and finetuned.dtype(n).is_floating_point]
         inside = tuple(f"{name}." for name in self.layers)
-        self.outside = [name for name in self.names if not name.startswith(inside)]
-        self.entrance = [name for name in self.outside if name.startswith(prefix and f"{prefix}.")]
+        self.outside_layers = [name for name in self.names if not name.startswith(inside)]
+        self.embedding_names = [name for name in self.outside_layers if name.startswith(prefix and f"{prefix}.")]
 
     def unsupported(self, why: str) -> ValueError:
         model_type = self._finetuned.config.get("model_type")
@@ -243,9 +243,9 @@ def streamed_model(
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"calibration needs tokens of shape (sequences, length), not {list(tokens.shape)}")
     check_vocabulary(tokens, model.vocabulary, finetuned.source)
-    model.load(model.entrance)
+    model.load(model.embedding_names)
     model.layer_inputs([tokens[:1], tokens[-1:]])
-    model.release(model.entrance)
+    model.release(model.embedding_names)
     return model
 
 

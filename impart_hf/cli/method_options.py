@@ -99,7 +99,7 @@ def method_config(options: argparse.Namespace) -> MethodConfig:
                 f"--{option} belongs to {', '.join(owners)}, not to {chosen.name}: leave it out, or choose another "
                 "--method"
             )
-        if settings[option].name == "seed" and not chosen.random:
+        if settings[option].name == "seed" and not chosen.drops_entries:
             raise ValueError(f"--{option}: {chosen.name} drops nothing at random: leave it out")
         try:
             values[settings[option].name] = settings[option].parse(text)

@@ -51,7 +51,7 @@ def quantised(
     scale_v = level_scales(v.t(), mask_v, widths_v)
     rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
     quant_v = quantise(v.t(), mask_v, hessian, Grid(scale_v[:, None], widths_v))
-    scaled_sigma = sigma * rescale * unbiased(v.t(), quant_v.values, mask_v, hessian)
+    scaled_sigma = sigma * rescale * bias_correction(v.t(), quant_v.values, mask_v, hessian)
     if delta is not None:
         u = _best_u(delta, u, quant_v.values, hessian)
     scale_u = level_scales(u.t(), mask_u, widths)
@@ -60,12 +60,12 @@ def quantised(
         factor = quant_v.values * scaled_sigma[:, None]
         hessian_u = factor @ hessian @ factor.t()
     quant_u = quantise(u, mask_u.t(), hessian_u, Grid(scale_u[None], widths))
-    scaled_sigma *= unbiased(u.t(), quant_u.values.t(), mask_u) * scale_u * scale_v
+    scaled_sigma *= bias_correction(u.t(), quant_u.values.t(), mask_u) * scale_u * scale_v
     notes = tuple(dict.fromkeys((*quant_v.notes, *quant_u.notes)))
     return quant_u.values / scale_u, scaled_sigma.double().cpu().numpy(), (quant_v.values / scale_v[:, None]).t(), notes
 
 
-def unbiased(
+def bias_correction(
     plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the factors <x, x> / <x, Q(x)>, (rows,), that remove the bias of the rows of a quantised plane.

@@ -98,7 +98,7 @@ def factored_record(
         column_scales=[None] * len(segments),
         codes=_planes_codes([u.t(), v.t()], thresholds, segments, mask_seed),
     )
-    return measured(record, delta)
+    return pack_measured(record, delta)
 
 
 def direct_record(
@@ -138,7 +138,7 @@ def direct_record(
         column_scales=[None if column_scales is None else column_scales[None]],
         codes=_planes_codes([values], thresholds, segments, mask_seed),
     )
-    return measured(record, delta)
+    return pack_measured(record, delta)
 
 
 def fit_threshold(rows: int, columns: int, most_values: int, mask_seed: int, device: torch.device) -> int:
@@ -153,7 +153,7 @@ def fit_threshold(rows: int, columns: int, most_values: int, mask_seed: int, dev
     return max(0, threshold)
 
 
-def measured(record: Record, delta: torch.Tensor) -> bytes:
+def pack_measured(record: Record, delta: torch.Tensor) -> bytes:
     """Return the record's bytes, with its relative error measured by decoding it."""
     record.scale = float(np.float32(record.scale))
     decoded = decode_record(record, "encoded matrix", delta.device)

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..common.files import written_whole
+from ..common.files import atomic_write
 from .svd import RankRule, Svd, leading_svd
 
 SvdOf = Callable[[str, int], Svd]
 
 
-def leading_svd_of(name: str, number: int) -> Svd:
+def uncached_svd(name: str, number: int) -> Svd:
     """Return `leading_svd`, for matrices that are decomposed once."""
     return leading_svd
 
@@ -47,7 +47,7 @@ class SvdCache:
                     return stored["u"][:, :rank].float(), stored["sigma"][:rank], stored["v"][:, :rank].float()
             u, sigma, v = leading_svd(matrix, rank_rule)
             u, v = u.contiguous().to(self._dtype), v.contiguous().to(self._dtype)
-            with written_whole(path) as new:
+            with atomic_write(path) as new:
                 save_file({"u": u, "sigma": sigma.contiguous(), "v": v}, new)
             return u.float(), sigma, v.float()
 

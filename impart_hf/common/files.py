@@ -25,7 +25,7 @@ def sync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end the file is flushed and renamed to `path`."""
     temporary = path.with_suffix(".writing")
     yield temporary

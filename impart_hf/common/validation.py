@@ -4,7 +4,7 @@ import math
 import re
 
 
-def check_whole(least: int, **values: object) -> None:
+def check_whole_number(least: int, **values: object) -> None:
     """Check that settings are whole numbers of at least `least`.
 
     Raises:
@@ -32,7 +32,7 @@ def check_seed(seed: object) -> None:
     Raises:
         ValueError: if it is not.
     """
-    check_whole(0, seed=seed)
+    check_whole_number(0, seed=seed)
     if isinstance(seed, int) and seed >= 1 << 32:
         raise ValueError(f"seed must be below 2**32, got {seed}")
 
@@ -71,6 +71,6 @@ def size_bytes(size: int | str, name: str) -> int:
     return count
 
 
-def wanted_size(max_bytes: int | str | None) -> int | None:
+def byte_budget(max_bytes: int | str | None) -> int | None:
     """Return the option `max_bytes`, the byte budget, as a number of bytes, or None; errors as for `size_bytes`."""
     return None if max_bytes is None else size_bytes(max_bytes, "max_bytes")

@@ -8,7 +8,7 @@ import torch
 from ..calibration.text import CalibrationSource
 from ..common.devices import usable_device
 from ..common.progress import Progress
-from ..common.validation import shard_bytes, wanted_size
+from ..common.validation import byte_budget, shard_bytes
 from ..distillation import DistillSettings
 from ..methods import ImPartRdConfig, MethodConfig
 from ..modeling.checkpoints import HubOptions
@@ -16,7 +16,7 @@ from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
 from ..training import distributed
 from .pair import ModelPair
-from .pipeline import CompressionRequest, compress_pair, help_first
+from .pipeline import CompressionRequest, assist_first_process, compress_pair
 
 
 def compress(
@@ -89,7 +89,7 @@ def compress(
         raise ValueError(f"calibration is for the methods that quantise, and '{method.name}' does not: leave it out")
     if distill_settings is not None and distill is None:
         raise ValueError("distill_settings are for distillation, which needs a text, but distill is None: give a text")
-    shard_size, wanted_bytes = shard_bytes(max_shard_size), wanted_size(max_bytes)
+    shard_size, wanted_bytes = shard_bytes(max_shard_size), byte_budget(max_bytes)
     distributed.connect(str(device).startswith("cpu"))  # before a GPU is used: it assigns one to each process
     device = usable_device(device)
     # The workspace comes first, so that an output that cannot be written fails before anything is downloaded.
@@ -104,7 +104,7 @@ def compress(
             progress=Progress(progress),
         )
         if workspace is None:
-            return help_first(pair)
+            return assist_first_process(pair)
         texts = {
             purpose: pair.tokens(source, calibration_samples, calibration_length)
             for purpose, source in (("calibration", calibration), ("distillation", distill))
@@ -119,4 +119,4 @@ def compress(
             shard_size,
         )
         report = compress_pair(pair, workspace, request)
-    return distributed.from_first(report) if distributed.several() else report
+    return distributed.broadcast_from_first(report) if distributed.is_distributed() else report

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..coding.records import empty_record
-from ..coding.svd_cache import SvdOf, leading_svd_of
+from ..coding.svd_cache import SvdOf, uncached_svd
 from ..methods import Encoded, MethodConfig, method_for
 from ..modeling.checkpoints import Checkpoint
 from ..modeling.delta_decode import add_delta
@@ -74,7 +74,7 @@ def encode_tensor(
     method: MethodConfig,
     device: torch.device,
     hessian: torch.Tensor | None = None,
-    svd_of: SvdOf = leading_svd_of,
+    svd_of: SvdOf = uncached_svd,
     budgets: list[int] | None = None,
 ) -> tuple[bytes, list[str]]:
     """Return the records of one tensor, one per matrix of a stack, and the method's notes on it.

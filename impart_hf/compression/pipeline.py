@@ -9,7 +9,7 @@ import torch
 
 from ..calibration.layer_stream import stream_layers
 from ..calibration.streamed_model import StreamedModel, streamed_model
-from ..coding.svd_cache import SvdCache, SvdOf, leading_svd_of
+from ..coding.svd_cache import SvdCache, SvdOf, uncached_svd
 from ..common.progress import Progress
 from ..common.version import __version__
 from ..distillation import DistillReport, DistillSettings
@@ -67,7 +67,7 @@ class CompressionRequest:
         return [*texts, None if self.distillation is None else asdict(self.distill_settings)]
 
 
-def sized(method: Method, max_bytes: int | None, weight_bytes: int) -> Method:
+def with_ratio_for(method: Method, max_bytes: int | None, weight_bytes: int) -> Method:
     """Return the method with the ratio at which the repository takes `max_bytes`; unchanged if that is None.
 
     Args:
@@ -86,7 +86,7 @@ def sized(method: Method, max_bytes: int | None, weight_bytes: int) -> Method:
 
 
 def compress_pair(
-    pair: ModelPair, workspace: Workspace, request: CompressionRequest, svd_of: SvdOf = leading_svd_of
+    pair: ModelPair, workspace: Workspace, request: CompressionRequest, svd_of: SvdOf = uncached_svd
 ) -> CompressionReport:
     """Compress a pair into a workspace, and publish it.
 
@@ -95,7 +95,7 @@ def compress_pair(
             components.
     """
     started = time.perf_counter()
-    method = sized(request.method, request.max_bytes, pair.finetuned.weight_bytes)
+    method = with_ratio_for(request.method, request.max_bytes, pair.finetuned.weight_bytes)
     config = repository_config(pair, request.recorded_method(method))
     plan = make_plan(pair.tensors, method, pair.finetuned.weight_bytes, json_bytes(config), request.max_shard_size)
     if request.max_bytes is not None:
@@ -144,20 +144,20 @@ def _distil(
         return None
     paths = {tensor.name: workspace.record_path(tensor.name) for tensor in plan.encoded}
     task = _Distillation(paths, request.distillation, request.distill_settings, workspace.checkpoints())
-    if distributed.several():
-        distributed.from_first(task)
+    if distributed.is_distributed():
+        distributed.broadcast_from_first(task)
     changed, report = task.run(pair)
     for name, data in changed.items():
         workspace.put_distilled(name, data)
     return report
 
 
-def help_first(pair: ModelPair) -> CompressionReport:
+def assist_first_process(pair: ModelPair) -> CompressionReport:
     """Take part in distillation, in a process that is not the first, and return the first process's report."""
-    received: _Distillation | CompressionReport = distributed.from_first()
+    received: _Distillation | CompressionReport = distributed.broadcast_from_first()
     if isinstance(received, _Distillation):
         received.run(pair)
-        received = distributed.from_first()
+        received = distributed.broadcast_from_first()
     assert isinstance(received, CompressionReport)
     return received
 

@@ -15,7 +15,7 @@ from ..calibration.text import CalibrationSource
 from ..coding.svd_cache import SvdCache
 from ..common.devices import usable_device
 from ..common.progress import Progress
-from ..common.validation import shard_bytes, wanted_size
+from ..common.validation import byte_budget, shard_bytes
 from ..evaluation.metrics import evaluate
 from ..evaluation.tasks import TaskEvaluation
 from ..methods import ImPartConfig, MethodConfig
@@ -151,7 +151,7 @@ def tune(
     candidates = [dataclasses.replace(method, beta=beta, c=c, seed=seed) for beta, c, seed in grid]
     if not candidates:
         raise ValueError("there is nothing to search: give betas, cs and seeds at least one value each")
-    device, shard_size, wanted_bytes = usable_device(device), shard_bytes(max_shard_size), wanted_size(max_bytes)
+    device, shard_size, wanted_bytes = usable_device(device), shard_bytes(max_shard_size), byte_budget(max_bytes)
     with Workspace(Path(output_dir)) as workspace:
         scratch, search_started = workspace.scratch(), time.perf_counter()
         pair = ModelPair(

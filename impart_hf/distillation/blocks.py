@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from transformers import TrainingArguments
 
 from ..calibration.streamed_model import StreamedModel, streamed_model
-from ..common.files import written_whole
+from ..common.files import atomic_write
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint
 from ..training import distributed
@@ -39,7 +39,7 @@ def _save(outcome: Outcome, path: Path) -> None:
     """Write the outcome of a group of layers atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = [outcome.steps, outcome.best_step, outcome.before, outcome.after]
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(outcome.records, temporary, {"numbers": json.dumps(numbers)})
 
 
@@ -82,8 +82,8 @@ def distill_blocks(
         else:
             arguments.output_dir = str(folder / f"layers-{start}")
             outcome = models.train(group, current, own, partial(loss, student_input))
-            if distributed.several():
-                outcome = distributed.from_first(outcome)
+            if distributed.is_distributed():
+                outcome = distributed.broadcast_from_first(outcome)
             if distributed.is_first():
                 _save(outcome, path)
                 shutil.rmtree(arguments.output_dir, ignore_errors=True)  # the checkpoints, which are many times larger
@@ -150,22 +150,25 @@ class _BlockModels:
         self.teacher = streamed_model(finetuned, tokens, arguments.device, PURPOSE)
         check_tokens(tokens, self.teacher.vocabulary)
         self.teacher.check_output()
-        self.teacher.load(self.teacher.entrance)
+        self.teacher.load(self.teacher.embedding_names)
         # The tensors before the first layer are not trained, so that all students share them.
-        self._entrance = {
-            name: self._tensor(name, records).to(arguments.device, torch.float32) for name in self.teacher.entrance
+        self._embeddings = {
+            name: self._tensor(name, records).to(arguments.device, torch.float32)
+            for name in self.teacher.embedding_names
         }
 
     def names_of(self, group: _Group) -> list[str]:
         """Return the names of a group's tensors; the last group includes the output projection and the final norm."""
         prefixes = tuple(f"{name}." for name in list(self.teacher.layers)[group.layers.start : group.layers.stop])
         names = [name for name in self.teacher.names if name.startswith(prefixes)]
-        return names + (sorted(set(self.teacher.outside) - set(self.teacher.entrance)) if group.is_last else [])
+        return names + (
+            sorted(set(self.teacher.outside_layers) - set(self.teacher.embedding_names)) if group.is_last else []
+        )
 
     def student(self, records: _Records, group: _Group, trained: frozenset[str] = frozenset()) -> StreamedModel:
         """Make a student with a group's layers; `trained` tensors get the base's weights, to attach deltas to."""
         model = StreamedModel(self._finetuned, self._arguments.device, PURPOSE)
-        for name, tensor in self._entrance.items():
+        for name, tensor in self._embeddings.items():
             model.put(name, tensor)
         for name in self.names_of(group):
             model.put(name, self._base.tensor(name) if name in trained else self._tensor(name, records))

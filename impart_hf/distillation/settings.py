@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.validation import check_number, check_seed, check_whole
+from ..common.validation import check_number, check_seed, check_whole_number
 
 TRAINED = ("codes", "scales")
 _RATES = ("scale_rate", "code_rate")
@@ -61,7 +61,7 @@ class DistillSettings:
         if self.trains not in TRAINED:
             raise ValueError(f"trains must be one of {', '.join(TRAINED)}, got {self.trains!r}")
         counts = ["steps", "batch_size", "checks", "patience", *([] if self.blocks is None else ["blocks"])]
-        check_whole(1, **{name: getattr(self, name) for name in counts})
+        check_whole_number(1, **{name: getattr(self, name) for name in counts})
         check_seed(self.seed)
         for name in (*_RATES, *_SHARES):
             value = getattr(self, name)

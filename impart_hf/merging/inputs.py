@@ -15,7 +15,7 @@ from ..modeling.repository_kind import RepositoryKind
 from ..modeling.tensors import Tensors
 from ..repository.open import open_repository
 from .config import MergeConfig
-from .vocabulary import Tokens, united
+from .vocabulary import Tokens, model_with_all_tokens
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
 _SAMPLED = 8  # matrices that are compared to detect a model that is not a fine-tune of the base
@@ -85,7 +85,7 @@ class MergeInputs:
         self._tokens_from = self._rows_from = chosen
         self._row_owners = [chosen] if chosen is not None else []
         if source == "union":
-            name = united(self._base_tokens, {model.name: model.tokens for model in self.models})
+            name = model_with_all_tokens(self._base_tokens, {model.name: model.tokens for model in self.models})
             self._tokens_from = next((model for model in self.models if model.name == name), None)
             longest = max(self.models, key=self._rows_added)
             self._rows_from = longest if self._rows_added(longest) else None

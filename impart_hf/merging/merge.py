@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from ..coding.svd_cache import SvdOf, leading_svd_of
+from ..coding.svd_cache import SvdOf, uncached_svd
 from ..common.devices import usable_device
 from ..common.files import OutputError, write_json
 from ..common.progress import Progress
-from ..common.validation import shard_bytes, wanted_size
+from ..common.validation import byte_budget, shard_bytes
 from ..compression.compatibility import IncompatibleModelsError
 from ..compression.encoding import mask_seed
 from ..compression.pair import ModelPair
-from ..compression.pipeline import CompressionRequest, compress_pair, sized
+from ..compression.pipeline import CompressionRequest, compress_pair, with_ratio_for
 from ..methods import MethodConfig
 from ..modeling.checkpoints import HubOptions, all_finite
 from ..repository.cards import merge_card, merge_origin
@@ -28,7 +28,7 @@ from ..storage.output import check_output
 from ..storage.workspace import Workspace
 from .config import MergeConfig
 from .inputs import MergeInputs
-from .task_vectors import TaskVector, dare, impart, mixed, trimmed
+from .task_vectors import TaskVector, combined_deltas, dare, impart, trim_vector
 
 BLOCK_ENTRIES = 1 << 20  # combined at a time, for each model; larger blocks leave the cache
 
@@ -97,7 +97,7 @@ def merge(
     config = MergeConfig.of(config)
     require_peft()
     shard_size, device, bars = shard_bytes(max_shard_size), usable_device(device), Progress(progress)
-    wanted_bytes = wanted_size(max_bytes)
+    wanted_bytes = byte_budget(max_bytes)
     if wanted_bytes is not None and compression is None:
         raise ValueError(
             "max_bytes is for a delta repository: give its method with compression, or leave max_bytes out"
@@ -142,7 +142,7 @@ def compress_merge(
         max_bytes: byte budget of the repository; None for the method's ratio.
     """
     # Checks the budget before any work; the header of the file is not counted yet.
-    sized(method, max_bytes, merged.weight_bytes())
+    with_ratio_for(method, max_bytes, merged.weight_bytes())
     with Workspace(output) as workspace:
         dense = workspace.scratch() / output.name
         dense.mkdir()
@@ -198,7 +198,7 @@ class Merge:
         config: MergeConfig,
         inputs: MergeInputs,
         device: torch.device,
-        svd_of: SvdOf = leading_svd_of,
+        svd_of: SvdOf = uncached_svd,
         delta_of: Callable[[str], torch.Tensor] | None = None,
     ):
         """Set up the merge; nothing is computed yet.
@@ -253,7 +253,7 @@ class Merge:
         for start in range(0, len(before), block):
             rows = slice(start, start + block)
             deltas = [vector(rows) for vector in vectors]
-            combined[rows] = mixed(deltas, weights, self.config.method.consensus, shared["normalize"])
+            combined[rows] = combined_deltas(deltas, weights, self.config.method.consensus, shared["normalize"])
         return combined.view(shape)
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -286,7 +286,7 @@ class Merge:
             vector = self._sparsified(number, name, dense(slice(None)), values, shared).__getitem__
         trim = values["density" if method.sparsifier is None else "trim_density"]
         if method.consensus and trim < 1:
-            vector = trimmed(vector, len(before), trim)
+            vector = trim_vector(vector, len(before), trim)
         return vector
 
     def _sparsified(

@@ -1,4 +1,4 @@
-"""Task vectors: one fine-tune's delta of a tensor, sparsified and trimmed, and the combination of several."""
+"""Task vectors: one fine-tune's delta of a tensor, sparsified and trim_vector, and the combination of several."""
 
 from collections.abc import Callable
 from functools import partial
@@ -59,7 +59,7 @@ def impart(delta: torch.Tensor, density: float, beta: float, c: float, seed: int
     return (u * sigma) @ v.t()
 
 
-def trimmed(vector: TaskVector, rows: int, density: float) -> TaskVector:
+def trim_vector(vector: TaskVector, rows: int, density: float) -> TaskVector:
     """Return the vector with only its largest entries, a share of `density` (TIES, arXiv 2306.01708, "trim").
 
     Only a mask is stored, because a model's largest tensor would not fit into memory once for each model.
@@ -77,7 +77,7 @@ def _masked(vector: TaskVector, kept: torch.Tensor, rows: slice) -> torch.Tensor
     return vector(rows) * kept[rows]
 
 
-def mixed(deltas: list[torch.Tensor], weights: list[float], consensus: bool, normalize: bool) -> torch.Tensor:
+def combined_deltas(deltas: list[torch.Tensor], weights: list[float], consensus: bool, normalize: bool) -> torch.Tensor:
     """Return the weighted sum of deltas, or of their entries that agree with the elected sign (TIES).
 
     Args:

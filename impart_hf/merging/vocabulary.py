@@ -36,7 +36,7 @@ class Tokens:
         return not self.by_number or number in self.by_number
 
 
-def united(base: Tokens, models: Mapping[str, Tokens]) -> str | None:
+def model_with_all_tokens(base: Tokens, models: Mapping[str, Tokens]) -> str | None:
     """Return the name of the model whose tokenizer has the tokens of all models; None for the base.
 
     Raises:
@@ -50,7 +50,7 @@ def united(base: Tokens, models: Mapping[str, Tokens]) -> str | None:
             if other != token:
                 raise IncompatibleModelsError(
                     f"token {number} is {other!r} in '{first}' and {token!r} in '{name}': their added tokens cannot "
-                    "be united; choose one model's tokenizer with tokenizer_source, or `base`"
+                    "be model_with_all_tokens; choose one model's tokenizer with tokenizer_source, or `base`"
                 )
     most = max(added, key=lambda name: len(added[name]))
     if lost := sorted(seen.keys() - added[most].keys()):

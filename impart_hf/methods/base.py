@@ -81,7 +81,7 @@ class MethodConfig(abc.ABC):
     uncalibrated: ClassVar[str] = "none: rounded"  # what the report says of the calibration if there is none
     factored: ClassVar[bool] = False  # whether it encodes singular components
     shares_budget: ClassVar[bool] = False  # whether it allocates one byte budget to all matrices by their spectra
-    random: ClassVar[bool] = True  # whether it drops entries, so that the seed has an effect
+    drops_entries: ClassVar[bool] = True  # whether it drops entries, so that the seed has an effect
 
     compression_ratio: float = setting(32.0, "checkpoint bytes over repository bytes, above 1", option="ratio")
     seed: int = setting(0, "seed of the masks, 0 to 2**32 - 1")

@@ -39,7 +39,7 @@ class DareQtConfig(MethodConfig):
         return self._fixed_bytes(rows) + rows
 
     def _encode(self, task: EncodingTask) -> Encoded:
-        from ..coding.factor_quantisation import unbiased
+        from ..coding.factor_quantisation import bias_correction
         from ..coding.gptq import Grid, best_scale, quantise
         from ..coding.records import direct_record, fit_threshold
         from ..modeling.seeded_mask import keep_mask
@@ -56,7 +56,7 @@ class DareQtConfig(MethodConfig):
         grid = Grid(scales[:, None], np.full(rows, self.value_bits))
         result = quantise(plane, mask, task.hessian, grid)
         levels = result.values / grid.scale
-        scales = scales * unbiased(plane, result.values, mask, task.hessian)
+        scales = scales * bias_correction(plane, result.values, mask, task.hessian)
         largest_scale = float(scales.max()) or 1.0  # 0 if nothing was kept
         scale = largest_entry * largest_scale / float(kept_ratios(thresholds[:1])[0])
         column_scales = (scales / largest_scale).half().cpu().numpy()

@@ -18,7 +18,7 @@ class DeltaComeConfig(MixedPrecision):
     """Delta-CoMe's settings; the number of components of each matrix follows from the ratio."""
 
     name: ClassVar[str] = "delta-come"
-    random = False
+    drops_entries = False
 
     def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
         def fits(rank: int) -> bool:

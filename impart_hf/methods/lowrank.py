@@ -23,7 +23,7 @@ class LowRankConfig(MethodConfig):
 
     name: ClassVar[str] = "lowrank"
     factored = True
-    random = False
+    drops_entries = False
 
     value_dtype: str = setting("float16", "dtype of stored values, float16 or bfloat16")
 

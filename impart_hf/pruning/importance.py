@@ -26,7 +26,7 @@ from transformers.utils import logging
 from ..calibration.text import CalibrationSource
 from ..common.names import text_name
 from ..common.progress import Progress
-from ..common.validation import check_positive, check_seed, check_whole
+from ..common.validation import check_positive, check_seed, check_whole_number
 from ..storage.checkpoint_writer import new_folder
 from ..storage.output import check_output
 from ..training.trainer import train, training_arguments
@@ -99,9 +99,9 @@ def compute_importance(
         ModuleNotFoundError: if peft or accelerate is not installed.
     """
     require_training()
-    check_whole(2, steps=steps)  # in the first step LoRA's B is zero, and so is the gradient of A
-    check_whole(1, batch_size=batch_size, rank=rank, alpha=alpha)
-    check_whole(2, length=length)
+    check_whole_number(2, steps=steps)  # in the first step LoRA's B is zero, and so is the gradient of A
+    check_whole_number(1, batch_size=batch_size, rank=rank, alpha=alpha)
+    check_whole_number(2, length=length)
     check_positive(learning_rate=learning_rate, top_percent=top_percent)
     check_seed(seed)
     if top_percent > 100:

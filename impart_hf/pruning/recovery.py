@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from ..calibration.text import CalibrationSource
 from ..common.names import text_name
 from ..common.progress import Progress
-from ..common.validation import check_positive, check_seed, check_whole
+from ..common.validation import check_positive, check_seed, check_whole_number
 from ..evaluation.metrics import perplexity
 from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
@@ -123,8 +123,8 @@ def recover(
     require_training()
     method = "lora" if lora else "full"
     rate = _LEARNING_RATES[method] if learning_rate is None else learning_rate
-    check_whole(1, batch_size=batch_size, rank=rank, alpha=alpha, **({} if steps is None else {"steps": steps}))
-    check_whole(2, length=length)
+    check_whole_number(1, batch_size=batch_size, rank=rank, alpha=alpha, **({} if steps is None else {"steps": steps}))
+    check_whole_number(2, length=length)
     check_positive(learning_rate=rate, epochs=epochs)
     check_seed(seed)
     defaults: dict[str, Any] = {

@@ -59,7 +59,7 @@ class Catalogue:
         if problems := self._look()[1]:
             raise ValueError(f"{DELTAS_VARIABLE}: {problems[0]}; choose another name for one of them")
 
-    def all(self) -> dict[str, NamedDelta]:
+    def offered(self) -> dict[str, NamedDelta]:
         """Return what is offered now, by name, the base first; if two deltas have one name, the first is offered."""
         offered, problems = self._look()
         for problem in problems:

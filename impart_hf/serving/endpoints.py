@@ -108,7 +108,7 @@ class _Server:
     def listing(self) -> dict[str, Any]:
         entries = [
             {"id": d.name, "object": "delta", "repo": d.repo, "revision": d.revision, "loaded": d.name == self.loaded}
-            for d in self._catalogue.all().values()
+            for d in self._catalogue.offered().values()
         ]
         return {"object": "list", "loaded": self.loaded, "data": entries}
 
@@ -119,7 +119,7 @@ class _Server:
     async def _load(self, name: str) -> tuple[int, dict[str, Any]]:
         if self.refusal:
             return _error(501, f"this server cannot swap deltas: {self.refusal}")
-        offered = self._catalogue.all()
+        offered = self._catalogue.offered()
         if name not in offered:
             # As ASCII, because a name may hold characters that cannot be encoded in an answer.
             return _error(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..common.files import OutputError, sync_path, write_json, written_whole
+from ..common.files import OutputError, atomic_write, sync_path, write_json
 from .folder_lock import LOCK_FILE, FolderLock
 from .output import check_output, existing_parent, named_errors
 
@@ -154,7 +154,7 @@ class Workspace:
         path = self.folder / _BUDGETS
         if not path.exists():
             budgets = make()
-            with written_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 write_json(temporary, budgets)
         return json.loads(path.read_text("utf-8"))
 
@@ -196,7 +196,7 @@ class Workspace:
         """Store a tensor's records atomically."""
         path = self._record_path(name)
         write_json(path.with_suffix(".notes"), notes)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(data)
 
     def put_distilled(self, name: str, data: bytes) -> None:

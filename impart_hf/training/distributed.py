@@ -15,20 +15,20 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Return whether there is more than one process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def connect(on_cpu: bool) -> None:
     """Set up communication with the other processes, if there are any, and assign each process its GPU."""
-    if several():
+    if is_distributed():
         from accelerate import PartialState
 
         PartialState(cpu=on_cpu, timeout=_TIMEOUT)
 
 
-def from_first(value: T | None = None) -> T:
+def broadcast_from_first(value: T | None = None) -> T:
     """Return, in every process, the value that the first process passes to this call; waits for it."""
     from accelerate.utils import broadcast_object_list
 

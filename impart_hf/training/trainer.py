@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..common.devices import usable_device
 from ..common.progress import Progress
-from ..common.validation import check_whole
+from ..common.validation import check_whole_number
 
 # Fields of TrainingArguments that are arguments of these functions, or would interfere with what they do.
 _RESERVED = {
@@ -107,7 +107,7 @@ def training_arguments(
                 f"training cannot use {arguments.distributed_state.distributed_type.name}, which shards weights over "
                 "processes (as FSDP and DeepSpeed do): use DDP or one process"
             )
-        check_whole(1, gradient_accumulation_steps=arguments.gradient_accumulation_steps)
+        check_whole_number(1, gradient_accumulation_steps=arguments.gradient_accumulation_steps)
         parts = arguments.world_size * arguments.gradient_accumulation_steps
         if batch_size % parts:
             raise ValueError(

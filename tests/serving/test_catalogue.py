@@ -13,7 +13,7 @@ from impart_hf.serving.catalogue import BASE, Catalogue, NamedDelta
 
 
 def names(catalogue: Catalogue) -> dict[str, tuple[str | None, str | None]]:
-    return {name: (delta.repo, delta.revision) for name, delta in catalogue.all().items()}
+    return {name: (delta.repo, delta.revision) for name, delta in catalogue.offered().items()}
 
 
 def test_entries() -> None:
