@@ -50,7 +50,7 @@ def model_with_all_tokens(base: Tokens, models: Mapping[str, Tokens]) -> str | N
             if other != token:
                 raise IncompatibleModelsError(
                     f"token {number} is {other!r} in '{first}' and {token!r} in '{name}': their added tokens cannot "
-                    "be model_with_all_tokens; choose one model's tokenizer with tokenizer_source, or `base`"
+                    "be united; choose one model's tokenizer with tokenizer_source, or `base`"
                 )
     most = max(added, key=lambda name: len(added[name]))
     if lost := sorted(seen.keys() - added[most].keys()):
