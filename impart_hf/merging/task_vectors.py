@@ -1,4 +1,4 @@
-"""Task vectors: one fine-tune's delta of a tensor, sparsified and trim_vector, and the combination of several."""
+"""Task vectors: one fine-tune's delta of a tensor, sparsified and trimmed, and the combination of several."""
 
 from collections.abc import Callable
 from functools import partial
