@@ -26,5 +26,6 @@ def is_command_line() -> bool:
     The command line registers the classes itself when it knows which command to run: importing transformers takes
     seconds of processor time, which `--help` must not need.
     """
-    by_name = Path(sys.argv[0]).stem in ("impart-hf", "optimum-cli")
-    return by_name or (sys.argv[0] == "-m" and "impart_hf.cli" in sys.orig_argv)
+    program = sys.argv[0] if sys.argv else ""  # Python within another program may have no arguments
+    by_name = Path(program).stem in ("impart-hf", "optimum-cli")
+    return by_name or (program == "-m" and "impart_hf.cli" in sys.orig_argv)
