@@ -144,11 +144,11 @@ def test_load(few_processes: None, tmp_path: Path, capsys: pytest.CaptureFixture
 @linux_only
 def test_peak_memory() -> None:
     with PeakMemory() as memory:
-        block = torch.ones(1 << 24)  # 64 MiB
+        block = torch.ones(1 << 26)  # 256 MiB
         del block
-        kept = torch.ones(1 << 22)
-    assert 40 << 20 < memory.bytes < 100 << 20
-    assert memory.grown >= 10 << 20 and kept.numel()
+        kept = torch.ones(1 << 24)  # 64 MiB: never from memory that was freed before, as the C library may give less
+    assert 160 << 20 < memory.bytes < 400 << 20
+    assert memory.grown >= 40 << 20 and kept.numel()
 
 
 def test_synthetic_delta() -> None:
