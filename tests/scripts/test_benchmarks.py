@@ -228,3 +228,13 @@ def test_comparison_of_merges(tiny_pair: Pair, tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "out" / "second" / "heldout.txt").is_file()
     assert script.main([str(tmp_path / "gone"), *arguments[1:]]) == 1
     assert "compare_merging.py: error:" in capsys.readouterr().err
+
+
+def test_startup(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_script("benchmark_startup").main(["--repeats", "1"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    seconds = {command: float(time) for command, time in rows[1:]}
+    assert {"python -c pass", "impart-hf --version", "impart-hf tune-merge --help", "impart-hf prune width --help"} <= (
+        seconds.keys()
+    )
+    assert all(0 < time < 60 for time in seconds.values())
