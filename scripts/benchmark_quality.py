@@ -66,7 +66,7 @@ def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[st
         name, *training = method.split("+")
         texts = {kind: getattr(arguments, kind) for kind in training}
         for ratio in arguments.ratios:
-            for seed in arguments.seeds if method_class(name).random else arguments.seeds[:1]:
+            for seed in arguments.seeds if method_class(name).drops_entries else arguments.seeds[:1]:
                 config = configured(name, ratio, seed, options)
                 run: dict[str, Any] = {"method": method, "asked": ratio, "seed": seed, "settings": config.to_dict()}
                 with tempfile.TemporaryDirectory() as folder:

@@ -88,6 +88,20 @@ def _load(worker: "WorkerBase", weights: Weights) -> None:
         # Unfinished layers are on the meta device with wrapped loaders; without this, no later load would work.
         finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
         raise
+    _repack_output(worker.model_runner.get_model())
+
+
+def _repack_output(model: torch.nn.Module) -> None:
+    """Pack the output projection again, from the weight that it has now.
+
+    On CPUs vLLM packs a copy of the weight of every layer. Its reload renews the copy of the layer that a weight is
+    loaded into, which for tied embeddings is the input embedding alone.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead) and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def _tensors(model: Tensors) -> Weights:

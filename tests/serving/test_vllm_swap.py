@@ -23,6 +23,7 @@ from support.tiny_models import (
     make_model,
     rewrite,
     save_model,
+    save_pair,
     tiny_config,
 )
 from support.vllm_engines import HEADS, LONG, PROMPTS, EngineError, EngineProcess, delta_of, swap_to, tokens_of
@@ -62,6 +63,18 @@ def test_fifty_random_swaps(
             assert says(process, family_tokens[name]), (number, name)
     process.run(swap_to, family / "two")
     assert says(process, family_tokens["two"])
+
+
+def test_tied_embeddings(process: EngineProcess, tmp_path: Path) -> None:
+    """The output projection is the input embedding, whose weights a delta changes: both must follow a swap."""
+    pair = save_pair(tmp_path, tiny_config("llama-tied", **HEADS), dtype=torch.float32)
+    delta = delta_of(pair, tmp_path / "delta")
+    expected = {folder: tokens_of(folder, [*PROMPTS, LONG]) for folder in (pair.base, delta)}
+    assert expected[pair.base] != expected[delta]
+    process.start(pair.base)
+    for repo in (delta, None, delta):
+        process.run(swap_to, repo)
+        assert says(process, expected[pair.base if repo is None else repo]), repo
 
 
 def test_prefix_cache_does_not_outlive_its_delta(

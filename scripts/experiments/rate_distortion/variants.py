@@ -210,7 +210,7 @@ class Variant:
     @property
     def random(self) -> bool:
         """Whether the seed matters, for masks or for the order of the distillation text."""
-        return self.distilled or method_class(self.method).random
+        return self.distilled or method_class(self.method).drops_entries
 
     @property
     def seeds(self) -> tuple[int, ...]:
