@@ -10,6 +10,7 @@ a command's module is imported only if that command is run, and consists of thre
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from logging import ERROR, getLogger
@@ -106,6 +107,9 @@ def help_of(entry: str | Group) -> str:
 
 def load_libraries() -> None:
     """Import transformers, register our classes with it, and turn off progress bars and needless warnings."""
+    # OpenMP reads this when torch is loaded. Threads that spin while they wait for work take three times the processor
+    # time of a compression.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     register_with_transformers()
     from transformers.utils import logging
 
