@@ -26,6 +26,6 @@ def is_command_line() -> bool:
     The command line registers the classes itself when it knows which command to run: importing transformers takes
     seconds of processor time, which `--help` must not need.
     """
-    program = sys.argv[0] if sys.argv else ""  # Python within another program may have no arguments
+    program = (getattr(sys, "argv", None) or [""])[0]  # Python within another program may have no arguments
     by_name = Path(program).stem in ("impart-hf", "optimum-cli")
     return by_name or (program == "-m" and "impart_hf.cli" in sys.orig_argv)

@@ -22,8 +22,8 @@ class StreamedModel:
         device: device of the parameters in use and of all buffers.
         layers: the decoder layers in order, by their names in the model.
         names: the floating-point tensors that checkpoint and model share, sorted.
-        outside: the names that are in no decoder layer.
-        entrance: the names in `outside` that the decoder needs to run: all except the output projection.
+        outside_layers: the names that are in no decoder layer.
+        embedding_names: the names in `outside_layers` that the decoder needs to run: all except the output projection.
         vocabulary: number of tokens in the vocabulary.
         model: the transformers model.
     """
@@ -181,8 +181,8 @@ class StreamedModel:
             tokens: int64 (sequences, length), on the device.
             hidden: input of the first of these layers, (sequences, length, size), on the device; None for the model's
                 own input of its first layer.
-            window: indices of the layers. They and the tensors of `entrance` must be loaded; so must the rest of the
-                model, if the last layer is among them.
+            window: indices of the layers. They and the tensors of `embedding_names` must be loaded; so must the rest of
+                the model, if the last layer is among them.
 
         Returns:
             The input of the next layer; after the last layer, the logits.

@@ -75,6 +75,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the parser of all commands; only the command that is run has its options declared."""
     parser = argparse.ArgumentParser(
         prog="impart-hf",
+        allow_abbrev=False,
         description="Keep fine-tuned language models as small compressed deltas against their base, and prune LLaMA.",
     )
     parser.add_argument("--version", action="version", version=f"impart-hf {__version__}")
@@ -88,7 +89,7 @@ def _add_commands(
     """Add commands, whose modules are in `package`."""
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, entry in commands.items():
-        subparser = subparsers.add_parser(name, help=help_of(entry), description=help_of(entry))
+        subparser = subparsers.add_parser(name, help=help_of(entry), description=help_of(entry), allow_abbrev=False)
         if not arguments or arguments[0] != name:
             continue
         module = f"{package}.{name.replace('-', '_')}"
