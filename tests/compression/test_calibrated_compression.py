@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 from support import refusals
 from support.messages import naming
 from support.tiny_models import Pair, edit_tensors, load_tensors, save_pair, tiny_config, tiny_tokenizer
-from support.workspaces import counted_bytes, differing, finished, hidden
+from support.workspaces import Stop, break_off, counted_bytes, differing, finished, hidden
 from transformers import AutoModelForCausalLM
 
 from impart_hf import compress
@@ -292,27 +292,6 @@ def test_activations_that_are_not_finite(pair: Pair, tmp_path: Path) -> None:
 # --- broken off and taken up again
 
 
-class Stop(BaseException):
-    pass
-
-
-def break_off(pair: Pair, output: Path, method: MethodConfig, after: int, **kwargs: Any) -> dict[str, int]:
-    """Leave the workspace as a run leaves it that stops after some tensors."""
-    pipeline = importlib.import_module("impart_hf.compression.encoding")
-    encode, count = pipeline.encode_tensor, iter(range(after))
-
-    def stopping(*args: Any) -> Any:
-        if next(count, None) is None:
-            raise Stop
-        return encode(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(pipeline, "encode_tensor", stopping)
-        run(pair, output, method, **kwargs)
-    assert len(finished(output)) == after and not output.exists()
-    return finished(output)
-
-
 def take_up(pair: Pair, output: Path, method: MethodConfig, **kwargs: Any) -> list[str]:
     """Run to the end; the tensors that were encoded."""
     pipeline = importlib.import_module("impart_hf.compression.encoding")
@@ -330,7 +309,7 @@ def test_a_broken_off_calibration_goes_on(
     kind: str, after: int, pair_of: PairOf, repository_of: RepositoryOf, tmp_path: Path
 ) -> None:
     output, method = tmp_path / "delta", method_class("impart-qt")(compression_ratio=RATIO)
-    kept = break_off(pair_of(kind), output, method, after, calibration=[TEXT])
+    kept = break_off(lambda: run(pair_of(kind), output, method, calibration=[TEXT]), output, after)
     redone = take_up(pair_of(kind), output, method, calibration=[TEXT])
     assert not {Workspace(tmp_path / "any").record_path(name).name for name in redone} & set(kept)
     matrices = sum(t.dim() == 1 and n.endswith(".delta") for n, t in load_tensors(output).items())
@@ -342,7 +321,8 @@ def test_a_broken_off_calibration_goes_on(
 @pytest.mark.parametrize("other", [[HELD_OUT], None], ids=["another text", "no text"])
 def test_other_calibration_starts_afresh(tiny_pair: Pair, tmp_path: Path, other: list[str] | None) -> None:
     method = method_class("delta-come")(compression_ratio=RATIO)
-    break_off(tiny_pair, tmp_path / "delta", method, 9, calibration=[TEXT])
+    output = tmp_path / "delta"
+    break_off(lambda: run(tiny_pair, output, method, calibration=[TEXT]), output, 9)
     redone = take_up(tiny_pair, tmp_path / "delta", method, calibration=other)
     assert len(redone) == MATRICES
     run(tiny_pair, tmp_path / "fresh", method, calibration=other)
@@ -459,7 +439,8 @@ def test_distillation_is_the_same_again(tiny_pair: Pair, distilled: Path, tmp_pa
 @pytest.mark.slow
 def test_a_run_broken_off_before_distillation_goes_on(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
     method = ImPartConfig(compression_ratio=8)
-    break_off(tiny_pair, tmp_path / "delta", method, 7, **STEPS)
+    output = tmp_path / "delta"
+    break_off(lambda: run(tiny_pair, output, method, **STEPS), output, 7)
     assert len(take_up(tiny_pair, tmp_path / "delta", method, **STEPS)) == MATRICES - 7
     assert differing(tmp_path / "delta", distilled) == []
 
@@ -497,7 +478,10 @@ def test_a_run_broken_off_in_distillation_goes_on(where: str, tiny_pair: Pair, d
 @pytest.mark.slow
 def test_other_distillation_starts_afresh(tiny_pair: Pair, distilled: Path, tmp_path: Path) -> None:
     method = ImPartConfig(compression_ratio=8)
-    break_off(tiny_pair, tmp_path / "delta", method, 7, **{**STEPS, "distill_settings": DistillSettings(steps=11)})
+    output = tmp_path / "delta"
+    break_off(
+        lambda: run(tiny_pair, output, method, **{**STEPS, "distill_settings": DistillSettings(steps=11)}), output, 7
+    )
     assert len(take_up(tiny_pair, tmp_path / "delta", method, **STEPS)) == MATRICES
     assert differing(tmp_path / "delta", distilled) == []
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from support.messages import naming
 from support.tiny_models import Pair, edit_tensors, save_pair, tiny_config
-from support.workspaces import differing, finished, hidden
+from support.workspaces import break_off, differing, finished, hidden
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.common.files import OutputError
@@ -142,25 +142,8 @@ def test_killed_while_an_older_repository_is_replaced(
     assert differing(output, unbroken) == [] and sorted(p.name for p in tmp_path.iterdir()) == ["delta", "old"]
 
 
-def break_off(pair: Pair, output: Path, method: MethodConfig = METHOD, after: int = 5) -> dict[str, int]:
-    """Leave the workspace as a run leaves it that stops after some tensors."""
-
-    class Stop(BaseException):
-        pass
-
-    pipeline = importlib.import_module("impart_hf.compression.encoding")
-    encode, count = pipeline.encode_tensor, iter(range(after))
-
-    def stopping(*args: Any) -> Any:
-        if next(count, None) is None:
-            raise Stop
-        return encode(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(pipeline, "encode_tensor", stopping)
-        compress(str(pair.base), str(pair.finetuned), output, method)
-    assert len(finished(output)) == after and not output.exists()
-    return finished(output)
+def stop_after_five(pair: Pair, output: Path) -> dict[str, int]:
+    return break_off(lambda: compress(str(pair.base), str(pair.finetuned), output, METHOD), output, 5)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +152,7 @@ def break_off(pair: Pair, output: Path, method: MethodConfig = METHOD, after: in
     ids=["ratio", "seed", "method"],
 )
 def test_other_settings_discard_the_work(tiny_pair: Pair, tmp_path: Path, other: MethodConfig) -> None:
-    break_off(tiny_pair, tmp_path / "delta")
+    stop_after_five(tiny_pair, tmp_path / "delta")
     for name in ("delta", "fresh"):
         compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / name, other)
     assert differing(tmp_path / "delta", tmp_path / "fresh") == []
@@ -180,7 +163,7 @@ def test_input_that_changed_meanwhile_is_noticed(tiny_pair: Pair, tmp_path: Path
     for folder in (tiny_pair.base, tiny_pair.finetuned):
         shutil.copytree(folder, tmp_path / folder.name)
     pair = Pair(tmp_path / tiny_pair.base.name, tmp_path / tiny_pair.finetuned.name)
-    break_off(pair, tmp_path / "delta")
+    stop_after_five(pair, tmp_path / "delta")
     # One bit of one number, in a tensor that is finished: nothing but its checksum tells.
     name = "model.layers.0.mlp.down_proj.weight"
     edit_tensors(getattr(pair, side), lambda t: t[name].view(torch.int16).view(-1)[77].bitwise_xor_(1))
@@ -191,7 +174,7 @@ def test_input_that_changed_meanwhile_is_noticed(tiny_pair: Pair, tmp_path: Path
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprint": null}', "null"])
 def test_a_plan_cut_off_by_a_kill(tiny_pair: Pair, tmp_path: Path, content: str) -> None:
-    break_off(tiny_pair, tmp_path / "delta")
+    stop_after_five(tiny_pair, tmp_path / "delta")
     (hidden(tmp_path / "delta") / "plan.json").write_text(content)
     for output in ("delta", "fresh"):
         compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / output, METHOD)
@@ -202,7 +185,7 @@ def test_half_written_and_removed_leftovers(tiny_pair: Pair, tmp_path: Path) -> 
     """A record cut off while it was written is no record; of a workspace half removed, only the lock may be left."""
     output = tmp_path / "delta"
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "fresh", METHOD)
-    break_off(tiny_pair, output)
+    stop_after_five(tiny_pair, output)
     victim = Workspace(output).record_path(LAST)
     victim.with_suffix(".writing").write_bytes(b"half")
     victim.with_suffix(".notes").write_text("[")

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 from impart_hf import compress
 from impart_hf.calibration.text import calibration_tokens
 from impart_hf.cli.main import main
-from impart_hf.coding import svd_cache as svd_store
+from impart_hf.coding import svd_cache
 from impart_hf.coding.svd import leading_svd
 from impart_hf.common.files import OutputError
 from impart_hf.compression.pair import ModelPair
@@ -68,7 +68,7 @@ def searched(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tuni
         return leading_svd(matrix, wanted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(svd_store, "leading_svd", counting)
+        patch.setattr(svd_cache, "leading_svd", counting)
         found = run(pair, output, betas=(0.8, 0.0, 0.6), cs=(0.5, 1.0), **VALIDATION)
     return found, output, decomposed
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from impart_hf.compression import encoding
 from impart_hf.compression.plan import CARD_BYTES
 
 
@@ -30,3 +35,23 @@ def finished(output: Path) -> dict[str, int]:
     """The finished records in the hidden folder, and when they were written."""
     folder = hidden(output) / "records"
     return {p.name: p.stat().st_mtime_ns for p in folder.glob("*") if not p.suffix} if folder.exists() else {}
+
+
+class Stop(BaseException):
+    """A run that is interrupted."""
+
+
+def break_off(compression: Callable[[], object], output: Path, after: int) -> dict[str, int]:
+    """Leave the workspace as a compression to `output` leaves it that stops after some tensors."""
+    encode, count = encoding.encode_tensor, iter(range(after))
+
+    def stopping(*args: Any) -> Any:
+        if next(count, None) is None:
+            raise Stop
+        return encode(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(encoding, "encode_tensor", stopping)
+        compression()
+    assert len(finished(output)) == after and not output.exists()
+    return finished(output)
