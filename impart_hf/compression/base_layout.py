@@ -195,6 +195,7 @@ class _Matcher:
 
     def __init__(self, base: Checkpoint, finetuned: ReadModel):
         self._base, self._finetuned, self._checkpoint = base, finetuned, finetuned.checkpoint
+        self._stored = set(finetuned.checkpoint.stored_names())
         self.origins: dict[str, Origin] = {}
         self.others: dict[str, str] = {}
         self.heads: set[str] = set()  # that the base does not have
@@ -227,8 +228,7 @@ class _Matcher:
 
     def _match_unread(self, name: str, finetuned: CheckpointLayout) -> None:
         """A tensor that no model reads is a part of the pair if both have it alike."""
-        stored = self._checkpoint.stored_names()
-        if name in stored and finetuned.group(name) is None and self._alike(name):
+        if name in self._stored and finetuned.group(name) is None and self._alike(name):
             self.origins[name] = name
 
     def _alike(self, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from ..common.completeness import missing_parameters
 from ..modeling.checkpoints import config_fields
@@ -11,9 +11,14 @@ from ..modeling.tensors import Model
 from .compatibility import IncompatibleModelsError
 
 
+def model_config(model: Model) -> PreTrainedConfig:
+    """Return the configuration of a model whose type transformers knows."""
+    return CONFIG_MAPPING[model.config["model_type"]].from_dict(config_fields(model.config))
+
+
 def loading_class(model: Model) -> Any:
     """Return transformers' class for a model that `check_loads` has accepted."""
-    return inner_class(CONFIG_MAPPING[model.config["model_type"]].from_dict(config_fields(model.config)))
+    return inner_class(model_config(model))
 
 
 def check_loads(model: Model) -> None:
@@ -28,7 +33,7 @@ def check_loads(model: Model) -> None:
             f"'{model.source}' has model_type '{model_type}', but transformers knows no causal language model of that "
             "type: upgrade transformers"
         )
-    config = CONFIG_MAPPING[model_type].from_dict(config_fields(model.config))
+    config = model_config(model)
     try:
         missing = missing_parameters(model, config)
     except ValueError as error:

@@ -8,7 +8,6 @@ from vllm import ModelRegistry
 from vllm.transformers_utils.config import HFConfigParser
 
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
-from ..modeling.modeling_delta_compressed import inner_class, is_classifier
 from .model_classes import DELTA_PREFIX
 
 
@@ -38,7 +37,7 @@ class DeltaConfigParser(HFConfigParser):
         inner = config.text_config
         if inner is None or inner.model_type == config.model_type:
             raise ValueError(f"config.json of '{model}' has no text_config of a fine-tuned model")
-        if is_classifier(inner_class(inner)):
+        if str((inner.architectures or [None])[0]).endswith("ForSequenceClassification"):
             raise ValueError(
                 f"'{model}' is a sequence classifier, and deltas of language models alone can be served: make it dense "
                 "with `impart-hf reconstruct`"

@@ -25,6 +25,7 @@ from transformers import (
 from impart_hf import DeltaCompressedForSequenceClassification, LowRankConfig
 from impart_hf.compression.compatibility import IncompatibleModelsError
 from impart_hf.modeling.checkpoints import HubOptions
+from impart_hf.repository.lora_export import export_lora
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reconstruct import reconstruct
 from impart_hf.repository.verify import verify
@@ -127,6 +128,14 @@ def test_a_language_model_is_no_fine_tune_of_a_classifier(reward: Pair) -> None:
 def test_a_class_that_has_neither_head(reward: Pair) -> None:
     edit_json(reward.finetuned / "config.json", architectures=["LlamaForTokenClassification"])
     refuses(reward, IncompatibleModelsError, naming("lm_head.weight", reward.finetuned))
+
+
+def test_what_is_for_language_models(reward: Pair, tmp_path: Path) -> None:
+    refuses(reward, ValueError, naming(reward.finetuned, "classifier"), distill=["a text " * 900])
+    run(reward, tmp_path / "delta")
+    repository = open_repository(str(tmp_path / "delta"), HubOptions())
+    with pytest.raises(ValueError, match=naming(tmp_path / "delta", "classifier")):
+        export_lora(repository, tmp_path / "adapter", 4)
 
 
 def test_the_language_model_of_the_same_base_is_not_touched(tiny_repository: Path, tiny_pair: Pair) -> None:
