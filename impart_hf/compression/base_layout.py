@@ -310,7 +310,11 @@ class _Matcher:
         what = f"lacks {lost[0]}" if lost else f"has {extra[0]}, which the base lacks"
         prefixes = {name.partition(".")[0] for name in self._checkpoint.names()}
         advice = "check both models"
-        if lost and len(prefixes) == 1 and not any(name.startswith(f"{min(prefixes)}.") for name in self._base.names()):
+        if any(f".{part}." in name for name in self._checkpoint.names() for part in ("base_layer", "modules_to_save")):
+            advice = "it holds an adapter beside the model: merge the two first (PEFT's merge_and_unload)"
+        elif (
+            lost and len(prefixes) == 1 and not any(name.startswith(f"{min(prefixes)}.") for name in self._base.names())
+        ):
             advice = f"the names of all its tensors begin with '{min(prefixes)}.': save the model without its wrapper"
         raise IncompatibleModelsError(
             f"'{self._checkpoint.source}' is not a fine-tune of '{self._base.source}': it {what} "
