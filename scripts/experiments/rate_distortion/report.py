@@ -214,7 +214,7 @@ def _verdict(results: Results) -> str:
     won, compared = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
     long = sorted({Variant.named(name).method for name in DEFAULT if name.endswith(LONG)} - {OURS})
     return (
-        "KL of impart-rd / KL of the best peer at equal bytes, each with this effort or less. Bold: impart-rd is lower; "
+        "KL of impart-rd / KL of the best peer at equal bytes, each with this effort or less. Bold: it is lower; "
         f"none: no peer has such a small file, and nothing is compared. impart-rd is lower in {won} of {compared}: "
         f"{by_effort}. (Of the peers, only {' and '.join(long)} are distilled {_EFFORTS[LONG]}.)\n\n"
         f"{measure.table(table)}\n\n"
