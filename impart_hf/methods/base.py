@@ -143,8 +143,10 @@ class MethodConfig(abc.ABC):
             vocabulary: whether the matrix has a row for every token.
         """
         from ..coding.svd import leading_svd
+        from ..modeling.precision import full_float32
 
-        return self._encode(EncodingTask(delta, max_bytes, mask_seed, hessian, svd or leading_svd, vocabulary))
+        with full_float32():
+            return self._encode(EncodingTask(delta, max_bytes, mask_seed, hessian, svd or leading_svd, vocabulary))
 
     @abc.abstractmethod
     def _encode(self, task: EncodingTask) -> Encoded:
