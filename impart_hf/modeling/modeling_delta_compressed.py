@@ -95,9 +95,11 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             kwargs |= loading
         repository = DeltaRepository(source, config, options, base_model)
         inner = inner_class(config.text_config)
-        if is_classifier(inner) != issubclass(cls, DeltaCompressedForSequenceClassification):
-            auto_class = "AutoModelForSequenceClassification" if is_classifier(inner) else "AutoModelForCausalLM"
-            raise ValueError(f"'{source}' holds a {inner.__name__}: load it with {auto_class}")
+        if is_classifier(inner) and not issubclass(cls, DeltaCompressedForSequenceClassification):
+            # It has no other head, so that no other class could be meant.
+            logger.warning(f"'{source}' holds a {inner.__name__}: load it with AutoModelForSequenceClassification")
+        elif not is_classifier(inner) and issubclass(cls, DeltaCompressedForSequenceClassification):
+            raise ValueError(f"'{source}' holds a {inner.__name__}: load it with AutoModelForCausalLM")
         model_class = _delta_class(inner)
         with_info = kwargs.pop("output_loading_info", False)
         model, info = model_class.from_pretrained(
