@@ -28,7 +28,7 @@ from ..modeling.delta_repository import (
 from ..repository.cards import delta_card, inherited_card_data
 from ..repository.reader_files import reader_files
 from ..repository.report import CompressionReport, human_bytes, read_reports
-from ..repository.sidecar_files import sidecar_files
+from ..repository.sidecar_files import copy_sidecar_files
 from ..storage.safetensors_writer import Entry, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
 from .compatibility import IncompatibleModelsError
@@ -108,8 +108,8 @@ def write_repository(
     counted = _write_deltas(finetuned, workspace, plan.tensors, plan.max_shard_size)
     write_json(folder / "config.json", config)
     counted.append(folder / "config.json")
-    sidecars = sidecar_files(finetuned.source, finetuned.options)
-    for path in [*sidecars, *reader_files()]:
+    sidecar_bytes = copy_sidecar_files(finetuned.source, finetuned.options, folder)
+    for path in reader_files():
         shutil.copyfile(path, folder / path.name)
     tensors, _ = read_reports(p for p in counted if p.suffix == ".safetensors")
     for tensor in tensors:
@@ -120,7 +120,7 @@ def write_repository(
         method=config["method"],
         checkpoint_bytes=plan.checkpoint_bytes,
         repository_bytes=repository_bytes,
-        sidecar_bytes=sum(p.stat().st_size for p in sidecars),
+        sidecar_bytes=sidecar_bytes,
         reader_bytes=sum(p.stat().st_size for p in reader_files()),
         shortfall=plan.shortfall(
             repository_bytes,

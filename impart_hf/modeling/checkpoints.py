@@ -41,11 +41,12 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+# In transformers' order: where a folder has been saved to twice, it loads the first of these.
 WEIGHT_FILES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 TIED_OUTPUT = "lm_head.weight"
 # Buffers in old LLaMA checkpoints, which current models do not load.
