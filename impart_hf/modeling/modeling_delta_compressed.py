@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -19,7 +18,8 @@ from .delta_record import DeltaFormatError
 from .delta_repository import DeltaRepository
 from .four_bit_weights import put_in_order
 from .modeling_pruned_llama import PrunedLlamaForCausalLM
-from .repository_files import copy_repository, push_folder
+from .repository_files import push_folder, repository_folder, save_repository
+from .saved_configs import changed_configs
 from .weight_fingerprints import WeightFingerprints
 
 logger = logging.get_logger(__name__)
@@ -128,10 +128,13 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
     def save_pretrained(  # type: ignore[override]
         self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs
     ):
-        """Write the compressed repository again, byte for byte.
+        """Write the compressed repository again, byte for byte, with the configurations as they are now.
 
-        If the weights were trained after loading, the delta no longer describes them: the dense model is saved
-        instead, with a warning. With adapters attached, the adapters are saved, as in transformers.
+        Its weights, configurations and reader are written over what the folder holds. Tokenizer, model card and other
+        files are copied only where the folder has none; if it has a tokenizer, that is kept whole.
+
+        If the weights have changed since they were loaded, or cannot be compared, the dense model is saved instead,
+        with a warning. With adapters attached, the adapters are saved, as in transformers.
 
         Args:
             save_directory: folder to write to; made if missing.
@@ -140,6 +143,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
 
         Raises:
             CheckpointError: if the repository that the model was loaded from no longer exists.
+            OSError: if the folder cannot be written, for instance because the disk is full; it is then as it was.
+            ValueError: if a changed configuration is not valid.
         """
         dense = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         if getattr(self, "_hf_peft_config_loaded", False):
@@ -153,7 +158,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             return _forget_delta(copy.copy(self)).save_pretrained(save_directory, **dense)
         if not is_main_process:
             return
-        copy_repository(*self._delta_source, Path(save_directory))
+        folder = repository_folder(*self._delta_source)
+        save_repository(folder, Path(save_directory), changed_configs(self, folder))
         if push_to_hub:
             self.push_to_hub(
                 kwargs.get("repo_id") or Path(save_directory).name,
@@ -161,7 +167,9 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             )
 
     def push_to_hub(self, repo_id, *, max_shard_size="50GB", tags=None, **kwargs):  # type: ignore[override]
-        """Upload the compressed repository with its model card; arguments as for any model.
+        """Upload the compressed repository, with the configurations as they are now; arguments as for any model.
+
+        As with any model, a card, a tokenizer or a licence that the repository on the Hub has is kept.
 
         Args:
             repo_id: repository on the Hub, created if missing.
@@ -176,13 +184,10 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             put_in_order(self)
             dense = _forget_delta(copy.copy(self))
             return dense.push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, **kwargs)
+        source = repository_folder(*self._delta_source)
         with tempfile.TemporaryDirectory() as folder:
-            copy_repository(*self._delta_source, Path(folder))
-            if tags:
-                card = ModelCard.load(Path(folder, "README.md"))
-                card.data.tags = sorted({*(card.data.tags or []), *tags})
-                card.save(Path(folder, "README.md"))
-            return push_folder(Path(folder), repo_id, **kwargs)
+            save_repository(source, Path(folder), changed_configs(self, source))
+            return push_folder(Path(folder), repo_id, replaces_all=False, tags=tags, **kwargs)
 
     def __reduce__(self):
         return _restore, (self._inner_class,), self.__dict__
