@@ -33,8 +33,8 @@ def codes_and_scales(weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def put_in_order(model: nn.Module) -> None:
     """Put all 4-bit weights of a model in the order of a file, so that `state_dict` gives what the model computes."""
     for module in model.modules():
-        if is_four_bit(module) and getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-            weight: Any = module.weight
+        weight: Any = getattr(module, "weight", None)
+        if is_four_bit(module) and getattr(weight.quant_state, "packing_format_for_cpu", False):
             scales = weight.quant_state.absmax.T.reshape(-1).float()
             weight.data, state = _functional()._convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
             if not state.nested:

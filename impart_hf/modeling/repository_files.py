@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -96,7 +97,7 @@ def _with_card(folder: Path, card: Path, repo_id: str, tags: Iterable[str]) -> I
         named = Path(holder, "named")
         shutil.copytree(folder, named, copy_function=_link)
         (named / _CARD).unlink(missing_ok=True)
-        content = ModelCard(text.replace(_UNNAMED, repo_id), ignore_metadata_errors=True)
+        content: Any = ModelCard(text.replace(_UNNAMED, repo_id), ignore_metadata_errors=True)
         if tags:
             content.data.tags = sorted({*(content.data.tags or []), *tags})
         content.save(named / _CARD)
