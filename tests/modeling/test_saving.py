@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.loaded_models import load, logits
+from support.loaded_models import IDS, load, logits
 from support.messages import naming
 from support.tiny_models import Pair, edit_json, same_files, save_pair, tiny_config
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, pipeline
 
 from impart_hf import LowRankConfig, compress
 
@@ -113,6 +113,16 @@ def test_changed_configurations(model: PreTrainedModel, tiny_repository: Path, t
     again.config = load(tiny_repository).config
     again.save_pretrained(tmp_path / "out")
     assert changed_fields(tmp_path / "out", tiny_repository) == {}, "changes are undone in the same way"
+
+
+def test_using_a_model_sets_nothing(model: PreTrainedModel, tiny_repository: Path, tmp_path: Path) -> None:
+    model.generate(IDS, max_new_tokens=2, do_sample=True, top_k=3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_repository)
+    pipeline("text-generation", model=model, tokenizer=tokenizer)("A fine", max_new_tokens=3)
+    model.gradient_checkpointing_enable()
+    model.set_attn_implementation("eager")
+    model.save_pretrained(tmp_path / "out")
+    assert same_files(tiny_repository, tmp_path / "out")
 
 
 def test_into_the_folder_that_it_came_from(repository: Path, tmp_path: Path) -> None:
