@@ -2,11 +2,15 @@
 
 No list of names can be complete, since every kind of tokenizer has files of its own. So all files of a repository are
 sidecar files but those listed here: its weights in any format, what describes them, and what training left behind.
+Of Python files, they are those of tokenizers and processors, and all if a configuration names code of the repository.
 """
 
+import contextlib
 import fnmatch
 import shutil
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
@@ -14,7 +18,8 @@ from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_config, fetch_file
+from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_config, fetch_file, read_json
+from ..modeling.repository_kind import RepositoryKind, kind_of
 from .reader_files import reader_files
 
 logger = logging.get_logger(__name__)
@@ -30,21 +35,11 @@ _WEIGHTS = (
 _DESCRIPTIONS = ("config.json", "readme.md", "*.index.json", "adapter_config.json", "quant*_config.json")
 _TRAINING = (
     *("optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_*", "training_*", "events.out.tfevents*"),
-    *("train_results.json", "eval_results.json", "all_results.json", "zero_to_fp32.py", "latest", "*.log"),
+    *("train_results.json", "eval_results.json", "all_results.json", "zero_to_fp32.py", "latest", "*.log", "*.out"),
+    *("*.jsonl", "*.csv", "*.parquet", "*.arrow"),
 )
-
-
-def is_sidecar_file(name: str) -> bool:
-    """Return whether a file of a model's repository is copied unchanged into what is made from the model.
-
-    Args:
-        name: its path in the repository, with slashes.
-    """
-    path = PurePosixPath(name)
-    if path.name.startswith(".") or str(path.parent) not in (".", CHAT_TEMPLATE_DIR):
-        return False
-    excluded = (*_WEIGHTS, *_DESCRIPTIONS, *_TRAINING, *(file.name for file in reader_files()))
-    return not any(fnmatch.fnmatchcase(path.name.lower(), pattern) for pattern in excluded)
+_CODE = ("tokenization_*", "processing_*", "image_processing_*", "video_processing_*", "feature_extraction_*")
+_NAMING_CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
 def copy_sidecar_files(source: str, options: HubOptions, target: Path) -> int:
@@ -56,8 +51,11 @@ def copy_sidecar_files(source: str, options: HubOptions, target: Path) -> int:
         CheckpointError: if the repository cannot be reached, or does not give its files.
     """
     total = 0
-    for name, size in sorted(_listed(source, options).items()):
-        if not is_sidecar_file(name):
+    config, folder = fetch_config(source, options)
+    listed = _listed(source, options, folder)
+    has_code = _has_code(config, [fetch_file(source, name, options) for name in _NAMING_CODE if name in listed])
+    for name, size in sorted(listed.items()):
+        if not _is_sidecar_file(PurePosixPath(name), has_code):
             continue
         if size > _LARGEST:
             logger.warning(f"'{source}' has the file {name} of {size} bytes, which is not copied: it is too large")
@@ -71,9 +69,36 @@ def copy_sidecar_files(source: str, options: HubOptions, target: Path) -> int:
     return total
 
 
-def _listed(source: str, options: HubOptions) -> dict[str, int]:
-    """Return the sizes in bytes of the files of a repository's top folder and of its chat templates, by name."""
-    folder = fetch_config(source, options)[1]
+def _is_sidecar_file(path: PurePosixPath, has_code: bool) -> bool:
+    """Return whether a file of a model's repository is copied unchanged into what is made from the model.
+
+    Args:
+        path: in the repository.
+        has_code: whether a configuration names code of the repository.
+    """
+    name = path.name.lower()
+    if name.startswith(".") or str(path.parent) not in (".", CHAT_TEMPLATE_DIR):
+        return False
+    if path.suffix == ".py" and not has_code and not _matches(name, _CODE):
+        return False
+    return not _matches(name, (*_WEIGHTS, *_DESCRIPTIONS, *_TRAINING, *(file.name for file in reader_files())))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _has_code(config: dict[str, Any], others: Iterable[Path | None]) -> bool:
+    """Return whether a configuration of the model names code, which may import other files of the repository."""
+    contents = [config.get("text_config", {}) if kind_of(config) is RepositoryKind.DELTA else config]
+    for path in others:
+        with contextlib.suppress(CheckpointError):  # a tokenizer that cannot be read is no reason to stop here
+            contents += [read_json(path)] if path else []
+    return any("auto_map" in content for content in contents)
+
+
+def _listed(source: str, options: HubOptions, folder: Path) -> dict[str, int]:
+    """Return the sizes in bytes of a repository's files by name; if the Hub is not reached, of those in `folder`."""
     if Path(source).is_dir() or options.local_files_only or is_offline_mode():
         return _in_folder(folder)
     top = f"{options.subfolder.strip('/')}/" if options.subfolder else ""

@@ -26,7 +26,7 @@ METHOD = LowRankConfig(compression_ratio=3)
 KEPT = [
     *("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "merges.txt", "added_tokens.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json"),
-    *("additional_chat_templates/rag.jinja", "tokenization_own.py", "modeling_own.py", "a.tiktoken"),
+    *("additional_chat_templates/rag.jinja", "tokenization_own.py", "a.tiktoken"),
     *("LICENSE", "LICENSE.md", "NOTICE.txt", "USE_POLICY.md"),
 ]
 LEFT = [
@@ -34,7 +34,8 @@ LEFT = [
     *("consolidated.00.pth", "model-00007-of-00009.safetensors", "codes.npz", "pytorch_model.bin.index.json"),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", "all_results.json"),
     *("events.out.tfevents.1", "runs/now/events.out.tfevents.1", "checkpoint-7/tokenizer.json", ".hidden"),
-    *("additional_chat_templates/.hidden", "adapter_config.json", "other/vocab.txt"),
+    *("additional_chat_templates/.hidden", "adapter_config.json", "other/vocab.txt", "modeling_own.py"),
+    *("texts.jsonl", "train.py"),
     *("modeling_delta_compressed.py", "delta_model.safetensors", "delta_model.safetensors.index.json"),
 ]
 
@@ -160,6 +161,7 @@ def test_config_of_before_transformers_5(pair: Pair, tmp_path: Path) -> None:
 def test_auto_map_names_files_that_are_there(rich_pair: Pair, tmp_path: Path, auto_map: Any, kept: Any) -> None:
     edit_json(rich_pair.finetuned / "config.json", auto_map=auto_map)
     make_delta_dense_again(rich_pair, tmp_path / "out")
+    assert (tmp_path / "out" / "modeling_own.py").exists()
     assert json.loads((tmp_path / "out" / "config.json").read_text()).get("auto_map") == kept
 
 
