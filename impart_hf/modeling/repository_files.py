@@ -20,6 +20,8 @@ logger = logging.get_logger(__name__)
 
 _UNNAMED = "REPO_ID"  # a card's placeholder for the Hub id, until the repository is published
 _CARD = "README.md"
+_STAGING = ".saving-"  # begins the name of the folder in which files are written first
+_WEIGHTS = (DELTA_FILE, DELTA_INDEX, DELTA_FILE.replace(".", "-*-of-*."))
 _CONFIGS = (CONFIG_NAME, GENERATION_CONFIG_NAME)
 # A tokenizer's files are taken as a whole: those of two tokenizers do not fit together.
 _TOKENIZER = (
@@ -43,6 +45,8 @@ def push_folder(
 ) -> str:
     """Upload a delta repository's folder to the Hub in one commit, without files that the Hub already has.
 
+    Weight files of another delta that the Hub has are deleted by the same commit.
+
     Args:
         folder: the files; its card's loading example will name the repository.
         repo_id, token, private, revision, create_pr, commit_message, commit_description: as for any upload.
@@ -63,7 +67,8 @@ def push_folder(
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         present = () if replaces_all else api.list_repo_files(repo_id, revision=revision)
-        kept = _kept(_names(folder), present)
+        names = _names(folder)
+        kept = _kept(names, present)
         card = folder / _CARD
         if tags and card.name in kept:
             kept.remove(card.name)
@@ -76,7 +81,9 @@ def push_folder(
                 create_pr=create_pr,
                 commit_message=commit_message or "Upload delta repository",
                 commit_description=commit_description,
-                ignore_patterns=sorted(kept),
+                ignore_patterns=[*sorted(kept), f"{_STAGING}*"],  # the latter of a process that was killed
+                # Shards of another delta would be read in place of a new file, or the other way round.
+                delete_patterns=list(_WEIGHTS) if any(map(_is_weights, names)) else None,
             )
     except HfHubHTTPError:  # the Hub's answer says what is wrong
         raise
@@ -97,10 +104,12 @@ def _with_card(folder: Path, card: Path, repo_id: str, tags: Iterable[str]) -> I
         named = Path(holder, "named")
         shutil.copytree(folder, named, copy_function=_link)
         (named / _CARD).unlink(missing_ok=True)
-        content: Any = ModelCard(text.replace(_UNNAMED, repo_id), ignore_metadata_errors=True)
+        text = text.replace(_UNNAMED, repo_id)
         if tags:
+            content: Any = ModelCard(text, ignore_metadata_errors=True)
             content.data.tags = sorted({*(content.data.tags or []), *tags})
-        content.save(named / _CARD)
+            text = str(content)
+        (named / _CARD).write_text(text, "utf-8")
         yield named
 
 
@@ -163,7 +172,7 @@ def save_repository(folder: Path, target: Path, texts: Mapping[str, str]) -> Non
     if not written:
         return
     try:
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as holder:
+        with tempfile.TemporaryDirectory(dir=target, prefix=_STAGING) as holder:
             for name in written:
                 _write(Path(holder, name), folder / name, texts.get(name))
             # The configuration comes last: until then, it is of what was there.
@@ -216,7 +225,7 @@ def _is_own(name: str) -> bool:
 
 
 def _is_weights(name: str) -> bool:
-    return _matches(name, (DELTA_FILE, DELTA_INDEX, DELTA_FILE.replace(".", "-*-of-*.")))
+    return _matches(name, _WEIGHTS)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -267,6 +267,9 @@ def test_a_push_keeps_what_the_hub_has(world: SimpleNamespace, tmp_path: Path) -
     mine.mkdir()
     for name in ("tokenizer_config.json", "LICENSE", "config.json", "README.md"):
         (mine / name).write_text("---\ntags: [old]\n---\n# Mine\n" if name == "README.md" else "{}")
+    stale = ("delta_model-00001-of-00002.safetensors", "delta_model.safetensors.index.json")
+    for name in stale:
+        (mine / name).write_text("{}")
     first = run_client(KEEPING, hub_env(world.hub, tmp_path), str(mine), str(tmp_path))
     stored = world.hub.repo("tester/mine")
 
@@ -276,7 +279,9 @@ def test_a_push_keeps_what_the_hub_has(world: SimpleNamespace, tmp_path: Path) -
     assert all(
         text(name, first) == (mine / name).read_text() for name in ("tokenizer_config.json", "LICENSE", "README.md")
     )
-    assert "tokenizer.json" not in hub_files(world, "tester/mine"), "a tokenizer is kept whole"
+    found = hub_files(world, "tester/mine")
+    assert "tokenizer.json" not in found, "a tokenizer is kept whole"
+    assert "delta_model.safetensors" in found and not set(stale) & found.keys(), "nothing of another delta is read"
     assert json.loads(text("config.json"))["text_config"]["eos_token_id"] == 5
     assert "# Mine" in text("README.md") and "- old" in text("README.md") and "- tagged" in text("README.md")
 
