@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ..compression.compatibility import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
-from ..modeling.checkpoints import Checkpoint, HubOptions, all_finite, pinned, repository_kind
+from ..modeling.checkpoints import Checkpoint, HubOptions, all_finite, pinned, repository_kind, text_config
 from ..modeling.repository_kind import RepositoryKind
 from ..modeling.tensors import Tensors
 from ..repository.open import open_repository
+from .chat_template import chat_template
 from .config import MergeConfig
 from .vocabulary import Tokens, model_with_all_tokens
 
@@ -60,6 +61,7 @@ class MergeInputs:
     Attributes:
         base: the base.
         models: the fine-tunes, in the configuration's order.
+        chat_template: the result's chat template; None for that of its tokenizer.
     """
 
     def __init__(self, config: MergeConfig, *, token: str | bool | None = None, cache_dir: str | None = None):
@@ -71,6 +73,7 @@ class MergeInputs:
         """
         self.base = Checkpoint(*resolve(config.base_model, token, cache_dir))
         check_tied_output(self.base)
+        _check_layers(self.base, config.layers)
         self._base_tokens = Tokens(self.base.source, self.base.options)
         self.models = [FineTune(model.model, self.base, token, cache_dir) for model in config.finetunes]
         for model in self.models:
@@ -78,6 +81,14 @@ class MergeInputs:
         layers = {layer_of(name) for name in self.base.names()}
         self._layers = Counter(layer[0] for layer in layers if layer is not None)
         self._set_vocabulary(config.tokenizer_source)
+        self.chat_template = self._chat_template(config.chat_template)
+
+    def _chat_template(self, wanted: str | None) -> str | None:
+        if wanted is None:
+            return None
+        if not self.tokens.by_number:
+            raise ValueError(f"chat_template needs a tokenizer, which '{self.tokens.source}' does not have")
+        return chat_template(wanted, [*(model.tokens for model in self.models), self._base_tokens])
 
     def _set_vocabulary(self, source: str) -> None:
         """Choose the models whose tokenizer and added rows the result has; None for the base's."""
@@ -172,6 +183,20 @@ class MergeInputs:
             tokens.add(rows, owned)
             padding.add(rows, torch.ones_like(owned))
         return torch.where(tokens.counts > 0, tokens.mean(), padding.mean()).to(dtype)
+
+
+def _check_layers(base: Checkpoint, layers: int | None) -> None:
+    """Check that a configuration is written for the base's number of layers.
+
+    Raises:
+        ValueError: if not: a part of the layers, or more than there are, cannot be merged.
+    """
+    number = getattr(text_config(base.config), "num_hidden_layers", None)
+    if layers is not None and number is not None and layers != number:
+        raise ValueError(
+            f"layer_range [0, {layers}] is not all {number} layers of '{base.source}', and impart-hf does not merge "
+            f"parts: write [0, {number}]"
+        )
 
 
 class _Mean:

@@ -26,6 +26,7 @@ from ..repository.sidecar_files import copy_sidecar_files
 from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
 from ..storage.output import check_output
 from ..storage.workspace import Workspace
+from .chat_template import write_chat_template
 from .config import MergeConfig
 from .inputs import MergeInputs
 from .task_vectors import TaskVector, combined_deltas, dare, impart, trim_vector
@@ -321,6 +322,8 @@ class Merge:
         write_json(folder / "config.json", content)
         copy_pruned_reader(str(content.get("model_type")), folder)
         copy_sidecar_files(self.inputs.tokens.source, self.inputs.tokens.options, folder)
+        if self.inputs.chat_template is not None:
+            write_chat_template(folder, self.inputs.chat_template)
 
     def report(self) -> MergeReport:
         shapes = [self.shape(name) for name in self.names()]
