@@ -3,15 +3,21 @@
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.text import CalibrationSource, load_tokenizer, model_tokens
+from ..adapters.adapted_model import AdaptedModel
+from ..adapters.adapter_files import refuse_adapter
+from ..adapters.companions import companions_of
+from ..adapters.open import open_finetune
+from ..calibration.text import CalibrationSource, calibration_tokens, load_tokenizer, within_positions
 from ..common.names import recorded_base
 from ..common.progress import Progress
 from ..evaluation.metrics import load
 from ..modeling.checkpoints import Checkpoint, HubOptions, pinned
+from ..modeling.tensors import LazyTensor, Model
 from .compatibility import check_pair
 from .scan import TensorPlan, scan
 
@@ -21,6 +27,7 @@ class ModelPair:
 
     Attributes:
         base, finetuned: the two checkpoints.
+        companions: the fine-tune's tokenizer and other small files.
         recorded_base: the base's name and revision in config.json, from `common.names.recorded_base`.
         device: where matrices are decomposed.
         progress: shows bars.
@@ -37,16 +44,21 @@ class ModelPair:
         device: torch.device,
         progress: Progress,
     ):
-        """Open both checkpoints; only headers are read.
+        """Open both checkpoints; only headers are read, and an adapter.
 
         Raises:
-            CheckpointError: if one of them cannot be read.
+            CheckpointError: if one of them cannot be read, or the fine-tune is an adapter that cannot be merged.
             IncompatibleModelsError: if they are not a pair.
+            ModuleNotFoundError: if the fine-tune is an adapter and PEFT is not installed.
         """
         base, finetuned = os.fspath(base), os.fspath(finetuned)
-        finetuned_options, base_options = pinned(finetuned, finetuned_options), pinned(base, base_options)
+        base_options = pinned(base, base_options)
         self.device, self.progress = device, progress
-        self.finetuned = Checkpoint(finetuned, finetuned_options)
+        refuse_adapter(base, base_options)
+        opened = open_finetune(finetuned, finetuned_options, Checkpoint(base, base_options))
+        self.companions = companions_of(opened)
+        self._is_adapted = isinstance(opened, AdaptedModel)
+        self.finetuned: Model = opened
         self.base = Checkpoint(base, base_options, tied=self.finetuned.tied)
         check_pair(self.base, self.finetuned)
         self.recorded_base = recorded_base(base, base_options.revision, base_name)
@@ -62,10 +74,15 @@ class ModelPair:
         Raises:
             ValueError: if it cannot be read.
         """
-        return load_tokenizer(self.finetuned.source, self.finetuned.options)
+        return load_tokenizer(self.companions.source, self.companions.options)
 
     def load(self, repository: Path | None = None) -> PreTrainedModel:
         """Load a delta repository of this pair, or the fine-tune itself, in float32 on the device."""
+        if repository is None and self._is_adapted:
+            from ..distillation.student import load_model  # where it is needed: it takes a second
+
+            tensors: Any = {name: LazyTensor(self.finetuned, name, "cpu") for name in self.finetuned.names()}
+            return load_model(self.finetuned, tensors, torch.float32).to(self.device)
         if repository is None:
             source, options = self.finetuned.source, self.finetuned.options
             return load(
@@ -81,4 +98,5 @@ class ModelPair:
 
     def tokens(self, source: CalibrationSource, samples: int, length: int) -> torch.Tensor:
         """Draw sequences from a text: int64 (at most `samples`, `length` or the model's positions if fewer)."""
-        return model_tokens(self.finetuned, source, samples, length)
+        length = within_positions(length, self.finetuned.config)
+        return calibration_tokens(source, self.tokenizer(), samples=samples, length=length)

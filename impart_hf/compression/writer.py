@@ -28,7 +28,6 @@ from ..modeling.delta_repository import (
 from ..repository.cards import delta_card, inherited_card_data
 from ..repository.reader_files import reader_files
 from ..repository.report import CompressionReport, human_bytes, read_reports
-from ..repository.sidecar_files import sidecar_files
 from ..storage.safetensors_writer import Entry, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
 from .compatibility import IncompatibleModelsError
@@ -108,7 +107,7 @@ def write_repository(
     counted = _write_deltas(finetuned, workspace, plan.tensors, plan.max_shard_size)
     write_json(folder / "config.json", config)
     counted.append(folder / "config.json")
-    sidecars = sidecar_files(finetuned.source, finetuned.options)
+    sidecars = pair.companions.files
     for path in [*sidecars, *reader_files()]:
         shutil.copyfile(path, folder / path.name)
     tensors, _ = read_reports(p for p in counted if p.suffix == ".safetensors")

@@ -9,11 +9,25 @@ from typing import Any
 
 import torch
 
+from ..adapters.adapted_model import AdaptedModel
+from ..adapters.adapter_files import find_adapter, named_adapter, refuse_adapter
+from ..adapters.companions import Companions, companions_of
+from ..adapters.open import open_finetune
+from ..common.names import split_adapter
 from ..compression.compatibility import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
-from ..modeling.checkpoints import Checkpoint, HubOptions, all_finite, pinned, repository_kind, text_config
+from ..modeling.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    HubOptions,
+    all_finite,
+    pinned,
+    repository_kind,
+    text_config,
+)
 from ..modeling.repository_kind import RepositoryKind
 from ..modeling.tensors import Tensors
 from ..repository.open import open_repository
+from ..repository.sidecar_files import sidecar_files
 from .chat_template import chat_template
 from .config import MergeConfig
 from .vocabulary import Tokens, model_with_all_tokens
@@ -31,24 +45,34 @@ class FineTune:
         tensors: its tensors, dense or decoded from base and delta.
         config: its config.json.
         tokens: its tokens.
+        companions: its tokenizer and other small files.
     """
 
     def __init__(self, name: str, base: Checkpoint, token: str | bool | None, cache_dir: str | None):
         self.name = name
-        source, options = resolve(name, token, cache_dir)
+        model, adapter = split_adapter(name)
+        source, options = resolve(model, token, cache_dir)
         self.tensors: Tensors
-        if repository_kind(source, options) is RepositoryKind.DELTA:
+        on_base = find_adapter(source, options) is not None
+        if not on_base:
+            options = pinned(source, options)
+        if not adapter and not on_base and repository_kind(source, options) is RepositoryKind.DELTA:
             repository = open_repository(source, options, str(base.folder))
             self.config: Mapping[str, Any] = repository.text_config.to_dict()
             self.tensors = repository
+            self.companions = Companions(source, options, tuple(sidecar_files(source, options)))
         else:
-            checkpoint = Checkpoint(source, options)
-            check_pair(base, checkpoint)
-            check_tied_output(checkpoint)
-            self.config, self.tensors = checkpoint.config, checkpoint
+            opened = open_finetune(source, options, base)
+            if adapter:
+                if isinstance(opened, AdaptedModel):
+                    raise CheckpointError(f"'{model}' of '{name}' is an adapter itself: write its base before the plus")
+                opened = AdaptedModel(opened, named_adapter(*resolve(adapter, token, cache_dir)))
+            check_pair(base, opened)
+            check_tied_output(opened)
+            self.config, self.tensors, self.companions = opened.config, opened, companions_of(opened)
         if set(self.tensors.names()) != set(base.names()):
             raise IncompatibleModelsError(f"'{name}' has other tensors than the base '{base.source}'")
-        self.tokens = Tokens(source, options)
+        self.tokens = Tokens(self.companions.source, self.companions.options)
 
     def rows_beyond(self, shape: tuple[int, ...], name: str) -> int:
         """Return how many rows its tensor has beyond the base's tensor, whose shape is given."""
@@ -71,7 +95,10 @@ class MergeInputs:
             CheckpointError, DeltaFormatError, WrongBaseError: if a model cannot be read.
             IncompatibleModelsError: if one is not a fine-tune of the base, or two disagree about added tokens.
         """
-        self.base = Checkpoint(*resolve(config.base_model, token, cache_dir))
+        source, options = resolve(config.base_model, token, cache_dir)
+        options = pinned(source, options)
+        self.base = Checkpoint(source, options)
+        refuse_adapter(source, options)
         check_tied_output(self.base)
         _check_layers(self.base, config.layers)
         self._base_tokens = Tokens(self.base.source, self.base.options)
@@ -132,8 +159,13 @@ class MergeInputs:
 
     @property
     def tokens(self) -> Tokens:
-        """The merged model's tokens; its tokenizer and sidecar files come from the same source."""
+        """The merged model's tokens."""
         return self._base_tokens if self._tokens_from is None else self._tokens_from.tokens
+
+    @property
+    def companions(self) -> Companions:
+        """The merged model's tokenizer and other small files."""
+        return companions_of(self.base) if self._tokens_from is None else self._tokens_from.companions
 
     def vocabulary_rows(self, name: str) -> int:
         """Return how many rows the result's tensor has beyond the base's."""
@@ -220,7 +252,7 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 
 def resolve(model: str, token: str | bool | None, cache_dir: str | None) -> tuple[str, HubOptions]:
-    """Return a model's folder or Hub id and the options for reading it, pinned to one commit.
+    """Return a model's folder or Hub id and the options for reading it.
 
     Args:
         model: its name in the configuration; `ID@REVISION` names a revision on the Hub.
@@ -228,5 +260,4 @@ def resolve(model: str, token: str | bool | None, cache_dir: str | None) -> tupl
     source, at, revision = (model, "", "") if os.path.isdir(model) else model.rpartition("@")
     if not at:
         source = model
-    options = HubOptions(revision or None, token, cache_dir)
-    return source, pinned(source, options)
+    return source, HubOptions(revision or None, token, cache_dir)

@@ -1,6 +1,7 @@
 """Merging fine-tunes of one base, tensor by tensor, into a dense checkpoint or a delta repository."""
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from ..coding.svd_cache import SvdOf, uncached_svd
 from ..common.devices import usable_device
 from ..common.files import OutputError, write_json
+from ..common.names import split_adapter
 from ..common.progress import Progress
 from ..common.validation import byte_budget, shard_bytes
 from ..compression.compatibility import IncompatibleModelsError
@@ -22,7 +24,6 @@ from ..modeling.checkpoints import HubOptions, all_finite
 from ..repository.cards import merge_card, merge_origin
 from ..repository.reader_files import copy_pruned_reader
 from ..repository.report import CompressionReport
-from ..repository.sidecar_files import copy_sidecar_files
 from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
 from ..storage.output import check_output
 from ..storage.workspace import Workspace
@@ -167,7 +168,8 @@ def free_output(output_dir: str | Path, config: MergeConfig, compression: Method
         OutputError: if the folder is not free, or is one of the models.
     """
     output = Path(os.path.abspath(output_dir))
-    for model in (config.base_model, *(model.model for model in config.models)):
+    names = (config.base_model, *(part for model in config.models for part in split_adapter(model.model)))
+    for model in names:
         if os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
             raise OutputError(f"{output} is one of the models that are merged; choose another folder")
     return check_output(output, replaces_delta=compression is not None)
@@ -321,7 +323,8 @@ class Merge:
             content["dtype"] = self.config.dtype
         write_json(folder / "config.json", content)
         copy_pruned_reader(str(content.get("model_type")), folder)
-        copy_sidecar_files(self.inputs.tokens.source, self.inputs.tokens.options, folder)
+        for path in self.inputs.companions.files:
+            shutil.copyfile(path, folder / path.name)
         if self.inputs.chat_template is not None:
             write_chat_template(folder, self.inputs.chat_template)
 

@@ -4,7 +4,6 @@ The files on model cards give one slice over all layers in the place of `models`
 its name, `tokenizer` in the place of `tokenizer_source`. What a merge cannot do is named before anything is read.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,16 +66,6 @@ def model_name(reference: Any) -> Any:
         if all(isinstance(name, str) for name in names):
             return "+".join(names)
     return reference
-
-
-def split_adapter(name: str) -> tuple[str, str]:
-    """Return a model's name and the name of the adapter on it, which is empty if there is none."""
-    if os.path.isdir(name):
-        return name, ""
-    # A folder's name may have a plus of its own.
-    places = [place for place, letter in enumerate(name) if letter == "+"]
-    place = next((p for p in places if os.path.isdir(name[:p])), places[0] if places else len(name))
-    return name[:place], name[place + 1 :]
 
 
 def _beyond_a_merge(given: Mapping[str, Any]) -> list[str]:

@@ -48,6 +48,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 TIED_OUTPUT = "lm_head.weight"
+ADAPTER_CONFIG = "adapter_config.json"  # of an adapter in PEFT's format
 # Buffers in old LLaMA checkpoints, which current models do not load.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
@@ -162,6 +163,11 @@ def fetch_config(repo: str, options: HubOptions) -> tuple[dict[str, Any], Path]:
         CheckpointError: if the repository has no config.json, or cannot be reached or read.
     """
     path = fetch_file(repo, "config.json", options)
+    if path is None and fetch_file(repo, ADAPTER_CONFIG, options):
+        raise CheckpointError(
+            f"'{repo}' is an adapter and no model: `compress` and `merge` take it as a fine-tune of its base; for "
+            "anything else merge it into its base with PEFT's merge_and_unload, save that model, and give it instead"
+        )
     if path is None:
         raise CheckpointError(f"'{repo}' has no config.json: it is not a transformers checkpoint or delta repository")
     return read_json(path), path.parent
