@@ -37,6 +37,7 @@ class AdaptedLayers:
         weights: Mapping[str, torch.Tensor],
         model: PreTrainedModel,
         dtypes: Mapping[str, torch.dtype],
+        tied: Mapping[str, str],
     ):
         """Put the adapter on a model.
 
@@ -45,11 +46,12 @@ class AdaptedLayers:
             weights: its weights.
             model: the model on the meta device; it becomes PEFT's.
             dtypes: of the parameters, by name; the model's own for others.
+            tied: the parameters that are another one in the base, with that other one.
 
         Raises:
             CheckpointError: if the adapter does not fit the model; the message says why.
         """
-        self._adapter, self._lock = adapter, threading.Lock()
+        self._adapter, self._tied, self._lock = adapter, tied, threading.Lock()
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         _share_one_zero(model, dtypes)
         with self._errors(), _quiet():
@@ -124,7 +126,8 @@ class AdaptedLayers:
         """
 
         def value(name: str) -> torch.Tensor:
-            return self._stored[name] if name in self._stored else base(name)
+            stored = name if name in self._stored else self._tied.get(name)
+            return self._stored[stored] if stored in self._stored else base(name)
 
         path = self._owners.get(name)
         if path is None:
@@ -184,11 +187,9 @@ def _tuner_layers(wrapper: Any) -> list[Any]:
     """Return the layers of PEFT that lie around one of the model's layers, the outermost first."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layer: Any = getattr(wrapper, "token_adapter", wrapper)
-    layers: list[Any] = []
-    while isinstance(layer, BaseTunerLayer):
-        layers.append(layer)
-        layer = layer.base_layer
+    layers = [getattr(wrapper, "token_adapter", wrapper)]
+    while isinstance(inner := layers[-1].base_layer, BaseTunerLayer):
+        layers.append(inner)
     return layers
 
 

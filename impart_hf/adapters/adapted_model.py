@@ -13,7 +13,7 @@ from ..common.meta_model import meta_model
 from ..modeling.checkpoints import TIED_OUTPUT, Checkpoint, CheckpointError, config_fields
 from .adapted_layers import AdaptedLayers
 from .adapter_files import AdapterFiles, adapter_weights
-from .vocabulary import added_vocabulary, with_vocabulary
+from .vocabulary import added_vocabulary, untied, with_vocabulary
 
 
 class AdaptedModel:
@@ -56,7 +56,7 @@ class AdaptedModel:
         self._dtypes = {name: dtypes.get(name, usual) for name, _ in model.named_parameters(remove_duplicate=False)}
         for name, other in self._layout.tied.items():
             self._dtypes[name] = dtypes.get(name, dtypes.get(other, usual))
-        self._layers = AdaptedLayers(adapter, weights, model, self._dtypes)
+        self._layers = AdaptedLayers(adapter, weights, model, self._dtypes, self._layout.tied)
         self._check_places()
         self.tied, self._head = base.tied, ""
         if base.tied:
@@ -90,23 +90,26 @@ class AdaptedModel:
                 )
 
     def _untie_if_changed(self) -> None:
-        """Give the output projection a tensor of its own if the adapter makes it differ from the embeddings."""
+        """Give the output projection a tensor of its own if the adapter, or the base, makes it differ."""
         for head, embedding in self._layout.tied.items():
-            if not {head, embedding} & self._layers.changed:
+            if not {head, embedding} & self._layers.changed and not self._stores_head:
                 continue
             if not torch.equal(self._parameter(head), self._parameter(embedding)):
-                self.tied, self._head = False, head
-                self.config["tie_word_embeddings"] = False
-                if isinstance(nested := self.config.get("text_config"), dict) and "tie_word_embeddings" in nested:
-                    nested["tie_word_embeddings"] = False
+                self.tied, self.config = False, untied(self.config)
+                self._head = "" if head in self._groups else head
+
+    @property
+    def _stores_head(self) -> bool:
+        """Whether a base that ties its output projection stores one nevertheless."""
+        return TIED_OUTPUT in self.base.stored_names()
 
     def names(self) -> list[str]:
         """Return the tensors' names, sorted."""
         return list(self._names)
 
-    def has_untied_output(self) -> bool:
-        """Return whether a tied checkpoint stores an output projection that equals none of its other tensors."""
-        return self.tied and self.base.has_untied_output()
+    def stored_names(self) -> list[str]:
+        """Return the names of all tensors, as of a checkpoint that stores nothing beside them."""
+        return self.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading weights."""
@@ -146,6 +149,8 @@ class AdaptedModel:
         return self._layers.parameter(name, self._base_parameter).to(self._dtypes[name])
 
     def _base_parameter(self, name: str) -> torch.Tensor:
+        if name not in self._groups and self.base.tied and self._stores_head:
+            return self.base.tensor(TIED_OUTPUT)
         group = self._groups.get(name) or self._groups[self._layout.tied[name]]
         tensors = {member.name: self.base.tensor(member.name) for member in group.members}
         made = group.to_parameters(tensors)

@@ -16,9 +16,11 @@ from ..calibration.text import CalibrationSource, calibration_tokens, load_token
 from ..common.names import recorded_base
 from ..common.progress import Progress
 from ..evaluation.metrics import load
+from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import Checkpoint, HubOptions, pinned
 from ..modeling.tensors import LazyTensor, Model
-from .compatibility import check_pair
+from .base_layout import ReadModel, match
+from .loading_class import check_loads
 from .scan import TensorPlan, scan
 
 
@@ -26,7 +28,8 @@ class ModelPair:
     """A base and a fine-tune of it, scanned once for any number of compressions.
 
     Attributes:
-        base, finetuned: the two checkpoints.
+        base: the base's tensors that the fine-tune's rest on.
+        finetuned: the fine-tune in the layout of the base's files.
         companions: the fine-tune's tokenizer and other small files.
         recorded_base: the base's name and revision in config.json, from `common.names.recorded_base`.
         device: where matrices are decomposed.
@@ -58,9 +61,11 @@ class ModelPair:
         opened = open_finetune(finetuned, finetuned_options, Checkpoint(base, base_options))
         self.companions = companions_of(opened)
         self._is_adapted = isinstance(opened, AdaptedModel)
-        self.finetuned: Model = opened
-        self.base = Checkpoint(base, base_options, tied=self.finetuned.tied)
-        check_pair(self.base, self.finetuned)
+        read = ReadModel(opened)
+        matched = match(ReadModel(Checkpoint(base, base_options, tied=read.ties_output)), read)
+        self.base: BaseTensors = matched.base
+        self.finetuned: Model = matched.finetuned
+        check_loads(self.finetuned)
         self.recorded_base = recorded_base(base, base_options.revision, base_name)
 
     @cached_property

@@ -14,7 +14,8 @@ from ..adapters.adapter_files import find_adapter, named_adapter, refuse_adapter
 from ..adapters.companions import Companions, companions_of
 from ..adapters.open import open_finetune
 from ..common.names import split_adapter
-from ..compression.compatibility import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
+from ..compression.base_layout import ReadModel, match
+from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
 from ..modeling.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -42,14 +43,14 @@ class FineTune:
 
     Attributes:
         name: its name in the configuration.
-        tensors: its tensors, dense or decoded from base and delta.
+        tensors: its tensors, dense or decoded from base and delta, in the layout of the base's files.
         config: its config.json.
         tokens: its tokens.
         companions: its tokenizer and other small files.
     """
 
-    def __init__(self, name: str, base: Checkpoint, token: str | bool | None, cache_dir: str | None):
-        self.name = name
+    def __init__(self, name: str, base: ReadModel, token: str | bool | None, cache_dir: str | None):
+        self.name, self._base = name, base.checkpoint
         model, adapter = split_adapter(name)
         source, options = resolve(model, token, cache_dir)
         self.tensors: Tensors
@@ -57,26 +58,44 @@ class FineTune:
         if not on_base:
             options = pinned(source, options)
         if not adapter and not on_base and repository_kind(source, options) is RepositoryKind.DELTA:
-            repository = open_repository(source, options, str(base.folder))
+            repository = open_repository(source, options, str(self._base.folder))
             self.config: Mapping[str, Any] = repository.text_config.to_dict()
             self.tensors = repository
             self.companions = Companions(source, options, tuple(sidecar_files(source, options)))
         else:
-            opened = open_finetune(source, options, base)
+            opened = open_finetune(source, options, self._base)
             if adapter:
                 if isinstance(opened, AdaptedModel):
                     raise CheckpointError(f"'{model}' of '{name}' is an adapter itself: write its base before the plus")
                 opened = AdaptedModel(opened, named_adapter(*resolve(adapter, token, cache_dir)))
-            check_pair(base, opened)
-            check_tied_output(opened)
-            self.config, self.tensors, self.companions = opened.config, opened, companions_of(opened)
-        if set(self.tensors.names()) != set(base.names()):
-            raise IncompatibleModelsError(f"'{name}' has other tensors than the base '{base.source}'")
+            self.companions = companions_of(opened)
+            self.tensors = finetuned = match(base, ReadModel(opened)).finetuned
+            self.config = finetuned.config
+        self._names = set(self.tensors.names())
+        differing = (self._names ^ set(self._base.names())) - base.spare_names()
+        if differing:
+            raise IncompatibleModelsError(
+                f"'{name}' has other tensors than the base '{self._base.source}': {min(differing)} is in one alone"
+            )
         self.tokens = Tokens(self.companions.source, self.companions.options)
 
     def rows_beyond(self, shape: tuple[int, ...], name: str) -> int:
         """Return how many rows its tensor has beyond the base's tensor, whose shape is given."""
-        return self.tensors.shape(name)[0] - shape[0] if shape else 0
+        return max(0, self.tensors.shape(name)[0] - shape[0]) if shape and name in self._names else 0
+
+    def shared(self, name: str, before: torch.Tensor) -> torch.Tensor:
+        """Return the part of its tensor that the base has, too, with the base's rows in place of those that it lacks.
+
+        Args:
+            before: the base's tensor.
+        """
+        if name not in self._names:
+            return before
+        after = torch.atleast_1d(self.tensors.tensor(name))[: len(before)]
+        if len(after) == len(before):
+            return after
+        # In float32, so that the base's own rows make no delta.
+        return torch.cat([after.float(), before[len(after) :].float()])
 
 
 class MergeInputs:
@@ -101,10 +120,14 @@ class MergeInputs:
         refuse_adapter(source, options)
         check_tied_output(self.base)
         _check_layers(self.base, config.layers)
+        read = ReadModel(self.base)
         self._base_tokens = Tokens(self.base.source, self.base.options)
-        self.models = [FineTune(model.model, self.base, token, cache_dir) for model in config.finetunes]
+        self.models = [FineTune(model.model, read, token, cache_dir) for model in config.finetunes]
         for model in self.models:
             self._check_origin(model)
+        shared = set[str](self.base.names()).intersection(*(model.tensors.names() for model in self.models))
+        copies = {name for name in read.spare_names() if read.layout is not None and read.layout.parameters(name)}
+        self._names = sorted(set(self.base.names()) - (copies - shared))
         layers = {layer_of(name) for name in self.base.names()}
         self._layers = Counter(layer[0] for layer in layers if layer is not None)
         self._set_vocabulary(config.tokenizer_source)
@@ -128,6 +151,10 @@ class MergeInputs:
             longest = max(self.models, key=self._rows_added)
             self._rows_from = longest if self._rows_added(longest) else None
             self._row_owners = self.models
+
+    def names(self) -> list[str]:
+        """Return the names of the result's tensors: the base's, without copies of tied ones that a model lacks."""
+        return self._names
 
     def _rows_added(self, model: FineTune) -> int:
         return max(model.rows_beyond(self.base.shape(name), name) for name in self.base.names())
@@ -179,7 +206,8 @@ class MergeInputs:
 
     def _check_origin(self, model: FineTune) -> None:
         """Check that a fine-tune's weights are similar to the base's."""
-        matrices = [n for n in self.base.names() if layer_of(n) is not None and len(self.base.shape(n)) == 2]
+        names = set(model.tensors.names()) & set(self.base.names())
+        matrices = [n for n in sorted(names) if layer_of(n) is not None and len(self.base.shape(n)) == 2]
         product = before = after = 0.0
         for name in matrices[:: max(1, math.ceil(len(matrices) / _SAMPLED))]:
             a, b = (tensors.tensor(name).float().flatten() for tensors in (self.base, model.tensors))
