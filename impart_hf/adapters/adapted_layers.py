@@ -17,7 +17,7 @@ BaseParameter = Callable[[str], torch.Tensor]
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
 # What PEFT's wrappers put into the names of the parameters that they wrap.
-_WRAPPED = ("base_layer", "original_module", "token_adapter")
+_WRAPPED = ("base_layer", "original_module", "modules_to_save", "token_adapter")
 
 
 class AdaptedLayers:
@@ -96,7 +96,8 @@ class AdaptedLayers:
         found = []
         for key in state:
             name = plain_name(key)
-            if name in self.shapes and not self._is_saved_whole(self._owners.get(name)):
+            is_its_own = name == key.removeprefix(_PREFIX) and self._is_saved_whole(self._owners.get(name))
+            if name in self.shapes and not is_its_own:
                 found.append((key, name))
         return found
 

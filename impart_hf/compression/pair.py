@@ -57,8 +57,9 @@ class ModelPair:
         base, finetuned = os.fspath(base), os.fspath(finetuned)
         base_options = pinned(base, base_options)
         self.device, self.progress = device, progress
+        bare = Checkpoint(base, base_options)
         refuse_adapter(base, base_options)
-        opened = open_finetune(finetuned, finetuned_options, Checkpoint(base, base_options))
+        opened = open_finetune(finetuned, finetuned_options, bare)
         self.companions = companions_of(opened)
         self._is_adapted = isinstance(opened, AdaptedModel)
         read = ReadModel(opened)
