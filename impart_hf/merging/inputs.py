@@ -285,7 +285,5 @@ def resolve(model: str, token: str | bool | None, cache_dir: str | None) -> tupl
     Args:
         model: its name in the configuration; `ID@REVISION` names a revision on the Hub.
     """
-    source, at, revision = (model, "", "") if os.path.isdir(model) else model.rpartition("@")
-    if not at:
-        source = model
+    source, _, revision = (model, "", "") if os.path.isdir(model) else model.partition("@")
     return source, HubOptions(revision or None, token, cache_dir)

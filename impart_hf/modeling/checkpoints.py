@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -51,6 +51,7 @@ WEIGHT_FILES = (
 )
 TIED_OUTPUT = "lm_head.weight"
 ADAPTER_CONFIG = "adapter_config.json"  # of an adapter in PEFT's format
+_CONFIGS = ("config.json", ADAPTER_CONFIG)
 # Buffers in old LLaMA checkpoints, which current models do not load.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
@@ -83,7 +84,8 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
     """Return the path of one file of a local folder or Hub repository, or None if the repository does not have it.
 
     If the Hub is offline, a file that does not exist cannot be distinguished from one that was not downloaded: a file
-    that is not in the cache counts as missing if the repository's config.json is there, unless it is `required`.
+    that is not in the cache counts as missing if the repository's config.json (or an adapter's) is there, unless it is
+    `required`.
 
     Raises:
         CheckpointError: if the repository or revision does not exist, or cannot be accessed or reached.
@@ -117,7 +119,7 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
     except RevisionNotFoundError as error:
         raise CheckpointError(f"'{repo}' has no revision '{revision}': check the branch, tag or commit") from error
     except LocalEntryNotFoundError as error:
-        if not required and filename != "config.json" and fetch_file(repo, "config.json", options):
+        if not required and any(_is_cached(repo, name, options) for name in _CONFIGS if name != filename):
             return None
         raise CheckpointError(
             f"'{filename}' of '{repo}' is not in the local cache, and the Hub is offline; there is no local folder "
@@ -129,6 +131,13 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
         raise CheckpointError(f"'{repo}' is neither a local folder nor a valid Hub id (owner/name)") from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"'{filename}' of '{repo}' cannot be downloaded: {error}") from error
+
+
+def _is_cached(repo: str, filename: str, options: HubOptions) -> bool:
+    """Return whether the Hub's cache has a file."""
+    path = f"{options.subfolder}/{filename}" if options.subfolder else filename
+    cached = try_to_load_from_cache(repo, path, cache_dir=options.cache_dir, revision=options.revision)
+    return isinstance(cached, str)
 
 
 def pinned(repo: str, options: HubOptions) -> HubOptions:
