@@ -26,12 +26,19 @@ def missing_parameters(weights: Tensors, config: PreTrainedConfig) -> list[str]:
     logging.set_verbosity_error()  # its report of missing and unexpected tensors, too
     try:
         _, info = inner_class(config).from_pretrained(
-            None, config=config, state_dict=empty, device_map="meta", output_loading_info=True
+            None,
+            config=config,
+            state_dict=empty,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except Exception as error:  # a wrong shape, or an invalid configuration, for which any type can be raised
+    except Exception as error:  # an invalid configuration, for which any type can be raised
         raise ValueError(str(error)) from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+    for name, shape, expected in sorted(info["mismatched_keys"])[:1]:
+        raise ValueError(f"{name} has shape {list(shape)}, and its configuration says {list(expected)}")
     return sorted(info["missing_keys"])

@@ -283,9 +283,13 @@ class _Matcher:
             return
         lost, extra = sorted(self._missing), sorted(self._extra)
         what = f"lacks {lost[0]}" if lost else f"has {extra[0]}, which the base lacks"
+        prefixes = {name.partition(".")[0] for name in self._checkpoint.names()}
+        advice = "check both models"
+        if lost and len(prefixes) == 1 and not any(name.startswith(f"{min(prefixes)}.") for name in self._base.names()):
+            advice = f"the names of all its tensors begin with '{min(prefixes)}.': save the model without its wrapper"
         raise IncompatibleModelsError(
             f"'{self._checkpoint.source}' is not a fine-tune of '{self._base.source}': it {what} "
-            f"({len(lost)} tensors missing, {len(extra)} extra); check both models"
+            f"({len(lost)} tensors missing, {len(extra)} extra); {advice}"
         )
 
     def model(self) -> Model:

@@ -78,8 +78,7 @@ def _was_cut(finetuned: Model, ours: tuple[int, ...], theirs: tuple[int, ...]) -
 
 def _vocabulary(model: Model) -> int | None:
     """Return the size of a model's vocabulary, which a vision model's configuration has in a nested one."""
-    size = model.config.get("vocab_size")
-    return getattr(text_config(model.config), "vocab_size", None) if size is None else size
+    return getattr(text_config(model.config), "vocab_size", None)
 
 
 def check_tied_output(checkpoint: Checkpoint) -> None:

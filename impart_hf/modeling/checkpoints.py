@@ -280,8 +280,8 @@ class Checkpoint:
             for place in ((path, stored) for path in files[stored]):
                 if not self._same_tensor(locations.setdefault(name, place), place):
                     raise CheckpointError(
-                        f"'{self.source}': two different tensors {name} are in two weight files or under two names: "
-                        "remove one"
+                        f"'{self.source}': tensor {name} is in two weight files or under two names, with different "
+                        "values: remove one"
                     )
         return locations
 
