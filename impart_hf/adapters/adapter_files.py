@@ -81,6 +81,11 @@ def adapter_weights(adapter: AdapterFiles) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = load_peft_weights(str(adapter.folder), device="cpu")
     except Exception as error:  # a damaged file, or a pickle that is refused, can raise anything
         raise CheckpointError(f"the adapter '{adapter.source}' cannot be read: {str(error).splitlines()[0]}") from error
+    if empty := [name for name, tensor in weights.items() if not tensor.numel()]:
+        raise CheckpointError(
+            f"{empty[0]} of the adapter '{adapter.source}' is empty: it was saved before its parts were gathered "
+            "(DeepSpeed ZeRO-3, FSDP); save it again"
+        )
     return weights
 
 

@@ -46,8 +46,8 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
     text_config = dict(pair.finetuned.config)
     floats = {t.name: str(t.dtype).removeprefix("torch.") for t in pair.tensors if t.dtype.is_floating_point}
     usual = Counter(floats.values()).most_common(1)[0][0]
-    if "dtype" not in text_config and "torch_dtype" not in text_config:
-        text_config["dtype"] = usual
+    if text_config.get("dtype") is None and text_config.get("torch_dtype") is None:
+        text_config = {name: value for name, value in text_config.items() if name != "torch_dtype"} | {"dtype": usual}
     name, revision = pair.recorded_base
     config: dict[str, Any] = {
         "architectures": ["DeltaCompressedForCausalLM"],

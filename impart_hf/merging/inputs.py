@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class FineTune:
             self.tensors = repository
             self.companions = Companions(source, options, tuple(sidecar_files(source, options)))
         else:
+            assert isinstance(self._base, Checkpoint)  # a fine-tune may be an adapter, a base is not
             opened = open_finetune(source, options, self._base)
             if adapter:
                 if isinstance(opened, AdaptedModel):
@@ -158,6 +160,11 @@ class MergeInputs:
 
     def _rows_added(self, model: FineTune) -> int:
         return max(model.rows_beyond(self.base.shape(name), name) for name in self.base.names())
+
+    @cached_property
+    def usual_dtype(self) -> torch.dtype:
+        """The dtype of most of the base's tensors."""
+        return Counter(self.base.dtype(name) for name in self.base.names()).most_common(1)[0][0]
 
     def depth(self, name: str) -> float:
         """Return a tensor's depth in its stack of layers: 0 in the first layer, 1 in the last; 0 outside of layers."""

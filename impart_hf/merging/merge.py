@@ -228,8 +228,15 @@ class Merge:
         return (shape[0] + self.inputs.vocabulary_rows(name), *shape[1:]) if shape else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        dtype = self.inputs.base.dtype(name)
-        return self.config.torch_dtype or dtype if dtype.is_floating_point else dtype
+        """Return the dtype of one of the result's tensors.
+
+        The dtype of the configuration replaces the base's. If it is that of most of the base's tensors, others, such as
+        a router's bias in float32, keep their own: rounded, it would choose other experts.
+        """
+        dtype, wanted = self.inputs.base.dtype(name), self.config.torch_dtype
+        if wanted is None or wanted == self.inputs.usual_dtype or not dtype.is_floating_point:
+            return dtype
+        return wanted
 
     def weight_bytes(self) -> int:
         """Return the bytes of the merged model's weights."""

@@ -52,6 +52,7 @@ WEIGHT_FILES = (
 TIED_OUTPUT = "lm_head.weight"
 ADAPTER_CONFIG = "adapter_config.json"  # of an adapter in PEFT's format
 _CONFIGS = ("config.json", ADAPTER_CONFIG)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 # Buffers in old LLaMA checkpoints, which current models do not load.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
@@ -265,7 +266,18 @@ class Checkpoint:
                 raise CheckpointError(f"{path} has no valid weight_map from tensor names to files in its folder")
             return [self._fetch(name) for name in sorted(set(index.values()))], index
         fetch_file(self.source, "model.safetensors", self.options, required=True)  # raises if offline
-        raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}")
+        others = self._other_weights()
+        hint = (
+            f"; it has {others[0]}, which cannot be read as one of them: rename, convert or link it" if others else ""
+        )
+        raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}{hint}")
+
+    def _other_weights(self) -> list[str]:
+        """Return the names of a local folder's files that look like weights: of a variant, of another format."""
+        if not os.path.isdir(self.source):
+            return []
+        found = sorted(path for path in self.folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+        return [f"{path.name} (a broken link)" if not path.exists() else path.name for path in found]
 
     def _list_tensors(self) -> dict[str, tuple[Path, str]]:
         """Return every tensor's file and its name in that file."""
@@ -340,7 +352,9 @@ class Checkpoint:
 
         def from_slice(view: Any) -> torch.dtype:
             if view.get_dtype() not in SAFETENSORS_DTYPES:
-                raise CheckpointError(f"'{self.source}': {name} has the unsupported dtype {view.get_dtype()}")
+                raise CheckpointError(
+                    f"'{self.source}': {name} has the unsupported dtype {view.get_dtype()}: convert it to float weights"
+                )
             return SAFETENSORS_DTYPES[view.get_dtype()]
 
         return self._look_up(name, from_slice, lambda t: t.dtype)

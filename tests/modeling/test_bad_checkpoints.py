@@ -277,3 +277,15 @@ def test_a_fine_tune_in_other_precision_than_its_base(tmp_path: Path) -> None:
         for name, tensor in load_tensors(tmp_path / other).items():
             ours = model.state_dict()[name]
             assert ours.dtype == tensor.dtype and (ours - tensor).norm() <= 0.1 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.gguf"])
+def test_weights_of_another_name_are_named(pair: Pair, name: str) -> None:
+    (pair.finetuned / "model.safetensors").rename(pair.finetuned / name)
+    refuses(pair, CheckpointError, naming(pair.finetuned, name))
+
+
+def test_a_broken_link_is_named(pair: Pair) -> None:
+    (pair.finetuned / "model.safetensors").unlink()
+    (pair.finetuned / "model.safetensors").symlink_to("gone")
+    refuses(pair, CheckpointError, naming(pair.finetuned, "model.safetensors", "broken link"))
