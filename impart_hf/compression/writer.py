@@ -24,12 +24,14 @@ from ..modeling.delta_repository import (
     entry_crc,
     names_checksum,
 )
+from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import Model
 from ..repository.cards import delta_card, inherited_card_data
 from ..repository.reader_files import reader_files
 from ..repository.report import CompressionReport, human_bytes, read_reports
 from ..storage.safetensors_writer import Entry, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
+from .loading_class import loading_class
 from .pair import ModelPair
 from .plan import CARD_BYTES, CompressionPlan
 from .scan import TensorPlan
@@ -49,11 +51,12 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
     if text_config.get("dtype") is None and text_config.get("torch_dtype") is None:
         text_config = {name: value for name, value in text_config.items() if name != "torch_dtype"} | {"dtype": usual}
     name, revision = pair.recorded_base
+    kind = "SequenceClassification" if is_classifier(loading_class(pair.finetuned)) else "CausalLM"
     config: dict[str, Any] = {
-        "architectures": ["DeltaCompressedForCausalLM"],
+        "architectures": [f"DeltaCompressedFor{kind}"],
         "auto_map": {
             "AutoConfig": "configuration_delta_compressed.DeltaCompressedConfig",
-            "AutoModelForCausalLM": "modeling_delta_compressed.DeltaCompressedForCausalLM",
+            f"AutoModelFor{kind}": f"modeling_delta_compressed.DeltaCompressedFor{kind}",
         },
         "base_model_name_or_path": name,
         "base_model_revision": revision,
@@ -134,6 +137,7 @@ def write_repository(
         sizes=_sizes(report),
         shortfall=report.shortfall,
         origin=origin,
+        classifies=is_classifier(loading_class(finetuned)),
     )
     (folder / "README.md").write_text(card, "utf-8")
     return report

@@ -73,12 +73,14 @@ class FineTune:
             self.companions = companions_of(opened)
             self.tensors = finetuned = match(base, ReadModel(opened)).finetuned
             self.config = finetuned.config
-        self._names = set(self.tensors.names())
-        differing = (self._names ^ set(self._base.names())) - base.spare_names()
-        if differing:
+        self._names, base_names = set(self.tensors.names()), set(self._base.names())
+        if own := self._names - base_names:
             raise IncompatibleModelsError(
-                f"'{name}' has other tensors than the base '{self._base.source}': {min(differing)} is in one alone"
+                f"'{name}' has {min(own)}, and the base '{self._base.source}' does not, or config.json ties its output "
+                "projection to the embeddings: the two cannot be merged"
             )
+        if lost := base_names - self._names - base.spare_names():
+            raise IncompatibleModelsError(f"'{name}' lacks {min(lost)}, which the base '{self._base.source}' has")
         self.tokens = Tokens(self.companions.source, self.companions.options)
 
     def rows_beyond(self, shape: tuple[int, ...], name: str) -> int:
