@@ -213,10 +213,13 @@ def _kept(names: Iterable[str], present: Collection[str]) -> set[str]:
     """Return those of a repository's files that are not written, because the place has files of its own for them."""
     has_tokenizer = "tokenizer_config.json" in present
     return {
-        name
-        for name in names
-        if not _is_own(name) and (name in present or (has_tokenizer and _matches(name, _TOKENIZER)))
+        name for name in names if not _is_own(name) and (name in present or (has_tokenizer and is_tokenizer_file(name)))
     }
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Return whether a file, given by its name in the repository, belongs to a tokenizer."""
+    return _matches(name, _TOKENIZER)
 
 
 def _is_own(name: str) -> bool:

@@ -8,9 +8,8 @@ Of Python files, they are those of tokenizers and processors, and all if a confi
 import contextlib
 import fnmatch
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
@@ -18,7 +17,7 @@ from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_config, fetch_file, read_json
+from ..modeling.checkpoints import ADAPTER_CONFIG, CheckpointError, HubOptions, fetch_file, read_json
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from .reader_files import reader_files
 
@@ -42,31 +41,42 @@ _CODE = ("tokenization_*", "processing_*", "image_processing_*", "video_processi
 _NAMING_CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
-def copy_sidecar_files(source: str, options: HubOptions, target: Path) -> int:
-    """Copy the sidecar files of a local folder or Hub repository to a folder, and return their size in bytes.
+def sidecar_files(source: str, options: HubOptions) -> dict[str, Path]:
+    """Return the sidecar files of a local folder or Hub repository, by their names there.
 
     If the Hub is offline, they are those in the local cache. Files of more than 100 MB are left out, with a warning.
 
     Raises:
         CheckpointError: if the repository cannot be reached, or does not give its files.
     """
-    total = 0
-    config, folder = fetch_config(source, options)
-    listed = _listed(source, options, folder)
-    has_code = _has_code(config, [fetch_file(source, name, options) for name in _NAMING_CODE if name in listed])
+    files = {}
+    found = (fetch_file(source, name, options) for name in ("config.json", ADAPTER_CONFIG))
+    config = next((path for path in found if path), None)
+    listed = _listed(source, options, config.parent if config else Path(source, options.subfolder))
+    naming = [fetch_file(source, name, options) for name in _NAMING_CODE if name in listed]
+    has_code = _has_code([config, *naming])
     for name, size in sorted(listed.items()):
         if not _is_sidecar_file(PurePosixPath(name), has_code):
             continue
         if size > _LARGEST:
             logger.warning(f"'{source}' has the file {name} of {size} bytes, which is not copied: it is too large")
             continue
-        path = fetch_file(source, name, options)
-        if path is None:
-            continue
+        if path := fetch_file(source, name, options):
+            files[name] = path
+    return files
+
+
+def copy_files(files: Mapping[str, Path], target: Path) -> int:
+    """Copy files to a folder, under the names given, and return their size in bytes."""
+    for name, path in files.items():
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
-        total += path.stat().st_size
-    return total
+    return sum(path.stat().st_size for path in files.values())
+
+
+def copy_sidecar_files(source: str, options: HubOptions, target: Path) -> None:
+    """Copy the sidecar files of a local folder or Hub repository to a folder; errors as for `sidecar_files`."""
+    copy_files(sidecar_files(source, options), target)
 
 
 def _is_sidecar_file(path: PurePosixPath, has_code: bool) -> bool:
@@ -88,13 +98,15 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _has_code(config: dict[str, Any], others: Iterable[Path | None]) -> bool:
+def _has_code(configs: Iterable[Path | None]) -> bool:
     """Return whether a configuration of the model names code, which may import other files of the repository."""
-    contents = [config.get("text_config", {}) if kind_of(config) is RepositoryKind.DELTA else config]
-    for path in others:
+    for path in configs:
         with contextlib.suppress(CheckpointError):  # a tokenizer that cannot be read is no reason to stop here
-            contents += [read_json(path)] if path else []
-    return any("auto_map" in content for content in contents)
+            content = read_json(path) if path else {}
+            is_delta = kind_of(content) is RepositoryKind.DELTA  # whose own code is the reader
+            if "auto_map" in (content.get("text_config", {}) if is_delta else content):
+                return True
+    return False
 
 
 def _listed(source: str, options: HubOptions, folder: Path) -> dict[str, int]:

@@ -131,6 +131,21 @@ def test_arguments_of_from_pretrained(
     assert not ours.weights_changed()
 
 
+def test_a_configuration_that_leaves_the_dtype_open(tiny_pair: Pair, tmp_path: Path) -> None:
+    """As transformers loads the fine-tune: in the dtype of its weights."""
+    finetuned = shutil.copytree(tiny_pair.finetuned, tmp_path / "finetuned")
+    content = json.loads((finetuned / "config.json").read_text())
+    content.pop("dtype")
+    (finetuned / "config.json").write_text(json.dumps({**content, "torch_dtype": None}))
+    compress(str(tiny_pair.base), str(finetuned), tmp_path / "delta", LowRankConfig(compression_ratio=4))
+    assert load(tmp_path / "delta").dtype == load(finetuned).dtype == torch.bfloat16
+    for field in ("dtype", "torch_dtype"):  # repositories whose config.json has it from the fine-tune
+        content = json.loads((tmp_path / "delta" / "config.json").read_text())
+        content["text_config"] = {**content["text_config"], "dtype": None, field: None}
+        (tmp_path / "delta" / "config.json").write_text(json.dumps(content))
+        assert load(tmp_path / "delta", dtype="auto").dtype == torch.bfloat16
+
+
 def test_loading_info(tiny_repository: Path) -> None:
     loaded, info = load(tiny_repository, output_loading_info=True)
     assert isinstance(loaded, DeltaCompressedForCausalLM)

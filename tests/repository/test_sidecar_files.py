@@ -34,7 +34,7 @@ LEFT = [
     *("consolidated.00.pth", "model-00007-of-00009.safetensors", "codes.npz", "pytorch_model.bin.index.json"),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", "all_results.json"),
     *("events.out.tfevents.1", "runs/now/events.out.tfevents.1", "checkpoint-7/tokenizer.json", ".hidden"),
-    *("additional_chat_templates/.hidden", "adapter_config.json", "other/vocab.txt", "modeling_own.py"),
+    *("additional_chat_templates/.hidden", "other/vocab.txt", "modeling_own.py"),
     *("texts.jsonl", "train.py"),
     *("modeling_delta_compressed.py", "delta_model.safetensors", "delta_model.safetensors.index.json"),
 ]
