@@ -19,7 +19,7 @@ from ..common.checkpoint_layout import CheckpointLayout, TensorGroup, known_layo
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, config_fields, same_values
 from ..modeling.modeling_delta_compressed import is_classifier
-from ..modeling.tensors import Model
+from ..modeling.tensors import Model, StoredModel
 from .compatibility import IncompatibleModelsError, check_names, check_tensors, check_tied_output
 
 logger = logging.get_logger(__name__)
@@ -33,7 +33,7 @@ class ReadModel:
         layout: what its tensors become; None if transformers does not know its architecture.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: StoredModel):
         """Find out what the tensors are; no weights are read.
 
         Raises:
@@ -67,7 +67,7 @@ class ReadModel:
         return self.checkpoint.tied and not self.has_own_output
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Mapping[str, Any]:
         """The content of config.json, corrected if it ties an output projection that is another matrix."""
         return _untied(self.checkpoint.config) if self.has_own_output else self.checkpoint.config
 
@@ -98,7 +98,7 @@ class InBaseLayout:
         self.options: HubOptions = finetuned.checkpoint.options
         self.folder: Path = finetuned.checkpoint.folder
         self.weight_bytes: int = finetuned.checkpoint.weight_bytes
-        self.config: dict[str, Any] = finetuned.config
+        self.config: Mapping[str, Any] = finetuned.config
         self.tied: bool = finetuned.ties_output
         self._checkpoint, self._origins = finetuned.checkpoint, dict(origins)
         self._converted: tuple[Conversion | None, Mapping[str, torch.Tensor]] = None, {}
@@ -173,7 +173,9 @@ def match(base: ReadModel, finetuned: ReadModel) -> MatchedPair:
     if types[0] != types[1]:
         advice = ": give the pruned model that it was trained from as the base" if types[1] == "pruned_llama" else ""
         raise IncompatibleModelsError(f"the base is a '{types[0]}' model, the fine-tune a '{types[1]}' model{advice}")
-    matcher = _Matcher(base.checkpoint, finetuned)
+    stored = base.checkpoint
+    assert isinstance(stored, Checkpoint)  # a fine-tune may be an adapter, a base is not
+    matcher = _Matcher(stored, finetuned)
     if base.layout is None or finetuned.layout is None:  # names are compared as they stand
         check_tied_output(finetuned.checkpoint)
         matcher.match_names()
@@ -182,10 +184,10 @@ def match(base: ReadModel, finetuned: ReadModel) -> MatchedPair:
     matcher.check()
     model = matcher.model()
     check_names(model)
-    absent = set(base.checkpoint.names()) - set(model.names())
-    whole = BaseTensors(base.checkpoint, absent, None, matcher.others)
+    absent = set(stored.names()) - set(model.names())
+    whole = BaseTensors(stored, absent, None, matcher.others)
     cut = check_tensors(whole, model, matcher.heads)
-    return MatchedPair(BaseTensors(base.checkpoint, absent, cut, matcher.others), model)
+    return MatchedPair(BaseTensors(stored, absent, cut, matcher.others), model)
 
 
 class _Matcher:
@@ -339,7 +341,7 @@ def _is_head(parameter: str, model: CheckpointLayout, other: CheckpointLayout) -
     return type(model.model) is not type(other.model) and not inside and parameter not in other.model.state_dict()
 
 
-def _layout(checkpoint: Checkpoint) -> CheckpointLayout | None:
+def _layout(checkpoint: StoredModel) -> CheckpointLayout | None:
     """Return what a checkpoint's tensors become, tied and ignored ones included; None if transformers cannot tell.
 
     Raises:

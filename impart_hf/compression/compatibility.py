@@ -5,9 +5,9 @@ from collections.abc import Collection
 import torch
 
 from ..modeling.base_tensors import BaseTensors
-from ..modeling.checkpoints import DTYPE_NAMES, TIED_OUTPUT, Checkpoint, text_config
+from ..modeling.checkpoints import DTYPE_NAMES, TIED_OUTPUT, text_config
 from ..modeling.delta_repository import BASE_CHECKSUMS, CRC_ENTRY, RECORD_SUFFIX, ROWS_SUFFIX
-from ..modeling.tensors import Model
+from ..modeling.tensors import Model, StoredModel
 
 # Matrices of fewer entries are stored unchanged: their records would be mostly header.
 _SMALL_MATRIX = 4096
@@ -49,6 +49,11 @@ def check_tensors(base: BaseTensors, finetuned: Model, heads: Collection[str] = 
         ours, theirs = finetuned.shape(name), base.shape(name)
         if ours == theirs or _grew(finetuned, ours, theirs):
             continue
+        if 0 in ours:
+            raise IncompatibleModelsError(
+                f"{name} of '{finetuned.source}' is empty: it was saved before its parts were gathered (DeepSpeed "
+                "ZeRO-3, FSDP); save it again"
+            )
         if not _was_cut(finetuned, ours, theirs):
             raise IncompatibleModelsError(
                 f"{name} has shape {list(ours)} in '{finetuned.source}' and {list(theirs)} in '{base.source}': only "
@@ -89,7 +94,7 @@ def _vocabulary(model: Model) -> int | None:
     return getattr(text_config(model.config), "vocab_size", None)
 
 
-def check_tied_output(checkpoint: Checkpoint) -> None:
+def check_tied_output(checkpoint: StoredModel) -> None:
     """Check that a tied checkpoint stores no separate output projection, which no reader would load.
 
     Raises:

@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.text import CalibrationSource, load_tokenizer, model_tokens
+from ..adapters.adapter_files import refuse_adapter
+from ..adapters.companions import companions_of
+from ..adapters.open import open_finetune
+from ..calibration.text import CalibrationSource, calibration_tokens, load_tokenizer, within_positions
 from ..common.names import recorded_base
 from ..common.progress import Progress
 from ..evaluation.metrics import load
@@ -26,6 +29,7 @@ class ModelPair:
     Attributes:
         base: the base's tensors that the fine-tune's rest on.
         finetuned: the fine-tune in the layout of the base's files.
+        companions: the fine-tune's tokenizer and other small files.
         recorded_base: the base's name and revision in config.json, from `common.names.recorded_base`.
         device: where matrices are decomposed.
         progress: shows bars.
@@ -42,16 +46,21 @@ class ModelPair:
         device: torch.device,
         progress: Progress,
     ):
-        """Open both checkpoints; only headers are read.
+        """Open both checkpoints; only headers are read, and an adapter.
 
         Raises:
-            CheckpointError: if one of them cannot be read.
+            CheckpointError: if one of them cannot be read, or the fine-tune is an adapter that cannot be merged.
             IncompatibleModelsError: if they are not a pair.
+            ModuleNotFoundError: if the fine-tune is an adapter and PEFT is not installed.
         """
         base, finetuned = os.fspath(base), os.fspath(finetuned)
-        finetuned_options, base_options = pinned(finetuned, finetuned_options), pinned(base, base_options)
+        base_options = pinned(base, base_options)
         self.device, self.progress = device, progress
-        read = ReadModel(Checkpoint(finetuned, finetuned_options))
+        bare = Checkpoint(base, base_options)
+        refuse_adapter(base, base_options)
+        opened = open_finetune(finetuned, finetuned_options, bare)
+        self.companions = companions_of(opened)
+        read = ReadModel(opened)
         matched = match(ReadModel(Checkpoint(base, base_options, tied=read.ties_output)), read)
         self.base: BaseTensors = matched.base
         self.finetuned: Model = matched.finetuned
@@ -69,7 +78,7 @@ class ModelPair:
         Raises:
             ValueError: if it cannot be read.
         """
-        return load_tokenizer(self.finetuned.source, self.finetuned.options)
+        return load_tokenizer(self.companions.source, self.companions.options)
 
     def load(self, repository: Path | None = None) -> PreTrainedModel:
         """Load a delta repository of this pair, or the fine-tune itself, in float32 on the device."""
@@ -98,4 +107,5 @@ class ModelPair:
                 f"'{self.finetuned.source}' is a sequence classifier: calibration, distillation and tuning are for "
                 "language models; compress it without a text"
             )
-        return model_tokens(self.finetuned, source, samples, length)
+        length = within_positions(length, self.finetuned.config)
+        return calibration_tokens(source, self.tokenizer(), samples=samples, length=length)

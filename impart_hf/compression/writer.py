@@ -29,7 +29,7 @@ from ..modeling.tensors import Model
 from ..repository.cards import delta_card, inherited_card_data
 from ..repository.reader_files import reader_files
 from ..repository.report import CompressionReport, human_bytes, read_reports
-from ..repository.sidecar_files import sidecar_files
+from ..repository.sidecar_files import copy_files
 from ..storage.safetensors_writer import Entry, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
 from .loading_class import loading_class
@@ -53,8 +53,8 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
     text_config = dict(pair.finetuned.config)
     floats = {t.name: str(t.dtype).removeprefix("torch.") for t in pair.tensors if t.dtype.is_floating_point}
     usual = Counter(floats.values()).most_common(1)[0][0]
-    if "dtype" not in text_config and "torch_dtype" not in text_config:
-        text_config["dtype"] = usual
+    if text_config.get("dtype") is None and text_config.get("torch_dtype") is None:
+        text_config = {name: value for name, value in text_config.items() if name != "torch_dtype"} | {"dtype": usual}
     name, revision = pair.recorded_base
     kind = "SequenceClassification" if is_classifier(loading_class(pair.finetuned)) else "CausalLM"
     config: dict[str, Any] = {
@@ -136,8 +136,8 @@ def write_repository(
     counted = _write_deltas(finetuned, workspace, plan.tensors, plan.max_shard_size)
     write_json(folder / "config.json", config)
     counted.append(folder / "config.json")
-    sidecars = sidecar_files(finetuned.source, finetuned.options)
-    for path in [*sidecars, *reader_files()]:
+    sidecar_bytes = copy_files(pair.companions.files, folder)
+    for path in reader_files():
         shutil.copyfile(path, folder / path.name)
     tensors, _ = read_reports(p for p in counted if p.suffix == ".safetensors")
     for tensor in tensors:
@@ -148,7 +148,7 @@ def write_repository(
         method=config["method"],
         checkpoint_bytes=plan.checkpoint_bytes,
         repository_bytes=repository_bytes,
-        sidecar_bytes=sum(p.stat().st_size for p in sidecars),
+        sidecar_bytes=sidecar_bytes,
         reader_bytes=sum(p.stat().st_size for p in reader_files()),
         shortfall=plan.shortfall(
             repository_bytes,

@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..modeling.checkpoints import Checkpoint, CheckpointError, config_fields
 from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
+from ..modeling.tensors import Model
 from .trained_delta import TrainedDelta
 
 
-def load_model(finetuned: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
+def load_model(finetuned: Model, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """Make a frozen model of the fine-tune's architecture from tensors with the checkpoint's names.
 
     Raises:

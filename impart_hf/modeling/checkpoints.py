@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -43,13 +43,17 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+# In transformers' order: where a folder has been saved to twice, it loads the first of these.
 WEIGHT_FILES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 TIED_OUTPUT = "lm_head.weight"
+ADAPTER_CONFIG = "adapter_config.json"  # of an adapter in PEFT's format
+_CONFIGS = ("config.json", ADAPTER_CONFIG)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 # Buffers in old LLaMA checkpoints, which current models do not load.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
@@ -82,7 +86,8 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
     """Return the path of one file of a local folder or Hub repository, or None if the repository does not have it.
 
     If the Hub is offline, a file that does not exist cannot be distinguished from one that was not downloaded: a file
-    that is not in the cache counts as missing if the repository's config.json is there, unless it is `required`.
+    that is not in the cache counts as missing if the repository's config.json (or an adapter's) is there, unless it is
+    `required`.
 
     Raises:
         CheckpointError: if the repository or revision does not exist, or cannot be accessed or reached.
@@ -116,7 +121,7 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
     except RevisionNotFoundError as error:
         raise CheckpointError(f"'{repo}' has no revision '{revision}': check the branch, tag or commit") from error
     except LocalEntryNotFoundError as error:
-        if not required and filename != "config.json" and fetch_file(repo, "config.json", options):
+        if not required and any(_is_cached(repo, name, options) for name in _CONFIGS if name != filename):
             return None
         raise CheckpointError(
             f"'{filename}' of '{repo}' is not in the local cache, and the Hub is offline; there is no local folder "
@@ -128,6 +133,13 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
         raise CheckpointError(f"'{repo}' is neither a local folder nor a valid Hub id (owner/name)") from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"'{filename}' of '{repo}' cannot be downloaded: {error}") from error
+
+
+def _is_cached(repo: str, filename: str, options: HubOptions) -> bool:
+    """Return whether the Hub's cache has a file."""
+    path = f"{options.subfolder}/{filename}" if options.subfolder else filename
+    cached = try_to_load_from_cache(repo, path, cache_dir=options.cache_dir, revision=options.revision)
+    return isinstance(cached, str)
 
 
 def pinned(repo: str, options: HubOptions) -> HubOptions:
@@ -164,6 +176,11 @@ def fetch_config(repo: str, options: HubOptions) -> tuple[dict[str, Any], Path]:
         CheckpointError: if the repository has no config.json, or cannot be reached or read.
     """
     path = fetch_file(repo, "config.json", options)
+    if path is None and fetch_file(repo, ADAPTER_CONFIG, options):
+        raise CheckpointError(
+            f"'{repo}' is an adapter and no model: `compress` and `merge` take it as a fine-tune of its base; for "
+            "anything else merge it into its base with PEFT's merge_and_unload, save that model, and give it instead"
+        )
     if path is None:
         raise CheckpointError(f"'{repo}' has no config.json: it is not a transformers checkpoint or delta repository")
     return read_json(path), path.parent
@@ -250,7 +267,18 @@ class Checkpoint:
                 raise CheckpointError(f"{path} has no valid weight_map from tensor names to files in its folder")
             return [self._fetch(name) for name in sorted(set(index.values()))], index
         fetch_file(self.source, "model.safetensors", self.options, required=True)  # raises if offline
-        raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}")
+        others = self._other_weights()
+        hint = (
+            f"; it has {others[0]}, which cannot be read as one of them: rename, convert or link it" if others else ""
+        )
+        raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}{hint}")
+
+    def _other_weights(self) -> list[str]:
+        """Return the names of a local folder's files that look like weights: of a variant, of another format."""
+        if not os.path.isdir(self.source):
+            return []
+        found = sorted(path for path in self.folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+        return [f"{path.name} (a broken link)" if not path.exists() else path.name for path in found]
 
     def _list_tensors(self) -> dict[str, tuple[Path, str]]:
         """Return every tensor's file and its name in that file."""
@@ -325,7 +353,9 @@ class Checkpoint:
 
         def from_slice(view: Any) -> torch.dtype:
             if view.get_dtype() not in SAFETENSORS_DTYPES:
-                raise CheckpointError(f"'{self.source}': {name} has the unsupported dtype {view.get_dtype()}")
+                raise CheckpointError(
+                    f"'{self.source}': {name} has the unsupported dtype {view.get_dtype()}: convert it to float weights"
+                )
             return SAFETENSORS_DTYPES[view.get_dtype()]
 
         return self._look_up(name, from_slice, lambda t: t.dtype)

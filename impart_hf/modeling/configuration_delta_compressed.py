@@ -8,11 +8,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from .configuration_pruned_llama import PrunedLlamaConfig
 
 FORMAT_VERSION = 1
+# Fields of `text_config` that transformers looks for in any configuration in order to check, convert or write them.
+_INNER_ONLY = ("auto_map", "layer_types", "mtp_layer_types", "quantization_config", "rope_parameters")
 
 
 @strict
 class DeltaCompressedConfig(PreTrainedConfig):
     """Configuration of a delta repository: the fine-tuned model's configuration, and its base.
+
+    Fields of the fine-tuned model, such as `hidden_size` or `vocab_size`, can be read and set here too.
 
     Attributes:
         text_config: the fine-tuned model's whole configuration (a dict is converted to its class).
@@ -60,8 +64,28 @@ class DeltaCompressedConfig(PreTrainedConfig):
             else:
                 self.text_config = AutoConfig.for_model(model_type, **fields)
         if self.text_config is not None:
-            self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+            self.__dict__["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
         super().__post_init__(**kwargs)
+
+    def _is_inner(self, name: str) -> bool:
+        """Return whether a name is that of a field of `text_config` and of none of this configuration."""
+        inner = self.__dict__.get("text_config")
+        if not isinstance(inner, PreTrainedConfig) or name.startswith("_") or name in _INNER_ONLY:
+            return False
+        is_own = name in self.__dict__ or hasattr(type(self), name)
+        return not is_own and (name in inner.__dict__ or name in inner.attribute_map)
+
+    def __getattr__(self, name: str) -> Any:
+        # Python calls this only for what is not found otherwise; copies ask for names before they have any fields.
+        if self._is_inner(name):
+            return getattr(self.__dict__["text_config"], name)
+        raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_inner(name):
+            setattr(self.__dict__["text_config"], name, value)
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

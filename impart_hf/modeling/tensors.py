@@ -53,6 +53,13 @@ class Model(Tensors, Protocol):
         """Size of its weight files, in bytes."""
 
 
+class StoredModel(Model, Protocol):
+    """A `Model` under the names of its own files, as which transformers reads it."""
+
+    def stored_names(self) -> list[str]:
+        """Return the names of all tensors that it holds, sorted: also of those that `names` leaves out."""
+
+
 class LazyTensor:
     """A tensor with the interface of a safetensors slice: transformers makes it when it loads it."""
 
@@ -68,6 +75,10 @@ class LazyTensor:
     @property
     def dtype(self) -> torch.dtype:
         return self._tensors.dtype(self._name)
+
+    def is_floating_point(self) -> bool:
+        """Return whether its dtype is; transformers asks if no configuration says in which dtype to load."""
+        return self.dtype.is_floating_point
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self._tensors.tensor(self._name, self._device)[index]

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..common.names import is_on_hub, public_name
+from ..common.names import is_on_hub, public_name, split_adapter
 from .report import settings_text
 
 # Entries of the fine-tune's card that apply to its delta as well.
@@ -33,7 +33,8 @@ def merge_card(name: str, config: dict[str, Any]) -> str:
         name: name of its folder.
         config: the merge's configuration, with folders and Hub ids as the user gave them.
     """
-    models = dict.fromkeys([config["base_model"], *(entry["model"] for entry in config["models"])])
+    names = [config["base_model"], *(part for entry in config["models"] for part in split_adapter(entry["model"]))]
+    models = dict.fromkeys(name for name in names if name)
     on_hub = [public_name(model) for model in models if not os.path.isdir(model)]
     data = ModelCardData(
         base_model=on_hub or None,
@@ -50,14 +51,19 @@ def merge_card(name: str, config: dict[str, Any]) -> str:
 def merge_origin(config: dict[str, Any]) -> str:
     """Return Markdown that describes the merge; the argument is as for `merge_card`."""
     shown = {**config, "base_model": public_name(config["base_model"])}
-    shown["models"] = [{**entry, "model": public_name(entry["model"])} for entry in config["models"]]
+    shown["models"] = [{**entry, "model": _shown(entry["model"])} for entry in config["models"]]
     if config.get("tokenizer_source", "base") != "base":
-        shown["tokenizer_source"] = public_name(config["tokenizer_source"])
+        shown["tokenizer_source"] = _shown(config["tokenizer_source"])
     text = yaml.safe_dump(shown, sort_keys=False)
     return (
         f"Fine-tunes of `{shown['base_model']}`, merged by impart-hf ({config['merge_method']}):\n\n"
         f"```yaml\n{text}```\n\nLocal folders appear in this configuration by name, without their paths."
     )
+
+
+def _shown(model: str) -> str:
+    """Return the public name of a merged model, which may be one with an adapter on it."""
+    return "+".join(public_name(part) for part in split_adapter(model) if part)
 
 
 def delta_card(

@@ -238,3 +238,9 @@ def test_a_ratio_out_of_reach_names_one_within(pair: Pair, tmp_path: Path, metho
     run(pair, tmp_path / "delta", max_bytes=int(found[2]))
     # It is no idle modesty: at twice that, too much is fixed
     assert run(pair, tmp_path / "delta", type(method)(compression_ratio=2 * reachable)).shortfall
+
+
+def test_weights_that_were_not_gathered(pair: Pair) -> None:
+    """DeepSpeed ZeRO-3 leaves empty tensors."""
+    edit_tensors(pair.finetuned, lambda tensors: tensors.update({UP: torch.empty(0, dtype=torch.bfloat16)}))
+    refuses(pair, IncompatibleModelsError, naming(UP, pair.finetuned, "empty", "ZeRO-3"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,3 +279,56 @@ def test_a_fine_tune_in_other_precision_than_its_base(tmp_path: Path) -> None:
         for name, tensor in load_tensors(tmp_path / other).items():
             ours = model.state_dict()[name]
             assert ours.dtype == tensor.dtype and (ours - tensor).norm() <= 0.1 * tensor.norm(), name
+
+
+def put(folder: Path, kind: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Write weights in one of the ways that transformers writes or wrote them."""
+    files, suffix = kind.split()
+    stem, write = ("model", save_file) if suffix == "safetensors" else ("pytorch_model", torch.save)
+    if files == "one":
+        write(tensors, folder / f"{stem}.{suffix}")
+        return
+    names, weight_map = sorted(tensors), {}
+    for number in (1, 2):
+        part = {name: tensors[name] for name in names[number - 1 :: 2]}
+        write(part, folder / f"{stem}-{number:05}-of-00002.{suffix}")
+        weight_map |= dict.fromkeys(part, f"{stem}-{number:05}-of-00002.{suffix}")
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+KINDS = ("one safetensors", "two safetensors", "one bin", "two bin")
+
+
+@pytest.mark.parametrize("kinds", [pair for n in (2, 4) for pair in itertools.combinations(KINDS, n)], ids=str)
+def test_of_two_sets_of_weights_the_one_that_transformers_loads(
+    pair: Pair, tmp_path: Path, kinds: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    shutil.copyfile(pair.base / "config.json", folder / "config.json")
+    tensors = load_tensors(pair.base)
+    for number, kind in enumerate(kinds, 1):
+        put(folder, kind, {name: torch.full_like(tensor, number) for name, tensor in tensors.items()})
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    opened = Checkpoint(str(folder), HubOptions())
+    assert opened.names() == sorted(loaded)
+    assert all(torch.equal(opened.tensor(name), tensor) for name, tensor in loaded.items())
+
+
+def test_shards_beside_a_single_file_may_be_gone(pair: Pair) -> None:
+    """`save_pretrained` removes the shards of an earlier save, and leaves their index."""
+    before = Checkpoint(str(pair.finetuned), HubOptions()).names()
+    (pair.finetuned / "model.safetensors.index.json").write_text('{"weight_map": {"gone": "model-1.safetensors"}}')
+    assert Checkpoint(str(pair.finetuned), HubOptions()).names() == before
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.gguf"])
+def test_weights_of_another_name_are_named(pair: Pair, name: str) -> None:
+    (pair.finetuned / "model.safetensors").rename(pair.finetuned / name)
+    refuses(pair, CheckpointError, naming(pair.finetuned, name))
+
+
+def test_a_broken_link_is_named(pair: Pair) -> None:
+    (pair.finetuned / "model.safetensors").unlink()
+    (pair.finetuned / "model.safetensors").symlink_to("gone")
+    refuses(pair, CheckpointError, naming(pair.finetuned, "model.safetensors", "broken link"))
