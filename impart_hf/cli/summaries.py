@@ -17,7 +17,10 @@ def compression_summary(report: CompressionReport, output: str) -> str:
         lines.append("the fine-tuned model equals the base: check BASE and FINETUNED")
     calibration, _, instead = report.method.get("calibration", "").partition(": ")
     if calibration == "none":
-        lines.append(f"{instead}, because no calibration text was given (--calibration TEXT)")
+        lines.append(
+            f"no calibration text was given: {instead}; with --calibration TEXT, levels are chosen for the inputs that "
+            "each layer really has"
+        )
     if report.distilled:
         lines.append(
             f"distilled: KL to the fine-tune on held-out text {report.distilled.before:.4f} before, "

@@ -73,12 +73,10 @@ class ReadModel:
 
     def spare_names(self) -> set[str]:
         """Return the names of the tensors that a model can do without: no model reads them, or they are tied."""
-        layout = self.layout
-        return (
-            set()
-            if layout is None
-            else {name for name in self.checkpoint.names() if all(p in self.tied for p in layout.parameters(name))}
-        )
+        if self.layout is None:
+            return set()
+        parameters = {name: self.layout.parameters(name) for name in self.checkpoint.names()}
+        return {name for name, made in parameters.items() if all(parameter in self.tied for parameter in made)}
 
 
 class InBaseLayout:
@@ -247,7 +245,7 @@ class _Matcher:
     ) -> None:
         places = group.places()
         same = finetuned.groups.get(group.key)
-        if same is not None and sorted(map(str, same.places().values())) == sorted(map(str, places.values())):
+        if same is not None and set(same.places().values()) == set(places.values()):
             by_place = {place: name for name, place in same.places().items()}
             self.origins |= {name: by_place[place] for name, place in places.items()}
             self._used.add(same.key)
@@ -312,7 +310,9 @@ class _Matcher:
         what = f"lacks {lost[0]}" if lost else f"has {extra[0]}, which the base lacks"
         prefixes = {name.partition(".")[0] for name in self._checkpoint.names()}
         advice = "check both models"
-        if lost and len(prefixes) == 1 and not any(name.startswith(f"{min(prefixes)}.") for name in self._base.names()):
+        if any(f".{part}." in name for name in self._checkpoint.names() for part in ("base_layer", "modules_to_save")):
+            advice = "it holds an adapter beside the model: merge the two first (PEFT's merge_and_unload)"
+        elif lost and len(prefixes) == 1 and not prefixes & {name.partition(".")[0] for name in self._base.names()}:
             advice = f"the names of all its tensors begin with '{min(prefixes)}.': save the model without its wrapper"
         raise IncompatibleModelsError(
             f"'{self._checkpoint.source}' is not a fine-tune of '{self._base.source}': it {what} "

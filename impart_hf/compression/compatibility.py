@@ -81,7 +81,7 @@ def check_names(model: Model) -> None:
 
 def _grew(finetuned: Model, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
     """Return whether a tensor's first axis is a vocabulary with rows added."""
-    return len(ours) == len(theirs) == 2 and ours[1] == theirs[1] and theirs[0] < ours[0] == _vocabulary(finetuned)
+    return len(theirs) > 0 and ours[1:] == theirs[1:] and theirs[0] < ours[0] == _vocabulary(finetuned)
 
 
 def _was_cut(finetuned: Model, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:

@@ -21,7 +21,7 @@ from .budgets import components_bytes, shared_budgets
 from .encoding import Encoding
 from .pair import ModelPair
 from .plan import CompressionPlan, make_plan
-from .writer import json_bytes, repository_config, write_repository
+from .writer import card_bytes, json_bytes, repository_config, write_repository
 
 _KEPT = torch.float16  # dtype of singular components that are kept on disk until they are encoded
 Method = TypeVar("Method", bound=MethodConfig)
@@ -39,6 +39,8 @@ class CompressionRequest:
         distill_settings: settings of distillation.
         max_shard_size: in bytes; a larger delta file is split.
         card_data: additional entries for the model card's metadata.
+        counted_card_data: entries whose length counts instead of theirs, so that repositories that state other
+            numbers get the same budgets; None if `card_data` counts.
         origin: where the fine-tune comes from, as for `delta_card`.
     """
 
@@ -49,6 +51,7 @@ class CompressionRequest:
     distill_settings: DistillSettings = field(default_factory=DistillSettings)
     max_shard_size: int = 5 * 10**9
     card_data: dict[str, Any] = field(default_factory=dict)
+    counted_card_data: dict[str, Any] | None = None
     origin: str = ""
 
     def recorded_method(self, method: MethodConfig) -> dict[str, Any]:
@@ -97,7 +100,9 @@ def compress_pair(
     started = time.perf_counter()
     method = with_ratio_for(request.method, request.max_bytes, pair.finetuned.weight_bytes)
     config = repository_config(pair, request.recorded_method(method))
-    plan = make_plan(pair.tensors, method, pair.finetuned.weight_bytes, json_bytes(config), request.max_shard_size)
+    card = card_bytes(pair, config, request.counted_card_data or request.card_data, request.origin)
+    weight_bytes, config_bytes = pair.finetuned.weight_bytes, json_bytes(config)
+    plan = make_plan(pair.tensors, method, weight_bytes, config_bytes, card, request.max_shard_size)
     if request.max_bytes is not None:
         plan.check_size()
     stream = None if request.calibration is None else streamed_model(pair.finetuned, request.calibration, pair.device)

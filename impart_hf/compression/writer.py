@@ -33,9 +33,13 @@ from ..storage.safetensors_writer import Entry, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
 from .loading_class import loading_class
 from .pair import ModelPair
-from .plan import CARD_BYTES, CompressionPlan
+from .plan import CompressionPlan
 from .scan import TensorPlan
 
+# The model card states sizes that include its own. It therefore counts as this many bytes, or, if it is longer (the
+# configuration of a merge, many languages), as many as it would have with numbers of `_LONGEST` characters.
+CARD_BYTES = 1536
+_LONGEST = 16
 _METADATA = {"format": "pt", "impart_hf_format": str(FORMAT_VERSION)}
 
 
@@ -79,6 +83,35 @@ def json_bytes(content: dict[str, Any]) -> int:
     return len(json.dumps(content, indent=2)) + 1
 
 
+def card_bytes(pair: ModelPair, config: dict[str, Any], card_data: dict[str, Any], origin: str) -> int:
+    """Return the bytes that the model card counts as; arguments as for `write_repository`."""
+    sizes = dict.fromkeys(("distilled", "ratio", "repository", "checkpoint", "error", "tensors"), _LONGEST * "0")
+    return max(CARD_BYTES, len(_card(pair, config, card_data, origin, sizes, "").encode()))
+
+
+def _card(
+    pair: ModelPair,
+    config: dict[str, Any],
+    card_data: dict[str, Any],
+    origin: str,
+    sizes: dict[str, str],
+    shortfall: str,
+) -> str:
+    finetuned, (name, revision) = pair.finetuned, pair.recorded_base
+    inherited = inherited_card_data(fetch_file(finetuned.source, "README.md", finetuned.options))
+    return delta_card(
+        base=name,
+        base_revision=revision,
+        finetuned=finetuned.source,
+        method=config["method"],
+        metadata=inherited | card_data,
+        sizes=sizes,
+        shortfall=shortfall,
+        origin=origin,
+        classifies=is_classifier(loading_class(finetuned)),
+    )
+
+
 def write_repository(
     pair: ModelPair,
     workspace: Workspace,
@@ -109,7 +142,7 @@ def write_repository(
     for tensor in tensors:
         if tensor.kind == "encoded":
             tensor.notes = workspace.notes(tensor.name)
-    repository_bytes = CARD_BYTES + sum(p.stat().st_size for p in counted)
+    repository_bytes = plan.card_bytes + sum(p.stat().st_size for p in counted)
     report = CompressionReport(
         method=config["method"],
         checkpoint_bytes=plan.checkpoint_bytes,
@@ -126,19 +159,7 @@ def write_repository(
         seconds=seconds,
         distilled=distilled,
     )
-    inherited = inherited_card_data(fetch_file(finetuned.source, "README.md", finetuned.options))
-    name, revision = pair.recorded_base
-    card = delta_card(
-        base=name,
-        base_revision=revision,
-        finetuned=finetuned.source,
-        method=config["method"],
-        metadata=inherited | card_data,
-        sizes=_sizes(report),
-        shortfall=report.shortfall,
-        origin=origin,
-        classifies=is_classifier(loading_class(finetuned)),
-    )
+    card = _card(pair, config, card_data, origin, _sizes(report), report.shortfall)
     (folder / "README.md").write_text(card, "utf-8")
     return report
 

@@ -235,23 +235,23 @@ class MergeInputs:
         may be padded to a round size) are the mean over the models that have the row.
 
         Returns:
-            (rows, columns), in `dtype`.
+            (rows, columns), or (rows) of a bias, in `dtype`.
 
         Raises:
             IncompatibleModelsError: if the rows hold NaN or infinity.
         """
-        first, columns = self.base.shape(name)
+        first, *columns = self.base.shape(name)
         count = self.vocabulary_rows(name)
-        tokens = _Mean(count, columns)
-        padding = _Mean(count, columns)
+        width = math.prod(columns)
+        tokens, padding = _Mean(count, width), _Mean(count, width)
         for model in self._row_owners:
-            rows = model.tensors.tensor(name)[first : first + count].float()
+            rows = model.tensors.tensor(name)[first : first + count].float().reshape(-1, width)
             if not all_finite(rows):
                 raise IncompatibleModelsError(f"{name} of '{model.name}' holds NaN or infinity")
             owned = torch.tensor([model.tokens.may_have(first + place) for place in range(len(rows))]).view(-1, 1)
             tokens.add(rows, owned)
             padding.add(rows, torch.ones_like(owned))
-        return torch.where(tokens.counts > 0, tokens.mean(), padding.mean()).to(dtype)
+        return torch.where(tokens.counts > 0, tokens.mean(), padding.mean()).to(dtype).view(count, *columns)
 
 
 def _check_layers(base: Checkpoint, layers: int | None) -> None:

@@ -270,7 +270,7 @@ class DeltaRepository:
             rows = self.file.shape(part.added_rows)
             if self.file.dtype_name(part.added_rows) != DTYPE_NAMES[dtype]:
                 raise DeltaFormatError(f"the rows added to {name} have another dtype than the tensor, {dtype}")
-            if len(base_shape) != 2 or len(rows) != 2 or rows[1] != base_shape[1]:
+            if len(base_shape) not in (1, 2) or len(rows) != len(base_shape) or rows[1:] != base_shape[1:]:
                 raise DeltaFormatError(f"rows of shape {rows} cannot be added to {name}, the base has {base_shape}")
 
     def _read_checksums(self) -> dict[str, int]:
