@@ -47,7 +47,9 @@ def add_flag(parser: Parser, option: str, help: str) -> None:
 def add_models(parser: Parser) -> None:
     """Add the two models that are compressed, and the output folder."""
     parser.add_argument("base", metavar="BASE", help="base model: local folder or Hub id")
-    parser.add_argument("finetuned", metavar="FINETUNED", help="fine-tuned model: local folder or Hub id")
+    parser.add_argument(
+        "finetuned", metavar="FINETUNED", help="fine-tuned model, or LoRA adapter: local folder or Hub id"
+    )
     parser.add_argument("output", metavar="OUT", help="folder to write the delta repository to")
     add_revision(parser, "branch, tag or commit of the fine-tuned model")
     parser.add_argument("--base-revision", help="branch, tag or commit of the base model")

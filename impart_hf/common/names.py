@@ -14,16 +14,6 @@ def public_name(source: str) -> str:
     return Path(os.path.abspath(source)).name if os.path.exists(source) else source.partition("@")[0]
 
 
-def split_adapter(name: str) -> tuple[str, str]:
-    """Return the model and the adapter of `MODEL+ADAPTER`, a name in a merge's configuration; "" without an adapter."""
-    if os.path.isdir(name):
-        return name, ""
-    # A folder's name may have a plus of its own.
-    places = [place for place, letter in enumerate(name) if letter == "+"]
-    place = next((p for p in places if os.path.isdir(name[:p])), places[0] if places else len(name))
-    return name[:place], name[place + 1 :]
-
-
 def text_name(source: str | os.PathLike | Sequence[Any]) -> str:
     """Return a text's public name: a file's name without its folder, a data set's name, or the number of texts."""
     if not isinstance(source, str | os.PathLike):

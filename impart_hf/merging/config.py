@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..common.model_names import split_adapter
 from .chat_template import check_chat_template
 from .mergekit_file import plain_form
 from .parameters import Parameter
@@ -80,7 +81,8 @@ class MergeModel:
     """One model of a merge.
 
     Attributes:
-        model: folder or Hub id, `ID@REVISION` for a revision; a dense fine-tune or a delta repository.
+        model: folder or Hub id, `ID@REVISION` for a revision; a dense fine-tune, an adapter on the base or a delta
+            repository. `MODEL+ADAPTER` is an adapter on a dense fine-tune.
         parameters: the model's own parameters, which take precedence over the shared ones.
     """
 
@@ -131,6 +133,11 @@ class MergeConfig:
         for name in ("base_model", "tokenizer_source"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name} must be a folder or a Hub id, got {getattr(self, name)!r}")
+        if split_adapter(self.base_model)[1]:
+            raise ValueError(
+                f"base_model '{self.base_model}' is a model with an adapter, which only a fine-tune may be: merge it "
+                "into the model with PEFT's merge_and_unload, save that, and give it instead"
+            )
         names = [model.model for model in self.models]
         places = [_place(name) for name in names]
         if not self.finetunes:

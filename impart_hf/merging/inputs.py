@@ -14,7 +14,7 @@ from ..adapters.adapted_model import AdaptedModel
 from ..adapters.adapter_files import find_adapter, named_adapter, refuse_adapter
 from ..adapters.companions import Companions, companions_of
 from ..adapters.open import open_finetune
-from ..common.names import split_adapter
+from ..common.model_names import split_adapter
 from ..compression.base_layout import ReadModel, match
 from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
 from ..modeling.checkpoints import (

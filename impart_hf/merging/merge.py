@@ -11,7 +11,7 @@ import torch
 from ..coding.svd_cache import SvdOf, uncached_svd
 from ..common.devices import usable_device
 from ..common.files import OutputError, write_json
-from ..common.names import split_adapter
+from ..common.model_names import split_adapter
 from ..common.progress import Progress
 from ..common.validation import byte_budget, shard_bytes
 from ..compression.compatibility import IncompatibleModelsError

@@ -75,7 +75,7 @@ def _beyond_a_merge(given: Mapping[str, Any]) -> list[str]:
         beyond.append("`modules` (parts of a model that are merged in different ways)")
     tokenizer = given.get("tokenizer")
     if isinstance(tokenizer, Mapping):
-        beyond += [f"`{key}` of `tokenizer`" for key in tokenizer if key != "source" and tokenizer[key] is not None]
+        beyond += [f"`{key}` of `tokenizer`" for key, value in tokenizer.items() if key != "source" and value]
     slices = given.get("slices")
     if isinstance(slices, list | tuple) and len(slices) > 1:
         beyond.append(f"`slices` of parts of the layers (there are {len(slices)}; only one, over all layers)")

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..common.names import is_on_hub, public_name, split_adapter
+from ..common.model_names import split_adapter
+from ..common.names import is_on_hub, public_name
 from .report import settings_text
 
 # Entries of the fine-tune's card that apply to its delta as well.

@@ -167,6 +167,7 @@ BEYOND: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
         {"modules": {"text_decoder": {}}, "tokenizer": {"source": "union", "tokens": {"<s>": {}}}},
         ("`modules`", "`tokens`", "`tokenizer`"),
     ),
+    "an adapter on the base": ({"base_model": "A+B"}, ("base_model", "adapter")),
     "padding": ({"tokenizer": {"pad_to_multiple_of": 64}}, ("`pad_to_multiple_of`", "`tokenizer`")),
     "two tokenizers": (
         {"tokenizer": {"source": "base"}, "tokenizer_source": "base"},
