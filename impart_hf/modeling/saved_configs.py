@@ -15,6 +15,7 @@ from .configuration_delta_compressed import DeltaCompressedConfig
 # Fields that loading sets, or that describe the dense model in memory.
 _OF_LOADING = (
     *("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "transformers_version"),
+    "tie_word_embeddings",  # the tensors of a delta are those with which it was made: see docs/FORMAT.md
     *("_from_model_config", "_attn_implementation", "_experts_implementation"),
 )
 _OLD_ROPE_FIELDS = ("rope_theta", "rope_scaling")  # what `rope_parameters` was before transformers 5
@@ -71,7 +72,7 @@ def _updated(
         return fields
     # A field has several names or depends on others: the whole configuration, in transformers' notation.
     fields = {name: value for name, value in written.items() if name not in _OF_LOADING}
-    kept = ("architectures", "auto_map", "dtype", "torch_dtype")
+    kept = ("architectures", "auto_map", "dtype", "tie_word_embeddings", "torch_dtype")
     return {**fields, **{name: value for name, value in content["text_config"].items() if name in kept}}
 
 

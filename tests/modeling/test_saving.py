@@ -140,6 +140,13 @@ def test_arguments_of_loading_are_changes(tiny_repository: Path, tmp_path: Path)
     assert changed_fields(tmp_path, tiny_repository) == {"use_cache": False}
 
 
+def test_tied_by_an_argument(tiny_repository: Path, tmp_path: Path) -> None:
+    """The delta is of an untied model; what is saved must still be."""
+    model = load(tiny_repository, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(tiny_repository)))
+
+
 def test_other_fields_keep_the_notation_of_old(repository: Path, tmp_path: Path) -> None:
     content = json.loads((repository / "config.json").read_text())
     rope = {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
