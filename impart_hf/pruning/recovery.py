@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..calibration.text import CalibrationSource
-from ..common.names import text_name
+from ..calibration.text import CalibrationSource, text_name
 from ..common.progress import Progress
 from ..common.validation import check_positive, check_seed, check_whole_number
 from ..evaluation.metrics import perplexity
