@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration.streamed_model import streamed_model
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint
-from .blocks import PURPOSE, distill_blocks
+from ..modeling.checkpoints import Checkpoint, text_config
+from .blocks import check_blocks, distill_blocks
 from .end_to_end import distill_end_to_end
 from .settings import DistillReport, DistillSettings
+from .student import empty_model, trainable
 from .text import check_tokens
 from .trainer import arguments_for
 
@@ -73,15 +73,19 @@ def distill(
 
 
 def check_distillation(
-    finetuned: Checkpoint, tokens: Tensor, settings: DistillSettings, device: str | torch.device
-) -> None:
+    base: Checkpoint, finetuned: Checkpoint, tokens: Tensor, settings: DistillSettings, device: str | torch.device
+) -> frozenset[str]:
     """Check that a model can be distilled with these settings, before any work is done.
+
+    Returns:
+        The names of the tensors that are trained, if they have records.
 
     Raises:
         ValueError: if tokens or the Trainer's fields are invalid, or the model's architecture is not supported.
     """
-    check_tokens(tokens, finetuned.config.get("vocab_size"))
+    check_tokens(tokens, getattr(text_config(finetuned.config), "vocab_size", None))
     with arguments_for(settings, torch.device(device), None):
         pass
     if settings.blocks is not None:
-        streamed_model(finetuned, tokens, device, PURPOSE).check_output()
+        return check_blocks(base, finetuned, tokens, device)
+    return frozenset(trainable(empty_model(finetuned), base, finetuned))

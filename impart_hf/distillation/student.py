@@ -9,12 +9,23 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..common.checkpoint_layout import CheckpointLayout
+from ..common.meta_model import meta_model
 from ..modeling.checkpoints import Checkpoint, CheckpointError, config_fields
 from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
 from .trained_delta import TrainedDelta
+
+
+def empty_model(finetuned: Checkpoint) -> PreTrainedModel:
+    """Make a model of the fine-tune's architecture on the meta device."""
+    return meta_model(_config(finetuned))
+
+
+def _config(finetuned: Checkpoint) -> PreTrainedConfig:
+    return AutoConfig.for_model(**config_fields(finetuned.config))
 
 
 def load_model(finetuned: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
@@ -23,11 +34,9 @@ def load_model(finetuned: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype
     Raises:
         CheckpointError: if a tensor is missing.
     """
-    config = AutoConfig.for_model(**config_fields(finetuned.config))
-    with torch.device("meta"):
-        model_class: Any = type(AutoModelForCausalLM.from_config(config))
+    model_class: Any = type(empty_model(finetuned))
     model, info = model_class.from_pretrained(
-        None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+        None, config=_config(finetuned), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )
     if info["missing_keys"]:  # transformers would initialise them at random
         raise CheckpointError(
@@ -45,24 +54,25 @@ def owners_of(model: Any) -> dict[str, list[str]]:
     return {name: names[id(parameter)] for name, parameter in parameters.items()}
 
 
-def trainable(model: Any, base: Checkpoint, finetuned: Checkpoint, names: Iterable[str]) -> list[str]:
-    """Return the names of the tensors that can be trained.
+def trainable(model: Any, base: Checkpoint, finetuned: Checkpoint) -> dict[str, list[str]]:
+    """Return the tensors that can be trained, each with all names of its parameter in the model.
 
-    Each must be a parameter of the model, with the value in the checkpoint and the shape of the base's tensor. If
-    several modules share it, all must be embeddings or linear layers.
+    Each must be a parameter of the model, as it is stored, and have the shape of the base's tensor. If several modules
+    share it, all must be embeddings or linear layers.
+
+    Args:
+        model: the fine-tune's model; its values are not read.
     """
-    parameters, owners = dict(model.named_parameters(remove_duplicate=False)), owners_of(model)
-
-    def fits(name: str) -> bool:
-        parameter = parameters.get(name)
-        if parameter is None or parameter.shape != base.shape(name):
-            return False
-        modules = [model.get_submodule(owner.rpartition(".")[0]) for owner in owners[name]]
-        if len(modules) > 1 and not all(isinstance(module, nn.Embedding | nn.Linear) for module in modules):
-            return False
-        return torch.equal(parameter, finetuned.tensor(name).to(parameter))
-
-    return [name for name in names if fits(name)]
+    owners, groups = owners_of(model), CheckpointLayout(finetuned, model).groups
+    found = {}
+    for key, group in groups.items():
+        name = group.members[0].name
+        if group.converter is not None or key not in owners or finetuned.shape(name) != base.shape(name):
+            continue
+        modules = [model.get_submodule(owner.rpartition(".")[0]) for owner in owners[key]]
+        if len(modules) == 1 or all(isinstance(module, nn.Embedding | nn.Linear) for module in modules):
+            found[name] = owners[key]
+    return found
 
 
 def student_tensors(
@@ -82,17 +92,17 @@ def compressed(base: Checkpoint, finetuned: Checkpoint, name: str, data: np.ndar
 
 
 def attach(
-    student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None, owners: Iterable[str] | None = None
+    student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None, owners: Iterable[str]
 ) -> TrainedDelta:
-    """Add a tensor's delta to the student's parameter of that name, which holds the base's weights.
+    """Add a tensor's delta to its parameter in the student, which holds the base's weights.
 
     Args:
         data: the tensor's records.
         exact: the exact delta, float32 (matrices, m, n), if kept values are trained; otherwise None.
-        owners: all names of the parameter, if modules share it.
+        owners: all names of the parameter: more than one if modules share it.
     """
     delta: TrainedDelta | None = None
-    for own_name in owners or [name]:
+    for own_name in owners:
         path, _, leaf = own_name.rpartition(".")
         owner = student.get_submodule(path)
         base = getattr(owner, leaf)
