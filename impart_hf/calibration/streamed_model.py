@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..common.checkpoint_layout import CheckpointLayout
-from ..common.meta_model import meta_model
+from ..common.meta_model import meta_model, reads_text
 from ..modeling.checkpoints import Checkpoint, all_finite, config_fields
 from .text import check_vocabulary
 
@@ -71,11 +71,9 @@ class StreamedModel:
         self.names = sorted(name for name in self.parameters if finetuned.dtype(name).is_floating_point)
         inside = {name for layer in self.layers for name in self.names_in(layer)}
         self.outside_layers = [name for name in self.names if name not in inside]
-        own, base = set(self.names_in(prefix)), self.model.base_model
+        own, needed = set(self.names_in(prefix)), reads_text(self.model)
         self.embedding_names = [name for name in self.outside_layers if name in own]
-        # What a model with an image encoder has beside its decoder is in the base model too, and text does not need it.
-        beside = set(self.names_in(self.model.base_model_prefix)) if base is not self.model else set()
-        self.output_names = [name for name in self.outside_layers if name not in own | beside]
+        self.output_names = [n for n in self.outside_layers if n not in own and needed(self.parameters[n])]
         self.linear = {
             self._stored[f"{layer}.{name}.weight"]: module
             for layer in self.layers

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout
-from ..common.meta_model import meta_model
+from ..common.meta_model import meta_model, reads_text
 from ..modeling.checkpoints import Checkpoint, CheckpointError, config_fields
 from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
@@ -57,17 +57,19 @@ def owners_of(model: Any) -> dict[str, list[str]]:
 def trainable(model: Any, base: Checkpoint, finetuned: Checkpoint) -> dict[str, list[str]]:
     """Return the tensors that can be trained, each with all names of its parameter in the model.
 
-    Each must be a parameter of the model, as it is stored, and have the shape of the base's tensor. If several modules
-    share it, all must be embeddings or linear layers.
+    Each must be a parameter of the model, as it is stored, that is needed for text, and have the shape of the base's
+    tensor. If several modules share it, all must be embeddings or linear layers.
 
     Args:
         model: the fine-tune's model; its values are not read.
     """
-    owners, groups = owners_of(model), CheckpointLayout(finetuned, model).groups
+    owners, groups, needed = owners_of(model), CheckpointLayout(finetuned, model).groups, reads_text(model)
     found = {}
     for key, group in groups.items():
         name = group.members[0].name
-        if group.converter is not None or key not in owners or finetuned.shape(name) != base.shape(name):
+        if group.converter is not None or key not in owners or not needed(key):
+            continue
+        if finetuned.shape(name) != base.shape(name):
             continue
         modules = [model.get_submodule(owner.rpartition(".")[0]) for owner in owners[key]]
         if len(modules) == 1 or all(isinstance(module, nn.Embedding | nn.Linear) for module in modules):
