@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.disguises import DISGUISES, SAVED
 from support.messages import naming
 from support.tiny_models import edit_json, edit_tensors, fine_tune, load_tensors, make_model, save_model, tiny_config
 from torch import Tensor, nn
@@ -145,6 +146,23 @@ def test_inputs_come_from_compressed_weights(folders: Callable[[str], Path], kin
     before = real_moments(folders(kind))
     changes = [(expected[name] - before[name]).abs().max() / before[name].abs().max() for name in expected]
     assert min(changes) > 1e-2
+
+
+@pytest.mark.parametrize("disguise", ["without prefix", "buffers", "as in memory"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3-vision"])
+def test_files_of_another_layout_are_the_same_model(
+    folders: Callable[[str], Path], tmp_path: Path, kind: str, disguise: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders(kind))
+    save_model(model, tmp_path / "other", **SAVED.get(disguise, {}))
+    DISGUISES[disguise](tmp_path / "other")
+    usual, other = Calls(folders(kind)), Calls(tmp_path / "other")
+    usual.run()
+    other.run()
+    assert len(other.hessians) == len(usual.hessians) > 0
+    for name, hessian in other.hessians.items():
+        (same,) = [n for n in usual.hessians if torch.equal(usual.checkpoint.tensor(n), other.checkpoint.tensor(name))]
+        assert torch.equal(hessian, usual.hessians[same]), name
 
 
 def layer_of(name: str) -> int:
