@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.checkpoint_layout import CheckpointLayout
 from ..common.meta_model import meta_model, reads_text
-from ..modeling.checkpoints import Checkpoint, all_finite, config_fields
+from ..modeling.checkpoints import all_finite, config_fields
+from ..modeling.tensors import Model
 from .text import check_vocabulary
 
 # Arguments of a decoder layer besides the hidden states: positional ones, and (name, value) pairs.
@@ -38,7 +39,7 @@ class StreamedModel:
         model: the transformers model.
     """
 
-    def __init__(self, finetuned: Checkpoint, device: torch.device, purpose: str):
+    def __init__(self, finetuned: Model, device: torch.device, purpose: str):
         """Make the model; no weights are read yet.
 
         Args:
@@ -274,7 +275,7 @@ class _NotPassedOn(Exception):
 
 @torch.no_grad()
 def streamed_model(
-    finetuned: Checkpoint, tokens: Tensor, device: str | torch.device, purpose: str = "calibration"
+    finetuned: Model, tokens: Tensor, device: str | torch.device, purpose: str = "calibration"
 ) -> StreamedModel:
     """Make a `StreamedModel`, and check on the first and last sequence that it can be run layer by layer.
 

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..modeling.checkpoints import Checkpoint, HubOptions, text_config
+from ..modeling.checkpoints import HubOptions, text_config
+from ..modeling.tensors import Model
 from .records import text_of
 
 _FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet")
@@ -134,9 +135,7 @@ def load_tokenizer(source: str, options: HubOptions) -> PreTrainedTokenizerBase:
         raise ValueError(f"the tokenizer of '{source}' cannot be read: {reason}") from error
 
 
-def model_tokens(
-    model: Checkpoint, source: CalibrationSource, samples: int, length: int, seed: int = 0
-) -> torch.Tensor:
+def model_tokens(model: Model, source: CalibrationSource, samples: int, length: int, seed: int = 0) -> torch.Tensor:
     """Draw sequences as `calibration_tokens` does, with the model's tokenizer and at most its positions in length."""
     tokenizer, length = load_tokenizer(model.source, model.options), within_positions(length, model.config)
     return calibration_tokens(source, tokenizer, samples=samples, length=length, seed=seed)

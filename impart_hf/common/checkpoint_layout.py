@@ -6,7 +6,7 @@ Its parts are called here as the loader calls them; they are no private names, a
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,16 +112,17 @@ class CheckpointLayout:
         tied: the parameters that share another one's values unless a checkpoint has their own, with that other one.
     """
 
-    def __init__(self, tensors: Tensors, model: PreTrainedModel):
+    def __init__(self, tensors: Tensors, model: PreTrainedModel, names: Iterable[str] | None = None):
         """Find every tensor's parameters as transformers' loader does.
 
         Args:
             tensors: the checkpoint; only its names, shapes and dtypes are read.
             model: its model on the meta device, from `meta_model`.
+            names: the tensors to look at; those of `tensors.names()` if None.
         """
         self.model = model
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        self.groups = _groups(tensors, model)
+        self.groups = _groups(tensors, model, tensors.names() if names is None else names)
         self._group_of = {member.name: group for group in self.groups.values() for member in group.members}
 
     def group(self, name: str) -> TensorGroup | None:
@@ -137,18 +138,23 @@ class CheckpointLayout:
         return () if group is None else tuple(group.parameters)
 
 
-def known_layout(tensors: Tensors, config: PreTrainedConfig) -> CheckpointLayout | None:
+def known_layout(
+    tensors: Tensors, config: PreTrainedConfig, names: Iterable[str] | None = None
+) -> CheckpointLayout | None:
     """Return the layout of a checkpoint; None if transformers has no causal language model for its configuration.
+
+    Args:
+        tensors, names: as for `CheckpointLayout`.
 
     Raises:
         ValueError: if the configuration describes no model.
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return None
-    return CheckpointLayout(tensors, meta_model(config))
+    return CheckpointLayout(tensors, meta_model(config), names)
 
 
-def _groups(tensors: Tensors, model: PreTrainedModel) -> dict[str, TensorGroup]:
+def _groups(tensors: Tensors, model: PreTrainedModel, names: Iterable[str]) -> dict[str, TensorGroup]:
     """Assign the tensors to parameters; the same steps, in the same order, as transformers' loader."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -156,7 +162,7 @@ def _groups(tensors: Tensors, model: PreTrainedModel) -> dict[str, TensorGroup]:
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, known = model.base_model_prefix, model.state_dict()
     found: dict[str, list[Member]] = {}
-    for name in sorted(tensors.names(), key=dot_natural_key):
+    for name in sorted(names, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if key not in known and name in known:
             key, pattern = rename_source_key(name, [], [], prefix, known)

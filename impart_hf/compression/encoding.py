@@ -10,8 +10,9 @@ from ..calibration.streamed_model import StreamedModel
 from ..coding.records import empty_record
 from ..coding.svd_cache import SvdOf, uncached_svd
 from ..methods import Encoded, MethodConfig, method_for
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.base_tensors import BaseTensors
 from ..modeling.delta_decode import add_delta
+from ..modeling.tensors import Model
 from ..storage.workspace import Workspace
 from .budgets import deltas_of
 from .pair import ModelPair
@@ -81,8 +82,8 @@ class Encoding:
 
 def encode_tensor(
     tensor: TensorPlan,
-    base: Checkpoint,
-    finetuned: Checkpoint,
+    base: BaseTensors,
+    finetuned: Model,
     method: MethodConfig,
     device: torch.device,
     hessian: torch.Tensor | None = None,

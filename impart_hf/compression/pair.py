@@ -11,8 +11,11 @@ from ..calibration.text import CalibrationSource, load_tokenizer, model_tokens
 from ..common.names import recorded_base
 from ..common.progress import Progress
 from ..evaluation.metrics import load
+from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import Checkpoint, HubOptions, pinned
-from .compatibility import check_pair
+from ..modeling.tensors import Model
+from .base_layout import ReadModel, match
+from .loading_class import check_loads
 from .scan import TensorPlan, scan
 
 
@@ -20,7 +23,8 @@ class ModelPair:
     """A base and a fine-tune of it, scanned once for any number of compressions.
 
     Attributes:
-        base, finetuned: the two checkpoints.
+        base: the base's tensors that the fine-tune's rest on.
+        finetuned: the fine-tune in the layout of the base's files.
         recorded_base: the base's name and revision in config.json, from `common.names.recorded_base`.
         device: where matrices are decomposed.
         progress: shows bars.
@@ -46,9 +50,11 @@ class ModelPair:
         base, finetuned = os.fspath(base), os.fspath(finetuned)
         finetuned_options, base_options = pinned(finetuned, finetuned_options), pinned(base, base_options)
         self.device, self.progress = device, progress
-        self.finetuned = Checkpoint(finetuned, finetuned_options)
-        self.base = Checkpoint(base, base_options, tied=self.finetuned.tied)
-        check_pair(self.base, self.finetuned)
+        read = ReadModel(Checkpoint(finetuned, finetuned_options))
+        matched = match(ReadModel(Checkpoint(base, base_options, tied=read.ties_output)), read)
+        self.base: BaseTensors = matched.base
+        self.finetuned: Model = matched.finetuned
+        check_loads(self.finetuned)
         self.recorded_base = recorded_base(base, base_options.revision, base_name)
 
     @cached_property

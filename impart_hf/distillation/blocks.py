@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..common.files import atomic_write
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.tensors import Model, Tensors
 from ..training import distributed
 from .record_trainer import Outcome, RecordTrainer
 from .settings import DistillReport, DistillSettings
@@ -50,8 +50,8 @@ def _load(path: Path) -> Outcome:
 
 
 def distill_blocks(
-    base: Checkpoint,
-    finetuned: Checkpoint,
+    base: Tensors,
+    finetuned: Model,
     records: _Records,
     tokens: Tensor,
     settings: DistillSettings,
@@ -124,7 +124,7 @@ class _Group:
 
 
 @torch.no_grad()
-def check_blocks(base: Checkpoint, finetuned: Checkpoint, tokens: Tensor, device: str | torch.device) -> frozenset[str]:
+def check_blocks(base: Tensors, finetuned: Model, tokens: Tensor, device: str | torch.device) -> frozenset[str]:
     """Check that a model can be distilled by blocks, for which two decoder layers are loaded.
 
     Returns:
@@ -152,8 +152,8 @@ class _BlockModels:
 
     def __init__(
         self,
-        base: Checkpoint,
-        finetuned: Checkpoint,
+        base: Tensors,
+        finetuned: Model,
         records: _Records,
         tokens: Tensor,
         settings: DistillSettings,

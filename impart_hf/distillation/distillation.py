@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint, text_config
+from ..modeling.checkpoints import text_config
+from ..modeling.tensors import Model, Tensors
 from .blocks import check_blocks, distill_blocks
 from .end_to_end import distill_end_to_end
 from .settings import DistillReport, DistillSettings
@@ -18,8 +19,8 @@ from .trainer import arguments_for
 
 
 def distill(
-    base: Checkpoint,
-    finetuned: Checkpoint,
+    base: Tensors,
+    finetuned: Model,
     records: Mapping[str, bytes | np.ndarray],
     tokens: Tensor,
     settings: DistillSettings | None = None,
@@ -74,7 +75,7 @@ def distill(
 
 
 def check_distillation(
-    base: Checkpoint, finetuned: Checkpoint, tokens: Tensor, settings: DistillSettings, device: str | torch.device
+    base: Tensors, finetuned: Model, tokens: Tensor, settings: DistillSettings, device: str | torch.device
 ) -> frozenset[str]:
     """Check that a model can be distilled with these settings, before any work is done.
 

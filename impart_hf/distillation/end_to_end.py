@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from transformers import TrainingArguments
 
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.tensors import Model, Tensors
 from .record_trainer import RecordTrainer
 from .settings import DistillReport, DistillSettings
 from .student import load_model, student_tensors, trainable
@@ -17,8 +17,8 @@ from .text import check_tokens, divergence
 
 
 def distill_end_to_end(
-    base: Checkpoint,
-    finetuned: Checkpoint,
+    base: Tensors,
+    finetuned: Model,
     records: Mapping[str, np.ndarray],
     tokens: Tensor,
     settings: DistillSettings,

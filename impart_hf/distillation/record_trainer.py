@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.tensors import Model, Tensors
 from .settings import DistillSettings
 from .student import attach, exact_delta, packed
 from .text import split
@@ -45,8 +45,8 @@ class RecordTrainer:
 
     def __init__(
         self,
-        base: Checkpoint,
-        finetuned: Checkpoint,
+        base: Tensors,
+        finetuned: Model,
         sequences: int,
         settings: DistillSettings,
         arguments: TrainingArguments,

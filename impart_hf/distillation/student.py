@@ -13,22 +13,23 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout
 from ..common.meta_model import meta_model, reads_text
-from ..modeling.checkpoints import Checkpoint, CheckpointError, config_fields
+from ..modeling.checkpoints import CheckpointError, config_fields
 from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
+from ..modeling.tensors import Model, Tensors
 from .trained_delta import TrainedDelta
 
 
-def empty_model(finetuned: Checkpoint) -> PreTrainedModel:
+def empty_model(finetuned: Model) -> PreTrainedModel:
     """Make a model of the fine-tune's architecture on the meta device."""
     return meta_model(_config(finetuned))
 
 
-def _config(finetuned: Checkpoint) -> PreTrainedConfig:
+def _config(finetuned: Model) -> PreTrainedConfig:
     return AutoConfig.for_model(**config_fields(finetuned.config))
 
 
-def load_model(finetuned: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
+def load_model(finetuned: Model, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """Make a frozen model of the fine-tune's architecture from tensors with the checkpoint's names.
 
     Raises:
@@ -54,7 +55,7 @@ def owners_of(model: Any) -> dict[str, list[str]]:
     return {name: names[id(parameter)] for name, parameter in parameters.items()}
 
 
-def trainable(model: Any, base: Checkpoint, finetuned: Checkpoint) -> dict[str, list[str]]:
+def trainable(model: Any, base: Tensors, finetuned: Model) -> dict[str, list[str]]:
     """Return the tensors that can be trained, each with all names of its parameter in the model.
 
     Each must be a parameter of the model, as it is stored, that is needed for text, and have the shape of the base's
@@ -78,7 +79,7 @@ def trainable(model: Any, base: Checkpoint, finetuned: Checkpoint) -> dict[str, 
 
 
 def student_tensors(
-    base: Checkpoint, finetuned: Checkpoint, records: Mapping[str, np.ndarray], trained: Iterable[str]
+    base: Tensors, finetuned: Model, records: Mapping[str, np.ndarray], trained: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """Return the compressed model's tensors, with the base's for `trained` names, to which deltas will be attached."""
     tensors, trained = {name: finetuned.tensor(name) for name in finetuned.names()}, set(trained)
@@ -87,7 +88,7 @@ def student_tensors(
     return tensors
 
 
-def compressed(base: Checkpoint, finetuned: Checkpoint, name: str, data: np.ndarray) -> torch.Tensor:
+def compressed(base: Tensors, finetuned: Model, name: str, data: np.ndarray) -> torch.Tensor:
     """Decode a tensor from its records and append its added rows: float32."""
     before = base.tensor(name)
     return torch.cat([add_delta(before, data, name, torch.float32), finetuned.tensor(name)[len(before) :].float()])
@@ -121,7 +122,7 @@ def attach(
     return delta
 
 
-def exact_delta(base: Checkpoint, finetuned: Checkpoint, name: str) -> torch.Tensor:
+def exact_delta(base: Tensors, finetuned: Model, name: str) -> torch.Tensor:
     """Return a tensor's exact delta, without added rows: float32 (matrices, m, n)."""
     before, after = base.tensor(name), finetuned.tensor(name)
     return (after[: len(before)].float() - before.float()).reshape(-1, *before.shape[-2:])

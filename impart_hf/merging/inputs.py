@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..compression.compatibility import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
+from ..compression.base_layout import ReadModel, match
+from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
 from ..modeling.checkpoints import Checkpoint, HubOptions, all_finite, pinned, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 from ..modeling.tensors import Tensors
@@ -27,31 +28,47 @@ class FineTune:
 
     Attributes:
         name: its name in the configuration.
-        tensors: its tensors, dense or decoded from base and delta.
+        tensors: its tensors, dense or decoded from base and delta, in the layout of the base's files.
         config: its config.json.
         tokens: its tokens.
     """
 
-    def __init__(self, name: str, base: Checkpoint, token: str | bool | None, cache_dir: str | None):
-        self.name = name
+    def __init__(self, name: str, base: ReadModel, token: str | bool | None, cache_dir: str | None):
+        self.name, self._base = name, base.checkpoint
         source, options = resolve(name, token, cache_dir)
         self.tensors: Tensors
         if repository_kind(source, options) is RepositoryKind.DELTA:
-            repository = open_repository(source, options, str(base.folder))
+            repository = open_repository(source, options, str(self._base.folder))
             self.config: Mapping[str, Any] = repository.text_config.to_dict()
             self.tensors = repository
         else:
-            checkpoint = Checkpoint(source, options)
-            check_pair(base, checkpoint)
-            check_tied_output(checkpoint)
-            self.config, self.tensors = checkpoint.config, checkpoint
-        if set(self.tensors.names()) != set(base.names()):
-            raise IncompatibleModelsError(f"'{name}' has other tensors than the base '{base.source}'")
+            self.tensors = finetuned = match(base, ReadModel(Checkpoint(source, options))).finetuned
+            self.config = finetuned.config
+        self._names = set(self.tensors.names())
+        differing = (self._names ^ set(self._base.names())) - base.spare_names()
+        if differing:
+            raise IncompatibleModelsError(
+                f"'{name}' has other tensors than the base '{self._base.source}': {min(differing)} is in one alone"
+            )
         self.tokens = Tokens(source, options)
 
     def rows_beyond(self, shape: tuple[int, ...], name: str) -> int:
         """Return how many rows its tensor has beyond the base's tensor, whose shape is given."""
-        return self.tensors.shape(name)[0] - shape[0] if shape else 0
+        return max(0, self.tensors.shape(name)[0] - shape[0]) if shape and name in self._names else 0
+
+    def shared(self, name: str, before: torch.Tensor) -> torch.Tensor:
+        """Return the part of its tensor that the base has, too, with the base's rows in place of those that it lacks.
+
+        Args:
+            before: the base's tensor.
+        """
+        if name not in self._names:
+            return before
+        after = torch.atleast_1d(self.tensors.tensor(name))[: len(before)]
+        if len(after) == len(before):
+            return after
+        # In float32, so that the base's own rows make no delta.
+        return torch.cat([after.float(), before[len(after) :].float()])
 
 
 class MergeInputs:
@@ -71,10 +88,14 @@ class MergeInputs:
         """
         self.base = Checkpoint(*resolve(config.base_model, token, cache_dir))
         check_tied_output(self.base)
+        read = ReadModel(self.base)
         self._base_tokens = Tokens(self.base.source, self.base.options)
-        self.models = [FineTune(model.model, self.base, token, cache_dir) for model in config.finetunes]
+        self.models = [FineTune(model.model, read, token, cache_dir) for model in config.finetunes]
         for model in self.models:
             self._check_origin(model)
+        shared = set[str](self.base.names()).intersection(*(model.tensors.names() for model in self.models))
+        copies = {name for name in read.spare_names() if read.layout is not None and read.layout.parameters(name)}
+        self._names = sorted(set(self.base.names()) - (copies - shared))
         layers = {layer_of(name) for name in self.base.names()}
         self._layers = Counter(layer[0] for layer in layers if layer is not None)
         self._set_vocabulary(config.tokenizer_source)
@@ -90,6 +111,10 @@ class MergeInputs:
             longest = max(self.models, key=self._rows_added)
             self._rows_from = longest if self._rows_added(longest) else None
             self._row_owners = self.models
+
+    def names(self) -> list[str]:
+        """Return the names of the result's tensors: the base's, without copies of tied ones that a model lacks."""
+        return self._names
 
     def _rows_added(self, model: FineTune) -> int:
         return max(model.rows_beyond(self.base.shape(name), name) for name in self.base.names())
@@ -136,7 +161,8 @@ class MergeInputs:
 
     def _check_origin(self, model: FineTune) -> None:
         """Check that a fine-tune's weights are similar to the base's."""
-        matrices = [n for n in self.base.names() if layer_of(n) is not None and len(self.base.shape(n)) == 2]
+        names = set(model.tensors.names()) & set(self.base.names())
+        matrices = [n for n in sorted(names) if layer_of(n) is not None and len(self.base.shape(n)) == 2]
         product = before = after = 0.0
         for name in matrices[:: max(1, math.ceil(len(matrices) / _SAMPLED))]:
             a, b = (tensors.tensor(name).float().flatten() for tensors in (self.base, model.tensors))

@@ -218,7 +218,7 @@ class Merge:
         return f"merge of {', '.join(model.name for model in self.inputs.models)}"
 
     def names(self) -> list[str]:
-        return self.inputs.base.names()
+        return self.inputs.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self.inputs.base.shape(name)
@@ -274,7 +274,7 @@ class Merge:
     ) -> TaskVector:
         """Return one model's delta of one tensor, sparsified and trimmed."""
         model, method = self.inputs.models[number], self.config.method
-        after = torch.atleast_1d(model.tensors.tensor(name))[: len(before)]
+        after = model.shared(name, before)
         if not all_finite(after):
             raise IncompatibleModelsError(f"{name} of '{model.name}' holds NaN or infinity")
 

@@ -26,7 +26,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .checksums import tensor_bytes
 from .repository_kind import RepositoryKind, kind_of
+from .wrapper_names import unwrapped
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -178,6 +180,15 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())
 
 
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors of one dtype have the same shape and values; NaN counts as the same as itself."""
+    if one.shape != other.shape:
+        return False
+    if torch.equal(one, other):
+        return True
+    return not all_finite(one) and tensor_bytes(one).tobytes() == tensor_bytes(other).tobytes()
+
+
 class Checkpoint:
     """The tensors of one checkpoint, by name.
 
@@ -210,7 +221,7 @@ class Checkpoint:
         self._files, self._index = self._find_weights()
         self._handles: dict[Path, Any] = {}
         self._lock = threading.Lock()
-        self.tied = _ties_embeddings(self.config) if tied is None else tied
+        self.tied = ties_embeddings(self.config) if tied is None else tied
         self._locations = self._list_tensors()
         self._names = sorted(
             name
@@ -241,16 +252,35 @@ class Checkpoint:
         fetch_file(self.source, "model.safetensors", self.options, required=True)  # raises if offline
         raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}")
 
-    def _list_tensors(self) -> dict[str, Path]:
-        locations: dict[str, Path] = {}
+    def _list_tensors(self) -> dict[str, tuple[Path, str]]:
+        """Return every tensor's file and its name in that file."""
+        files: dict[str, list[Path]] = {}
         for path in self._files:
-            for name in self._open(path).keys():
-                if name in locations:
-                    raise CheckpointError(f"'{self.source}': tensor {name} is in two weight files")
-                locations[name] = path
-        if missing := sorted(set(self._index) - set(locations)):
+            for stored in self._open(path).keys():
+                files.setdefault(stored, []).append(path)
+        if missing := sorted(name for name in set(self._index) - set(files) if not self._is_dispensable(name)):
             raise CheckpointError(f"'{self.source}': the index lists {missing[0]}, but no weight file holds it")
+        locations: dict[str, tuple[Path, str]] = {}
+        for stored, name in unwrapped(files).items():
+            for place in ((path, stored) for path in files[stored]):
+                if not self._same_tensor(locations.setdefault(name, place), place):
+                    raise CheckpointError(
+                        f"'{self.source}': tensor {name} is in two weight files or under two names, with different "
+                        "values: remove one"
+                    )
         return locations
+
+    def _is_dispensable(self, name: str) -> bool:
+        """Return whether a model loads without a tensor that the index lists: it is tied, or a buffer of old."""
+        tied = ties_embeddings(self.config) and f".{name}".endswith(f".{TIED_OUTPUT}")
+        return tied or name.endswith(_IGNORED_SUFFIX)
+
+    def _same_tensor(self, one: tuple[Path, str], other: tuple[Path, str]) -> bool:
+        """Return whether two places hold the same values; only a tensor that is stored twice is read."""
+        if one == other:
+            return True
+        first, second = (self._read(place, lambda view: view[...], lambda tensor: tensor) for place in (one, other))
+        return first.dtype == second.dtype and same_values(first, second)
 
     def _open(self, path: Path) -> Any:
         with self._lock:
@@ -265,19 +295,22 @@ class Checkpoint:
             return self._handles[path]
 
     def names(self) -> list[str]:
-        """Return the tensors' names, sorted."""
+        """Return the tensors' names, sorted: without buffers of old, and without a tied output projection."""
         return list(self._names)
 
-    def has_untied_output(self) -> bool:
-        """Return whether a tied checkpoint stores an output projection that equals none of its other tensors."""
-        if not self.tied or TIED_OUTPUT not in self._locations:
-            return False
-        stored, shape = self.tensor(TIED_OUTPUT), self.shape(TIED_OUTPUT)
-        return not any(self.shape(name) == shape and torch.equal(self.tensor(name), stored) for name in self._names)
+    def stored_names(self) -> list[str]:
+        """Return the names of all tensors that it holds, sorted."""
+        return sorted(self._locations)
 
     def _look_up(self, name: str, on_slice: Callable[[Any], Any], on_tensor: Callable[[torch.Tensor], Any]) -> Any:
-        handle = self._open(self._locations[name])
-        return on_tensor(handle[name]) if isinstance(handle, dict) else on_slice(handle.get_slice(name))
+        return self._read(self._locations[name], on_slice, on_tensor)
+
+    def _read(
+        self, place: tuple[Path, str], on_slice: Callable[[Any], Any], on_tensor: Callable[[torch.Tensor], Any]
+    ) -> Any:
+        path, stored = place
+        handle = self._open(path)
+        return on_tensor(handle[stored]) if isinstance(handle, dict) else on_slice(handle.get_slice(stored))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, from the file's header."""
@@ -310,7 +343,8 @@ class Checkpoint:
         return stored.to(device)
 
 
-def _ties_embeddings(config: dict[str, Any]) -> bool:
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json says that the output projection shares the input embeddings."""
     # Some architectures tie them by default, and their config.json then omits the field.
     model_type = str(config.get("model_type"))
     default = (

@@ -22,6 +22,9 @@ class DeltaCompressedConfig(PreTrainedConfig):
         format_version: version of the file format (docs/FORMAT.md).
         tensor_dtype: dtype of the fine-tuned tensors as published, e.g. "bfloat16".
         tensor_dtype_exceptions: dtypes of the tensors that have another one, by name.
+        absent_tensors: tensors of the base that the fine-tuned model does not have.
+        row_counts: how many rows a tensor has that has fewer than the base's, by name.
+        base_tensors: the base's tensor on which a tensor rests, by name, where the base has none of that name.
 
     Raises:
         ValueError: if this reader does not know the format version, or `text_config` has no model type.
@@ -37,6 +40,9 @@ class DeltaCompressedConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
     tensor_dtype: str = "bfloat16"
     tensor_dtype_exceptions: dict[str, str] | None = None
+    absent_tensors: list[str] | None = None
+    row_counts: dict[str, int] | None = None
+    base_tensors: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
         if self.format_version != FORMAT_VERSION:
@@ -61,7 +67,9 @@ class DeltaCompressedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """Build from a dict as any configuration; arguments such as use_cache=False are set in `text_config`."""
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        # What the file holds is no choice of the caller's: the field is set in text_config alone.
+        own_arguments = {name: value for name, value in kwargs.items() if name != "tie_word_embeddings"}
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **own_arguments)
         own = {*cls.__annotations__, "name_or_path"}
         for name, value in kwargs.items():
             if name not in own and hasattr(config.text_config, name) and value != "auto":

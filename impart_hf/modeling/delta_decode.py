@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from .base_tensors import finite_where_base_is
 from .checkpoints import all_finite
 from .codebook import CODEBOOKS, Floats
 from .delta_record import FACTORED, DeltaFormatError, Record, parse_record
@@ -95,7 +96,7 @@ def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtyp
 
     Raises:
         DeltaFormatError: if the records do not fit the base's shape or do not end where the data ends, or the result
-            is not finite.
+            is not finite where the base is.
     """
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
     at = 0
@@ -109,7 +110,7 @@ def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtyp
             tile = matrix[rows].to(torch.float32, copy=True)
             delta_of(rows).add_to(tile)
             target[rows].copy_(tile)
-            if not all_finite(target[rows]):
+            if not finite_where_base_is(target[rows], matrix[rows]):
                 raise DeltaFormatError(f"{name} decodes to NaN or infinity in {dtype}")
         at += length
     if at != len(data):

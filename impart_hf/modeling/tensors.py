@@ -1,10 +1,12 @@
 """The interface of a model's tensors, which are found by name and made one at a time."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from .checkpoints import DTYPE_NAMES
+from .checkpoints import DTYPE_NAMES, HubOptions
 
 
 class Tensors(Protocol):
@@ -25,6 +27,30 @@ class Tensors(Protocol):
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the tensor on a device."""
+
+
+class Model(Tensors, Protocol):
+    """A dense model's tensors with its configuration: a checkpoint, or one under other names."""
+
+    @property
+    def options(self) -> HubOptions:
+        """How its files are found on the Hub."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The content of its config.json."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds its files."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output projection shares the input embeddings."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of its weight files, in bytes."""
 
 
 class LazyTensor:

@@ -32,7 +32,7 @@ def reconstruct(
         OutputError: if the folder is not empty, or the disk has too little space.
         DeltaFormatError, WrongBaseError: if the delta is damaged or the base is another; no output remains.
     """
-    tensors = dense_tensors(repository, device)
+    tensors = dense_tensors(repository, device, checked=True)
     with new_folder(output_dir) as folder:
         write_weights(folder, tensors, max_shard_size, progress or Progress(False), "Reconstructing")
         _write_texts(repository, folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +82,17 @@ def shard(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def copy_into_second_file(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Two files that both have the norm; the index names one of them."""
+    shard(folder, lambda index: None)
+    paths = [folder / f"model-{number}.safetensors" for number in (1, 2)]
+    tensors = [load_file(path) for path in paths]
+    has = next(n for n in (0, 1) if "model.norm.weight" in tensors[n])
+    tensors[1 - has]["model.norm.weight"] = change(tensors[has]["model.norm.weight"])
+    paths[1 - has].unlink()
+    save_file(tensors[1 - has], paths[1 - has])
+
+
 def index_of_missing_file(folder: Path) -> None:
     shard(folder, lambda index: (folder / "model-2.safetensors").unlink())
 
@@ -108,7 +118,8 @@ def index_outside(folder: Path) -> None:
 
 
 def same_tensor_in_two_files(folder: Path) -> None:
-    shard(folder, lambda index: shutil.copy(folder / "model-1.safetensors", folder / "model-2.safetensors"))
+    """With other values in each; equal copies are harmless."""
+    copy_into_second_file(folder, lambda tensor: tensor + 1)
 
 
 def index_of_json_file(folder: Path) -> None:
@@ -185,6 +196,27 @@ def bin_of_text(folder: Path) -> None:
 def test_checkpoints_that_cannot_be_read(pair: Pair, spoil: Callable[[Path], None], names: Any, side: str) -> None:
     spoil(getattr(pair, side))
     assert str(getattr(pair, side)) in refuses(pair, CheckpointError, naming(names))
+
+
+def test_equal_copies_in_two_files(pair: Pair, tmp_path: Path) -> None:
+    expected = load_tensors(pair.finetuned)["model.norm.weight"]
+    for folder in (pair.base, pair.finetuned):
+        copy_into_second_file(folder, torch.Tensor.clone)
+    run(pair, tmp_path / "delta")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "delta").model.norm.weight, expected)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+def test_an_index_that_names_what_no_file_need_hold(tmp_path: Path, name: str) -> None:
+    """A tied output projection, or a buffer of old."""
+    folder = save_model(make_model(tiny_config("llama-tied")), tmp_path / "model")
+    names = load_tensors(folder).keys()
+    shard(folder, lambda index: index["weight_map"].update({name: "model-1.safetensors"}))
+    assert set(Checkpoint(str(folder), HubOptions()).names()) == names
+    if name == "lm_head.weight":
+        edit_json(folder / "config.json", tie_word_embeddings=False)
+        with pytest.raises(CheckpointError, match=naming("index", name)):
+            Checkpoint(str(folder), HubOptions())
 
 
 class Malice:

@@ -60,7 +60,9 @@ def with_buffers(folder: Path) -> None:
 def in_shards(folder: Path) -> None:
     """In three files; the index names each tensor's, and a tied output projection that none holds."""
     tensors = load_file(folder / "model.safetensors")
-    names, index = sorted(tensors), {"lm_head.weight": "model-00002-of-00003.safetensors"}
+    names, index = sorted(tensors), {}
+    if json.loads((folder / "config.json").read_text()).get("tie_word_embeddings"):
+        index["lm_head.weight"] = "model-00002-of-00003.safetensors"
     for number in range(3):
         filename = f"model-{number + 1:05}-of-00003.safetensors"
         index.update(dict.fromkeys(names[number::3], filename))
