@@ -3,18 +3,24 @@
 import sys
 from pathlib import Path
 
+# The programs of the command line, as installers name them on Linux and on Windows.
+_PROGRAMS = {f"{name}{end}" for name in ("impart-hf", "optimum-cli") for end in ("", ".exe", "-script.py")}
+
 
 def register_with_transformers() -> None:
     """Register the reader's classes; this imports transformers, but not the writer."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from .modeling.configuration_delta_compressed import DeltaCompressedConfig
     from .modeling.configuration_pruned_llama import PrunedLlamaConfig
-    from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM
+    from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM, DeltaCompressedForSequenceClassification
     from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM, PrunedLlamaModel
 
     AutoConfig.register("delta_compressed", DeltaCompressedConfig, exist_ok=True)
     AutoModelForCausalLM.register(DeltaCompressedConfig, DeltaCompressedForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        DeltaCompressedConfig, DeltaCompressedForSequenceClassification, exist_ok=True
+    )
     AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
     AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)
     AutoModelForCausalLM.register(PrunedLlamaConfig, PrunedLlamaForCausalLM, exist_ok=True)
@@ -27,5 +33,6 @@ def is_command_line() -> bool:
     seconds of processor time, which `--help` must not need.
     """
     program = (getattr(sys, "argv", None) or [""])[0]  # Python within another program may have no arguments
-    by_name = Path(program).stem in ("impart-hf", "optimum-cli")
-    return by_name or (program == "-m" and "impart_hf.cli" in sys.orig_argv)
+    if program == "-m":  # Python looks for the module, whose name is before the arguments
+        return sys.orig_argv[-len(sys.argv)] == "impart_hf.cli"
+    return Path(program).name in _PROGRAMS

@@ -15,12 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from impart_hf.calibration.text import calibration_tokens
 from impart_hf.cli.main import main as impart_hf
+from impart_hf.evaluation.metrics import evaluate
 
 RATIO = "16"
 PROMPT = "The statement"
-TOKENS = 6144
-WINDOW = 128
+SEQUENCES, LENGTH = 64, 128  # as in the tables of README.md and docs/results.md
 
 
 def step(title: str, command: list[str]) -> None:
@@ -30,21 +31,12 @@ def step(title: str, command: list[str]) -> None:
         sys.exit(1)
 
 
-@torch.no_grad()
-def log_probabilities(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
-    """Return log-probabilities: float32, (windows, WINDOW, vocabulary)."""
-    return torch.cat([torch.log_softmax(model(part).logits.float(), -1) for part in windows.split(8)])
-
-
-def compare(models: dict[str, PreTrainedModel], windows: torch.Tensor) -> None:
+def compare(models: dict[str, PreTrainedModel], sequences: torch.Tensor) -> None:
     """Print every model's perplexity on held-out text and its divergence from the fine-tune."""
-    reference = log_probabilities(models["fine-tune"], windows)
     print(f"{'model':<24}{'perplexity':>12}{'KL(fine-tune || model), nats/token':>38}")
     for name, model in models.items():
-        found = log_probabilities(model, windows)
-        perplexity = (-found[:, :-1].gather(-1, windows[:, 1:, None]).mean()).exp().item()
-        divergence = (reference.exp() * (reference - found)).sum(-1).mean().item()
-        print(f"{name:<24}{perplexity:>12.1f}{max(0.0, divergence):>38.4f}")
+        perplexity, divergence = evaluate(model, models["fine-tune"], sequences, batch_size=8)
+        print(f"{name:<24}{perplexity:>12.1f}{divergence:>38.4f}")
 
 
 def main() -> int:
@@ -66,10 +58,8 @@ def main() -> int:
         "fine-tune": AutoModelForCausalLM.from_pretrained(finetuned),
         f"delta repository {RATIO}x": AutoModelForCausalLM.from_pretrained(delta),
     }
-    text = (pair / "finetune_heldout.txt").read_text("utf-8")
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    count = min(len(ids), TOKENS) // WINDOW
-    compare(models, ids[: count * WINDOW].view(count, WINDOW))
+    heldout = str(pair / "finetune_heldout.txt")
+    compare(models, calibration_tokens(heldout, tokenizer, samples=SEQUENCES, length=LENGTH))
 
     print(f"\n== Generate, greedily, from {json.dumps(PROMPT)}")
     prompt = tokenizer(PROMPT, return_tensors="pt")

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.progress import Progress
 from ..modeling.checkpoints import all_finite
+from ..modeling.precision import full_float32
 from .streamed_model import LayerArguments, LinearLayer, StreamedModel
 
 
@@ -167,7 +168,8 @@ class _LayerRun:
         def add(_: str, values: Tensor) -> None:
             nonlocal count
             rows = values.reshape(-1, size)
-            total.addmm_(rows.T, rows)
+            with full_float32():
+                total.addmm_(rows.T, rows)
             count += len(rows)
             if group.once:
                 raise _InputSeen

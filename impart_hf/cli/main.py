@@ -54,18 +54,23 @@ COMMANDS: Mapping[str, str | Group] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and return the exit status: 0, or 1 with one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = build_parser(arguments).parse_args(arguments)
+    resumes = False
     try:
+        options = build_parser(arguments).parse_args(arguments)
         options.command.check(options)
         load_libraries()
+        resumes = options.resumes
         options.command.run(options)
     except KeyboardInterrupt:
-        rest = "; the same command resumes from here" if options.resumes else ""
+        rest = "; the same command resumes from here" if resumes else ""
         print(f"impart-hf: stopped{rest}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
-    except (ValueError, OSError, ModuleNotFoundError) as error:  # the Hub's errors are OSErrors
+    except argparse.ArgumentError as error:
+        print(f"impart-hf: error: two settings or options have one name, rename the setting: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError) as error:  # the Hub's errors are OSErrors
         print(f"impart-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -105,6 +105,8 @@ def method_config(options: argparse.Namespace) -> MethodConfig:
             values[settings[option].name] = settings[option].parse(text)
         except ValueError as error:
             raise ValueError(f"--{option}: {error}") from error
+        except Exception as error:  # a method's own parser may fail in any way
+            raise ValueError(f"--{option}: {text!r} cannot be read: {type(error).__name__}: {error}") from error
     try:
         return chosen(**values)
     except ValueError as error:

@@ -17,7 +17,10 @@ def compression_summary(report: CompressionReport, output: str) -> str:
         lines.append("the fine-tuned model equals the base: check BASE and FINETUNED")
     calibration, _, instead = report.method.get("calibration", "").partition(": ")
     if calibration == "none":
-        lines.append(f"{instead}, because no calibration text was given (--calibration TEXT)")
+        lines.append(
+            f"no calibration text was given: {instead}; with --calibration TEXT, levels are chosen for the inputs that "
+            "each layer really has"
+        )
     elif " of " in calibration:
         lines.append(f"calibrated on {calibration}; the others without it")
     if report.distilled:

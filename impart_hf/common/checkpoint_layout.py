@@ -20,8 +20,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from ..modeling.modeling_delta_compressed import inner_class
 from ..modeling.tensors import Tensors
-from .meta_model import meta_model
 
 TensorMap = dict[str, torch.Tensor]
 
@@ -117,7 +117,7 @@ class CheckpointLayout:
 
         Args:
             tensors: the checkpoint; only its names, shapes and dtypes are read.
-            model: its model on the meta device, from `meta_model`.
+            model: its model on the meta device.
             names: the tensors to look at; those of `tensors.names()` if None.
         """
         self.model = model
@@ -151,7 +151,9 @@ def known_layout(
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return None
-    return CheckpointLayout(tensors, meta_model(config), names)
+    with torch.device("meta"):
+        model = inner_class(config)._from_config(config)
+    return CheckpointLayout(tensors, model, names)
 
 
 def _groups(tensors: Tensors, model: PreTrainedModel, names: Iterable[str]) -> dict[str, TensorGroup]:

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup, known_layout
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, config_fields, same_values
+from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import Model
 from .compatibility import IncompatibleModelsError, check_names, check_tensors, check_tied_output
 
@@ -72,12 +73,10 @@ class ReadModel:
 
     def spare_names(self) -> set[str]:
         """Return the names of the tensors that a model can do without: no model reads them, or they are tied."""
-        layout = self.layout
-        return (
-            set()
-            if layout is None
-            else {name for name in self.checkpoint.names() if all(p in self.tied for p in layout.parameters(name))}
-        )
+        if self.layout is None:
+            return set()
+        parameters = {name: self.layout.parameters(name) for name in self.checkpoint.names()}
+        return {name for name, made in parameters.items() if all(parameter in self.tied for parameter in made)}
 
 
 class InBaseLayout:
@@ -185,7 +184,7 @@ def match(base: ReadModel, finetuned: ReadModel) -> MatchedPair:
     check_names(model)
     absent = set(base.checkpoint.names()) - set(model.names())
     whole = BaseTensors(base.checkpoint, absent, None, matcher.others)
-    cut = check_tensors(whole, model)
+    cut = check_tensors(whole, model, matcher.heads)
     return MatchedPair(BaseTensors(base.checkpoint, absent, cut, matcher.others), model)
 
 
@@ -194,8 +193,10 @@ class _Matcher:
 
     def __init__(self, base: Checkpoint, finetuned: ReadModel):
         self._base, self._finetuned, self._checkpoint = base, finetuned, finetuned.checkpoint
+        self._stored = set(finetuned.checkpoint.stored_names())
         self.origins: dict[str, Origin] = {}
         self.others: dict[str, str] = {}
+        self.heads: set[str] = set()  # that the base does not have
         self._missing: list[str] = []
         self._extra: list[str] = []
         self._used: set[str] = set()  # names of the fine-tune's groups
@@ -213,15 +214,19 @@ class _Matcher:
             if group is None:
                 self._match_unread(name, finetuned)
             elif name not in self.origins:
-                self._match_group(group, finetuned, made)
+                self._match_group(group, base, finetuned, made)
         for key, group in finetuned.groups.items():
-            if key not in self._used and not (key in self._finetuned.tied and self._finetuned.tied[key] in made):
+            if key in self._used or (key in self._finetuned.tied and self._finetuned.tied[key] in made):
+                continue
+            # A language model's head would be too large to store.
+            if is_classifier(type(finetuned.model)) and group.converter is None and _is_head(key, finetuned, base):
+                self._match_head(group, base)
+            else:
                 self._match_other(group, base)
 
     def _match_unread(self, name: str, finetuned: CheckpointLayout) -> None:
         """A tensor that no model reads is a part of the pair if both have it alike."""
-        stored = self._checkpoint.stored_names()
-        if name in stored and finetuned.group(name) is None and self._alike(name):
+        if name in self._stored and finetuned.group(name) is None and self._alike(name):
             self.origins[name] = name
 
     def _alike(self, name: str) -> bool:
@@ -229,10 +234,16 @@ class _Matcher:
         shapes, kinds = {m.shape(name) for m in models}, {m.dtype(name).is_floating_point for m in models}
         return len(shapes) == len(kinds) == 1
 
-    def _match_group(self, group: TensorGroup, finetuned: CheckpointLayout, made: Mapping[str, TensorGroup]) -> None:
+    def _match_group(
+        self,
+        group: TensorGroup,
+        base: CheckpointLayout,
+        finetuned: CheckpointLayout,
+        made: Mapping[str, TensorGroup],
+    ) -> None:
         places = group.places()
         same = finetuned.groups.get(group.key)
-        if same is not None and sorted(map(str, same.places().values())) == sorted(map(str, places.values())):
+        if same is not None and set(same.places().values()) == set(places.values()):
             by_place = {place: name for name, place in same.places().items()}
             self.origins |= {name: by_place[place] for name, place in places.items()}
             self._used.add(same.key)
@@ -240,7 +251,7 @@ class _Matcher:
         sources = [self._source(parameter, made) for parameter in group.parameters]
         found = [source for source in sources if source is not None]
         if len(found) < len(sources):
-            if not all(parameter in self._finetuned.tied for parameter in group.parameters):
+            if not all(p in self._finetuned.tied or _is_head(p, base, finetuned) for p in group.parameters):
                 self._missing += places
             return
         self._used |= {source.key for source in found}
@@ -273,6 +284,18 @@ class _Matcher:
         name = group.members[0].name
         self.origins[name], self.others[name] = name, stored[0].members[0].name
 
+    def _match_head(self, group: TensorGroup, base: CheckpointLayout) -> None:
+        """A classifier's head on a base without one: rows added to none of the base's embeddings."""
+        name, (shape,) = group.members[0].name, (tuple(t.shape) for t in group.parameters.values())
+        embeddings: Any = base.model.get_input_embeddings()
+        key = next((n for n, p in base.model.named_parameters() if p is embeddings.weight), "")
+        stored = [base.groups[n] for n in (key, *(t for t, s in base.tied.items() if s == key)) if n in base.groups]
+        if len(shape) != 2 or not stored or shape[1] != embeddings.weight.shape[1]:
+            self._extra.append(name)
+            return
+        self.origins[name], self.others[name] = name, stored[0].members[0].name
+        self.heads.add(name)
+
     def check(self) -> None:
         """Check that no tensor is missing or too many.
 
@@ -285,7 +308,9 @@ class _Matcher:
         what = f"lacks {lost[0]}" if lost else f"has {extra[0]}, which the base lacks"
         prefixes = {name.partition(".")[0] for name in self._checkpoint.names()}
         advice = "check both models"
-        if lost and len(prefixes) == 1 and not any(name.startswith(f"{min(prefixes)}.") for name in self._base.names()):
+        if any(f".{part}." in name for name in self._checkpoint.names() for part in ("base_layer", "modules_to_save")):
+            advice = "it holds an adapter beside the model: merge the two first (PEFT's merge_and_unload)"
+        elif lost and len(prefixes) == 1 and not prefixes & {name.partition(".")[0] for name in self._base.names()}:
             advice = f"the names of all its tensors begin with '{min(prefixes)}.': save the model without its wrapper"
         raise IncompatibleModelsError(
             f"'{self._checkpoint.source}' is not a fine-tune of '{self._base.source}': it {what} "
@@ -306,6 +331,12 @@ class _Matcher:
                 "they are left out"
             )
         return InBaseLayout(self._finetuned, self.origins)
+
+
+def _is_head(parameter: str, model: CheckpointLayout, other: CheckpointLayout) -> bool:
+    """Return whether a parameter is the head of a model, and the other's class has none of this name."""
+    inside = parameter.startswith(f"{model.model.base_model_prefix}.")
+    return type(model.model) is not type(other.model) and not inside and parameter not in other.model.state_dict()
 
 
 def _layout(checkpoint: Checkpoint) -> CheckpointLayout | None:

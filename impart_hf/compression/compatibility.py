@@ -1,5 +1,7 @@
 """Checks that a base and a fine-tune are a pair, so that a delta can be made."""
 
+from collections.abc import Collection
+
 import torch
 
 from ..modeling.base_tensors import BaseTensors
@@ -16,11 +18,14 @@ class IncompatibleModelsError(ValueError):
     """The base and the fine-tune are not a pair, so that no delta can be made."""
 
 
-def check_tensors(base: BaseTensors, finetuned: Model) -> dict[str, int]:
+def check_tensors(base: BaseTensors, finetuned: Model, heads: Collection[str] = ()) -> dict[str, int]:
     """Check that the dtypes and shapes of a pair match; only headers are read.
 
+    Args:
+        heads: tensors of the fine-tune that have no counterpart, and share no row with the base's.
+
     Returns:
-        By name, how many rows a tensor has that has fewer than the base's: its vocabulary was cut.
+        By name, how many rows of the base's tensor a tensor has, if not all: its vocabulary was cut.
 
     Raises:
         IncompatibleModelsError: naming the first difference.
@@ -38,6 +43,9 @@ def check_tensors(base: BaseTensors, finetuned: Model) -> dict[str, int]:
                 f"{name} has dtype {finetuned.dtype(name)} in '{finetuned.source}' and {base.dtype(name)} in "
                 f"'{base.source}': both must be floating-point, or neither"
             )
+        if name in heads:
+            cut[name] = 0
+            continue
         ours, theirs = finetuned.shape(name), base.shape(name)
         if ours == theirs or _grew(finetuned, ours, theirs):
             continue
@@ -68,7 +76,7 @@ def check_names(model: Model) -> None:
 
 def _grew(finetuned: Model, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
     """Return whether a tensor's first axis is a vocabulary with rows added."""
-    return len(ours) == len(theirs) == 2 and ours[1] == theirs[1] and theirs[0] < ours[0] == _vocabulary(finetuned)
+    return len(theirs) > 0 and ours[1:] == theirs[1:] and theirs[0] < ours[0] == _vocabulary(finetuned)
 
 
 def _was_cut(finetuned: Model, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:

@@ -13,9 +13,10 @@ from ..common.progress import Progress
 from ..evaluation.metrics import load
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import Checkpoint, HubOptions, pinned
-from ..modeling.tensors import Model
+from ..modeling.modeling_delta_compressed import is_classifier
+from ..modeling.tensors import LazyTensor, Model
 from .base_layout import ReadModel, match
-from .loading_class import check_loads
+from .loading_class import check_loads, loading_class, model_config
 from .scan import TensorPlan, scan
 
 
@@ -73,11 +74,12 @@ class ModelPair:
     def load(self, repository: Path | None = None) -> PreTrainedModel:
         """Load a delta repository of this pair, or the fine-tune itself, in float32 on the device."""
         if repository is None:
-            source, options = self.finetuned.source, self.finetuned.options
-            return load(
-                source, torch.float32, self.device,
-                revision=options.revision, token=options.token, cache_dir=options.cache_dir,
-            )  # fmt: skip
+            # Not by its name: transformers does not find the tensors that a wrapper has renamed.
+            tensors = {name: LazyTensor(self.finetuned, name, "cpu") for name in self.finetuned.names()}
+            model = loading_class(self.finetuned).from_pretrained(
+                None, config=model_config(self.finetuned), state_dict=tensors, dtype=torch.float32
+            )
+            return model.to(self.device).eval()
         source, options = self.base.source, self.base.options
         return load(
             str(repository), torch.float32, self.device,
@@ -86,5 +88,14 @@ class ModelPair:
         )  # fmt: skip
 
     def tokens(self, source: CalibrationSource, samples: int, length: int) -> torch.Tensor:
-        """Draw sequences from a text: int64 (at most `samples`, `length` or the model's positions if fewer)."""
+        """Draw sequences from a text: int64 (at most `samples`, `length` or the model's positions if fewer).
+
+        Raises:
+            ValueError: if the text is too short, or the model is no language model, which texts are for.
+        """
+        if is_classifier(loading_class(self.finetuned)):
+            raise ValueError(
+                f"'{self.finetuned.source}' is a sequence classifier: calibration, distillation and tuning are for "
+                "language models; compress it without a text"
+            )
         return model_tokens(self.finetuned, source, samples, length)

@@ -23,7 +23,7 @@ from .encoding import Encoding
 from .pair import ModelPair
 from .plan import CompressionPlan, make_plan
 from .scan import TensorPlan
-from .writer import json_bytes, repository_config, write_repository
+from .writer import card_bytes, json_bytes, repository_config, write_repository
 
 _KEPT = torch.float16  # dtype of singular components that are kept on disk until they are encoded
 Method = TypeVar("Method", bound=MethodConfig)
@@ -41,6 +41,8 @@ class CompressionRequest:
         distill_settings: settings of distillation.
         max_shard_size: in bytes; a larger delta file is split.
         card_data: additional entries for the model card's metadata.
+        counted_card_data: entries whose length counts instead of theirs, so that repositories that state other
+            numbers get the same budgets; None if `card_data` counts.
         origin: where the fine-tune comes from, as for `delta_card`.
     """
 
@@ -51,6 +53,7 @@ class CompressionRequest:
     distill_settings: DistillSettings = field(default_factory=DistillSettings)
     max_shard_size: int = 5 * 10**9
     card_data: dict[str, Any] = field(default_factory=dict)
+    counted_card_data: dict[str, Any] | None = None
     origin: str = ""
 
     def recorded_method(self, method: MethodConfig, reach: "Reach", encoded: Iterable[TensorPlan]) -> dict[str, Any]:
@@ -133,7 +136,9 @@ def compress_pair(
     reach = Reach(frozenset() if stream is None else frozenset(stream.linear), trained)
     encoded = [tensor for tensor in pair.tensors if tensor.kind == "encoded"]
     config = repository_config(pair, request.recorded_method(method, reach, encoded))
-    plan = make_plan(pair.tensors, method, pair.finetuned.weight_bytes, json_bytes(config), request.max_shard_size)
+    card = card_bytes(pair, config, request.counted_card_data or request.card_data, request.origin)
+    weight_bytes, config_bytes = pair.finetuned.weight_bytes, json_bytes(config)
+    plan = make_plan(pair.tensors, method, weight_bytes, config_bytes, card, request.max_shard_size)
     if request.max_bytes is not None:
         plan.check_size()
     # The plan may leave fewer tensors to encode; this never makes config.json longer.

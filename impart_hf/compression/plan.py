@@ -13,8 +13,6 @@ from .scan import TensorPlan
 
 # Bytes of one entry in a safetensors header besides its name: dtype, shape and two offsets of ten digits.
 _ENTRY_BYTES = 96
-# The model card is counted as this many bytes, whatever its length, because it states sizes that include its own.
-CARD_BYTES = 1536
 # To compensate for the fixed bytes, a matrix may be compressed beyond the requested ratio by up to this factor.
 _MOST_COMPENSATION = 1.5
 
@@ -28,6 +26,7 @@ class CompressionPlan:
         checkpoint_bytes: size on disk of the fine-tuned checkpoint's weight files.
         allowed_bytes: the most that the repository may take at the requested ratio.
         fixed_bytes: the part that does not depend on the method: kept tensors, added rows, headers, config and card.
+        card_bytes: the part of them that is the model card's.
         max_shard_size: a delta file larger than this, in bytes, is split.
     """
 
@@ -35,6 +34,7 @@ class CompressionPlan:
     checkpoint_bytes: int
     allowed_bytes: int
     fixed_bytes: int
+    card_bytes: int
     max_shard_size: int
 
     @property
@@ -88,7 +88,12 @@ class CompressionPlan:
 
 
 def make_plan(
-    tensors: list[TensorPlan], method: MethodConfig, checkpoint_bytes: int, config_bytes: int, max_shard_size: int
+    tensors: list[TensorPlan],
+    method: MethodConfig,
+    checkpoint_bytes: int,
+    config_bytes: int,
+    card_bytes: int,
+    max_shard_size: int,
 ) -> CompressionPlan:
     """Give every encoded tensor a byte budget in proportion to its size.
 
@@ -96,6 +101,7 @@ def make_plan(
         tensors: from `scan`.
         checkpoint_bytes: size on disk of the fine-tuned checkpoint's weight files.
         config_bytes: size of config.json.
+        card_bytes: what the model card counts as.
         max_shard_size: a delta file larger than this, in bytes, will be split.
 
     Raises:
@@ -112,7 +118,7 @@ def make_plan(
         encoded = [t for t in tensors if t.kind == "encoded"]
         dense = sum(t.dense_bytes for t in encoded)
         nominal = dense / method.compression_ratio
-        fixed = config_bytes + CARD_BYTES + _fixed_bytes(tensors)
+        fixed = config_bytes + card_bytes + _fixed_bytes(tensors)
         fixed += _split_bytes(tensors, max(allowed, fixed + nominal / _MOST_COMPENSATION), max_shard_size)
         share = max(allowed - fixed, nominal / _MOST_COMPENSATION) / dense if dense else 0.0
         for t in encoded:
@@ -127,14 +133,14 @@ def make_plan(
             worst = min(unreachable, key=lambda t: _certain_ratio(t, method))
             reachable = min(_certain_ratio(t, method) for t in encoded)
             raise ValueError(
-                f"compression_ratio={method.compression_ratio:g} cannot be reached: {worst.name} "
+                f"a compression ratio of {method.compression_ratio:g} cannot be reached: {worst.name} "
                 f"({'x'.join(map(str, worst.shape))}) would get {worst.max_bytes} bytes, and the smallest record of "
-                f"'{method.name}' takes {_least_bytes(worst, method)}; "
+                f"'{method.name}' takes {_least_bytes(worst, method)} bytes; "
                 f"{_reachable(min(reachable, _met_ratio(checkpoint_bytes, fixed, dense)), checkpoint_bytes)}"
             )
         for t in unreachable:
             t.kind, t.max_bytes = "kept", 0
-    return CompressionPlan(tensors, checkpoint_bytes, allowed, fixed, max_shard_size)
+    return CompressionPlan(tensors, checkpoint_bytes, allowed, fixed, card_bytes, max_shard_size)
 
 
 def _met_ratio(checkpoint_bytes: int, fixed: int, dense: int) -> float:

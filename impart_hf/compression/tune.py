@@ -171,7 +171,10 @@ def tune(
         )
         svds = SvdCache(scratch / "components")
         tried: list[Candidate] = []
-        request = CompressionRequest(method, wanted_bytes, calibration=inputs, max_shard_size=shard_size)
+        request = CompressionRequest(
+            method, wanted_bytes, calibration=inputs, max_shard_size=shard_size,
+            counted_card_data=_widest_card_data(scorer.metric, candidates),
+        )  # fmt: skip
         for candidate in Progress(progress).track(candidates, "Tuning"):
             started = time.perf_counter()
             folder = scratch / "candidate"
@@ -195,6 +198,12 @@ def _card_data(metric: str, candidates: Sequence[Candidate], best: Candidate) ->
     """Return the model card's entry on a search."""
     rows = [candidate.summary() for candidate in candidates]
     return {"impart_hf_tuning": {"metric": metric, "candidates": rows, "chosen": best.summary()}}
+
+
+def _widest_card_data(metric: str, candidates: Sequence[ImportanceAllocation]) -> dict[str, Any]:
+    """Return an entry at least as long as that on the finished search, so that its bytes can be set aside."""
+    widest = [Candidate(c.beta, c.c, c.seed, -99999.123456, 0, 0.0) for c in candidates]
+    return _card_data(metric, widest, max(widest, key=lambda candidate: len(str(candidate.summary()))))
 
 
 class _TextScorer:

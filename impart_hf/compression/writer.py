@@ -24,6 +24,7 @@ from ..modeling.delta_repository import (
     entry_crc,
     names_checksum,
 )
+from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import Model
 from ..repository.cards import delta_card, inherited_card_data
 from ..repository.reader_files import reader_files
@@ -31,10 +32,15 @@ from ..repository.report import CompressionReport, human_bytes, read_reports
 from ..repository.sidecar_files import sidecar_files
 from ..storage.safetensors_writer import Entry, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
+from .loading_class import loading_class
 from .pair import ModelPair
-from .plan import CARD_BYTES, CompressionPlan
+from .plan import CompressionPlan
 from .scan import TensorPlan
 
+# The model card states sizes that include its own. It therefore counts as this many bytes, or, if it is longer (the
+# configuration of a merge, many languages), as many as it would have with numbers of `_LONGEST` characters.
+CARD_BYTES = 1536
+_LONGEST = 16
 _METADATA = {"format": "pt", "impart_hf_format": str(FORMAT_VERSION)}
 
 
@@ -50,11 +56,12 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
     if "dtype" not in text_config and "torch_dtype" not in text_config:
         text_config["dtype"] = usual
     name, revision = pair.recorded_base
+    kind = "SequenceClassification" if is_classifier(loading_class(pair.finetuned)) else "CausalLM"
     config: dict[str, Any] = {
-        "architectures": ["DeltaCompressedForCausalLM"],
+        "architectures": [f"DeltaCompressedFor{kind}"],
         "auto_map": {
             "AutoConfig": "configuration_delta_compressed.DeltaCompressedConfig",
-            "AutoModelForCausalLM": "modeling_delta_compressed.DeltaCompressedForCausalLM",
+            f"AutoModelFor{kind}": f"modeling_delta_compressed.DeltaCompressedFor{kind}",
         },
         "base_model_name_or_path": name,
         "base_model_revision": revision,
@@ -75,6 +82,35 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
 def json_bytes(content: dict[str, Any]) -> int:
     """Return the size in bytes of the file that `write_json` writes for this content."""
     return len(json.dumps(content, indent=2)) + 1
+
+
+def card_bytes(pair: ModelPair, config: dict[str, Any], card_data: dict[str, Any], origin: str) -> int:
+    """Return the bytes that the model card counts as; arguments as for `write_repository`."""
+    sizes = dict.fromkeys(("distilled", "ratio", "repository", "checkpoint", "error", "tensors"), _LONGEST * "0")
+    return max(CARD_BYTES, len(_card(pair, config, card_data, origin, sizes, "").encode()))
+
+
+def _card(
+    pair: ModelPair,
+    config: dict[str, Any],
+    card_data: dict[str, Any],
+    origin: str,
+    sizes: dict[str, str],
+    shortfall: str,
+) -> str:
+    finetuned, (name, revision) = pair.finetuned, pair.recorded_base
+    inherited = inherited_card_data(fetch_file(finetuned.source, "README.md", finetuned.options))
+    return delta_card(
+        base=name,
+        base_revision=revision,
+        finetuned=finetuned.source,
+        method=config["method"],
+        metadata=inherited | card_data,
+        sizes=sizes,
+        shortfall=shortfall,
+        origin=origin,
+        classifies=is_classifier(loading_class(finetuned)),
+    )
 
 
 def write_repository(
@@ -107,7 +143,7 @@ def write_repository(
     for tensor in tensors:
         if tensor.kind == "encoded":
             tensor.notes = workspace.notes(tensor.name)
-    repository_bytes = CARD_BYTES + sum(p.stat().st_size for p in counted)
+    repository_bytes = plan.card_bytes + sum(p.stat().st_size for p in counted)
     report = CompressionReport(
         method=config["method"],
         checkpoint_bytes=plan.checkpoint_bytes,
@@ -124,18 +160,7 @@ def write_repository(
         seconds=seconds,
         distilled=distilled,
     )
-    inherited = inherited_card_data(fetch_file(finetuned.source, "README.md", finetuned.options))
-    name, revision = pair.recorded_base
-    card = delta_card(
-        base=name,
-        base_revision=revision,
-        finetuned=finetuned.source,
-        method=config["method"],
-        metadata=inherited | card_data,
-        sizes=_sizes(report),
-        shortfall=report.shortfall,
-        origin=origin,
-    )
+    card = _card(pair, config, card_data, origin, _sizes(report), report.shortfall)
     (folder / "README.md").write_text(card, "utf-8")
     return report
 

@@ -44,12 +44,14 @@ class FineTune:
         else:
             self.tensors = finetuned = match(base, ReadModel(Checkpoint(source, options))).finetuned
             self.config = finetuned.config
-        self._names = set(self.tensors.names())
-        differing = (self._names ^ set(self._base.names())) - base.spare_names()
-        if differing:
+        self._names, base_names = set(self.tensors.names()), set(self._base.names())
+        if own := self._names - base_names:
             raise IncompatibleModelsError(
-                f"'{name}' has other tensors than the base '{self._base.source}': {min(differing)} is in one alone"
+                f"'{name}' has {min(own)}, and the base '{self._base.source}' does not, or config.json ties its output "
+                "projection to the embeddings: the two cannot be merged"
             )
+        if lost := base_names - self._names - base.spare_names():
+            raise IncompatibleModelsError(f"'{name}' lacks {min(lost)}, which the base '{self._base.source}' has")
         self.tokens = Tokens(source, options)
 
     def rows_beyond(self, shape: tuple[int, ...], name: str) -> int:
@@ -181,23 +183,23 @@ class MergeInputs:
         may be padded to a round size) are the mean over the models that have the row.
 
         Returns:
-            (rows, columns), in `dtype`.
+            (rows, columns), or (rows) of a bias, in `dtype`.
 
         Raises:
             IncompatibleModelsError: if the rows hold NaN or infinity.
         """
-        first, columns = self.base.shape(name)
+        first, *columns = self.base.shape(name)
         count = self.vocabulary_rows(name)
-        tokens = _Mean(count, columns)
-        padding = _Mean(count, columns)
+        width = math.prod(columns)
+        tokens, padding = _Mean(count, width), _Mean(count, width)
         for model in self._row_owners:
-            rows = model.tensors.tensor(name)[first : first + count].float()
+            rows = model.tensors.tensor(name)[first : first + count].float().reshape(-1, width)
             if not all_finite(rows):
                 raise IncompatibleModelsError(f"{name} of '{model.name}' holds NaN or infinity")
             owned = torch.tensor([model.tokens.may_have(first + place) for place in range(len(rows))]).view(-1, 1)
             tokens.add(rows, owned)
             padding.add(rows, torch.ones_like(owned))
-        return torch.where(tokens.counts > 0, tokens.mean(), padding.mean()).to(dtype)
+        return torch.where(tokens.counts > 0, tokens.mean(), padding.mean()).to(dtype).view(count, *columns)
 
 
 class _Mean:

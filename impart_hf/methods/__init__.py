@@ -7,6 +7,7 @@ public, here and in `impart_hf`.
 
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .base import Encoded, MethodConfig, Spectrum, method_class, method_names
@@ -23,7 +24,15 @@ if TYPE_CHECKING:  # names for the type checker
     from .lowrank import LowRankConfig as LowRankConfig
 
 for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+    try:
+        importlib.import_module(f"{__name__}.{_module.name}")
+    except Exception as error:  # someone's file may fail in any way
+        _file = Path(__path__[0], f"{_module.name}.py")
+        raise ImportError(f"the method in {_file} cannot be imported: {type(error).__name__}: {error}") from error
+
+for _method in map(method_class, method_names()):
+    if "__dataclass_fields__" not in vars(_method):
+        raise ImportError(f"the method {_method.__name__} in {_method.__module__} lacks the decorator @dataclass")
 
 PUBLIC = {cls.__name__: cls for cls in map(method_class, method_names()) if cls.__module__.startswith(f"{__name__}.")}
 globals().update(PUBLIC)

@@ -93,8 +93,19 @@ class MethodConfig(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" in vars(cls):
-            _METHODS[cls.name] = cls
+        if "name" not in vars(cls):
+            return
+        if not cls.__name__.endswith("Config"):  # by which `impart_hf` tells methods from its other names
+            raise TypeError(f"the name of the method's class {cls.__name__} must end in 'Config'")
+        for other in _METHODS.values():
+            # The decorator may make the class a second time (`slots=True`).
+            same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+            if not same and (other.name == cls.name or other.__name__ == cls.__name__):
+                raise TypeError(
+                    f"the method '{cls.name}' ({cls.__name__}) has the name of the method '{other.name}' "
+                    f"({other.__name__} in {other.__module__}): choose another name"
+                )
+        _METHODS[cls.name] = cls
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -136,10 +147,12 @@ class MethodConfig(abc.ABC):
                 Hessian this has no effect.
         """
         from ..coding.svd import leading_svd
+        from ..modeling.precision import full_float32
 
         transposed = transposed and hessian is not None
         task = EncodingTask(delta, max_bytes, mask_seed, hessian, svd or leading_svd, vocabulary, transposed)
-        return self._encode(task)
+        with full_float32():
+            return self._encode(task)
 
     @abc.abstractmethod
     def _encode(self, task: EncodingTask) -> Encoded:

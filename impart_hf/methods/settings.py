@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .base import MethodConfig
 
 EMBEDDINGS = ("lowrank", "method")
+# How each setting is read. Not in the fields' metadata, which transformers' HfArgumentParser passes on to argparse.
+_PARSERS: dict[dataclasses.Field, tuple[Callable[[str], Any] | None, str | None]] = {}
 _KINDS = {int: "a whole number", float: "a number", tuple: "whole numbers separated by commas", bool: "true or false"}
 
 
@@ -30,7 +32,9 @@ def setting(default: Any, help: str, parse: Callable[[str], Any] | None = None, 
     """
     if parse is None and type(default) not in (str, *_KINDS):
         raise TypeError(f"a setting whose default is {default!r} needs `parse`")
-    return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "option": option})
+    field: Any = dataclasses.field(default=default, metadata={"help": help})
+    _PARSERS[field] = parse, option
+    return field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +61,20 @@ def settings_of(method: type[MethodConfig]) -> list[Setting]:
     """Return the settings of a method's dataclass that are declared with `setting`, in the order of its fields."""
     settings = []
     for field in dataclasses.fields(method):
-        if metadata := _declaration(method, field.name):
-            option = metadata["option"] or field.name.replace("_", "-")
-            parse = metadata["parse"] or _parser(field.name, type(field.default))
-            settings.append(Setting(field.name, method.name, option, metadata["help"], field.default, parse))
+        if (declared := _declaration(method, field.name)) is not None:
+            parse, option = _PARSERS[declared]
+            option, parse = option or field.name.replace("_", "-"), parse or _parser(field.name, type(field.default))
+            settings.append(Setting(field.name, method.name, option, declared.metadata["help"], field.default, parse))
     return settings
 
 
-def _declaration(method: type[MethodConfig], name: str) -> Any:
-    """Return the field's metadata from the nearest class that declares it with `setting`; empty if none does."""
+def _declaration(method: type[MethodConfig], name: str) -> dataclasses.Field | None:
+    """Return the field of the nearest class that declares it with `setting`; None if none does."""
     for owner in method.__mro__:
         field = vars(owner).get("__dataclass_fields__", {}).get(name)
-        if field is not None and "help" in field.metadata:
-            return field.metadata
-    return {}
+        if field in _PARSERS:
+            return field
+    return None
 
 
 def _parser(name: str, kind: type) -> Callable[[str], Any]:

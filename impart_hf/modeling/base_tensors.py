@@ -18,7 +18,7 @@ class BaseTensors:
     Attributes:
         checkpoint: the base.
         absent: the base's tensors that the fine-tune does not have, sorted.
-        row_counts: by name, how many of the base tensor's rows the fine-tune has, where it has fewer.
+        row_counts: by name, how many of the base tensor's first rows the fine-tune has, where it does not have all.
         others: by name, the base's tensor that a tensor rests on, where it has another name.
     """
 

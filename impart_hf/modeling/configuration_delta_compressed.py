@@ -23,7 +23,7 @@ class DeltaCompressedConfig(PreTrainedConfig):
         tensor_dtype: dtype of the fine-tuned tensors as published, e.g. "bfloat16".
         tensor_dtype_exceptions: dtypes of the tensors that have another one, by name.
         absent_tensors: tensors of the base that the fine-tuned model does not have.
-        row_counts: how many rows a tensor has that has fewer than the base's, by name.
+        row_counts: how many of the base tensor's first rows a tensor has, by name, where it does not have all.
         base_tensors: the base's tensor on which a tensor rests, by name, where the base has none of that name.
 
     Raises:

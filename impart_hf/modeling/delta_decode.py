@@ -16,6 +16,7 @@ from .codebook import CODEBOOKS, Floats
 from .delta_record import FACTORED, DeltaFormatError, Record, parse_record
 from .factors import DirectDelta, Factors, MatrixDelta
 from .planes import KeptEntries, Plane, Run
+from .precision import full_float32
 
 # Rows of a matrix that are decoded and added to the base at once on a CPU. More rows need more memory and are no
 # faster; with fewer the product is slower (with 128 by a tenth to a quarter).
@@ -80,11 +81,13 @@ def matrix_delta(record: Record, name: str, device: torch.device | str = "cpu") 
     return _row_deltas(record, name, device)(slice(0, record.rows))
 
 
+@full_float32()
 def decode_record(record: Record, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """Decode a record to the dense delta: float32, shape (rows, columns), on `device`."""
     return matrix_delta(record, name, device).add_to(torch.zeros(record.rows, record.columns, device=device))
 
 
+@full_float32()
 def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype) -> torch.Tensor:
     """Return base plus decoded delta, summed in float32 and rounded once to `dtype`.
 

@@ -233,7 +233,7 @@ class DeltaRepository:
     def _check_row_counts(self) -> None:
         for name, rows in self.base.row_counts.items():
             shape = self.base.checkpoint.shape(self.base.stored_name(name)) if name in self.base_checksums else ()
-            if not shape or not 0 < rows < shape[0]:
+            if not shape or not 0 <= rows < shape[0]:
                 raise DeltaFormatError(
                     f"row_counts in config.json of '{self.source}' gives {name} {rows} rows, which is not a part of a "
                     f"tensor of the base '{self.base.source}'"
@@ -268,11 +268,9 @@ class DeltaRepository:
             raise DeltaFormatError(f"{name} has records, but its shape {base_shape} is not of 2 or 3 axes")
         if part.added_rows:
             rows = self.file.shape(part.added_rows)
-            if name in self.base.row_counts:
-                raise DeltaFormatError(f"{name} has both fewer rows than the base's tensor and rows added to it")
             if self.file.dtype_name(part.added_rows) != DTYPE_NAMES[dtype]:
                 raise DeltaFormatError(f"the rows added to {name} have another dtype than the tensor, {dtype}")
-            if len(base_shape) != 2 or len(rows) != 2 or rows[1] != base_shape[1]:
+            if len(base_shape) not in (1, 2) or len(rows) != len(base_shape) or rows[1:] != base_shape[1:]:
                 raise DeltaFormatError(f"rows of shape {rows} cannot be added to {name}, the base has {base_shape}")
 
     def _read_checksums(self) -> dict[str, int]:

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from .checkpoints import HubOptions, fetch_file, pinned
@@ -88,7 +94,11 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             )
             kwargs |= loading
         repository = DeltaRepository(source, config, options, base_model)
-        model_class = _delta_class(inner_class(config.text_config))
+        inner = inner_class(config.text_config)
+        if is_classifier(inner) != issubclass(cls, DeltaCompressedForSequenceClassification):
+            auto_class = "AutoModelForSequenceClassification" if is_classifier(inner) else "AutoModelForCausalLM"
+            raise ValueError(f"'{source}' holds a {inner.__name__}: load it with {auto_class}")
+        model_class = _delta_class(inner)
         with_info = kwargs.pop("output_loading_info", False)
         model, info = model_class.from_pretrained(
             None,
@@ -100,8 +110,9 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         )
         if info["missing_keys"]:  # transformers would continue with random weights
             raise DeltaFormatError(
-                f"text_config of '{source}' describes a model with {len(info['missing_keys'])} tensors that its base "
-                f"lacks, such as {min(info['missing_keys'])}"
+                f"text_config of '{source}', with this call's arguments, describes a model with "
+                f"{len(info['missing_keys'])} tensors that neither delta nor base has, such as "
+                f"{min(info['missing_keys'])}"
             )
         model.name_or_path = model.config._name_or_path = source
         if kwargs.get("generation_config") is None and fetch_file(source, "generation_config.json", options):
@@ -203,17 +214,35 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         return self
 
 
+class DeltaCompressedForSequenceClassification(DeltaCompressedForCausalLM):
+    """A classifier or reward model that was loaded from a compressed delta and its base model.
+
+    `AutoModelForSequenceClassification.from_pretrained` returns one. Everything is as for causal language models.
+    """
+
+
 def inner_class(text_config: PreTrainedConfig) -> Any:
-    """Return the model class that the fine-tuned model's configuration names."""
+    """Return the model class that the fine-tuned model's configuration names: a language model's or a classifier's.
+
+    Raises:
+        ValueError: if transformers has no causal language model for the configuration.
+    """
     # By name: the Auto classes know it only if impart_hf is imported, and remote code may be imported twice.
     if text_config.model_type == PrunedLlamaConfig.model_type:
         return PrunedLlamaForCausalLM
-    known = AutoModelForCausalLM._model_mapping.get(type(text_config), None)
-    if known is None:
-        raise ValueError(f"transformers has no causal language model for model_type '{text_config.model_type}'")
-    candidates: list[Any] = list(known) if isinstance(known, (list, tuple)) else [known]
+    candidates: list[Any] = []
+    for auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        known = auto_class._model_mapping.get(type(text_config), None)
+        if known is None and not candidates:
+            raise ValueError(f"transformers has no causal language model for model_type '{text_config.model_type}'")
+        candidates += [] if known is None else known if isinstance(known, (list, tuple)) else [known]
     architectures = getattr(text_config, "architectures", None) or []
     return next((c for c in candidates if c.__name__ in architectures), candidates[0])
+
+
+def is_classifier(inner: type[PreTrainedModel]) -> bool:
+    """Return whether a model class is a sequence classifier, as reward models are."""
+    return inner.__name__.endswith("ForSequenceClassification")
 
 
 @functools.cache
@@ -229,7 +258,8 @@ def _delta_class(inner: Any) -> Any:
         "_inner_class": inner,
         "__module__": inner.__module__,
     }
-    return type(inner.__name__, (DeltaCompressedForCausalLM, inner), members)
+    ours = DeltaCompressedForSequenceClassification if is_classifier(inner) else DeltaCompressedForCausalLM
+    return type(inner.__name__, (ours, inner), members)
 
 
 def _restore(inner: Any) -> PreTrainedModel:
@@ -281,4 +311,4 @@ def _differs(before: tuple[torch.Size, int, torch.Tensor | None], parameter: tor
     return not torch.allclose(before[2].to(entries.dtype), entries, rtol=0, atol=_ROUNDING)
 
 
-__all__ = ["DeltaCompressedForCausalLM"]
+__all__ = ["DeltaCompressedForCausalLM", "DeltaCompressedForSequenceClassification"]

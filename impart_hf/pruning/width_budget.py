@@ -101,7 +101,8 @@ def width_budget(
     if not 0 < ratio < 1 or target > sum(limits):
         most = sum(limits) / shape.decoder_parameters
         raise ValueError(
-            f"ratio is {ratio:g}; it must be above 0 and at most {most:.4f} to prune {' and '.join(parts)}, because "
+            f"ratio is {ratio:g}; it is the share of the decoder layers' parameters to remove, and must be above 0 and "
+            f"at most {most:.4f} to prune {' and '.join(parts)}, because "
             f"every layer keeps at least one head and a multiple of {multiple_of} channels"
         )
     shares = _shares(scores, limits, target, exponent)

@@ -70,6 +70,7 @@ def delta_card(
     sizes: dict[str, str],
     shortfall: str,
     origin: str = "",
+    classifies: bool = False,
 ) -> str:
     """Return the README.md of a delta repository.
 
@@ -81,13 +82,14 @@ def delta_card(
         sizes: the measured numbers as text: ratio, repository, checkpoint, error, tensors, distilled.
         shortfall: why the requested ratio was missed, or "".
         origin: Markdown that says how the fine-tuned model was made, if it is a merge; otherwise "".
+        classifies: whether the model is a sequence classifier, not a language model.
     """
     on_hub = is_on_hub(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if classifies else "text-generation",
         tags=["delta-compressed", "impart-hf", method["name"]],
         **metadata,
     )
@@ -103,6 +105,7 @@ def delta_card(
         settings=settings_text({k: v for k, v in method.items() if k not in ("name", "compression_ratio")}),
         shortfall=shortfall,
         origin=origin,
+        auto_class="AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM",
         **sizes,
     )
     return str(card) + "\n"

@@ -27,6 +27,7 @@ from ..common.progress import Progress
 from ..modeling.checkpoints import DTYPE_NAMES
 from ..modeling.checksums import tensor_bytes
 from ..modeling.delta_repository import DeltaRepository
+from ..modeling.modeling_delta_compressed import inner_class, is_classifier
 from ..storage.checkpoint_writer import new_folder
 from ..storage.safetensors_writer import Entry, write_safetensors
 
@@ -111,6 +112,10 @@ def export_lora(
         ModuleNotFoundError: if PEFT is not installed.
         DeltaFormatError, WrongBaseError: if the delta is damaged or the base is another; no output remains.
     """
+    if is_classifier(inner_class(repository.text_config)):
+        raise ValueError(
+            f"'{repository.source}' is a sequence classifier: adapters are made of language models' deltas"
+        )
     if not 1 <= rank <= _LARGEST_RANK:
         raise ValueError(f"rank: a LoRA rank must be from 1 to {_LARGEST_RANK}, got {rank}")
     device, progress = usable_device(str(device)), progress or Progress(False)

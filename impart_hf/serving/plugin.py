@@ -7,7 +7,7 @@ def register() -> None:
     """Register our configurations, model classes and swaps with vLLM (entry point `vllm.general_plugins`).
 
     vLLM calls this in the API server, the engine core, every worker, and in helper processes; calling it again changes
-    nothing. By then the import of impart_hf has registered the configurations with transformers' Auto classes.
+    nothing.
 
     If this version of vLLM does not fit, vLLM continues without the plugin and still serves all other models.
     """
@@ -27,11 +27,13 @@ def _register() -> None:
     from vllm.transformers_utils import config as vllm_config
     from vllm.v1.worker.worker_base import WorkerBase
 
+    from ..registration import register_with_transformers
     from . import model_classes
     from .config_parser import DeltaConfigParser
     from .delta_loader import delta_settings
     from .worker import load_delta
 
+    register_with_transformers()  # the import of impart_hf leaves it to the command line, which vLLM may run in
     # Set directly, because `register_config_parser` would warn of the replacement at every start of any model.
     vllm_config._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = DeltaConfigParser
 

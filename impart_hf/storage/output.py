@@ -9,6 +9,9 @@ from ..common.files import OutputError
 from ..modeling.checkpoints import CheckpointError, HubOptions, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 
+# Systems allow 255 bytes; unfinished work lies beside the output, in folders with longer names.
+_LONGEST_NAME = 240
+
 
 def check_output(output: str | Path, *, replaces_delta: bool = False) -> Path:
     """Return the absolute path of an output folder after checking that it can be made.
@@ -51,6 +54,8 @@ def _check_place(path: Path) -> None:
         raise OutputError(f"{path} is the current folder, which cannot be replaced; choose another")
     if os.path.ismount(path):
         raise OutputError(f"{path} is a mount point, which cannot be renamed; choose a folder inside it")
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise OutputError(f"{path}: the folder's name is longer than {_LONGEST_NAME} bytes; choose another")
     parent = existing_parent(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{path} cannot be written: {parent} is not a folder that you may write to")

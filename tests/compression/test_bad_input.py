@@ -228,7 +228,7 @@ def test_devices_that_are_none(pair: Pair, device: str) -> None:
 
 @pytest.mark.parametrize("method", [ImPartConfig(400), DareConfig(400), LowRankConfig(400)], ids=lambda m: m.name)
 def test_a_ratio_out_of_reach_names_one_within(pair: Pair, tmp_path: Path, method: MethodConfig) -> None:
-    match = naming("compression_ratio", 400) + r".*\S+\.weight \(\d+x\d+\)"
+    match = naming("ratio", 400, method.name) + r".*\S+\.weight \(\d+x\d+\)"
     message = refuses(pair, ValueError, match, method=method)
     found = re.search(r"ratio of ([\d.]+)\D* (\d+) bytes\D*$", message)
     assert found is not None

@@ -230,7 +230,7 @@ def test_arguments_that_tie_and_untie(tmp_path: Path) -> None:
 # A vocabulary that was cut -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt-neox", "gemma3-vision"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt-neox", "phi", "gemma3-vision"])
 @pytest.mark.parametrize("size", [320, 300])
 def test_fewer_rows_than_the_base(tmp_path: Path, kind: str, size: int) -> None:
     base = make_model(tiny_config(kind) if kind != "gemma3-vision" else tiny_config(kind, eoi_token_index=318))
@@ -250,6 +250,25 @@ def test_fewer_rows_than_the_base(tmp_path: Path, kind: str, size: int) -> None:
     assert apart[0] < 0.1 * apart[1]
     loaded.save_pretrained(tmp_path / "again")
     assert same_state(load(tmp_path / "again"), loaded)
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("kind", ["phi", "llama-tied"])
+def test_more_rows_than_the_base(tmp_path: Path, kind: str, own_head: bool) -> None:
+    """Also of a bias, and of a head that rests on the embeddings."""
+    base = make_model(tiny_config(kind))
+    tuned = fine_tune(base)
+    tuned.resize_token_embeddings(330)
+    pair = Pair(save_model(base, tmp_path / "base"), save_model(tuned, tmp_path / "tuned"))
+    if own_head:
+        edit_tensors(pair.finetuned, lambda t: t.update({HEAD: 1.5 * t[EMBEDDINGS]}))
+    run(pair, tmp_path / "delta", LowRankConfig(compression_ratio=3))
+    verify(open_repository(str(tmp_path / "delta"), HubOptions()))
+    expected = load(pair.finetuned).state_dict()
+    for name, tensor in load(tmp_path / "delta").state_dict().items():
+        assert tensor.shape == expected[name].shape
+        if len(tensor) == 330:
+            assert torch.equal(tensor[320:], expected[name][320:])
 
 
 def test_fewer_rows_of_a_wrong_base(tmp_path: Path) -> None:

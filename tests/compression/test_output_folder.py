@@ -100,9 +100,10 @@ def test_output_below_a_file(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_output_name_too_long(pair: Pair, tmp_path: Path) -> None:
-    refuses(pair, OutputError, "File name too long", tmp_path / ("x" * 300))
-    # The name itself fits, that of the hidden folder does not.
-    refuses(pair, OutputError, "File name too long", tmp_path / ("x" * 250))
+    for name in ("x" * 300, "x" * 253, "x" * 241, "ß" * 121):  # the hidden folder has a longer name
+        refuses(pair, OutputError, naming(tmp_path / "new" / name, 240), tmp_path / "new" / name)
+        assert not (tmp_path / "new").exists()
+    run(pair, tmp_path / ("x" * 240))
 
 
 def test_hidden_folder_that_is_not_ours(pair: Pair, tmp_path: Path) -> None:

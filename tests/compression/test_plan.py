@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.common.validation import shard_bytes
 from impart_hf.compression.plan import make_plan
 from impart_hf.compression.scan import TensorPlan
+from impart_hf.compression.writer import CARD_BYTES
 from impart_hf.methods import MethodConfig
 from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.delta_repository import DELTA_INDEX
@@ -188,7 +190,7 @@ def test_thin_matrices_are_kept(pair: Pair, tmp_path: Path) -> None:
 def plan_of(shapes: dict[str, tuple[int, ...]], ratio: float, **changes: int) -> list[TensorPlan]:
     tensors = [TensorPlan(name, "encoded", shape, torch.bfloat16, **changes) for name, shape in shapes.items()]
     total = sum(t.dense_bytes + t.added_bytes for t in tensors)
-    return make_plan(tensors, ImPartConfig(compression_ratio=ratio), total, 3000, 1 << 40).tensors
+    return make_plan(tensors, ImPartConfig(compression_ratio=ratio), total, 3000, CARD_BYTES, 1 << 40).tensors
 
 
 @pytest.mark.parametrize("ratio", [2, 16, 64, 200])
@@ -215,3 +217,16 @@ def test_a_long_configuration_counts(pair: Pair, tmp_path: Path) -> None:
     edit_json(tmp_path / "config.json", notes="é" * 10_000)
     report = compress(str(pair.base), str(tmp_path), tmp_path / "out" / "d", ImPartConfig(16))
     check(pair, tmp_path / "out" / "d", report, 16)
+
+
+def test_a_long_model_card_counts(pair: Pair, tmp_path: Path) -> None:
+    """The fine-tune's card names so many languages that the delta's is longer than the constant."""
+    finetuned, out = tmp_path / "finetuned", tmp_path / "out"
+    shutil.copytree(pair.finetuned, finetuned)
+    languages = "\n".join(f"- {one}{two}" for one in "abcdefghij" for two in "klmnopqrstuvwxyz")
+    (finetuned / "README.md").write_text(f"---\nlanguage:\n{languages}\nlicense: mit\n---\n# Polyglot\n")
+    report = compress(str(pair.base), str(finetuned), out, ImPartConfig(), max_bytes="250KB")
+    card = (out / "README.md").stat().st_size
+    counted = counted_bytes(out) - CARD_BYTES
+    assert card > CARD_BYTES + 300
+    assert card <= report.repository_bytes - counted <= card + 200 and report.repository_bytes <= 250_000

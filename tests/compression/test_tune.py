@@ -290,7 +290,7 @@ def refuses(pair: Pair, folder: Path, error: type[Exception], match: str, **kwar
         ({**VALIDATION, "max_shard_size": "much"}, "much"),
         ({**VALIDATION, "batch_size": 0}, "batch_size"),
         ({"task": "/gone/task.yaml"}, ("task", "'/gone/task.yaml'")),
-        ({"method": ImPartConfig(5000), **VALIDATION}, ("compression_ratio", 5000)),
+        ({"method": ImPartConfig(5000), **VALIDATION}, ("ratio", 5000)),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
 )

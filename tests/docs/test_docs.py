@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from impart_hf.cli.main import main
+from impart_hf.methods import MethodConfig
 from impart_hf.modeling.delta_decode import decode_record
 from impart_hf.modeling.delta_record import parse_record
 
@@ -64,6 +66,22 @@ def test_every_command_is_documented() -> None:
 def test_architecture_names_files_that_exist() -> None:
     names = re.findall(r"`(\w+\.py)`", (ROOT / "docs" / "ARCHITECTURE.md").read_text("utf-8"))
     assert names and set(names) <= {path.name for path in (ROOT / "impart_hf").rglob("*.py")}
+
+
+def test_architecture_lists_every_file_of_the_reader() -> None:
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text("utf-8")
+    (table,) = re.findall(r"^\| file of `modeling/` .*?\n\n", text, re.MULTILINE | re.DOTALL)
+    files = {path.name for path in (ROOT / "modeling").glob("*.py")} - {"__init__.py"}
+    assert sorted(re.findall(r"`(\w+\.py)`", table)) == sorted(files)
+
+
+def test_the_table_of_a_method_names_its_members() -> None:
+    (table,) = re.findall(r"^\| member .*?\n\n", WRITE_A_METHOD.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    cells = [row.split("|")[1] for row in table.splitlines()[2:] if row]
+    members = {name for cell in cells for name in re.findall(r"`(\w+)", cell)} - {"setting"}
+    public = {name for name in vars(MethodConfig) if not name.startswith("_")} | {"name", "_encode"}
+    settings = {field.name for field in dataclasses.fields(MethodConfig)}
+    assert members == public - settings - {"encode", "to_dict"}  # which a method leaves as they are
 
 
 def test_the_example_of_a_method_works(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from support import naive_impart
 from support.messages import naming
 from support.random_deltas import make_delta
+from transformers import HfArgumentParser
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig
 from impart_hf.coding.keep_ratios import keep_ratios
@@ -162,3 +163,12 @@ def test_impart_settings_are_checked(setting: dict) -> None:
 def test_unknown_method() -> None:
     with pytest.raises(ValueError, match=naming("'dart'", "dare")):
         method_class("dart")
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_settings_are_arguments_of_transformers_parser(name: str) -> None:
+    """`HfArgumentParser` makes options of a dataclass, with the help of its fields' metadata."""
+    parser = HfArgumentParser(method_class(name))
+    (method,) = parser.parse_args_into_dataclasses(["--compression_ratio", "8", "--seed", "3"])
+    assert (method.name, method.compression_ratio, method.seed) == (name, 8.0, 3)
+    assert "checkpoint bytes over repository bytes" in " ".join(parser.format_help().split())

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,49 @@ def test_it_compresses_and_loads(checkout: Path, tiny_pair: Pair, tmp_path: Path
     )
     loaded = run(checkout, "-c", program, str(tmp_path / "out"))
     assert loaded.stdout.split()[-2:] == ["4", "True"], loaded.stderr
+
+
+@pytest.fixture
+def broken_checkout(checkout: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The checkout with one more file, `broken.py`, with the test's changes of the stranger's method."""
+    changed = METHOD.replace("stranger", "broken").replace("Stranger", "Broken")
+    for old, new in request.param.items():
+        assert old in changed
+        changed = changed.replace(old, new)
+    file = checkout / "impart_hf" / "methods" / "broken.py"
+    file.write_text(changed)
+    yield checkout
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("broken_checkout", "named"),
+    [
+        ({"from .settings": "from .no_settings"}, "broken.py"),
+        ({"@dataclass\n": "@dataclass(\n"}, "broken.py"),
+        ({"@dataclass\n": ""}, "BrokenConfig"),
+        ({'"broken"': '"dare"'}, "dare_qt|dare"),
+        ({"BrokenConfig": "DareConfig"}, "DareConfig"),
+        ({"BrokenConfig": "BrokenMethod"}, "BrokenMethod"),
+        ({'option="its-option"': 'option="steps"'}, "--steps"),
+    ],
+    indirect=["broken_checkout"],
+    ids=["import", "syntax", "dataclass", "name", "class", "suffix", "option"],
+)
+@pytest.mark.process
+def test_a_file_that_cannot_be_a_method(broken_checkout: Path, named: str) -> None:
+    """One line names the file, the class or the option, before anything is done."""
+    done = run(broken_checkout, "-m", "impart_hf.cli", "compress", "base", "finetuned", "out")
+    assert done.returncode == 1 and done.stderr.startswith("impart-hf: error: ")
+    assert len(done.stderr.splitlines()) == 1 and re.search(named, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    "broken_checkout", [{"return 2 * int(text)": "return {}[text]"}], indirect=True, ids=["parser"]
+)
+@pytest.mark.process
+def test_a_parser_that_fails(broken_checkout: Path) -> None:
+    command = ["compress", "base", "finetuned", "out", "--method", "broken", "--its-option", "3"]
+    done = run(broken_checkout, "-m", "impart_hf.cli", *command)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "--its-option" in done.stderr and "'3'" in done.stderr, done.stderr

@@ -213,7 +213,7 @@ def test_naive_reader_reads_a_repository(name: str, tiny_pair: Pair, tmp_path: P
 
 
 def odd_pair(folder: Path) -> Pair:
-    """A base that ties, from inside wrappers, with a buffer; a fine-tune with a cut vocabulary and a head of its own."""
+    """A base that ties, from inside wrappers, with a buffer; a fine-tune with fewer tokens and a head of its own."""
     base = make_model(tiny_config("llama-tied"))
     tuned = fine_tune(base)
     tuned.resize_token_embeddings(300)

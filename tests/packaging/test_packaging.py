@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from mypy import api
 
+from impart_hf.registration import is_command_line
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -48,3 +50,24 @@ def test_types_are_checked_across_the_boundary_to_the_reader(tmp_path: Path, mon
     assert status == 1, said + trouble
     errors = [line for line in said.splitlines() if ": error: " in line]
     assert errors and all(f"{file.name}:3: " in line and "Checkpoint" in line for line in errors)
+
+
+@pytest.mark.parametrize(
+    ("argv", "orig_argv", "expected"),
+    [
+        (["/bin/impart-hf", "--help"], [], True),
+        (["C:/Scripts/impart-hf.exe"], [], True),
+        (["/bin/optimum-cli", "impart"], [], True),
+        (["/home/impart-hf.py"], [], False),
+        (["-m", "compress"], ["python", "-m", "impart_hf.cli", "compress"], True),
+        (["-m"], ["python", "-Bm", "impart_hf.cli"], True),
+        (["-m", "impart_hf.cli"], ["python", "-m", "pytest", "impart_hf.cli"], False),
+        ([""], ["python"], False),
+    ],
+)
+def test_the_command_line_is_told_from_other_programs(
+    argv: list[str], orig_argv: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr("sys.orig_argv", orig_argv)
+    assert is_command_line() is expected

@@ -118,7 +118,7 @@ def test_report(study: Path) -> None:
     )
     assert "±" not in own[1]
     assert all("±" in row[1] for row in rows if row[0] in ("impart-rd", "impart-rd+scales") and "%" not in row[1])
-    for word in ("| tiny | nothing | **", " delta-come |", "impart-qt 0 of 15", "Machine: "):
+    for word in ("| tiny | none | **", " delta-come |", "impart-qt 0 of 15", "Machine: "):
         assert word in text
     picture = (study / "docs" / report.PICTURE).read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000

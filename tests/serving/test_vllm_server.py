@@ -7,7 +7,6 @@ import shutil
 import signal
 import threading
 import time
-import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -275,7 +274,7 @@ def test_killed_in_the_middle_of_a_swap(family: Path, family_tokens: Expected) -
         try:
             status, answer = swaps.result(60)
             assert status == 503, answer
-        except urllib.error.URLError:  # the API server stops soon after its engine
+        except OSError:  # the API server stops soon after its engine, perhaps in the middle of an answer
             pass
         finally:
             stop.set()
@@ -290,6 +289,6 @@ def test_killed_in_the_middle_of_a_swap(family: Path, family_tokens: Expected) -
             server.process.wait(60)
             try:
                 assert last.result()[0] in (200, 503), (last.result(), server.log.read_text()[-7000:])
-            except urllib.error.URLError:
+            except OSError:
                 pass
     assert digest(family) == before

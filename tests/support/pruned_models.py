@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from impart_hf import PrunedLlamaConfig, PrunedLlamaForCausalLM
 from support.tiny_models import make_model, tiny_config
 from support.without_impart_hf import WITHOUT_IMPART_HF
 
+IDS = torch.randint(4, 320, (2, 20), generator=torch.Generator().manual_seed(0))
 HEAD_DIM = 8
 INTERMEDIATE = 64
 
@@ -131,3 +132,28 @@ def run_without_impart_hf(script: str, modules: Path, *args: str) -> str:
     done = subprocess.run(command, env=env, cwd=modules, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def load_pruned(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, **kwargs: Any) -> torch.Tensor:
+    return model(input_ids=IDS, **kwargs).logits
+
+
+def assert_same(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor = IDS, **kwargs: Any) -> list[list[int]]:
+    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "min_new_tokens": 12, **kwargs}
+    return model.generate(ids, do_sample=False, **kwargs)[:, ids.shape[1] :].tolist()
+
+
+def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two prompts of different lengths, the shorter one padded on the left."""
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    ids[0, :7], mask[0, :7] = 3, 0
+    return ids, mask

@@ -38,6 +38,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -80,6 +81,7 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "gpt-oss": (GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16}),
     "gpt-neox": (GPTNeoXConfig, {}),  # transformers renames its output projection
     "mamba": (MambaConfig, {"state_size": 8}),  # no attention
+    "phi": (PhiConfig, {}),  # its output projection has a bias
     "gpt2": (GPT2Config, {"tie_word_embeddings": True}),  # Conv1D in place of linear layers
     "bloom": (BloomConfig, {"tie_word_embeddings": True}),
     "biogpt": (BioGptConfig, {"tie_word_embeddings": True}),  # its output projection has another name than lm_head

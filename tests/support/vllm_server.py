@@ -6,6 +6,7 @@ with Server("user/delta", env={"VLLM_PLUGINS": "impart_hf"}) as server:
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -80,7 +81,11 @@ class Server:
         return [child for child in found if "resource_tracker" not in " ".join(child.cmdline())]
 
     def request(self, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
-        """Status and JSON of a GET, or of a POST if there is a body (bytes are sent as they are)."""
+        """Status and JSON of a GET, or of a POST if there is a body (bytes are sent as they are).
+
+        Raises:
+            OSError: if the server is not there, or stops before it has answered.
+        """
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         request = urllib.request.Request(self.url + path, data, headers)
@@ -90,6 +95,8 @@ class Server:
         except urllib.error.HTTPError as error:
             text = error.read()
             return error.code, json.loads(text) if text else None
+        except http.client.HTTPException as error:  # an answer that breaks off is no OSError in Python
+            raise ConnectionError(f"the server broke off: {error!r}") from error
 
     def tokens(self, prompt: list[int], count: int = NEW_TOKENS) -> list[int]:
         """What it generates greedily."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from impart_hf.compression import encoding
-from impart_hf.compression.plan import CARD_BYTES
+from impart_hf.compression.writer import CARD_BYTES
 
 
 def differing(one: Path, other: Path) -> list[str]:
@@ -22,7 +22,7 @@ def differing(one: Path, other: Path) -> list[str]:
 
 
 def counted_bytes(repository: Path) -> int:
-    """What counts towards the ratio: delta files, their index, config.json, and a constant for the model card."""
+    """What counts towards the ratio: delta files, their index, config.json, and a constant for a short model card."""
     counted = [*repository.glob("*.safetensors"), *repository.glob("*.index.json"), repository / "config.json"]
     return CARD_BYTES + sum(path.stat().st_size for path in counted)
 

@@ -15,7 +15,7 @@ BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 DOCUMENT, PICTURE = "rate-distortion.md", "rate-distortion.png"
 # The effort that is spent on a row, by the last step of its variant
 _EFFORTS = {
-    "": "nothing",
+    "": "none",
     CALIBRATION: CALIBRATION,
     SCALES: "scales distilled",
     CODES: "values distilled",
@@ -88,9 +88,9 @@ def write_report(lines: Sequence[Row], folder: Path) -> None:
 def markdown(results: Results) -> str:
     settings = results.lines[0]["settings"]
     parts = [
-        f"KL(fine-tune ‖ compressed), nats a token, on {settings['tokens']:,} tokens in sequences of "
+        f"KL(fine-tune ‖ compressed), nats per token, on {settings['tokens']:,} tokens in sequences of "
         f"{settings['length']}; calibrated and distilled on {settings['samples']} such sequences, distilled for "
-        f"{settings['steps']} steps. Mean over seeds ± half the range; no ± where there is one seed or no use for it.",
+        f"{settings['steps']} steps. Mean over seeds ± half the range; without ± for a single seed.",
         f"![KL against bytes]({PICTURE})",
         _pairs(results),
         "### Verdict",
@@ -194,7 +194,7 @@ def _verdict(results: Results) -> str:
         for number, (effort, title) in enumerate(_EFFORTS.items(), 1):
             allowed = list(_EFFORTS)[:number]
             ours, peers = (results.level(pair, allowed, ours=is_ours) for is_ours in (True, False))
-            line = {"pair": pair, "done to it": title} | {f"{ratio:g}": "–" for ratio in results.ratios}
+            line = {"pair": pair, "effort": title} | {f"{ratio:g}": "–" for ratio in results.ratios}
             for ratio in results.ratios:
                 if not any(ratio in rows for rows in results.level(pair, [effort], ours=True).values()):
                     continue
@@ -214,19 +214,19 @@ def _verdict(results: Results) -> str:
     won, compared = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
     long = sorted({Variant.named(name).method for name in DEFAULT if name.endswith(LONG)} - {OURS})
     return (
-        "Ours / the best peer at as many bytes, each with as much or less done to it. Bold: ours is lower; none: no "
-        f"peer has such a small file, which counts for nothing. Ours is lower in {won} of {compared}: {by_effort}. "
-        f"(Of the peers, {' and '.join(long)} are distilled {_EFFORTS[LONG]}; others stand there with less.)\n\n"
+        "KL of impart-rd / KL of the best peer at equal bytes, each with this effort or less. Bold: it is lower; "
+        f"none: no peer has such a small file, and nothing is compared. impart-rd is lower in {won} of {compared}: "
+        f"{by_effort}. (Of the peers, only {' and '.join(long)} are distilled {_EFFORTS[LONG]}.)\n\n"
         f"{measure.table(table)}\n\n"
-        f"The highest ratio at which ours is no worse than {_GOAL[0]} at {_GOAL[1]:g} (wanted: 128 on every pair, "
-        "200 on one), between the measured ratios by logarithms:\n\n" + "\n".join(goals)
+        f"The highest ratio at which impart-rd is no worse than {_GOAL[0]} at {_GOAL[1]:g} (wanted: 128 on every pair, "
+        "200 on one), interpolated between the measured ratios on logarithmic scales:\n\n" + "\n".join(goals)
     )
 
 
 def _goal(results: Results, pair: str) -> str:
     target = results.rows[pair].get(_GOAL[0], {}).get(_GOAL[1])
     if target is None:
-        return f"{_GOAL[0]} at {_GOAL[1]:g} is still to be run"
+        return f"{_GOAL[0]} at {_GOAL[1]:g} has not been run"
     found = []
     for effort, title in _EFFORTS.items():
         for name, rows in results.level(pair, [effort], ours=True).items():
@@ -253,7 +253,7 @@ def _missing(results: Results) -> str:
     failed = sorted({(line["pair"], line["method"], line["asked"]) for line in results.lines if "failed" in line})
     if failed:
         texts.append("* out of reach: " + ", ".join(f"{pair} {name} at {ratio:g}" for pair, name, ratio in failed))
-    return "Runs done of those that a whole study has:\n\n" + "\n".join(texts)
+    return "Runs that a whole study has and that are missing:\n\n" + "\n".join(texts)
 
 
 def _machines(results: Results) -> str:
