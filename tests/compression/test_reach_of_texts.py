@@ -14,6 +14,9 @@ import torch
 from support.messages import naming
 from support.refusals import refuses
 from support.tiny_models import Pair, load_tensors, save_pair, tiny_config, tiny_tokenizer
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.llama import modeling_llama
 
 from impart_hf import compress
 from impart_hf.calibration.text import calibration_tokens
@@ -97,6 +100,27 @@ def test_linear_layers_are_calibrated_whatever_their_class_and_name(
     else:
         part = f", {len(linear)} of {len(linear) + others} matrices" if others else ""
         assert stated == f"16 x 64 tokens{part}"
+
+
+class SpareMLP(nn.Module):
+    """A layer with an expert that no token reaches."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.used = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.back = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.spare = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.back(self.used(hidden).relu())
+
+
+def test_an_expert_that_no_token_reaches_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", SpareMLP)
+    pair = save_pair(tmp_path / "pair", tiny_config("llama"))
+    report = run(pair, tmp_path / "delta", DareQtConfig(compression_ratio=4.0), calibration=[TEXT])
+    noted = {tensor.name for tensor in report.tensors if any("not calibrated" in note for note in tensor.notes)}
+    assert noted == {f"model.layers.{layer}.mlp.spare.weight" for layer in range(2)}
 
 
 @pytest.mark.slow
