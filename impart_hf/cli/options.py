@@ -167,6 +167,41 @@ def push_if_asked(options: argparse.Namespace) -> None:
         print(url, file=sys.stderr if options.json else sys.stdout)
 
 
+def add_text_field(parser: Parser) -> None:
+    """Add the field of a text's records."""
+    parser.add_argument(
+        "--text-field",
+        metavar="NAME",
+        help="field of the text's records that holds text or a chat (default: the format is recognised)",
+    )
+
+
+def check_text_field(options: argparse.Namespace, *texts: str | None) -> None:
+    """Refuse --text-field if no text that is given has records.
+
+    Args:
+        texts: the texts; None for one that is not given.
+    """
+    if not any(texts):
+        refuse(options, ["text_field"], "needs a text")
+    if all(text is None or text.lower().endswith(".txt") for text in texts):
+        refuse(options, ["text_field"], "is for records, but a .txt file is one text; give another text")
+
+
+def given_texts(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return those of the named texts that are given, as arguments for a function, with their field if one is given."""
+    return {name: with_text_field(options, text) for name, text in given(options, *names).items()}
+
+
+def with_text_field(options: argparse.Namespace, text: str) -> Any:
+    """Return a text as functions take it: with the field of --text-field, if one is given."""
+    if options.text_field is None:
+        return text
+    from ..calibration.text import TextField
+
+    return TextField(text, options.text_field)
+
+
 def add_calibration(parser: Parser, help: str, of_what: str = "that text") -> None:
     """Add a calibration text, and how much of it is used.
 

@@ -84,6 +84,16 @@ def dense_tensors(tensors: Tensors, device: torch.device | str = "cpu", *, check
     ]
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Check that the disk of a folder has room for weights.
+
+    Raises:
+        OutputError: if it has less than `needed` bytes.
+    """
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OutputError(f"the disk has {free} bytes free, {needed} are needed for the weights")
+
+
 def write_weights(
     folder: Path, tensors: Iterable[DenseTensor], max_shard_size: int | str, progress: Progress, title: str
 ) -> None:
@@ -95,8 +105,7 @@ def write_weights(
     """
     tensors = list(tensors)
     needed = sum(tensor.size for tensor in tensors)
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise OutputError(f"the disk has {free} bytes free, {needed} are needed for the weights")
+    check_room(folder, needed)
     with progress.bar(needed, title, "B") as bar:
 
         def data(tensor: DenseTensor) -> bytes:
