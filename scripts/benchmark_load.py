@@ -27,11 +27,11 @@ from impart_hf import DeltaCompressedForCausalLM, compress
 from impart_hf.evaluation.memory import PeakMemory
 from impart_hf.methods import method_class, method_names
 from impart_hf.modeling import delta_decode, planes
-from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.checksums import tensor_checksum
 from impart_hf.modeling.configuration_delta_compressed import DeltaCompressedConfig
 from impart_hf.modeling.delta_record import FACTORED, parse_record
 from impart_hf.modeling.delta_repository import DeltaRepository
+from impart_hf.modeling.model_files import HubOptions
 
 _PAGE = 4096
 

@@ -26,7 +26,8 @@ import torch
 from impart_hf import compress
 from impart_hf.evaluation.memory import PeakMemory, return_freed_memory
 from impart_hf.methods import method_class, method_names
-from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
+from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.model_files import HubOptions
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from impart_hf import ImPartConfig, compress
 from impart_hf.evaluation.metrics import evaluate, load
-from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
+from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.model_files import HubOptions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support import naive_impart

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.checkpoints import CheckpointError
+from ..modeling.model_files import CheckpointError
 from .adapter_files import AdapterFiles
 
 BaseParameter = Callable[[str], torch.Tensor]

@@ -10,7 +10,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup
 from ..common.meta_model import meta_model
-from ..modeling.checkpoints import TIED_OUTPUT, Checkpoint, CheckpointError, config_fields
+from ..modeling.checkpoints import TIED_OUTPUT, Checkpoint, config_fields
+from ..modeling.model_files import CheckpointError
 from .adapted_layers import AdaptedLayers
 from .adapter_files import AdapterFiles, adapter_weights
 from .vocabulary import added_vocabulary, untied, with_vocabulary

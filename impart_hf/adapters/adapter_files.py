@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..modeling.checkpoints import ADAPTER_CONFIG, CheckpointError, HubOptions, fetch_file, read_json
+from ..modeling.model_files import ADAPTER_CONFIG, CheckpointError, HubOptions, fetch_file, read_json
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _WHAT_TO_DO = "merge it into its base with PEFT's merge_and_unload, save that model, and give it instead"

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..modeling.checkpoints import Checkpoint, HubOptions, fetch_file
+from ..modeling.checkpoints import Checkpoint
+from ..modeling.model_files import HubOptions, fetch_file
 from ..modeling.repository_files import is_tokenizer_file
 from ..repository.sidecar_files import sidecar_files
 from .adapted_model import AdaptedModel

@@ -2,7 +2,8 @@
 
 import os
 
-from ..modeling.checkpoints import WEIGHT_FILES, Checkpoint, HubOptions, fetch_file, pinned
+from ..modeling.checkpoints import WEIGHT_FILES, Checkpoint
+from ..modeling.model_files import HubOptions, fetch_file, pinned
 from .adapted_model import AdaptedModel
 from .adapter_files import find_adapter
 

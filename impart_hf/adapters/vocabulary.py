@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling.checkpoints import CheckpointError
+from ..modeling.model_files import CheckpointError
 from .adapted_layers import plain_name
 
 

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..modeling.checkpoints import HubOptions, text_config
+from ..modeling.checkpoints import text_config
+from ..modeling.model_files import HubOptions
 from ..modeling.tensors import Model
 from .records import text_of
 

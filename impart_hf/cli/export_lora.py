@@ -33,7 +33,7 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the adapter, and print the report."""
     from ..common.progress import Progress
-    from ..modeling.checkpoints import HubOptions
+    from ..modeling.model_files import HubOptions
     from ..repository.lora_export import export_lora
     from ..repository.open import open_repository
 

@@ -21,7 +21,7 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the contents of the repository."""
-    from ..modeling.checkpoints import HubOptions
+    from ..modeling.model_files import HubOptions
     from ..repository.inspection import Inspection
 
     inspection = Inspection(options.repo, HubOptions(options.revision))

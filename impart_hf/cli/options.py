@@ -265,7 +265,7 @@ def training_fields(options: argparse.Namespace) -> dict[str, Any]:
     """Return the argument `training`, read from the file of --training, if one is given."""
     if options.training is None:
         return {}
-    from ..modeling.checkpoints import read_json
+    from ..modeling.model_files import read_json
 
     return {"training": read_json(options.training)}
 

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the dense checkpoint."""
     from ..common.devices import usable_device
     from ..common.progress import Progress
-    from ..modeling.checkpoints import HubOptions
+    from ..modeling.model_files import HubOptions
     from ..repository.open import open_repository
     from ..repository.reconstruct import reconstruct
 

@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
     """Decode every tensor, and report that the repository is sound."""
     from ..common.devices import usable_device
     from ..common.progress import Progress
-    from ..modeling.checkpoints import HubOptions
+    from ..modeling.model_files import HubOptions
     from ..repository.open import open_repository
     from ..repository.verify import verify
 

@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup, known_layout
 from ..modeling.base_tensors import BaseTensors
-from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, config_fields, same_values
+from ..modeling.checkpoints import Checkpoint, config_fields, same_values
+from ..modeling.model_files import CheckpointError, HubOptions
 from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import Model, StoredModel
 from .compatibility import IncompatibleModelsError, check_names, check_tensors, check_tied_output

@@ -11,7 +11,7 @@ from ..common.progress import Progress
 from ..common.validation import byte_budget, shard_bytes
 from ..distillation import DistillSettings
 from ..methods import ImPartRdConfig, MethodConfig
-from ..modeling.checkpoints import HubOptions
+from ..modeling.model_files import HubOptions
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
 from ..training import distributed

@@ -15,7 +15,8 @@ from ..common.names import recorded_base
 from ..common.progress import Progress
 from ..evaluation.metrics import load
 from ..modeling.base_tensors import BaseTensors
-from ..modeling.checkpoints import Checkpoint, HubOptions, pinned
+from ..modeling.checkpoints import Checkpoint
+from ..modeling.model_files import HubOptions, pinned
 from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import LazyTensor, Model
 from .base_layout import ReadModel, match

@@ -20,7 +20,7 @@ from ..evaluation.metrics import evaluate
 from ..evaluation.tasks import TaskEvaluation
 from ..methods import ImPartConfig, MethodConfig
 from ..methods.importance_allocation import BETAS, CS, ImportanceAllocation
-from ..modeling.checkpoints import HubOptions
+from ..modeling.model_files import HubOptions
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
 from .pair import ModelPair

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..common.files import write_json
 from ..distillation import DistillReport
-from ..modeling.checkpoints import DTYPE_NAMES, fetch_file
+from ..modeling.checkpoints import DTYPE_NAMES
 from ..modeling.checksums import tensor_bytes
 from ..modeling.configuration_delta_compressed import FORMAT_VERSION
 from ..modeling.delta_repository import (
@@ -24,6 +24,7 @@ from ..modeling.delta_repository import (
     entry_crc,
     names_checksum,
 )
+from ..modeling.model_files import fetch_file
 from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import Model
 from ..repository.cards import delta_card, inherited_card_data

@@ -13,9 +13,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout
 from ..common.meta_model import meta_model, reads_text
-from ..modeling.checkpoints import CheckpointError, config_fields
+from ..modeling.checkpoints import config_fields
 from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
+from ..modeling.model_files import CheckpointError
 from ..modeling.tensors import Model, Tensors
 from .trained_delta import TrainedDelta
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibration.text import CalibrationSource, calibration_tokens, check_vocabulary, load_tokenizer
 from ..common.devices import usable_device
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint, HubOptions, repository_kind
+from ..modeling.checkpoints import Checkpoint
+from ..modeling.model_files import HubOptions, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 from ..repository.open import open_repository
 from ..repository.report import human_bytes

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
 from ..common.meta_model import meta_model
-from ..modeling.checkpoints import HubOptions, fetch_config
+from ..modeling.model_files import HubOptions, fetch_config
 from .defaults import PROMPT_TOKENS
 
 

@@ -17,15 +17,8 @@ from ..adapters.open import open_finetune
 from ..common.model_names import split_adapter
 from ..compression.base_layout import ReadModel, match
 from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
-from ..modeling.checkpoints import (
-    Checkpoint,
-    CheckpointError,
-    HubOptions,
-    all_finite,
-    pinned,
-    repository_kind,
-    text_config,
-)
+from ..modeling.checkpoints import Checkpoint, all_finite, text_config
+from ..modeling.model_files import CheckpointError, HubOptions, pinned, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 from ..modeling.tensors import Tensors
 from ..repository.open import open_repository

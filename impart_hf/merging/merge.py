@@ -19,7 +19,8 @@ from ..compression.encoding import mask_seed
 from ..compression.pair import ModelPair
 from ..compression.pipeline import CompressionRequest, compress_pair, with_ratio_for
 from ..methods import MethodConfig
-from ..modeling.checkpoints import HubOptions, all_finite
+from ..modeling.checkpoints import all_finite
+from ..modeling.model_files import HubOptions
 from ..repository.cards import merge_card, merge_origin
 from ..repository.reader_files import copy_pruned_reader
 from ..repository.report import CompressionReport

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from ..calibration.text import load_tokenizer
 from ..compression.compatibility import IncompatibleModelsError
-from ..modeling.checkpoints import HubOptions
+from ..modeling.model_files import HubOptions
 
 
 class Tokens:

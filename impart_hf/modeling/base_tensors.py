@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .checkpoints import Checkpoint, HubOptions, all_finite
+from .checkpoints import Checkpoint, all_finite
+from .model_files import HubOptions
 
 
 class BaseTensors:

@@ -13,21 +13,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from .base_tensors import BaseTensors, finite_where_base_is
-from .checkpoints import (
-    DTYPE_NAMES,
-    SAFETENSORS_DTYPES,
-    Checkpoint,
-    CheckpointError,
-    HubOptions,
-    all_finite,
-    fetch_file,
-    is_plain_name,
-    read_json,
-)
+from .checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, Checkpoint, all_finite, is_plain_name
 from .checksums import tensor_bytes, tensor_checksum
 from .configuration_delta_compressed import DeltaCompressedConfig
 from .delta_decode import add_delta
 from .delta_record import DeltaFormatError
+from .model_files import CheckpointError, HubOptions, fetch_file, read_json
 from .tensors import LazyTensor
 
 DELTA_FILE = "delta_model.safetensors"

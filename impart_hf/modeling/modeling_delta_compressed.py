@@ -17,12 +17,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .checkpoints import HubOptions, fetch_file, pinned
 from .configuration_delta_compressed import DeltaCompressedConfig
 from .configuration_pruned_llama import PrunedLlamaConfig
 from .delta_record import DeltaFormatError
 from .delta_repository import DeltaRepository
 from .four_bit_weights import put_in_order
+from .model_files import HubOptions, fetch_file, pinned
 from .modeling_pruned_llama import PrunedLlamaForCausalLM
 from .repository_files import push_folder, repository_folder, save_repository
 from .saved_configs import changed_configs

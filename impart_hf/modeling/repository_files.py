@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download, is_offline_mode, 
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
-from .checkpoints import CheckpointError, HubOptions
 from .delta_repository import DELTA_FILE, DELTA_INDEX, find_delta_files
+from .model_files import CheckpointError, HubOptions
 
 logger = logging.get_logger(__name__)
 

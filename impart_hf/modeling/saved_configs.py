@@ -9,8 +9,9 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from .checkpoints import config_fields, read_json
+from .checkpoints import config_fields
 from .configuration_delta_compressed import DeltaCompressedConfig
+from .model_files import read_json
 
 # Fields that loading sets, or that describe the dense model in memory.
 _OF_LOADING = (

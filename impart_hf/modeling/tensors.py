@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .checkpoints import DTYPE_NAMES, HubOptions
+from .checkpoints import DTYPE_NAMES
+from .model_files import HubOptions
 
 
 class Tensors(Protocol):

@@ -7,8 +7,9 @@ import hashlib
 import torch
 
 from ..adapters.adapter_files import refuse_adapter
-from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, pinned
+from ..modeling.checkpoints import Checkpoint
 from ..modeling.checksums import tensor_bytes
+from ..modeling.model_files import CheckpointError, HubOptions, pinned
 from .llama_shape import LlamaShape
 
 _SAMPLES = 256  # entries of each tensor that go into a model's fingerprint

@@ -12,8 +12,9 @@ from typing import Any
 
 from ..common.files import write_json
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint, fetch_file
+from ..modeling.checkpoints import Checkpoint
 from ..modeling.configuration_pruned_llama import PrunedLlamaConfig
+from ..modeling.model_files import fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
 from ..repository.cards import inherited_card_data
 from ..repository.reader_files import copy_pruned_reader

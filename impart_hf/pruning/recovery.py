@@ -20,7 +20,8 @@ from ..common.files import write_json
 from ..common.progress import Progress
 from ..common.validation import check_positive, check_seed, check_whole_number
 from ..evaluation.metrics import perplexity
-from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
+from ..modeling.checkpoints import Checkpoint, all_finite
+from ..modeling.model_files import fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.cards import inherited_card_data

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..modeling.checkpoints import read_json
+from ..modeling.model_files import read_json
 
 
 class DamagedError(ValueError):

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from ..modeling.checkpoints import HubOptions
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
 from ..modeling.delta_record import Record, parse_stack
 from ..modeling.delta_repository import RECORD_SUFFIX, DeltaFile, find_delta_files
+from ..modeling.model_files import HubOptions
 from .open import read_config
 from .report import TensorReport, human_bytes, read_reports, settings_text
 

@@ -1,9 +1,9 @@
 """Opening delta repositories."""
 
-from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_config
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
 from ..modeling.delta_record import DeltaFormatError
 from ..modeling.delta_repository import DeltaRepository
+from ..modeling.model_files import CheckpointError, HubOptions, fetch_config
 from ..modeling.repository_kind import RepositoryKind, kind_of
 
 

@@ -7,8 +7,8 @@ import torch
 
 from ..common.files import write_json
 from ..common.progress import Progress
-from ..modeling.checkpoints import fetch_config
 from ..modeling.delta_repository import DeltaRepository
+from ..modeling.model_files import fetch_config
 from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
 from .reader_files import copy_pruned_reader
 from .sidecar_files import copy_sidecar_files

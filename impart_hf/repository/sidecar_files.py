@@ -17,7 +17,7 @@ from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from ..modeling.checkpoints import ADAPTER_CONFIG, CheckpointError, HubOptions, fetch_file, read_json
+from ..modeling.model_files import ADAPTER_CONFIG, CheckpointError, HubOptions, fetch_file, read_json
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from .reader_files import reader_files
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 
-from ..modeling.checkpoints import CheckpointError, HubOptions, repository_kind
+from ..modeling.model_files import CheckpointError, HubOptions, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 
 DELTAS_VARIABLE = "IMPART_HF_DELTAS"

@@ -11,7 +11,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from ..modeling.checkpoints import repository_kind
+from ..modeling.model_files import repository_kind
 from ..modeling.repository_kind import RepositoryKind
 from .completeness import check_complete
 from .engine_files import decoded_tensors, hub_options, open_served

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..modeling.checkpoints import CheckpointError, HubOptions, fetch_file, pinned, read_json
 from ..modeling.checksums import tensor_checksum
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
+from ..modeling.model_files import CheckpointError, HubOptions, fetch_file, pinned, read_json
 from ..modeling.tensors import Tensors
 from .completeness import check_complete
 from .engine_files import EngineFiles

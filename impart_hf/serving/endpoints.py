@@ -22,9 +22,9 @@ from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from ..modeling.checkpoints import CheckpointError
 from ..modeling.delta_record import DeltaFormatError
 from ..modeling.delta_repository import WrongBaseError
+from ..modeling.model_files import CheckpointError
 from .catalogue import BASE, DELTAS_VARIABLE, Catalogue, NamedDelta
 from .deltas import DeltaRefusedError
 from .gate import Gate

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..modeling.checkpoints import Checkpoint, HubOptions, fetch_config
+from ..modeling.checkpoints import Checkpoint
 from ..modeling.delta_repository import DeltaRepository
+from ..modeling.model_files import HubOptions, fetch_config
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.open import open_repository
 

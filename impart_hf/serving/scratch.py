@@ -5,8 +5,8 @@ import shutil
 from logging import getLogger
 from pathlib import Path
 
-from ..modeling.checkpoints import CheckpointError
 from ..modeling.delta_repository import DeltaRepository
+from ..modeling.model_files import CheckpointError
 from ..repository.reconstruct import reconstruct
 from ..storage.locked_folder import LockedFolder
 

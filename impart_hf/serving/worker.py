@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..modeling.checkpoints import Checkpoint, HubOptions
+from ..modeling.checkpoints import Checkpoint
+from ..modeling.model_files import HubOptions
 from ..modeling.tensors import Tensors
 from .engine_files import EngineFiles, decoded_tensors
 

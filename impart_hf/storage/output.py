@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from ..common.files import OutputError
-from ..modeling.checkpoints import CheckpointError, HubOptions, repository_kind
+from ..modeling.model_files import CheckpointError, HubOptions, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 
 # Systems allow 255 bytes; unfinished work lies beside the output, in folders with longer names.

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from impart_hf.adapters.adapted_model import AdaptedModel
 from impart_hf.adapters.open import open_finetune
-from impart_hf.modeling.checkpoints import Checkpoint, CheckpointError, HubOptions
+from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.model_files import CheckpointError, HubOptions
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 KINDS: dict[str, tuple[str, peft.PeftConfig]] = {

@@ -18,7 +18,7 @@ from impart_hf import ImPartQtConfig, LowRankConfig, compress, merge
 from impart_hf.cli.main import main
 from impart_hf.common.progress import Progress
 from impart_hf.compression.pair import ModelPair
-from impart_hf.modeling.checkpoints import HubOptions
+from impart_hf.modeling.model_files import HubOptions
 
 TEXT = Path(str(textwrap.__file__)).read_text("utf-8")
 

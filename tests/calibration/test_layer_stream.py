@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from impart_hf.calibration.layer_stream import stream_layers
 from impart_hf.calibration.streamed_model import streamed_model
 from impart_hf.common.progress import Progress
-from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
+from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.model_files import HubOptions
 
 # Longer than the tiny models' sliding windows; the last batch is smaller than the others.
 TOKENS = torch.randint(4, 320, (5, 40), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,8 @@ from support.tiny_models import edit_tensors, load_tensors, make_model, save_mod
 from transformers import PreTrainedConfig
 
 from impart_hf.common.checkpoint_layout import CheckpointLayout, known_layout
-from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
+from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.model_files import HubOptions
 
 KINDS = ["llama-tied", "gpt2", "bloom", "biogpt", "gpt-neox", "mixtral", "qwen2-moe", "gpt-oss", "gemma3-vision"]
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.compression.compatibility import IncompatibleModelsError
 from impart_hf.methods import MethodConfig
-from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
+from impart_hf.modeling.model_files import CheckpointError, HubOptions
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"

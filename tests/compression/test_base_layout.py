@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfi
 from impart_hf import DareConfig, ImPartRdConfig, LowRankConfig, compress
 from impart_hf.compression.compatibility import IncompatibleModelsError
 from impart_hf.methods import MethodConfig
-from impart_hf.modeling.checkpoints import HubOptions
+from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reconstruct import reconstruct
 from impart_hf.repository.verify import verify

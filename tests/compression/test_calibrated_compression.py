@@ -32,7 +32,7 @@ from impart_hf.common.progress import Progress
 from impart_hf.distillation import DistillSettings
 from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.methods import DareQtConfig, ImPartConfig, MethodConfig, method_class
-from impart_hf.modeling.checkpoints import HubOptions
+from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.verify import verify
 from impart_hf.storage.workspace import Workspace

@@ -39,7 +39,7 @@ from impart_hf.compression.pair import ModelPair
 from impart_hf.compression.tune import TuningReport, tune
 from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.methods import BitDeltaConfig, DareConfig, ImPartConfig, ImPartQtConfig, LowRankConfig, MethodConfig
-from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
+from impart_hf.modeling.model_files import CheckpointError, HubOptions
 from impart_hf.repository.inspection import Inspection
 from impart_hf.repository.open import open_repository
 from impart_hf.storage.workspace import Workspace

@@ -40,9 +40,10 @@ from impart_hf.coding.records import empty_record
 from impart_hf.distillation import DistillSettings, text
 from impart_hf.distillation.student import attach, load_model, owners_of, student_tensors
 from impart_hf.distillation.trained_delta import TrainedDelta
-from impart_hf.modeling.checkpoints import CheckpointError, text_config
+from impart_hf.modeling.checkpoints import text_config
 from impart_hf.modeling.delta_decode import decode_planes, decode_record
 from impart_hf.modeling.delta_record import FACTORED, pack_record, parse_stack
+from impart_hf.modeling.model_files import CheckpointError
 
 METHODS = {"factored": LowRankConfig(), "direct": DareConfig()}
 EVERYTHING = 1e-6  # a ratio at which nothing needs to be left out

@@ -28,8 +28,8 @@ from support.tiny_models import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from impart_hf import DareConfig, DeltaCompressedConfig, ImPartConfig, LowRankConfig, compress
-from impart_hf.modeling.checkpoints import CheckpointError, HubOptions
 from impart_hf.modeling.delta_repository import DeltaRepository
+from impart_hf.modeling.model_files import CheckpointError, HubOptions
 
 NEARLY_LOSSLESS = LowRankConfig(compression_ratio=3)
 METHODS = [ImPartConfig(compression_ratio=4), DareConfig(compression_ratio=4), LowRankConfig(compression_ratio=4)]

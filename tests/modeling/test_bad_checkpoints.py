@@ -20,7 +20,8 @@ from support.tiny_models import Pair, edit_json, fine_tune, load_tensors, make_m
 from transformers import AutoModelForCausalLM
 
 from impart_hf import ImPartConfig, compress
-from impart_hf.modeling.checkpoints import Checkpoint, CheckpointError, HubOptions
+from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.model_files import CheckpointError, HubOptions
 
 
 def test_missing_models(pair: Pair, tmp_path: Path) -> None:

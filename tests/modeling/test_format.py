@@ -18,7 +18,6 @@ from impart_hf import LowRankConfig, compress
 from impart_hf.compression.encoding import mask_seed
 from impart_hf.methods import method_class, method_names
 from impart_hf.modeling import delta_decode, planes
-from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.checksums import tensor_bytes, tensor_checksum
 from impart_hf.modeling.codebook import BFLOAT16, CODEBOOKS, FLOAT16, NORMAL_LEVELS, pack_codes, unpack_codes
 from impart_hf.modeling.delta_decode import add_delta, decode_planes, decode_record
@@ -34,6 +33,7 @@ from impart_hf.modeling.delta_record import (
     parse_record,
 )
 from impart_hf.modeling.delta_repository import names_checksum
+from impart_hf.modeling.model_files import HubOptions
 from impart_hf.modeling.seeded_mask import column_keys, keep_mask, mix32
 from impart_hf.repository.open import open_repository
 

@@ -19,9 +19,9 @@ from support.tiny_models import Pair, edit_json, edit_tensors, load_tensors
 from transformers import AutoModelForCausalLM
 
 from impart_hf import LowRankConfig, compress
-from impart_hf.modeling.checkpoints import CheckpointError
 from impart_hf.modeling.delta_record import DeltaFormatError
 from impart_hf.modeling.delta_repository import WrongBaseError
+from impart_hf.modeling.model_files import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("little_memory")
 

@@ -36,9 +36,9 @@ from support.without_impart_hf import WITHOUT_IMPART_HF
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from impart_hf import DeltaCompressedConfig, DeltaCompressedForCausalLM, LowRankConfig, compress
-from impart_hf.modeling.checkpoints import CheckpointError
 from impart_hf.modeling.delta_record import DeltaFormatError
 from impart_hf.modeling.delta_repository import DeltaRepository, WrongBaseError
+from impart_hf.modeling.model_files import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("seeded")
 CONFIG = LowRankConfig(compression_ratio=3)

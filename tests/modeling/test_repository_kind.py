@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from impart_hf.modeling.checkpoints import CheckpointError, HubOptions, fetch_config, repository_kind
+from impart_hf.modeling.model_files import CheckpointError, HubOptions, fetch_config, repository_kind
 from impart_hf.modeling.repository_kind import RepositoryKind
 
 

@@ -12,7 +12,8 @@ from support.tiny_models import Pair, load_tensors
 from impart_hf import MergeConfig, MergeModel
 from impart_hf.merging.inputs import MergeInputs
 from impart_hf.merging.merge import Merge
-from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
+from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.model_files import HubOptions
 from impart_hf.modeling.tensors import LazyTensor, Tensors
 from impart_hf.repository.open import open_repository
 from impart_hf.storage.checkpoint_writer import dense_tensors

@@ -13,7 +13,7 @@ from support.messages import naming
 from support.tiny_models import edit_tensors, make_model, save_model, tiny_config
 
 from impart_hf.common.files import OutputError
-from impart_hf.modeling.checkpoints import CheckpointError
+from impart_hf.modeling.model_files import CheckpointError
 from impart_hf.pruning.gradient_sums import MatrixSums
 from impart_hf.pruning.importance import compute_importance
 

@@ -32,7 +32,7 @@ from impart_hf import (
 from impart_hf.compression.compatibility import IncompatibleModelsError
 from impart_hf.distillation import DistillSettings
 from impart_hf.hub import push
-from impart_hf.modeling.checkpoints import HubOptions
+from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reader_files import pruned_reader_files, reader_files
 from impart_hf.repository.reconstruct import reconstruct

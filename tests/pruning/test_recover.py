@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from impart_hf.calibration.text import calibration_tokens
 from impart_hf.common.files import OutputError
 from impart_hf.evaluation.metrics import evaluate
-from impart_hf.modeling.checkpoints import CheckpointError
 from impart_hf.modeling.configuration_pruned_llama import PrunedLlamaConfig
+from impart_hf.modeling.model_files import CheckpointError
 from impart_hf.modeling.modeling_pruned_llama import PrunedLlamaForCausalLM
 from impart_hf.pruning.recovery import recover
 

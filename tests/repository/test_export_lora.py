@@ -28,8 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from impart_hf import ImPartConfig
 from impart_hf.cli.main import main
 from impart_hf.common.files import OutputError
-from impart_hf.modeling.checkpoints import HubOptions
 from impart_hf.modeling.delta_repository import WrongBaseError
+from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.lora_export import ADAPTER_FILE, LoraReport, export_lora
 from impart_hf.repository.open import open_repository
 

@@ -16,7 +16,7 @@ from support.tiny_models import Pair, edit_json
 from transformers import AutoTokenizer, BertTokenizer
 
 from impart_hf import LowRankConfig, compress, merge
-from impart_hf.modeling.checkpoints import HubOptions
+from impart_hf.modeling.model_files import HubOptions
 from impart_hf.pruning import prune_layers
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reader_files import reader_files

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from impart_hf.distillation import DistillReport, DistillSettings
 from impart_hf.distillation.distillation import distill as distill_records
 from impart_hf.methods import MethodConfig
-from impart_hf.modeling.checkpoints import Checkpoint, HubOptions
+from impart_hf.modeling.checkpoints import Checkpoint
 from impart_hf.modeling.delta_decode import decode_record
 from impart_hf.modeling.delta_record import pack_record, parse_stack
+from impart_hf.modeling.model_files import HubOptions
 from support.tiny_models import Pair, edit_tensors, load_tensors
 
 TOKENS = torch.randint(4, 320, (16, 24), generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from impart_hf.modeling.checkpoints import CheckpointError
 from impart_hf.modeling.delta_record import DeltaFormatError
 from impart_hf.modeling.delta_repository import WrongBaseError
+from impart_hf.modeling.model_files import CheckpointError
 from support.loaded_models import decode_all
 
 FUZZ = settings(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from impart_hf.modeling.checkpoints import HubOptions
+from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.open import open_repository
 
 IDS = torch.arange(5, 45).view(2, 20)

@@ -40,7 +40,7 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Score the model, and print the scores."""
-    from ...modeling.checkpoints import read_json
+    from ...modeling.model_files import read_json
     from ...pruning import compute_importance
     from ...pruning.importance_report import REPORT
     from ...training.distributed import is_first

@@ -49,7 +49,7 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Train, and print the report."""
     from ...hub import is_pruned_model
-    from ...modeling.checkpoints import HubOptions
+    from ...modeling.model_files import HubOptions
     from ...pruning import recover
     from ...training.distributed import is_first
 
