@@ -124,7 +124,7 @@ class StreamedModel:
         """Set the values of a parameter or buffer; a tensor on the meta device frees them."""
         owner, _, attribute = self.parameters[name].rpartition(".")
         module = self.model.get_submodule(owner)
-        tensor = tensor if tensor.is_meta else tensor.to(self.device, torch.float32)
+        tensor = tensor if tensor.is_meta else tensor.to(self.device).float()
         if attribute in module._buffers:
             module._buffers[attribute] = tensor
         else:

@@ -28,7 +28,7 @@ def deltas_of(
     after = finetuned.tensor(tensor.name)[: before.shape[0]]
     stack = (-1, *tensor.shape[-2:])
     for old, new in zip(before.reshape(stack), after.reshape(stack), strict=True):
-        delta = new.to(device, torch.float32) - old.to(device, torch.float32)
+        delta = new.to(device).float() - old.to(device).float()
         if tensor.vocabulary and not all_finite(delta):
             delta = delta.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
         yield delta, bool(delta.abs().max() > _ZERO_DELTA)

@@ -76,8 +76,8 @@ class Encoding:
             return dense
         self.encode(tensor, hessian)
         data = np.frombuffer(self._workspace.record_path(name).read_bytes(), np.uint8)
-        shared = add_delta(self._base.tensor(name), data, name, tensor.dtype)
-        return torch.cat([shared, dense[tensor.shape[0] :]]) if tensor.added_rows else shared
+        shared = add_delta(self._base.tensor(name, self._device), data, name, tensor.dtype)
+        return torch.cat([shared, dense[tensor.shape[0] :].to(shared.device)]) if tensor.added_rows else shared
 
 
 def encode_tensor(

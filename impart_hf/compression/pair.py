@@ -85,7 +85,7 @@ class ModelPair:
         """Load a delta repository of this pair, or the fine-tune itself, in float32 on the device."""
         if repository is None:
             # Not by its name: transformers does not find the tensors that a wrapper has renamed.
-            tensors = {name: LazyTensor(self.finetuned, name, "cpu") for name in self.finetuned.names()}
+            tensors = {name: LazyTensor(self.finetuned, name) for name in self.finetuned.names()}
             model = loading_class(self.finetuned).from_pretrained(
                 None, config=model_config(self.finetuned), state_dict=tensors, dtype=torch.float32
             )

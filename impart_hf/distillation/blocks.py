@@ -190,7 +190,7 @@ class _BlockModels:
     def _tensor(self, name: str, records: _Records) -> Tensor:
         """Return a tensor of the compressed model."""
         if name in records:
-            return compressed(self._base, self._finetuned, name, records[name])
+            return compressed(self._base, self._finetuned, name, records[name], self._arguments.device)
         return self._finetuned.tensor(name)
 
     def _run(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..common.progress import Progress
 from ..modeling.tensors import Model, Tensors
 from .record_trainer import RecordTrainer
 from .settings import DistillReport, DistillSettings
-from .student import load_model, student_tensors, trainable
+from .student import finetuned_tensors, load_model, student_tensors, trainable
 from .text import check_tokens, divergence
 
 
@@ -27,12 +27,11 @@ def distill_end_to_end(
 ) -> tuple[dict[str, bytes], DistillReport]:
     """Distil as `distill` does, with the KL divergence of the logits as the loss."""
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    teacher = load_model(finetuned, {name: finetuned.tensor(name) for name in finetuned.names()}, dtype)
+    teacher = load_model(finetuned, finetuned_tensors(finetuned), dtype, arguments.device)
     check_tokens(tokens, teacher.get_input_embeddings().num_embeddings)
     owners = trainable(teacher, base, finetuned)
     names = [name for name in records if name in owners]
-    student = load_model(finetuned, student_tensors(base, finetuned, records, names), dtype)
-    teacher, student = teacher.to(arguments.device), student.to(arguments.device)
+    student = load_model(finetuned, student_tensors(base, finetuned, records, names), dtype, arguments.device)
 
     def loss(rows: Tensor) -> Tensor:
         batch = tokens[rows.cpu()].to(arguments.device)

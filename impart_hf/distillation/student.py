@@ -14,10 +14,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..common.checkpoint_layout import CheckpointLayout
 from ..common.meta_model import meta_model, reads_text
 from ..modeling.checkpoints import config_fields
+from ..modeling.deferred_tensor import Index
 from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
 from ..modeling.model_files import CheckpointError
-from ..modeling.tensors import Model, Tensors
+from ..modeling.tensors import LazyTensor, Model, Tensors
 from .trained_delta import TrainedDelta
 
 
@@ -30,15 +31,20 @@ def _config(finetuned: Model) -> PreTrainedConfig:
     return AutoConfig.for_model(**config_fields(finetuned.config))
 
 
-def load_model(finetuned: Model, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
-    """Make a frozen model of the fine-tune's architecture from tensors with the checkpoint's names.
+def load_model(finetuned: Model, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, device: torch.device) -> Any:
+    """Make a frozen model of the fine-tune's architecture on a device, from tensors with the checkpoint's names.
 
     Raises:
         CheckpointError: if a tensor is missing.
     """
     model_class: Any = type(empty_model(finetuned))
     model, info = model_class.from_pretrained(
-        None, config=_config(finetuned), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+        None,
+        config=_config(finetuned),
+        state_dict=dict(tensors),
+        dtype=dtype,
+        device_map={"": device},
+        output_loading_info=True,
     )
     if info["missing_keys"]:  # transformers would initialise them at random
         raise CheckpointError(
@@ -81,18 +87,30 @@ def trainable(model: Any, base: Tensors, finetuned: Model) -> dict[str, list[str
 
 def student_tensors(
     base: Tensors, finetuned: Model, records: Mapping[str, np.ndarray], trained: Iterable[str]
-) -> dict[str, torch.Tensor]:
+) -> dict[str, LazyTensor]:
     """Return the compressed model's tensors, with the base's for `trained` names, to which deltas will be attached."""
-    tensors, trained = {name: finetuned.tensor(name) for name in finetuned.names()}, set(trained)
-    for name, data in records.items():
-        tensors[name] = base.tensor(name) if name in trained else compressed(base, finetuned, name, data)
+
+    def decoded(name: str, index: Index, device: torch.device) -> torch.Tensor:
+        return compressed(base, finetuned, name, records[name], device)[index]
+
+    tensors, trained = finetuned_tensors(finetuned), set(trained)
+    for name in records:
+        tensors[name] = LazyTensor(base, name) if name in trained else LazyTensor(finetuned, name, decoded)
     return tensors
 
 
-def compressed(base: Tensors, finetuned: Model, name: str, data: np.ndarray) -> torch.Tensor:
-    """Decode a tensor from its records and append its added rows: float32."""
-    before = base.tensor(name)
-    return torch.cat([add_delta(before, data, name, torch.float32), finetuned.tensor(name)[len(before) :].float()])
+def finetuned_tensors(finetuned: Model) -> dict[str, LazyTensor]:
+    """Return the fine-tune's tensors."""
+    return {name: LazyTensor(finetuned, name) for name in finetuned.names()}
+
+
+def compressed(
+    base: Tensors, finetuned: Model, name: str, data: np.ndarray, device: torch.device | str
+) -> torch.Tensor:
+    """Decode a tensor from its records on a device and append its added rows: float32."""
+    before = base.tensor(name, device)
+    added = finetuned.tensor(name)[len(before) :].to(device)
+    return torch.cat([add_delta(before, data, name, torch.float32), added.float()])
 
 
 def attach(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import is_accelerate_available
 
 from ..common.token_losses import cross_entropy, kl_divergence
 
@@ -17,6 +18,8 @@ def load(source: str, dtype: torch.dtype, device: str | torch.device, **options:
         dtype, device: dtype and device of its weights.
         options: additional arguments of `from_pretrained`.
     """
+    if torch.device(device).type != "cpu" and is_accelerate_available():
+        options["device_map"] = {"": device}  # a delta is then decoded there
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the first parameter
 

@@ -80,19 +80,20 @@ class FineTune:
         """Return how many rows its tensor has beyond the base's tensor, whose shape is given."""
         return max(0, self.tensors.shape(name)[0] - shape[0]) if shape and name in self._names else 0
 
-    def shared(self, name: str, before: torch.Tensor) -> torch.Tensor:
+    def shared(self, name: str, before: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return the part of its tensor that the base has, too, with the base's rows in place of those that it lacks.
 
         Args:
             before: the base's tensor.
+            device: where a delta is decoded; the result is there.
         """
         if name not in self._names:
-            return before
-        after = torch.atleast_1d(self.tensors.tensor(name))[: len(before)]
+            return before.to(device)
+        after = torch.atleast_1d(self.tensors.tensor(name, device))[: len(before)]
         if len(after) == len(before):
             return after
         # In float32, so that the base's own rows make no delta.
-        return torch.cat([after.float(), before[len(after) :].float()])
+        return torch.cat([after.float(), before[len(after) :].to(device).float()])
 
 
 class MergeInputs:

@@ -285,12 +285,12 @@ class Merge:
     ) -> TaskVector:
         """Return one model's delta of one tensor, sparsified and trimmed."""
         model, method = self.inputs.models[number], self.config.method
-        after = model.shared(name, before)
+        after = model.shared(name, before, self.device)
         if not all_finite(after):
             raise IncompatibleModelsError(f"{name} of '{model.name}' holds NaN or infinity")
 
         def dense(rows: slice) -> torch.Tensor:
-            return after[rows].to(self.device, torch.float32) - before[rows].to(self.device, torch.float32)
+            return after[rows].float() - before[rows].to(self.device).float()
 
         vector: TaskVector = dense
         if method.sparsifier is not None and values["density"] < 1 and self.inputs.is_layer_matrix(name):

@@ -21,6 +21,7 @@ from .precision import full_float32
 # Rows of a matrix that are decoded and added to the base at once on a CPU. More rows need more memory and are no
 # faster; with fewer the product is slower (with 128 by a tenth to a quarter).
 TILE_ROWS = 512
+_ALL = slice(None)
 
 
 def _side_values(packed: torch.Tensor, width: int, per_column: np.ndarray, scales: np.ndarray | None) -> torch.Tensor:
@@ -67,13 +68,15 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
     ]
 
 
-def _row_deltas(record: Record, name: str, device: torch.device | str) -> Callable[[slice], MatrixDelta]:
-    """Return a function that returns the delta of a range of the matrix's rows."""
+def _row_deltas(
+    record: Record, name: str, device: torch.device | str, columns: slice = _ALL
+) -> Callable[[slice], MatrixDelta]:
+    """Return a function that returns the delta of a range of the matrix's rows, in some of its columns."""
     planes = decode_planes(record, name, device)
     if record.layout != FACTORED:  # its plane is as large as the matrix, so only the rows are made dense
-        return lambda rows: DirectDelta(planes[0].select(rows).dense(), record.scale)
+        return lambda rows: DirectDelta(planes[0].select(rows).dense()[:, columns], record.scale)
     sigma = torch.from_numpy(record.sigma.astype(np.float32) * np.float32(record.scale)).to(device)
-    return Factors(planes[0].dense(), sigma, planes[1].dense()).select
+    return Factors(planes[0].dense(), sigma, planes[1].dense()[:, columns]).select
 
 
 def matrix_delta(record: Record, name: str, device: torch.device | str = "cpu") -> MatrixDelta:
@@ -105,20 +108,57 @@ def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtyp
     at = 0
     for target, matrix in zip(_matrices(out), _matrices(base), strict=True):
         record, length = parse_record(data[at:], (matrix.shape[0], matrix.shape[1]), name)
-        delta_of = _row_deltas(record, name, base.device)
-        # On an accelerator, one step for all rows is fastest.
-        step = TILE_ROWS if base.device.type == "cpu" else max(1, record.rows)
-        for start in range(0, record.rows, step):
-            rows = slice(start, min(start + step, record.rows))
-            tile = matrix[rows].to(torch.float32, copy=True)
-            delta_of(rows).add_to(tile)
-            target[rows].copy_(tile)
-            if not finite_where_base_is(target[rows], matrix[rows]):
-                raise DeltaFormatError(f"{name} decodes to NaN or infinity in {dtype}")
+        _add_record(target, matrix, record, name)
         at += length
     if at != len(data):
         raise DeltaFormatError(f"{name}: {len(data) - at} bytes follow the last record")
     return out
+
+
+@full_float32()
+def add_delta_part(
+    base: torch.Tensor,
+    data: np.ndarray,
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    rows: slice,
+    columns: slice,
+) -> torch.Tensor:
+    """Return a part of a matrix's base plus decoded delta, as `add_delta` would: `add_delta(…)[rows, columns]`.
+
+    Args:
+        base: the base's part, on the device to decode on.
+        data: uint8: the matrix's record.
+        name, dtype: as for `add_delta`.
+        shape: the matrix's shape.
+        rows, columns: the part, as slices with non-negative bounds.
+
+    Raises:
+        DeltaFormatError: as for `add_delta`.
+    """
+    record, length = parse_record(data, shape, name)
+    if length != len(data):
+        raise DeltaFormatError(f"{name}: {len(data) - length} bytes follow the last record")
+    out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    _add_record(out, base, record, name, rows.start, columns)
+    return out
+
+
+def _add_record(
+    out: torch.Tensor, base: torch.Tensor, record: Record, name: str, first_row: int = 0, columns: slice = _ALL
+) -> None:
+    """Write base plus decoded delta to `out`: all of the matrix, or the part that begins in a row, in some columns."""
+    delta_of = _row_deltas(record, name, base.device, columns)
+    # On an accelerator, one step for all rows is fastest.
+    step = TILE_ROWS if base.device.type == "cpu" else max(1, len(base))
+    for start in range(0, len(base), step):
+        stop = min(start + step, len(base))
+        tile = base[start:stop].to(torch.float32, copy=True)
+        delta_of(slice(first_row + start, first_row + stop)).add_to(tile)
+        out[start:stop].copy_(tile)
+        if not finite_where_base_is(out[start:stop], base[start:stop]):
+            raise DeltaFormatError(f"{name} decodes to NaN or infinity in {out.dtype}")
 
 
 def _matrices(tensor: torch.Tensor) -> list[torch.Tensor]:

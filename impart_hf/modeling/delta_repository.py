@@ -16,7 +16,8 @@ from .base_tensors import BaseTensors, finite_where_base_is
 from .checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, Checkpoint, all_finite, is_plain_name
 from .checksums import tensor_bytes, tensor_checksum
 from .configuration_delta_compressed import DeltaCompressedConfig
-from .delta_decode import add_delta
+from .deferred_tensor import Index, part_ranges
+from .delta_decode import add_delta, add_delta_part
 from .delta_record import DeltaFormatError
 from .model_files import CheckpointError, HubOptions, fetch_file, read_json
 from .tensors import LazyTensor
@@ -342,9 +343,26 @@ class DeltaRepository:
             tensor = torch.cat([tensor, self.file.read_finite(part.added_rows).to(device)])
         return tensor
 
-    def lazy_state_dict(self, device: torch.device | str = "cpu") -> dict[str, LazyTensor]:
-        """Return all fine-tuned tensors as objects that are decoded when they are sliced."""
-        return {name: LazyTensor(self, name, device) for name in self.names()}
+    def part(self, name: str, index: Index, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return a part of a fine-tuned tensor, decoded on `device`; errors as for `tensor`.
+
+        Of a matrix that has records and no added rows, only the rows and columns of the part are decoded.
+
+        Args:
+            index: what selects the part, as in `tensor(name)[index]`.
+        """
+        entries, shape = self.parts[name], self.shape(name)
+        ranges = part_ranges(index, shape) if entries.records and not entries.added_rows else None
+        if ranges is None or len(shape) != 2 or ranges == [range(size) for size in shape]:
+            return self.tensor(name, device)[index]
+        rows, columns = (slice(chosen.start, chosen.stop) for chosen in ranges)
+        base = self.base_tensor(name)[rows, columns].to(device)
+        data = self.file.read_records(name)
+        return add_delta_part(base, data, name, self.dtype(name), (shape[0], shape[1]), rows, columns)
+
+    def lazy_state_dict(self) -> dict[str, LazyTensor]:
+        """Return all fine-tuned tensors as objects that are decoded where transformers puts them."""
+        return {name: LazyTensor(self, name, self.part) for name in self.names()}
 
 
 def names_checksum(names: list[str]) -> int:

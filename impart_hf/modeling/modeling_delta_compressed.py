@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -105,7 +104,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             None,
             *model_args,
             config=config.text_config,
-            state_dict=repository.lazy_state_dict(_decoding_device(kwargs.get("device_map"))),
+            state_dict=repository.lazy_state_dict(),
             output_loading_info=True,
             **kwargs,
         )
@@ -274,18 +273,6 @@ def _forget_delta(model: DeltaCompressedForCausalLM) -> PreTrainedModel:
         model.__dict__.pop(name, None)
     model.__class__ = model._inner_class  # type: ignore[assignment]
     return model
-
-
-def _decoding_device(device_map: Any) -> torch.device:
-    """Return the device to decode on: an accelerator if the model will use one (transformers moves each tensor)."""
-    targets = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
-    for target in targets:
-        if isinstance(target, int) or target in ("auto", "balanced", "balanced_low_0", "sequential"):
-            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            return torch.device("cpu") if accelerator is None else accelerator
-        if target is not None and target != "disk" and torch.device(target).type not in ("cpu", "meta"):
-            return torch.device(target)
-    return torch.device("cpu")
 
 
 __all__ = ["DeltaCompressedForCausalLM", "DeltaCompressedForSequenceClassification"]

@@ -1,12 +1,13 @@
 """The interface of a model's tensors, which are found by name and made one at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from .checkpoints import DTYPE_NAMES
+from .deferred_tensor import DeferredTensor, Index
 from .model_files import HubOptions
 
 
@@ -62,10 +63,20 @@ class StoredModel(Model, Protocol):
 
 
 class LazyTensor:
-    """A tensor with the interface of a safetensors slice: transformers makes it when it loads it."""
+    """A tensor with the interface of a safetensors slice; its parts are made when transformers loads them."""
 
-    def __init__(self, tensors: Tensors, name: str, device: torch.device | str):
-        self._tensors, self._name, self._device = tensors, name, device
+    def __init__(
+        self, tensors: Tensors, name: str, part: Callable[[str, Index, torch.device], torch.Tensor] | None = None
+    ):
+        """Wrap one of a model's tensors.
+
+        Args:
+            part: returns a part of the named tensor on a device; None to make the whole tensor and slice it.
+        """
+        self._tensors, self._name, self._part = tensors, name, part or self._sliced
+
+    def _sliced(self, name: str, index: Index, device: torch.device) -> torch.Tensor:
+        return self._tensors.tensor(name, device)[index]
 
     def get_shape(self) -> list[int]:
         return list(self._tensors.shape(self._name))
@@ -81,5 +92,6 @@ class LazyTensor:
         """Return whether its dtype is; transformers asks if no configuration says in which dtype to load."""
         return self.dtype.is_floating_point
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._tensors.tensor(self._name, self._device)[index]
+    def __getitem__(self, index: Index) -> torch.Tensor:
+        shape = tuple(torch.empty(self._tensors.shape(self._name), device="meta")[index].shape)
+        return DeferredTensor(shape, self.dtype, lambda device: self._part(self._name, index, device))

@@ -56,7 +56,8 @@ def test_gradients_are_those_of_the_dense_formula(kind: str, layout: str, tmp_pa
     base, finetuned = checkpoints(pair)
     records = {n: np.frombuffer(d, np.uint8) for n, d in encode(pair, METHODS[layout], 6).items() if "layers" in n}
     teacher, names = load(pair.finetuned), list(records)
-    student = load_model(finetuned, student_tensors(base, finetuned, records, names), torch.float32)
+    tensors = student_tensors(base, finetuned, records, names)
+    student = load_model(finetuned, tensors, torch.float32, torch.device("cpu"))
     deltas = {name: attach(student, name, records[name], None, owners_of(teacher)[name]) for name in names}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -38,7 +38,7 @@ def test_tensors(tiny_pair: Pair, tiny_repository: Path, kind: Callable[[Pair, P
     assert tensors.source
     assert tensors.names() == sorted(load_tensors(tiny_pair.finetuned))
     for name, dense in zip(tensors.names(), dense_tensors(tensors), strict=True):
-        tensor, lazy = tensors.tensor(name), LazyTensor(tensors, name, "cpu")
+        tensor, lazy = tensors.tensor(name), LazyTensor(tensors, name)
         assert tensors.shape(name) == tuple(lazy.get_shape()) == dense.shape == tuple(tensor.shape)
         assert tensors.dtype(name) == lazy.dtype == dense.dtype == tensor.dtype
         assert torch.equal(lazy[:1], tensor[:1]) and torch.equal(dense.make(), tensor)
