@@ -38,7 +38,7 @@ from transformers import Mamba2Config
 from impart_hf import BitDeltaConfig, DareConfig, ImPartRdConfig, LowRankConfig
 from impart_hf.coding.records import empty_record
 from impart_hf.distillation import DistillSettings, text
-from impart_hf.distillation.student import attach, load_model, owners_of, student_tensors
+from impart_hf.distillation.student import attach, finetuned_tensors, load_model, owners_of, student_tensors
 from impart_hf.distillation.trained_delta import TrainedDelta
 from impart_hf.modeling.checkpoints import text_config
 from impart_hf.modeling.delta_decode import decode_planes, decode_record
@@ -254,7 +254,7 @@ def test_configurations_are_read_as_transformers_writes_them_and_left_alone(tmp_
         finetuned = checkpoints(pair)[1]
         content = copy.deepcopy(finetuned.config)
         text_config(finetuned.config)
-        load_model(finetuned, {n: finetuned.tensor(n) for n in finetuned.names()}, torch.float32)
+        load_model(finetuned, finetuned_tensors(finetuned), torch.float32, torch.device("cpu"))
         assert finetuned.config == content
 
 
