@@ -14,6 +14,7 @@ from .checkpoints import all_finite
 from .codebook import CODEBOOKS, Floats
 from .delta_record import FACTORED, DeltaFormatError, Record, parse_record
 from .factors import DirectDelta, Factors, MatrixDelta
+from .packed_tables import kernels_wanted
 from .planes import KeptEntries, Plane, Run
 
 # Rows of a matrix that are decoded and added to the base at once on a CPU. More rows need more memory and are no
@@ -84,7 +85,9 @@ def decode_record(record: Record, name: str, device: torch.device | str = "cpu")
     return matrix_delta(record, name, device).add_to(torch.zeros(record.rows, record.columns, device=device))
 
 
-def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype) -> torch.Tensor:
+def add_delta(
+    base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype, kernels: bool | None = None
+) -> torch.Tensor:
     """Return base plus decoded delta, summed in float32 and rounded once to `dtype`.
 
     Args:
@@ -92,29 +95,42 @@ def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtyp
         data: uint8: the tensor's record, or its s records one after the other.
         name: the tensor's name, for messages.
         dtype: the fine-tuned tensor's dtype.
+        kernels: whether Triton kernels decode, if they can; None for `packed_tables.kernels_wanted`.
 
     Raises:
         DeltaFormatError: if the records do not fit the base's shape or do not end where the data ends, or the result
             is not finite.
     """
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    decoder = None
+    if kernels_wanted(base.device) if kernels is None else kernels:
+        from .triton_decode import decoder_for  # importing Triton takes a second, which a CPU need not spend
+
+        decoder = decoder_for(base, dtype)
     at = 0
     for target, matrix in zip(_matrices(out), _matrices(base), strict=True):
         record, length = parse_record(data[at:], (matrix.shape[0], matrix.shape[1]), name)
-        delta_of = _row_deltas(record, name, base.device)
-        # On an accelerator, one step for all rows is fastest.
-        step = TILE_ROWS if base.device.type == "cpu" else max(1, record.rows)
-        for start in range(0, record.rows, step):
-            rows = slice(start, min(start + step, record.rows))
-            tile = matrix[rows].to(torch.float32, copy=True)
-            delta_of(rows).add_to(tile)
-            target[rows].copy_(tile)
-            if not all_finite(target[rows]):
-                raise DeltaFormatError(f"{name} decodes to NaN or infinity in {dtype}")
+        (decoder.add_record if decoder else _add_record)(target, matrix, record, name)
         at += length
     if at != len(data):
         raise DeltaFormatError(f"{name}: {len(data) - at} bytes follow the last record")
+    if decoder and not decoder.finite():
+        return add_delta(base, data, name, dtype, kernels=False)  # it says what is not finite
     return out
+
+
+def _add_record(out: torch.Tensor, base: torch.Tensor, record: Record, name: str) -> None:
+    """Write base plus decoded delta, (m, n), to `out`."""
+    delta_of = _row_deltas(record, name, base.device)
+    # On an accelerator, one step for all rows is fastest.
+    step = TILE_ROWS if base.device.type == "cpu" else max(1, record.rows)
+    for start in range(0, record.rows, step):
+        rows = slice(start, min(start + step, record.rows))
+        tile = base[rows].to(torch.float32, copy=True)
+        delta_of(rows).add_to(tile)
+        out[rows].copy_(tile)
+        if not all_finite(out[rows]):
+            raise DeltaFormatError(f"{name} decodes to NaN or infinity in {out.dtype}")
 
 
 def _matrices(tensor: torch.Tensor) -> list[torch.Tensor]:

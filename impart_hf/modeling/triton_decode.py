@@ -1,0 +1,178 @@
+"""Decoding on load in one Triton kernel: unpack tiles of U and V, multiply, add the base, round, store.
+
+Neither U, V nor the delta is ever stored. Sums are float32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from .delta_decode import decode_record
+from .delta_record import FACTORED, KEEP_ALL, KEEP_PER_COLUMN, Record, Segment
+from .seeded_mask import keep_mask
+from .triton_planes import (
+    PackedRecord,
+    available,
+    column_sigma,
+    is_finite,
+    jit,
+    launching,
+    levels_on,
+    on_device,
+    pack,
+    unpack_tile,
+)
+from .width_codes import FLOAT16, packed_bytes
+
+if available:
+    from triton import language as tl
+
+logger = logging.get_logger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of bases and results
+# Fixed sizes: trying out others would take longer than decoding a model. The tile of a factored delta has _SIDE rows
+# and columns and is summed over _COMPONENTS at once; that of a direct one has _DIRECT_ROWS rows.
+_SIDE, _COMPONENTS, _DIRECT_ROWS, _WARPS = 128, 32, 16, 8
+
+
+@jit
+def _finish(base, out, bad, delta, rows, columns, m, n):
+    """Store a tile, base + delta, and say if a number of it is not finite in its dtype."""
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    offset = rows.to(tl.int64)[:, None] * n + columns[None, :]
+    total = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) + delta
+    result = total.to(out.dtype.element_ty)
+    tl.store(out + offset, result, mask=inside)
+    wrong = inside & (is_finite(result.to(tl.float32)) == 0)
+    if tl.max(tl.max(wrong.to(tl.int32), 1), 0) > 0:
+        tl.store(bad, 1)
+
+
+@jit(do_not_specialize=["m", "rank", "stride"])
+def factored_kernel(
+    base, out, bad, codes, table, prefix, levels, stride, m, n, rank,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, SIDE: tl.constexpr, COMPONENTS: tl.constexpr,
+):  # fmt: skip
+    first_row = tl.program_id(0) * SIDE
+    first_column = tl.program_id(1) * SIDE
+    delta = tl.zeros([SIDE, SIDE], tl.float32)
+    for start in range(0, rank, COMPONENTS):
+        component = start + tl.arange(0, COMPONENTS)
+        inside = component < rank
+        u = unpack_tile(
+            codes, table, stride, prefix, levels, component, inside, first_row, m, COMPONENTS, SIDE, MASKED
+        )  # fmt: skip
+        v = unpack_tile(
+            codes, table, stride, prefix, levels, rank + component, inside, first_column, n, COMPONENTS, SIDE, MASKED
+        )  # fmt: skip
+        u = u * column_sigma(table, stride, component, inside)[:, None]
+        delta = tl.dot(tl.trans(u), v, delta, input_precision=PRECISION)
+    _finish(base, out, bad, delta, first_row + tl.arange(0, SIDE), first_column + tl.arange(0, SIDE), m, n)
+
+
+@jit(do_not_specialize=["m", "stride"])
+def direct_kernel(
+    base, out, bad, codes, table, prefix, levels, stride, m, n,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first_column = tl.program_id(1) * SIDE
+    inside = row < m
+    p = unpack_tile(codes, table, stride, prefix, levels, row, inside, first_column, n, ROWS, SIDE, MASKED)
+    delta = p * column_sigma(table, stride, row, inside)[:, None]
+    _finish(base, out, bad, delta, row, first_column + tl.arange(0, SIDE), m, n)
+
+
+def default_precision(device: torch.device) -> str:
+    """Return how products are made: float32's error from three products on tensor cores, or plain float32."""
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+def launch(
+    base: torch.Tensor, out: torch.Tensor, bad: torch.Tensor, record: Record, packed: PackedRecord, precision: str
+) -> None:
+    """Write base + delta to `out`, and 1 to `bad` if a number of it is not finite.
+
+    Args:
+        base, out: (m, n), contiguous, of dtypes in `DTYPES`; they may be the same tensor.
+        bad: int32 (1,).
+        packed: the record on their device.
+        precision: `input_precision` of `tl.dot`.
+    """
+    m, n = base.shape
+    arrays = (base, out, bad, packed.codes, packed.table, packed.prefix, levels_on(base.device))
+    sizes = (packed.table.shape[1], m, n)
+    across = -(-n // _SIDE)
+    with launching, on_device(base.device):
+        if record.layout == FACTORED:
+            factored_kernel[(-(-m // _SIDE), across)](
+                *arrays, *sizes, record.rank, MASKED=packed.masked, PRECISION=precision,
+                SIDE=_SIDE, COMPONENTS=_COMPONENTS, num_warps=_WARPS,
+            )  # fmt: skip
+        else:
+            direct_kernel[(-(-m // _DIRECT_ROWS), across)](
+                *arrays, *sizes, MASKED=packed.masked, ROWS=_DIRECT_ROWS, SIDE=_SIDE
+            )
+
+
+class Decoder:
+    """Adds the records of one tensor to its base with kernels.
+
+    Its result is finite, or a number in the records or in the sum is not: ask `finite` once, after the last record.
+    """
+
+    def __init__(self, device: torch.device, precision: str | None = None):
+        self._bad = torch.zeros(1, dtype=torch.int32, device=device)
+        self._precision = precision or default_precision(device)
+
+    def add_record(self, out: torch.Tensor, base: torch.Tensor, record: Record, name: str) -> None:
+        """Write base + delta, (m, n), to `out`, which is contiguous.
+
+        Raises:
+            DeltaFormatError: if there are not as many codes as kept entries.
+        """
+        packed = pack(record, name, base.device)
+        launch(base.contiguous(), out, self._bad, record, packed, self._precision)
+
+    def finite(self) -> bool:
+        return not self._bad.item()
+
+
+def decoder_for(base: torch.Tensor, dtype: torch.dtype) -> Decoder | None:
+    """Return a decoder for a tensor and its fine-tuned dtype, or None if torch must do it."""
+    if not available or base.numel() == 0 or base.dtype not in DTYPES or dtype not in DTYPES:
+        return None
+    return Decoder(base.device) if _works_on(base.device) else None
+
+
+def _small_record() -> Record:
+    """A record with levels, floats and masks, whose codes are finite as floats."""
+    m, n, seed, limits = 130, 70, 7, np.array([0xFFFF, 0x7FFF, 0x3FFF], np.uint16)
+    kept = [keep_mask(seed, side, limits, size).sum(1).tolist() for side, size in enumerate((m, n))]
+    segments = [Segment(1, 3, 36, KEEP_ALL), Segment(2, FLOAT16, 5, KEEP_PER_COLUMN)]
+    sizes = [(kept[0][0], 3), (kept[1][0], 36), (sum(kept[0][1:]), FLOAT16), (sum(kept[1][1:]), 5)]
+    size = sum(packed_bytes(width, count) for count, width in sizes)
+    codes = np.random.default_rng(0).integers(0, 256, size).astype(np.uint8) & np.uint8(0x3B)
+    sigma = np.array([1, 2, 0.5], np.float16)
+    return Record(FACTORED, m, n, 3, seed, 0.5, 0.0, segments, sigma, limits, [None, None], codes)
+
+
+@functools.lru_cache
+def _works_on(device: torch.device) -> bool:
+    """Return whether a small record decodes as it should: the device may be too old, or a compiler be missing."""
+    record = _small_record()
+    try:
+        decoder = Decoder(device)
+        out = torch.zeros(record.rows, record.columns, device=device)
+        decoder.add_record(out, out, record, "small record")
+        difference = (out.cpu() - decode_record(record, "small record")).abs().max().item()
+        trouble = "" if decoder.finite() and difference < 1e-5 else f"they are wrong by {difference}"
+    except Exception as error:  # whatever a compiler, a driver or a launch may raise
+        trouble = str(error)
+    if trouble:
+        logger.warning(f"The Triton kernels do not work on {device}, and torch decodes instead: {trouble}")
+    return not trouble

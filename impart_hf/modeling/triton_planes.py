@@ -1,0 +1,200 @@
+"""What the Triton kernels share: unpacking a tile of a plane in registers, and counting the entries that masks keep.
+
+Triton is an optional import. Without it `available` is False, and nothing here may be called.
+"""
+
+from __future__ import annotations  # the annotations below name `tl`, which may not be there
+
+import functools
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .delta_record import Record
+from .packed_tables import BLOCK, BRAIN, FIELDS, HALF, NORMAL, PackedTables, normal_levels
+
+try:  # transformers wants every package to be installed that a reader file imports outside of `try`
+    import triton
+    from triton import language as tl
+
+    jit, constexpr, available = triton.jit, tl.constexpr, True
+except ImportError:
+    available = False
+
+    def jit(function: Callable | None = None, **_: Any) -> Any:
+        return jit if function is None else function
+
+    def constexpr(value: int) -> int:
+        return value
+
+
+# Kernels may read global constants of this type only.
+_BLOCK, _NORMAL, _HALF, _BRAIN = (constexpr(value) for value in (BLOCK, NORMAL, HALF, BRAIN))
+_BYTE, _BIT, _BITS, _KIND, _KEY, _LIMIT, _PREFIX, _STEP, _SCALE, _SIGMA = (constexpr(i) for i in range(len(FIELDS)))
+_KEEP_ALL = constexpr(0xFFFF)
+_GOLDEN, _MULTIPLIER_1, _MULTIPLIER_2 = (constexpr(v) for v in (0x9E3779B9, 0x7FEB352D, 0x846CA68B))
+_COUNT_COLUMNS, _COUNT_BLOCKS = 4, 16  # a program counts 4 columns, 1024 entries of each at once
+
+# transformers loads in four threads; neither Triton's compiler nor its interpreter says that it may run in several.
+launching = threading.RLock()
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Return the context to launch in: Triton launches on the current device, which every thread has its own of."""
+    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+
+
+@jit
+def _hash16(keys, rows):
+    """The 16-bit numbers that decide whether entries are kept; uint32 keys (columns, 1), int32 rows (1, entries)."""
+    x = keys + (rows.to(tl.uint32) >> 1) * _GOLDEN
+    x = x ^ (x >> 16)
+    x = x * _MULTIPLIER_1
+    x = x ^ (x >> 15)
+    x = x * _MULTIPLIER_2
+    x = x ^ (x >> 16)
+    return tl.where((rows & 1) == 1, x >> 16, x & 0xFFFF).to(tl.int32)
+
+
+@jit
+def column_field(table, stride, columns, inside, FIELD: tl.constexpr):
+    """Integers of the column table, 0 for columns that are not `inside`."""
+    return tl.load(table + FIELD * stride + columns, mask=inside, other=0)
+
+
+@jit
+def column_sigma(table, stride, columns, inside):
+    return column_field(table, stride, columns, inside, _SIGMA).to(tl.float32, bitcast=True)
+
+
+@jit
+def unpack_tile(
+    codes, table, stride, prefix, levels, columns, inside, first, height,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of a plane, float32 (COLUMNS, ROWS): stored values times column scales, zeros for dropped entries.
+
+    Args:
+        codes, table, prefix, levels: as in `PackedRecord`; `stride` is the number of columns in the table.
+        columns, inside: int32 (COLUMNS,) numbers of columns in the table, and whether they exist.
+        first: the tile's first row, a multiple of `BLOCK`.
+        height: entries of a column.
+        MASKED: False if no column has a mask.
+    """
+    rows = first + tl.arange(0, ROWS)
+    bits = column_field(table, stride, columns, inside, _BITS)
+    # Of the tile's entries, those before each one, and of the column's, those before the tile.
+    within = tl.zeros([COLUMNS, ROWS], tl.int32) + tl.arange(0, ROWS)[None, :]
+    before = tl.zeros([COLUMNS], tl.int32) + first
+    kept = inside[:, None] & (rows < height)[None, :]
+    if MASKED:
+        limit = tl.load(table + _LIMIT * stride + columns, mask=inside, other=_KEEP_ALL)
+        if tl.min(limit, 0) < _KEEP_ALL:
+            key = column_field(table, stride, columns, inside, _KEY).to(tl.uint32, bitcast=True)
+            kept = kept & (_hash16(key[:, None], rows[None, :]) <= limit[:, None])
+            within = tl.cumsum(kept.to(tl.int32), 1) - kept.to(tl.int32)
+            counts = prefix + column_field(table, stride, columns, inside, _PREFIX) + first // _BLOCK
+            before = tl.where(limit < _KEEP_ALL, tl.load(counts, mask=inside & (limit < _KEEP_ALL), other=0), before)
+    start = column_field(table, stride, columns, inside, _BYTE).to(tl.uint32, bitcast=True).to(tl.int64)
+    bit = before.to(tl.int64) * bits + column_field(table, stride, columns, inside, _BIT)
+    offset = (bit & 7).to(tl.int32)[:, None] + within * bits[:, None]
+    address = codes + (start + (bit >> 3))[:, None] + (offset >> 3)
+    shift = offset & 7
+    low = tl.load(address, mask=kept, other=0).to(tl.int32)
+    high = tl.load(address + 1, mask=kept & (shift + bits[:, None] > 8), other=0).to(tl.int32)
+    code = ((low | (high << 8)) >> shift) & ((1 << bits) - 1)[:, None]
+    step = column_field(table, stride, columns, inside, _STEP).to(tl.float32, bitcast=True)
+    value = code.to(tl.float32) * step[:, None] - 1.0
+    kind = column_field(table, stride, columns, inside, _KIND)
+    if tl.max(kind, 0) > 0:
+        kinds = kind[:, None]
+        level = tl.load(levels + (bits * 16)[:, None] + code, mask=kept & (kinds == _NORMAL), other=0.0)
+        half = code.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        brain = (code << 16).to(tl.float32, bitcast=True)
+        value = tl.where(kinds == _NORMAL, level, value)
+        value = tl.where(kinds == _HALF, half, value)
+        value = tl.where(kinds == _BRAIN, brain, value)
+    scale = column_field(table, stride, columns, inside, _SCALE).to(tl.float32, bitcast=True)
+    return tl.where(kept, value * scale[:, None], 0.0)
+
+
+@jit
+def is_finite(values):
+    return tl.abs(values) <= 3.4028234663852886e38
+
+
+@jit
+def _count_kernel(masks, prefix, kept, columns, most_steps, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Write, for each masked column, the number of entries kept before each block, and of all entries kept."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    key = tl.load(masks + column, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    limit = tl.load(masks + columns + column, mask=inside, other=0)
+    height = tl.load(masks + 2 * columns + column, mask=inside, other=0)
+    start = tl.load(masks + 3 * columns + column, mask=inside, other=0)
+    total = tl.zeros([COLUMNS], tl.int32)
+    block = tl.arange(0, BLOCKS)
+    for step in range(0, most_steps):
+        rows = step * (BLOCKS * _BLOCK) + tl.arange(0, BLOCKS * _BLOCK)
+        keep = (rows[None, :] < height[:, None]) & (_hash16(key[:, None], rows[None, :]) <= limit[:, None])
+        counts = tl.sum(tl.reshape(keep.to(tl.int32), [COLUMNS, BLOCKS, _BLOCK]), 2)
+        number = step * BLOCKS + block
+        there = inside[:, None] & (number[None, :] * _BLOCK < height[:, None])
+        before = total[:, None] + tl.cumsum(counts, 1) - counts
+        tl.store(prefix + start[:, None] + number[None, :], before, mask=there)
+        total += tl.sum(counts, 1)
+    tl.store(kept + column, total, mask=inside)
+
+
+@dataclass
+class PackedRecord:
+    """A record on a device, not decoded.
+
+    Attributes:
+        codes: uint8, the record's codes.
+        table: int32 (fields, columns of both sides): `PackedTables.columns`.
+        prefix: int32: for each masked column, how many entries are kept before each block of `BLOCK` entries.
+    """
+
+    codes: torch.Tensor
+    table: torch.Tensor
+    prefix: torch.Tensor
+
+    @property
+    def masked(self) -> bool:
+        return len(self.prefix) > 0
+
+
+@functools.lru_cache
+def levels_on(device: torch.device) -> torch.Tensor:
+    """Return `normal_levels` on a device."""
+    return torch.from_numpy(normal_levels()).to(device)
+
+
+def pack(record: Record, name: str, device: torch.device) -> PackedRecord:
+    """Move a record to a device; the host waits for the device once if the record has masks, else not at all.
+
+    Raises:
+        DeltaFormatError: if there are not as many codes as kept entries.
+    """
+    tables = PackedTables(record)
+    codes = torch.from_numpy(np.array(record.codes)).to(device)
+    prefix = torch.empty(tables.blocks, dtype=torch.int32, device=device)
+    kept = np.empty(0, np.int32)
+    columns = tables.masks.shape[1]
+    if columns and tables.blocks:
+        masks = torch.from_numpy(tables.masks).to(device)
+        counts = torch.empty(columns, dtype=torch.int32, device=device)
+        steps = -(-int(tables.masks[2].max()) // (_COUNT_BLOCKS * BLOCK))
+        with launching, on_device(device):
+            _count_kernel[(-(-columns // _COUNT_COLUMNS),)](
+                masks, prefix, counts, columns, steps, COLUMNS=_COUNT_COLUMNS, BLOCKS=_COUNT_BLOCKS
+            )
+        kept = counts.cpu().numpy()
+    table = torch.from_numpy(tables.columns(kept, name)).to(device)
+    return PackedRecord(codes, table, prefix)
