@@ -35,8 +35,8 @@ def kernels_wanted(device: torch.device) -> bool:
 
 
 def normal_levels() -> np.ndarray:
-    """Return the levels for normally distributed values, float32 (5, 16): row b has those of b bits, rising."""
-    table = np.zeros((5, 16), np.float32)
+    """Return the levels for normally distributed values, float32 (17, 16): row b has those of b bits, rising."""
+    table = np.zeros((17, 16), np.float32)
     for width, above in NORMAL_LEVELS.items():
         table[BITS[width], : 2 * len(above)] = [*(-level for level in reversed(above)), *above]
     return table

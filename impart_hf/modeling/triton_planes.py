@@ -38,6 +38,7 @@ _BLOCK, _NORMAL, _HALF, _BRAIN = (constexpr(value) for value in (BLOCK, NORMAL, 
 _BYTE, _BIT, _BITS, _KIND, _KEY, _LIMIT, _PREFIX, _STEP, _SCALE, _SIGMA = (constexpr(i) for i in range(len(FIELDS)))
 _KEEP_ALL = constexpr(0xFFFF)
 _GOLDEN, _MULTIPLIER_1, _MULTIPLIER_2 = (constexpr(v) for v in (0x9E3779B9, 0x7FEB352D, 0x846CA68B))
+PADDING = 512  # a tile of at most 256 rows is read as if there were no end: 16 bits a row
 _COUNT_COLUMNS, _COUNT_BLOCKS = 4, 16  # a program counts 4 columns, 1024 entries of each at once
 
 # transformers loads in four threads; neither Triton's compiler nor its interpreter says that it may run in several.
@@ -105,15 +106,16 @@ def unpack_tile(
     offset = (bit & 7).to(tl.int32)[:, None] + within * bits[:, None]
     address = codes + (start + (bit >> 3))[:, None] + (offset >> 3)
     shift = offset & 7
-    low = tl.load(address, mask=kept, other=0).to(tl.int32)
-    high = tl.load(address + 1, mask=kept & (shift + bits[:, None] > 8), other=0).to(tl.int32)
+    # Where nothing is stored, whatever is near is read (`PADDING` bytes lie behind the codes) and then thrown away.
+    low = tl.load(address).to(tl.int32)
+    high = tl.load(address + 1).to(tl.int32)
     code = ((low | (high << 8)) >> shift) & ((1 << bits) - 1)[:, None]
     step = column_field(table, stride, columns, inside, _STEP).to(tl.float32, bitcast=True)
     value = code.to(tl.float32) * step[:, None] - 1.0
     kind = column_field(table, stride, columns, inside, _KIND)
     if tl.max(kind, 0) > 0:
         kinds = kind[:, None]
-        level = tl.load(levels + (bits * 16)[:, None] + code, mask=kept & (kinds == _NORMAL), other=0.0)
+        level = tl.load(levels + (bits * 16)[:, None] + (code & 15))
         half = code.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         brain = (code << 16).to(tl.float32, bitcast=True)
         value = tl.where(kinds == _NORMAL, level, value)
@@ -156,7 +158,7 @@ class PackedRecord:
     """A record on a device, not decoded.
 
     Attributes:
-        codes: uint8, the record's codes.
+        codes: uint8, the record's codes and `PADDING` bytes.
         table: int32 (fields, columns of both sides): `PackedTables.columns`.
         prefix: int32: for each masked column, how many entries are kept before each block of `BLOCK` entries.
     """
@@ -183,7 +185,7 @@ def pack(record: Record, name: str, device: torch.device) -> PackedRecord:
         DeltaFormatError: if there are not as many codes as kept entries.
     """
     tables = PackedTables(record)
-    codes = torch.from_numpy(np.array(record.codes)).to(device)
+    codes = torch.from_numpy(np.pad(record.codes, (0, PADDING))).to(device)
     prefix = torch.empty(tables.blocks, dtype=torch.int32, device=device)
     kept = np.empty(0, np.int32)
     columns = tables.masks.shape[1]
