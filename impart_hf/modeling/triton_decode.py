@@ -146,7 +146,7 @@ def decoder_for(base: torch.Tensor, dtype: torch.dtype) -> Decoder | None:
     """Return a decoder for a tensor and its fine-tuned dtype, or None if torch must do it."""
     if not available or base.numel() == 0 or base.dtype not in DTYPES or dtype not in DTYPES:
         return None
-    return Decoder(base.device) if _works_on(base.device) else None
+    return Decoder(base.device) if works_on(base.device) else None
 
 
 def _small_record() -> Record:
@@ -162,7 +162,7 @@ def _small_record() -> Record:
 
 
 @functools.lru_cache
-def _works_on(device: torch.device) -> bool:
+def works_on(device: torch.device) -> bool:
     """Return whether a small record decodes as it should: the device may be too old, or a compiler be missing."""
     record = _small_record()
     try:

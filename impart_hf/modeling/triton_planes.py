@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .delta_record import Record
+from .delta_record import DeltaFormatError, Record
 from .packed_tables import BLOCK, BRAIN, FIELDS, HALF, NORMAL, PackedTables, normal_levels
+from .width_codes import BFLOAT16, FLOAT16
 
 try:  # transformers wants every package to be installed that a reader file imports outside of `try`
     import triton
@@ -40,6 +41,7 @@ _KEEP_ALL = constexpr(0xFFFF)
 _GOLDEN, _MULTIPLIER_1, _MULTIPLIER_2 = (constexpr(v) for v in (0x9E3779B9, 0x7FEB352D, 0x846CA68B))
 PADDING = 512  # a tile of at most 256 rows is read as if there were no end: 16 bits a row
 _COUNT_COLUMNS, _COUNT_BLOCKS = 4, 16  # a program counts 4 columns, 1024 entries of each at once
+_CHECK_COLUMNS = 32
 
 # transformers loads in four threads; neither Triton's compiler nor its interpreter says that it may run in several.
 launching = threading.RLock()
@@ -153,6 +155,22 @@ def _count_kernel(masks, prefix, kept, columns, most_steps, COLUMNS: tl.constexp
     tl.store(kept + column, total, mask=inside)
 
 
+@jit(do_not_specialize=["stride", "start", "columns", "height"])
+def _finite_kernel(
+    bad, codes, table, prefix, levels, stride, start, columns, height,
+    MASKED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Say if a value of the `columns` columns from `start` on is not finite: program (block of entries, columns)."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(0) * BLOCK
+    values = unpack_tile(
+        codes, table, stride, prefix, levels, start + column, column < columns, first, height, COLUMNS, BLOCK, MASKED
+    )  # fmt: skip
+    wrong = is_finite(values) == 0
+    if tl.max(tl.max(wrong.to(tl.int32), 1), 0) > 0:
+        tl.store(bad, 1)
+
+
 @dataclass
 class PackedRecord:
     """A record on a device, not decoded.
@@ -200,3 +218,22 @@ def pack(record: Record, name: str, device: torch.device) -> PackedRecord:
         kept = counts.cpu().numpy()
     table = torch.from_numpy(tables.columns(kept, name)).to(device)
     return PackedRecord(codes, table, prefix)
+
+
+def check_values(record: Record, packed: PackedRecord, name: str) -> None:
+    """Raise a DeltaFormatError if a stored value, times its column scale, is not finite."""
+    floats = {width for segment in record.segments for width in segment.widths()} & {FLOAT16, BFLOAT16}
+    if not floats:  # a level times a finite column scale is finite
+        return
+    bad = torch.zeros(1, dtype=torch.int32, device=packed.codes.device)
+    columns, levels = record.plane_columns, levels_on(packed.codes.device)
+    with launching, on_device(packed.codes.device):
+        for side in range(record.sides):
+            height = record.plane_rows(side)
+            if height:
+                _finite_kernel[(-(-height // BLOCK), -(-columns // _CHECK_COLUMNS))](
+                    bad, packed.codes, packed.table, packed.prefix, levels, packed.table.shape[1], side * columns,
+                    columns, height, MASKED=packed.masked, COLUMNS=_CHECK_COLUMNS, BLOCK=BLOCK,
+                )  # fmt: skip
+    if bad.item():
+        raise DeltaFormatError(f"{name}: a stored value is not finite")
