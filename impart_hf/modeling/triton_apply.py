@@ -22,11 +22,9 @@ from .triton_planes import (
     levels_on,
     on_device,
     pack,
+    tl,
     unpack_tile,
 )
-
-if available:
-    from triton import language as tl
 
 # Fixed sizes: rows of a batch, entries and columns of a plane that a program takes at once, and the programs that a
 # launch should have at least for a device to be busy.
@@ -86,7 +84,9 @@ def shrink_kernel(
         )  # fmt: skip
         slot = at + tl.arange(0, ROWS)
         line = part.to(tl.int64) * batch + slot
-        tl.store(hidden + line[:, None] * most + component[None, :], total, mask=(slot < last)[:, None] & inside[None, :])
+        tl.store(
+            hidden + line[:, None] * most + component[None, :], total, mask=(slot < last)[:, None] & inside[None, :]
+        )
 
 
 @jit(do_not_specialize=["stride", "count", "batch", "most", "parts"])
@@ -203,8 +203,12 @@ class AppliedDeltas:
                 parts = max(1, min(blocks, _MOST_PARTS, _ENOUGH_PROGRAMS // (across * min(count, batch))))
                 blocks_each = -(-blocks // parts)
                 hidden = torch.empty(parts, batch, most, dtype=torch.float32, device=self.device)
-                shrink_kernel[(count, across, parts)](hidden, inputs, *groups, count, batch, most, n, blocks_each, **options)
-                expand_kernel[(count, -(-m // BLOCK))](outputs, hidden, *groups, count, batch, most, parts, m, **options)
+                shrink_kernel[(count, across, parts)](
+                    hidden, inputs, *groups, count, batch, most, n, blocks_each, **options
+                )
+                expand_kernel[(count, -(-m // BLOCK))](
+                    outputs, hidden, *groups, count, batch, most, parts, m, **options
+                )
             if self._direct:
                 direct_kernel[(count, -(-m // _COLUMNS))](outputs, inputs, *groups, count, m, n, **options)
 

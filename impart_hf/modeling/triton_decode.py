@@ -24,12 +24,10 @@ from .triton_planes import (
     levels_on,
     on_device,
     pack,
+    tl,
     unpack_tile,
 )
 from .width_codes import FLOAT16, packed_bytes
-
-if available:
-    from triton import language as tl
 
 logger = logging.get_logger(__name__)
 

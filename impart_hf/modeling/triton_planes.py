@@ -21,17 +21,19 @@ from .width_codes import BFLOAT16, FLOAT16
 
 try:  # transformers wants every package to be installed that a reader file imports outside of `try`
     import triton
-    from triton import language as tl
-
-    jit, constexpr, available = triton.jit, tl.constexpr, True
 except ImportError:
-    available = False
+    triton = None
 
-    def jit(function: Callable | None = None, **_: Any) -> Any:
-        return jit if function is None else function
+available = triton is not None
+tl: Any = triton.language if available else None
+constexpr: Any = tl.constexpr if available else int
 
-    def constexpr(value: int) -> int:
-        return value
+
+def jit(function: Callable | None = None, **options: Any) -> Any:
+    """`triton.jit`; without Triton, kernels are plain functions that are never called."""
+    if available:
+        return triton.jit(function, **options)
+    return jit if function is None else function
 
 
 # Kernels may read global constants of this type only.
