@@ -1,6 +1,8 @@
-"""Decoding on load in one Triton kernel: unpack tiles of U and V, multiply, add the base, round, store.
+"""Decoding on load in Triton kernels: unpack U and V, multiply, add the base, round, store. Sums are float32.
 
-Neither U, V nor the delta is ever stored. Sums are float32.
+There are two ways for a factored record. Fused, one kernel unpacks a tile of U and V where it multiplies them, so that
+nothing is stored in between, but every tile of U is unpacked again for each tile of columns. Otherwise one kernel
+unpacks panels of U and V to float32, and a second one multiplies them, with half as many instructions.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of bases and results
 # Fixed sizes: trying out others would take longer than decoding a model. The tile of a factored delta has _SIDE rows
 # and columns and is summed over _COMPONENTS at once; that of a direct one has _DIRECT_ROWS rows.
 _SIDE, _COMPONENTS, _DIRECT_ROWS, _WARPS = 128, 32, 16, 8
+_MOST_PANEL = 16384
 
 
 @jit
@@ -51,10 +54,11 @@ def _finish(base, out, bad, delta, rows, columns, m, n):
 
 
 @jit(do_not_specialize=["m", "rank", "stride"])
-def factored_kernel(
+def fused_kernel(
     base, out, bad, codes, table, prefix, levels, stride, m, n, rank,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, SIDE: tl.constexpr, COMPONENTS: tl.constexpr,
 ):  # fmt: skip
+    """base + U diag(sigma) V^T, tiles of U and V being unpacked where they are multiplied."""
     first_row = tl.program_id(0) * SIDE
     first_column = tl.program_id(1) * SIDE
     delta = tl.zeros([SIDE, SIDE], tl.float32)
@@ -70,6 +74,42 @@ def factored_kernel(
         u = u * column_sigma(table, stride, component, inside)[:, None]
         delta = tl.dot(tl.trans(u), v, delta, input_precision=PRECISION)
     _finish(base, out, bad, delta, first_row + tl.arange(0, SIDE), first_column + tl.arange(0, SIDE), m, n)
+
+
+@jit(do_not_specialize=["stride", "start", "rank", "first", "height"])
+def unpack_kernel(
+    plane, codes, table, prefix, levels, stride, start, rank, first, height, width,
+    MASKED: tl.constexpr, LEFT: tl.constexpr, SIDE: tl.constexpr, COMPONENTS: tl.constexpr,
+):  # fmt: skip
+    """Write `width` entries, from `first` on, of a plane's columns to float32 (rank, width); U's (LEFT) times sigma."""
+    at = tl.program_id(0) * SIDE
+    component = tl.program_id(1) * COMPONENTS + tl.arange(0, COMPONENTS)
+    inside = component < rank
+    values = unpack_tile(
+        codes, table, stride, prefix, levels, start + component, inside, first + at, height, COMPONENTS, SIDE, MASKED
+    )  # fmt: skip
+    if LEFT:
+        values = values * column_sigma(table, stride, component, inside)[:, None]
+    offset = component.to(tl.int64)[:, None] * width + (at + tl.arange(0, SIDE))[None, :]
+    tl.store(plane + offset, values, mask=inside[:, None])
+
+
+@jit(do_not_specialize=["m", "rank", "first_row", "first_column"])
+def product_kernel(
+    base, out, bad, left, right, m, n, rank, first_row, first_column, high, wide,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, COMPONENTS: tl.constexpr,
+):  # fmt: skip
+    """base + left^T right, from a row and column on; left is float32 (rank, high), right (rank, wide)."""
+    row = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
+    column = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    delta = tl.zeros([SIDE, SIDE], tl.float32)
+    for start in range(0, rank, COMPONENTS):
+        component = start + tl.arange(0, COMPONENTS)
+        inside = (component < rank)[:, None]
+        u = tl.load(left + component[:, None] * high + row[None, :], mask=inside, other=0.0)
+        v = tl.load(right + component[:, None] * wide + column[None, :], mask=inside, other=0.0)
+        delta = tl.dot(tl.trans(u), v, delta, input_precision=PRECISION)
+    _finish(base, out, bad, delta, first_row + row, first_column + column, m, n)
 
 
 @jit(do_not_specialize=["m", "stride"])
@@ -90,8 +130,53 @@ def default_precision(device: torch.device) -> str:
     return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
+def panel_size(m: int, n: int, rank: int) -> tuple[int, int]:
+    """Return the rows and columns, multiples of the tile's, of which U and V are unpacked at once.
+
+    What is unpacked takes at most a fifth of the matrix in float32, or 16 MB, where panels of 1024 rows allow it.
+    """
+    sizes = [-(-min(size, _MOST_PANEL) // _SIDE) * _SIDE for size in (m, n)]
+    while rank * sum(sizes) > max(m * n // 5, 1 << 22) and max(sizes) > 1024:
+        larger = sizes.index(max(sizes))
+        sizes[larger] = -(-sizes[larger] // (2 * _SIDE)) * _SIDE
+    return sizes[0], sizes[1]
+
+
+def _launch_factored(
+    base: torch.Tensor, out: torch.Tensor, bad: torch.Tensor, rank: int, packed: PackedRecord, precision: str
+) -> None:
+    m, n = base.shape
+    sizes = panel_size(m, n, rank)
+    planes = [torch.empty(rank, size, dtype=torch.float32, device=base.device) for size in sizes]
+
+    def unpack(side: int, first: int) -> None:
+        unpack_kernel[(sizes[side] // _SIDE, -(-rank // _COMPONENTS))](
+            planes[side], packed.codes, packed.table, packed.prefix, levels_on(base.device), packed.table.shape[1],
+            side * rank, rank, first, base.shape[side], sizes[side],
+            MASKED=packed.masked, LEFT=side == 0, SIDE=_SIDE, COMPONENTS=_COMPONENTS,
+        )  # fmt: skip
+
+    for row in range(0, m, sizes[0]):
+        if rank:
+            unpack(0, row)
+        for column in range(0, n, sizes[1]):
+            if rank and (row == 0 or sizes[1] < n):
+                unpack(1, column)
+            rows, columns = min(sizes[0], m - row), min(sizes[1], n - column)
+            product_kernel[(-(-rows // _SIDE), -(-columns // _SIDE))](
+                base, out, bad, *planes, m, n, rank, row, column, *sizes,
+                PRECISION=precision, SIDE=_SIDE, COMPONENTS=_COMPONENTS, num_warps=_WARPS,
+            )  # fmt: skip
+
+
 def launch(
-    base: torch.Tensor, out: torch.Tensor, bad: torch.Tensor, record: Record, packed: PackedRecord, precision: str
+    base: torch.Tensor,
+    out: torch.Tensor,
+    bad: torch.Tensor,
+    record: Record,
+    packed: PackedRecord,
+    precision: str,
+    fused: bool,
 ) -> None:
     """Write base + delta to `out`, and 1 to `bad` if a number of it is not finite.
 
@@ -100,30 +185,37 @@ def launch(
         bad: int32 (1,).
         packed: the record on their device.
         precision: `input_precision` of `tl.dot`.
+        fused: which way a factored record is decoded.
     """
     m, n = base.shape
-    arrays = (base, out, bad, packed.codes, packed.table, packed.prefix, levels_on(base.device))
-    sizes = (packed.table.shape[1], m, n)
-    across = -(-n // _SIDE)
     with launching, on_device(base.device):
-        if record.layout == FACTORED:
-            factored_kernel[(-(-m // _SIDE), across)](
-                *arrays, *sizes, record.rank, MASKED=packed.masked, PRECISION=precision,
+        if record.layout == FACTORED and fused:
+            fused_kernel[(-(-m // _SIDE), -(-n // _SIDE))](
+                base, out, bad, packed.codes, packed.table, packed.prefix, levels_on(base.device),
+                packed.table.shape[1], m, n, record.rank, MASKED=packed.masked, PRECISION=precision,
                 SIDE=_SIDE, COMPONENTS=_COMPONENTS, num_warps=_WARPS,
             )  # fmt: skip
+        elif record.layout == FACTORED:
+            _launch_factored(base, out, bad, record.rank, packed, precision)
         else:
-            direct_kernel[(-(-m // _DIRECT_ROWS), across)](
-                *arrays, *sizes, MASKED=packed.masked, ROWS=_DIRECT_ROWS, SIDE=_SIDE
-            )
+            direct_kernel[(-(-m // _DIRECT_ROWS), -(-n // _SIDE))](
+                base, out, bad, packed.codes, packed.table, packed.prefix, levels_on(base.device),
+                packed.table.shape[1], m, n, MASKED=packed.masked, ROWS=_DIRECT_ROWS, SIDE=_SIDE,
+            )  # fmt: skip
 
 
 class Decoder:
     """Adds the records of one tensor to its base with kernels.
 
     Its result is finite, or a number in the records or in the sum is not: ask `finite` once, after the last record.
+
+    Args:
+        precision: how products are made, `input_precision` of `tl.dot`; None for `default_precision`.
+        fused: which way factored records are decoded.
     """
 
-    def __init__(self, device: torch.device, precision: str | None = None):
+    def __init__(self, device: torch.device, precision: str | None = None, fused: bool = False):
+        self._fused = fused
         self._bad = torch.zeros(1, dtype=torch.int32, device=device)
         self._precision = precision or default_precision(device)
 
@@ -134,7 +226,7 @@ class Decoder:
             DeltaFormatError: if there are not as many codes as kept entries.
         """
         packed = pack(record, name, base.device)
-        launch(base.contiguous(), out, self._bad, record, packed, self._precision)
+        launch(base.contiguous(), out, self._bad, record, packed, self._precision, self._fused)
 
     def finite(self) -> bool:
         return not self._bad.item()

@@ -135,7 +135,7 @@ def is_finite(values):
 
 
 @jit
-def _count_kernel(masks, prefix, kept, columns, most_steps, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr):
+def count_kernel(masks, prefix, kept, columns, most_steps, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr):
     """Write, for each masked column, the number of entries kept before each block, and of all entries kept."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
@@ -158,7 +158,7 @@ def _count_kernel(masks, prefix, kept, columns, most_steps, COLUMNS: tl.constexp
 
 
 @jit(do_not_specialize=["stride", "start", "columns", "height"])
-def _finite_kernel(
+def finite_kernel(
     bad, codes, table, prefix, levels, stride, start, columns, height,
     MASKED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +214,7 @@ def pack(record: Record, name: str, device: torch.device) -> PackedRecord:
         counts = torch.empty(columns, dtype=torch.int32, device=device)
         steps = -(-int(tables.masks[2].max()) // (_COUNT_BLOCKS * BLOCK))
         with launching, on_device(device):
-            _count_kernel[(-(-columns // _COUNT_COLUMNS),)](
+            count_kernel[(-(-columns // _COUNT_COLUMNS),)](
                 masks, prefix, counts, columns, steps, COLUMNS=_COUNT_COLUMNS, BLOCKS=_COUNT_BLOCKS
             )
         kept = counts.cpu().numpy()
@@ -233,7 +233,7 @@ def check_values(record: Record, packed: PackedRecord, name: str) -> None:
         for side in range(record.sides):
             height = record.plane_rows(side)
             if height:
-                _finite_kernel[(-(-height // BLOCK), -(-columns // _CHECK_COLUMNS))](
+                finite_kernel[(-(-height // BLOCK), -(-columns // _CHECK_COLUMNS))](
                     bad, packed.codes, packed.table, packed.prefix, levels, packed.table.shape[1], side * columns,
                     columns, height, MASKED=packed.masked, COLUMNS=_CHECK_COLUMNS, BLOCK=BLOCK,
                 )  # fmt: skip

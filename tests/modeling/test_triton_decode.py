@@ -46,6 +46,19 @@ def decode(data: np.ndarray, base: torch.Tensor, dtype: torch.dtype = torch.floa
         return add_delta(base.to(DEVICE), data, "the tensor", dtype, kernels=True)
 
 
+def assert_decodes(record: Record, base: torch.Tensor | None = None) -> None:
+    """Both ways give what the second reader reads."""
+    base = torch.zeros(record.rows, record.columns) if base is None else base
+    expected = base + naive_delta(record)
+    assert_near(decode(as_array(record), base), expected)
+    if record.layout == FACTORED:
+        decoder = triton_decode.Decoder(DEVICE, fused=True)
+        out = torch.empty(base.shape, device=DEVICE)
+        decoder.add_record(out, base.to(DEVICE), record, "the tensor")
+        assert decoder.finite()
+        assert_near(out, expected)
+
+
 def segment(layout: int, columns: int, u: int, v: int, keep: int = KEEP_ALL, scaled: int = 0) -> Segment:
     return Segment(columns, u, v if layout == FACTORED else 0, keep, scaled)
 
@@ -58,7 +71,7 @@ def test_every_width_mask_and_scale(width: int, keep: int) -> None:
         shape = (70, 131) if layout == FACTORED else (5, 131)
         segments = [segment(layout, 3, width, other, keep, scaled), segment(layout, 2, other, width)]
         record = make_record(layout, shape, segments, seed=width)
-        assert_near(decode(as_array(record), torch.zeros(shape)), naive_delta(record))
+        assert_decodes(record)
 
 
 @pytest.mark.parametrize("layout", [FACTORED, DIRECT])
@@ -74,19 +87,34 @@ def test_odd_sizes(layout: int, shape: tuple[int, int]) -> None:
     segments = [segment(layout, n, u, v, keep) for n, (u, v, keep) in zip(halves, kinds, strict=False)]
     record = make_record(layout, shape, segments, seed=3)
     base = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    assert_near(decode(as_array(record), base), base + naive_delta(record))
+    assert_decodes(record, base)
 
 
 def test_ranks_of_none_and_of_more_than_one_tile_of_components() -> None:
     base = torch.randn(80, 70)
     none = make_record(FACTORED, (80, 70), [])
-    assert torch.equal(decode(as_array(none), base).cpu(), base)
+    assert_decodes(none, base)
     tall = make_record(FACTORED, (1030, 5), [Segment(2, 3, 4, KEEP_PER_COLUMN)], seed=3)
-    assert_near(decode(as_array(tall), torch.zeros(1030, 5)), naive_delta(tall))
+    assert_decodes(tall)
     # Tiles of 32 components with masks in all, some and none of their columns
     segments = [Segment(30, 2, 3), Segment(4, 36, 4, KEEP_SHARED), Segment(33, 3, 34, KEEP_PER_COLUMN, 1)]
     record = make_record(FACTORED, (80, 70), segments)
-    assert_near(decode(as_array(record), base), base + naive_delta(record))
+    assert_decodes(record, base)
+
+
+def test_matrices_that_are_decoded_in_panels() -> None:
+    segments = [Segment(2, 3, FLOAT16, KEEP_PER_COLUMN), Segment(1, 34, 4)]
+    record = make_record(FACTORED, (140, 300), segments)
+    base = torch.randn(140, 300, generator=torch.Generator().manual_seed(0))
+    for size in ((128, 128), (128, 384), (256, 128)):
+        with patch.object(triton_decode, "panel_size", return_value=size) as asked:
+            assert_decodes(record, base)
+        asked.assert_called_once_with(140, 300, 3)
+    assert triton_decode.panel_size(4096, 4096, 100) == (4096, 4096)
+    for m, n, rank in ((4096, 11008, 1600), (262144, 5376, 2000), (1, 5, 1), (130, 17, 17), (4096, 4096, 4096)):
+        rows, columns = triton_decode.panel_size(m, n, rank)
+        assert rows % 128 == columns % 128 == 0 and rows < m + 128 and columns < n + 128
+        assert rank * (rows + columns) <= max(m * n // 5, 1 << 22) or max(rows, columns) <= 1024
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
