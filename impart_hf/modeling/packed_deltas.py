@@ -62,13 +62,13 @@ class PackedDeltas:
     ):
         if len({(record.rows, record.columns) for record in records}) != 1:
             raise ValueError(f"{name}: deltas of one matrix have one shape, and there is at least one of them")
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index
         self.rows, self.columns, self.deltas = records[0].rows, records[0].columns, len(records)
         self._records, self._name, self._applied = records, name, None
         if (kernels_wanted(self.device) if kernels is None else kernels) and self.rows * self.columns:
-            from . import triton_apply  # importing Triton takes a second, which a CPU need not spend
+            from .triton_apply import applied_deltas  # importing Triton takes a second, which a CPU need not spend
 
-            self._applied = triton_apply.applied_deltas(records, name, self.device)
+            self._applied = applied_deltas(records, name, self.device)
         self.kernels = self._applied is not None
         if self.kernels:
             self._records = []

@@ -150,7 +150,9 @@ def _launch_factored(
     planes = [torch.empty(rank, size, dtype=torch.float32, device=base.device) for size in sizes]
 
     def unpack(side: int, first: int) -> None:
-        unpack_kernel[(sizes[side] // _SIDE, -(-rank // _COMPONENTS))](
+        # Tiles behind a column's end would read behind the codes.
+        tiles = -(-min(sizes[side], base.shape[side] - first) // _SIDE)
+        unpack_kernel[(tiles, -(-rank // _COMPONENTS))](
             planes[side], packed.codes, packed.table, packed.prefix, levels_on(base.device), packed.table.shape[1],
             side * rank, rank, first, base.shape[side], sizes[side],
             MASKED=packed.masked, LEFT=side == 0, SIDE=_SIDE, COMPONENTS=_COMPONENTS,
