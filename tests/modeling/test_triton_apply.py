@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
+from support.kernel_bounds import watched_kernels
 from support.messages import naming
 from support.packed_records import DEVICE, assert_near, make_record, naive_delta, needs_kernels
 from support.random_deltas import make_delta
@@ -27,6 +30,12 @@ M, N = 70, 130
 EITHER = pytest.mark.parametrize(
     "kernels", [pytest.param(True, marks=needs_kernels, id="kernels"), pytest.param(False, id="torch")]
 )
+
+
+@pytest.fixture(autouse=True)
+def watched() -> Iterator[None]:
+    with watched_kernels():
+        yield
 
 
 def deltas_of_all_kinds() -> list[Record]:

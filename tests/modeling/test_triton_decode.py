@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from support.kernel_bounds import watched_kernels
 from support.packed_records import DEVICE, assert_near, make_record, naive_delta, needs_kernels
 from support.random_deltas import make_delta
 
@@ -34,6 +36,12 @@ pytestmark = needs_kernels
 WIDTHS = list(BITS)
 # The interpreter truncates where it stores bfloat16.
 DTYPES = [torch.float32] if DEVICE.type == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def watched() -> Iterator[None]:
+    with watched_kernels():
+        yield
 
 
 def as_array(*records: Record) -> np.ndarray:
@@ -103,13 +111,13 @@ def test_ranks_of_none_and_of_more_than_one_tile_of_components() -> None:
 
 
 def test_matrices_that_are_decoded_in_panels() -> None:
-    segments = [Segment(2, 3, FLOAT16, KEEP_PER_COLUMN), Segment(1, 34, 4)]
+    segments = [Segment(2, 3, 4, KEEP_PER_COLUMN), Segment(1, 34, FLOAT16)]
     record = make_record(FACTORED, (140, 300), segments)
     base = torch.randn(140, 300, generator=torch.Generator().manual_seed(0))
-    for size in ((128, 128), (128, 384), (256, 128)):
+    for size in ((128, 128), (128, 384), (256, 128), (128, 1024)):
         with patch.object(triton_decode, "panel_size", return_value=size) as asked:
             assert_decodes(record, base)
-        asked.assert_called_once_with(140, 300, 3)
+        asked.assert_called_with(140, 300, 3)
     assert triton_decode.panel_size(4096, 4096, 100) == (4096, 4096)
     for m, n, rank in ((4096, 11008, 1600), (262144, 5376, 2000), (1, 5, 1), (130, 17, 17), (4096, 4096, 4096)):
         rows, columns = triton_decode.panel_size(m, n, rank)
