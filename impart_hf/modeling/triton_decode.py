@@ -262,7 +262,7 @@ def works_on(device: torch.device) -> bool:
         out = torch.zeros(record.rows, record.columns, device=device)
         decoder.add_record(out, out, record, "small record")
         difference = (out.cpu() - decode_record(record, "small record")).abs().max().item()
-        trouble = "" if decoder.finite() and difference < 1e-5 else f"they are wrong by {difference}"
+        trouble = "" if decoder.finite() and difference < 1e-4 else f"they are wrong by {difference}"
     except Exception as error:  # whatever a compiler, a driver or a launch may raise
         trouble = str(error)
     if trouble:

@@ -216,8 +216,8 @@ def test_where_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, "always")
     assert kernels_wanted(cpu)
     record = make_record(FACTORED, (30, 40), [Segment(2, 4, 4)])
+    assert triton_decode.works_on(DEVICE)
     with patch.object(triton_decode, "launch", side_effect=AssertionError("launched")) as launched:
-        triton_decode.works_on(DEVICE)
         base = torch.zeros(30, 40, device=DEVICE)
         with pytest.raises(AssertionError, match="launched"):
             add_delta(base, as_array(record), "the tensor", torch.float32)
