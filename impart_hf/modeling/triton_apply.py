@@ -2,17 +2,20 @@
 
 The rows of a batch belong to different deltas, of different ranks, widths and masks. Rows of one delta lie together in
 an order that `packed_deltas.RowGroups` holds, so that a tile of a plane is unpacked once for up to 16 or 64 of them.
+For a batch of more than `MOST_ROWS` rows the planes of one delta after the other are unpacked, and torch multiplies.
 Sums are float32 and in an order that depends only on the shapes and on the number of rows.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from .delta_record import DIRECT, Record
 from .packed_tables import BLOCK
-from .triton_decode import default_precision, works_on
+from .triton_decode import default_precision, unpack_kernel, works_on
 from .triton_planes import (
     available,
     check_values,
@@ -25,6 +28,8 @@ from .triton_planes import (
     tl,
     unpack_tile,
 )
+
+MOST_ROWS = 1024  # of prompts, not of generation; unpacking for each 64 rows would take longer than multiplying
 
 # Fixed sizes: rows of a batch, entries and columns of a plane that a program takes at once, and the programs that a
 # launch should have at least for a device to be busy.
@@ -177,6 +182,7 @@ class AppliedDeltas:
         self._deltas = torch.from_numpy(np.stack([np.array(ranks), np.array(direct_rows), *starts.T])).to(device)
         self._codes = torch.cat([one.codes for one in packed])
         self._table = torch.cat([one.table for one in packed], 1).contiguous()
+        self._layout = list(zip(ranks, direct_rows, *starts.T.tolist(), strict=True))
         self._prefix = torch.cat([one.prefix for one in packed])
 
     def add_to(self, outputs: torch.Tensor, inputs: torch.Tensor, order: torch.Tensor, bounds: torch.Tensor) -> None:
@@ -186,6 +192,8 @@ class AppliedDeltas:
             order, bounds: int64 (rows,) and int32 (deltas + 1,): rows order[bounds[d]] to order[bounds[d + 1] - 1]
                 belong to delta d.
         """
+        if len(inputs) > MOST_ROWS:
+            return self._add_unpacked(outputs, inputs, order, bounds.tolist())
         batch, count = len(inputs), self._deltas.shape[1]
         (m, n), most, stride = (self.rows, self.columns), self._most, self._table.shape[1]
         groups = (order, bounds, self._deltas, self._codes, self._table, self._prefix, levels_on(self.device), stride)
@@ -211,6 +219,37 @@ class AppliedDeltas:
                 )
             if self._direct:
                 direct_kernel[(count, -(-m // _COLUMNS))](outputs, inputs, *groups, count, m, n, **options)
+
+    def _add_unpacked(
+        self, outputs: torch.Tensor, inputs: torch.Tensor, order: torch.Tensor, bounds: list[int]
+    ) -> None:
+        for number, (first, last) in enumerate(pairwise(bounds)):
+            if first == last:
+                continue
+            rows = order[first:last]
+            hidden = inputs[rows].float()
+            rank, direct_rows, *_ = self._layout[number]
+            if direct_rows:
+                change = hidden @ self._plane(number, 0, direct_rows, self.columns).t()
+            else:
+                change = (hidden @ self._plane(number, 1, rank, self.columns).t()) @ self._plane(
+                    number, 0, rank, self.rows
+                )
+            outputs[rows] = (outputs[rows] + change).to(outputs.dtype)
+
+    def _plane(self, number: int, side: int, count: int, height: int) -> torch.Tensor:
+        """Return one delta's V, or U times sigma, or direct plane times scale: float32 (count, height)."""
+        _, _, codes, column, prefix = self._layout[number]
+        width = -(-height // BLOCK) * BLOCK
+        plane = torch.empty(count, width, dtype=torch.float32, device=self.device)
+        if count:
+            with launching, on_device(self.device):
+                unpack_kernel[(width // BLOCK, -(-count // _COLUMNS))](
+                    plane, self._codes[codes:], self._table.view(-1)[column:], self._prefix[prefix:],
+                    levels_on(self.device), self._table.shape[1], side * count, count, 0, height, width,
+                    MASKED=len(self._prefix) > 0, LEFT=side == 0, SIDE=BLOCK, COMPONENTS=_COLUMNS,
+                )  # fmt: skip
+        return plane[:, :height]
 
 
 def applied_deltas(records: list[Record], name: str, device: torch.device) -> AppliedDeltas | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from support.packed_records import DEVICE, assert_near, make_record, naive_delta
 from support.random_deltas import make_delta
 
 from impart_hf.methods import method_class, method_names
+from impart_hf.modeling import triton_apply
 from impart_hf.modeling.delta_record import (
     DIRECT,
     FACTORED,
@@ -96,6 +98,17 @@ def test_many_rows_of_one_delta(kernels: bool, rows: int) -> None:
         found = packed([one], kernels).add_to(outputs, inputs, groups_of([0] * rows, 1))
         assert found is outputs
         assert_near(found, expected_of([one], [0] * rows, inputs))
+
+
+@needs_kernels
+def test_more_rows_than_kernels_multiply() -> None:
+    records = deltas_of_all_kinds()
+    numbers = [4, -1, 0, 1, 5, 1, 3, 2, 0, 3, 1, -1, 6]
+    inputs = torch.randn(len(numbers), N, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    deltas, groups = packed(records, True), groups_of(numbers, len(records))
+    with patch.object(triton_apply, "MOST_ROWS", len(numbers) - 1):
+        found = deltas.add_to(torch.zeros(len(numbers), M, device=DEVICE), inputs, groups)
+    assert_near(found, expected_of(records, numbers, inputs))
 
 
 @needs_kernels

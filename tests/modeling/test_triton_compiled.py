@@ -1,4 +1,4 @@
-"""The kernels compile for a GPU: Triton brings its compiler and NVIDIA's assembler, which need no device."""
+"""Triton is optional, and where it is, the kernels compile for a GPU: its compiler and assembler need no device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
-pytest.importorskip("triton")
+from impart_hf.repository.reader_files import reader_files
 
 COMPILE = """
 import triton
@@ -53,9 +54,41 @@ check(triton_planes, "count_kernel", COLUMNS=4, BLOCKS=16, columns=1, most_steps
 """
 
 
+WITHOUT_TRITON = """
+import sys
+
+sys.modules["triton"] = None  # importing it fails
+import numpy as np
+import torch
+
+from impart_hf.modeling import triton_apply, triton_decode
+from impart_hf.modeling.delta_decode import add_delta
+from impart_hf.modeling.delta_record import FACTORED, Record, pack_record
+
+nothing = np.empty(0, np.uint8)
+record = Record(FACTORED, 2, 3, 0, 0, 1.0, 0.0, [], nothing.astype("<f2"), nothing.astype("<u2"), [], nothing)
+base = torch.ones(2, 3)
+assert triton_decode.decoder_for(base, base.dtype) is triton_apply.applied_deltas([record], "t", base.device) is None
+data = np.frombuffer(pack_record(record), np.uint8)
+assert torch.equal(add_delta(base, data, "t", torch.float32, kernels=True), base)
+"""
+
+
+def test_remote_code_does_not_require_triton() -> None:
+    for path in reader_files():
+        assert "triton" not in get_imports(path), path.name
+
+
+@pytest.mark.process
+def test_triton_may_be_missing() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.process
 def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
