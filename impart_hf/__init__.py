@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # names for the type checker
     from .modeling.configuration_delta_compressed import DeltaCompressedConfig as DeltaCompressedConfig
     from .modeling.configuration_pruned_llama import PrunedLlamaConfig as PrunedLlamaConfig
     from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM as DeltaCompressedForCausalLM
+    from .modeling.modeling_delta_compressed import (
+        DeltaCompressedForSequenceClassification as DeltaCompressedForSequenceClassification,
+    )
     from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM as PrunedLlamaForCausalLM
     from .modeling.modeling_pruned_llama import PrunedLlamaModel as PrunedLlamaModel
 
@@ -41,6 +44,7 @@ _MODULES = {
     "merge": "merging.merge",
     "DeltaCompressedConfig": "modeling.configuration_delta_compressed",
     "DeltaCompressedForCausalLM": "modeling.modeling_delta_compressed",
+    "DeltaCompressedForSequenceClassification": "modeling.modeling_delta_compressed",
     "PrunedLlamaConfig": "modeling.configuration_pruned_llama",
     "PrunedLlamaForCausalLM": "modeling.modeling_pruned_llama",
     "PrunedLlamaModel": "modeling.modeling_pruned_llama",

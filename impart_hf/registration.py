@@ -9,15 +9,18 @@ _PROGRAMS = {f"{name}{end}" for name in ("impart-hf", "optimum-cli") for end in 
 
 def register_with_transformers() -> None:
     """Register the reader's classes; this imports transformers, but not the writer."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from .modeling.configuration_delta_compressed import DeltaCompressedConfig
     from .modeling.configuration_pruned_llama import PrunedLlamaConfig
-    from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM
+    from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM, DeltaCompressedForSequenceClassification
     from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM, PrunedLlamaModel
 
     AutoConfig.register("delta_compressed", DeltaCompressedConfig, exist_ok=True)
     AutoModelForCausalLM.register(DeltaCompressedConfig, DeltaCompressedForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        DeltaCompressedConfig, DeltaCompressedForSequenceClassification, exist_ok=True
+    )
     AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
     AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)
     AutoModelForCausalLM.register(PrunedLlamaConfig, PrunedLlamaForCausalLM, exist_ok=True)

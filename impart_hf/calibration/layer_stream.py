@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..common.progress import Progress
 from ..modeling.checkpoints import all_finite
-from .streamed_model import LayerArguments, StreamedModel
+from ..modeling.precision import full_float32
+from .streamed_model import LayerArguments, LinearLayer, StreamedModel
 
 
 @torch.no_grad()
@@ -26,8 +28,8 @@ def stream_layers(
 
     `compressed(name, hessian)` is called once for each floating-point tensor that the checkpoint and the model share,
     and returns the weight to continue with, in any floating-point dtype. The tensors outside the decoder layers come
-    first; then, for each layer in order, all tensors except the weights of its `torch.nn.Linear` modules; then these
-    weights, in the order in which they are used. Only for these is `hessian` not None: float32, (in_features,
+    first; then, for each layer in order, all tensors except the weights of its linear layers; then these weights, in
+    the order in which they are used. Only for these is `hessian` not None: float32, (in_features,
     in_features), on the device, the mean of x xᵀ over all inputs x of the linear layer, with everything before it
     compressed. Linear layers with the same input, such as query, key and value, get the same tensor, which must not be
     written to. A linear layer that no token reaches gets None.
@@ -57,8 +59,9 @@ def stream_layers(
     last = len(model.layers) - 1
     for number, prefix in enumerate(progress.track(list(model.layers), "Calibrating")):
         own_arguments = {rows: of_layers[number] for rows, of_layers in arguments.items()}
-        run = _LayerRun(number, prefix, model.layers[prefix], hidden, own_arguments, model.device)
-        names = [name for name in model.names if name.startswith(prefix + ".")]
+        names = model.names_in(prefix)
+        linear_layers = {name: model.linear[name] for name in names if name in model.linear}
+        run = _LayerRun(number, model.layers[prefix], linear_layers, hidden, own_arguments, model.device)
         model.load(names)
         groups = run.linear_groups()
         linear = {name for group in groups for name in group.names}
@@ -92,7 +95,7 @@ class _LinearGroup:
     """
 
     names: list[str]
-    module: nn.Linear
+    module: LinearLayer
     once: bool
 
 
@@ -102,16 +105,16 @@ class _LayerRun:
 
     Attributes:
         number: index of the layer.
-        prefix: name of the layer in the model.
         layer: the module, with parameters on `device`.
+        linear_layers: its linear layers, by the names of their weights.
         hidden: input hidden states of every batch, on the CPU.
         arguments: the layer's other arguments, by the number of sequences in a batch.
         device: where the layer runs.
     """
 
     number: int
-    prefix: str
     layer: nn.Module
+    linear_layers: dict[str, LinearLayer]
     hidden: list[Tensor]
     arguments: dict[int, LayerArguments]
     device: torch.device
@@ -136,11 +139,7 @@ class _LayerRun:
 
         One batch is enough, unless it leaves some experts unreached; then further batches are run.
         """
-        unseen = {
-            f"{self.prefix}.{name}.weight": module
-            for name, module in self.layer.named_modules()
-            if isinstance(module, nn.Linear)
-        }
+        unseen = dict(self.linear_layers)
         groups: list[_LinearGroup] = []
         for index in range(len(self.hidden)):
             # The tensors stay alive while their ids are compared, so that every id is unique.
@@ -154,7 +153,7 @@ class _LayerRun:
                 break
         return groups
 
-    def _linear_inputs(self, linears: dict[str, nn.Linear], index: int) -> dict[str, list[Tensor]]:
+    def _linear_inputs(self, linears: dict[str, LinearLayer], index: int) -> dict[str, list[Tensor]]:
         inputs: dict[str, list[Tensor]] = defaultdict(list)
         with _watched(linears, lambda name, values: inputs[name].append(values)):
             self.output(index)
@@ -162,14 +161,15 @@ class _LayerRun:
 
     def second_moment(self, group: _LinearGroup) -> Tensor:
         """Return the mean of x xᵀ over a group's inputs x: float32, (in_features, in_features), on the device."""
-        size = group.module.in_features
+        size = group.module.nx if isinstance(group.module, Conv1D) else group.module.in_features
         total = torch.zeros(size, size, device=self.device)
         count = 0
 
         def add(_: str, values: Tensor) -> None:
             nonlocal count
             rows = values.reshape(-1, size)
-            total.addmm_(rows.T, rows)
+            with full_float32():
+                total.addmm_(rows.T, rows)
             count += len(rows)
             if group.once:
                 raise _InputSeen
@@ -182,7 +182,7 @@ class _LayerRun:
 
 
 @contextmanager
-def _watched(linears: dict[str, nn.Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watched(linears: dict[str, LinearLayer], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Within this context, call `see` with the name and the input of every linear layer whose input is not empty."""
 
     def hook(name: str) -> Callable[..., None]:

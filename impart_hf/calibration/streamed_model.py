@@ -6,29 +6,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
-from ..common.meta_model import meta_model
-from ..modeling.checkpoints import Checkpoint, all_finite, config_fields
+from ..common.checkpoint_layout import CheckpointLayout
+from ..common.meta_model import meta_model, reads_text
+from ..modeling.checkpoints import all_finite, config_fields
+from ..modeling.tensors import Model
 from .text import check_vocabulary
 
 # Arguments of a decoder layer besides the hidden states: positional ones, and (name, value) pairs.
 LayerArguments = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
+LinearLayer = nn.Linear | Conv1D  # Conv1D, GPT-2's, stores its weight transposed
+
 
 class StreamedModel:
     """A model in float32 whose parameters are on the meta device, except for those in use.
 
+    Tensors are named as in the checkpoint; transformers may give their parameters other names.
+
     Attributes:
         device: device of the parameters in use and of all buffers.
         layers: the decoder layers in order, by their names in the model.
-        names: the floating-point tensors that checkpoint and model share, sorted.
+        parameters: by a tensor's name, that of the one parameter or buffer that transformers makes of it.
+        names: the floating-point tensors in `parameters`, sorted.
         outside_layers: the names that are in no decoder layer.
-        embedding_names: the names in `outside_layers` that the decoder needs to run: all except the output projection.
+        embedding_names: the names in `outside_layers` that the decoder needs to run: all of its own.
+        output_names: the names in `outside_layers` that the logits need besides: the output projection.
+        linear: the linear layers in decoder layers, by the names of their weights.
+        transposed: those of them whose weights are stored as (in_features, out_features).
         vocabulary: number of tokens in the vocabulary.
         model: the transformers model.
     """
 
-    def __init__(self, finetuned: Checkpoint, device: torch.device, purpose: str):
+    def __init__(self, finetuned: Model, device: torch.device, purpose: str):
         """Make the model; no weights are read yet.
 
         Args:
@@ -51,12 +62,36 @@ class StreamedModel:
         self.vocabulary = self._decoder.get_input_embeddings().num_embeddings
         prefix = next(name for name, module in self.model.named_modules() if module is self._decoder)
         self.layers = self._find_layers(prefix, getattr(config.get_text_config(), "num_hidden_layers", None))
+        layout = CheckpointLayout(finetuned, self.model)
+        self.parameters = {g.members[0].name: key for key, g in layout.groups.items() if g.converter is None}
+        self._stored = {parameter: name for name, parameter in self.parameters.items()}
+        output = self.model.get_output_embeddings()
+        self._output = next((f"{name}.weight" for name, module in self.model.named_modules() if module is output), "")
+        self._output_is_tied = self._output in layout.tied and self._output not in self._stored
         self._check_parameters(prefix)
-        known = self.model.state_dict()
-        self.names = [n for n in finetuned.names() if n in known and finetuned.dtype(n).is_floating_point]
-        inside = tuple(f"{name}." for name in self.layers)
-        self.outside_layers = [name for name in self.names if not name.startswith(inside)]
-        self.embedding_names = [name for name in self.outside_layers if name.startswith(prefix and f"{prefix}.")]
+        self.names = sorted(name for name in self.parameters if finetuned.dtype(name).is_floating_point)
+        inside = {name for layer in self.layers for name in self.names_in(layer)}
+        self.outside_layers = [name for name in self.names if name not in inside]
+        own, needed = set(self.names_in(prefix)), reads_text(self.model)
+        self.embedding_names = [name for name in self.outside_layers if name in own]
+        self.output_names = [n for n in self.outside_layers if n not in own and needed(self.parameters[n])]
+        self.linear = {
+            self._stored[f"{layer}.{name}.weight"]: module
+            for layer in self.layers
+            for name, module in self.model.get_submodule(layer).named_modules()
+            if isinstance(module, LinearLayer)
+        }
+        self.transposed = frozenset(name for name, module in self.linear.items() if isinstance(module, Conv1D))
+
+    def another(self) -> "StreamedModel":
+        """Return a model like this one, without any values."""
+        model = StreamedModel(self._finetuned, self.device, self._purpose)
+        model._tuples = self._tuples
+        return model
+
+    def names_in(self, module: str) -> list[str]:
+        """Return the names of the tensors in a module of the model; "" is the model itself."""
+        return [name for name in self.names if self.parameters[name].startswith(module and f"{module}.")]
 
     def unsupported(self, why: str) -> ValueError:
         model_type = self._finetuned.config.get("model_type")
@@ -77,9 +112,9 @@ class StreamedModel:
         return {f"{path}.{number}": layer for number, layer in enumerate(modules)}
 
     def _check_parameters(self, prefix: str) -> None:
-        stored = set(self._finetuned.names())
         for name, parameter in self._decoder.named_parameters(prefix):
-            if name not in stored or self._finetuned.shape(name) != tuple(parameter.shape):
+            stored = self._stored.get(name)
+            if stored is None or self._finetuned.shape(stored) != tuple(parameter.shape):
                 raise self.unsupported(
                     f"its checkpoint has no {name} of shape {list(parameter.shape)}, which transformers makes from "
                     "other tensors"
@@ -87,7 +122,7 @@ class StreamedModel:
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Set the values of a parameter or buffer; a tensor on the meta device frees them."""
-        owner, _, attribute = name.rpartition(".")
+        owner, _, attribute = self.parameters[name].rpartition(".")
         module = self.model.get_submodule(owner)
         tensor = tensor if tensor.is_meta else tensor.to(self.device, torch.float32)
         if attribute in module._buffers:
@@ -163,15 +198,31 @@ class StreamedModel:
             raise _NotPassedOn(f"{len(arguments)} of {len(self.layers)} layers are called")
         return first[0], arguments
 
-    def check_output(self) -> None:
-        """Check that the model can compute logits: that its output projection is in the checkpoint, or tied.
+    def check_run(self, tokens: Tensor) -> None:
+        """Check that `run` works: for the first layer, and for the last with the logits. Only these are loaded.
+
+        Args:
+            tokens: int64 (1, length), on the device.
 
         Raises:
-            ValueError: if not.
+            ValueError: if it does not, or if the output projection is neither in the checkpoint nor tied.
         """
-        output = self.model.get_output_embeddings()
-        names = {name for name, module in self.model.named_modules() if module is output}
-        if not self._finetuned.tied and not any(f"{name}.weight" in self.names for name in names):
+        self._check_output()
+        names, hidden = list(self.layers), None
+        last = len(names) - 1
+        try:
+            for number in sorted({0, last}):
+                needed = [*self.embedding_names, *self.names_in(names[number]), *self.output_names]
+                self.load(needed)
+                hidden = self.run(tokens, hidden, range(number, number + 1))
+                self.release(needed)
+                if hidden.shape[:-1] != tokens.shape:
+                    raise ValueError(f"a layer gives {list(hidden.shape)} for {list(tokens.shape)} tokens")
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            raise self.unsupported(f"its layers cannot be run one after the other ({error})") from error
+
+    def _check_output(self) -> None:
+        if not self._output_is_tied and self._output not in self._stored:
             raise self.unsupported("its output projection is stored under another name than transformers uses")
 
     def run(self, tokens: Tensor, hidden: Tensor | None, window: range) -> Tensor:
@@ -181,15 +232,14 @@ class StreamedModel:
             tokens: int64 (sequences, length), on the device.
             hidden: input of the first of these layers, (sequences, length, size), on the device; None for the model's
                 own input of its first layer.
-            window: indices of the layers. They and the tensors of `embedding_names` must be loaded; so must the rest of
-                the model, if the last layer is among them.
+            window: indices of the layers. They and the tensors of `embedding_names` must be loaded; so must those of
+                `output_names`, if the last layer is among them.
 
         Returns:
             The input of the next layer; after the last layer, the logits.
         """
-        output = self.model.get_output_embeddings()
-        if output is not None and output.weight.is_meta and self._finetuned.tied:
-            output.weight = self._decoder.get_input_embeddings().weight
+        if self._output_is_tied:
+            self.model.get_output_embeddings().weight = self._decoder.get_input_embeddings().weight
 
         def skipped(states: Tensor, *_: Any, **__: Any) -> Any:
             output = states if hidden is None else hidden
@@ -225,7 +275,7 @@ class _NotPassedOn(Exception):
 
 @torch.no_grad()
 def streamed_model(
-    finetuned: Checkpoint, tokens: Tensor, device: str | torch.device, purpose: str = "calibration"
+    finetuned: Model, tokens: Tensor, device: str | torch.device, purpose: str = "calibration"
 ) -> StreamedModel:
     """Make a `StreamedModel`, and check on the first and last sequence that it can be run layer by layer.
 

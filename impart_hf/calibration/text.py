@@ -6,23 +6,35 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..modeling.checkpoints import Checkpoint, HubOptions, text_config
+from ..modeling.checkpoints import HubOptions, text_config
+from ..modeling.tensors import Model
+from .records import text_of
 
-CalibrationSource = str | os.PathLike | Sequence[str | Mapping[str, Any]]
+_FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet")
 
-_FILE_TYPES = (".txt", ".jsonl", ".json")
-_TEXT_FIELDS = ("text", "content")
-_ACCEPTED = (
-    "a record is a string, or has a string under 'text' or 'content', a list of messages under 'messages', strings "
-    "under 'prompt' and 'completion', or exactly one field that is a string"
-)
-_REMEDY = "write the text for the model into a field 'text'"
+
+@dataclass(frozen=True)
+class TextField:
+    """Records of which only one field is read.
+
+    Attributes:
+        source: any other source of text; a .txt file and strings have no fields and are read whole.
+        field: name of the field; it holds a string or a chat.
+    """
+
+    source: str | os.PathLike | Sequence[str | Mapping[str, Any]]
+    field: str
+
+
+CalibrationSource = str | os.PathLike | Sequence[str | Mapping[str, Any]] | TextField
+
 # The sequences are drawn from the first _POOL * samples of a source; no more of it is read.
 _POOL = 4
 PIECE_CHARACTERS = 1 << 20
@@ -48,20 +60,28 @@ def calibration_tokens(
     Args:
         source: one of
             - a .txt file in UTF-8, which is one long text;
-            - a .jsonl or .json file of records: a record a line, or one array;
+            - a .jsonl or .json file of records: a record a line, or one array; or a .parquet file;
             - records, in a list or another sequence;
             - a folder of data files that `datasets.load_dataset` reads;
             - the name of a data set on the Hub as `owner/name`, `owner/name:configuration` or
               `owner/name:configuration@split`, such as `allenai/c4:en@validation`; the split is "train" if not given,
               and its rows are the records.
 
+            - a `TextField`: one of these, and the name of the only field of its records that is read.
+
             A record is one text; blank ones are skipped. It is a string, or an object from which the first of these
             is taken:
             - a string under "text", otherwise under "content";
-            - under "messages", a list of objects with "role" and "content", rendered with the tokenizer's chat
-              template;
+            - a chat under "messages", "conversations", "conversation" or "data": objects with "role" and "content" or
+              with "from" and "value", or strings of user and assistant in turn;
             - strings under "prompt" and "completion", joined with nothing between them;
-            - the only field that is a string.
+            - a request and its reply: "prompt", "instruction", "question" or "query" with "response" or "chosen",
+              "instruction" with "output", "question" with "answer", "input" with "output"; "input" or "context" is
+              added to a request, and "system" or "system_prompt" put before it. Request and reply can be chats;
+            - text or a chat under "chosen";
+            - the only field, if it is a string.
+            Chats and replies are rendered with the tokenizer's chat template; without one, what was said is joined by
+            newlines.
         tokenizer: the model's tokenizer.
         samples: the number of sequences to draw; a short source gives fewer.
         length: tokens per sequence.
@@ -73,7 +93,7 @@ def calibration_tokens(
     Raises:
         FileNotFoundError: if there is no such file, folder or data set.
         ValueError: if the source is of another kind, holds no text or not enough for one sequence, if a record has
-            none of these forms, or if the tokenizer has no chat template that accepts its messages.
+            none of these forms, or if the tokenizer's chat template does not accept its messages.
         ModuleNotFoundError: if the source needs the library `datasets`, which is not installed.
     """
     if samples < 1 or length < 2:
@@ -91,6 +111,15 @@ def calibration_tokens(
     return torch.stack([sequences[index] for index in drawn.tolist()])
 
 
+def text_name(source: CalibrationSource) -> str:
+    """Return a text's public name: a file's name without its folder, a data set's name, or the number of texts."""
+    if isinstance(source, TextField):
+        source = source.source
+    if not isinstance(source, str | os.PathLike):
+        return f"{len(source)} texts"
+    return Path(os.path.abspath(source)).name if os.path.exists(source) else os.fspath(source)
+
+
 def load_tokenizer(source: str, options: HubOptions) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder or Hub repository.
 
@@ -106,9 +135,7 @@ def load_tokenizer(source: str, options: HubOptions) -> PreTrainedTokenizerBase:
         raise ValueError(f"the tokenizer of '{source}' cannot be read: {reason}") from error
 
 
-def model_tokens(
-    model: Checkpoint, source: CalibrationSource, samples: int, length: int, seed: int = 0
-) -> torch.Tensor:
+def model_tokens(model: Model, source: CalibrationSource, samples: int, length: int, seed: int = 0) -> torch.Tensor:
     """Draw sequences as `calibration_tokens` does, with the model's tokenizer and at most its positions in length."""
     tokenizer, length = load_tokenizer(model.source, model.options), within_positions(length, model.config)
     return calibration_tokens(source, tokenizer, samples=samples, length=length, seed=seed)
@@ -174,16 +201,18 @@ def _texts(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase) -> Ite
             any_text = True
             yield itertools.chain([first], pieces)
     if not any_text:
+        source = source.source if isinstance(source, TextField) else source
         named = f"'{os.fspath(source)}'" if isinstance(source, str | os.PathLike) else "the list"
         raise ValueError(f"text: {named} holds no text: give one that is not blank")
 
 
 def _all_texts(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterator[str]]:
+    source, field = (source.source, source.field) if isinstance(source, TextField) else (source, None)
     if isinstance(source, str | os.PathLike) and Path(source).is_file() and Path(source).suffix.lower() == ".txt":
         yield _pieces(Path(source))
         return
     for record, where in _records(source):
-        yield iter([_text_of(record, where, tokenizer)])
+        yield iter([text_of(record, where, tokenizer, field)])
 
 
 def _records(source: CalibrationSource) -> Iterator[tuple[Any, str]]:
@@ -196,7 +225,7 @@ def _records(source: CalibrationSource) -> Iterator[tuple[Any, str]]:
     if path.is_file():
         if kind not in _FILE_TYPES:
             raise ValueError(f"text: '{path}' has an unknown file type: convert it to one of {', '.join(_FILE_TYPES)}")
-        yield from _file_records(path)
+        yield from _dataset(str(path), None, "train") if kind == ".parquet" else _file_records(path)
     elif path.is_dir():
         yield from _dataset(str(path), None, "train")
     else:
@@ -246,51 +275,8 @@ def _file_records(path: Path) -> Iterator[tuple[Any, str]]:
                 yield record, f"{where} of '{path}'"
 
 
-def _text_of(record: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of one record."""
-    if isinstance(record, str):
-        return record
-    if not isinstance(record, Mapping):
-        raise ValueError(f"text: {where} is {record!r:.80}, not a string or an object; {_ACCEPTED}")
-    for field in _TEXT_FIELDS:
-        if isinstance(record.get(field), str):
-            return record[field]
-    # Data sets fill the missing fields of a row with None.
-    if record.get("messages") is not None:
-        return _chat(record["messages"], where, tokenizer)
-    if {"prompt", "completion"} <= record.keys() and (record["prompt"], record["completion"]) != (None, None):
-        if not isinstance(record["prompt"], str) or not isinstance(record["completion"], str):
-            raise ValueError(f"text: 'prompt' and 'completion' of {where} are not both strings; {_REMEDY}")
-        return record["prompt"] + record["completion"]
-    strings = [value for value in record.values() if isinstance(value, str)]
-    if len(strings) == 1:
-        return strings[0]
-    fields = f"has the fields {', '.join(map(str, record)):.200}" if record else "has no fields"
-    raise ValueError(f"text: {where} {fields}; {_ACCEPTED}: {_REMEDY}")
-
-
-def _chat(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Render messages with the tokenizer's chat template."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(f"text: 'messages' of {where} must be a list of messages, got {messages!r:.80}; {_REMEDY}")
-    # Templates silently write nothing, or "None", for a missing field. The parts of a content list are not checked,
-    # because templates accept different ones.
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"text: message {number} of {where} must have a 'role' that is a string")
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-            raise ValueError(f"text: message {number} of {where} must have a 'content': a string or a list of parts")
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-    except Exception as error:  # a template is a program and can raise any exception
-        if getattr(tokenizer, "chat_template", None) is None:
-            reason = "the tokenizer has no chat template"
-        else:
-            reason = "the tokenizer's chat template rejects them: " + " ".join(f"{error}".split())
-        raise ValueError(f"text: {where} has 'messages', but {reason}; {_REMEDY}") from error
-
-
 def _dataset(name: str, config: str | None, split: str) -> Iterator[tuple[Any, str]]:
+    """Yield the records of a data set on the Hub, a folder or a .parquet file."""
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
@@ -298,8 +284,11 @@ def _dataset(name: str, config: str | None, split: str) -> Iterator[tuple[Any, s
             f"text: reading '{name}' needs the library datasets: pip install 'impart-hf[calibration]'"
         ) from error
     try:
-        records = load_dataset(name, config, split=split, streaming=True)
-    except (FileNotFoundError, ConnectionError) as error:
+        if os.path.isfile(name):
+            records = load_dataset("parquet", data_files=name, split=split, streaming=True)
+        else:
+            records = load_dataset(name, config, split=split, streaming=True)
+    except (FileNotFoundError, ConnectionError, RuntimeError) as error:  # RuntimeError: a data set that is a script
         if os.path.isdir(name):
             kinds = ", ".join(_FILE_TYPES)
             raise FileNotFoundError(

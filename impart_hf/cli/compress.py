@@ -7,7 +7,17 @@ from typing import Any
 from ..distillation import TRAINED, DistillSettings
 from ..methods import method_names
 from .method_options import add_pair, check_pair, method_config, pair_arguments
-from .options import add_device, add_result, add_training_file, given, push_if_asked, refuse, training_fields
+from .options import (
+    add_device,
+    add_result,
+    add_training_file,
+    check_text_field,
+    given,
+    given_texts,
+    push_if_asked,
+    refuse,
+    training_fields,
+)
 
 _DISTILLATION = ("steps", "trains", "distill_batch_size", "distill_blocks", "training")
 _TEXT_SIZE = ("calibration_samples", "calibration_length")
@@ -51,6 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Refuse options that cannot be combined."""
     check_pair(options)
+    check_text_field(options, options.calibration, options.distill)
     if options.distill is None:
         refuse(options, _DISTILLATION, "for distillation, which needs a text; add --distill TEXT")
         if options.calibration is None:
@@ -69,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         options.finetuned,
         options.output,
         method_config(options),
-        distill=options.distill,
+        **given_texts(options, "distill"),
         distill_settings=_distill_settings(options, training_fields(options)),
         **pair_arguments(options),
     )

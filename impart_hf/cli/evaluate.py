@@ -13,10 +13,13 @@ from .options import (
     add_quiet,
     add_revision,
     add_task,
+    add_text_field,
     add_text_size,
     check_revision,
     check_text_and_task,
+    check_text_field,
     given,
+    given_texts,
     refuse,
 )
 
@@ -33,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--text", help="measure perplexity on this text: a file, a folder or the name of a data set on the Hub"
     )
     add_text_size(parser, "the text")
+    add_text_field(parser)
     add_task(parser, "measure the first metric")
     add_flag(parser, "--latency", "measure time and memory of prefill and decode")
     parser.add_argument(
@@ -60,6 +64,7 @@ def check(options: argparse.Namespace) -> None:
     """Refuse options that cannot be combined."""
     check_revision(options, *options.models)
     check_text_and_task(options, "text")
+    check_text_field(options, options.text)
     if options.text is None and options.task is None:
         refuse(options, ["batch_size"], "needs a text or task; add --text TEXT or --task TASK")
         if not options.latency:
@@ -80,7 +85,8 @@ def run(options: argparse.Namespace) -> None:
         latency=bool(options.latency),
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
         progress=not options.quiet,
-        **given(options, "text", "samples", "length", "batch_size", "task", "task_limit"),
+        **given_texts(options, "text"),
+        **given(options, "samples", "length", "batch_size", "task", "task_limit"),
         **given(options, "prompt_tokens", "new_tokens", "repeats", "device", "revision", "base_model"),
     )
     print(json.dumps(comparison.to_dict(), indent=2) if options.json else comparison.table())

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..methods import MethodConfig, Setting, method_class, method_names, settings_of
-from .options import add_calibration, add_models, check_models, given, listed, refuse
+from .options import add_calibration, add_models, add_text_field, check_models, given, given_texts, listed, refuse
 
 DEFAULT_METHOD = "impart-rd"
 _DEST = "setting "  # prefix of settings among the parsed options, so that they cannot clash with other options
@@ -132,11 +132,12 @@ def add_pair(
     add_method(parser, methods, default, searched)
     add_calibration(
         parser,
-        "calibration text for the methods that quantise: a .txt, .json or .jsonl file, a folder of such files or the "
-        "name of a data set on the Hub; without it values are only rounded, and impart-rd uses inputs estimated from "
-        "the delta",
+        "calibration text for the methods that quantise: a .txt, .json, .jsonl or .parquet file, a folder of such "
+        "files or the name of a data set on the Hub; without it values are only rounded, and impart-rd uses inputs "
+        "estimated from the delta",
         of_what,
     )
+    add_text_field(parser)
 
 
 def check_pair(options: argparse.Namespace) -> MethodConfig:
@@ -155,7 +156,8 @@ def check_pair(options: argparse.Namespace) -> MethodConfig:
 def pair_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that `compress` and `tune` share."""
     return {
-        **given(options, "max_bytes", "calibration", "calibration_samples", "calibration_length", "device"),
+        **given_texts(options, "calibration"),
+        **given(options, "max_bytes", "calibration_samples", "calibration_length", "device"),
         **given(options, "base_revision", "base_name", "max_shard_size"),
         "finetuned_revision": options.revision,
         "progress": not options.quiet,

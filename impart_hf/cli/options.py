@@ -47,7 +47,9 @@ def add_flag(parser: Parser, option: str, help: str) -> None:
 def add_models(parser: Parser) -> None:
     """Add the two models that are compressed, and the output folder."""
     parser.add_argument("base", metavar="BASE", help="base model: local folder or Hub id")
-    parser.add_argument("finetuned", metavar="FINETUNED", help="fine-tuned model: local folder or Hub id")
+    parser.add_argument(
+        "finetuned", metavar="FINETUNED", help="fine-tuned model, or LoRA adapter: local folder or Hub id"
+    )
     parser.add_argument("output", metavar="OUT", help="folder to write the delta repository to")
     add_revision(parser, "branch, tag or commit of the fine-tuned model")
     parser.add_argument("--base-revision", help="branch, tag or commit of the base model")
@@ -163,6 +165,41 @@ def push_if_asked(options: argparse.Namespace) -> None:
 
         url = hub.push(options.output, options.push, private=options.private)
         print(url, file=sys.stderr if options.json else sys.stdout)
+
+
+def add_text_field(parser: Parser) -> None:
+    """Add the field of a text's records."""
+    parser.add_argument(
+        "--text-field",
+        metavar="NAME",
+        help="field of the text's records that holds text or a chat (default: the format is recognised)",
+    )
+
+
+def check_text_field(options: argparse.Namespace, *texts: str | None) -> None:
+    """Refuse --text-field if no text that is given has records.
+
+    Args:
+        texts: the texts; None for one that is not given.
+    """
+    if not any(texts):
+        refuse(options, ["text_field"], "needs a text")
+    if all(text is None or text.lower().endswith(".txt") for text in texts):
+        refuse(options, ["text_field"], "is for records, but a .txt file is one text; give another text")
+
+
+def given_texts(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return those of the named texts that are given, as arguments for a function, with their field if one is given."""
+    return {name: with_text_field(options, text) for name, text in given(options, *names).items()}
+
+
+def with_text_field(options: argparse.Namespace, text: str) -> Any:
+    """Return a text as functions take it: with the field of --text-field, if one is given."""
+    if options.text_field is None:
+        return text
+    from ..calibration.text import TextField
+
+    return TextField(text, options.text_field)
 
 
 def add_calibration(parser: Parser, help: str, of_what: str = "that text") -> None:

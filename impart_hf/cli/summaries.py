@@ -21,11 +21,18 @@ def compression_summary(report: CompressionReport, output: str) -> str:
             f"no calibration text was given: {instead}; with --calibration TEXT, levels are chosen for the inputs that "
             "each layer really has"
         )
+    elif " of " in calibration:
+        lines.append(f"calibrated on {calibration}; the others without it")
     if report.distilled:
+        encoded = sum(tensor.kind == "encoded" for tensor in report.tensors)
         lines.append(
             f"distilled: KL to the fine-tune on held-out text {report.distilled.before:.4f} before, "
             f"{report.distilled.after:.4f} after, nats per token; {_best_step(report.distilled)}"
         )
+        if untrained := len(report.distilled.untrained):
+            lines.append(
+                f"distillation trained {encoded - untrained} of {encoded} tensors, not {report.distilled.untrained[0]}"
+            )
     if report.shortfall:
         lines.append(f"ratio missed: {report.shortfall}")
     notes = [(t.name, note) for t in report.tensors for note in t.notes]

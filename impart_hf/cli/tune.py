@@ -12,11 +12,13 @@ from .options import (
     add_task,
     add_text_size,
     check_text_and_task,
+    check_text_field,
     given,
     listed,
     numbers,
     push_if_asked,
     refuse,
+    with_text_field,
 )
 
 
@@ -47,6 +49,7 @@ def check(options: argparse.Namespace) -> None:
     if len(options.validation or []) + (options.task is not None) != 1:
         raise ValueError("give one --validation text or one --task to judge by")
     check_text_and_task(options, "validation")
+    check_text_field(options, options.calibration, *(options.validation or []))
     if options.calibration is None:
         refuse(options, ["calibration_samples", "calibration_length"], "needs a text; add --calibration TEXT")
 
@@ -61,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         options.finetuned,
         options.output,
         method_config(options),
-        validation=options.validation[0] if options.validation else None,
+        validation=with_text_field(options, options.validation[0]) if options.validation else None,
         **given(options, "task", "task_limit", "betas", "cs", "seeds", "samples", "length", "batch_size"),
         **pair_arguments(options),
     )

@@ -11,11 +11,14 @@ from .options import (
     add_merge_config,
     add_quiet,
     add_shard_size,
+    add_text_field,
     add_text_size,
+    check_text_field,
     given,
     listed,
     numbers,
     refuse,
+    with_text_field,
 )
 
 
@@ -30,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a task and its validation text, once for each task; candidates are judged by the mean cross-entropy",
     )
     add_text_size(parser, "each text")
+    add_text_field(parser)
     for option, default, help in (
         ("--lambdas", LAMBDAS, "factors of the merged delta"),
         ("--trims", TRIMS, "shares of each delta that TIES keeps"),
@@ -44,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Refuse options that cannot be combined, or that the merge method has no use for."""
-    _texts(options)
+    check_text_field(options, *_texts(options).values())
     config = MergeConfig.from_yaml(options.config)
     for option, used in (("trims", config.method.consensus), ("densities", config.method.sparsifier is not None)):
         if not used:
@@ -59,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     found = tune_merge(
         MergeConfig.from_yaml(options.config),
         options.output,
-        _texts(options),
+        {task: with_text_field(options, text) for task, text in _texts(options).items()},
         progress=not options.quiet,
         **given(options, "lambdas", "trims", "densities", "samples", "length", "batch_size"),
         **given(options, "device", "max_shard_size"),

@@ -28,6 +28,7 @@ def quantised(
     *,
     widths_v: np.ndarray | None = None,
     delta: torch.Tensor | None = None,
+    transposed: bool = False,
 ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, tuple[str, ...]]:
     """Mask and quantise U and V (algorithm 2).
 
@@ -36,10 +37,12 @@ def quantised(
         thresholds: uint16 (r,), for the masks of both.
         widths: (r,), width codes of each component's values: evenly spaced levels, or those in `NORMAL_LEVELS`.
         mask_seed: the record's mask seed.
-        hessian: float32 (n, n), or None.
+        hessian: float32 (n, n), or (m, m) if `transposed`, or None.
         widths_v: width codes of V's values, if they differ from U's.
         delta: float32 (m, n), if U is to compensate for the error of the quantised V: the U that fits the quantised V
             best is then quantised instead, each column scaled so that its component along the exact column is right.
+        transposed: whether the layer's inputs belong to U, so that U and V change roles: U is quantised first, and V
+            for its outputs.
 
     Returns:
         U's levels (m, r), sigma as `factored_record` takes it, V's levels (n, r), notes.
@@ -48,6 +51,28 @@ def quantised(
     mask_u, mask_v = (
         keep_mask(mask_seed, side, thresholds, len(part), part.device) for side, part in enumerate((u, v))
     )
+    if transposed:
+        delta = None if delta is None else delta.t()
+        outer, scaled, inner, notes = _quantised(
+            v, sigma, u, mask_v, mask_u, thresholds, widths_v, widths, hessian, delta
+        )
+        return inner, scaled, outer, notes
+    return _quantised(u, sigma, v, mask_u, mask_v, thresholds, widths, widths_v, hessian, delta)
+
+
+def _quantised(
+    u: torch.Tensor,
+    sigma: torch.Tensor,
+    v: torch.Tensor,
+    mask_u: torch.Tensor,
+    mask_v: torch.Tensor,
+    thresholds: np.ndarray,
+    widths: np.ndarray,
+    widths_v: np.ndarray,
+    hessian: torch.Tensor | None,
+    delta: torch.Tensor | None,
+) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, tuple[str, ...]]:
+    """Quantise V, to which the layer's inputs belong, and then U; as `quantised`, with the masks (r, m) and (r, n)."""
     scale_v = level_scales(v.t(), mask_v, widths_v)
     rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
     quant_v = quantise(v.t(), mask_v, hessian, Grid(scale_v[:, None], widths_v))

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..modeling.precision import full_float32
+
 RankRule = Callable[[np.ndarray], int]
 Svd = Callable[[torch.Tensor, RankRule], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -29,6 +31,7 @@ _ROUNDING = 1e-5
 _PROBES, _PROBE_STEPS = 16, 5
 
 
+@full_float32()
 def leading_svd(matrix: torch.Tensor, rank: int | RankRule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the largest singular values of a matrix and their vectors.
 
@@ -82,7 +85,7 @@ def _components(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, to
     if v.shape[1] <= max(matrix.shape[1] // 2, _SMALL):
         # A rotation makes U's columns orthogonal too, which is more exact. With most vectors of a large matrix it would
         # take too long.
-        _, rotation = torch.linalg.eigh((projected.t() @ projected).double())
+        _, rotation = eigh((projected.t() @ projected).double())
         rotation = rotation.flip(1).to(v.dtype)
         projected, v = projected @ rotation, v @ rotation
     sigma = projected.norm(dim=0)
@@ -90,6 +93,19 @@ def _components(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, to
     order = torch.argsort(sigma, descending=True, stable=True)
     sigma, v, projected = sigma[order], v[:, order], projected[:, order]
     return projected / sigma.clamp_min(torch.finfo(sigma.dtype).tiny), sigma, v
+
+
+def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the eigenvalues, rising, and eigenvectors of a symmetric matrix; only its lower triangle is read.
+
+    The solver of an accelerator may fail to converge, mostly where many eigenvalues are equal. The matrix is then
+    decomposed on the CPU in float64.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = torch.linalg.eigh(matrix.double().cpu())
+    return values.to(matrix), vectors.to(matrix)
 
 
 def _roots(eigenvalues: torch.Tensor) -> np.ndarray:
@@ -104,7 +120,7 @@ def all_vectors(matrix: torch.Tensor, count: RankRule) -> torch.Tensor:
     step = -(-side // 8)
     for start in range(0, side, step):  # eigh reads only the lower triangle
         gram[start:, start : start + step] = matrix[:, start:].t() @ matrix[:, start : start + step]
-    eigenvalues, vectors = torch.linalg.eigh(gram)
+    eigenvalues, vectors = eigh(gram)
     return vectors.flip(1)[:, : count(_roots(eigenvalues.flip(0)))]
 
 
@@ -133,7 +149,7 @@ def _krylov_vectors(matrix: torch.Tensor, count: RankRule) -> torch.Tensor | Non
         ritz[size - _BLOCK : size, :size] = inside.t()
         image -= space @ inside
         if size >= test_at:
-            values, vectors = (t.flip(-1) for t in torch.linalg.eigh(ritz[:size, :size]))
+            values, vectors = (t.flip(-1) for t in eigh(ritz[:size, :size]))
             floor = values.clamp_min(_TRUSTED**2 * values[0])
             # A^T A maps all but the newest block into the space, so the residuals come from that block alone.
             residuals = (image @ vectors[-_BLOCK:]).norm(dim=0)
@@ -173,7 +189,7 @@ def _orthonormal(block: torch.Tensor, space: torch.Tensor | None = None) -> torc
     """
     for _ in range(8):  # two are enough, unless the space is exhausted and the block holds rounding errors
         block = block / block.norm(dim=0).clamp_min(torch.finfo(block.dtype).tiny)
-        values, vectors = torch.linalg.eigh((block.t() @ block).double())
+        values, vectors = eigh((block.t() @ block).double())
         if values[0] > 1 - 1e-5:
             break
         block = block @ (vectors * values.clamp_min(1e-7 * values[-1]).rsqrt()).to(block.dtype)

@@ -1,5 +1,6 @@
 """Models without weights, for inspecting their architecture."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,3 +26,14 @@ def meta_model(config: PreTrainedConfig, *, real_buffers: bool = False, **option
             return AutoModelForCausalLM.from_config(config, **options)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, **options)
+
+
+def reads_text(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Return a function that tells, by a parameter's name, whether the model needs it for text alone.
+
+    That is all but what a model for images or sound has beside its decoder, such as the image encoder.
+    """
+    decoder, base = model.get_decoder(), model.base_model
+    inside = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
+    beside = f"{model.base_model_prefix}." if base is not model else None
+    return lambda name: name.startswith(inside) or (beside is not None and not name.startswith(beside))

@@ -1,9 +1,7 @@
-"""Names of models and texts in files that others read, without paths of this machine."""
+"""Names of models in files that others read, without paths of this machine."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -12,13 +10,6 @@ from huggingface_hub.utils import validate_repo_id
 def public_name(source: str) -> str:
     """Return a model's public name: a local folder's name without its path, or a Hub id without its revision."""
     return Path(os.path.abspath(source)).name if os.path.exists(source) else source.partition("@")[0]
-
-
-def text_name(source: str | os.PathLike | Sequence[Any]) -> str:
-    """Return a text's public name: a file's name without its folder, a data set's name, or the number of texts."""
-    if not isinstance(source, str | os.PathLike):
-        return f"{len(source)} texts"
-    return Path(os.path.abspath(source)).name if os.path.exists(source) else os.fspath(source)
 
 
 def recorded_base(base: str, revision: str | None, base_name: str | None) -> tuple[str, str | None]:

@@ -8,7 +8,9 @@ import torch
 
 from ..coding.svd_cache import SvdOf
 from ..methods import MethodConfig, Spectrum, method_for
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.base_tensors import BaseTensors
+from ..modeling.checkpoints import all_finite
+from ..modeling.tensors import Model
 from .pair import ModelPair
 from .scan import TensorPlan
 
@@ -19,7 +21,7 @@ _BUDGET_MULTIPLE = 2
 
 
 def deltas_of(
-    tensor: TensorPlan, base: Checkpoint, finetuned: Checkpoint, device: torch.device
+    tensor: TensorPlan, base: BaseTensors, finetuned: Model, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, bool]]:
     """Yield the delta of each of a tensor's matrices, float32 (m, n), and whether it is more than zero."""
     before = base.tensor(tensor.name)
@@ -27,6 +29,8 @@ def deltas_of(
     stack = (-1, *tensor.shape[-2:])
     for old, new in zip(before.reshape(stack), after.reshape(stack), strict=True):
         delta = new.to(device, torch.float32) - old.to(device, torch.float32)
+        if tensor.vocabulary and not all_finite(delta):
+            delta = delta.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
         yield delta, bool(delta.abs().max() > _ZERO_DELTA)
 
 
@@ -104,6 +108,8 @@ def embedding_weight(base: torch.Tensor, delta: torch.Tensor) -> float:
     Args:
         base, delta: (tokens, size).
     """
+    if not all_finite(base):
+        base = base.nan_to_num(0, 0, 0)
     energies = torch.linalg.vector_norm(delta, dim=1).double().square()
     tokens = float(energies.sum().square() / energies.square().sum())
     size = torch.linalg.vector_norm(base, dtype=torch.promote_types(base.dtype, torch.float32))

@@ -1,9 +1,13 @@
 """Checks that a base and a fine-tune are a pair, so that a delta can be made."""
 
+from collections.abc import Collection
+
 import torch
 
-from ..modeling.checkpoints import DTYPE_NAMES, TIED_OUTPUT, Checkpoint
+from ..modeling.base_tensors import BaseTensors
+from ..modeling.checkpoints import DTYPE_NAMES, TIED_OUTPUT, text_config
 from ..modeling.delta_repository import BASE_CHECKSUMS, CRC_ENTRY, RECORD_SUFFIX, ROWS_SUFFIX
+from ..modeling.tensors import Model, StoredModel
 
 # Matrices of fewer entries are stored unchanged: their records would be mostly header.
 _SMALL_MATRIX = 4096
@@ -14,69 +18,93 @@ class IncompatibleModelsError(ValueError):
     """The base and the fine-tune are not a pair, so that no delta can be made."""
 
 
-def check_pair(base: Checkpoint, finetuned: Checkpoint) -> None:
-    """Check that architectures, tensor names, dtypes and shapes match; only headers are read.
+def check_tensors(base: BaseTensors, finetuned: Model, heads: Collection[str] = ()) -> dict[str, int]:
+    """Check that the dtypes and shapes of a pair match; only headers are read.
+
+    Args:
+        heads: tensors of the fine-tune that have no counterpart, and share no row with the base's.
+
+    Returns:
+        By name, how many rows of the base's tensor a tensor has, if not all: its vocabulary was cut.
 
     Raises:
         IncompatibleModelsError: naming the first difference.
     """
-    types = base.config.get("model_type"), finetuned.config.get("model_type")
-    if types[0] != types[1]:
-        advice = ": give the pruned model that it was trained from as the base" if types[1] == "pruned_llama" else ""
-        raise IncompatibleModelsError(f"the base is a '{types[0]}' model, the fine-tune a '{types[1]}' model{advice}")
-    base_names, names = set(base.names()), set(finetuned.names())
-    if base_names != names:
-        lost, extra = sorted(base_names - names), sorted(names - base_names)
-        what = f"lacks {lost[0]}" if lost else f"has {extra[0]}, which the base lacks"
-        raise IncompatibleModelsError(
-            f"'{finetuned.source}' is not a fine-tune of '{base.source}': it {what} "
-            f"({len(lost)} tensors missing, {len(extra)} extra); check both models"
-        )
-    _check_names(finetuned)
+    cut = {}
     for name in finetuned.names():
-        for checkpoint in (base, finetuned):
-            dtype = checkpoint.dtype(name)
+        for model in (base, finetuned):
+            dtype = model.dtype(name)
             if dtype not in DTYPE_NAMES or (dtype.is_floating_point and dtype not in _FLOAT_DTYPES):
                 raise IncompatibleModelsError(
-                    f"{name} in '{checkpoint.source}' has the unsupported dtype {dtype}: convert it to float weights"
+                    f"{name} in '{model.source}' has the unsupported dtype {dtype}: convert it to float weights"
                 )
         if base.dtype(name).is_floating_point != finetuned.dtype(name).is_floating_point:
             raise IncompatibleModelsError(
                 f"{name} has dtype {finetuned.dtype(name)} in '{finetuned.source}' and {base.dtype(name)} in "
                 f"'{base.source}': both must be floating-point, or neither"
             )
+        if name in heads:
+            cut[name] = 0
+            continue
         ours, theirs = finetuned.shape(name), base.shape(name)
-        if ours != theirs and not _grew(finetuned, name, ours, theirs):
+        if ours == theirs or _grew(finetuned, ours, theirs):
+            continue
+        if 0 in ours:
+            raise IncompatibleModelsError(
+                f"{name} of '{finetuned.source}' is empty: it was saved before its parts were gathered (DeepSpeed "
+                "ZeRO-3, FSDP); save it again"
+            )
+        if not _was_cut(finetuned, ours, theirs):
             raise IncompatibleModelsError(
                 f"{name} has shape {list(ours)} in '{finetuned.source}' and {list(theirs)} in '{base.source}': only "
-                "embeddings and output projection may differ, by rows added to the vocabulary"
+                "embeddings and output projection may differ, by rows of the vocabulary that were added or cut off"
             )
+        cut[name] = ours[0]
+    return cut
 
 
-def _check_names(checkpoint: Checkpoint) -> None:
-    names = checkpoint.names()
-    if not any(checkpoint.dtype(name).is_floating_point for name in names):
-        raise IncompatibleModelsError(f"'{checkpoint.source}' holds no floating-point weights: check the model")
+def check_names(model: Model) -> None:
+    """Check that a model has weights, and no names that the delta format reserves.
+
+    Raises:
+        IncompatibleModelsError: if not.
+    """
+    names = model.names()
+    if not any(model.dtype(name).is_floating_point for name in names):
+        raise IncompatibleModelsError(f"'{model.source}' holds no floating-point weights: check the model")
     reserved = {BASE_CHECKSUMS, CRC_ENTRY, *(n + suffix for n in names for suffix in (RECORD_SUFFIX, ROWS_SUFFIX))}
     if taken := sorted(reserved & set(names)):
         raise IncompatibleModelsError(
-            f"'{checkpoint.source}' has a tensor named {taken[0]}, a name that the delta format reserves: rename it"
+            f"'{model.source}' has a tensor named {taken[0]}, a name that the delta format reserves: rename it"
         )
 
 
-def _grew(finetuned: Checkpoint, name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
-    """Return whether the tensor's first axis is a vocabulary with rows added."""
-    vocabulary = finetuned.config.get("vocab_size")
-    return len(ours) == len(theirs) == 2 and ours[1] == theirs[1] and theirs[0] < ours[0] == vocabulary
+def _grew(finetuned: Model, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """Return whether a tensor's first axis is a vocabulary with rows added."""
+    return len(theirs) > 0 and ours[1:] == theirs[1:] and theirs[0] < ours[0] == _vocabulary(finetuned)
 
 
-def check_tied_output(checkpoint: Checkpoint) -> None:
+def _was_cut(finetuned: Model, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """Return whether a tensor's first axis is a vocabulary of which rows were cut off."""
+    return len(ours) > 0 and ours[1:] == theirs[1:] and theirs[0] > ours[0] == _vocabulary(finetuned)
+
+
+def _vocabulary(model: Model) -> int | None:
+    """Return the size of a model's vocabulary, which a vision model's configuration has in a nested one."""
+    return getattr(text_config(model.config), "vocab_size", None)
+
+
+def check_tied_output(checkpoint: StoredModel) -> None:
     """Check that a tied checkpoint stores no separate output projection, which no reader would load.
 
     Raises:
         IncompatibleModelsError: if it does.
     """
-    if checkpoint.has_untied_output():
+    if not checkpoint.tied or TIED_OUTPUT not in checkpoint.stored_names():
+        return
+    stored, shape = checkpoint.tensor(TIED_OUTPUT), checkpoint.shape(TIED_OUTPUT)
+    same = (name for name in checkpoint.names() if checkpoint.shape(name) == shape)
+    if not any(torch.equal(checkpoint.tensor(name), stored) for name in same):
         raise IncompatibleModelsError(
             f"config.json of '{checkpoint.source}' ties the output projection to the input embeddings, but its "
             f"{TIED_OUTPUT} is another matrix: set tie_word_embeddings to false in config.json"

@@ -51,7 +51,8 @@ def compress(
 
     Args:
         base: local folder or Hub id of the base model.
-        finetuned: local folder or Hub id of the fine-tuned model.
+        finetuned: local folder or Hub id of the fine-tuned model, or of an adapter in PEFT's format on the
+            base, which together are the fine-tuned model.
         output_dir: folder of the repository; must not exist, be empty, or hold a delta repository, which is replaced.
         method: a method's configuration; `ImPartRdConfig` at ratio 32 if None.
         max_bytes: the most that the repository may take, as a number of bytes or a string such as "500MB", instead of
@@ -77,7 +78,7 @@ def compress(
         A report on every tensor, the sizes, and whether the requested ratio was met.
 
     Raises:
-        CheckpointError: if one of the models cannot be read.
+        CheckpointError: if one of the models cannot be read, or an adapter cannot be merged.
         IncompatibleModelsError: if they are not a pair, or hold NaN or infinity.
         ValueError: if the method's ratio cannot be reached, a device or size is invalid, or a text is too short.
         OutputError: if `output_dir` holds something else, is being written by another process, or the disk is full.

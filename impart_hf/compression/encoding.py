@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..calibration.streamed_model import StreamedModel
 from ..coding.records import empty_record
 from ..coding.svd_cache import SvdOf, uncached_svd
 from ..methods import Encoded, MethodConfig, method_for
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.base_tensors import BaseTensors
 from ..modeling.delta_decode import add_delta
+from ..modeling.tensors import Model
 from ..storage.workspace import Workspace
 from .budgets import deltas_of
 from .pair import ModelPair
@@ -32,7 +34,16 @@ class Encoding:
         workspace: Workspace,
         svd_of: SvdOf,
         budgets: dict[str, list[int]],
+        stream: StreamedModel | None = None,
     ):
+        """Set up the encoding.
+
+        Args:
+            budgets: byte budget of each matrix, by tensor; equal shares for tensors without one.
+            stream: the model whose layers' inputs are known on calibration text.
+        """
+        self._linear = frozenset[str]() if stream is None else frozenset(stream.linear)
+        self._transposed = frozenset[str]() if stream is None else stream.transposed
         self._base, self._finetuned, self._device = pair.base, pair.finetuned, pair.device
         self._method, self._workspace, self._svd_of, self._budgets = method, workspace, svd_of, budgets
         self.bar: Any = None
@@ -48,8 +59,10 @@ class Encoding:
         if not self._workspace.has_record(tensor.name):
             data, notes = encode_tensor(
                 tensor, self._base, self._finetuned, self._method, self._device, hessian, self._svd_of,
-                self._budgets.get(tensor.name),
+                self._budgets.get(tensor.name), tensor.name in self._transposed,
             )  # fmt: skip
+            if hessian is None and tensor.name in self._linear:
+                notes.append("not calibrated: no token of the text reaches it")
             self._workspace.put_record(tensor.name, data, notes)
         self._done += tensor.dense_bytes
         self._written += self._workspace.record_path(tensor.name).stat().st_size
@@ -69,18 +82,20 @@ class Encoding:
 
 def encode_tensor(
     tensor: TensorPlan,
-    base: Checkpoint,
-    finetuned: Checkpoint,
+    base: BaseTensors,
+    finetuned: Model,
     method: MethodConfig,
     device: torch.device,
     hessian: torch.Tensor | None = None,
     svd_of: SvdOf = uncached_svd,
     budgets: list[int] | None = None,
+    transposed: bool = False,
 ) -> tuple[bytes, list[str]]:
     """Return the records of one tensor, one per matrix of a stack, and the method's notes on it.
 
     Args:
         budgets: byte budget of each matrix; None for equal shares of the tensor's.
+        transposed: whether the layer's inputs belong to the rows.
     """
     encoder = method_for(method, tensor.vocabulary)
     records, notes = [], []
@@ -89,7 +104,10 @@ def encode_tensor(
         if is_nonzero:
             svd = svd_of(tensor.name, number)
             budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
-            encoded = encoder.encode(delta, budget, seed, hessian=hessian, svd=svd, vocabulary=tensor.vocabulary)
+            encoded = encoder.encode(
+                delta, budget, seed,
+                hessian=hessian, svd=svd, vocabulary=tensor.vocabulary, transposed=transposed,
+            )  # fmt: skip
         else:
             encoded = Encoded(empty_record(delta.shape[0], delta.shape[1], float(delta.any())))
         records.append(encoded.data)

@@ -7,12 +7,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.text import CalibrationSource, load_tokenizer, model_tokens
+from ..adapters.adapter_files import refuse_adapter
+from ..adapters.companions import companions_of
+from ..adapters.open import open_finetune
+from ..calibration.text import CalibrationSource, calibration_tokens, load_tokenizer, within_positions
 from ..common.names import recorded_base
 from ..common.progress import Progress
 from ..evaluation.metrics import load
+from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import Checkpoint, HubOptions, pinned
-from .compatibility import check_pair
+from ..modeling.modeling_delta_compressed import is_classifier
+from ..modeling.tensors import LazyTensor, Model
+from .base_layout import ReadModel, match
+from .loading_class import check_loads, loading_class, model_config
 from .scan import TensorPlan, scan
 
 
@@ -20,7 +27,9 @@ class ModelPair:
     """A base and a fine-tune of it, scanned once for any number of compressions.
 
     Attributes:
-        base, finetuned: the two checkpoints.
+        base: the base's tensors that the fine-tune's rest on.
+        finetuned: the fine-tune in the layout of the base's files.
+        companions: the fine-tune's tokenizer and other small files.
         recorded_base: the base's name and revision in config.json, from `common.names.recorded_base`.
         device: where matrices are decomposed.
         progress: shows bars.
@@ -37,18 +46,25 @@ class ModelPair:
         device: torch.device,
         progress: Progress,
     ):
-        """Open both checkpoints; only headers are read.
+        """Open both checkpoints; only headers are read, and an adapter.
 
         Raises:
-            CheckpointError: if one of them cannot be read.
+            CheckpointError: if one of them cannot be read, or the fine-tune is an adapter that cannot be merged.
             IncompatibleModelsError: if they are not a pair.
+            ModuleNotFoundError: if the fine-tune is an adapter and PEFT is not installed.
         """
         base, finetuned = os.fspath(base), os.fspath(finetuned)
-        finetuned_options, base_options = pinned(finetuned, finetuned_options), pinned(base, base_options)
+        base_options = pinned(base, base_options)
         self.device, self.progress = device, progress
-        self.finetuned = Checkpoint(finetuned, finetuned_options)
-        self.base = Checkpoint(base, base_options, tied=self.finetuned.tied)
-        check_pair(self.base, self.finetuned)
+        bare = Checkpoint(base, base_options)
+        refuse_adapter(base, base_options)
+        opened = open_finetune(finetuned, finetuned_options, bare)
+        self.companions = companions_of(opened)
+        read = ReadModel(opened)
+        matched = match(ReadModel(Checkpoint(base, base_options, tied=read.ties_output)), read)
+        self.base: BaseTensors = matched.base
+        self.finetuned: Model = matched.finetuned
+        check_loads(self.finetuned)
         self.recorded_base = recorded_base(base, base_options.revision, base_name)
 
     @cached_property
@@ -62,16 +78,17 @@ class ModelPair:
         Raises:
             ValueError: if it cannot be read.
         """
-        return load_tokenizer(self.finetuned.source, self.finetuned.options)
+        return load_tokenizer(self.companions.source, self.companions.options)
 
     def load(self, repository: Path | None = None) -> PreTrainedModel:
         """Load a delta repository of this pair, or the fine-tune itself, in float32 on the device."""
         if repository is None:
-            source, options = self.finetuned.source, self.finetuned.options
-            return load(
-                source, torch.float32, self.device,
-                revision=options.revision, token=options.token, cache_dir=options.cache_dir,
-            )  # fmt: skip
+            # Not by its name: transformers does not find the tensors that a wrapper has renamed.
+            tensors = {name: LazyTensor(self.finetuned, name, "cpu") for name in self.finetuned.names()}
+            model = loading_class(self.finetuned).from_pretrained(
+                None, config=model_config(self.finetuned), state_dict=tensors, dtype=torch.float32
+            )
+            return model.to(self.device).eval()
         source, options = self.base.source, self.base.options
         return load(
             str(repository), torch.float32, self.device,
@@ -80,5 +97,15 @@ class ModelPair:
         )  # fmt: skip
 
     def tokens(self, source: CalibrationSource, samples: int, length: int) -> torch.Tensor:
-        """Draw sequences from a text: int64 (at most `samples`, `length` or the model's positions if fewer)."""
-        return model_tokens(self.finetuned, source, samples, length)
+        """Draw sequences from a text: int64 (at most `samples`, `length` or the model's positions if fewer).
+
+        Raises:
+            ValueError: if the text is too short, or the model is no language model, which texts are for.
+        """
+        if is_classifier(loading_class(self.finetuned)):
+            raise ValueError(
+                f"'{self.finetuned.source}' is a sequence classifier: calibration, distillation and tuning are for "
+                "language models; compress it without a text"
+            )
+        length = within_positions(length, self.finetuned.config)
+        return calibration_tokens(source, self.tokenizer(), samples=samples, length=length)

@@ -1,6 +1,7 @@
 """The compression pipeline: from a pair to a delta repository, one tensor at a time."""
 
 import time
+from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from .budgets import components_bytes, shared_budgets
 from .encoding import Encoding
 from .pair import ModelPair
 from .plan import CompressionPlan, make_plan
+from .scan import TensorPlan
 from .writer import card_bytes, json_bytes, repository_config, write_repository
 
 _KEPT = torch.float16  # dtype of singular components that are kept on disk until they are encoded
@@ -54,20 +56,46 @@ class CompressionRequest:
     counted_card_data: dict[str, Any] | None = None
     origin: str = ""
 
-    def recorded_method(self, method: MethodConfig) -> dict[str, Any]:
-        """Return config.json's entry on the method: its name and settings, and the sizes of the texts."""
-        recorded = method.to_dict()
-        if method.quantises:
-            recorded["calibration"] = _text_size(self.calibration) or method.uncalibrated
+    def recorded_method(self, method: MethodConfig, reach: "Reach", encoded: Iterable[TensorPlan]) -> dict[str, Any]:
+        """Return config.json's entry on the method: its name and settings, the sizes of the texts, and what they reach.
+
+        Args:
+            encoded: the tensors to encode.
+
+        Raises:
+            ValueError: if a text has an effect on none of them.
+        """
+        recorded, encoded = method.to_dict(), list(encoded)
+        if self.calibration is not None:
+            matrices = {t.name for t in encoded if not t.vocabulary}
+            part = _part("calibration reaches", matrices, reach.calibrated, "matrices that changed")
+            recorded["calibration"] = _text_size(self.calibration) + part
+        elif method.quantises:
+            recorded["calibration"] = method.uncalibrated
         if self.distillation is not None:
             settings = self.distill_settings
-            recorded["distillation"] = f"{settings.trains}, {settings.steps} steps, {_text_size(self.distillation)}"
+            part = _part("distillation trains", {t.name for t in encoded}, reach.trained, "tensors that changed")
+            text = _text_size(self.distillation)
+            recorded["distillation"] = f"{settings.trains}, {settings.steps} steps, {text}{part}"
         return recorded
 
     def fingerprint_inputs(self) -> list[Any]:
         """Return what the result depends on besides the pair and the method, in types that JSON can hold."""
         texts = [None if ids is None else ids.tolist() for ids in (self.calibration, self.distillation)]
         return [*texts, None if self.distillation is None else asdict(self.distill_settings)]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What calibration and distillation can have an effect on.
+
+    Attributes:
+        calibrated: names of the weights whose inputs calibration computes.
+        trained: names of the tensors that distillation can train.
+    """
+
+    calibrated: frozenset[str] = frozenset()
+    trained: frozenset[str] = frozenset()
 
 
 def with_ratio_for(method: Method, max_bytes: int | None, weight_bytes: int) -> Method:
@@ -99,15 +127,22 @@ def compress_pair(
     """
     started = time.perf_counter()
     method = with_ratio_for(request.method, request.max_bytes, pair.finetuned.weight_bytes)
-    config = repository_config(pair, request.recorded_method(method))
+    stream = None if request.calibration is None else streamed_model(pair.finetuned, request.calibration, pair.device)
+    trained: frozenset[str] = frozenset()
+    if request.distillation is not None:
+        trained = _distillation().check_distillation(
+            pair.base, pair.finetuned, request.distillation, request.distill_settings, pair.device
+        )
+    reach = Reach(frozenset() if stream is None else frozenset(stream.linear), trained)
+    encoded = [tensor for tensor in pair.tensors if tensor.kind == "encoded"]
+    config = repository_config(pair, request.recorded_method(method, reach, encoded))
     card = card_bytes(pair, config, request.counted_card_data or request.card_data, request.origin)
     weight_bytes, config_bytes = pair.finetuned.weight_bytes, json_bytes(config)
     plan = make_plan(pair.tensors, method, weight_bytes, config_bytes, card, request.max_shard_size)
     if request.max_bytes is not None:
         plan.check_size()
-    stream = None if request.calibration is None else streamed_model(pair.finetuned, request.calibration, pair.device)
-    if request.distillation is not None:
-        _distillation().check_distillation(pair.finetuned, request.distillation, request.distill_settings, pair.device)
+    # The plan may leave fewer tensors to encode; this never makes config.json longer.
+    config["method"] = request.recorded_method(method, reach, plan.encoded)
     kept = components_bytes(plan.encoded, method, _KEPT.itemsize) if method.shares_budget else 0
     inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
     workspace.begin(plan.fingerprint(method, inputs), plan.allowed_bytes + plan.fixed_bytes, kept)
@@ -133,7 +168,7 @@ def _encode(
     if method.shares_budget:
         svd_of = SvdCache(workspace.components(), _KEPT).of
         budgets = workspace.budgets(lambda: shared_budgets(plan.encoded, pair, method, svd_of))
-    encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets)
+    encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream)
     with pair.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as encoding.bar:
         if stream is not None and calibration is not None:
             stream_layers(stream, calibration, encoding.compressed, progress=Progress(False))
@@ -204,6 +239,18 @@ def _distillation() -> Any:
     from ..distillation import distillation
 
     return distillation
+
+
+def _part(what: str, wanted: Set[str], reached: Set[str], kind: str) -> str:
+    """Return how many of the wanted tensors are reached, or "" if all are.
+
+    Raises:
+        ValueError: if none is.
+    """
+    count = len(wanted & reached)
+    if wanted and not count:
+        raise ValueError(f"{what} none of the {len(wanted)} {kind}, such as {min(wanted)}: leave it out")
+    return "" if count == len(wanted) else f", {count} of {len(wanted)} {kind.split()[0]}"
 
 
 def _text_size(tokens: torch.Tensor | None) -> str:

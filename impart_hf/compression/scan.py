@@ -1,13 +1,16 @@
 """The scan of a pair: which tensors changed, and their checksums."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint, all_finite
+from ..modeling.base_tensors import BaseTensors
+from ..modeling.checkpoints import all_finite, same_values
 from ..modeling.checksums import tensor_checksum
-from .compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
+from ..modeling.tensors import Model
+from .compatibility import IncompatibleModelsError, is_matrix_shape
 
 # The squares of larger numbers, summed over a column, overflow in float32.
 _LARGEST = 1e15
@@ -58,44 +61,56 @@ def element_count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def scan(base: Checkpoint, finetuned: Checkpoint, progress: Progress) -> list[TensorPlan]:
-    """Read both checkpoints once: find equal tensors, compute checksums, and check that all values are finite.
+def scan(base: BaseTensors, finetuned: Model, progress: Progress) -> list[TensorPlan]:
+    """Read both models once: find equal tensors, compute checksums, and check that all values that differ are finite.
 
     Raises:
-        IncompatibleModelsError: if a tensor holds NaN or infinity, or a stored output projection would be lost.
+        IncompatibleModelsError: if a tensor holds NaN or infinity where base and fine-tune differ.
     """
-    check_tied_output(finetuned)
     plans = []
-    names = finetuned.names()
-    for name in progress.track(names, "Scanning"):
-        before, after = base.tensor(name), finetuned.tensor(name)
-        for source, tensor in ((base.source, before), (finetuned.source, after)):
-            _check_numbers(tensor, f"{name} of '{source}'")
-        shared = after[: before.shape[0]] if before.dim() else after
+    for name in progress.track(finetuned.names(), "Scanning"):
+        whole, after = base.whole(name), finetuned.tensor(name)
+        before = base.shared(name, whole)
+        shared, added = (
+            (after[: before.shape[0]], after[before.shape[0] :]) if before.dim() else (after, after[None][:0])
+        )
         # Readers convert floats to the fine-tune's dtype, and leave integers unchanged.
         comparable = after.is_floating_point() or before.dtype == after.dtype
-        equal = comparable and torch.equal(before.to(after.dtype), shared)
+        equal = comparable and same_values(before.to(after.dtype), shared)
+        vocabulary = after.dim() == 2 and after.shape[0] == finetuned.config.get("vocab_size")
+        if not equal:
+            rows: Any = ...
+            if vocabulary and not (all_finite(before) and all_finite(shared)):
+                rows = _differing_rows(before.to(after.dtype), shared)
+            _check_numbers(before[rows], f"{name} of '{base.source}'", _is_matrix(before))
+            _check_numbers(shared[rows], f"{name} of '{finetuned.source}'", _is_matrix(before))
+        _check_numbers(added, f"{name} of '{finetuned.source}'", False)
         plans.append(
             TensorPlan(
                 name=name,
                 kind="equal" if equal else "encoded" if _is_matrix(before) else "kept",
                 shape=tuple(before.shape),
                 dtype=after.dtype,
-                vocabulary=after.dim() == 2 and after.shape[0] == finetuned.config.get("vocab_size"),
-                added_rows=after.shape[0] - before.shape[0] if before.dim() else 0,
-                base_checksum=tensor_checksum(before),
+                vocabulary=vocabulary,
+                added_rows=len(added),
+                base_checksum=tensor_checksum(whole),
                 checksum=tensor_checksum(after),
             )
         )
     return plans
 
 
-def _check_numbers(tensor: torch.Tensor, name: str) -> None:
-    if not tensor.is_floating_point():
+def _differing_rows(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return which rows of two matrices differ: bool (rows). Padding may hold NaN, the same in both."""
+    return ~((before == after) | (before.isnan() & after.isnan())).all(dim=1)
+
+
+def _check_numbers(tensor: torch.Tensor, name: str, has_delta: bool) -> None:
+    if not tensor.is_floating_point() or not tensor.numel():
         return
     if not all_finite(tensor):
         raise IncompatibleModelsError(f"{name} holds NaN or infinity: its weights are damaged")
-    if _is_matrix(tensor) and max(map(abs, torch.stack(tensor.aminmax()).tolist())) > _LARGEST:
+    if has_delta and max(map(abs, torch.stack(tensor.aminmax()).tolist())) > _LARGEST:
         raise IncompatibleModelsError(f"{name} holds numbers beyond {_LARGEST:g}, for which no delta can be computed")
 
 

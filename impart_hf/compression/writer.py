@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ..common.files import write_json
 from ..distillation import DistillReport
-from ..modeling.checkpoints import DTYPE_NAMES, Checkpoint, fetch_file
+from ..modeling.checkpoints import DTYPE_NAMES, fetch_file
 from ..modeling.checksums import tensor_bytes
 from ..modeling.configuration_delta_compressed import FORMAT_VERSION
 from ..modeling.delta_repository import (
@@ -25,13 +24,15 @@ from ..modeling.delta_repository import (
     entry_crc,
     names_checksum,
 )
+from ..modeling.modeling_delta_compressed import is_classifier
+from ..modeling.tensors import Model
 from ..repository.cards import delta_card, inherited_card_data
 from ..repository.reader_files import reader_files
 from ..repository.report import CompressionReport, human_bytes, read_reports
-from ..repository.sidecar_files import sidecar_files
+from ..repository.sidecar_files import copy_files
 from ..storage.safetensors_writer import Entry, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
-from .compatibility import IncompatibleModelsError
+from .loading_class import loading_class
 from .pair import ModelPair
 from .plan import CompressionPlan
 from .scan import TensorPlan
@@ -48,27 +49,19 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
 
     Args:
         method: the method's name and settings, from `CompressionRequest.recorded_method`.
-
-    Raises:
-        IncompatibleModelsError: if transformers knows no causal language model of this type.
     """
     text_config = dict(pair.finetuned.config)
-    model_type = str(text_config.get("model_type"))
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
-        raise IncompatibleModelsError(
-            f"'{pair.finetuned.source}' has model_type '{model_type}', but transformers knows no causal language model "
-            "of that type: upgrade transformers"
-        )
     floats = {t.name: str(t.dtype).removeprefix("torch.") for t in pair.tensors if t.dtype.is_floating_point}
     usual = Counter(floats.values()).most_common(1)[0][0]
-    if "dtype" not in text_config and "torch_dtype" not in text_config:
-        text_config["dtype"] = usual
+    if text_config.get("dtype") is None and text_config.get("torch_dtype") is None:
+        text_config = {name: value for name, value in text_config.items() if name != "torch_dtype"} | {"dtype": usual}
     name, revision = pair.recorded_base
+    kind = "SequenceClassification" if is_classifier(loading_class(pair.finetuned)) else "CausalLM"
     config: dict[str, Any] = {
-        "architectures": ["DeltaCompressedForCausalLM"],
+        "architectures": [f"DeltaCompressedFor{kind}"],
         "auto_map": {
             "AutoConfig": "configuration_delta_compressed.DeltaCompressedConfig",
-            "AutoModelForCausalLM": "modeling_delta_compressed.DeltaCompressedForCausalLM",
+            f"AutoModelFor{kind}": f"modeling_delta_compressed.DeltaCompressedFor{kind}",
         },
         "base_model_name_or_path": name,
         "base_model_revision": revision,
@@ -81,7 +74,9 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
     }
     if exceptions := {name: dtype for name, dtype in floats.items() if dtype != usual}:
         config["tensor_dtype_exceptions"] = exceptions
-    return config
+    base = pair.base
+    optional = {"absent_tensors": base.absent, "row_counts": base.row_counts, "base_tensors": base.others}
+    return config | {name: value for name, value in optional.items() if value}
 
 
 def json_bytes(content: dict[str, Any]) -> int:
@@ -114,6 +109,7 @@ def _card(
         sizes=sizes,
         shortfall=shortfall,
         origin=origin,
+        classifies=is_classifier(loading_class(finetuned)),
     )
 
 
@@ -140,8 +136,8 @@ def write_repository(
     counted = _write_deltas(finetuned, workspace, plan.tensors, plan.max_shard_size)
     write_json(folder / "config.json", config)
     counted.append(folder / "config.json")
-    sidecars = sidecar_files(finetuned.source, finetuned.options)
-    for path in [*sidecars, *reader_files()]:
+    sidecar_bytes = copy_files(pair.companions.files, folder)
+    for path in reader_files():
         shutil.copyfile(path, folder / path.name)
     tensors, _ = read_reports(p for p in counted if p.suffix == ".safetensors")
     for tensor in tensors:
@@ -152,7 +148,7 @@ def write_repository(
         method=config["method"],
         checkpoint_bytes=plan.checkpoint_bytes,
         repository_bytes=repository_bytes,
-        sidecar_bytes=sum(p.stat().st_size for p in sidecars),
+        sidecar_bytes=sidecar_bytes,
         reader_bytes=sum(p.stat().st_size for p in reader_files()),
         shortfall=plan.shortfall(
             repository_bytes,
@@ -169,9 +165,7 @@ def write_repository(
     return report
 
 
-def _write_deltas(
-    finetuned: Checkpoint, workspace: Workspace, tensors: list[TensorPlan], max_shard_size: int
-) -> list[Path]:
+def _write_deltas(finetuned: Model, workspace: Workspace, tensors: list[TensorPlan], max_shard_size: int) -> list[Path]:
     files, index = shard_entries(_entries(finetuned, workspace, tensors), DELTA_FILE, max_shard_size)
     paths = []
     for filename, entries in files.items():
@@ -188,7 +182,7 @@ def _write_deltas(
     return paths
 
 
-def _entries(finetuned: Checkpoint, workspace: Workspace, tensors: list[TensorPlan]) -> list[Entry]:
+def _entries(finetuned: Model, workspace: Workspace, tensors: list[TensorPlan]) -> list[Entry]:
     names = [t.name for t in tensors]
     table = np.array([t.base_checksum for t in tensors] + [names_checksum(names)], "<u8").tobytes()
     entries = [Entry(BASE_CHECKSUMS, "U64", (len(names) + 1,), len(table), partial(bytes, table))]
@@ -207,7 +201,7 @@ def _entries(finetuned: Checkpoint, workspace: Workspace, tensors: list[TensorPl
     return entries
 
 
-def _rows(finetuned: Checkpoint, plan: TensorPlan, added: bool = False) -> bytes:
+def _rows(finetuned: Model, plan: TensorPlan, added: bool = False) -> bytes:
     """Return the bytes of a fine-tuned tensor's shared part, or of its added rows."""
     tensor = finetuned.tensor(plan.name)
     if plan.added_rows:

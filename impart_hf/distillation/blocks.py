@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..common.files import atomic_write
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.tensors import Model, Tensors
 from ..training import distributed
 from .record_trainer import Outcome, RecordTrainer
 from .settings import DistillReport, DistillSettings
@@ -50,8 +50,8 @@ def _load(path: Path) -> Outcome:
 
 
 def distill_blocks(
-    base: Checkpoint,
-    finetuned: Checkpoint,
+    base: Tensors,
+    finetuned: Model,
     records: _Records,
     tokens: Tensor,
     settings: DistillSettings,
@@ -123,6 +123,22 @@ class _Group:
         return self.layers.stop == self.count
 
 
+@torch.no_grad()
+def check_blocks(base: Tensors, finetuned: Model, tokens: Tensor, device: str | torch.device) -> frozenset[str]:
+    """Check that a model can be distilled by blocks, for which two decoder layers are loaded.
+
+    Returns:
+        The names of the tensors that are trained, if they have records.
+
+    Raises:
+        ValueError: if it cannot, or if a token is not in its vocabulary.
+    """
+    model = streamed_model(finetuned, tokens, device, PURPOSE)
+    model.check_run(tokens[:1].to(model.device))
+    names = {*model.output_names, *(name for layer in model.layers for name in model.names_in(layer))}
+    return frozenset(name for name in names if base.shape(name) == finetuned.shape(name))
+
+
 class _BlockModels:
     """The teacher, loaded layer by layer, and students of the same layers.
 
@@ -136,8 +152,8 @@ class _BlockModels:
 
     def __init__(
         self,
-        base: Checkpoint,
-        finetuned: Checkpoint,
+        base: Tensors,
+        finetuned: Model,
         records: _Records,
         tokens: Tensor,
         settings: DistillSettings,
@@ -149,7 +165,6 @@ class _BlockModels:
         self.record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress)
         self.teacher = streamed_model(finetuned, tokens, arguments.device, PURPOSE)
         check_tokens(tokens, self.teacher.vocabulary)
-        self.teacher.check_output()
         self.teacher.load(self.teacher.embedding_names)
         # The tensors before the first layer are not trained, so that all students share them.
         self._embeddings = {
@@ -159,15 +174,13 @@ class _BlockModels:
 
     def names_of(self, group: _Group) -> list[str]:
         """Return the names of a group's tensors; the last group includes the output projection and the final norm."""
-        prefixes = tuple(f"{name}." for name in list(self.teacher.layers)[group.layers.start : group.layers.stop])
-        names = [name for name in self.teacher.names if name.startswith(prefixes)]
-        return names + (
-            sorted(set(self.teacher.outside_layers) - set(self.teacher.embedding_names)) if group.is_last else []
-        )
+        layers = list(self.teacher.layers)[group.layers.start : group.layers.stop]
+        names = sorted(name for layer in layers for name in self.teacher.names_in(layer))
+        return names + (self.teacher.output_names if group.is_last else [])
 
     def student(self, records: _Records, group: _Group, trained: frozenset[str] = frozenset()) -> StreamedModel:
         """Make a student with a group's layers; `trained` tensors get the base's weights, to attach deltas to."""
-        model = StreamedModel(self._finetuned, self._arguments.device, PURPOSE)
+        model = self.teacher.another()
         for name, tensor in self._embeddings.items():
             model.put(name, tensor)
         for name in self.names_of(group):
@@ -227,6 +240,7 @@ class _BlockModels:
     ) -> Outcome:
         """Train the records of a group of layers."""
         student = self.student(records, group, frozenset(names))
-        deltas = self.record_trainer.attach(student.model, names, records, {})
+        owners = {name: [student.parameters[name]] for name in names}
+        deltas = self.record_trainer.attach(student.model, names, records, owners)
         title = f"Distilling layers {group.layers.start + 1} to {group.layers.stop} of {group.count}"
         return self.record_trainer.train(deltas, partial(loss, student), title, "outputs")

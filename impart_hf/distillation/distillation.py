@@ -7,19 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration.streamed_model import streamed_model
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint
-from .blocks import PURPOSE, distill_blocks
+from ..modeling.checkpoints import text_config
+from ..modeling.tensors import Model, Tensors
+from .blocks import check_blocks, distill_blocks
 from .end_to_end import distill_end_to_end
 from .settings import DistillReport, DistillSettings
+from .student import empty_model, trainable
 from .text import check_tokens
 from .trainer import arguments_for
 
 
 def distill(
-    base: Checkpoint,
-    finetuned: Checkpoint,
+    base: Tensors,
+    finetuned: Model,
     records: Mapping[str, bytes | np.ndarray],
     tokens: Tensor,
     settings: DistillSettings | None = None,
@@ -35,7 +36,8 @@ def distill(
     inputs give the same bytes.
 
     Records of these tensors are not trained: tensors with added rows, tensors that are shared by modules other than
-    embeddings and linear layers, and tensors that transformers renames or fuses when it loads them (Mixtral's experts).
+    embeddings and linear layers, tensors of which transformers makes a parameter together with others (Mixtral's
+    experts), and tensors that text does not need (an image encoder).
 
     Memory on `device`: the fine-tuned and the compressed model, both whole, in float32, or in bfloat16 with bf16, the
     default on CUDA; for every kept value of a trained record, 16 bytes for the value, its gradient and Adam's moments,
@@ -73,15 +75,19 @@ def distill(
 
 
 def check_distillation(
-    finetuned: Checkpoint, tokens: Tensor, settings: DistillSettings, device: str | torch.device
-) -> None:
+    base: Tensors, finetuned: Model, tokens: Tensor, settings: DistillSettings, device: str | torch.device
+) -> frozenset[str]:
     """Check that a model can be distilled with these settings, before any work is done.
+
+    Returns:
+        The names of the tensors that are trained, if they have records.
 
     Raises:
         ValueError: if tokens or the Trainer's fields are invalid, or the model's architecture is not supported.
     """
-    check_tokens(tokens, finetuned.config.get("vocab_size"))
+    check_tokens(tokens, getattr(text_config(finetuned.config), "vocab_size", None))
     with arguments_for(settings, torch.device(device), None):
         pass
     if settings.blocks is not None:
-        streamed_model(finetuned, tokens, device, PURPOSE).check_output()
+        return check_blocks(base, finetuned, tokens, device)
+    return frozenset(trainable(empty_model(finetuned), base, finetuned))

@@ -9,16 +9,16 @@ from torch.nn.utils import parametrize
 from transformers import TrainingArguments
 
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.tensors import Model, Tensors
 from .record_trainer import RecordTrainer
 from .settings import DistillReport, DistillSettings
-from .student import load_model, owners_of, student_tensors, trainable
+from .student import load_model, student_tensors, trainable
 from .text import check_tokens, divergence
 
 
 def distill_end_to_end(
-    base: Checkpoint,
-    finetuned: Checkpoint,
+    base: Tensors,
+    finetuned: Model,
     records: Mapping[str, np.ndarray],
     tokens: Tensor,
     settings: DistillSettings,
@@ -29,7 +29,8 @@ def distill_end_to_end(
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     teacher = load_model(finetuned, {name: finetuned.tensor(name) for name in finetuned.names()}, dtype)
     check_tokens(tokens, teacher.get_input_embeddings().num_embeddings)
-    names, owners = trainable(teacher, base, finetuned, records), owners_of(teacher)
+    owners = trainable(teacher, base, finetuned)
+    names = [name for name in records if name in owners]
     student = load_model(finetuned, student_tensors(base, finetuned, records, names), dtype)
     teacher, student = teacher.to(arguments.device), student.to(arguments.device)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from ..common.progress import Progress
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.tensors import Model, Tensors
 from .settings import DistillSettings
 from .student import attach, exact_delta, packed
 from .text import split
@@ -45,8 +45,8 @@ class RecordTrainer:
 
     def __init__(
         self,
-        base: Checkpoint,
-        finetuned: Checkpoint,
+        base: Tensors,
+        finetuned: Model,
         sequences: int,
         settings: DistillSettings,
         arguments: TrainingArguments,
@@ -59,11 +59,15 @@ class RecordTrainer:
     def attach(
         self, student: Any, names: Iterable[str], records: Mapping[str, np.ndarray], owners: Mapping[str, list[str]]
     ) -> dict[str, TrainedDelta]:
-        """Add the deltas of some tensors to a student that has the base's weights there, with `student.attach`."""
+        """Add the deltas of some tensors to a student that has the base's weights there, with `student.attach`.
+
+        Args:
+            owners: by tensor name, all names of its parameter in the student.
+        """
         deltas = {}
         for name in names:
             exact = self._exact(name) if self._settings.trains == "codes" else None
-            deltas[name] = attach(student, name, records[name], exact, owners.get(name))
+            deltas[name] = attach(student, name, records[name], exact, owners[name])
         return deltas
 
     def _exact(self, name: str) -> Tensor:

@@ -9,25 +9,35 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..modeling.checkpoints import Checkpoint, CheckpointError, config_fields
+from ..common.checkpoint_layout import CheckpointLayout
+from ..common.meta_model import meta_model, reads_text
+from ..modeling.checkpoints import CheckpointError, config_fields
 from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
+from ..modeling.tensors import Model, Tensors
 from .trained_delta import TrainedDelta
 
 
-def load_model(finetuned: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
+def empty_model(finetuned: Model) -> PreTrainedModel:
+    """Make a model of the fine-tune's architecture on the meta device."""
+    return meta_model(_config(finetuned))
+
+
+def _config(finetuned: Model) -> PreTrainedConfig:
+    return AutoConfig.for_model(**config_fields(finetuned.config))
+
+
+def load_model(finetuned: Model, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """Make a frozen model of the fine-tune's architecture from tensors with the checkpoint's names.
 
     Raises:
         CheckpointError: if a tensor is missing.
     """
-    config = AutoConfig.for_model(**config_fields(finetuned.config))
-    with torch.device("meta"):
-        model_class: Any = type(AutoModelForCausalLM.from_config(config))
+    model_class: Any = type(empty_model(finetuned))
     model, info = model_class.from_pretrained(
-        None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+        None, config=_config(finetuned), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )
     if info["missing_keys"]:  # transformers would initialise them at random
         raise CheckpointError(
@@ -45,28 +55,31 @@ def owners_of(model: Any) -> dict[str, list[str]]:
     return {name: names[id(parameter)] for name, parameter in parameters.items()}
 
 
-def trainable(model: Any, base: Checkpoint, finetuned: Checkpoint, names: Iterable[str]) -> list[str]:
-    """Return the names of the tensors that can be trained.
+def trainable(model: Any, base: Tensors, finetuned: Model) -> dict[str, list[str]]:
+    """Return the tensors that can be trained, each with all names of its parameter in the model.
 
-    Each must be a parameter of the model, with the value in the checkpoint and the shape of the base's tensor. If
-    several modules share it, all must be embeddings or linear layers.
+    Each must be a parameter of the model, as it is stored, that is needed for text, and have the shape of the base's
+    tensor. If several modules share it, all must be embeddings or linear layers.
+
+    Args:
+        model: the fine-tune's model; its values are not read.
     """
-    parameters, owners = dict(model.named_parameters(remove_duplicate=False)), owners_of(model)
-
-    def fits(name: str) -> bool:
-        parameter = parameters.get(name)
-        if parameter is None or parameter.shape != base.shape(name):
-            return False
-        modules = [model.get_submodule(owner.rpartition(".")[0]) for owner in owners[name]]
-        if len(modules) > 1 and not all(isinstance(module, nn.Embedding | nn.Linear) for module in modules):
-            return False
-        return torch.equal(parameter, finetuned.tensor(name).to(parameter))
-
-    return [name for name in names if fits(name)]
+    owners, groups, needed = owners_of(model), CheckpointLayout(finetuned, model).groups, reads_text(model)
+    found = {}
+    for key, group in groups.items():
+        name = group.members[0].name
+        if group.converter is not None or key not in owners or not needed(key):
+            continue
+        if finetuned.shape(name) != base.shape(name):
+            continue
+        modules = [model.get_submodule(owner.rpartition(".")[0]) for owner in owners[key]]
+        if len(modules) == 1 or all(isinstance(module, nn.Embedding | nn.Linear) for module in modules):
+            found[name] = owners[key]
+    return found
 
 
 def student_tensors(
-    base: Checkpoint, finetuned: Checkpoint, records: Mapping[str, np.ndarray], trained: Iterable[str]
+    base: Tensors, finetuned: Model, records: Mapping[str, np.ndarray], trained: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """Return the compressed model's tensors, with the base's for `trained` names, to which deltas will be attached."""
     tensors, trained = {name: finetuned.tensor(name) for name in finetuned.names()}, set(trained)
@@ -75,24 +88,24 @@ def student_tensors(
     return tensors
 
 
-def compressed(base: Checkpoint, finetuned: Checkpoint, name: str, data: np.ndarray) -> torch.Tensor:
+def compressed(base: Tensors, finetuned: Model, name: str, data: np.ndarray) -> torch.Tensor:
     """Decode a tensor from its records and append its added rows: float32."""
     before = base.tensor(name)
     return torch.cat([add_delta(before, data, name, torch.float32), finetuned.tensor(name)[len(before) :].float()])
 
 
 def attach(
-    student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None, owners: Iterable[str] | None = None
+    student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None, owners: Iterable[str]
 ) -> TrainedDelta:
-    """Add a tensor's delta to the student's parameter of that name, which holds the base's weights.
+    """Add a tensor's delta to its parameter in the student, which holds the base's weights.
 
     Args:
         data: the tensor's records.
         exact: the exact delta, float32 (matrices, m, n), if kept values are trained; otherwise None.
-        owners: all names of the parameter, if modules share it.
+        owners: all names of the parameter: more than one if modules share it.
     """
     delta: TrainedDelta | None = None
-    for own_name in owners or [name]:
+    for own_name in owners:
         path, _, leaf = own_name.rpartition(".")
         owner = student.get_submodule(path)
         base = getattr(owner, leaf)
@@ -109,7 +122,7 @@ def attach(
     return delta
 
 
-def exact_delta(base: Checkpoint, finetuned: Checkpoint, name: str) -> torch.Tensor:
+def exact_delta(base: Tensors, finetuned: Model, name: str) -> torch.Tensor:
     """Return a tensor's exact delta, without added rows: float32 (matrices, m, n)."""
     before, after = base.tensor(name), finetuned.tensor(name)
     return (after[: len(before)].float() - before.float()).reshape(-1, *before.shape[-2:])

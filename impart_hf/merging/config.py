@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..common.model_names import split_adapter
+from .chat_template import check_chat_template
+from .mergekit_file import plain_form
 from .parameters import Parameter
 
 if TYPE_CHECKING:
@@ -71,7 +74,6 @@ _ALL_PARAMETERS = {**_SHARED_PARAMETERS, **_MODEL_PARAMETERS}
 # mergekit ignores shared parameters given for one model, and its files must work unchanged. It has no seed.
 _PARAMETERS_OF_MODELS = {name: parameter for name, parameter in _ALL_PARAMETERS.items() if name != "seed"}
 _DTYPES = ("float16", "bfloat16", "float32")
-_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class MergeModel:
     """One model of a merge.
 
     Attributes:
-        model: folder or Hub id, `ID@REVISION` for a revision; a dense fine-tune or a delta repository.
+        model: folder or Hub id, `ID@REVISION` for a revision; a dense fine-tune, an adapter on the base or a delta
+            repository. `MODEL+ADAPTER` is an adapter on a dense fine-tune.
         parameters: the model's own parameters, which take precedence over the shared ones.
     """
 
@@ -103,6 +106,9 @@ class MergeConfig:
         dtype: of the result's weights, "float16", "bfloat16" or "float32"; the base's own if None.
         tokenizer_source: the model whose tokenizer and vocabulary the result has: "base", "union" for the model with
             the most tokens, or one of the models.
+        chat_template: of the result: a Jinja template; "auto" for the one that most of the models have; or the name of
+            one of mergekit's. None for that of the tokenizer.
+        layers: number of decoder layers that the file is written for, which the base must have; None if it says none.
     """
 
     merge_method: str
@@ -111,6 +117,8 @@ class MergeConfig:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     tokenizer_source: str = "union"
+    chat_template: str | None = None
+    layers: int | None = None
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without reading the models.
@@ -125,6 +133,11 @@ class MergeConfig:
         for name in ("base_model", "tokenizer_source"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name} must be a folder or a Hub id, got {getattr(self, name)!r}")
+        if split_adapter(self.base_model)[1]:
+            raise ValueError(
+                f"base_model '{self.base_model}' is a model with an adapter, which only a fine-tune may be: merge it "
+                "into the model with PEFT's merge_and_unload, save that, and give it instead"
+            )
         names = [model.model for model in self.models]
         places = [_place(name) for name in names]
         if not self.finetunes:
@@ -132,11 +145,16 @@ class MergeConfig:
         if twice := [name for name, place in zip(names, places, strict=True) if places.count(place) > 1]:
             raise ValueError(f"models: '{twice[-1]}' is listed twice")
         if self.tokenizer_source not in ("base", "union", *names):
+            same = {_place(self.base_model): "base", **dict(zip(places, names, strict=True))}
+            object.__setattr__(self, "tokenizer_source", same.get(_place(self.tokenizer_source), self.tokenizer_source))
+        if self.tokenizer_source not in ("base", "union", *names):
             raise ValueError(
                 f"tokenizer_source must be base, union or one of the models, got '{self.tokenizer_source}'"
             )
         if self.dtype is not None and str(self.dtype) not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.chat_template is not None:
+            check_chat_template(self.chat_template)
         self._check_parameters(self.parameters, _ALL_PARAMETERS, "parameters")
         for model in self.finetunes:
             self._check_parameters(model.parameters, _PARAMETERS_OF_MODELS, f"parameters of '{model.model}'")
@@ -228,6 +246,8 @@ class MergeConfig:
             content["dtype"] = self.dtype
         if self.tokenizer_source != "union":
             content["tokenizer_source"] = self.tokenizer_source
+        if self.chat_template is not None:
+            content["chat_template"] = self.chat_template
         return content
 
     @classmethod
@@ -235,24 +255,12 @@ class MergeConfig:
         """Create a configuration from the content of a YAML file.
 
         Raises:
-            ValueError: if a key is unknown or missing, or a value is wrong.
+            ValueError: if a key is unknown or missing, a value is wrong, or the file asks for what a merge cannot do.
         """
-        if not isinstance(content, Mapping):
-            raise ValueError("the configuration must map keys to values, such as `merge_method: ties`")
-        if unknown := [key for key in content if key not in _KEYS]:
-            raise ValueError(f"unknown key {unknown[0]!r}; choose one of {', '.join(_KEYS)}")
-        if missing := [key for key in ("merge_method", "base_model", "models") if not content.get(key)]:
+        plain = plain_form(content)
+        if missing := [key for key in ("merge_method", "base_model", "models") if not plain.get(key)]:
             raise ValueError(f"the key {missing[0]} is missing or empty")
-        if not isinstance(content["models"], list | tuple):
-            raise ValueError(f"models must be a list of `model: …`, got {content['models']!r}")
-        return cls(
-            merge_method=content["merge_method"],
-            base_model=content["base_model"],
-            models=tuple(content["models"]),
-            parameters=content.get("parameters") or {},
-            dtype=content.get("out_dtype") or content.get("dtype"),
-            tokenizer_source=content.get("tokenizer_source") or "union",
-        )
+        return cls(**{**plain, "models": tuple(plain["models"])})
 
     @classmethod
     def of(cls, config: MergeConfig | dict[str, Any] | str | Path) -> MergeConfig:
@@ -272,7 +280,10 @@ class MergeConfig:
         if not Path(path).is_file():
             raise FileNotFoundError(f"'{path}' does not exist or is not a file")
         try:
-            return cls.from_dict(yaml.safe_load(Path(path).read_text("utf-8")))
+            documents = list(yaml.safe_load_all(Path(path).read_text("utf-8")))
+            if len(documents) > 1:
+                raise ValueError(f"it holds {len(documents)} merges (mergekit-multi): give each a file of its own")
+            return cls.from_dict(documents[0] if documents else None)
         except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
         except ValueError as error:

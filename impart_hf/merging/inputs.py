@@ -5,15 +5,32 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..compression.compatibility import IncompatibleModelsError, check_pair, check_tied_output, is_matrix_shape
-from ..modeling.checkpoints import Checkpoint, HubOptions, all_finite, pinned, repository_kind
+from ..adapters.adapted_model import AdaptedModel
+from ..adapters.adapter_files import find_adapter, named_adapter, refuse_adapter
+from ..adapters.companions import Companions, companions_of
+from ..adapters.open import open_finetune
+from ..common.model_names import split_adapter
+from ..compression.base_layout import ReadModel, match
+from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
+from ..modeling.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    HubOptions,
+    all_finite,
+    pinned,
+    repository_kind,
+    text_config,
+)
 from ..modeling.repository_kind import RepositoryKind
 from ..modeling.tensors import Tensors
 from ..repository.open import open_repository
+from ..repository.sidecar_files import sidecar_files
+from .chat_template import chat_template
 from .config import MergeConfig
 from .vocabulary import Tokens, model_with_all_tokens
 
@@ -27,31 +44,62 @@ class FineTune:
 
     Attributes:
         name: its name in the configuration.
-        tensors: its tensors, dense or decoded from base and delta.
+        tensors: its tensors, dense or decoded from base and delta, in the layout of the base's files.
         config: its config.json.
         tokens: its tokens.
+        companions: its tokenizer and other small files.
     """
 
-    def __init__(self, name: str, base: Checkpoint, token: str | bool | None, cache_dir: str | None):
-        self.name = name
-        source, options = resolve(name, token, cache_dir)
+    def __init__(self, name: str, base: ReadModel, token: str | bool | None, cache_dir: str | None):
+        self.name, self._base = name, base.checkpoint
+        model, adapter = split_adapter(name)
+        source, options = resolve(model, token, cache_dir)
         self.tensors: Tensors
-        if repository_kind(source, options) is RepositoryKind.DELTA:
-            repository = open_repository(source, options, str(base.folder))
+        on_base = find_adapter(source, options) is not None
+        if not on_base:
+            options = pinned(source, options)
+        if not adapter and not on_base and repository_kind(source, options) is RepositoryKind.DELTA:
+            repository = open_repository(source, options, str(self._base.folder))
             self.config: Mapping[str, Any] = repository.text_config.to_dict()
             self.tensors = repository
+            self.companions = Companions(source, options, sidecar_files(source, options))
         else:
-            checkpoint = Checkpoint(source, options)
-            check_pair(base, checkpoint)
-            check_tied_output(checkpoint)
-            self.config, self.tensors = checkpoint.config, checkpoint
-        if set(self.tensors.names()) != set(base.names()):
-            raise IncompatibleModelsError(f"'{name}' has other tensors than the base '{base.source}'")
-        self.tokens = Tokens(source, options)
+            assert isinstance(self._base, Checkpoint)  # a fine-tune may be an adapter, a base is not
+            opened = open_finetune(source, options, self._base)
+            if adapter:
+                if isinstance(opened, AdaptedModel):
+                    raise CheckpointError(f"'{model}' of '{name}' is an adapter itself: write its base before the plus")
+                opened = AdaptedModel(opened, named_adapter(*resolve(adapter, token, cache_dir)))
+            self.companions = companions_of(opened)
+            self.tensors = finetuned = match(base, ReadModel(opened)).finetuned
+            self.config = finetuned.config
+        self._names, base_names = set(self.tensors.names()), set(self._base.names())
+        if own := self._names - base_names:
+            raise IncompatibleModelsError(
+                f"'{name}' has {min(own)}, and the base '{self._base.source}' does not, or config.json ties its output "
+                "projection to the embeddings: the two cannot be merged"
+            )
+        if lost := base_names - self._names - base.spare_names():
+            raise IncompatibleModelsError(f"'{name}' lacks {min(lost)}, which the base '{self._base.source}' has")
+        self.tokens = Tokens(self.companions.source, self.companions.options)
 
     def rows_beyond(self, shape: tuple[int, ...], name: str) -> int:
         """Return how many rows its tensor has beyond the base's tensor, whose shape is given."""
-        return self.tensors.shape(name)[0] - shape[0] if shape else 0
+        return max(0, self.tensors.shape(name)[0] - shape[0]) if shape and name in self._names else 0
+
+    def shared(self, name: str, before: torch.Tensor) -> torch.Tensor:
+        """Return the part of its tensor that the base has, too, with the base's rows in place of those that it lacks.
+
+        Args:
+            before: the base's tensor.
+        """
+        if name not in self._names:
+            return before
+        after = torch.atleast_1d(self.tensors.tensor(name))[: len(before)]
+        if len(after) == len(before):
+            return after
+        # In float32, so that the base's own rows make no delta.
+        return torch.cat([after.float(), before[len(after) :].float()])
 
 
 class MergeInputs:
@@ -60,6 +108,7 @@ class MergeInputs:
     Attributes:
         base: the base.
         models: the fine-tunes, in the configuration's order.
+        chat_template: the result's chat template; None for that of its tokenizer.
     """
 
     def __init__(self, config: MergeConfig, *, token: str | bool | None = None, cache_dir: str | None = None):
@@ -69,15 +118,31 @@ class MergeInputs:
             CheckpointError, DeltaFormatError, WrongBaseError: if a model cannot be read.
             IncompatibleModelsError: if one is not a fine-tune of the base, or two disagree about added tokens.
         """
-        self.base = Checkpoint(*resolve(config.base_model, token, cache_dir))
+        source, options = resolve(config.base_model, token, cache_dir)
+        options = pinned(source, options)
+        self.base = Checkpoint(source, options)
+        refuse_adapter(source, options)
         check_tied_output(self.base)
+        _check_layers(self.base, config.layers)
+        read = ReadModel(self.base)
         self._base_tokens = Tokens(self.base.source, self.base.options)
-        self.models = [FineTune(model.model, self.base, token, cache_dir) for model in config.finetunes]
+        self.models = [FineTune(model.model, read, token, cache_dir) for model in config.finetunes]
         for model in self.models:
             self._check_origin(model)
+        shared = set[str](self.base.names()).intersection(*(model.tensors.names() for model in self.models))
+        copies = {name for name in read.spare_names() if read.layout is not None and read.layout.parameters(name)}
+        self._names = sorted(set(self.base.names()) - (copies - shared))
         layers = {layer_of(name) for name in self.base.names()}
         self._layers = Counter(layer[0] for layer in layers if layer is not None)
         self._set_vocabulary(config.tokenizer_source)
+        self.chat_template = self._chat_template(config.chat_template)
+
+    def _chat_template(self, wanted: str | None) -> str | None:
+        if wanted is None:
+            return None
+        if not self.tokens.by_number:
+            raise ValueError(f"chat_template needs a tokenizer, which '{self.tokens.source}' does not have")
+        return chat_template(wanted, [*(model.tokens for model in self.models), self._base_tokens])
 
     def _set_vocabulary(self, source: str) -> None:
         """Choose the models whose tokenizer and added rows the result has; None for the base's."""
@@ -91,8 +156,17 @@ class MergeInputs:
             self._rows_from = longest if self._rows_added(longest) else None
             self._row_owners = self.models
 
+    def names(self) -> list[str]:
+        """Return the names of the result's tensors: the base's, without copies of tied ones that a model lacks."""
+        return self._names
+
     def _rows_added(self, model: FineTune) -> int:
         return max(model.rows_beyond(self.base.shape(name), name) for name in self.base.names())
+
+    @cached_property
+    def usual_dtype(self) -> torch.dtype:
+        """The dtype of most of the base's tensors."""
+        return Counter(self.base.dtype(name) for name in self.base.names()).most_common(1)[0][0]
 
     def depth(self, name: str) -> float:
         """Return a tensor's depth in its stack of layers: 0 in the first layer, 1 in the last; 0 outside of layers."""
@@ -121,8 +195,13 @@ class MergeInputs:
 
     @property
     def tokens(self) -> Tokens:
-        """The merged model's tokens; its tokenizer and sidecar files come from the same source."""
+        """The merged model's tokens."""
         return self._base_tokens if self._tokens_from is None else self._tokens_from.tokens
+
+    @property
+    def companions(self) -> Companions:
+        """The merged model's tokenizer and other small files."""
+        return companions_of(self.base) if self._tokens_from is None else self._tokens_from.companions
 
     def vocabulary_rows(self, name: str) -> int:
         """Return how many rows the result's tensor has beyond the base's."""
@@ -136,7 +215,8 @@ class MergeInputs:
 
     def _check_origin(self, model: FineTune) -> None:
         """Check that a fine-tune's weights are similar to the base's."""
-        matrices = [n for n in self.base.names() if layer_of(n) is not None and len(self.base.shape(n)) == 2]
+        names = set(model.tensors.names()) & set(self.base.names())
+        matrices = [n for n in sorted(names) if layer_of(n) is not None and len(self.base.shape(n)) == 2]
         product = before = after = 0.0
         for name in matrices[:: max(1, math.ceil(len(matrices) / _SAMPLED))]:
             a, b = (tensors.tensor(name).float().flatten() for tensors in (self.base, model.tensors))
@@ -155,23 +235,37 @@ class MergeInputs:
         may be padded to a round size) are the mean over the models that have the row.
 
         Returns:
-            (rows, columns), in `dtype`.
+            (rows, columns), or (rows) of a bias, in `dtype`.
 
         Raises:
             IncompatibleModelsError: if the rows hold NaN or infinity.
         """
-        first, columns = self.base.shape(name)
+        first, *columns = self.base.shape(name)
         count = self.vocabulary_rows(name)
-        tokens = _Mean(count, columns)
-        padding = _Mean(count, columns)
+        width = math.prod(columns)
+        tokens, padding = _Mean(count, width), _Mean(count, width)
         for model in self._row_owners:
-            rows = model.tensors.tensor(name)[first : first + count].float()
+            rows = model.tensors.tensor(name)[first : first + count].float().reshape(-1, width)
             if not all_finite(rows):
                 raise IncompatibleModelsError(f"{name} of '{model.name}' holds NaN or infinity")
             owned = torch.tensor([model.tokens.may_have(first + place) for place in range(len(rows))]).view(-1, 1)
             tokens.add(rows, owned)
             padding.add(rows, torch.ones_like(owned))
-        return torch.where(tokens.counts > 0, tokens.mean(), padding.mean()).to(dtype)
+        return torch.where(tokens.counts > 0, tokens.mean(), padding.mean()).to(dtype).view(count, *columns)
+
+
+def _check_layers(base: Checkpoint, layers: int | None) -> None:
+    """Check that a configuration is written for the base's number of layers.
+
+    Raises:
+        ValueError: if not: a part of the layers, or more than there are, cannot be merged.
+    """
+    number = getattr(text_config(base.config), "num_hidden_layers", None)
+    if layers is not None and number is not None and layers != number:
+        raise ValueError(
+            f"layer_range [0, {layers}] is not all {number} layers of '{base.source}', and impart-hf does not merge "
+            f"parts: write [0, {number}]"
+        )
 
 
 class _Mean:
@@ -195,13 +289,10 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 
 def resolve(model: str, token: str | bool | None, cache_dir: str | None) -> tuple[str, HubOptions]:
-    """Return a model's folder or Hub id and the options for reading it, pinned to one commit.
+    """Return a model's folder or Hub id and the options for reading it.
 
     Args:
         model: its name in the configuration; `ID@REVISION` names a revision on the Hub.
     """
-    source, at, revision = (model, "", "") if os.path.isdir(model) else model.rpartition("@")
-    if not at:
-        source = model
-    options = HubOptions(revision or None, token, cache_dir)
-    return source, pinned(source, options)
+    source, _, revision = (model, "", "") if os.path.isdir(model) else model.partition("@")
+    return source, HubOptions(revision or None, token, cache_dir)

@@ -11,6 +11,7 @@ import torch
 from ..coding.svd_cache import SvdOf, uncached_svd
 from ..common.devices import usable_device
 from ..common.files import OutputError, write_json
+from ..common.model_names import split_adapter
 from ..common.progress import Progress
 from ..common.validation import byte_budget, shard_bytes
 from ..compression.compatibility import IncompatibleModelsError
@@ -22,10 +23,11 @@ from ..modeling.checkpoints import HubOptions, all_finite
 from ..repository.cards import merge_card, merge_origin
 from ..repository.reader_files import copy_pruned_reader
 from ..repository.report import CompressionReport
-from ..repository.sidecar_files import copy_sidecar_files
+from ..repository.sidecar_files import copy_files
 from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
 from ..storage.output import check_output
 from ..storage.workspace import Workspace
+from .chat_template import write_chat_template
 from .config import MergeConfig
 from .inputs import MergeInputs
 from .task_vectors import TaskVector, combined_deltas, dare, impart, trim_vector
@@ -166,7 +168,8 @@ def free_output(output_dir: str | Path, config: MergeConfig, compression: Method
         OutputError: if the folder is not free, or is one of the models.
     """
     output = Path(os.path.abspath(output_dir))
-    for model in (config.base_model, *(model.model for model in config.models)):
+    names = (config.base_model, *(part for model in config.models for part in split_adapter(model.model)))
+    for model in names:
         if os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
             raise OutputError(f"{output} is one of the models that are merged; choose another folder")
     return check_output(output, replaces_delta=compression is not None)
@@ -218,15 +221,22 @@ class Merge:
         return f"merge of {', '.join(model.name for model in self.inputs.models)}"
 
     def names(self) -> list[str]:
-        return self.inputs.base.names()
+        return self.inputs.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self.inputs.base.shape(name)
         return (shape[0] + self.inputs.vocabulary_rows(name), *shape[1:]) if shape else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        dtype = self.inputs.base.dtype(name)
-        return self.config.torch_dtype or dtype if dtype.is_floating_point else dtype
+        """Return the dtype of one of the result's tensors.
+
+        The dtype of the configuration replaces the base's. If it is that of most of the base's tensors, others, such as
+        a router's bias in float32, keep their own: rounded, it would choose other experts.
+        """
+        dtype, wanted = self.inputs.base.dtype(name), self.config.torch_dtype
+        if wanted is None or wanted == self.inputs.usual_dtype or not dtype.is_floating_point:
+            return dtype
+        return wanted
 
     def weight_bytes(self) -> int:
         """Return the bytes of the merged model's weights."""
@@ -274,7 +284,7 @@ class Merge:
     ) -> TaskVector:
         """Return one model's delta of one tensor, sparsified and trimmed."""
         model, method = self.inputs.models[number], self.config.method
-        after = torch.atleast_1d(model.tensors.tensor(name))[: len(before)]
+        after = model.shared(name, before)
         if not all_finite(after):
             raise IncompatibleModelsError(f"{name} of '{model.name}' holds NaN or infinity")
 
@@ -320,7 +330,9 @@ class Merge:
             content["dtype"] = self.config.dtype
         write_json(folder / "config.json", content)
         copy_pruned_reader(str(content.get("model_type")), folder)
-        copy_sidecar_files(self.inputs.tokens.source, self.inputs.tokens.options, folder)
+        copy_files(self.inputs.companions.files, folder)
+        if self.inputs.chat_template is not None:
+            write_chat_template(folder, self.inputs.chat_template)
 
     def report(self) -> MergeReport:
         shapes = [self.shape(name) for name in self.names()]

@@ -10,6 +10,7 @@ from ..coding.keep_ratios import keep_ratios, with_margin
 from ..coding.record_sizes import kept_ratios, thresholds_of
 from ..coding.svd import Svd
 from ..common.largest import largest
+from ..modeling.precision import full_float32
 from ..modeling.seeded_mask import keep_mask
 
 TaskVector = Callable[[slice], torch.Tensor]  # float32 rows of W_finetuned - W_base, on the device
@@ -29,6 +30,7 @@ def dare(delta: torch.Tensor, density: float, rescale: bool, seed: int) -> torch
         return prune(delta, density, "random", rescale)
 
 
+@full_float32()
 def impart(delta: torch.Tensor, density: float, beta: float, c: float, seed: int, svd: Svd) -> torch.Tensor:
     """Apply ImPart (arXiv 2504.13237, section 3): sparsify U and V by importance to `density` m n entries in all.
 

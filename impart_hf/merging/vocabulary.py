@@ -19,12 +19,25 @@ class Tokens:
         self.source, self.options = source, options
 
     @cached_property
-    def by_number(self) -> Mapping[int, str]:
+    def _tokenizer(self) -> tuple[Mapping[int, str], str | None]:
+        """What is kept of the tokenizer: its tokens by number, and its chat template."""
         try:
-            vocabulary = load_tokenizer(self.source, self.options).get_vocab()
+            tokenizer = load_tokenizer(self.source, self.options)
         except ValueError:
-            return {}
-        return {number: token for token, number in vocabulary.items()}
+            return {}, None
+        template = getattr(tokenizer, "chat_template", None)
+        if isinstance(template, Mapping):  # of several, by name
+            template = template.get("default")
+        return {number: token for token, number in tokenizer.get_vocab().items()}, template
+
+    @property
+    def by_number(self) -> Mapping[int, str]:
+        return self._tokenizer[0]
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its chat template, or None."""
+        return self._tokenizer[1]
 
     def beyond(self, base: "Tokens") -> dict[int, str]:
         """Return the tokens that the base does not have, or has under another name."""

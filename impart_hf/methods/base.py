@@ -33,7 +33,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodingTask:
-    """The arguments of `MethodConfig.encode`."""
+    """The arguments of `MethodConfig.encode`; `transposed` is False without a Hessian."""
 
     delta: torch.Tensor
     max_bytes: int
@@ -41,6 +41,7 @@ class EncodingTask:
     hessian: torch.Tensor | None
     svd: Svd
     vocabulary: bool
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class MethodConfig(abc.ABC):
         hessian: torch.Tensor | None = None,
         svd: Svd | None = None,
         vocabulary: bool = False,
+        transposed: bool = False,
     ) -> Encoded:
         """Encode one matrix's delta into a record of at most `max_bytes` bytes.
 
@@ -137,14 +139,20 @@ class MethodConfig(abc.ABC):
             delta: float32 of shape (m, n), finite and not all zero, on the device to compute on.
             max_bytes: at least `least_bytes(m, n)`.
             mask_seed: the record's 32-bit mask seed.
-            hessian: float32 (n, n), the second moments X X^T / tokens of the layer's inputs, or None; ignored by
-                methods that do not quantise.
+            hessian: float32 (n, n), or (m, m) if `transposed`: the second moments X X^T / tokens of the layer's
+                inputs, or None; ignored by methods that do not quantise.
             svd: returns the delta's leading singular components; `leading_svd` if None.
             vocabulary: whether the matrix has a row for every token.
+            transposed: whether the layer has an input for each row, not for each column, as GPT-2's Conv1D. Without a
+                Hessian this has no effect.
         """
         from ..coding.svd import leading_svd
+        from ..modeling.precision import full_float32
 
-        return self._encode(EncodingTask(delta, max_bytes, mask_seed, hessian, svd or leading_svd, vocabulary))
+        transposed = transposed and hessian is not None
+        task = EncodingTask(delta, max_bytes, mask_seed, hessian, svd or leading_svd, vocabulary, transposed)
+        with full_float32():
+            return self._encode(task)
 
     @abc.abstractmethod
     def _encode(self, task: EncodingTask) -> Encoded:

@@ -54,9 +54,14 @@ class DareQtConfig(MethodConfig):
         plane = delta / largest_entry
         scales = best_scale(plane, mask, self.value_bits)
         grid = Grid(scales[:, None], np.full(rows, self.value_bits))
-        result = quantise(plane, mask, task.hessian, grid)
-        levels = result.values / grid.scale
-        scales = scales * bias_correction(plane, result.values, mask, task.hessian)
+        if task.transposed:  # every column is an output; a scale still belongs to a row
+            by_column = Grid(scales[None], grid.widths)
+            result = quantise(plane.t().contiguous(), mask.t().contiguous(), task.hessian, by_column)
+            values, correction = result.values.t(), bias_correction(plane, result.values.t(), mask)
+        else:
+            result = quantise(plane, mask, task.hessian, grid)
+            values, correction = result.values, bias_correction(plane, result.values, mask, task.hessian)
+        levels, scales = values / grid.scale, scales * correction
         largest_scale = float(scales.max()) or 1.0  # 0 if nothing was kept
         scale = largest_entry * largest_scale / float(kept_ratios(thresholds[:1])[0])
         column_scales = (scales / largest_scale).half().cpu().numpy()

@@ -41,5 +41,7 @@ class DeltaComeConfig(MixedPrecision):
         u, sigma, v = (part[..., :rank] for part in task.svd(task.delta, lambda _: rank))
         keep_all = np.full(rank, MAX_THRESHOLD, np.uint16)
         widths = self.widths(rank)
-        u, scaled_sigma, v, notes = quantised(u, sigma, v, keep_all, widths, task.mask_seed, task.hessian)
+        u, scaled_sigma, v, notes = quantised(
+            u, sigma, v, keep_all, widths, task.mask_seed, task.hessian, transposed=task.transposed
+        )
         return Encoded(factored_record(task.delta, u, scaled_sigma, v, keep_all, widths, task.mask_seed), notes)

@@ -27,5 +27,7 @@ class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
 
         factors, thresholds, notes = self.sparsify(task.delta, task.max_bytes, task.mask_seed, task.svd)
         widths = self.widths(len(thresholds))
-        u, sigma, v, more = quantised(*factors, thresholds, widths, task.mask_seed, task.hessian)
+        u, sigma, v, more = quantised(
+            *factors, thresholds, widths, task.mask_seed, task.hessian, transposed=task.transposed
+        )
         return Encoded(factored_record(task.delta, u, sigma, v, thresholds, widths, task.mask_seed), notes + more)

@@ -5,7 +5,7 @@ Vectors are rounded by sparse GPTQ; without calibration text, for inputs that ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -94,7 +94,14 @@ class ImPartRdConfig(MethodConfig):
             for side, part in enumerate((factors[0], factors[2]))
         )
         levels_u, scaled_sigma, levels_v, notes = quantised(
-            *factors, thresholds, widths_u, task.mask_seed, input_moments(task), widths_v=widths_v, delta=task.delta
+            *factors,
+            thresholds,
+            widths_u,
+            task.mask_seed,
+            input_moments(task),
+            widths_v=widths_v,
+            delta=task.delta,
+            transposed=task.transposed,
         )
         data = factored_record(
             task.delta, levels_u, scaled_sigma, levels_v, thresholds, widths_u, task.mask_seed, widths_v
@@ -110,9 +117,13 @@ class ImPartRdConfig(MethodConfig):
         rows, columns = task.delta.shape
         budget = float(task.max_bytes - OVERHEAD_BYTES)
         energy = float(torch.linalg.vector_norm(task.delta)) ** 2
-        components = Components([self.matrix(Spectrum(sigma, rows, columns, energy, task.vocabulary))])
+        # Bits are chosen for the outputs' factor and the inputs': U and V, unless the matrix is transposed.
+        order = -1 if task.transposed else 1
+        outputs, inputs = (rows, columns)[::order]
+        components = Components([self.matrix(Spectrum(sigma, outputs, inputs, energy, task.vocabulary))])
         for _ in range(_MAX_FITS):
             choice = components.choose(components.price_for(budget))
+            choice = replace(choice, bits=choice.bits[:, ::order])
             count = choice.count
             kept = kept_counts(task.mask_seed, choice.thresholds[:count], (rows, columns), task.delta.device)
             excess = factored_bytes(choice.bits[:count], *kept) - task.max_bytes

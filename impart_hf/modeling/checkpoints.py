@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -26,7 +26,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .checksums import tensor_bytes
 from .repository_kind import RepositoryKind, kind_of
+from .wrapper_names import unwrapped
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -41,13 +43,17 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+# In transformers' order: where a folder has been saved to twice, it loads the first of these.
 WEIGHT_FILES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 TIED_OUTPUT = "lm_head.weight"
+ADAPTER_CONFIG = "adapter_config.json"  # of an adapter in PEFT's format
+_CONFIGS = ("config.json", ADAPTER_CONFIG)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 # Buffers in old LLaMA checkpoints, which current models do not load.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
@@ -80,7 +86,8 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
     """Return the path of one file of a local folder or Hub repository, or None if the repository does not have it.
 
     If the Hub is offline, a file that does not exist cannot be distinguished from one that was not downloaded: a file
-    that is not in the cache counts as missing if the repository's config.json is there, unless it is `required`.
+    that is not in the cache counts as missing if the repository's config.json (or an adapter's) is there, unless it is
+    `required`.
 
     Raises:
         CheckpointError: if the repository or revision does not exist, or cannot be accessed or reached.
@@ -114,7 +121,7 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
     except RevisionNotFoundError as error:
         raise CheckpointError(f"'{repo}' has no revision '{revision}': check the branch, tag or commit") from error
     except LocalEntryNotFoundError as error:
-        if not required and filename != "config.json" and fetch_file(repo, "config.json", options):
+        if not required and any(_is_cached(repo, name, options) for name in _CONFIGS if name != filename):
             return None
         raise CheckpointError(
             f"'{filename}' of '{repo}' is not in the local cache, and the Hub is offline; there is no local folder "
@@ -126,6 +133,13 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
         raise CheckpointError(f"'{repo}' is neither a local folder nor a valid Hub id (owner/name)") from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"'{filename}' of '{repo}' cannot be downloaded: {error}") from error
+
+
+def _is_cached(repo: str, filename: str, options: HubOptions) -> bool:
+    """Return whether the Hub's cache has a file."""
+    path = f"{options.subfolder}/{filename}" if options.subfolder else filename
+    cached = try_to_load_from_cache(repo, path, cache_dir=options.cache_dir, revision=options.revision)
+    return isinstance(cached, str)
 
 
 def pinned(repo: str, options: HubOptions) -> HubOptions:
@@ -162,6 +176,11 @@ def fetch_config(repo: str, options: HubOptions) -> tuple[dict[str, Any], Path]:
         CheckpointError: if the repository has no config.json, or cannot be reached or read.
     """
     path = fetch_file(repo, "config.json", options)
+    if path is None and fetch_file(repo, ADAPTER_CONFIG, options):
+        raise CheckpointError(
+            f"'{repo}' is an adapter and no model: `compress` and `merge` take it as a fine-tune of its base; for "
+            "anything else merge it into its base with PEFT's merge_and_unload, save that model, and give it instead"
+        )
     if path is None:
         raise CheckpointError(f"'{repo}' has no config.json: it is not a transformers checkpoint or delta repository")
     return read_json(path), path.parent
@@ -176,6 +195,15 @@ def all_finite(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is free of NaN and infinity."""
     # `aminmax` propagates NaN, and takes a tenth of the time of `isfinite().all()`.
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())
+
+
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors of one dtype have the same shape and values; NaN counts as the same as itself."""
+    if one.shape != other.shape:
+        return False
+    if torch.equal(one, other):
+        return True
+    return not all_finite(one) and tensor_bytes(one).tobytes() == tensor_bytes(other).tobytes()
 
 
 class Checkpoint:
@@ -210,7 +238,7 @@ class Checkpoint:
         self._files, self._index = self._find_weights()
         self._handles: dict[Path, Any] = {}
         self._lock = threading.Lock()
-        self.tied = _ties_embeddings(self.config) if tied is None else tied
+        self.tied = ties_embeddings(self.config) if tied is None else tied
         self._locations = self._list_tensors()
         self._names = sorted(
             name
@@ -239,18 +267,48 @@ class Checkpoint:
                 raise CheckpointError(f"{path} has no valid weight_map from tensor names to files in its folder")
             return [self._fetch(name) for name in sorted(set(index.values()))], index
         fetch_file(self.source, "model.safetensors", self.options, required=True)  # raises if offline
-        raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}")
+        others = self._other_weights()
+        hint = (
+            f"; it has {others[0]}, which cannot be read as one of them: rename, convert or link it" if others else ""
+        )
+        raise CheckpointError(f"'{self.source}' has none of the weight files {', '.join(WEIGHT_FILES)}{hint}")
 
-    def _list_tensors(self) -> dict[str, Path]:
-        locations: dict[str, Path] = {}
+    def _other_weights(self) -> list[str]:
+        """Return the names of a local folder's files that look like weights: of a variant, of another format."""
+        if not os.path.isdir(self.source):
+            return []
+        found = sorted(path for path in self.folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+        return [f"{path.name} (a broken link)" if not path.exists() else path.name for path in found]
+
+    def _list_tensors(self) -> dict[str, tuple[Path, str]]:
+        """Return every tensor's file and its name in that file."""
+        files: dict[str, list[Path]] = {}
         for path in self._files:
-            for name in self._open(path).keys():
-                if name in locations:
-                    raise CheckpointError(f"'{self.source}': tensor {name} is in two weight files")
-                locations[name] = path
-        if missing := sorted(set(self._index) - set(locations)):
+            for stored in self._open(path).keys():
+                files.setdefault(stored, []).append(path)
+        if missing := sorted(name for name in set(self._index) - set(files) if not self._is_dispensable(name)):
             raise CheckpointError(f"'{self.source}': the index lists {missing[0]}, but no weight file holds it")
+        locations: dict[str, tuple[Path, str]] = {}
+        for stored, name in unwrapped(files).items():
+            for place in ((path, stored) for path in files[stored]):
+                if not self._same_tensor(locations.setdefault(name, place), place):
+                    raise CheckpointError(
+                        f"'{self.source}': tensor {name} is in two weight files or under two names, with different "
+                        "values: remove one"
+                    )
         return locations
+
+    def _is_dispensable(self, name: str) -> bool:
+        """Return whether a model loads without a tensor that the index lists: it is tied, or a buffer of old."""
+        tied = ties_embeddings(self.config) and f".{name}".endswith(f".{TIED_OUTPUT}")
+        return tied or name.endswith(_IGNORED_SUFFIX)
+
+    def _same_tensor(self, one: tuple[Path, str], other: tuple[Path, str]) -> bool:
+        """Return whether two places hold the same values; only a tensor that is stored twice is read."""
+        if one == other:
+            return True
+        first, second = (self._read(place, lambda view: view[...], lambda tensor: tensor) for place in (one, other))
+        return first.dtype == second.dtype and same_values(first, second)
 
     def _open(self, path: Path) -> Any:
         with self._lock:
@@ -265,19 +323,22 @@ class Checkpoint:
             return self._handles[path]
 
     def names(self) -> list[str]:
-        """Return the tensors' names, sorted."""
+        """Return the tensors' names, sorted: without buffers of old, and without a tied output projection."""
         return list(self._names)
 
-    def has_untied_output(self) -> bool:
-        """Return whether a tied checkpoint stores an output projection that equals none of its other tensors."""
-        if not self.tied or TIED_OUTPUT not in self._locations:
-            return False
-        stored, shape = self.tensor(TIED_OUTPUT), self.shape(TIED_OUTPUT)
-        return not any(self.shape(name) == shape and torch.equal(self.tensor(name), stored) for name in self._names)
+    def stored_names(self) -> list[str]:
+        """Return the names of all tensors that it holds, sorted."""
+        return sorted(self._locations)
 
     def _look_up(self, name: str, on_slice: Callable[[Any], Any], on_tensor: Callable[[torch.Tensor], Any]) -> Any:
-        handle = self._open(self._locations[name])
-        return on_tensor(handle[name]) if isinstance(handle, dict) else on_slice(handle.get_slice(name))
+        return self._read(self._locations[name], on_slice, on_tensor)
+
+    def _read(
+        self, place: tuple[Path, str], on_slice: Callable[[Any], Any], on_tensor: Callable[[torch.Tensor], Any]
+    ) -> Any:
+        path, stored = place
+        handle = self._open(path)
+        return on_tensor(handle[stored]) if isinstance(handle, dict) else on_slice(handle.get_slice(stored))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, from the file's header."""
@@ -292,7 +353,9 @@ class Checkpoint:
 
         def from_slice(view: Any) -> torch.dtype:
             if view.get_dtype() not in SAFETENSORS_DTYPES:
-                raise CheckpointError(f"'{self.source}': {name} has the unsupported dtype {view.get_dtype()}")
+                raise CheckpointError(
+                    f"'{self.source}': {name} has the unsupported dtype {view.get_dtype()}: convert it to float weights"
+                )
             return SAFETENSORS_DTYPES[view.get_dtype()]
 
         return self._look_up(name, from_slice, lambda t: t.dtype)
@@ -310,7 +373,8 @@ class Checkpoint:
         return stored.to(device)
 
 
-def _ties_embeddings(config: dict[str, Any]) -> bool:
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json says that the output projection shares the input embeddings."""
     # Some architectures tie them by default, and their config.json then omits the field.
     model_type = str(config.get("model_type"))
     default = (

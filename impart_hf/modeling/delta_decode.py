@@ -10,12 +10,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from .base_tensors import finite_where_base_is
 from .checkpoints import all_finite
 from .codebook import CODEBOOKS, Floats
 from .delta_record import FACTORED, DeltaFormatError, Record, parse_record
 from .factors import DirectDelta, Factors, MatrixDelta
 from .packed_tables import kernels_wanted
 from .planes import KeptEntries, Plane, Run
+from .precision import full_float32
 
 # Rows of a matrix that are decoded and added to the base at once on a CPU. More rows need more memory and are no
 # faster; with fewer the product is slower (with 128 by a tenth to a quarter).
@@ -80,11 +82,13 @@ def matrix_delta(record: Record, name: str, device: torch.device | str = "cpu") 
     return _row_deltas(record, name, device)(slice(0, record.rows))
 
 
+@full_float32()
 def decode_record(record: Record, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """Decode a record to the dense delta: float32, shape (rows, columns), on `device`."""
     return matrix_delta(record, name, device).add_to(torch.zeros(record.rows, record.columns, device=device))
 
 
+@full_float32()
 def add_delta(
     base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype, kernels: bool | None = None
 ) -> torch.Tensor:
@@ -99,7 +103,7 @@ def add_delta(
 
     Raises:
         DeltaFormatError: if the records do not fit the base's shape or do not end where the data ends, or the result
-            is not finite.
+            is not finite where the base is.
     """
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
     decoder = None
@@ -129,7 +133,7 @@ def _add_record(out: torch.Tensor, base: torch.Tensor, record: Record, name: str
         tile = base[rows].to(torch.float32, copy=True)
         delta_of(rows).add_to(tile)
         out[rows].copy_(tile)
-        if not all_finite(out[rows]):
+        if not finite_where_base_is(out[rows], base[rows]):
             raise DeltaFormatError(f"{name} decodes to NaN or infinity in {out.dtype}")
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
+from .base_tensors import BaseTensors, finite_where_base_is
 from .checkpoints import (
     DTYPE_NAMES,
     SAFETENSORS_DTYPES,
@@ -165,8 +166,8 @@ class DeltaRepository:
         config: its configuration.
         text_config: the fine-tuned model's configuration.
         options: how its files are found on the Hub.
-        base: the base checkpoint.
-        base_checksums: checksums of the tensors of the base that the delta was made against, by name.
+        base: the base's tensors, by the names of the fine-tuned ones that rest on them.
+        base_checksums: checksums of the whole tensors of the base that the delta was made against, by these names.
         file: the delta file's entries.
     """
 
@@ -201,22 +202,42 @@ class DeltaRepository:
             raise DeltaFormatError(f"{index} names other entries than its files hold: download them again")
         self.base = self._open_base(base_model, options)
         self.base_checksums = self._read_checksums()
+        self._check_row_counts()
         self.parts = self._match_entries()
         for name, part in self.parts.items():
             self._check_parts(name, part)
 
-    def _open_base(self, base_model: str | None, options: HubOptions) -> Checkpoint:
+    def _open_base(self, base_model: str | None, options: HubOptions) -> BaseTensors:
         recorded = self.config.base_model_name_or_path
         revision = self.config.base_model_revision if base_model is None else None
         tied = bool(self.config.tie_word_embeddings)
         try:
-            return Checkpoint(base_model or recorded, replace(options, revision=revision, subfolder=""), tied)
+            base = Checkpoint(base_model or recorded, replace(options, revision=revision, subfolder=""), tied)
         except CheckpointError as error:
             where = f" at commit {revision}" if revision else ""
             raise CheckpointError(
                 f"the base model of '{self.source}' ('{base_model or recorded}'{where}) cannot be opened: {error}. "
                 "A local copy can be given with base_model= (--base-model; for vLLM IMPART_HF_BASE_MODEL)"
             ) from error
+        others = self.config.base_tensors or {}
+        if missing := sorted(set(others.values()) - set(base.stored_names())):
+            raise WrongBaseError(self._other_tensors(base, f": it has no {missing[0]}"))
+        return BaseTensors(base, self.config.absent_tensors or (), self.config.row_counts, others)
+
+    def _other_tensors(self, base: BaseTensors | Checkpoint, detail: str = "") -> str:
+        return (
+            f"'{base.source}' is not the base of '{self.source}': it has other tensors than "
+            f"'{self.config.base_model_name_or_path}'{self._base_revision()}, which the delta was made against{detail}"
+        )
+
+    def _check_row_counts(self) -> None:
+        for name, rows in self.base.row_counts.items():
+            shape = self.base.checkpoint.shape(self.base.stored_name(name)) if name in self.base_checksums else ()
+            if not shape or not 0 <= rows < shape[0]:
+                raise DeltaFormatError(
+                    f"row_counts in config.json of '{self.source}' gives {name} {rows} rows, which is not a part of a "
+                    f"tensor of the base '{self.base.source}'"
+                )
 
     def _match_entries(self) -> dict[str, TensorParts]:
         """Assign the file's entries to fine-tuned tensors, with an error for any that belongs to none."""
@@ -249,7 +270,7 @@ class DeltaRepository:
             rows = self.file.shape(part.added_rows)
             if self.file.dtype_name(part.added_rows) != DTYPE_NAMES[dtype]:
                 raise DeltaFormatError(f"the rows added to {name} have another dtype than the tensor, {dtype}")
-            if len(base_shape) != 2 or len(rows) != 2 or rows[1] != base_shape[1]:
+            if len(base_shape) not in (1, 2) or len(rows) != len(base_shape) or rows[1:] != base_shape[1:]:
                 raise DeltaFormatError(f"rows of shape {rows} cannot be added to {name}, the base has {base_shape}")
 
     def _read_checksums(self) -> dict[str, int]:
@@ -262,10 +283,7 @@ class DeltaRepository:
             raise DeltaFormatError(f"the delta file of '{self.source}' has no checksums of its base")
         table = self.file.read(BASE_CHECKSUMS).tolist()
         if len(table) != len(names) + 1 or table[-1] != names_checksum(names):
-            raise WrongBaseError(
-                f"'{self.base.source}' is not the base of '{self.source}': it has other tensors than "
-                f"'{self.config.base_model_name_or_path}'{self._base_revision()}, which the delta was made against"
-            )
+            raise WrongBaseError(self._other_tensors(self.base))
         return dict(zip(names, table, strict=False))
 
     def _base_revision(self) -> str:
@@ -297,18 +315,19 @@ class DeltaRepository:
         return dtype
 
     def base_tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor of the base, on the CPU, after checking its checksum.
+        """Return the part of the base's tensor that base and fine-tune share, on the CPU, after checking its checksum.
 
         Raises:
             WrongBaseError: if it is not the tensor that the delta was made against.
         """
-        tensor = self.base.tensor(name)
+        tensor = self.base.whole(name)
         if tensor_checksum(tensor) != self.base_checksums[name]:
             raise WrongBaseError(
-                f"'{self.base.source}' is not the base of '{self.source}': its tensor {name} differs from that of "
+                f"'{self.base.source}' is not the base of '{self.source}': its tensor {self.base.stored_name(name)} "
+                "differs from that of "
                 f"'{self.config.base_model_name_or_path}'{self._base_revision()}"
             )
-        return tensor
+        return self.base.shared(name, tensor)
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the fine-tuned tensor, decoded on `device`, in the dtype in which it was published.
@@ -320,7 +339,10 @@ class DeltaRepository:
         part, dtype = self.parts[name], self.dtype(name)
         tensor = self.base_tensor(name).to(device)  # always read, so that a wrong base is detected
         if part.replacement:
-            tensor = self.file.read_finite(part.replacement).to(device)
+            stored = self.file.read(part.replacement).to(device)
+            if stored.is_floating_point() and not finite_where_base_is(stored, tensor):
+                raise DeltaFormatError(f"delta entry {part.replacement} holds NaN or infinity")
+            tensor = stored
         elif part.records:
             tensor = add_delta(tensor, self.file.read_records(name), name, dtype)
         else:

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from .checkpoints import HubOptions, fetch_file, pinned
@@ -17,17 +22,17 @@ from .configuration_delta_compressed import DeltaCompressedConfig
 from .configuration_pruned_llama import PrunedLlamaConfig
 from .delta_record import DeltaFormatError
 from .delta_repository import DeltaRepository
+from .four_bit_weights import put_in_order
 from .modeling_pruned_llama import PrunedLlamaForCausalLM
-from .repository_files import copy_repository, push_folder
+from .repository_files import push_folder, repository_folder, save_repository
+from .saved_configs import changed_configs
+from .weight_fingerprints import WeightFingerprints
 
 logger = logging.get_logger(__name__)
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _NOT_FOR_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code")
 _PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-_SAMPLES = 4096  # entries of a parameter that are kept to detect training
-# Half the smallest positive float16: the most that a bfloat16 number changes by conversion to float16 and back.
-_ROUNDING = 2.0**-25
 
 
 class DeltaCompressedForCausalLM(PreTrainedModel):
@@ -46,7 +51,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
     delta_config: DeltaCompressedConfig
     _inner_class: type[PreTrainedModel]
     _delta_source: tuple[str, HubOptions]
-    _delta_samples: dict[str, tuple[torch.Size, int, torch.Tensor | None]]
+    _delta_weights: WeightFingerprints
 
     @classmethod
     def _from_config(cls, config, **kwargs):
@@ -88,7 +93,13 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             )
             kwargs |= loading
         repository = DeltaRepository(source, config, options, base_model)
-        model_class = _delta_class(inner_class(config.text_config))
+        inner = inner_class(config.text_config)
+        if is_classifier(inner) and not issubclass(cls, DeltaCompressedForSequenceClassification):
+            # It has no other head, so that no other class could be meant.
+            logger.warning(f"'{source}' holds a {inner.__name__}: load it with AutoModelForSequenceClassification")
+        elif not is_classifier(inner) and issubclass(cls, DeltaCompressedForSequenceClassification):
+            raise ValueError(f"'{source}' holds a {inner.__name__}: load it with AutoModelForCausalLM")
+        model_class = _delta_class(inner)
         with_info = kwargs.pop("output_loading_info", False)
         model, info = model_class.from_pretrained(
             None,
@@ -100,36 +111,43 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         )
         if info["missing_keys"]:  # transformers would continue with random weights
             raise DeltaFormatError(
-                f"text_config of '{source}' describes a model with {len(info['missing_keys'])} tensors that its base "
-                f"lacks, such as {min(info['missing_keys'])}"
+                f"text_config of '{source}', with this call's arguments, describes a model with "
+                f"{len(info['missing_keys'])} tensors that neither delta nor base has, such as "
+                f"{min(info['missing_keys'])}"
             )
         model.name_or_path = model.config._name_or_path = source
         if kwargs.get("generation_config") is None and fetch_file(source, "generation_config.json", options):
             model.generation_config = GenerationConfig.from_pretrained(source, **hub)
         model.delta_config = config
         model._delta_source = (os.path.abspath(source) if os.path.isdir(source) else source, options)
-        model._delta_samples = {name: _sample(parameter) for name, parameter in model.named_parameters()}
+        model._delta_weights = WeightFingerprints(model)
         if adapter_path is not None:  # an Auto class was given an adapter of this model
             model.load_adapter(adapter_path, adapter_name=adapter_name, adapter_kwargs=adapter)
         return (model, info) if with_info else model
 
     def weights_changed(self) -> bool:
-        """Return whether the parameters have been trained, merged into or resized since they were loaded.
+        """Return whether any weight has changed since the model was loaded: every number of every weight is compared.
 
-        Moving the model to another device or dtype does not count as a change.
+        Moving the model to another device or dtype, copying, pickling or offloading it is no change. Weights that
+        cannot be compared count as changed.
         """
-        now = dict(self.named_parameters())
-        if now.keys() != self._delta_samples.keys():
-            return True
-        return any(_differs(self._delta_samples[name], parameter) for name, parameter in now.items())
+        return self._delta_weights.differ(self)
+
+    def _apply(self, fn, recurse=True):
+        # Every method that casts or moves a model, or one that contains it, ends here.
+        weights = self.__dict__.get("_delta_weights")
+        return super()._apply(fn if weights is None else weights.watch(self, fn), recurse)
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs
     ):
-        """Write the compressed repository again, byte for byte.
+        """Write the compressed repository again, byte for byte, with the configurations as they are now.
 
-        If the weights were trained after loading, the delta no longer describes them: the dense model is saved
-        instead, with a warning. With adapters attached, the adapters are saved, as in transformers.
+        Its weights, configurations and reader are written over what the folder holds. Tokenizer, model card and other
+        files are copied only where the folder has none; if it has a tokenizer, that is kept whole.
+
+        If the weights have changed since they were loaded, or cannot be compared, the dense model is saved instead,
+        with a warning. With adapters attached, the adapters are saved, as in transformers.
 
         Args:
             save_directory: folder to write to; made if missing.
@@ -138,6 +156,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
 
         Raises:
             CheckpointError: if the repository that the model was loaded from no longer exists.
+            OSError: if the folder cannot be written, for instance because the disk is full; it is then as it was.
+            ValueError: if a changed configuration is not valid.
         """
         dense = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         if getattr(self, "_hf_peft_config_loaded", False):
@@ -147,10 +167,12 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
                 "The weights have changed since this model was loaded from a delta repository, so the dense model is "
                 "saved; run `impart-hf compress` to make a delta repository of it."
             )
+            put_in_order(self)
             return _forget_delta(copy.copy(self)).save_pretrained(save_directory, **dense)
         if not is_main_process:
             return
-        copy_repository(*self._delta_source, Path(save_directory))
+        folder = repository_folder(*self._delta_source)
+        save_repository(folder, Path(save_directory), changed_configs(self, folder))
         if push_to_hub:
             self.push_to_hub(
                 kwargs.get("repo_id") or Path(save_directory).name,
@@ -158,7 +180,9 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             )
 
     def push_to_hub(self, repo_id, *, max_shard_size="50GB", tags=None, **kwargs):  # type: ignore[override]
-        """Upload the compressed repository with its model card; arguments as for any model.
+        """Upload the compressed repository, with the configurations as they are now; arguments as for any model.
+
+        As with any model, a card, a tokenizer or a licence that the repository on the Hub has is kept.
 
         Args:
             repo_id: repository on the Hub, created if missing.
@@ -170,29 +194,16 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             The commit's URL.
         """
         if self.weights_changed() or getattr(self, "_hf_peft_config_loaded", False):
+            put_in_order(self)
             dense = _forget_delta(copy.copy(self))
             return dense.push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, **kwargs)
+        source = repository_folder(*self._delta_source)
         with tempfile.TemporaryDirectory() as folder:
-            copy_repository(*self._delta_source, Path(folder))
-            if tags:
-                card = ModelCard.load(Path(folder, "README.md"))
-                card.data.tags = sorted({*(card.data.tags or []), *tags})
-                card.save(Path(folder, "README.md"))
-            return push_folder(Path(folder), repo_id, **kwargs)
+            save_repository(source, Path(folder), changed_configs(self, source))
+            return push_folder(Path(folder), repo_id, replaces_all=False, tags=tags, **kwargs)
 
     def __reduce__(self):
-        # A copy restarts its parameters' version counters, so changes must be detected now: without samples, the
-        # copy counts as changed.
-        state = {**self.__dict__, "_delta_samples": {}} if self.weights_changed() else self.__dict__
-        return _restore, (self._inner_class,), state
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        parameters = dict(self.named_parameters())
-        self._delta_samples = {
-            name: (shape, _version(parameters[name]), entries)
-            for name, (shape, _, entries) in self._delta_samples.items()
-        }
+        return _restore, (self._inner_class,), self.__dict__
 
     def merge_and_unload(self):
         """Turn this object into the plain fine-tuned model, for instance a `LlamaForCausalLM`, and return it.
@@ -203,17 +214,35 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         return self
 
 
+class DeltaCompressedForSequenceClassification(DeltaCompressedForCausalLM):
+    """A classifier or reward model that was loaded from a compressed delta and its base model.
+
+    `AutoModelForSequenceClassification.from_pretrained` returns one. Everything is as for causal language models.
+    """
+
+
 def inner_class(text_config: PreTrainedConfig) -> Any:
-    """Return the model class that the fine-tuned model's configuration names."""
+    """Return the model class that the fine-tuned model's configuration names: a language model's or a classifier's.
+
+    Raises:
+        ValueError: if transformers has no causal language model for the configuration.
+    """
     # By name: the Auto classes know it only if impart_hf is imported, and remote code may be imported twice.
     if text_config.model_type == PrunedLlamaConfig.model_type:
         return PrunedLlamaForCausalLM
-    known = AutoModelForCausalLM._model_mapping.get(type(text_config), None)
-    if known is None:
-        raise ValueError(f"transformers has no causal language model for model_type '{text_config.model_type}'")
-    candidates: list[Any] = list(known) if isinstance(known, (list, tuple)) else [known]
+    candidates: list[Any] = []
+    for auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        known = auto_class._model_mapping.get(type(text_config), None)
+        if known is None and not candidates:
+            raise ValueError(f"transformers has no causal language model for model_type '{text_config.model_type}'")
+        candidates += [] if known is None else known if isinstance(known, (list, tuple)) else [known]
     architectures = getattr(text_config, "architectures", None) or []
     return next((c for c in candidates if c.__name__ in architectures), candidates[0])
+
+
+def is_classifier(inner: type[PreTrainedModel]) -> bool:
+    """Return whether a model class is a sequence classifier, as reward models are."""
+    return inner.__name__.endswith("ForSequenceClassification")
 
 
 @functools.cache
@@ -229,7 +258,8 @@ def _delta_class(inner: Any) -> Any:
         "_inner_class": inner,
         "__module__": inner.__module__,
     }
-    return type(inner.__name__, (DeltaCompressedForCausalLM, inner), members)
+    ours = DeltaCompressedForSequenceClassification if is_classifier(inner) else DeltaCompressedForCausalLM
+    return type(inner.__name__, (ours, inner), members)
 
 
 def _restore(inner: Any) -> PreTrainedModel:
@@ -240,7 +270,7 @@ def _restore(inner: Any) -> PreTrainedModel:
 
 def _forget_delta(model: DeltaCompressedForCausalLM) -> PreTrainedModel:
     """Turn the object into one of its plain inner class."""
-    for name in ("delta_config", "_delta_source", "_delta_samples"):
+    for name in ("delta_config", "_delta_source", "_delta_weights"):
         model.__dict__.pop(name, None)
     model.__class__ = model._inner_class  # type: ignore[assignment]
     return model
@@ -258,27 +288,4 @@ def _decoding_device(device_map: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _version(parameter: torch.Tensor) -> int:
-    """Return torch's count of in-place writes to the tensor, or 0 if torch does not count them."""
-    return 0 if parameter.is_inference() else parameter._version
-
-
-def _sample(parameter: torch.Tensor) -> tuple[torch.Size, int, torch.Tensor | None]:
-    """Return what detects changes of a parameter: its shape, version and evenly spaced entries."""
-    version = _version(parameter)
-    if parameter.device.type == "meta" or not parameter.is_floating_point() or type(parameter.data) is not torch.Tensor:
-        return parameter.shape, version, None  # offloaded or quantised: its entries cannot be read
-    flat = parameter.detach().reshape(-1)
-    return parameter.shape, version, flat[:: max(1, flat.numel() // _SAMPLES)].cpu().clone()
-
-
-def _differs(before: tuple[torch.Size, int, torch.Tensor | None], parameter: torch.Tensor) -> bool:
-    shape, version, entries = _sample(parameter)
-    if shape != before[0] or version > before[1]:
-        return True
-    if entries is None or before[2] is None:
-        return False
-    return not torch.allclose(before[2].to(entries.dtype), entries, rtol=0, atol=_ROUNDING)
-
-
-__all__ = ["DeltaCompressedForCausalLM"]
+__all__ = ["DeltaCompressedForCausalLM", "DeltaCompressedForSequenceClassification"]

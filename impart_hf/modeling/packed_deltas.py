@@ -7,6 +7,7 @@ import torch
 from .delta_decode import decode_planes, matrix_delta
 from .delta_record import Record
 from .packed_tables import kernels_wanted
+from .precision import full_float32
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class PackedDeltas:
             self._add_decoded(flat_outputs, flat_inputs, groups.delta_of_row)
         return outputs
 
+    @full_float32()
     def _add_decoded(self, outputs: torch.Tensor, inputs: torch.Tensor, delta_of_row: torch.Tensor) -> None:
         for number in delta_of_row.unique().tolist():
             if 0 <= number < self.deltas:

@@ -15,6 +15,7 @@ import torch
 
 from .delta_record import DIRECT, Record
 from .packed_tables import BLOCK
+from .precision import full_float32
 from .triton_decode import default_precision, unpack_kernel, works_on
 from .triton_planes import (
     available,
@@ -220,6 +221,7 @@ class AppliedDeltas:
             if self._direct:
                 direct_kernel[(count, -(-m // _COLUMNS))](outputs, inputs, *groups, count, m, n, **options)
 
+    @full_float32()
     def _add_unpacked(
         self, outputs: torch.Tensor, inputs: torch.Tensor, order: torch.Tensor, bounds: list[int]
     ) -> None:

@@ -42,13 +42,13 @@ _MOST_PANEL = 16384
 
 @jit
 def _finish(base, out, bad, delta, rows, columns, m, n):
-    """Store a tile, base + delta, and say if a number of it is not finite in its dtype."""
+    """Store a tile, base + delta, and say if a number of it is not finite in its dtype where the base's is."""
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     offset = rows.to(tl.int64)[:, None] * n + columns[None, :]
-    total = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) + delta
-    result = total.to(out.dtype.element_ty)
+    before = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
+    result = (before + delta).to(out.dtype.element_ty)
     tl.store(out + offset, result, mask=inside)
-    wrong = inside & (is_finite(result.to(tl.float32)) == 0)
+    wrong = inside & is_finite(before) & (is_finite(result.to(tl.float32)) == 0)
     if tl.max(tl.max(wrong.to(tl.int32), 1), 0) > 0:
         tl.store(bad, 1)
 
@@ -180,7 +180,7 @@ def launch(
     precision: str,
     fused: bool,
 ) -> None:
-    """Write base + delta to `out`, and 1 to `bad` if a number of it is not finite.
+    """Write base + delta to `out`, and 1 to `bad` if a number of it is not finite where the base's is.
 
     Args:
         base, out: (m, n), contiguous, of dtypes in `DTYPES`; they may be the same tensor.
@@ -209,7 +209,7 @@ def launch(
 class Decoder:
     """Adds the records of one tensor to its base with kernels.
 
-    Its result is finite, or a number in the records or in the sum is not: ask `finite` once, after the last record.
+    Ask `finite` once, after the last record: whether all results are finite where the base is.
 
     Args:
         precision: how products are made, `input_precision` of `tl.dot`; None for `default_precision`.

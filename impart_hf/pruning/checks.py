@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 
+from ..adapters.adapter_files import refuse_adapter
 from ..modeling.checkpoints import Checkpoint, CheckpointError, HubOptions, pinned
 from ..modeling.checksums import tensor_bytes
 from .llama_shape import LlamaShape
@@ -27,7 +28,9 @@ def open_llama(source: str, revision: str | None = None) -> tuple[Checkpoint, Ll
         CheckpointError: if it is missing or cannot be read, or its tensors do not match its config.json.
         ValueError: if it is not LLaMA-shaped.
     """
-    checkpoint = Checkpoint(source, pinned(source, HubOptions(revision)))
+    options = pinned(source, HubOptions(revision))
+    checkpoint = Checkpoint(source, options)
+    refuse_adapter(source, options)
     try:
         shape = LlamaShape.of(checkpoint.config)
     except ValueError as error:

@@ -23,8 +23,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..calibration.text import CalibrationSource
-from ..common.names import text_name
+from ..calibration.text import CalibrationSource, text_name
 from ..common.progress import Progress
 from ..common.validation import check_positive, check_seed, check_whole_number
 from ..storage.checkpoint_writer import new_folder

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
-from ..calibration.text import CalibrationSource
-from ..common.names import text_name
+from ..calibration.text import CalibrationSource, text_name
+from ..common.files import write_json
 from ..common.progress import Progress
 from ..common.validation import check_positive, check_seed, check_whole_number
 from ..evaluation.metrics import perplexity
@@ -23,8 +24,9 @@ from ..modeling.checkpoints import Checkpoint, all_finite, fetch_file
 from ..modeling.pruned_llama_card import pruned_model_card
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.cards import inherited_card_data
+from ..repository.reader_files import copy_pruned_reader
 from ..repository.sidecar_files import copy_sidecar_files
-from ..storage.checkpoint_writer import new_folder
+from ..storage.checkpoint_writer import DenseTensor, check_room, new_folder, write_weights
 from ..storage.output import check_output
 from ..training.trainer import train, training_arguments
 from .checks import open_llama
@@ -147,6 +149,12 @@ def recover(
                 eval_data, checkpoint, shape, samples=_EVALUATION_SEQUENCES, length=length, seed=seed
             )
         with new_folder(output_dir) if is_first else contextlib.nullcontext() as folder:
+            card_data: dict[str, Any] = {}
+            if folder is not None:  # before training, which a file that cannot be read or a full disk must not cost
+                sizes = (math.prod(checkpoint.shape(n)) * checkpoint.dtype(n).itemsize for n in checkpoint.names())
+                check_room(folder, sum(sizes))
+                copy_sidecar_files(checkpoint.source, checkpoint.options, folder)
+                card_data = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
             trained = load_model(checkpoint, _training_dtype(checkpoint, lora, arguments.device))
             before = _perplexity(trained, held_out, arguments)
             bar = Progress(progress)
@@ -166,7 +174,8 @@ def recover(
                     "learning_rate": rate,
                     "data": text_name(data),
                 }
-                _save(trained, folder, Path(os.path.abspath(output_dir)).name, checkpoint, shape, step)
+                _write_config(folder, Path(os.path.abspath(output_dir)).name, checkpoint, shape, step, card_data)
+                write_weights(folder, _tensors(trained, checkpoint), "5GB", bar, "Writing")
         arguments.distributed_state.wait_for_everyone()
         return RecoveryReport(
             method=method,
@@ -207,23 +216,38 @@ def _round(model: Any, checkpoint: Checkpoint) -> None:
             raise ValueError(f"the weights of {name} are not finite after training: lower the learning rate")
 
 
-def _save(
-    model: Any, folder: Path, name: str, checkpoint: Checkpoint, shape: LlamaShape, step: Mapping[str, Any]
+def _write_config(
+    folder: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    shape: LlamaShape,
+    step: Mapping[str, Any],
+    card_data: Mapping[str, Any],
 ) -> None:
-    """Write the model as `save_pretrained` does, in the checkpoint's dtypes, with its sidecar files and card."""
-    for parameter_name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(checkpoint.dtype(parameter_name))
-    was_pruned = kind_of(checkpoint.config) is RepositoryKind.PRUNED
-    if was_pruned:
-        model.config.pruning = with_step(checkpoint, shape, step)
-    # save_pretrained may reject published generation settings; the source's file is copied unchanged instead
-    model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.save_pretrained(folder, max_shard_size="5GB")
-    copy_sidecar_files(checkpoint.source, checkpoint.options, folder)
-    if was_pruned:
-        metadata = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
-        card = pruned_model_card(model.config.to_dict(), name, shape.parameters, metadata)
+    """Write the source's config.json; that of a pruned model with one more step, and with reader and card.
+
+    Not `save_pretrained`: it refuses configurations that can be loaded, and would lose the training.
+    """
+    config = dict(checkpoint.config)
+    if kind_of(config) is RepositoryKind.PRUNED:
+        config["pruning"] = with_step(checkpoint, shape, step)
+        copy_pruned_reader(config["model_type"], folder)
+        card = pruned_model_card(config, name, shape.parameters, card_data)
         (folder / "README.md").write_text(card, "utf-8")
+    write_json(folder / "config.json", config)
+
+
+def _tensors(model: Any, checkpoint: Checkpoint) -> list[DenseTensor]:
+    """Return the model's tensors in the checkpoint's dtypes."""
+
+    def stored(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return parameter.detach().to("cpu", dtype)
+
+    return [
+        DenseTensor(name, tuple(parameter.shape), dtype, partial(stored, parameter, dtype))
+        for name, parameter in model.named_parameters()
+        for dtype in [checkpoint.dtype(name)]
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:

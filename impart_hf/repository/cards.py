@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..common.model_names import split_adapter
 from ..common.names import is_on_hub, public_name
 from .report import settings_text
 
@@ -33,7 +34,8 @@ def merge_card(name: str, config: dict[str, Any]) -> str:
         name: name of its folder.
         config: the merge's configuration, with folders and Hub ids as the user gave them.
     """
-    models = dict.fromkeys([config["base_model"], *(entry["model"] for entry in config["models"])])
+    names = [config["base_model"], *(part for entry in config["models"] for part in split_adapter(entry["model"]))]
+    models = dict.fromkeys(name for name in names if name)
     on_hub = [public_name(model) for model in models if not os.path.isdir(model)]
     data = ModelCardData(
         base_model=on_hub or None,
@@ -50,14 +52,19 @@ def merge_card(name: str, config: dict[str, Any]) -> str:
 def merge_origin(config: dict[str, Any]) -> str:
     """Return Markdown that describes the merge; the argument is as for `merge_card`."""
     shown = {**config, "base_model": public_name(config["base_model"])}
-    shown["models"] = [{**entry, "model": public_name(entry["model"])} for entry in config["models"]]
+    shown["models"] = [{**entry, "model": _shown(entry["model"])} for entry in config["models"]]
     if config.get("tokenizer_source", "base") != "base":
-        shown["tokenizer_source"] = public_name(config["tokenizer_source"])
+        shown["tokenizer_source"] = _shown(config["tokenizer_source"])
     text = yaml.safe_dump(shown, sort_keys=False)
     return (
         f"Fine-tunes of `{shown['base_model']}`, merged by impart-hf ({config['merge_method']}):\n\n"
         f"```yaml\n{text}```\n\nLocal folders appear in this configuration by name, without their paths."
     )
+
+
+def _shown(model: str) -> str:
+    """Return the public name of a merged model, which may be one with an adapter on it."""
+    return "+".join(public_name(part) for part in split_adapter(model) if part)
 
 
 def delta_card(
@@ -70,6 +77,7 @@ def delta_card(
     sizes: dict[str, str],
     shortfall: str,
     origin: str = "",
+    classifies: bool = False,
 ) -> str:
     """Return the README.md of a delta repository.
 
@@ -81,13 +89,14 @@ def delta_card(
         sizes: the measured numbers as text: ratio, repository, checkpoint, error, tensors, distilled.
         shortfall: why the requested ratio was missed, or "".
         origin: Markdown that says how the fine-tuned model was made, if it is a merge; otherwise "".
+        classifies: whether the model is a sequence classifier, not a language model.
     """
     on_hub = is_on_hub(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if classifies else "text-generation",
         tags=["delta-compressed", "impart-hf", method["name"]],
         **metadata,
     )
@@ -103,6 +112,7 @@ def delta_card(
         settings=settings_text({k: v for k, v in method.items() if k not in ("name", "compression_ratio")}),
         shortfall=shortfall,
         origin=origin,
+        auto_class="AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM",
         **sizes,
     )
     return str(card) + "\n"

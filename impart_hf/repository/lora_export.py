@@ -5,7 +5,7 @@ output projection, norms, biases and experts; the report states how much that is
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import resources
@@ -16,8 +16,10 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..coding.svd import leading_svd
+from ..common.checkpoint_layout import CheckpointLayout
 from ..common.devices import usable_device
 from ..common.meta_model import meta_model
 from ..common.names import is_on_hub, public_name
@@ -25,6 +27,7 @@ from ..common.progress import Progress
 from ..modeling.checkpoints import DTYPE_NAMES
 from ..modeling.checksums import tensor_bytes
 from ..modeling.delta_repository import DeltaRepository
+from ..modeling.modeling_delta_compressed import inner_class, is_classifier
 from ..storage.checkpoint_writer import new_folder
 from ..storage.safetensors_writer import Entry, write_safetensors
 
@@ -90,10 +93,10 @@ def export_lora(
 ) -> LoraReport:
     """Write the leading singular components of a delta as a LoRA adapter in PEFT's format.
 
-    For every linear layer W that changed, B = U sqrt(sigma), shape (m, rank), and A = sqrt(sigma) V^T, shape
+    For every linear layer W (m, n) that changed, B = U sqrt(sigma), shape (m, rank), and A = sqrt(sigma) V^T, shape
     (rank, n), of W_finetuned - W_base, in the fine-tuned dtype, with alpha = rank, so that W_base + B A is the best
-    approximation of W_finetuned at that rank. A layer with fewer components is padded with zeros, because not every
-    engine accepts a different rank for each layer.
+    approximation of W_finetuned at that rank. W of GPT-2's Conv1D is the transpose of what is stored. A layer with
+    fewer components is padded with zeros, because not every engine accepts a different rank for each layer.
 
     Args:
         repository: from `open_repository`.
@@ -109,22 +112,29 @@ def export_lora(
         ModuleNotFoundError: if PEFT is not installed.
         DeltaFormatError, WrongBaseError: if the delta is damaged or the base is another; no output remains.
     """
+    if is_classifier(inner_class(repository.text_config)):
+        raise ValueError(
+            f"'{repository.source}' is a sequence classifier: adapters are made of language models' deltas"
+        )
     if not 1 <= rank <= _LARGEST_RANK:
         raise ValueError(f"rank: a LoRA rank must be from 1 to {_LARGEST_RANK}, got {rank}")
     device, progress = usable_device(str(device)), progress or Progress(False)
     changed = [name for name in repository.names() if repository.is_changed(name)]
     skeleton = meta_model(repository.text_config)
-    linear = _linear_layers(skeleton)
+    modules = _linear_layers(skeleton)
+    linear = _linear_weights(repository, skeleton, modules)
     exported = [name for name in changed if name in linear]
     if not exported:
         raise ValueError(
-            f"no linear layer of '{repository.source}' differs from the base's: there is nothing to export"
+            f"no linear layer of '{repository.source}' differs from the base's, only {len(changed)} other tensors: "
+            "there is nothing to export"
         )
-    config = _adapter_config(repository, exported, linear, rank)
+    config = _adapter_config(repository, [linear[name] for name in exported], modules, rank)
     _check_adapter(skeleton, config)
     report = LoraReport(rank)
     with new_folder(output_dir) as folder:
-        entries = [entry for name in exported for entry in _entries(repository, name, rank, device, report)]
+        targets = [_Target(name, linear[name], modules[linear[name]]) for name in exported]
+        entries = [entry for target in targets for entry in _entries(repository, target, rank, device, report)]
         report.adapter_bytes = sum(entry.size for entry in entries)
         config.save_pretrained(folder)
         write_safetensors(folder / ADAPTER_FILE, list(_tracked(entries, progress)), {"format": "pt"})
@@ -151,47 +161,83 @@ def _check_adapter(skeleton: PreTrainedModel, config: Any) -> None:
         raise ValueError(f"PEFT does not support such an adapter for this model: {error}") from error
 
 
-def _linear_layers(model: PreTrainedModel) -> set[str]:
-    """Return the names of the weights that LoRA can change: those of linear layers except the output projection."""
+@dataclass(frozen=True)
+class _Target:
+    """A weight that gets an adapter.
+
+    Attributes:
+        name: name of its tensor.
+        module: name of its layer in the model.
+        transposed: whether it is stored as (inputs, outputs).
+    """
+
+    name: str
+    module: str
+    transposed: bool
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, bool]:
+    """Return the linear layers except the output projection, and whether their weights are stored transposed."""
     output = model.get_output_embeddings()
-    return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
+    return {
+        name: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output
+    }
 
 
-def _adapter_config(repository: DeltaRepository, exported: list[str], linear: set[str], rank: int) -> Any:
-    """Return PEFT's configuration of the adapter."""
+def _linear_weights(repository: DeltaRepository, model: PreTrainedModel, modules: Container[str]) -> dict[str, str]:
+    """Return the tensors that are weights of linear layers, with the layer of each."""
+    groups = CheckpointLayout(repository, model).groups
+    single = {group.members[0].name: key for key, group in groups.items() if group.converter is None}
+    return {
+        name: module
+        for name, parameter in single.items()
+        if (module := parameter.removesuffix(".weight")) != parameter and module in modules
+    }
+
+
+def _adapter_config(repository: DeltaRepository, exported: list[str], modules: Mapping[str, bool], rank: int) -> Any:
+    """Return PEFT's configuration of the adapter.
+
+    Args:
+        exported: names of the layers that get an adapter.
+        modules: from `_linear_layers`.
+    """
     try:
         from peft import LoraConfig
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("exporting an adapter needs PEFT: pip install 'impart-hf[lora]'") from error
-    kinds = {_module(name).rpartition(".")[2] for name in exported}
-    same_kind = [name for name in linear if _module(name).rpartition(".")[2] in kinds]
+    kinds = {name.rpartition(".")[2] for name in exported}
+    same_kind = [name for name in modules if name.rpartition(".")[2] in kinds]
     # If every layer of these kinds changed, the kinds are listed, which is short and what engines expect.
-    modules = sorted(kinds) if len(same_kind) == len(exported) else [_module(name) for name in exported]
+    targets = sorted(kinds) if len(same_kind) == len(exported) else exported
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=rank,
-        target_modules=modules,
+        target_modules=targets,
+        fan_in_fan_out=any(modules[name] for name in exported),
         base_model_name_or_path=repository.config.base_model_name_or_path,
         revision=repository.config.base_model_revision,
         inference_mode=True,
     )
 
 
-def _module(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
 def _entries(
-    repository: DeltaRepository, name: str, rank: int, device: torch.device, report: LoraReport
+    repository: DeltaRepository, target: _Target, rank: int, device: torch.device, report: LoraReport
 ) -> Iterator[Entry]:
     """Yield the entries of one matrix's two factors, which are computed when the first is written."""
+    name = target.name
     (m, n), dtype = repository.shape(name), repository.dtype(name)
+    if target.transposed:
+        m, n = n, m
     factors: dict[str, torch.Tensor] = {}
 
     def factor(which: str) -> bytes:
         if not factors:
             delta = _delta(repository, name, device)
+            delta = delta.t() if target.transposed else delta
             factors["lora_A"], factors["lora_B"] = _factors(delta, rank, dtype)
             norm = float(delta.norm())
             lost = float((delta - factors["lora_B"].float() @ factors["lora_A"].float()).norm())
@@ -200,7 +246,7 @@ def _entries(
 
     for which, shape in (("lora_A", (rank, n)), ("lora_B", (m, rank))):
         size = shape[0] * shape[1] * dtype.itemsize
-        entry = f"{_PREFIX}{_module(name)}.{which}.weight"
+        entry = f"{_PREFIX}{target.module}.{which}.weight"
         yield Entry(entry, DTYPE_NAMES[dtype], shape, size, partial(factor, which))
 
 

@@ -1,10 +1,13 @@
 """Reconstruction of the dense checkpoint from a delta repository."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..common.files import write_json
 from ..common.progress import Progress
+from ..modeling.checkpoints import fetch_config
 from ..modeling.delta_repository import DeltaRepository
 from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
 from .reader_files import copy_pruned_reader
@@ -32,15 +35,26 @@ def reconstruct(
         OutputError: if the folder is not empty, or the disk has too little space.
         DeltaFormatError, WrongBaseError: if the delta is damaged or the base is another; no output remains.
     """
-    tensors = dense_tensors(repository, device)
+    tensors = dense_tensors(repository, device, checked=True)
     with new_folder(output_dir) as folder:
         write_weights(folder, tensors, max_shard_size, progress or Progress(False), "Reconstructing")
         _write_texts(repository, folder)
 
 
 def _write_texts(repository: DeltaRepository, target: Path) -> None:
-    """Write the fine-tune's config.json and copy reader files and sidecar files."""
-    text_config = repository.text_config
-    text_config.save_pretrained(target)
-    copy_pruned_reader(text_config.model_type, target)
+    """Write the fine-tune's config.json as it was, and copy reader files and sidecar files."""
     copy_sidecar_files(repository.source, repository.options, target)
+    # Not as transformers would write it: programs of before transformers 5 read other fields, such as `rope_theta`.
+    fields = dict(fetch_config(repository.source, repository.options)[0]["text_config"])
+    copy_pruned_reader(fields["model_type"], target)
+    if isinstance(fields.get("auto_map"), dict):
+        fields["auto_map"] = {name: code for name, code in fields["auto_map"].items() if _is_available(code, target)}
+        if not fields["auto_map"]:
+            del fields["auto_map"]
+    write_json(target / "config.json", fields)
+
+
+def _is_available(code: Any, folder: Path) -> bool:
+    """Return whether a value of `auto_map`, MODULE.CLASS, names a file of the folder, or one in another repository."""
+    references = [each for each in (code if isinstance(code, list) else [code]) if isinstance(each, str)]
+    return all("--" in each or (folder / f"{each.split('.')[0]}.py").is_file() for each in references)

@@ -1,34 +1,133 @@
-"""Sidecar files: files copied unchanged from the fine-tune, such as tokenizer, generation config and licence."""
+"""Sidecar files: files copied unchanged from the fine-tune, such as tokenizer, processor and licence.
 
+No list of names can be complete, since every kind of tokenizer has files of its own. So all files of a repository are
+sidecar files but those listed here: its weights in any format, what describes them, and what training left behind.
+Of Python files, they are those of tokenizers and processors, and all if a configuration names code of the repository.
+"""
+
+import contextlib
+import fnmatch
 import shutil
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 
-from ..modeling.checkpoints import HubOptions, fetch_file
+from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+from transformers.utils import logging
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-_SIDECAR_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
+from ..modeling.checkpoints import ADAPTER_CONFIG, CheckpointError, HubOptions, fetch_file, read_json
+from ..modeling.repository_kind import RepositoryKind, kind_of
+from .reader_files import reader_files
+
+logger = logging.get_logger(__name__)
+
+_LARGEST = 100_000_000  # bytes; the largest tokenizers have 35 MB
+# In lower case.
+_WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.onnx.data"),
+    *("*.msgpack", "*.h5", "*.hdf5", "*.npz", "*.npy", "*.ot", "*.pb", "*.tflite", "*.mlmodel", "*.keras", "*.nemo"),
+    *("*.pkl", "*.pickle", "*.distcp", "*.llamafile", "*.zip", "*.tar", "*.gz", "*.7z", "*.zst"),
 )
+# `adapter_config.json` would make transformers look for an adapter.
+_DESCRIPTIONS = ("config.json", "readme.md", "*.index.json", "adapter_config.json", "quant*_config.json")
+_TRAINING = (
+    *("optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_*", "training_*", "events.out.tfevents*"),
+    *("train_results.json", "eval_results.json", "all_results.json", "zero_to_fp32.py", "latest", "*.log", "*.out"),
+    *("*.jsonl", "*.csv", "*.parquet", "*.arrow"),
+)
+_CODE = ("tokenization_*", "processing_*", "image_processing_*", "video_processing_*", "feature_extraction_*")
+_NAMING_CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
-def sidecar_files(source: str, options: HubOptions) -> list[Path]:
-    """Return the paths of the sidecar files that a local folder or Hub repository has."""
-    paths = [fetch_file(source, name, options) for name in _SIDECAR_FILES]
-    return [path for path in paths if path is not None]
+def sidecar_files(source: str, options: HubOptions) -> dict[str, Path]:
+    """Return the sidecar files of a local folder or Hub repository, by their names there.
+
+    If the Hub is offline, they are those in the local cache. Files of more than 100 MB are left out, with a warning.
+
+    Raises:
+        CheckpointError: if the repository cannot be reached, or does not give its files.
+    """
+    files = {}
+    found = (fetch_file(source, name, options) for name in ("config.json", ADAPTER_CONFIG))
+    config = next((path for path in found if path), None)
+    listed = _listed(source, options, config.parent if config else Path(source, options.subfolder))
+    naming = [fetch_file(source, name, options) for name in _NAMING_CODE if name in listed]
+    has_code = _has_code([config, *naming])
+    for name, size in sorted(listed.items()):
+        if not _is_sidecar_file(PurePosixPath(name), has_code):
+            continue
+        if size > _LARGEST:
+            logger.warning(f"'{source}' has the file {name} of {size} bytes, which is not copied: it is too large")
+            continue
+        if path := fetch_file(source, name, options):
+            files[name] = path
+    return files
+
+
+def copy_files(files: Mapping[str, Path], target: Path) -> int:
+    """Copy files to a folder, under the names given, and return their size in bytes."""
+    for name, path in files.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / name)
+    return sum(path.stat().st_size for path in files.values())
 
 
 def copy_sidecar_files(source: str, options: HubOptions, target: Path) -> None:
-    """Copy the sidecar files of a local folder or Hub repository to a folder."""
-    for path in sidecar_files(source, options):
-        shutil.copyfile(path, target / path.name)
+    """Copy the sidecar files of a local folder or Hub repository to a folder; errors as for `sidecar_files`."""
+    copy_files(sidecar_files(source, options), target)
+
+
+def _is_sidecar_file(path: PurePosixPath, has_code: bool) -> bool:
+    """Return whether a file of a model's repository is copied unchanged into what is made from the model.
+
+    Args:
+        path: in the repository.
+        has_code: whether a configuration names code of the repository.
+    """
+    name = path.name.lower()
+    if name.startswith(".") or str(path.parent) not in (".", CHAT_TEMPLATE_DIR):
+        return False
+    if path.suffix == ".py" and not has_code and not _matches(name, _CODE):
+        return False
+    return not _matches(name, (*_WEIGHTS, *_DESCRIPTIONS, *_TRAINING, *(file.name for file in reader_files())))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _has_code(configs: Iterable[Path | None]) -> bool:
+    """Return whether a configuration of the model names code, which may import other files of the repository."""
+    for path in configs:
+        with contextlib.suppress(CheckpointError):  # a tokenizer that cannot be read is no reason to stop here
+            content = read_json(path) if path else {}
+            is_delta = kind_of(content) is RepositoryKind.DELTA  # whose own code is the reader
+            if "auto_map" in (content.get("text_config", {}) if is_delta else content):
+                return True
+    return False
+
+
+def _listed(source: str, options: HubOptions, folder: Path) -> dict[str, int]:
+    """Return the sizes in bytes of a repository's files by name; if the Hub is not reached, of those in `folder`."""
+    if Path(source).is_dir() or options.local_files_only or is_offline_mode():
+        return _in_folder(folder)
+    top = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
+    try:
+        entries = HfApi(token=options.token).list_repo_tree(
+            source, top.rstrip("/") or None, recursive=True, revision=options.revision
+        )
+        sizes = {entry.path.removeprefix(top): entry.size for entry in entries if isinstance(entry, RepoFile)}
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"the files of '{source}' cannot be listed: {error}") from error
+    except Exception as error:  # the HTTP library's own errors, whichever library huggingface_hub uses
+        if not type(error).__module__.startswith("http"):
+            raise
+        return _in_folder(folder)
+    return sizes
+
+
+def _in_folder(folder: Path) -> dict[str, int]:
+    paths = [path for path in (*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}

@@ -3,6 +3,7 @@
 import torch
 
 from ..common.progress import Progress
+from ..modeling.base_tensors import finite_where_base_is
 from ..modeling.checkpoints import all_finite
 from ..modeling.delta_record import DeltaFormatError
 from ..modeling.delta_repository import DeltaRepository
@@ -24,5 +25,9 @@ def verify(
     """
     for name in (progress or Progress(False)).track(repository.names(), "Verifying"):
         tensor = repository.tensor(name, device)
-        if tensor.is_floating_point() and not all_finite(tensor):
+        if (
+            tensor.is_floating_point()
+            and not all_finite(tensor)
+            and not finite_where_base_is(tensor, repository.base_tensor(name))
+        ):
             raise DeltaFormatError(f"{name} decodes to NaN or infinity: its record is damaged")

@@ -29,7 +29,7 @@ class DeltaConfigParser(HFConfigParser):
         """Parse like vLLM's parser; for a delta repository, return `text_config` with one of our model classes.
 
         Raises:
-            ValueError: if the repository has no inner configuration.
+            ValueError: if the repository has no inner configuration, or not that of a language model.
         """
         fields, config = super().parse(model, trust_remote_code, revision, code_revision, **kwargs)
         if config.model_type != DeltaCompressedConfig.model_type:
@@ -37,6 +37,11 @@ class DeltaConfigParser(HFConfigParser):
         inner = config.text_config
         if inner is None or inner.model_type == config.model_type:
             raise ValueError(f"config.json of '{model}' has no text_config of a fine-tuned model")
+        if str((inner.architectures or [None])[0]).endswith("ForSequenceClassification"):
+            raise ValueError(
+                f"'{model}' is a sequence classifier, and deltas of language models alone can be served: make it dense "
+                "with `impart-hf reconstruct`"
+            )
         # vLLM takes the first architecture that it knows. Some of its models also look for their transformers class.
         inner.architectures = [_delta_architecture(inner), *(inner.architectures or ())]
         inner._name_or_path = str(model)

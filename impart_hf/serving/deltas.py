@@ -80,11 +80,11 @@ class DeltaChecker:
             )
         self._vllm_config = vllm_config
         self.files, self.scratch = EngineFiles(vllm_config), Scratch()
-        # Checksums of the base's tensors, known once a delta was found to fit the base.
-        self._base_checksums: dict[str, int] | None = None
+        # Checksums of the base's tensors, by their names there, as far as they are known.
+        self._base_checksums: dict[str, int] = {}
         if self.files.is_delta:
             started_on = self.files.open_model()
-            self._config, self._base_checksums = started_on.text_config, started_on.base_checksums
+            self._config, self._base_checksums = started_on.text_config, _base_checksums(started_on)
         else:
             self._config = _base_config(self.files.base)
 
@@ -110,8 +110,6 @@ class DeltaChecker:
         self._check_config(config, base.source)
         self._check_complete(base, config)
         checksums = {name: tensor_checksum(base.tensor(name)) for name in base.names()}
-        if self._base_checksums is None:
-            self._base_checksums = checksums
         self._compare_base(checksums, f"'{base.source}' has changed since the engine was started")
         return CheckedDelta(None, None)
 
@@ -143,25 +141,27 @@ class DeltaChecker:
             )
 
     def _check_base(self, repository: DeltaRepository) -> None:
-        if self._base_checksums is None:
-            for name in repository.names():
+        for name in repository.names():
+            if repository.base.stored_name(name) not in self._base_checksums:
                 repository.base_tensor(name)
-            self._base_checksums = repository.base_checksums
         self._compare_base(
-            repository.base_checksums,
+            _base_checksums(repository),
             f"'{repository.source}' was made against '{repository.config.base_model_name_or_path}', which is not the "
             f"engine's base '{self.files.base}'",
         )
 
     def _compare_base(self, checksums: dict[str, int], problem: str) -> None:
-        """Check that checksums are those of the engine's base.
+        """Check that checksums, by name in the base, are those of the engine's base as far as these are known.
+
+        Deltas may rest on different tensors of one base; those that are new are known from now on.
 
         Raises:
             WrongBaseError: if not; the message begins with `problem`.
         """
-        assert self._base_checksums is not None
-        if differing := sorted(dict(checksums.items() ^ self._base_checksums.items())):
+        known = self._base_checksums
+        if differing := sorted(name for name in checksums.keys() & known.keys() if checksums[name] != known[name]):
             raise WrongBaseError(f"{problem}: their tensors {differing[0]} differ")
+        self._base_checksums = known | checksums
 
     def _notes(self, repo: str, options: HubOptions) -> list[str]:
         notes = []
@@ -171,6 +171,11 @@ class DeltaChecker:
             if own != other:
                 notes.append(f"{filename} differs: the engine continues to use that of '{self.files.model}'")
         return notes
+
+
+def _base_checksums(repository: DeltaRepository) -> dict[str, int]:
+    """Return the checksums of the base's tensors that a delta rests on, by their names in the base."""
+    return {repository.base.stored_name(name): checksum for name, checksum in repository.base_checksums.items()}
 
 
 def _base_config(folder: Path) -> PreTrainedConfig:

@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
+
 from ..common.files import OutputError
 from ..modeling.checkpoints import CheckpointError, HubOptions, repository_kind
 from ..modeling.repository_kind import RepositoryKind
@@ -36,7 +38,7 @@ def check_output(output: str | Path, *, replaces_delta: bool = False) -> Path:
             raise OutputError(
                 f"{path} exists and holds something that is not a delta repository; choose another folder"
             )
-        if folders := sorted(p.name for p in path.iterdir() if p.is_dir()):
+        if folders := sorted(p.name for p in path.iterdir() if p.is_dir() and p.name != CHAT_TEMPLATE_DIR):
             raise OutputError(f"{path} would be replaced, but holds the folder {folders[0]}; choose another folder")
     return path
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.disguises import DISGUISES, SAVED
 from support.messages import naming
-from support.tiny_models import edit_json, edit_tensors, make_model, save_model, tiny_config
+from support.tiny_models import edit_json, edit_tensors, fine_tune, load_tensors, make_model, save_model, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, Mamba2Config, PreTrainedConfig, RwkvConfig
 from transformers.models.llama import modeling_llama
+from transformers.pytorch_utils import Conv1D
 
 from impart_hf.calibration.layer_stream import stream_layers
 from impart_hf.calibration.streamed_model import streamed_model
@@ -33,12 +35,16 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     },
     # Its layers return tuples, and a bias that follows the attention mask takes the place of positions.
     "bloom": lambda: BloomConfig(**SMALL, n_layer=3, n_head=4, initializer_range=0.15),
-    "gpt2": lambda: GPT2Config(**SMALL, n_layer=2, n_head=4, n_embd=64, n_positions=64),
+    # Its linear layers are of another class, with transposed weights.
+    "gpt2": lambda: GPT2Config(**SMALL, n_layer=2, n_head=4, n_embd=64, n_positions=64, initializer_range=0.15),
+    # The file's names are others than the model's, and there is an image encoder beside the decoder.
+    "gemma3-vision": lambda: tiny_config("gemma3-vision"),
     # Its config.json holds an infinity.
     "mamba2": lambda: Mamba2Config(**SMALL, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=8, n_groups=1),
     "rwkv": lambda: RwkvConfig(**SMALL, num_hidden_layers=2, attention_hidden_size=64),
 }
 SUPPORTED = ["llama", "llama-tied", "mistral", "qwen2", "gemma2", "gpt-oss", "gpt-neox", "mamba", "mamba2", "bloom"]
+SUPPORTED += ["gpt2", "gemma3-vision"]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +54,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(kind: str) -> Path:
         if kind not in made:
-            made[kind] = save_model(make_model(CONFIGS[kind]()), tmp_path_factory.mktemp(kind))
+            # Fine-tuned, so that no two tensors are equal
+            made[kind] = save_model(fine_tune(make_model(CONFIGS[kind]())), tmp_path_factory.mktemp(kind))
         return made[kind]
 
     return folder
@@ -86,23 +93,31 @@ class Calls:
         return stream_layers(model, tokens, self, batch_size=batch_size, progress=progress)
 
 
+def names_in_file(folder: Path, model: nn.Module) -> dict[str, str]:
+    """The name that each parameter has in the file, found by its values."""
+    stored = {tensor.float().numpy().tobytes(): name for name, tensor in load_tensors(folder).items()}
+    return {name: stored[parameter.detach().numpy().tobytes()] for name, parameter in model.named_parameters()}
+
+
 def real_moments(folder: Path, change: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
     """The mean of x xᵀ of every linear layer but the output projection, in the whole model with changed weights.
+
+    Weights have the names that they have in the file.
 
     What reaches a linear layer depends on what comes before it alone; so it does not matter that everything after it
     is changed too.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    names = names_in_file(folder, model)
     inputs: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-            inputs[name + ".weight"] = rows = []
+        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings():
+            inputs[names[name + ".weight"]] = rows = []
             module.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0].flatten(0, -2).double()))
     with torch.no_grad():
         if change is not None:
             for name, parameter in model.named_parameters():
-                if parameter is not model.get_output_embeddings().weight or model.config.tie_word_embeddings:
-                    parameter.copy_(change(name, parameter))
+                parameter.copy_(change(names[name], parameter))
         model(TOKENS)
     stacked = {name: torch.cat(rows) for name, rows in inputs.items() if rows}
     return {name: (x.T @ x / len(x)).float() for name, x in stacked.items()}
@@ -133,19 +148,35 @@ def test_inputs_come_from_compressed_weights(folders: Callable[[str], Path], kin
     assert min(changes) > 1e-2
 
 
+@pytest.mark.parametrize("disguise", ["without prefix", "buffers", "as in memory"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3-vision"])
+def test_files_of_another_layout_are_the_same_model(
+    folders: Callable[[str], Path], tmp_path: Path, kind: str, disguise: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders(kind))
+    save_model(model, tmp_path / "other", **SAVED.get(disguise, {}))
+    DISGUISES[disguise](tmp_path / "other")
+    usual, other = Calls(folders(kind)), Calls(tmp_path / "other")
+    usual.run()
+    other.run()
+    assert len(other.hessians) == len(usual.hessians) > 0
+    for name, hessian in other.hessians.items():
+        (same,) = [n for n in usual.hessians if torch.equal(usual.checkpoint.tensor(n), other.checkpoint.tensor(name))]
+        assert torch.equal(hessian, usual.hessians[same]), name
+
+
 def layer_of(name: str) -> int:
     """The number of a tensor's decoder layer; -1 outside them."""
-    found = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
+    found = re.search(r"\.(?:layers|h)\.(\d+)\.", name) if "vision" not in name else None
     return int(found[1]) if found else -1
 
 
-@pytest.mark.parametrize("kind", [*SUPPORTED, "gpt2"])
+@pytest.mark.parametrize("kind", SUPPORTED)
 def test_every_tensor_comes_once_layer_after_layer(folders: Callable[[str], Path], kind: str) -> None:
     calls = Calls(folders(kind))
     names = calls.run()
     assert len(calls.order) == len(names) and set(calls.order) == names
-    renamed = {"embed_out.weight"} if kind == "gpt-neox" else set()
-    assert names == set(calls.checkpoint.names()) - renamed
+    assert names == set(calls.checkpoint.names())
     numbers = [layer_of(name) for name in calls.order]
     assert numbers == sorted(numbers)
     assert set(numbers) == set(range(-1, max(numbers) + 1))
@@ -199,7 +230,7 @@ class RoutedMLP(nn.Module):
 
 def test_experts_that_no_token_reaches_have_no_hessian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama, "LlamaMLP", RoutedMLP)
-    folder = save_model(make_model(tiny_config("llama")), tmp_path / "routed")
+    folder = save_model(fine_tune(make_model(tiny_config("llama"))), tmp_path / "routed")
     calls = Calls(folder, perturbed)
     names = calls.run(batch_size=1)
     assert names == set(calls.checkpoint.names())
@@ -303,7 +334,7 @@ def test_architectures_that_cannot_be_streamed(folders: Callable[[str], Path], k
 
 def test_a_checkpoint_of_other_names_or_shapes(own_llama: Path) -> None:
     def rename(tensors: dict[str, Tensor]) -> None:
-        tensors["layers.1.mlp.down_proj.weight"] = tensors.pop("model.layers.1.mlp.down_proj.weight")
+        tensors["layers.1.mlp.other_proj.weight"] = tensors.pop("model.layers.1.mlp.down_proj.weight")
 
     edit_tensors(own_llama, rename)
     calls = Calls(own_llama)

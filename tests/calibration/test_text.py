@@ -14,7 +14,7 @@ from support.messages import naming
 from support.tiny_models import tiny_tokenizer
 
 from impart_hf.calibration import text as calibration_text
-from impart_hf.calibration.text import calibration_tokens
+from impart_hf.calibration.text import TextField, calibration_tokens, text_name
 
 CHAT = [{"role": "user", "content": "Is it small?"}, {"role": "assistant", "content": "It is."}]
 TEXTS = ["The first text is a short one.", "Ünïcode in the second.", "A third,\nof two lines."]
@@ -66,7 +66,7 @@ def sources(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "content.JSONL").write_text(
         "\n".join(json.dumps({"content": text, "title": "none"}) for text in TEXTS), "utf-8-sig"
     )
-    (tmp_path / "only.jsonl").write_text("\n".join(json.dumps({"body": text, "likes": 1}) for text in TEXTS))
+    (tmp_path / "only.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))
     halves = [{"prompt": text[:9], "completion": text[9:], "source": "somewhere"} for text in TEXTS]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, halves)))
     folder = tmp_path / "folder"
@@ -122,8 +122,8 @@ def test_blank_texts_are_passed_over() -> None:
         {"content": "other", "text": "The text."},
         {"messages": CHAT, "prompt": "other", "completion": "other", "text": "The text."},
         {"messages": None, "prompt": "The ", "completion": "text."},
-        {"messages": None, "prompt": None, "completion": None, "body": "The text."},
-        {"prompt": "The text.", "likes": 3},
+        {"messages": None, "prompt": None, "completion": None, "chosen": "The text."},
+        {"body": "The text."},
     ],
 )
 def test_the_first_format_that_a_record_has_is_taken(record: dict) -> None:
@@ -184,14 +184,13 @@ def test_content_is_the_templates_affair() -> None:
 @pytest.mark.parametrize(
     ("template", "names"),
     [
-        (None, ("messages", "chat template")),
         ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
         ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
         ("{{ messages[5]['content'] }}", "no element 5"),
         ("{% for %}", "chat template"),
     ],
 )
-def test_messages_without_a_template_that_takes_them(tmp_path: Path, template: str | None, names: Any) -> None:
+def test_messages_that_the_template_rejects(tmp_path: Path, template: str | None, names: Any) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"text": "plain"}) + "\n" + json.dumps({"messages": CHAT}))
     with pytest.raises(ValueError, match=naming("line 2", path, names)):
@@ -292,17 +291,17 @@ def test_draws_follow_the_seed() -> None:
         (" \n\n", "no text"),
         ('{"text": "good"}\n{"text": ', ("line 2", "JSON")),
         ('{"text": "good"}\n{"text": 7}', ("line 2", "text")),
-        ('{"question": "text", "answer": "text"}', ("line 1", "question", "answer", "'text'")),
+        ('{"title": "text", "body": "text"}', ("line 1", "title", "body", "--text-field", "'text'")),
         ("{}", ("line 1", "fields")),
         ('["good", 7]', ("record 1", 7)),
         ('{"prompt": "one", "id": "two"}', ("line 1", "prompt", "id")),
         ('{"prompt": "one", "completion": 7}', ("line 1", "'prompt'", "'completion'")),
         ('{"prompt": "one", "completion": null}', ("line 1", "'prompt'", "'completion'")),
-        ('{"prompt": ["one"], "completion": "two"}', ("line 1", "'prompt'", "'completion'")),
+        ('{"prompt": [1], "completion": "two"}', ("line 1", "message 0", "'prompt'")),
         ('{"messages": "hello"}', ("line 1", "'messages'", "'hello'")),
         ('{"messages": {"role": "user", "content": "a"}}', ("line 1", "'messages'", "{'role'")),
         ('{"messages": []}', ("line 1", "'messages'", "[]")),
-        ('{"messages": ["hello"]}', ("message 0", "line 1", "'role'")),
+        ('{"messages": ["hello", 7]}', ("message 0", "line 1", "'hello'")),
         ('{"messages": [[{"role": "user", "content": "a"}]]}', ("message 0", "line 1", "'role'")),
         ('{"messages": [{"content": "a"}]}', ("message 0", "line 1", "'role'")),
         ('[{"messages": [{"role": 1, "content": "a"}]}]', ("message 0", "record 0", "'role'")),
@@ -327,7 +326,7 @@ def test_bytes_that_are_no_text(tmp_path: Path, name: str) -> None:
 
 def test_a_file_of_another_type(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=naming("table.csv", ".txt", ".jsonl", ".json")):
+    with pytest.raises(ValueError, match=naming("table.csv", ".txt", ".jsonl", ".json", ".parquet")):
         texts_of(tmp_path / "table.csv")
 
 
@@ -353,6 +352,13 @@ def test_a_file_that_is_missing(source: Any) -> None:
 def test_bad_lists(source: Any, names: tuple) -> None:
     with pytest.raises(ValueError, match=naming("text", names)):
         texts_of(source)
+
+
+def test_public_names_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").touch()
+    assert text_name(tmp_path / "text.txt") == text_name(TextField(tmp_path / "text.txt", "body")) == "text.txt"
+    assert text_name("allenai/c4:en@validation") == "allenai/c4:en@validation"
+    assert text_name(["one", "two"]) == "2 texts"
 
 
 def test_too_little_text_says_how_much_there_is() -> None:

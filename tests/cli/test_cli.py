@@ -109,6 +109,21 @@ def test_bad_input_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_every_text_is_read_with_its_field(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text('{"id": "x", "turns": ["One.", "Two."]}')
+    pair = [str(tiny_pair.base), str(tiny_pair.finetuned), str(tmp_path / "out")]
+    for arguments in (
+        ["compress", *pair, "--calibration", talks],
+        ["compress", *pair, "--distill", talks],
+        ["tune", *pair, "--validation", talks],
+        ["tune", *pair, "--method", "impart-qt", "--calibration", talks, "--task", "arc_easy"],
+        ["evaluate", str(tiny_pair.base), "--text", talks],
+    ):
+        line = failure(capsys, *arguments, "--text-field", "body", "--quiet")
+        assert re.search(naming(talks, "turns", "'body'"), line), arguments
+
+
 @pytest.mark.process
 def test_push_without_a_network_is_one_line(tiny_pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "delta"

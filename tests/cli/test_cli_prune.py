@@ -113,6 +113,18 @@ def test_json(model: Path, report: Path, tmp_path: Path, capsys) -> None:
         (("importance", "QWEN", "--data", "TEXT", "--output", "OUT"), ("QWEN", "'qwen2'")),
         (("importance", "MODEL", "--data", "EMPTY", "--output", "OUT"), ("EMPTY", "no text")),
         (("importance", "MODEL", "--data", "nowhere.txt", "--output", "OUT"), "nowhere.txt"),
+        (("importance", "MODEL", "--data", "TALKS", "--output", "OUT"), ("TALKS", "turns", "--text-field")),
+        (("importance", "MODEL", "--data", "TALKS", "--output", "OUT", "--text-field", "body"), ("TALKS", "'body'")),
+        (("recover", "MODEL", "OUT", "--data", "TALKS", "--text-field", "body"), ("TALKS", "'body'")),
+        (
+            ("recover", "MODEL", "OUT", "--data", "TEXT", "--eval-data", "TALKS", "--text-field", "body"),
+            ("TALKS", "'body'"),
+        ),
+        (
+            ("width", "MODEL", "OUT", "--importance", "REPORT", "--ratio", "0.2", "--calibration", "TALKS")
+            + ("--text-field", "body"),
+            ("TALKS", "'body'"),
+        ),
         (("recover", "QWEN", "OUT", "--data", "TEXT"), ("QWEN", "'qwen2'")),
         (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "BAD"), "no_such_setting"),
         (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "TWICE"), "learning_rate"),
@@ -127,6 +139,7 @@ def test_bad_input(model: Path, text: Path, report: Path, tmp_path: Path, argume
     other = save_model(make_model(tiny_config("llama", num_hidden_layers=5), seed=7), tmp_path / "other")
     qwen = save_model(make_model(tiny_config("qwen2")), tmp_path / "qwen")
     (tmp_path / "empty.txt").write_text(" \n ")
+    (tmp_path / "talks.jsonl").write_text('{"id": "x", "turns": ["One.", "Two."]}')
     (tmp_path / "bad.json").write_text('{"no_such_setting": 1}')
     (tmp_path / "twice.json").write_text('{"learning_rate": 1}')
     (tmp_path / "optimiser.json").write_text('{"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}')
@@ -137,6 +150,7 @@ def test_bad_input(model: Path, text: Path, report: Path, tmp_path: Path, argume
         "MODEL": model, "OUT": tmp_path / "out", "REPORT": report, "TEXT": text, "OTHER": other, "QWEN": qwen,
         "EMPTY": tmp_path / "empty.txt", "BAD": tmp_path / "bad.json", "TWICE": tmp_path / "twice.json",
         "OPTIMISER": tmp_path / "optimiser.json", "NAN": tmp_path / "nan",
+        "TALKS": tmp_path / "talks.jsonl",
     }  # fmt: skip
     before = sorted(tmp_path.iterdir())
     name, *rest = (places.get(a, a) for a in arguments)

@@ -1,4 +1,4 @@
-"""What files say of models and texts to others: no paths of this machine but that of a base without another name."""
+"""What files say of models to others: no paths of this machine but that of a base without another name."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from impart_hf.common.names import is_on_hub, public_name, recorded_base, text_name
+from impart_hf.common.names import is_on_hub, public_name, recorded_base
 
 
 def test_public_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "tuned@v1"
     folder.mkdir()
-    (tmp_path / "text.txt").touch()
     monkeypatch.chdir(folder)
     assert public_name(str(folder)) == public_name(".") == "tuned@v1"
     assert public_name("user/tuned@v1") == public_name("user/tuned") == "user/tuned"
-    assert text_name(tmp_path / "text.txt") == "text.txt"
-    assert text_name("allenai/c4:en@validation") == "allenai/c4:en@validation"
-    assert text_name(["one", "two"]) == "2 texts"
 
 
 def test_recorded_base(tmp_path: Path) -> None:

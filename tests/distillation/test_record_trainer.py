@@ -1,7 +1,9 @@
 """The course of training: block by block, broken off and taken up, ended early, with fields of the Trainer's."""
 
 import dataclasses
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,38 @@ import pytest
 from support.distilled import SETTINGS, TOKENS, checkpoints, distill, encode, held_out_divergence, spoiled
 from support.messages import naming
 from support.tiny_models import Pair, save_pair, tiny_config
+from transformers import (
+    BloomConfig,
+    CodeGenConfig,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    MptConfig,
+    PreTrainedConfig,
+)
+from transformers.models.llama import modeling_llama
 
 from impart_hf import BitDeltaConfig, DareConfig, ImPartRdConfig, LowRankConfig
 from impart_hf.distillation import DistillSettings
+from impart_hf.distillation.distillation import check_distillation
 from impart_hf.distillation.distillation import distill as distill_records
 from impart_hf.training.trainer import StepWatch
+
+_SMALL: dict[str, Any] = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15}
+_GPT: dict[str, Any] = {**_SMALL, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+_WIDE: dict[str, Any] = {**_SMALL, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+TUPLES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "bloom": lambda: BloomConfig(**_SMALL, hidden_size=64, n_layer=3, n_head=4),
+    "falcon": lambda: FalconConfig(**_WIDE, alibi=False, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-alibi": lambda: FalconConfig(**_WIDE, alibi=True, multi_query=False, parallel_attn=False),
+    "gptj": lambda: GPTJConfig(**_GPT),
+    "codegen": lambda: CodeGenConfig(**_GPT),
+    "mpt": lambda: MptConfig(vocab_size=320, d_model=64, n_layers=3, n_heads=4, initializer_range=0.15),
+    "gpt-neo": lambda: GPTNeoConfig(
+        **_SMALL, hidden_size=64, num_layers=3, num_heads=4, max_position_embeddings=64, window_size=16,
+        attention_types=[[["global", "local", "global"], 1]],
+    ),
+}  # fmt: skip
 
 
 def interrupted(pair: Pair, settings: DistillSettings, folder: Path, seen: list[int], steps: list[int]) -> Any:
@@ -46,7 +75,9 @@ def interrupted(pair: Pair, settings: DistillSettings, folder: Path, seen: list[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama-tied", "qwen2", "gemma2", "gpt-oss", "gpt-neox", "gpt2", "gemma3-vision"]
+)
 def test_block_by_block(kind: str, tmp_path: Path) -> None:
     """What a group of layers learns, the next is fed by; the report is true for the whole model."""
     pair = save_pair(tmp_path / "pair", tiny_config(kind))
@@ -57,7 +88,11 @@ def test_block_by_block(kind: str, tmp_path: Path) -> None:
     assert report.before == pytest.approx(held_out_divergence(pair, records, tmp_path / "dense"), rel=1e-3)
     assert report.after == pytest.approx(held_out_divergence(pair, result, tmp_path / "dense"), rel=1e-3)
     assert {name: len(data) for name, data in result.items()} == {name: len(data) for name, data in records.items()}
-    outside = {name for name in records if "layers" not in name and name != "lm_head.weight"}
+    outside = {
+        name
+        for name in records
+        if not re.search(r"(layers|h)\.\d", name) and name not in ("lm_head.weight", "embed_out.weight")
+    } | {name for name in records if "vision" in name}
     assert set(report.untrained) == outside
     assert all(result[name] == records[name] for name in outside)
 
@@ -83,11 +118,43 @@ def test_interrupted_blocks_go_on(tiny_pair: Pair, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"layers-0.safetensors", "layers-1.safetensors"}
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt-neox"])
-def test_blocks_of_models_that_cannot_be_cut(kind: str, tmp_path: Path) -> None:
-    pair = save_pair(tmp_path, tiny_config(kind))
-    with pytest.raises(ValueError, match=naming("distillation", "blocks", f"'{kind.replace('-', '_')}'")):
-        distill(pair, encode(pair, DareConfig(), 8), DistillSettings(blocks=1))
+@pytest.mark.parametrize("check", [True, False], ids=["check", "distil"])
+def test_blocks_of_models_that_cannot_be_cut(check: bool, tmp_path: Path) -> None:
+    pair = save_pair(tmp_path, tiny_config("mixtral"))
+    settings = DistillSettings(blocks=1)
+    with pytest.raises(ValueError, match=naming("distillation", "blocks", "'mixtral'")):
+        if check:
+            check_distillation(*checkpoints(pair), TOKENS, settings, "cpu")
+        else:
+            distill(pair, encode(pair, DareConfig(), 8), settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TUPLES)
+def test_blocks_of_layers_that_return_tuples(kind: str, tmp_path: Path) -> None:
+    """The whole model's error, before and after, as it is for the dense models."""
+    pair = save_pair(tmp_path / "pair", TUPLES[kind]())
+    records, settings = spoiled(encode(pair, DareConfig(), 8)), DistillSettings(steps=4, batch_size=4, blocks=2)
+    trained = check_distillation(*checkpoints(pair), TOKENS, settings, "cpu")
+    result, report = distill(pair, records, settings)
+    assert set(report.untrained) == records.keys() - trained
+    assert {name for name in records if re.search(r"(h|blocks)\.\d", name)} <= trained
+    assert report.after < report.before
+    assert report.before == pytest.approx(held_out_divergence(pair, records, tmp_path / "dense"), rel=1e-3)
+    assert report.after == pytest.approx(held_out_divergence(pair, result, tmp_path / "dense"), rel=1e-3)
+
+
+def test_a_layer_that_cannot_be_run_alone_is_found_before_any_work(
+    tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = modeling_llama.LlamaDecoderLayer.forward
+
+    def nested(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return {"hidden": forward(self, *args, **kwargs)}
+
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", nested)
+    with pytest.raises(ValueError, match=naming("distillation", "blocks", "'llama'")):
+        check_distillation(*checkpoints(tiny_pair), TOKENS, DistillSettings(blocks=1), "cpu")
 
 
 @pytest.mark.slow

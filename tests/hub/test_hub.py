@@ -242,6 +242,50 @@ def test_one_clear_error(world: SimpleNamespace, loaded: SimpleNamespace, tmp_pa
         assert "\n" not in message or kind == "OSError", (name, message)
 
 
+KEEPING = """
+import json, sys
+from huggingface_hub import HfApi
+import impart_hf
+from transformers import AutoModelForCausalLM
+
+mine, out = sys.argv[1:]
+api = HfApi()
+api.create_repo("tester/mine")
+api.upload_folder(repo_id="tester/mine", folder_path=mine)
+model = AutoModelForCausalLM.from_pretrained("tester/delta")
+model.config.eos_token_id = 5
+model.push_to_hub("tester/mine")
+first = api.model_info("tester/mine").sha
+model.push_to_hub("tester/mine", tags=["tagged"])
+assert AutoModelForCausalLM.from_pretrained("tester/mine").config.eos_token_id == 5
+print(json.dumps(first))
+"""
+
+
+def test_a_push_keeps_what_the_hub_has(world: SimpleNamespace, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("tokenizer_config.json", "LICENSE", "config.json", "README.md"):
+        (mine / name).write_text("---\ntags: [old]\n---\n# Mine\n" if name == "README.md" else "{}")
+    stale = ("delta_model-00001-of-00002.safetensors", "delta_model.safetensors.index.json")
+    for name in stale:
+        (mine / name).write_text("{}")
+    first = run_client(KEEPING, hub_env(world.hub, tmp_path), str(mine), str(tmp_path))
+    stored = world.hub.repo("tester/mine")
+
+    def text(name: str, revision: str = "main") -> str:
+        return stored.blob_path(hub_files(world, "tester/mine", revision)[name].sha256).read_text()
+
+    assert all(
+        text(name, first) == (mine / name).read_text() for name in ("tokenizer_config.json", "LICENSE", "README.md")
+    )
+    found = hub_files(world, "tester/mine")
+    assert "tokenizer.json" not in found, "a tokenizer is kept whole"
+    assert "delta_model.safetensors" in found and not set(stale) & found.keys(), "nothing of another delta is read"
+    assert json.loads(text("config.json"))["text_config"]["eos_token_id"] == 5
+    assert "# Mine" in text("README.md") and "- old" in text("README.md") and "- tagged" in text("README.md")
+
+
 WARM = """
 import json, logging, sys
 import impart_hf

@@ -455,3 +455,16 @@ def test_numbers_of_other_libraries(tunes, tmp_path):
     )
     merge(MergeConfig("ties", str(tunes / "base"), models, {"lambda": torch.tensor(0.5)}), tmp_path / "out")
     assert "weight: 0.5" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_tensors_in_another_dtype_than_most(tmp_path):
+    """A router's bias in float32 is not rounded to the dtype that the others have anyway."""
+    save_model(make_model(tiny_config("llama")), tmp_path / "base")
+    save_model(fine_tune(make_model(tiny_config("llama"))), tmp_path / "a")
+    for name, value in (("base", 1.0), ("a", 7.0633)):
+        edit_tensors(tmp_path / name, lambda t, v=value: t.update({"model.norm.weight": torch.full((64,), v)}))
+    for dtype, norm, others in (("bfloat16", torch.float32, torch.bfloat16), ("float16", torch.float16, torch.float16)):
+        merge(config(tmp_path, "task_arithmetic", {"a": {}}, dtype=dtype), tmp_path / dtype)
+        found = load_tensors(tmp_path / dtype)
+        assert found["model.norm.weight"].dtype == norm and found[LINEAR].dtype == others
+    assert torch.equal(load_tensors(tmp_path / "bfloat16")["model.norm.weight"], torch.full((64,), 7.0633))

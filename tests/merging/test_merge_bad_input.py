@@ -22,7 +22,7 @@ def nothing_left(folder: Path) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], Any]] = {
     "method": ({"merge_method": "slerp"}, ("merge_method", "'slerp'", "task_arithmetic", "ties")),
-    "key": ({"slices": []}, ("key", "'slices'", "merge_method")),
+    "key": ({"slicse": []}, ("key", "'slicse'", "merge_method")),
     "no models": ({"models": []}, "models"),
     "no method": ({"merge_method": None}, "merge_method"),
     "models": ({"models": {"model": "x"}}, ("models", "list", "{'model'")),

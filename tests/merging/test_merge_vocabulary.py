@@ -10,7 +10,15 @@ import pytest
 import torch
 from support.merge_family import LINEAR, TOKENS, config
 from support.messages import naming
-from support.tiny_models import edit_tensors, fine_tune, load_tensors, tiny_tokenizer
+from support.tiny_models import (
+    edit_tensors,
+    fine_tune,
+    load_tensors,
+    make_model,
+    save_model,
+    tiny_config,
+    tiny_tokenizer,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from impart_hf import merge
@@ -65,6 +73,18 @@ def test_another_vocabulary_is_chosen(tunes, tmp_path):
     models = {str(one): {}, "a": {}}
     merge(config(tunes, "task_arithmetic", models, tokenizer_source=str(tunes / "a")), tmp_path / "a")
     assert load_tensors(tmp_path / "a")["lm_head.weight"].shape[0] == TOKENS
+
+
+def test_added_entries_of_a_bias(tmp_path):
+    base = make_model(tiny_config("phi", vocab_size=TOKENS), dtype=torch.float32)
+    tuned = fine_tune(base)
+    tuned.resize_token_embeddings(TOKENS + 2)
+    tuned.lm_head.bias.data[TOKENS:] = 3.0
+    save_model(base, tmp_path / "base")
+    save_model(tuned, tmp_path / "tuned")
+    merge(config(tmp_path, "task_arithmetic", {"tuned": {"weight": 0.5}}), tmp_path / "out")
+    found, expected = load_tensors(tmp_path / "out")["lm_head.bias"], load_tensors(tmp_path / "tuned")["lm_head.bias"]
+    assert found.shape == expected.shape and torch.equal(found[TOKENS:], expected[TOKENS:])
 
 
 def test_a_base_without_a_tokenizer(tunes, tmp_path):

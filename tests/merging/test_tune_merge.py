@@ -114,6 +114,8 @@ def test_the_command(family, tmp_path, capsys):
         (["OUT", "--validation", "text.txt"], ("--validation", "TASK=TEXT", "'text.txt'")),
         (["OUT", "--validation", "a=t.txt", "--validation", "a=t.txt"], ("--validation", "'a=t.txt'")),
         (["OUT", "--validation", "a=gone.txt"], "'gone.txt'"),
+        (["OUT", "--validation", "a=gone.jsonl", "--text-field", "body"], "'gone.jsonl'"),
+        (["OUT", "--validation", "a=TALKS", "--text-field", "body"], ("turns", "'body'")),
         (["OUT", "--validation", "a=TEXT", "--densities", "1.5", "--trims", "0.5"], ("density", 1.5)),
         (["OUT", "--validation", "a=TEXT", "--trims", "0"], ("trim_density", 0.0)),
         (["OUT", "--validation", "a=TEXT", "--lambdas", "nan"], ("lambda", "nan")),
@@ -125,11 +127,13 @@ def test_bad_input(family, tmp_path, capsys, arguments, names):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
     (tmp_path / "text.txt").write_text(TEXTS["cats"][0])
+    (tmp_path / "talks.jsonl").write_text('{"id": "x", "turns": ["One.", "Two."]}')
     places = {"OUT": str(tmp_path / "out"), "FULL": str(tmp_path / "full"), "a=TEXT": f"a={tmp_path / 'text.txt'}"}
+    places["a=TALKS"] = f"a={tmp_path / 'talks.jsonl'}"
     command = ["tune-merge", str(family / "impart_ties.yaml"), *(places.get(a, a) for a in arguments)]
     assert main([*command, "--quiet"]) == 1
     assert re.search(naming(places.get(names, names) if isinstance(names, str) else names), capsys.readouterr().err)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "text.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "talks.jsonl", "text.txt"]
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,26 @@ import numpy as np
 import pytest
 import torch
 from support.messages import naming
-from support.quantised import FACTORED, NAMES, QUANTISING, encode, factors, levels_of, naive_mask, output_error
+from support.quantised import (
+    FACTORED,
+    NAMES,
+    QUANTISING,
+    encode,
+    exact_svd,
+    factors,
+    levels_of,
+    naive_mask,
+    output_error,
+    parse,
+)
 from support.random_deltas import make_delta, make_hessian
 from support.tiny_models import Pair
 
 from impart_hf import compress
+from impart_hf.coding.svd import RankRule
 from impart_hf.methods import BitDeltaConfig, DareQtConfig, DeltaComeConfig, ImPartQtConfig, MethodConfig, method_class
 from impart_hf.modeling.delta_decode import decode_record
+from impart_hf.modeling.delta_record import Record
 
 # --- with a Hessian
 
@@ -33,6 +46,47 @@ def test_a_hessian_lowers_the_output_error(method: MethodConfig, most: float) ->
                 record, _ = encode(method, delta, 4, seed, given)
                 errors[i] += output_error(decode_record(record, "delta"), delta, hessian)
     assert errors[1] < most * errors[0]
+
+
+def encode_transposed(method: MethodConfig, delta: torch.Tensor, budget: int, hessian: torch.Tensor | None) -> Record:
+    """Encode a matrix whose rows are the layer's inputs."""
+    data = method.encode(delta, budget, 1, hessian=hessian, svd=exact_svd, transposed=True).data
+    assert len(data) <= budget
+    return parse(data, (delta.shape[0], delta.shape[1]))
+
+
+@pytest.mark.parametrize("name", [*QUANTISING, "impart-rd"])
+def test_a_hessian_of_the_rows_lowers_the_output_error(name: str) -> None:
+    """Also for square matrices, whose Hessian fits both sides."""
+    errors, method = np.zeros(2), method_class(name)()
+    for seed in range(3):
+        for shape in ((96, 96), (64, 128), (128, 64)):
+            delta, hessian = make_delta(*shape, seed), make_hessian(shape[0], seed)
+            for i, given in enumerate((None, hessian)):
+                record = encode_transposed(method, delta, delta.numel() // 2, given)
+                errors[i] += output_error(decode_record(record, "delta").T, delta.T, hessian)
+    assert errors[1] < (0.95 if name == "impart-rd" else 0.8) * errors[0]
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (64, 128)])
+def test_without_masks_a_transposed_matrix_is_encoded_like_the_other(shape: tuple[int, int]) -> None:
+    delta, hessian, method = make_delta(*shape), make_hessian(shape[0]), DeltaComeConfig()
+    mirrored = decode_record(encode_transposed(method, delta, 3000, hessian), "delta").T
+
+    def swapped_svd(matrix: torch.Tensor, wanted: RankRule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        u, sigma, v = exact_svd(matrix.T.contiguous(), wanted)
+        return v, sigma, u
+
+    data = method.encode(delta.T.contiguous(), 3000, 1, hessian=hessian, svd=swapped_svd).data
+    expected = decode_record(parse(data, (shape[1], shape[0])), "delta")
+    torch.testing.assert_close(mirrored, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*QUANTISING, "impart-rd"])
+def test_without_a_hessian_it_does_not_matter_whose_inputs_the_rows_are(name: str) -> None:
+    delta, method = make_delta(64, 96), method_class(name)()
+    one, other = (method.encode(delta, 3000, 1, svd=exact_svd, transposed=whose).data for whose in (True, False))
+    assert one == other
 
 
 @pytest.mark.parametrize("name", QUANTISING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -83,6 +84,17 @@ def shard(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def copy_into_second_file(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Two files that both have the norm; the index names one of them."""
+    shard(folder, lambda index: None)
+    paths = [folder / f"model-{number}.safetensors" for number in (1, 2)]
+    tensors = [load_file(path) for path in paths]
+    has = next(n for n in (0, 1) if "model.norm.weight" in tensors[n])
+    tensors[1 - has]["model.norm.weight"] = change(tensors[has]["model.norm.weight"])
+    paths[1 - has].unlink()
+    save_file(tensors[1 - has], paths[1 - has])
+
+
 def index_of_missing_file(folder: Path) -> None:
     shard(folder, lambda index: (folder / "model-2.safetensors").unlink())
 
@@ -108,7 +120,8 @@ def index_outside(folder: Path) -> None:
 
 
 def same_tensor_in_two_files(folder: Path) -> None:
-    shard(folder, lambda index: shutil.copy(folder / "model-1.safetensors", folder / "model-2.safetensors"))
+    """With other values in each; equal copies are harmless."""
+    copy_into_second_file(folder, lambda tensor: tensor + 1)
 
 
 def index_of_json_file(folder: Path) -> None:
@@ -187,6 +200,27 @@ def test_checkpoints_that_cannot_be_read(pair: Pair, spoil: Callable[[Path], Non
     assert str(getattr(pair, side)) in refuses(pair, CheckpointError, naming(names))
 
 
+def test_equal_copies_in_two_files(pair: Pair, tmp_path: Path) -> None:
+    expected = load_tensors(pair.finetuned)["model.norm.weight"]
+    for folder in (pair.base, pair.finetuned):
+        copy_into_second_file(folder, torch.Tensor.clone)
+    run(pair, tmp_path / "delta")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "delta").model.norm.weight, expected)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+def test_an_index_that_names_what_no_file_need_hold(tmp_path: Path, name: str) -> None:
+    """A tied output projection, or a buffer of old."""
+    folder = save_model(make_model(tiny_config("llama-tied")), tmp_path / "model")
+    names = load_tensors(folder).keys()
+    shard(folder, lambda index: index["weight_map"].update({name: "model-1.safetensors"}))
+    assert set(Checkpoint(str(folder), HubOptions()).names()) == names
+    if name == "lm_head.weight":
+        edit_json(folder / "config.json", tie_word_embeddings=False)
+        with pytest.raises(CheckpointError, match=naming("index", name)):
+            Checkpoint(str(folder), HubOptions())
+
+
 class Malice:
     """Writes a file when it is unpickled."""
 
@@ -245,3 +279,56 @@ def test_a_fine_tune_in_other_precision_than_its_base(tmp_path: Path) -> None:
         for name, tensor in load_tensors(tmp_path / other).items():
             ours = model.state_dict()[name]
             assert ours.dtype == tensor.dtype and (ours - tensor).norm() <= 0.1 * tensor.norm(), name
+
+
+def put(folder: Path, kind: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Write weights in one of the ways that transformers writes or wrote them."""
+    files, suffix = kind.split()
+    stem, write = ("model", save_file) if suffix == "safetensors" else ("pytorch_model", torch.save)
+    if files == "one":
+        write(tensors, folder / f"{stem}.{suffix}")
+        return
+    names, weight_map = sorted(tensors), {}
+    for number in (1, 2):
+        part = {name: tensors[name] for name in names[number - 1 :: 2]}
+        write(part, folder / f"{stem}-{number:05}-of-00002.{suffix}")
+        weight_map |= dict.fromkeys(part, f"{stem}-{number:05}-of-00002.{suffix}")
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+KINDS = ("one safetensors", "two safetensors", "one bin", "two bin")
+
+
+@pytest.mark.parametrize("kinds", [pair for n in (2, 4) for pair in itertools.combinations(KINDS, n)], ids=str)
+def test_of_two_sets_of_weights_the_one_that_transformers_loads(
+    pair: Pair, tmp_path: Path, kinds: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    shutil.copyfile(pair.base / "config.json", folder / "config.json")
+    tensors = load_tensors(pair.base)
+    for number, kind in enumerate(kinds, 1):
+        put(folder, kind, {name: torch.full_like(tensor, number) for name, tensor in tensors.items()})
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    opened = Checkpoint(str(folder), HubOptions())
+    assert opened.names() == sorted(loaded)
+    assert all(torch.equal(opened.tensor(name), tensor) for name, tensor in loaded.items())
+
+
+def test_shards_beside_a_single_file_may_be_gone(pair: Pair) -> None:
+    """`save_pretrained` removes the shards of an earlier save, and leaves their index."""
+    before = Checkpoint(str(pair.finetuned), HubOptions()).names()
+    (pair.finetuned / "model.safetensors.index.json").write_text('{"weight_map": {"gone": "model-1.safetensors"}}')
+    assert Checkpoint(str(pair.finetuned), HubOptions()).names() == before
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.gguf"])
+def test_weights_of_another_name_are_named(pair: Pair, name: str) -> None:
+    (pair.finetuned / "model.safetensors").rename(pair.finetuned / name)
+    refuses(pair, CheckpointError, naming(pair.finetuned, name))
+
+
+def test_a_broken_link_is_named(pair: Pair) -> None:
+    (pair.finetuned / "model.safetensors").unlink()
+    (pair.finetuned / "model.safetensors").symlink_to("gone")
+    refuses(pair, CheckpointError, naming(pair.finetuned, "model.safetensors", "broken link"))

@@ -1,5 +1,6 @@
 """docs/FORMAT.md holds: its test vectors, and that a reader written from it alone reads what the writer writes."""
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import naive_reader
-from support.tiny_models import Pair
+from support.tiny_models import Pair, edit_tensors, fine_tune, make_model, save_model, tiny_config
 
-from impart_hf import compress
+from impart_hf import LowRankConfig, compress
 from impart_hf.compression.encoding import mask_seed
 from impart_hf.methods import method_class, method_names
 from impart_hf.modeling import delta_decode, planes
@@ -208,8 +209,39 @@ def test_levels_are_packed_densely_and_come_back(codes: list[int], width: int) -
 def test_naive_reader_reads_a_repository(name: str, tiny_pair: Pair, tmp_path: Path) -> None:
     method = method_class(name)(compression_ratio=6)
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "delta", method)
-    naive = naive_reader.read_repository(tmp_path / "delta", tiny_pair.base)
-    repository = open_repository(str(tmp_path / "delta"), HubOptions())
+    check_naive_reader(tmp_path / "delta", tiny_pair.base)
+
+
+def odd_pair(folder: Path) -> Pair:
+    """A base that ties, from inside wrappers, with a buffer; a fine-tune with fewer tokens and a head of its own."""
+    base = make_model(tiny_config("llama-tied"))
+    tuned = fine_tune(base)
+    tuned.resize_token_embeddings(300)
+    pair = Pair(save_model(base, folder / "base"), save_model(tuned, folder / "tuned"))
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.bias"] = torch.ones(1, 1, 8, 8)
+        for name in list(tensors):
+            tensors[f"module._orig_mod.{name}"] = tensors.pop(name)
+
+    edit_tensors(pair.base, wrap)
+    edit_tensors(pair.finetuned, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 1.5}))
+    return pair
+
+
+def test_naive_reader_reads_an_odd_repository(tmp_path: Path) -> None:
+    pair = odd_pair(tmp_path)
+    compress(str(pair.base), str(pair.finetuned), tmp_path / "delta", LowRankConfig(compression_ratio=4))
+    config = json.loads((tmp_path / "delta" / "config.json").read_text())
+    assert config["absent_tensors"] == ["model.layers.0.self_attn.bias"]
+    assert config["row_counts"] == {"lm_head.weight": 300, "model.embed_tokens.weight": 300}
+    assert config["base_tensors"] == {"lm_head.weight": "model.embed_tokens.weight"}
+    check_naive_reader(tmp_path / "delta", pair.base)
+
+
+def check_naive_reader(folder: Path, base: Path) -> None:
+    naive = naive_reader.read_repository(folder, base)
+    repository = open_repository(str(folder), HubOptions())
     assert sorted(naive) == repository.names()
     for name, expected in naive.items():
         tensor = repository.tensor(name)

@@ -278,10 +278,12 @@ def test_a_pickle_holds_no_token(tiny_repository: Path, tmp_path: Path, monkeypa
     secret = load(tiny_repository, token="hf_secret_of_mine")
     assert b"hf_secret_of_mine" not in pickle.dumps(secret)
     asked: list[tuple[str, HubOptions]] = []
-    monkeypatch.setattr(
-        "impart_hf.modeling.modeling_delta_compressed.copy_repository",
-        lambda source, options, folder: asked.append((source, options)),
-    )
+
+    def folder(source: str, options: HubOptions) -> Path:
+        asked.append((source, options))
+        return Path(source)
+
+    monkeypatch.setattr("impart_hf.modeling.modeling_delta_compressed.repository_folder", folder)
     for model in (secret, copy.deepcopy(secret)):
         model.save_pretrained(tmp_path / "saved")
     assert asked[0] == asked[1] == (str(tiny_repository), HubOptions(token="hf_secret_of_mine"))

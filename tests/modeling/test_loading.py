@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -128,6 +131,21 @@ def test_arguments_of_from_pretrained(
     assert not ours.weights_changed()
 
 
+def test_a_configuration_that_leaves_the_dtype_open(tiny_pair: Pair, tmp_path: Path) -> None:
+    """As transformers loads the fine-tune: in the dtype of its weights."""
+    finetuned = shutil.copytree(tiny_pair.finetuned, tmp_path / "finetuned")
+    content = json.loads((finetuned / "config.json").read_text())
+    content.pop("dtype")
+    (finetuned / "config.json").write_text(json.dumps({**content, "torch_dtype": None}))
+    compress(str(tiny_pair.base), str(finetuned), tmp_path / "delta", LowRankConfig(compression_ratio=4))
+    assert load(tmp_path / "delta").dtype == load(finetuned).dtype == torch.bfloat16
+    for field in ("dtype", "torch_dtype"):  # repositories whose config.json has it from the fine-tune
+        content = json.loads((tmp_path / "delta" / "config.json").read_text())
+        content["text_config"] = {**content["text_config"], "dtype": None, field: None}
+        (tmp_path / "delta" / "config.json").write_text(json.dumps(content))
+        assert load(tmp_path / "delta", dtype="auto").dtype == torch.bfloat16
+
+
 def test_loading_info(tiny_repository: Path) -> None:
     loaded, info = load(tiny_repository, output_loading_info=True)
     assert isinstance(loaded, DeltaCompressedForCausalLM)
@@ -173,6 +191,30 @@ def test_configuration_survives_being_saved(tiny_repository: Path, tmp_path: Pat
     fields = [each.to_dict() for each in (config, again)]
     assert [each.pop("_name_or_path") for each in fields] == [str(tiny_repository), str(tmp_path)]
     assert fields[0] == fields[1]
+
+
+def test_the_models_fields_are_read_and_set_through_the_configuration(tiny_repository: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_repository)
+    names = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    for name in (*names, "eos_token_id"):
+        assert getattr(config, name) == getattr(config.text_config, name) is not None, name
+    config.save_pretrained(tmp_path / "as it is")
+    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert twin == config and twin.hidden_size == config.hidden_size
+        twin.vocab_size = 7
+        assert twin.text_config.vocab_size == 7 and config.vocab_size != 7 and "vocab_size" not in twin.__dict__
+        twin.base_model_name_or_path, twin.own = "owner/base", 1
+        assert not hasattr(twin.text_config, "own")
+    assert not hasattr(config, "nothing") and not hasattr(DeltaCompressedConfig(), "hidden_size")
+    content = json.loads((tmp_path / "as it is" / "config.json").read_text())
+    assert not {*names, "eos_token_id", "rope_parameters"} & content.keys()
+
+
+def test_fields_that_have_another_name_in_the_model() -> None:
+    config = DeltaCompressedConfig(text_config={"model_type": "gpt2", "n_embd": 48, "n_layer": 3})
+    assert (config.hidden_size, config.num_hidden_layers, config.n_embd) == (48, 3, 48)
+    config.hidden_size = 96
+    assert config.text_config.n_embd == 96
 
 
 def test_random_weights_from_the_configuration(tiny_repository: Path) -> None:

@@ -184,6 +184,15 @@ def test_bad_records_are_refused_in_the_same_words() -> None:
     assert isinstance(said, str) and outcome(as_array(loud), big, kernels=True, dtype=torch.float16) == said
 
 
+def test_rows_of_padding_may_hold_nan() -> None:
+    record = make_record(FACTORED, (30, 40), [Segment(2, 4, 4)])
+    base = torch.randn(30, 40)
+    base[7], base[9, 3] = float("nan"), float("inf")
+    found = decode(as_array(record), base).cpu()  # torch's way is closed here
+    assert torch.equal(found.isfinite(), base.isfinite())
+    assert_near(found[10:], (base + naive_delta(record))[10:])
+
+
 def test_spoilt_records_fare_as_they_do_with_torch() -> None:
     generator = np.random.default_rng(0)
     base = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from impart_hf.calibration.text import calibration_tokens
 from impart_hf.common.files import OutputError
 from impart_hf.evaluation.metrics import evaluate
+from impart_hf.modeling.checkpoints import CheckpointError
 from impart_hf.modeling.configuration_pruned_llama import PrunedLlamaConfig
 from impart_hf.modeling.modeling_pruned_llama import PrunedLlamaForCausalLM
 from impart_hf.pruning.recovery import recover
@@ -36,6 +39,7 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.xdist_group("recovery")
 
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 TEXTS = [f"{n} is the number, {n * n} is its square, and {n} texts come before this one. " * 2 for n in range(60)]
 HELD_OUT = [
     f"{n} is the number, {n * n} is its square, and {n} texts come before this one. " * 2 for n in range(70, 80)
@@ -279,6 +283,54 @@ def test_settings_of_generation_are_copied_as_they_are(tmp_path: Path) -> None:
     recover(str(source), tmp_path / "out", TEXTS, **{**SETTINGS, "steps": 1})
     name = "generation_config.json"
     assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("kind", ["llama", "pruned-llama"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pad_token_id": -1},
+        {"output_attentions": True},
+        {"rope_theta": 12345.0, "rope_parameters": None, "torch_dtype": "bfloat16", "a_field_of_yours": [1]},
+    ],
+    ids=["pad_token_id", "output_attentions", "fields of old versions"],
+)
+def test_a_configuration_that_loads_is_written_as_it_was(
+    fields: dict[str, Any], kind: str, lora: bool, tmp_path: Path
+) -> None:
+    """`save_pretrained` would refuse the first two, and change the third."""
+    source = save(tmp_path / "model", kind)
+    edit_json(source / "config.json", **fields)
+    recover(str(source), tmp_path / "out", TEXTS, lora=lora, **{**SETTINGS, "steps": 2})
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert after.pop("pruning")["steps"][-1]["kind"] == "recovery"
+    before.pop("pruning")
+    assert after == before
+    old, new = load_tensors(source), load_tensors(tmp_path / "out")
+    assert not torch.equal(old[Q_PROJ], new[Q_PROJ])
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_parameter(Q_PROJ), new[Q_PROJ])
+
+
+@pytest.mark.parametrize("lost", ["room", "readme"])
+def test_what_cannot_be_written_is_found_before_training(
+    lost: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovery = sys.modules[recover.__module__]
+    monkeypatch.setattr(recovery, "train", lambda *_, **__: pytest.fail("trained"))
+    if lost == "room":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+        expected: Any = pytest.raises(OutputError, match=naming("disk", 1))
+    else:
+
+        def gone(*_: Any, **__: Any) -> None:
+            raise CheckpointError("README.md cannot be downloaded")
+
+        monkeypatch.setattr(recovery, "fetch_file", gone)
+        expected = pytest.raises(CheckpointError, match="README.md")
+    with expected:
+        recover(str(model), tmp_path / "out", TEXTS, **SETTINGS)
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_accelerate(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from support.tiny_models import (
 )
 from support.vllm_engines import HEADS, PROMPTS, EngineProcess, delta_of, greedy_tokens
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from impart_hf import ImPartConfig
 from impart_hf.cli.main import main
@@ -79,6 +80,34 @@ def test_whole_rank_is_the_fine_tune(method: Any, tmp_path: Path) -> None:
     assert report.left_out == {} and len(report.matrices) == LINEAR
     assert report.relative_error < 1e-5
     assert report.adapter_bytes < (tmp_path / "adapter" / ADAPTER_FILE).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("kind", "linear", "transposed"),
+    [("gpt2", r"\.(c_attn|c_proj|c_fc)\.weight", True), ("gemma3-vision", r"^language_model.*_proj\.weight", False)],
+)
+def test_layers_of_another_class_and_of_other_names(kind: str, linear: str, transposed: bool, tmp_path: Path) -> None:
+    """GPT-2's Conv1D holds its weight transposed; the files of Gemma 3 have other names than its modules."""
+    base = make_model(tiny_config(kind), dtype=torch.float32)
+    tuned = fine_tune(base, only=lambda name: is_adaptable(base, name))
+    pair = Pair(save_model(base, tmp_path / "base"), save_model(tuned, tmp_path / "finetuned"))
+    repository = delta_of(pair, tmp_path / "delta")
+    report = export(repository, tmp_path / "adapter", 192)
+    names = {name for name in load_tensors(pair.base) if re.search(linear, name)}
+    assert names and {matrix.name for matrix in report.matrices} == names
+    assert report.left_out == {} and report.relative_error < 1e-5
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == transposed
+    adapted = logits(with_adapter(repository, tmp_path / "adapter"))
+    assert torch.allclose(adapted, logits(AutoModelForCausalLM.from_pretrained(repository)), atol=2e-4)
+    assert not torch.allclose(adapted, logits(AutoModelForCausalLM.from_pretrained(pair.base)), atol=0.1)
+
+
+def is_adaptable(model: Any, name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer of the decoder."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    is_linear = isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+    return is_linear and name.endswith(".weight") and "vision" not in name
 
 
 def test_no_better_adapter_of_that_rank_exists(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ It shares no code with the package, so that whatever the two agree on is what th
 
 import hashlib
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ NORMAL = {
     3: [0.2451, 0.7560, 1.3439, 2.1520],
     4: [0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326],
 }
+WRAPPERS = ("module.", "base_model.model.", "_forward_module.")
 _SAFETENSORS = {"F32": "<f4", "F16": "<f2", "U8": "u1", "U32": "<u4", "U64": "<u8", "I64": "<i8", "BF16": "<u2"}
 
 
@@ -137,10 +139,15 @@ def read_repository(folder: Path, base: Path) -> dict[str, np.ndarray]:
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "delta_compressed" and config["format_version"] == 1
     delta, originals = safetensors(folder / "delta_model.safetensors"), safetensors(base / "model.safetensors")
+    plain = {re.sub(r"(^|(?<=\.))_(orig_mod|(fsdp|checkpoint)_wrapped_module)\.", "", n): n for n in originals}
+    while prefix := next((p for p in WRAPPERS if all(n.startswith(p) for n in plain)), None):
+        plain = {n[len(prefix) :]: stored for n, stored in plain.items()}
+    originals = {n: originals[stored] for n, stored in plain.items()}
     tied = config["text_config"].get("tie_word_embeddings", False)
-    names = sorted(
-        n for n in originals if not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")
-    )
+    others, rows = config.get("base_tensors", {}), config.get("row_counts", {})
+    names = {n for n in originals if not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")}
+    names = sorted((names - set(config.get("absent_tensors", []))) | set(others))
+    originals |= {n: originals[other] for n, other in others.items()}
     entries = sorted(n for n in delta if n != "crc32")
     crcs = np.frombuffer(delta["crc32"][2], "<u4").tolist()
     described = [f"{n} {delta[n][0]} {'x'.join(map(str, delta[n][1]))}\n".encode() + delta[n][2] for n in entries]
@@ -151,6 +158,8 @@ def read_repository(folder: Path, base: Path) -> dict[str, np.ndarray]:
     result = {}
     for name in names:
         tensor = to_float64(*originals[name])
+        if name in rows:
+            tensor = tensor[: rows[name]]
         if name in delta:
             tensor = to_float64(*delta[name])
         elif name + ".delta" in delta:

@@ -24,9 +24,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BioGptConfig,
+    BloomConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     HeliumConfig,
@@ -34,10 +38,12 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -75,6 +81,38 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "gpt-oss": (GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16}),
     "gpt-neox": (GPTNeoXConfig, {}),  # transformers renames its output projection
     "mamba": (MambaConfig, {"state_size": 8}),  # no attention
+    "phi": (PhiConfig, {}),  # its output projection has a bias
+    "gpt2": (GPT2Config, {"tie_word_embeddings": True}),  # Conv1D in place of linear layers
+    "bloom": (BloomConfig, {"tie_word_embeddings": True}),
+    "biogpt": (BioGptConfig, {"tie_word_embeddings": True}),  # its output projection has another name than lm_head
+    "qwen2-moe": (
+        Qwen2MoeConfig,
+        {
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "gemma3-vision": (
+        Gemma3Config,
+        {
+            "text_config": {**_SHAPE, "head_dim": 32, "sliding_window": 16, "tie_word_embeddings": True},
+            "vision_config": {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": 319,
+            "boi_token_index": 317,
+            "eoi_token_index": 318,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...pruning.choices import SCORES
-from ..options import add_flag, check_revision, given, refuse
+from ..options import add_flag, check_revision, check_text_field, given, refuse, with_text_field
 from .options import REPORT_FOLDER, add_model, add_training, training_arguments
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Refuse options that cannot be combined."""
     check_revision(options, options.model)
+    check_text_field(options, options.data)
     if options.no_masks:
         refuse(options, ["top_percent"], "is a setting of the masks, which --no-masks leaves out; remove --no-masks")
 
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     importance = compute_importance(
         options.model,
         options.output,
-        options.data,
+        with_text_field(options, options.data),
         masks=not options.no_masks,
         **given(options, "top_percent"),
         **training_arguments(options),

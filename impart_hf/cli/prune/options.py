@@ -17,6 +17,7 @@ from ..options import (
     add_quiet,
     add_revision,
     add_shard_size,
+    add_text_field,
     add_training_file,
     check_publishing,
     check_revision,
@@ -46,9 +47,10 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="TEXT",
-        help="text to train on: a .txt file, a .json or .jsonl file of records (text, prompt and completion, or "
-        "messages), a folder or the name of a data set on the Hub",
+        help="text to train on: a .txt file, a .json, .jsonl or .parquet file of records, a folder or the name of a "
+        "data set on the Hub",
     )
+    add_text_field(parser)
     parser.add_argument("--batch-size", type=int, help="sequences per step, over all processes (default: 4)")
     parser.add_argument(
         "--length", type=int, help="tokens per sequence, at most the model's number of positions (default: 512)"

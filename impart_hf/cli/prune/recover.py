@@ -3,7 +3,18 @@
 import argparse
 import json
 
-from ..options import add_flag, add_publishing, check_publishing, check_revision, given, push_if_asked, refuse
+from ..options import (
+    add_flag,
+    add_publishing,
+    check_publishing,
+    check_revision,
+    check_text_field,
+    given,
+    given_texts,
+    push_if_asked,
+    refuse,
+    with_text_field,
+)
 from .options import add_model, add_training, training_arguments
 
 
@@ -28,6 +39,7 @@ def check(options: argparse.Namespace) -> None:
     """Refuse options that cannot be combined."""
     check_revision(options, options.model)
     check_publishing(options)
+    check_text_field(options, options.data, options.eval_data)
     if options.full:
         refuse(options, ["rank", "alpha"], "is a setting of LoRA, but --full trains all weights; remove --full")
     if options.steps is not None:
@@ -46,9 +58,10 @@ def run(options: argparse.Namespace) -> None:
     report = recover(
         options.model,
         options.output,
-        options.data,
+        with_text_field(options, options.data),
         lora=not options.full,
-        **given(options, "epochs", "eval_data"),
+        **given(options, "epochs"),
+        **given_texts(options, "eval_data"),
         **training_arguments(options),
     )
     if not is_first():

@@ -3,7 +3,17 @@
 import argparse
 
 from ...pruning.choices import PARTS
-from ..options import add_calibration, add_device, add_flag, given, listed, refuse
+from ..options import (
+    add_calibration,
+    add_device,
+    add_flag,
+    add_text_field,
+    check_text_field,
+    given,
+    given_texts,
+    listed,
+    refuse,
+)
 from .options import REPORT_FOLDER, add_pruning, check_pruning, finish, pruning_arguments
 
 
@@ -22,12 +32,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--multiple-of", type=int, help="keep a multiple of this number of channels (default: 1)")
     add_flag(parser, "--query-heads", "remove query heads of every KV group, instead of whole groups")
     add_calibration(parser, "calibration text on which o_proj and down_proj are corrected by least squares")
+    add_text_field(parser)
     add_device(parser, "the correction is computed")
 
 
 def check(options: argparse.Namespace) -> None:
     """Refuse options that cannot be combined."""
     check_pruning(options)
+    check_text_field(options, options.calibration)
     parts = _parts(options)
     if "mlp" not in parts:
         refuse(options, ["multiple_of"], "is for channels, which --parts leaves unchanged; add mlp to --parts")
@@ -48,7 +60,8 @@ def run(options: argparse.Namespace) -> None:
         options.importance or REPORT_FOLDER,
         parts=_parts(options),
         **given(options, "exponent", "multiple_of", "query_heads"),
-        **given(options, "calibration", "calibration_samples", "calibration_length", "device"),
+        **given_texts(options, "calibration"),
+        **given(options, "calibration_samples", "calibration_length", "device"),
         **pruning_arguments(options),
     )
     lost = {"query heads": "heads_removed", "KV heads": "key_value_heads_removed", "channels": "channels_removed"}

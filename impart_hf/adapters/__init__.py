@@ -1,0 +1,1 @@
+"""Adapters in the place of fine-tunes: base and adapter as one model, tensor by tensor."""

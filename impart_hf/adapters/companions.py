@@ -1,0 +1,39 @@
+"""Where a model's tokenizer and other small files come from: its own folder, or for an adapter in part its base's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..modeling.checkpoints import Checkpoint, HubOptions, fetch_file
+from ..modeling.repository_files import is_tokenizer_file
+from ..repository.sidecar_files import sidecar_files
+from .adapted_model import AdaptedModel
+
+_OF_AN_ADAPTER = ("adapter_",)
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The small files of a model.
+
+    Attributes:
+        source, options: the folder or Hub id that the tokenizer is from, and how to read it.
+        files: tokenizer, chat templates, generation config and the like, by their names in the model's repository.
+    """
+
+    source: str
+    options: HubOptions
+    files: dict[str, Path]
+
+
+def companions_of(model: Checkpoint | AdaptedModel) -> Companions:
+    """Return a model's companions; an adapter's own, and its base's for what the adapter lacks."""
+    files = sidecar_files(model.source, model.options)
+    if isinstance(model, Checkpoint):
+        return Companions(model.source, model.options, files)
+    base = companions_of(model.base)
+    own = {name: path for name, path in files.items() if not name.startswith(_OF_AN_ADAPTER)}
+    if fetch_file(model.source, "tokenizer_config.json", model.options) is None:
+        return Companions(base.source, base.options, base.files | own)
+    # An adapter with a tokenizer of its own takes none of the base's files for it.
+    inherited = {name: path for name, path in base.files.items() if not is_tokenizer_file(name)}
+    return Companions(model.source, model.options, inherited | own)
