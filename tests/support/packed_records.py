@@ -80,4 +80,6 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal but for rounding, whose size is that of the largest numbers: of float32, or of three TF32 products."""
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     near = (3e-6 if DEVICE.type == "cpu" else 2e-5) * max(largest, 1e-3)
-    torch.testing.assert_close(found.double().cpu(), expected.double().cpu(), rtol=1e-5, atol=near)
+    found, expected = found.double().cpu(), expected.double().cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=near)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()  # docs/FORMAT.md, "Rounding"
