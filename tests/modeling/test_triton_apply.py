@@ -69,6 +69,7 @@ def expected_of(records: list[Record], numbers: list[int], inputs: torch.Tensor)
     return torch.stack([matrices[d] @ row if d in matrices else nothing for d, row in zip(numbers, rows, strict=True)])
 
 
+@pytest.mark.slow
 @EITHER
 def test_rows_of_different_deltas(kernels: bool) -> None:
     records = deltas_of_all_kinds()

@@ -71,6 +71,7 @@ def segment(layout: int, columns: int, u: int, v: int, keep: int = KEEP_ALL, sca
     return Segment(columns, u, v if layout == FACTORED else 0, keep, scaled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [KEEP_ALL, KEEP_SHARED, KEEP_PER_COLUMN])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_width_mask_and_scale(width: int, keep: int) -> None:
@@ -110,6 +111,7 @@ def test_ranks_of_none_and_of_more_than_one_tile_of_components() -> None:
     assert_decodes(record, base)
 
 
+@pytest.mark.slow
 def test_matrices_that_are_decoded_in_panels() -> None:
     segments = [Segment(2, 3, 4, KEEP_PER_COLUMN), Segment(1, 34, FLOAT16)]
     record = make_record(FACTORED, (140, 300), segments)
@@ -193,6 +195,7 @@ def test_rows_of_padding_may_hold_nan() -> None:
     assert_near(found[10:], (base + naive_delta(record))[10:])
 
 
+@pytest.mark.slow
 def test_spoilt_records_fare_as_they_do_with_torch() -> None:
     generator = np.random.default_rng(0)
     base = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
