@@ -15,12 +15,15 @@ from .checkpoints import all_finite
 from .codebook import CODEBOOKS, Floats
 from .delta_record import FACTORED, DeltaFormatError, Record, parse_record
 from .factors import DirectDelta, Factors, MatrixDelta
+from .packed_tables import kernels_wanted
 from .planes import KeptEntries, Plane, Run
 from .precision import full_float32
 
 # Rows of a matrix that are decoded and added to the base at once on a CPU. More rows need more memory and are no
 # faster; with fewer the product is slower (with 128 by a tenth to a quarter).
 TILE_ROWS = 512
+# The same on an accelerator, which is busy with this many; all rows of an output projection would take gigabytes.
+DEVICE_TILE_ROWS = 8192
 _ALL = slice(None)
 
 
@@ -91,7 +94,9 @@ def decode_record(record: Record, name: str, device: torch.device | str = "cpu")
 
 
 @full_float32()
-def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype) -> torch.Tensor:
+def add_delta(
+    base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype, kernels: bool | None = None
+) -> torch.Tensor:
     """Return base plus decoded delta, summed in float32 and rounded once to `dtype`.
 
     Args:
@@ -99,19 +104,27 @@ def add_delta(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtyp
         data: uint8: the tensor's record, or its s records one after the other.
         name: the tensor's name, for messages.
         dtype: the fine-tuned tensor's dtype.
+        kernels: whether Triton kernels decode, if they can; None for `packed_tables.kernels_wanted`.
 
     Raises:
         DeltaFormatError: if the records do not fit the base's shape or do not end where the data ends, or the result
             is not finite where the base is.
     """
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    decoder = None
+    if kernels_wanted(base.device) if kernels is None else kernels:
+        from .triton_decode import decoder_for  # importing Triton takes a second, which a CPU need not spend
+
+        decoder = decoder_for(base, dtype)
     at = 0
     for target, matrix in zip(_matrices(out), _matrices(base), strict=True):
         record, length = parse_record(data[at:], (matrix.shape[0], matrix.shape[1]), name)
-        _add_record(target, matrix, record, name)
+        (decoder.add_record if decoder else _add_record)(target, matrix, record, name)
         at += length
     if at != len(data):
         raise DeltaFormatError(f"{name}: {len(data) - at} bytes follow the last record")
+    if decoder and not decoder.finite():
+        return add_delta(base, data, name, dtype, kernels=False)  # it says what is not finite
     return out
 
 
@@ -150,8 +163,7 @@ def _add_record(
 ) -> None:
     """Write base plus decoded delta to `out`: all of the matrix, or the part that begins in a row, in some columns."""
     delta_of = _row_deltas(record, name, base.device, columns)
-    # On an accelerator, one step for all rows is fastest.
-    step = TILE_ROWS if base.device.type == "cpu" else max(1, len(base))
+    step = TILE_ROWS if base.device.type == "cpu" else DEVICE_TILE_ROWS
     for start in range(0, len(base), step):
         stop = min(start + step, len(base))
         tile = base[start:stop].to(torch.float32, copy=True)
