@@ -121,7 +121,7 @@ def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int)
         plane_time = best(lambda r=record, n=name: delta_decode.decode_planes(r, n, device))
         all_time = best(lambda d=data, b=base, n=name: delta_decode.add_delta(b, d, n, b.dtype))
         # In tiles, as the decoder does on a CPU
-        step = delta_decode.TILE_ROWS if device == "cpu" else len(base)
+        step = delta_decode.TILE_ROWS if device == "cpu" else delta_decode.DEVICE_TILE_ROWS
         cast_time = best(
             lambda o=finetuned, b=base, n=step: [
                 to.copy_(rows.to(torch.float32, copy=True)) for to, rows in zip(o.split(n), b.split(n), strict=True)
