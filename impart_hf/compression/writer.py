@@ -157,7 +157,7 @@ def write_repository(
             config["method"]["compression_ratio"],
         ),
         tensors=tensors,
-        equal_tensors=sum(t.kind == "equal" for t in plan.tensors),
+        equal_tensors=sum(t.kind == "equal" and not t.added_rows for t in plan.tensors),
         seconds=seconds,
         distilled=distilled,
     )
@@ -223,5 +223,5 @@ def _sizes(report: CompressionReport) -> dict[str, str]:
         "repository": human_bytes(report.repository_bytes),
         "checkpoint": human_bytes(report.checkpoint_bytes),
         "error": f"{sum(errors) / len(errors):.3f}" if errors else "none",
-        "tensors": f"{len(report.tensors)} of {len(report.tensors) + report.equal_tensors}",
+        "tensors": f"{report.changed_tensors} of {report.changed_tensors + report.equal_tensors}",
     }

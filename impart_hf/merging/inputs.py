@@ -68,6 +68,11 @@ class FineTune:
             self.config = finetuned.config
         self._names, base_names = set(self.tensors.names()), set(self._base.names())
         if own := self._names - base_names:
+            kinds = [(config.get("architectures") or ["model"])[0] for config in (self.config, self._base.config)]
+            if kinds[0] != kinds[1]:
+                raise IncompatibleModelsError(
+                    f"'{name}' is a {kinds[0]}, the base '{self._base.source}' a {kinds[1]}: the two cannot be merged"
+                )
             raise IncompatibleModelsError(
                 f"'{name}' has {min(own)}, and the base '{self._base.source}' does not, or config.json ties its output "
                 "projection to the embeddings: the two cannot be merged"

@@ -67,7 +67,7 @@ class Inspection:
             "",
             f"method      {name} ({settings_text(method)})",
             f"base model  {self.config.base_model_name_or_path}" + (f" at {revision}" if revision else ""),
-            f"tensors     {len(self.tensors)} changed, {self.equal_tensors} equal to the base's",
+            f"tensors     {len({t.name for t in self.tensors})} changed, {self.equal_tensors} equal to the base's",
             f"delta file  {human_bytes(self.delta_bytes)}: values {human_bytes(sum(t.bytes for t in self.tensors))}, "
             "headers and checksums the rest",
         ]

@@ -101,7 +101,7 @@ def export_lora(
     Args:
         repository: from `open_repository`.
         output_dir: folder to create; must not exist, or be empty.
-        rank: components of every matrix, 1 to 65536.
+        rank: components of every matrix, 1 to 65536; reduced to the largest rank that a matrix can have.
         device: where matrices are decomposed.
         progress: shows a bar over the matrices.
 
@@ -129,6 +129,7 @@ def export_lora(
             f"no linear layer of '{repository.source}' differs from the base's, only {len(changed)} other tensors: "
             "there is nothing to export"
         )
+    rank = min(rank, max(min(repository.shape(name)) for name in exported))  # more would be zeros
     config = _adapter_config(repository, [linear[name] for name in exported], modules, rank)
     _check_adapter(skeleton, config)
     report = LoraReport(rank)

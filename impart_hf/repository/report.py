@@ -93,6 +93,11 @@ class CompressionReport:
         return float(self.method["compression_ratio"])
 
     @property
+    def changed_tensors(self) -> int:
+        """Number of tensors that differ from the base's; a tensor with added rows may have two reports."""
+        return len({tensor.name for tensor in self.tensors})
+
+    @property
     def ratio(self) -> float:
         """The compression ratio reached: bytes of the checkpoint over bytes of the repository."""
         return self.checkpoint_bytes / self.repository_bytes
