@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from .checksums import tensor_checksum
+from .checksums import content_checksum
 from .four_bit_weights import codes_and_scales, is_four_bit
 
 # What a weight holds: dtype, shape and checksum; of a tensor that is made of others, their fingerprints instead of the
@@ -128,7 +128,7 @@ def _fingerprint(tensor: Any) -> Fingerprint | None:
         parts = tuple(_fingerprint(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
         return None if None in parts else (tensor.dtype, tuple(tensor.shape), parts)
     try:
-        return tensor.dtype, tuple(tensor.shape), tensor_checksum(tensor)
+        return tensor.dtype, tuple(tensor.shape), content_checksum(tensor)
     except (RuntimeError, TypeError, ValueError):  # a kind of tensor without data of its own
         return None
 
