@@ -212,9 +212,11 @@ class MergeConfig:
             )
         for model in self.finetunes:
             if shared := [name for name in model.parameters if name in _SHARED_PARAMETERS]:
+                one = len(shared) == 1
                 notes.append(
-                    f"{', '.join(shared)} under '{model.model}' has no effect: it applies to all models and belongs "
-                    "under the top-level `parameters`"
+                    f"{', '.join(shared)} under '{model.model}' {'has' if one else 'have'} no effect: "
+                    f"{'it applies' if one else 'they apply'} to all models; write {'it' if one else 'them'} under "
+                    "the top-level `parameters`"
                 )
         return notes
 
