@@ -81,8 +81,8 @@ class MergeModel:
     """One model of a merge.
 
     Attributes:
-        model: folder or Hub id, `ID@REVISION` for a revision; a dense fine-tune, an adapter on the base or a delta
-            repository. `MODEL+ADAPTER` is an adapter on a dense fine-tune.
+        model: folder or Hub id, `ID@REVISION` for a revision; a dense fine-tune, an adapter in PEFT's format on the
+            base, or a delta repository. `MODEL+ADAPTER` is an adapter on a dense fine-tune.
         parameters: the model's own parameters, which take precedence over the shared ones.
     """
 
