@@ -106,6 +106,8 @@ def _check_kind(adapter: AdapterFiles) -> None:
     what = None
     if kind not in _MERGEABLE:
         what = f"of the kind {kind}, which impart-hf does not merge into a base"
+    elif task == "SEQ_CLS":
+        what = "of a classifier"
     elif task not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
         what = f"for the task {task}, and not for a causal language model"
     elif config.get("layer_replication"):

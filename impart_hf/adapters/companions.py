@@ -1,4 +1,4 @@
-"""Where a model's tokenizer and other small files come from: its own folder, or for an adapter in part its base's."""
+"""Where a model's sidecar files come from: its own folder, or for an adapter in part its base's."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ _OF_AN_ADAPTER = ("adapter_",)
 
 @dataclass(frozen=True)
 class Companions:
-    """The small files of a model.
+    """The sidecar files of a model.
 
     Attributes:
         source, options: the folder or Hub id that the tokenizer is from, and how to read it.
-        files: tokenizer, chat templates, generation config and the like, by their names in the model's repository.
+        files: the sidecar files, by their names in the model's repository.
     """
 
     source: str
@@ -27,7 +27,7 @@ class Companions:
 
 
 def companions_of(model: Checkpoint | AdaptedModel) -> Companions:
-    """Return a model's companions; an adapter's own, and its base's for what the adapter lacks."""
+    """Return a model's sidecar files; an adapter's own, and its base's for what the adapter lacks."""
     files = sidecar_files(model.source, model.options)
     if isinstance(model, Checkpoint):
         return Companions(model.source, model.options, files)

@@ -34,8 +34,10 @@ _SENDERS = {
     "observation": "tool",
 }
 _KNOWN = (
-    "a record is a string, or has text under 'text' or 'content', a chat under 'messages', 'conversations' or 'data', "
-    "'prompt' and 'completion' or 'chosen', 'instruction' and 'output', 'question' and 'answer', or one field alone"
+    "a record is a string, or has a text ('text', 'content'), a chat ('messages', 'conversations', 'conversation', "
+    "'data'), a request and its reply ('prompt' and 'completion'; 'prompt', 'instruction', 'question' or 'query' with "
+    "'response' or 'chosen'; 'instruction' or 'input' with 'output'; 'question' and 'answer'), 'chosen', or one field "
+    "alone"
 )
 _REMEDY = "name the field that holds the text or chat with --text-field, or write the text into a field 'text'"
 

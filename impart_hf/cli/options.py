@@ -48,7 +48,9 @@ def add_models(parser: Parser) -> None:
     """Add the two models that are compressed, and the output folder."""
     parser.add_argument("base", metavar="BASE", help="base model: local folder or Hub id")
     parser.add_argument(
-        "finetuned", metavar="FINETUNED", help="fine-tuned model, or LoRA adapter: local folder or Hub id"
+        "finetuned",
+        metavar="FINETUNED",
+        help="fine-tuned model, or adapter in PEFT's format on BASE: local folder or Hub id",
     )
     parser.add_argument("output", metavar="OUT", help="folder to write the delta repository to")
     add_revision(parser, "branch, tag or commit of the fine-tuned model")
@@ -66,7 +68,10 @@ def check_models(options: argparse.Namespace) -> None:
 def add_merge_config(parser: Parser) -> None:
     """Add the configuration of a merge, and the output folder."""
     parser.add_argument(
-        "config", metavar="CONFIG.yaml", help="YAML file with merge_method, base_model, models and parameters"
+        "config",
+        metavar="CONFIG.yaml",
+        help="YAML file with merge_method, base_model, models (fine-tunes, delta repositories, adapters in PEFT's "
+        "format) and parameters",
     )
     parser.add_argument("output", metavar="OUT", help="folder to write the merged model to")
 
@@ -183,9 +188,9 @@ def check_text_field(options: argparse.Namespace, *texts: str | None) -> None:
         texts: the texts; None for one that is not given.
     """
     if not any(texts):
-        refuse(options, ["text_field"], "needs a text")
+        refuse(options, ["text_field"], "has no effect without a text; give a text")
     if all(text is None or text.lower().endswith(".txt") for text in texts):
-        refuse(options, ["text_field"], "is for records, but a .txt file is one text; give another text")
+        refuse(options, ["text_field"], "has no effect on a .txt file, which has no fields; give records")
 
 
 def given_texts(options: argparse.Namespace, *names: str) -> dict[str, Any]:

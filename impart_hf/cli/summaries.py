@@ -10,8 +10,8 @@ def compression_summary(report: CompressionReport, output: str) -> str:
     lines = [
         f"{output}: {human_bytes(report.repository_bytes)} instead of {human_bytes(report.checkpoint_bytes)}, "
         f"ratio {report.ratio:.2f} (requested {report.requested_ratio:g}), in {report.seconds:.0f} s",
-        f"{report.changed_tensors} tensors changed, {report.equal_tensors} equal to the base's; not counted: tokenizer "
-        f"and other unchanged files {human_bytes(report.sidecar_bytes)}, reader {human_bytes(report.reader_bytes)}",
+        f"{report.changed_tensors} tensors changed, {report.equal_tensors} equal to the base's; not counted: sidecar "
+        f"files (tokenizer and others) {human_bytes(report.sidecar_bytes)}, reader {human_bytes(report.reader_bytes)}",
     ]
     if not report.tensors:
         lines.append("the fine-tuned model equals the base: check BASE and FINETUNED")

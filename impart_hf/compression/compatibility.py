@@ -9,7 +9,7 @@ from ..modeling.checkpoints import DTYPE_NAMES, TIED_OUTPUT, text_config
 from ..modeling.delta_repository import BASE_CHECKSUMS, CRC_ENTRY, RECORD_SUFFIX, ROWS_SUFFIX
 from ..modeling.tensors import Model, StoredModel
 
-# Matrices of fewer entries are stored unchanged: their records would be mostly header.
+# Matrices of fewer entries are stored whole: their records would be mostly header.
 _SMALL_MATRIX = 4096
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

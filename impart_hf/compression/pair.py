@@ -30,7 +30,7 @@ class ModelPair:
     Attributes:
         base: the base's tensors that the fine-tune's rest on.
         finetuned: the fine-tune in the layout of the base's files.
-        companions: the fine-tune's tokenizer and other small files.
+        companions: the fine-tune's sidecar files.
         recorded_base: the base's name and revision in config.json, from `common.names.recorded_base`.
         device: where matrices are decomposed.
         progress: shows bars.

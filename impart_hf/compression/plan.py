@@ -123,11 +123,11 @@ def make_plan(
         share = max(allowed - fixed, nominal / _MOST_COMPENSATION) / dense if dense else 0.0
         for t in encoded:
             t.max_bytes = int(t.dense_bytes * share)
-        # If few tensors changed, all of them may fit the budget unchanged, which no method can improve on.
+        # If few tensors changed, all of them may fit the budget whole, which no method can improve on.
         unreachable = [t for t in encoded if t.max_bytes < _least_bytes(t, method)] if share < 1 else encoded
         if not unreachable:
             break
-        # A few small matrices (a router, a projection to few heads) are stored unchanged. If they take more than a
+        # A few small matrices (a router, a projection to few heads) are stored whole. If they take more than a
         # tenth of the allowed bytes, the ratio cannot be reached.
         if share < 1 and sum(t.dense_bytes for t in unreachable) > 0.1 * allowed:
             worst = min(unreachable, key=lambda t: _certain_ratio(t, method))

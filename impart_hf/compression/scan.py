@@ -22,7 +22,7 @@ class TensorPlan:
 
     Attributes:
         name: the tensor's name.
-        kind: "equal" (to the base, and not stored), "kept" (stored unchanged) or "encoded".
+        kind: "equal" (to the base, and not stored), "kept" (stored whole) or "encoded".
         shape: shape of the part that base and fine-tune share.
         dtype: dtype of the fine-tuned tensor.
         vocabulary: whether it has a row for every token: an embedding or output projection.

@@ -81,8 +81,8 @@ class MergeModel:
     """One model of a merge.
 
     Attributes:
-        model: folder or Hub id, `ID@REVISION` for a revision; a dense fine-tune, an adapter on the base or a delta
-            repository. `MODEL+ADAPTER` is an adapter on a dense fine-tune.
+        model: folder or Hub id, `ID@REVISION` for a revision; a dense fine-tune, an adapter in PEFT's format on the
+            base, or a delta repository. `MODEL+ADAPTER` is an adapter on a dense fine-tune.
         parameters: the model's own parameters, which take precedence over the shared ones.
     """
 
@@ -212,9 +212,11 @@ class MergeConfig:
             )
         for model in self.finetunes:
             if shared := [name for name in model.parameters if name in _SHARED_PARAMETERS]:
+                one = len(shared) == 1
                 notes.append(
-                    f"{', '.join(shared)} under '{model.model}' has no effect: it applies to all models and belongs "
-                    "under the top-level `parameters`"
+                    f"{', '.join(shared)} under '{model.model}' {'has' if one else 'have'} no effect: "
+                    f"{'it applies' if one else 'they apply'} to all models; write {'it' if one else 'them'} under "
+                    "the top-level `parameters`"
                 )
         return notes
 

@@ -40,7 +40,7 @@ class FineTune:
         tensors: its tensors, dense or decoded from base and delta, in the layout of the base's files.
         config: its config.json.
         tokens: its tokens.
-        companions: its tokenizer and other small files.
+        companions: its sidecar files.
     """
 
     def __init__(self, name: str, base: ReadModel, token: str | bool | None, cache_dir: str | None):

@@ -25,7 +25,8 @@ def plain_form(content: Any) -> dict[str, Any]:
         where given, and `layers`, the number of layers that slices cover. Models are strings.
 
     Raises:
-        ValueError: if a key is unknown, or the file asks for something that a merge cannot do; all such are named.
+        ValueError: if the file asks for something that a merge cannot do, or has an unknown key. One error names all of
+            `modules`, several slices and fields of `tokenizer`; anything else is an error by itself.
     """
     if not isinstance(content, Mapping):
         raise ValueError("the configuration must map keys to values, such as `merge_method: ties`")

@@ -88,9 +88,10 @@ def fetch_file(repo: str, filename: str, options: HubOptions, required: bool = F
     except LocalEntryNotFoundError as error:
         if not required and any(_is_cached(repo, name, options) for name in _CONFIGS if name != filename):
             return None
+        what = f"'{repo}'" if filename in _CONFIGS else f"'{filename}' of '{repo}'"  # every model has a config
         raise CheckpointError(
-            f"'{filename}' of '{repo}' is not in the local cache, and the Hub is offline; there is no local folder "
-            f"'{repo}' either: download it once online, or give a local folder"
+            f"{what} is not in the local cache, and the Hub is offline; there is no local folder '{repo}' either: "
+            "download it once online, or give a local folder"
         ) from error
     except EntryNotFoundError:
         return None
@@ -143,8 +144,9 @@ def fetch_config(repo: str, options: HubOptions) -> tuple[dict[str, Any], Path]:
     path = fetch_file(repo, "config.json", options)
     if path is None and fetch_file(repo, ADAPTER_CONFIG, options):
         raise CheckpointError(
-            f"'{repo}' is an adapter and no model: `compress` and `merge` take it as a fine-tune of its base; for "
-            "anything else merge it into its base with PEFT's merge_and_unload, save that model, and give it instead"
+            f"'{repo}' is an adapter and no model: `compress`, `tune` and `merge` take it as a fine-tune of its "
+            "base; for anything else merge it into its base with PEFT's merge_and_unload, save that model, and give it "
+            "instead"
         )
     if path is None:
         raise CheckpointError(f"'{repo}' has no config.json: it is not a transformers checkpoint or delta repository")

@@ -91,7 +91,7 @@ def _row(t: TensorReport) -> tuple[str, ...]:
     return (
         t.name if t.kind != "added rows" else f"{t.name} (added rows)",
         "x".join(map(str, t.shape)),
-        "unchanged" if t.kind != "encoded" else rank,
+        "stored whole" if t.kind != "encoded" else rank,
         "/".join(":".join(map(str, dict.fromkeys(bits))) for bits in t.bits) or "-",
         "-" if t.keep_ratio is None else f"{t.keep_ratio:.4f}",
         str(t.bytes),

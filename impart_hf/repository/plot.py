@@ -13,7 +13,7 @@ from .report import TensorReport, human_bytes
 if TYPE_CHECKING:
     from .inspection import Inspection
 
-_SMALL = "norms, small"  # label of all tensors that are stored unchanged; they share one colour
+_SMALL = "norms, small"  # label of all tensors that are stored whole; they share one colour
 
 
 def draw(inspection: "Inspection", path: Path) -> None:

@@ -33,7 +33,7 @@ class TensorReport:
 
     Attributes:
         name: the tensor's name.
-        kind: "encoded", "kept" (stored unchanged) or "added rows".
+        kind: "encoded", "kept" (stored whole) or "added rows".
         shape: shape of the file's entry; for "encoded", of the matrix or stack.
         bytes: size of its data in the file.
         rank: number of singular components stored, the mean over a stack; None for a direct or kept tensor.

@@ -154,7 +154,8 @@ def test_a_config_without_weights_beside_an_adapter(tmp_path: Path) -> None:
 
 CHANGES: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, ("PROMPT_TUNING",)),
-    "a classifier": ({"task_type": "SEQ_CLS"}, ("SEQ_CLS",)),
+    "a classifier": ({"task_type": "SEQ_CLS"}, ("of a classifier", "merge_and_unload")),
+    "a tagger": ({"task_type": "TOKEN_CLS"}, ("TOKEN_CLS",)),
     "repeated layers": ({"layer_replication": [[0, 2], [0, 2]]}, ("layer_replication",)),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, ("init_lora_weights", "'pissa_niter_4'")),
     "layers that the model lacks": ({"target_modules": ["c_attn"]}, ("c_attn",)),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from impart_hf.cli.main import main
-from impart_hf.methods import MethodConfig
+from impart_hf.methods import MethodConfig, method_names
 from impart_hf.modeling.delta_decode import decode_record
 from impart_hf.modeling.delta_record import parse_record
 
@@ -75,6 +75,23 @@ def test_architecture_lists_every_file_of_the_reader() -> None:
     assert sorted(re.findall(r"`(\w+\.py)`", table)) == sorted(files)
 
 
+def test_architecture_lists_every_module_of_the_writers_packages() -> None:
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text("utf-8")
+    stages = text.partition("## How data moves")[2].partition("\n## ")[0]
+    (serving,) = re.findall(r"^\| file of `serving/` .*?(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    elsewhere = {"compression": stages, "serving": serving}
+    commands = {command[-1] for command, _ in _commands((ROOT / "docs" / "commands.md").read_text("utf-8"))}
+    by_name = {name.replace("-", "_") for name in (*commands, *method_names())}  # "one file per command", "per method"
+    for package in sorted(path.parent for path in (ROOT / "impart_hf").glob("*/__init__.py")):
+        if package.name in ("modeling", "model_cards"):
+            continue
+        (row,) = re.findall(rf"^\| \d \| `{package.name}/` .*$", text, re.MULTILINE)
+        modules = {path.stem for path in package.rglob("*.py") if not path.stem.startswith("__")}
+        assert _modules_in(row) <= modules, package.name
+        listed = _modules_in(row + elsewhere.get(package.name, ""))
+        assert modules - (by_name if package.name in ("cli", "methods") else set()) <= listed, package.name
+
+
 def test_the_table_of_a_method_names_its_members() -> None:
     (table,) = re.findall(r"^\| member .*?\n\n", WRITE_A_METHOD.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     cells = [row.split("|")[1] for row in table.splitlines()[2:] if row]
@@ -129,6 +146,11 @@ def _anchors(document: Path) -> set[str]:
     """The anchors of a document's headings, as GitHub makes them."""
     titles = re.findall(r"^#{1,6} (.+)$", _prose(document), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def _modules_in(text: str) -> set[str]:
+    """The modules that a text names as files."""
+    return set(re.findall(r"`(?:\w+/)*(\w+)\.py`", text))
 
 
 def _commands(text: str) -> list[tuple[tuple[str, ...], list[str]]]:

@@ -20,8 +20,9 @@ from support.tiny_models import Pair, edit_json, fine_tune, load_tensors, make_m
 from transformers import AutoModelForCausalLM
 
 from impart_hf import ImPartConfig, compress
+from impart_hf.adapters.adapter_files import find_adapter
 from impart_hf.modeling.checkpoints import Checkpoint
-from impart_hf.modeling.model_files import CheckpointError, HubOptions
+from impart_hf.modeling.model_files import CheckpointError, HubOptions, fetch_file, pinned
 
 
 def test_missing_models(pair: Pair, tmp_path: Path) -> None:
@@ -264,8 +265,13 @@ def test_a_delta_repository_is_no_fine_tune(pair: Pair, tiny_repository: Path) -
 
 
 def test_offline_and_not_in_the_cache(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=naming("'config.json'", "'someone/else'", "cache")):
-        Checkpoint("someone/else", HubOptions(cache_dir=str(tmp_path), local_files_only=True))
+    options = HubOptions(cache_dir=str(tmp_path), local_files_only=True)
+    for open_it in (Checkpoint, find_adapter, pinned):  # the first that a command calls
+        with pytest.raises(CheckpointError, match=naming("'someone/else'", "cache")) as caught:
+            open_it("someone/else", options)
+        assert "config.json" not in str(caught.value)  # which such a repository need not have
+    with pytest.raises(CheckpointError, match=naming("'tokenizer.json'", "'someone/else'", "cache")):
+        fetch_file("someone/else", "tokenizer.json", options)
 
 
 def test_a_fine_tune_in_other_precision_than_its_base(tmp_path: Path) -> None:
