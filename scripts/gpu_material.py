@@ -264,5 +264,5 @@ def ways(notes: Notes, record: Record) -> list[tuple[str, bool]]:
         return []
     if record.layout != FACTORED:  # no product, so no precision
         return [("ieee", False)]
-    precisions = ("tf32x3", "bf16x3", "ieee") if notes.on_gpu else ("ieee",)
+    precisions = ("tf32x3", "ieee", "bf16x3") if notes.on_gpu else ("ieee",)
     return [(precision, fused) for precision in precisions for fused in (False, True)]

@@ -82,7 +82,9 @@ def _time_decode(notes: Notes, name: str, record: Record) -> None:
     for precision, fused in ways(notes, record):
         launch = partial(triton_decode.launch, base, out, bad, record, packed, precision, fused)
         by = f"kernels alone, {precision}{', fused' if fused else ''}"
-        notes.row("decode", **fields, by=by, milliseconds=notes.milliseconds(launch))
+        notes.attempt(f"{name}, {by}", lambda notes, launch=launch, by=by: notes.row(
+            "decode", **fields, by=by, milliseconds=notes.milliseconds(launch)
+        ))  # fmt: skip
 
 
 def _output_projection(notes: Notes) -> None:
