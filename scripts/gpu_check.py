@@ -115,7 +115,7 @@ def summary(results: dict[str, Any]) -> str:
         for title, rows in section["tables"].items():
             columns = dict.fromkeys(column for row in rows for column in row)
             table = measure.table([dict.fromkeys(columns, "") | row for row in rows])
-            lines += ["", f"{title[0].upper()}{title[1:]}" + (" (13B shapes)" if name == "more" else ""), "", table]
+            lines += ["", f"{name}: {title}", "", table]
         goals += section["goals"]
         failures += [f"{name}: {f['what']}: {f['traceback'][0]}" for f in section["failures"]]
         left_out += [f"{name}: {left['what']}: {left['why']}" for left in section["left_out"]]

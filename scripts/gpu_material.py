@@ -70,7 +70,8 @@ class Notes:
         print(f"[{self._name}] {table}: " + ", ".join(f"{k} {measure.cell(v)}" for k, v in row.items()), flush=True)
 
     def goal(self, what: str, found: float | None, *, most: float | None = None, least: float | None = None) -> None:
-        if found is not None:
+        """Note whether a goal is met; goals are for real sizes."""
+        if found is not None and not self.small:
             met = (most is None or found <= most) and (least is None or found >= least)
             limit = f"at most {most:g}" if most is not None else f"at least {least:g}"
             self.content["goals"].append({"goal": what, "limit": limit, "found": found, "met": met})

@@ -29,6 +29,7 @@ from gpu_material import (
     kernels_run,
     levels_record,
     over,
+    random_record,
     ways,
     write_delta,
 )
@@ -36,7 +37,7 @@ from gpu_material import (
 from impart_hf.methods import method_class
 from impart_hf.modeling import triton_decode
 from impart_hf.modeling.delta_decode import add_delta, decode_record
-from impart_hf.modeling.delta_record import Record, pack_record
+from impart_hf.modeling.delta_record import FACTORED, Record, pack_record
 from impart_hf.modeling.packed_deltas import PackedDeltas, RowGroups
 from impart_hf.modeling.triton_planes import pack
 
@@ -45,7 +46,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def decode(notes: Notes) -> None:
     side = 128 if notes.small else 4096
-    square = every_kind(side, side, notes.device) | {"levels": levels_record(side, side)}
+    square = every_kind(side, side, notes.device) | {
+        "levels": levels_record(side, side),
+        "levels, high rank": random_record(side, side, FACTORED, [(2 * side // 5, 1, 1, 1)]),
+    }
     wide = "levels", levels_record(*((192, 128) if notes.small else (11008, 4096)))
     notes.attempt("decode of 4096x4096, levels", _time_decode, "levels", square["levels"])
     notes.attempt("decode of 11008x4096, levels", _time_decode, *wide)
@@ -176,8 +180,8 @@ def _time_loads(notes: Notes, folders: dict[str, Path], layers: int, cache: str)
     """Time each load twice, in processes of its own on a device, and compare the medians."""
     read = {"dense": [folders["dense"]], "delta": [folders["delta"], folders["base"]]}
     seconds: dict[str, list[float]] = {name: [] for name in read}
-    for number in range(2 if notes.on_gpu else 1):
-        if number and notes.seconds_left() < 30:
+    for _ in range(2 if notes.on_gpu else 1):
+        if notes.on_gpu and notes.seconds_left() < 30:
             break
         for name, sources in read.items():
             if cache == "cold":
@@ -187,13 +191,15 @@ def _time_loads(notes: Notes, folders: dict[str, Path], layers: int, cache: str)
                 seconds[name].append(measure.in_fresh_process(benchmark_load.__file__, task)["seconds"])
             else:
                 benchmark_load.timed_load(*task.values())
-    if notes.on_gpu:
+    if not notes.on_gpu:
+        notes.row("load", layers=layers, page_cache=cache, loaded=True)
+    elif not seconds["delta"]:
+        notes.leave_out(f"load, {cache} page cache", "not enough time left")
+    else:
         dense, delta = (statistics.median(seconds[name]) for name in read)
         fields = {"layers": layers, "page_cache": cache, "runs": len(seconds["delta"])}
         notes.row("load", **fields, dense_seconds=dense, delta_seconds=delta, of_dense=delta / dense)
         notes.goal(f"load of {layers} layers of a 7B model, {cache}, of the dense load", delta / dense, most=1.1)
-    else:
-        notes.row("load", layers=layers, page_cache=cache, loaded=True)
 
 
 def apply(notes: Notes) -> None:

@@ -41,7 +41,7 @@ def test_every_section_succeeds(tmp_path: Path) -> None:
         assert section["succeeded"] and not section["failures"], name
         assert section["tables"] and all(section["tables"].values())
         for title in section["tables"]:
-            assert f"\n{title[0].upper()}{title[1:]}" in said
+            assert f"\n{name}: {title}\n" in said
     tables = {name: section["tables"] for name, section in results["sections"].items()}
     assert [row["method"] for row in tables["checks"]["methods"]] == method_names()
     for row in tables["checks"]["methods"]:
