@@ -13,13 +13,24 @@ from typing import Any
 import measure
 import numpy as np
 import torch
-from gpu_material import FLOAT32_ERROR, Notes, distance, every_kind, expect, kernels_run, ways, write_delta
+from gpu_material import (
+    FLOAT32_ERROR,
+    Notes,
+    distance,
+    every_kind,
+    expect,
+    kernels_run,
+    levels_record,
+    ways,
+    write_delta,
+)
 from transformers import AutoModelForCausalLM
 
 from impart_hf.methods import method_class, method_names
 from impart_hf.modeling import triton_decode
 from impart_hf.modeling.delta_decode import add_delta, decode_planes, decode_record
 from impart_hf.modeling.delta_record import FACTORED, Record
+from impart_hf.modeling.triton_planes import available
 
 
 def checks(notes: Notes) -> None:
@@ -50,6 +61,10 @@ def _environment(notes: Notes) -> None:
     works = kernels_run(notes)
     seconds = round(time.perf_counter() - started, 1) if notes.on_gpu else None
     notes.row("environment", **versions, CUDA=torch.version.cuda, kernels_work=works, first_launch_seconds=seconds)
+    if available and not works:  # decoding without a guard says why
+        out = torch.zeros(160, 136, device=notes.device)
+        triton_decode.Decoder(notes.device).add_record(out, out, levels_record(160, 136, 8), "a small record")
+        raise RuntimeError("the kernels give wrong numbers")
 
 
 def _method(notes: Notes, name: str) -> None:
