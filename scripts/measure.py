@@ -71,11 +71,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a markdown table; the first row's keys are the columns."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell(row.get(column, "")) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -187,12 +187,8 @@ def synthetic_delta(rows: int, columns: int, seed: int, device: str | torch.devi
     return delta.addmm_(u * torch.arange(1, rank + 1, device=device) ** -0.5, v.t())
 
 
-def write_synthetic_pair(folder: Path, config: LlamaConfig, seed: int = 0) -> tuple[Path, Path, int]:
-    """Write a LLaMA base and a fine-tune of it, bfloat16, one file per layer; every matrix has a `synthetic_delta`.
-
-    Returns:
-        The two folders, and the number of entries of the largest tensor.
-    """
+def llama_shards(config: LlamaConfig) -> list[dict[str, tuple[int, ...]]]:
+    """Return the shapes of a LLaMA's tensors by name, for one file after the other: one for each layer."""
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     kv = config.num_key_value_heads * hidden // config.num_attention_heads
     shards: list[dict[str, tuple[int, ...]]] = [
@@ -205,6 +201,16 @@ def write_synthetic_pair(folder: Path, config: LlamaConfig, seed: int = 0) -> tu
         names = {f"self_attn.{n}_proj": s for n, s in attention.items()} | {f"mlp.{n}_proj": s for n, s in mlp.items()}
         norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
         shards.append({f"model.layers.{layer}.{name}.weight": shape for name, shape in (names | norms).items()})
+    return shards
+
+
+def write_synthetic_pair(folder: Path, config: LlamaConfig, seed: int = 0) -> tuple[Path, Path, int]:
+    """Write a LLaMA base and a fine-tune of it, bfloat16, one file per layer; every matrix has a `synthetic_delta`.
+
+    Returns:
+        The two folders, and the number of entries of the largest tensor.
+    """
+    shards = llama_shards(config)
     folders = folder / "base", folder / "finetuned"
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}
@@ -229,7 +235,7 @@ def write_synthetic_pair(folder: Path, config: LlamaConfig, seed: int = 0) -> tu
     for target in folders:
         index = {"metadata": {}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index))
-    return *folders, max(vocabulary * hidden, inner * hidden)
+    return *folders, max(math.prod(shape) for shard in shards for shape in shard.values())
 
 
 def llama_config(layers: int, *, tiny: bool = False) -> LlamaConfig:

@@ -28,6 +28,8 @@ from impart_hf.modeling.delta_record import (
 from impart_hf.modeling.packed_deltas import PackedDeltas, RowGroups
 from impart_hf.modeling.width_codes import BFLOAT16, BITS, FLOAT16
 
+pytestmark = pytest.mark.gpu
+
 M, N = 70, 130
 EITHER = pytest.mark.parametrize(
     "kernels", [pytest.param(True, marks=needs_kernels, id="kernels"), pytest.param(False, id="torch")]

@@ -31,7 +31,7 @@ from impart_hf.modeling.delta_record import (
 from impart_hf.modeling.packed_tables import KERNELS_VARIABLE, kernels_wanted
 from impart_hf.modeling.width_codes import BFLOAT16, BITS, FLOAT16
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.gpu]
 
 WIDTHS = list(BITS)
 # The interpreter truncates where it stores bfloat16.
