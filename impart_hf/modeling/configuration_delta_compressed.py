@@ -10,7 +10,7 @@ from .configuration_pruned_llama import PrunedLlamaConfig
 FORMAT_VERSION = 1
 # Fields of `text_config` that transformers looks for in any configuration in order to check, convert or write them.
 _INNER_ONLY = ("auto_map", "layer_types", "mtp_layer_types", "quantization_config", "rope_parameters")
-# A classifier's labels, from which `num_labels` is counted: any configuration has them, those meant are `text_config`'s.
+# A classifier's labels, from which `num_labels` is counted: any configuration has them, and `text_config`'s are meant.
 _LABELS = ("id2label", "label2id")
 
 
