@@ -13,6 +13,8 @@ def compression_summary(report: CompressionReport, output: str) -> str:
         f"{report.changed_tensors} tensors changed, {report.equal_tensors} equal to the base's; not counted: sidecar "
         f"files (tokenizer and others) {human_bytes(report.sidecar_bytes)}, reader {human_bytes(report.reader_bytes)}",
     ]
+    if report.sidecar_files:
+        lines.append(f"copied unchanged: {', '.join(report.sidecar_files)}")
     if not report.tensors:
         lines.append("the fine-tuned model equals the base: check BASE and FINETUNED")
     calibration, _, instead = report.method.get("calibration", "").partition(": ")

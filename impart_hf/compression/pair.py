@@ -19,6 +19,7 @@ from ..modeling.checkpoints import Checkpoint
 from ..modeling.model_files import HubOptions, pinned
 from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import LazyTensor, Model
+from ..repository.reader_files import refuse_reader_names
 from .base_layout import ReadModel, match
 from .loading_class import check_loads, loading_class, model_config
 from .scan import TensorPlan, scan
@@ -50,7 +51,8 @@ class ModelPair:
         """Open both checkpoints; only headers are read, and an adapter.
 
         Raises:
-            CheckpointError: if one of them cannot be read, or the fine-tune is an adapter that cannot be merged.
+            CheckpointError: if one of them cannot be read, the fine-tune is an adapter that cannot be merged, or it
+                has code under the name of a reader file.
             IncompatibleModelsError: if they are not a pair.
             ModuleNotFoundError: if the fine-tune is an adapter and PEFT is not installed.
         """
@@ -61,6 +63,7 @@ class ModelPair:
         refuse_adapter(base, base_options)
         opened = open_finetune(finetuned, finetuned_options, bare)
         self.companions = companions_of(opened)
+        refuse_reader_names(finetuned, self.companions.files)
         read = ReadModel(opened)
         matched = match(ReadModel(Checkpoint(base, base_options, tied=read.ties_output)), read)
         self.base: BaseTensors = matched.base

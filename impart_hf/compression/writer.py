@@ -149,6 +149,7 @@ def write_repository(
         method=config["method"],
         checkpoint_bytes=plan.checkpoint_bytes,
         repository_bytes=repository_bytes,
+        sidecar_files=sorted(pair.companions.files),
         sidecar_bytes=sidecar_bytes,
         reader_bytes=sum(p.stat().st_size for p in reader_files()),
         shortfall=plan.shortfall(

@@ -10,6 +10,8 @@ from .configuration_pruned_llama import PrunedLlamaConfig
 FORMAT_VERSION = 1
 # Fields of `text_config` that transformers looks for in any configuration in order to check, convert or write them.
 _INNER_ONLY = ("auto_map", "layer_types", "mtp_layer_types", "quantization_config", "rope_parameters")
+# A classifier's labels, from which `num_labels` is counted: any configuration has them, and `text_config`'s are meant.
+_LABELS = ("id2label", "label2id")
 
 
 @strict
@@ -66,14 +68,25 @@ class DeltaCompressedConfig(PreTrainedConfig):
         if self.text_config is not None:
             self.__dict__["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
         super().__post_init__(**kwargs)
+        if isinstance(self.text_config, PreTrainedConfig):
+            for name in _LABELS:  # in a file that is written, they stand at their defaults beside `text_config`
+                self.__dict__[name] = self.__dict__.get(name) or getattr(PreTrainedConfig(), name)
 
     def _is_inner(self, name: str) -> bool:
-        """Return whether a name is that of a field of `text_config` and of none of this configuration."""
+        """Return whether a name is that of a field of `text_config` and of none of this configuration, or of labels."""
         inner = self.__dict__.get("text_config")
         if not isinstance(inner, PreTrainedConfig) or name.startswith("_") or name in _INNER_ONLY:
             return False
+        if name in _LABELS:
+            return True
         is_own = name in self.__dict__ or hasattr(type(self), name)
         return not is_own and (name in inner.__dict__ or name in inner.attribute_map)
+
+    def __getattribute__(self, name: str) -> Any:
+        # Labels are found here too, so that Python would not call `__getattr__` for them.
+        if name in _LABELS and self._is_inner(name):
+            return getattr(self.__dict__["text_config"], name)
+        return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
         # Python calls this only for what is not found otherwise; copies ask for names before they have any fields.

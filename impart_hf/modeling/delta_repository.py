@@ -84,6 +84,10 @@ class DeltaFile:
     def names(self) -> list[str]:
         return sorted(self._handles)
 
+    def checksums(self) -> dict[str, int]:
+        """Return the CRC-32 of every entry."""
+        return dict(self._crcs)
+
     def __contains__(self, name: str) -> bool:
         return name in self._handles
 

@@ -23,7 +23,7 @@ from .delta_repository import DeltaRepository
 from .four_bit_weights import put_in_order
 from .model_files import HubOptions, fetch_file, pinned
 from .modeling_pruned_llama import PrunedLlamaForCausalLM
-from .repository_files import push_folder, repository_folder, save_repository
+from .repository_files import delta_digest, holds_delta, push_folder, repository_folder, save_repository
 from .saved_configs import changed_configs
 from .weight_fingerprints import WeightFingerprints
 
@@ -50,6 +50,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
     delta_config: DeltaCompressedConfig
     _inner_class: type[PreTrainedModel]
     _delta_source: tuple[str, HubOptions]
+    _delta_digest: str
     _delta_weights: WeightFingerprints
 
     @classmethod
@@ -119,6 +120,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             model.generation_config = GenerationConfig.from_pretrained(source, **hub)
         model.delta_config = config
         model._delta_source = (os.path.abspath(source) if os.path.isdir(source) else source, options)
+        model._delta_digest = delta_digest(repository.file, config)
         model._delta_weights = WeightFingerprints(model)
         if adapter_path is not None:  # an Auto class was given an adapter of this model
             model.load_adapter(adapter_path, adapter_name=adapter_name, adapter_kwargs=adapter)
@@ -145,8 +147,9 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         Its weights, configurations and reader are written over what the folder holds. Tokenizer, model card and other
         files are copied only where the folder has none; if it has a tokenizer, that is kept whole.
 
-        If the weights have changed since they were loaded, or cannot be compared, the dense model is saved instead,
-        with a warning. With adapters attached, the adapters are saved, as in transformers.
+        If the weights have changed since they were loaded, or cannot be compared, or if the repository that they were
+        loaded from holds another model by now, the dense model is saved instead, with a warning. With adapters
+        attached, the adapters are saved, as in transformers, with a warning if the weights below them have changed.
 
         Args:
             save_directory: folder to write to; made if missing.
@@ -160,17 +163,19 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         """
         dense = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         if getattr(self, "_hf_peft_config_loaded", False):
+            self._warn_of_adapters()
             return super().save_pretrained(save_directory, **dense)
         if state_dict is not None or self.weights_changed():
             logger.warning(
                 "The weights have changed since this model was loaded from a delta repository, so the dense model is "
                 "saved; run `impart-hf compress` to make a delta repository of it."
             )
-            put_in_order(self)
-            return _forget_delta(copy.copy(self)).save_pretrained(save_directory, **dense)
+            return self._dense().save_pretrained(save_directory, **dense)
         if not is_main_process:
             return
         folder = repository_folder(*self._delta_source)
+        if not self._is_still_in(folder):
+            return self._dense().save_pretrained(save_directory, **dense)
         save_repository(folder, Path(save_directory), changed_configs(self, folder))
         if push_to_hub:
             self.push_to_hub(
@@ -192,14 +197,38 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         Returns:
             The commit's URL.
         """
-        if self.weights_changed() or getattr(self, "_hf_peft_config_loaded", False):
-            put_in_order(self)
-            dense = _forget_delta(copy.copy(self))
-            return dense.push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, **kwargs)
-        source = repository_folder(*self._delta_source)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            self._warn_of_adapters()
+            return self._dense().push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, **kwargs)
+        if self.weights_changed() or not self._is_still_in(source := repository_folder(*self._delta_source)):
+            return self._dense().push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
             save_repository(source, Path(folder), changed_configs(self, source))
             return push_folder(Path(folder), repo_id, replaces_all=False, tags=tags, **kwargs)
+
+    def _dense(self) -> PreTrainedModel:
+        """Return a copy of the object, with the same parameters, that is saved as any model."""
+        put_in_order(self)
+        return _forget_delta(copy.copy(self))
+
+    def _is_still_in(self, folder: Path) -> bool:
+        """Return whether a folder still holds what this model was loaded from, with a warning if it does not."""
+        if holds_delta(folder, self._delta_digest):
+            return True
+        logger.warning(
+            f"'{folder}' holds another model now than when this model was loaded from it, so the dense model is "
+            "saved; run `impart-hf compress` to make a delta repository of it."
+        )
+        return False
+
+    def _warn_of_adapters(self) -> None:
+        """Warn if an adapter that is saved alone would be applied to other weights than here."""
+        if self._delta_weights.differ(self, new_count=False):
+            logger.warning(
+                f"The weights below the adapter have changed since this model was loaded from '{self._delta_source[0]}'"
+                ", which the adapter will name as its base: only the adapter is saved. Remove it (delete_adapter) and "
+                "save the model to a folder of its own first."
+            )
 
     def __reduce__(self):
         return _restore, (self._inner_class,), self.__dict__
@@ -269,7 +298,7 @@ def _restore(inner: Any) -> PreTrainedModel:
 
 def _forget_delta(model: DeltaCompressedForCausalLM) -> PreTrainedModel:
     """Turn the object into one of its plain inner class."""
-    for name in ("delta_config", "_delta_source", "_delta_weights"):
+    for name in ("delta_config", "_delta_source", "_delta_digest", "_delta_weights"):
         model.__dict__.pop(name, None)
     model.__class__ = model._inner_class  # type: ignore[assignment]
     return model

@@ -1,6 +1,8 @@
 """Copying a delta repository's files to another folder, and uploading them to the Hub."""
 
 import fnmatch
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -13,8 +15,11 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download, is_offline_mode, 
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
-from .delta_repository import DELTA_FILE, DELTA_INDEX, find_delta_files
-from .model_files import CheckpointError, HubOptions
+from .configuration_delta_compressed import DeltaCompressedConfig
+from .delta_record import DeltaFormatError
+from .delta_repository import DELTA_FILE, DELTA_INDEX, DeltaFile, find_delta_files
+from .model_files import CheckpointError, HubOptions, read_json
+from .repository_kind import RepositoryKind, kind_of
 
 logger = logging.get_logger(__name__)
 
@@ -23,6 +28,8 @@ _CARD = "README.md"
 _STAGING = ".saving-"  # begins the name of the folder in which files are written first
 _WEIGHTS = (DELTA_FILE, DELTA_INDEX, DELTA_FILE.replace(".", "-*-of-*."))
 _CONFIGS = (CONFIG_NAME, GENERATION_CONFIG_NAME)
+# Fields of config.json by which the tensors are decoded.
+_OF_TENSORS = ("tensor_dtype", "tensor_dtype_exceptions", "absent_tensors", "row_counts", "base_tensors")
 # A tokenizer's files are taken as a whole: those of two tokenizers do not fit together.
 _TOKENIZER = (
     *("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
@@ -145,6 +152,28 @@ def repository_folder(source: str, options: HubOptions) -> Path:
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(f"the delta repository '{source}' that this model was loaded from no longer exists")
     return folder
+
+
+def delta_digest(file: DeltaFile, config: DeltaCompressedConfig) -> str:
+    """Return a digest of what the tensors of a delta repository are decoded from; only checksum tables are read.
+
+    The base is part of it, because its checksums are an entry of the file.
+    """
+    content = [sorted(file.checksums().items()), [getattr(config, name) for name in _OF_TENSORS]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def holds_delta(folder: Path, digest: str) -> bool:
+    """Return whether a folder holds the delta repository of a digest, and not another model by now."""
+    try:
+        content = read_json(folder / CONFIG_NAME)
+        if kind_of(content) is not RepositoryKind.DELTA:
+            return False
+        fields = {name: content[name] for name in _OF_TENSORS if name in content}
+        file = DeltaFile(find_delta_files(str(folder), HubOptions())[0])
+        return delta_digest(file, DeltaCompressedConfig(**fields)) == digest
+    except (CheckpointError, DeltaFormatError):
+        return False
 
 
 def save_repository(folder: Path, target: Path, texts: Mapping[str, str]) -> None:

@@ -19,11 +19,14 @@ _OF_LOADING = (
     "tie_word_embeddings",  # the tensors of a delta are those with which it was made: see docs/FORMAT.md
     *("_from_model_config", "_attn_implementation", "_experts_implementation"),
 )
+_BASE, _BASE_REVISION = "base_model_name_or_path", "base_model_revision"
 _OLD_ROPE_FIELDS = ("rope_theta", "rope_scaling")  # what `rope_parameters` was before transformers 5
 
 
 def changed_configs(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     """Return the new content of config.json and generation_config.json, each only if it has changed.
+
+    Of config.json, these are the model's configuration and the base's name and commit in `delta_config`.
 
     Args:
         model: loaded from a delta repository.
@@ -41,11 +44,22 @@ def changed_configs(model: PreTrainedModel, folder: Path) -> dict[str, str]:
             written = read_json(Path(scratch, CONFIG_NAME))
             content["text_config"] = _updated(content, stored, model.config, written)
             texts[CONFIG_NAME] = json.dumps(content, indent=2) + "\n"
+        if base := _changed_base(model.delta_config, content):
+            texts[CONFIG_NAME] = json.dumps(content | base, indent=2) + "\n"
         generation = getattr(model, "generation_config", None)
         if generation is not None and _values(generation) != _values(_generation_config(folder, stored)):
             generation.save_pretrained(scratch)
             texts[GENERATION_CONFIG_NAME] = Path(scratch, GENERATION_CONFIG_NAME).read_text("utf-8")
     return texts
+
+
+def _changed_base(config: DeltaCompressedConfig, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the base's name and commit if the user has changed them, for instance once the base is published."""
+    now = {name: getattr(config, name) for name in (_BASE, _BASE_REVISION)}
+    before = {name: content.get(name) for name in now}
+    if now[_BASE] != before[_BASE] and now[_BASE_REVISION] == before[_BASE_REVISION]:
+        now[_BASE_REVISION] = None  # a commit of another repository
+    return now if now != before else {}
 
 
 def _updated(

@@ -32,10 +32,16 @@ class WeightFingerprints:
             prints = [_fingerprint(form) for form in forms]
             self._known[name] = {each for each in prints if each is not None and each[2] is not None}
 
-    def differ(self, model: PreTrainedModel) -> bool:
-        """Return whether any weight has other values than it had, or cannot be compared; all are read once."""
+    def differ(self, model: PreTrainedModel, *, new_count: bool = True) -> bool:
+        """Return whether any weight has other values than it had, or cannot be compared; all are read once.
+
+        Args:
+            new_count: whether weights that the model did not have, such as an adapter's, count as changed.
+        """
         found = set()
         for name, tensor in _weights(model):
+            if not new_count and name not in self._known:
+                continue
             if not self._holds(name, tensor):
                 return True
             found.add(name)

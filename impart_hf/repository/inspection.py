@@ -7,7 +7,7 @@ from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
 from ..modeling.delta_record import Record, parse_stack
 from ..modeling.delta_repository import RECORD_SUFFIX, DeltaFile, find_delta_files
 from ..modeling.model_files import HubOptions
-from .open import read_config
+from .open import read_config, warn_of_adapter_beside
 from .report import TensorReport, human_bytes, read_reports, settings_text
 
 _HEADINGS = ("tensor", "shape", "rank", "bits", "keep ratio", "bytes", "relative error")
@@ -25,7 +25,7 @@ class Inspection:
     """
 
     def __init__(self, repo: str, options: HubOptions):
-        """Read the repository's own files; the base is not needed.
+        """Read the repository's own files; the base is not needed. An adapter beside the delta is only warned of.
 
         Raises:
             CheckpointError: if it is missing or not a delta repository.
@@ -33,6 +33,7 @@ class Inspection:
         """
         self.source = repo
         self.config: DeltaCompressedConfig = read_config(repo, options)
+        warn_of_adapter_beside(repo, options)
         self._paths, _ = find_delta_files(repo, options)
         self.tensors, base_tensors = read_reports(self._paths)
         self.equal_tensors = base_tensors - len({t.name for t in self.tensors})

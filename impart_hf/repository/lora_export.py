@@ -30,6 +30,7 @@ from ..modeling.delta_repository import DeltaRepository
 from ..modeling.modeling_delta_compressed import inner_class, is_classifier
 from ..storage.checkpoint_writer import new_folder
 from ..storage.safetensors_writer import Entry, write_safetensors
+from .open import refuse_adapter_beside
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _LARGEST_RANK = 1 << 16
@@ -106,12 +107,14 @@ def export_lora(
         progress: shows a bar over the matrices.
 
     Raises:
+        CheckpointError: if the repository holds an adapter already.
         ValueError: if the rank is out of range, no linear layer has changed, or PEFT does not support the model's
             layers.
         OutputError: if the folder is not empty.
         ModuleNotFoundError: if PEFT is not installed.
         DeltaFormatError, WrongBaseError: if the delta is damaged or the base is another; no output remains.
     """
+    refuse_adapter_beside(repository.source, repository.options)
     if is_classifier(inner_class(repository.text_config)):
         raise ValueError(
             f"'{repository.source}' is a sequence classifier: adapters are made of language models' deltas"

@@ -10,6 +10,7 @@ from ..common.progress import Progress
 from ..modeling.delta_repository import DeltaRepository
 from ..modeling.model_files import fetch_config
 from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
+from .open import refuse_adapter_beside
 from .reader_files import copy_pruned_reader
 from .sidecar_files import copy_sidecar_files
 
@@ -32,9 +33,11 @@ def reconstruct(
         progress: shows a bar over the tensors.
 
     Raises:
+        CheckpointError: if the repository holds an adapter too.
         OutputError: if the folder is not empty, or the disk has too little space.
         DeltaFormatError, WrongBaseError: if the delta is damaged or the base is another; no output remains.
     """
+    refuse_adapter_beside(repository.source, repository.options)
     tensors = dense_tensors(repository, device, checked=True)
     with new_folder(output_dir) as folder:
         write_weights(folder, tensors, max_shard_size, progress or Progress(False), "Reconstructing")

@@ -68,6 +68,7 @@ class CompressionReport:
         method: the method's name and settings.
         checkpoint_bytes: size of the fine-tuned checkpoint's weight files.
         repository_bytes: size of the delta files, config.json and model card.
+        sidecar_files: names of the files copied unchanged from the fine-tune.
         sidecar_bytes: size of the sidecar files, which are not counted in the ratio, as both models have them.
         reader_bytes: size of the reader files, which are not counted in the ratio.
         shortfall: why and by how much the requested ratio was missed; empty if it was met.
@@ -80,6 +81,7 @@ class CompressionReport:
     method: dict[str, Any]
     checkpoint_bytes: int
     repository_bytes: int
+    sidecar_files: list[str]
     sidecar_bytes: int
     reader_bytes: int
     shortfall: str

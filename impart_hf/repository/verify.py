@@ -7,12 +7,15 @@ from ..modeling.base_tensors import finite_where_base_is
 from ..modeling.checkpoints import all_finite
 from ..modeling.delta_record import DeltaFormatError
 from ..modeling.delta_repository import DeltaRepository
+from .open import warn_of_adapter_beside
 
 
 def verify(
     repository: DeltaRepository, progress: Progress | None = None, *, device: torch.device | str = "cpu"
 ) -> None:
     """Decode every tensor, and check all checksums of delta and base, every record, and that all values are finite.
+
+    An adapter in the repository is not checked, which a warning says.
 
     Args:
         repository: from `open_repository`.
@@ -23,6 +26,7 @@ def verify(
         DeltaFormatError: naming the first damaged tensor.
         WrongBaseError: naming the first tensor in which the base differs.
     """
+    warn_of_adapter_beside(repository.source, repository.options)
     for name in (progress or Progress(False)).track(repository.names(), "Verifying"):
         tensor = repository.tensor(name, device)
         if (

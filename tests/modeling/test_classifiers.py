@@ -113,6 +113,25 @@ def test_config_and_card(reward: Pair, tmp_path: Path) -> None:
     assert "AutoModelForSequenceClassification.from_pretrained" in card.text and "AutoModelForCausalLM" not in card.text
 
 
+@pytest.mark.parametrize("labels", [1, 2, 3])
+def test_labels_are_the_classifiers(reward: Pair, tmp_path: Path, labels: int) -> None:
+    names = {i: f"kind {i}" for i in range(labels)}
+    tuned = classifier("llama", labels)
+    tuned.config.id2label, tuned.config.label2id = names, {name: i for i, name in names.items()}
+    save_model(tuned, tmp_path / "labelled")
+    run(Pair(reward.base, tmp_path / "labelled"), tmp_path / "delta")
+    config = AutoConfig.from_pretrained(tmp_path / "delta")
+    assert (config.num_labels, config.id2label, config.label2id) == (labels, names, tuned.config.label2id)
+    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert twin.id2label == names
+    config.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert not written.keys() & {"id2label", "label2id", "num_labels"}
+    assert AutoConfig.from_pretrained(tmp_path / "again").id2label == names
+    config.num_labels = 5
+    assert config.num_labels == config.text_config.num_labels == 5
+
+
 def test_by_the_wrong_class(reward: Pair, tiny_repository: Path, tmp_path: Path) -> None:
     run(reward, tmp_path / "delta")
     with captured_log() as lines:

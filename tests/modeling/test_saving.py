@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.loaded_models import IDS, load, logits
+from support.loaded_models import IDS, captured_log, load, logits
 from support.messages import naming
-from support.tiny_models import Pair, edit_json, same_files, save_pair, tiny_config
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, pipeline
+from support.tiny_models import Pair, edit_json, fine_tune, same_files, save_model, save_pair, tiny_config
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedModel, pipeline
 
 from impart_hf import LowRankConfig, compress
 
@@ -185,6 +186,93 @@ def test_no_architecture_changes_by_loading(kind: str, tmp_path: Path) -> None:
     (tmp_path / "delta" / "generation_config.json").unlink()
     load(tmp_path / "delta").save_pretrained(tmp_path / "without")
     assert same_files(tmp_path / "delta", tmp_path / "without")
+
+
+@pytest.mark.parametrize("revision", [None, "0123456"])
+def test_the_base_by_its_published_name(
+    model: PreTrainedModel, tiny_repository: Path, tmp_path: Path, revision: str | None
+) -> None:
+    model.delta_config.base_model_name_or_path = "org/base"
+    model.delta_config.base_model_revision = revision
+    model.save_pretrained(tmp_path / "out")
+    before, after = (json.loads((f / "config.json").read_text()) for f in (tiny_repository, tmp_path / "out"))
+    assert after == before | {"base_model_name_or_path": "org/base", "base_model_revision": revision}
+
+
+def test_a_commit_of_another_base_is_not_kept(repository: Path, tmp_path: Path) -> None:
+    base = json.loads((repository / "config.json").read_text())["base_model_name_or_path"]
+    edit_json(repository / "config.json", base_model_revision="0123456")
+    loaded = load(repository, base_model=base)
+    loaded.save_pretrained(tmp_path / "same")
+    assert same_files(repository, tmp_path / "same")
+    loaded.delta_config.base_model_name_or_path = "org/base"
+    loaded.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["base_model_revision"] is None
+
+
+# Where it came from -------------------------------------------------------------------------------------------------
+
+
+def other_delta(pair: Pair, folder: Path) -> None:
+    shutil.rmtree(folder)
+    tuned = fine_tune(load(pair.finetuned))
+    other = save_model(tuned, folder.with_name("other"))
+    compress(str(pair.base), str(other), folder, LowRankConfig(compression_ratio=5))
+
+
+def same_deltas_of_another_dtype(pair: Pair, folder: Path) -> None:
+    edit_json(folder / "config.json", tensor_dtype="float16")
+
+
+def dense_model(pair: Pair, folder: Path) -> None:
+    load(pair.finetuned).save_pretrained(folder)
+
+
+def no_delta_file(pair: Pair, folder: Path) -> None:
+    (folder / "delta_model.safetensors").unlink()
+
+
+def cut_short(pair: Pair, folder: Path) -> None:
+    data = (folder / "delta_model.safetensors").read_bytes()
+    (folder / "delta_model.safetensors").write_bytes(data[:-9])
+
+
+@pytest.mark.parametrize("replace", [other_delta, same_deltas_of_another_dtype, dense_model, no_delta_file, cut_short])
+@pytest.mark.parametrize("into", ["elsewhere", "itself"])
+def test_a_source_that_holds_something_else_now(
+    tiny_pair: Pair, repository: Path, tmp_path: Path, replace: Callable[[Pair, Path], None], into: str
+) -> None:
+    loaded = load(repository)
+    expected = logits(loaded)
+    replace(tiny_pair, repository)
+    target = repository if into == "itself" else tmp_path / "out"
+    twin = pickle.loads(pickle.dumps(loaded))
+    for each in (loaded, twin):
+        with captured_log() as lines:
+            each.save_pretrained(target)
+        assert len(lines) == 1 and str(repository) in lines[0] and "dense" in lines[0]
+        saved = load(target)
+        assert type(saved) is LlamaForCausalLM and torch.equal(logits(saved), expected)
+
+
+def test_new_files_beside_the_same_delta_are_no_change(repository: Path, tmp_path: Path) -> None:
+    loaded = load(repository)
+    (repository / "NOTES.md").write_text("mine")
+    edit_json(repository / "config.json", base_model_revision="main")
+    loaded.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "delta_model.safetensors").exists() and (tmp_path / "out" / "NOTES.md").exists()
+
+
+def test_an_adapter_on_changed_weights(model: PreTrainedModel, tmp_path: Path) -> None:
+    """It is saved alone, as for any model, so that the change would be lost without a word."""
+    peft = pytest.importorskip("peft")
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1
+    model.add_adapter(peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    with captured_log() as lines:
+        model.save_pretrained(tmp_path / "adapter")
+    assert len(lines) == 1 and "only the adapter is saved" in lines[0]
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
 
 
 # A full disk --------------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ import pytest
 from support.hub_client import run_client
 from support.loaded_models import captured_log
 from support.loopback_hub import LoopbackHub, hub_env
+from support.messages import naming
 from support.tiny_models import Pair, edit_json
 from transformers import AutoTokenizer, BertTokenizer
 
 from impart_hf import LowRankConfig, compress, merge
-from impart_hf.modeling.model_files import HubOptions
+from impart_hf.modeling.model_files import CheckpointError, HubOptions
 from impart_hf.pruning import prune_layers
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reader_files import reader_files
@@ -27,7 +28,15 @@ KEPT = [
     *("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "merges.txt", "added_tokens.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json"),
     *("additional_chat_templates/rag.jinja", "tokenization_own.py", "a.tiktoken"),
-    *("LICENSE", "LICENSE.md", "NOTICE.txt", "USE_POLICY.md"),
+    *(
+        "LICENSE",
+        "LICENSE.md",
+        "NOTICE.txt",
+        "USE_POLICY.md",
+        "tokenizer.model.v3",
+        "source.spm",
+        "mergekit_config.yml",
+    ),
 ]
 LEFT = [
     *("pytorch_model.bin", "model.gguf", "model.onnx", "model.onnx_data", "flax_model.msgpack", "tf_model.h5"),
@@ -35,7 +44,19 @@ LEFT = [
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", "all_results.json"),
     *("events.out.tfevents.1", "runs/now/events.out.tfevents.1", "checkpoint-7/tokenizer.json", ".hidden"),
     *("additional_chat_templates/.hidden", "other/vocab.txt", "modeling_own.py"),
-    *("texts.jsonl", "train.py"),
+    *(
+        "texts.jsonl",
+        "train.py",
+        "vocab.jsonl",
+        "weights.dat",
+        "model.fp16",
+        "model.gguf.part1",
+        "q4.gguf",
+        "model.json",
+    ),
+    *("weights.tar.bz2", "weights.xz", "imatrix.dat", "logo.png", "core", "generation_config.json.bak"),
+    *("id_rsa", "id_ed25519.txt", "token", "token.txt", "hf_token.txt", "my.env", "key.pem", "tls.key", ".netrc"),
+    *("credentials", "aws-credentials.json", "secrets.json", "client_secret.json", "api_key.txt", "password.txt"),
     *("modeling_delta_compressed.py", "delta_model.safetensors", "delta_model.safetensors.index.json"),
 ]
 
@@ -101,6 +122,40 @@ def test_a_tokenizer_that_is_a_list_of_words(pair: Pair, tmp_path: Path) -> None
         assert tokenizer("hello world", add_special_tokens=False).input_ids == [5, 6]
 
 
+def test_files_that_the_tokenizers_class_names(pair: Pair, tmp_path: Path) -> None:
+    for name in ("bpe.codes", "other.codes"):
+        (pair.finetuned / name).write_text("a b 1")
+    edit_json(pair.finetuned / "tokenizer_config.json", tokenizer_class="PhobertTokenizer")
+    report = compress(str(pair.base), str(pair.finetuned), tmp_path / "out", METHOD)
+    assert "bpe.codes" in report.sidecar_files and (tmp_path / "out" / "bpe.codes").exists()
+    assert not (tmp_path / "out" / "other.codes").exists()
+    make_delta_dense_again(pair, tmp_path / "dense")
+    assert (tmp_path / "dense" / "bpe.codes").exists()
+
+
+def test_files_that_the_tokenizers_own_code_names(pair: Pair, tmp_path: Path) -> None:
+    names = ["vocab.jsonl", "words.pkl", "hf_token.txt"]
+    for name in [*names, "unnamed.pkl"]:
+        (pair.finetuned / name).write_text("x")
+    (pair.finetuned / "tokenization_own.py").write_text(f"FILES = {names}")
+    make_delta(pair, tmp_path / "out")
+    found = beside(tmp_path / "out")
+    assert found.keys() >= {"vocab.jsonl", "words.pkl"} and not found.keys() & {"hf_token.txt", "unnamed.pkl"}
+
+
+@pytest.mark.parametrize("name", ["precision.py", "tensors.py", "checkpoints.py"])
+def test_code_under_the_name_of_a_reader_file(rich_pair: Pair, tmp_path: Path, name: str) -> None:
+    (rich_pair.finetuned / "modeling_delta_compressed.py").unlink()
+    (rich_pair.finetuned / name).write_text("OWN = 1")
+    make_delta(rich_pair, tmp_path / "no code is named")
+    edit_json(rich_pair.finetuned / "config.json", auto_map={"AutoTokenizer": ["tokenization_own.Own", None]})
+    with pytest.raises(CheckpointError, match=naming(rich_pair.finetuned, name)):
+        make_delta(rich_pair, tmp_path / "out" / "delta")
+    assert not (tmp_path / "out").exists()
+    make_merge(rich_pair, tmp_path / "merged")
+    assert (tmp_path / "merged" / name).read_text() == "OWN = 1", "a dense model needs no reader"
+
+
 def test_several_chat_templates(pair: Pair, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pair.finetuned)
     tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tools": "{{ tools }}"}
@@ -120,6 +175,7 @@ def test_sidecar_files_do_not_count(rich_pair: Pair, tmp_path: Path) -> None:
     )
     found = beside(tmp_path / "out")
     names = [*KEPT, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    assert report.sidecar_files == sorted(names)
     assert report.sidecar_bytes == sum(len(found[name]) for name in names)
 
 
