@@ -156,6 +156,14 @@ def test_an_output_folder_that_is_the_adapter(family: Path, tmp_path: Path) -> N
         merge({"merge_method": "ties", "base_model": str(family / "base"), "models": models}, adapter)
 
 
+@pytest.mark.parametrize("name", ["checkpoint-10", "adapter"])
+def test_an_adapter_in_a_subfolder(family: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(family / "adapter", tmp_path / "run" / name)
+    with pytest.raises(OSError, match=naming("config.json", tmp_path / "run" / name)):
+        compress(str(family / "base"), str(tmp_path / "run"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_peft(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name == "peft" or name.startswith("peft.")]:
         monkeypatch.setitem(sys.modules, name, None)
