@@ -11,11 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling.model_files import CheckpointError
-from .adapter_files import AdapterFiles
+from .adapter_files import PREFIX, AdapterFiles
 
 BaseParameter = Callable[[str], torch.Tensor]
 _ADAPTER = "default"
-_PREFIX = "base_model.model."
 # What PEFT's wrappers put into the names of the parameters that they wrap.
 _WRAPPED = ("base_layer", "original_module", "modules_to_save", "token_adapter")
 
@@ -96,7 +95,7 @@ class AdaptedLayers:
         found = []
         for key in state:
             name = plain_name(key)
-            is_its_own = name == key.removeprefix(_PREFIX) and self._is_saved_whole(self._owners.get(name))
+            is_its_own = name == key.removeprefix(PREFIX) and self._is_saved_whole(self._owners.get(name))
             if name in self.shapes and not is_its_own:
                 found.append((key, name))
         return found
@@ -158,7 +157,7 @@ class AdaptedLayers:
 
 def plain_name(key: str) -> str:
     """Return a name in an adapter's file without what PEFT's wrappers put into it."""
-    return ".".join(part for part in key.removeprefix(_PREFIX).split(".") if part not in _WRAPPED)
+    return ".".join(part for part in key.removeprefix(PREFIX).split(".") if part not in _WRAPPED)
 
 
 def _share_one_zero(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:

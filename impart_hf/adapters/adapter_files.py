@@ -1,13 +1,15 @@
 """An adapter's files: PEFT's adapter_config.json and the weights beside it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..modeling.model_files import ADAPTER_CONFIG, CheckpointError, HubOptions, fetch_file, read_json
+from ..modeling.model_files import ADAPTER_CONFIG, CheckpointError, HubOptions, fetch_file, pinned, read_json
+from ..modeling.wrapper_names import unwrapped
 
+PREFIX = "base_model.model."  # of the names of an adapter's tensors, before that of the model's module
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _WHAT_TO_DO = "merge it into its base with PEFT's merge_and_unload, save that model, and give it instead"
 # The tuners whose layers give the merged weight from the base's and the adapter's alone.
@@ -39,13 +41,11 @@ def find_adapter(source: str, options: HubOptions) -> AdapterFiles | None:
         CheckpointError: if it cannot be reached or read, or the adapter is of a kind that cannot be merged into weights
             one at a time.
     """
+    options = pinned(source, options, ADAPTER_CONFIG)
     path = fetch_file(source, ADAPTER_CONFIG, options)
     if path is None:
         return None
-    folder = path.parent
-    if folder.parent.name == "snapshots":  # of the Hub's cache: snapshots/COMMIT
-        options = replace(options, revision=folder.name)
-    adapter = AdapterFiles(source, options, folder, read_json(path))
+    adapter = AdapterFiles(source, options, path.parent, read_json(path))
     _check_kind(adapter)
     if not any(fetch_file(source, name, options) for name in _WEIGHTS):
         raise CheckpointError(f"'{source}' is an adapter without weights: it has none of {', '.join(_WEIGHTS)}")
@@ -65,7 +65,7 @@ def named_adapter(source: str, options: HubOptions) -> AdapterFiles:
 
 
 def adapter_weights(adapter: AdapterFiles) -> dict[str, torch.Tensor]:
-    """Read an adapter's weights, on the CPU.
+    """Read an adapter's weights, on the CPU, by PEFT's names, without those of other wrappers.
 
     Raises:
         CheckpointError: if the file cannot be read.
@@ -86,7 +86,7 @@ def adapter_weights(adapter: AdapterFiles) -> dict[str, torch.Tensor]:
             f"{empty[0]} of the adapter '{adapter.source}' is empty: it was saved before its parts were gathered "
             "(DeepSpeed ZeRO-3, FSDP); save it again"
         )
-    return weights
+    return {f"{PREFIX}{plain}": weights[name] for name, plain in unwrapped(weights).items()}
 
 
 def refuse_adapter(source: str, options: HubOptions) -> None:

@@ -6,6 +6,7 @@ from ..modeling.checkpoints import WEIGHT_FILES, Checkpoint
 from ..modeling.model_files import HubOptions, fetch_file, pinned
 from .adapted_model import AdaptedModel
 from .adapter_files import find_adapter
+from .named_base import check_named_base
 
 
 def open_finetune(source: str, options: HubOptions, base: Checkpoint) -> Checkpoint | AdaptedModel:
@@ -20,7 +21,7 @@ def open_finetune(source: str, options: HubOptions, base: Checkpoint) -> Checkpo
         base: the base, opened without `tied`.
 
     Raises:
-        CheckpointError: if it cannot be read, or the adapter cannot be merged.
+        CheckpointError: if it cannot be read, or the adapter cannot be merged, or belongs to a delta repository.
         ModuleNotFoundError: if it is an adapter and PEFT is not installed.
     """
     adapter = find_adapter(source, options)
@@ -29,4 +30,6 @@ def open_finetune(source: str, options: HubOptions, base: Checkpoint) -> Checkpo
     beside = fetch_file(source, "config.json", options) if os.path.isdir(source) else None
     if beside is not None and any(fetch_file(source, name, options) for name in WEIGHT_FILES):
         base = Checkpoint(source, options)
+    else:
+        check_named_base(adapter, base)
     return AdaptedModel(base, adapter)

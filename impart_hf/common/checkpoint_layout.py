@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from ..modeling.checkpoints import config_for
 from ..modeling.modeling_delta_compressed import inner_class
 from ..modeling.tensors import Tensors
 
@@ -151,8 +152,15 @@ def known_layout(
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return None
+    return class_layout(tensors, inner_class(config), config, names)
+
+
+def class_layout(
+    tensors: Tensors, model_class: Any, config: PreTrainedConfig, names: Iterable[str] | None = None
+) -> CheckpointLayout:
+    """Return the layout of a checkpoint for one of transformers' classes; arguments as for `known_layout`."""
     with torch.device("meta"):
-        model = inner_class(config)._from_config(config)
+        model = model_class._from_config(config_for(model_class, config))
     return CheckpointLayout(tensors, model, names)
 
 

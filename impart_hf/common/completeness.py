@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..modeling.checkpoints import config_for
 from ..modeling.modeling_delta_compressed import inner_class
 from ..modeling.tensors import Tensors
 
@@ -25,9 +26,10 @@ def missing_parameters(weights: Tensors, config: PreTrainedConfig) -> list[str]:
     logging.disable_progress_bar()  # a bar would suggest that weights are loaded
     logging.set_verbosity_error()  # its report of missing and unexpected tensors, too
     try:
-        _, info = inner_class(config).from_pretrained(
+        model_class = inner_class(config)
+        _, info = model_class.from_pretrained(
             None,
-            config=config,
+            config=config_for(model_class, config),
             state_dict=empty,
             device_map="meta",
             output_loading_info=True,

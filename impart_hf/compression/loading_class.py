@@ -2,13 +2,18 @@
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from ..common.checkpoint_layout import CheckpointLayout, class_layout
 from ..common.completeness import missing_parameters
-from ..modeling.checkpoints import config_fields
+from ..modeling.checkpoints import config_fields, config_for
 from ..modeling.modeling_delta_compressed import inner_class
-from ..modeling.tensors import Model
+from ..modeling.tensors import Model, StoredModel
+from .base_layout import ReadModel
 from .compatibility import IncompatibleModelsError
+
+_SUPPORTED = "only causal language models, and sequence classifiers of the same types, can be compressed"
 
 
 def model_config(model: Model) -> PreTrainedConfig:
@@ -21,18 +26,42 @@ def loading_class(model: Model) -> Any:
     return inner_class(model_config(model))
 
 
-def check_loads(model: Model) -> None:
-    """Check that transformers finds every parameter of the model's class in its tensors; no weights are read.
+def check_class(read: ReadModel) -> None:
+    """Check that transformers has a class that loads the model, and that it reads all of the model's parameters.
 
     Raises:
-        IncompatibleModelsError: if it knows no class for the model, or if a parameter is missing or of another shape.
+        IncompatibleModelsError: if it knows no class for the model, or one that loads only a part of the model that
+            config.json names.
     """
+    model = read.checkpoint
     model_type = str(model.config.get("model_type"))
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
+    if model_type not in CONFIG_MAPPING:
         raise IncompatibleModelsError(
             f"'{model.source}' has model_type '{model_type}', but transformers knows no causal language model of that "
             "type: upgrade transformers"
         )
+    if read.layout is None:
+        raise IncompatibleModelsError(
+            f"'{model.source}' is a '{model_type}' model, which has no causal language model class in transformers: "
+            f"{_SUPPORTED}"
+        )
+    stated, loading = _stated_class(model), type(read.layout.model)
+    if stated is None or stated is loading:
+        return
+    if lost := _lost_parameters(model, stated, read.layout):
+        raise IncompatibleModelsError(
+            f"'{model.source}' is a {stated.__name__}, but would be loaded as {loading.__name__}, which does not read "
+            f"{len(lost)} of its tensors, such as {lost[0]}: if the rest is all that you need, load base and fine-tune "
+            f"with {loading.__name__}, save them, and compress these"
+        )
+
+
+def check_loads(model: Model) -> None:
+    """Check that transformers finds every parameter of the model's class in its tensors; no weights are read.
+
+    Raises:
+        IncompatibleModelsError: if a parameter is missing or of another shape.
+    """
     config = model_config(model)
     try:
         missing = missing_parameters(model, config)
@@ -42,5 +71,31 @@ def check_loads(model: Model) -> None:
         stated = ", ".join(model.config.get("architectures") or []) or "no class"
         raise IncompatibleModelsError(
             f"'{model.source}' has no {missing[0]}, which {inner_class(config).__name__} needs (config.json names "
-            f"{stated}): only causal language models and sequence classifiers can be compressed"
+            f"{stated}): {_SUPPORTED}"
         )
+
+
+def _stated_class(model: StoredModel) -> Any:
+    """Return the class of transformers that config.json names; None if it names none, or one for another type."""
+    config_class = CONFIG_MAPPING[model.config["model_type"]]
+    fitting = config_class, config_class.sub_configs.get("text_config")
+    for name in model.config.get("architectures") or []:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class in fitting:
+            return found
+    return None
+
+
+def _lost_parameters(model: StoredModel, stated: Any, loaded: CheckpointLayout) -> list[str]:
+    """Return the tensors that are parameters of the class that config.json names, and that no other class reads.
+
+    Buffers, and copies of a parameter that is read, are not lost.
+    """
+    config = CONFIG_MAPPING[model.config["model_type"]].from_dict(config_fields(model.config))
+    try:
+        layout = class_layout(model, stated, config_for(stated, config), model.stored_names())
+    except Exception:  # a class that is not installed completely, or that takes other settings: nothing is known
+        return []
+    parameters = {name for name, _ in layout.model.named_parameters(remove_duplicate=False)} - layout.tied.keys()
+    unread = (name for name in model.stored_names() if loaded.group(name) is None)
+    return [name for name in unread if parameters.intersection(layout.parameters(name))]

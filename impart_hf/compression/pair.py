@@ -15,13 +15,13 @@ from ..common.names import recorded_base
 from ..common.progress import Progress
 from ..evaluation.metrics import load
 from ..modeling.base_tensors import BaseTensors
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.checkpoints import Checkpoint, config_for
 from ..modeling.model_files import HubOptions, pinned
 from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import LazyTensor, Model
 from ..repository.reader_files import refuse_reader_names
 from .base_layout import ReadModel, match
-from .loading_class import check_loads, loading_class, model_config
+from .loading_class import check_class, check_loads, loading_class, model_config
 from .scan import TensorPlan, scan
 
 
@@ -65,6 +65,7 @@ class ModelPair:
         self.companions = companions_of(opened)
         refuse_reader_names(finetuned, self.companions.files)
         read = ReadModel(opened)
+        check_class(read)
         matched = match(ReadModel(Checkpoint(base, base_options, tied=read.ties_output)), read)
         self.base: BaseTensors = matched.base
         self.finetuned: Model = matched.finetuned
@@ -89,9 +90,9 @@ class ModelPair:
         if repository is None:
             # Not by its name: transformers does not find the tensors that a wrapper has renamed.
             tensors = {name: LazyTensor(self.finetuned, name) for name in self.finetuned.names()}
-            model = loading_class(self.finetuned).from_pretrained(
-                None, config=model_config(self.finetuned), state_dict=tensors, dtype=torch.float32
-            )
+            model_class = loading_class(self.finetuned)
+            config = config_for(model_class, model_config(self.finetuned))
+            model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
             return model.to(self.device).eval()
         source, options = self.base.source, self.base.options
         return load(

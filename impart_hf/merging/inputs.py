@@ -13,6 +13,7 @@ import torch
 from ..adapters.adapted_model import AdaptedModel
 from ..adapters.adapter_files import find_adapter, named_adapter, refuse_adapter
 from ..adapters.companions import Companions, companions_of
+from ..adapters.named_base import check_named_base
 from ..adapters.open import open_finetune
 from ..common.model_names import split_adapter
 from ..compression.base_layout import ReadModel, match
@@ -62,7 +63,9 @@ class FineTune:
             if adapter:
                 if isinstance(opened, AdaptedModel):
                     raise CheckpointError(f"'{model}' of '{name}' is an adapter itself: write its base before the plus")
-                opened = AdaptedModel(opened, named_adapter(*resolve(adapter, token, cache_dir)))
+                files = named_adapter(*resolve(adapter, token, cache_dir))
+                check_named_base(files, opened)
+                opened = AdaptedModel(opened, files)
             self.companions = companions_of(opened)
             self.tensors = finetuned = match(base, ReadModel(opened)).finetuned
             self.config = finetuned.config

@@ -269,6 +269,15 @@ def text_config(content: Mapping[str, Any]) -> PreTrainedConfig:
     return kind.from_dict(fields).get_text_config(decoder=True)
 
 
+def config_for(model_class: Any, config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration that a model class takes, as transformers' Auto classes choose it.
+
+    Of a model for text and images that is the text's part, if the class is that of the language model alone.
+    """
+    part = config.sub_configs.get("text_config")
+    return config.get_text_config() if part is not None and model_class.config_class == part else config
+
+
 def is_plain_name(value: object) -> bool:
     """Return whether a value from a JSON file is the name of a file in the same folder."""
     return isinstance(value, str) and value not in ("", ".", "..") and os.path.basename(value) == value

@@ -108,16 +108,16 @@ def _is_cached(repo: str, filename: str, options: HubOptions) -> bool:
     return isinstance(cached, str)
 
 
-def pinned(repo: str, options: HubOptions) -> HubOptions:
+def pinned(repo: str, options: HubOptions, filename: str = "config.json") -> HubOptions:
     """Return the options with their revision resolved to its current commit, so that all files are of one commit.
 
-    For a local folder, or a repository without config.json, the options are returned unchanged.
+    For a local folder, or a repository without a file of this name, the options are returned unchanged.
     """
-    config = None if os.path.isdir(repo) else fetch_file(repo, "config.json", options)
-    if config is None:
+    path = None if os.path.isdir(repo) else fetch_file(repo, filename, options)
+    if path is None:
         return options
     # The cache keeps files in snapshots/COMMIT, so the commit is known without a network.
-    return replace(options, revision=config.parents[len(Path(options.subfolder).parts)].name)
+    return replace(options, revision=path.parents[len(Path(options.subfolder).parts)].name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -149,8 +149,17 @@ def fetch_config(repo: str, options: HubOptions) -> tuple[dict[str, Any], Path]:
             "instead"
         )
     if path is None:
-        raise CheckpointError(f"'{repo}' has no config.json: it is not a transformers checkpoint or delta repository")
+        hint = _hint(Path(repo, options.subfolder))
+        raise CheckpointError(
+            f"'{repo}' has no config.json: it is not a transformers checkpoint or delta repository{hint}"
+        )
     return read_json(path), path.parent
+
+
+def _hint(folder: Path) -> str:
+    """Return a hint at a subfolder of a local folder that holds a model or an adapter, if there is one."""
+    found = [path.parent for name in _CONFIGS for path in sorted(folder.glob(f"*/{name}"))]
+    return f"; did you mean '{found[0]}'?" if found else ""
 
 
 def repository_kind(repo: str, options: HubOptions) -> RepositoryKind:

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .checkpoints import config_for
 from .configuration_delta_compressed import DeltaCompressedConfig
 from .configuration_pruned_llama import PrunedLlamaConfig
 from .delta_record import DeltaFormatError
@@ -57,7 +58,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
     def _from_config(cls, config, **kwargs):
         """Make the plain inner model with random weights, for AutoModelForCausalLM.from_config."""
         inner = config.text_config if config.model_type == DeltaCompressedConfig.model_type else config
-        return inner_class(inner)._from_config(inner, **kwargs)
+        model_class = inner_class(inner)
+        return model_class._from_config(config_for(model_class, inner), **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base_model=None, **kwargs):
@@ -104,7 +106,7 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         model, info = model_class.from_pretrained(
             None,
             *model_args,
-            config=config.text_config,
+            config=config_for(inner, config.text_config),
             state_dict=repository.lazy_state_dict(),
             output_loading_info=True,
             **kwargs,

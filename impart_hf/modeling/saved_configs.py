@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from .checkpoints import config_fields
+from .checkpoints import config_fields, config_for
 from .configuration_delta_compressed import DeltaCompressedConfig
 from .model_files import read_json
 
@@ -36,13 +36,13 @@ def changed_configs(model: PreTrainedModel, folder: Path) -> dict[str, str]:
         ValueError: if a configuration is not valid, as when any model is saved.
     """
     content = read_json(folder / CONFIG_NAME)
-    stored = _text_config(content)
+    stored = _text_config(content, model)
     texts = {}
     with tempfile.TemporaryDirectory() as scratch:
         if _values(model.config) != _values(stored):
             model.config.save_pretrained(scratch)  # checks it
             written = read_json(Path(scratch, CONFIG_NAME))
-            content["text_config"] = _updated(content, stored, model.config, written)
+            content["text_config"] = _updated(content, stored, model, written)
             texts[CONFIG_NAME] = json.dumps(content, indent=2) + "\n"
         if base := _changed_base(model.delta_config, content):
             texts[CONFIG_NAME] = json.dumps(content | base, indent=2) + "\n"
@@ -63,16 +63,17 @@ def _changed_base(config: DeltaCompressedConfig, content: dict[str, Any]) -> dic
 
 
 def _updated(
-    content: dict[str, Any], stored: PreTrainedConfig, config: PreTrainedConfig, written: dict[str, Any]
+    content: dict[str, Any], stored: PreTrainedConfig, model: PreTrainedModel, written: dict[str, Any]
 ) -> dict[str, Any]:
     """Return `text_config` with what has changed; other fields stay as they stand in the file, whatever their notation.
 
     Args:
         content: of config.json.
         stored: its configuration.
-        config: the model's configuration.
-        written: the file that transformers writes for it.
+        model: the model.
+        written: the file that transformers writes for its configuration.
     """
+    config = model.config
     before, now = _values(stored), _values(config)
     changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
     aliases = {alias for alias, name in config.attribute_map.items() if name in changed}
@@ -83,7 +84,7 @@ def _updated(
         fields.pop(name, None)
         if name in now:
             fields[name] = values[name]
-    if _values(_text_config({**content, "text_config": fields})) == now:
+    if _values(_text_config({**content, "text_config": fields}, model)) == now:
         return fields
     # A field has several names or depends on others: the whole configuration, in transformers' notation.
     fields = {name: value for name, value in written.items() if name not in _OF_LOADING}
@@ -91,9 +92,9 @@ def _updated(
     return {**fields, **{name: value for name, value in content["text_config"].items() if name in kept}}
 
 
-def _text_config(content: dict[str, Any]) -> PreTrainedConfig:
+def _text_config(content: dict[str, Any], model: PreTrainedModel) -> PreTrainedConfig:
     config: Any = DeltaCompressedConfig.from_dict(config_fields(content))
-    return config.text_config
+    return config_for(model, config.text_config)
 
 
 def _generation_config(folder: Path, text_config: PreTrainedConfig) -> GenerationConfig:

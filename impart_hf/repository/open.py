@@ -2,6 +2,7 @@
 
 from transformers.utils import logging
 
+from ..modeling.checkpoints import config_fields
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
 from ..modeling.delta_record import DeltaFormatError
 from ..modeling.delta_repository import DeltaRepository
@@ -40,7 +41,7 @@ def read_config(repo: str, options: HubOptions) -> DeltaCompressedConfig:
             f"'{repo}' is a '{content.get('model_type')}' model, not a delta repository: check the path"
         )
     try:
-        return DeltaCompressedConfig.from_dict(content)
+        return DeltaCompressedConfig.from_dict(config_fields(content))
     except Exception as error:  # transformers raises many exception types for invalid fields
         raise DeltaFormatError(
             f"config.json of '{repo}' cannot be used, download it again or upgrade transformers: {str(error)[:400]}"

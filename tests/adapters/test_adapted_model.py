@@ -174,6 +174,19 @@ def test_adapters_that_cannot_be_merged(tmp_path: Path, change: str) -> None:
         opened(base, adapter)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["base_model.model._orig_mod.", "_orig_mod.base_model.model.", "module.base_model.model."]
+)
+def test_names_from_inside_a_wrapper(tmp_path: Path, prefix: str) -> None:
+    """As torch.compile and DistributedDataParallel leave them."""
+    base = save_model(make_model(tiny_config("llama")), tmp_path / "base")
+    adapter = save_adapter(base, lora(target_modules=["q_proj"], modules_to_save=["norm"]), tmp_path / "adapter")
+    merged(base, adapter, tmp_path / "merged")
+    path = adapter / "adapter_model.safetensors"
+    save_file({name.replace("base_model.model.", prefix, 1): tensor for name, tensor in load_file(path).items()}, path)
+    assert_equal(opened(base, adapter), tmp_path / "merged")
+
+
 def test_adapters_of_other_bases(tmp_path: Path) -> None:
     base = save_model(make_model(tiny_config("llama")), tmp_path / "base")
     wide = save_model(make_model(tiny_config("llama", intermediate_size=192)), tmp_path / "wide")

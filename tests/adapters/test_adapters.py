@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.adapters import lora, merged, save_adapter
+from support.loaded_models import captured_log
 from support.messages import naming
 from support.tiny_models import VOCABULARY, edit_json, load_tensors, make_model, save_model, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -154,6 +156,52 @@ def test_an_output_folder_that_is_the_adapter(family: Path, tmp_path: Path) -> N
     models = [{"model": f"{family / 'merged'}+{adapter}"}]
     with pytest.raises(OSError, match=naming(adapter)):
         merge({"merge_method": "ties", "base_model": str(family / "base"), "models": models}, adapter)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-10", "adapter"])
+def test_an_adapter_in_a_subfolder(family: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(family / "adapter", tmp_path / "run" / name)
+    with pytest.raises(OSError, match=naming("config.json", tmp_path / "run" / name)):
+        compress(str(family / "base"), str(tmp_path / "run"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_on_a_delta_repository(family: Path, tmp_path: Path) -> None:
+    """On the base alone it would be another model."""
+    compress(str(family / "base"), str(family / "merged"), tmp_path / "delta", LowRankConfig(compression_ratio=3))
+    adapter = save_adapter(tmp_path / "delta", lora(target_modules=["q_proj"]), tmp_path / "adapter")
+    models = [{"model": str(adapter)}]
+    for attempt in (
+        lambda: compress(str(family / "base"), str(adapter), tmp_path / "out"),
+        lambda: merge({"merge_method": "ties", "base_model": str(family / "base"), "models": models}, tmp_path / "out"),
+    ):
+        with pytest.raises(OSError, match=naming(adapter, tmp_path / "delta", "merge_and_unload")):
+            attempt()
+    assert not (tmp_path / "out").exists()
+
+
+OTHER_NAMES = {
+    "another model": ("owner/other", None, True),
+    "another folder": ("/models/other", None, True),
+    "the base before it was renamed": ("owner/Tiny", "owner/tiny", False),
+    "the base elsewhere": ("/models/base", None, False),
+    "in the Hub's cache": ("/hub/models--owner--base/snapshots/0123abc", None, False),
+    "nothing": (None, None, False),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_NAMES)
+def test_an_adapter_that_names_another_base(family: Path, tmp_path: Path, case: str) -> None:
+    named, original, warns = OTHER_NAMES[case]
+    base = shutil.copytree(family / "base", tmp_path / "base")
+    adapter = shutil.copytree(family / "adapter", tmp_path / "adapter")
+    edit_json(base / "config.json", _name_or_path=original)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=named)
+    with captured_log() as lines:
+        compress(str(base), str(adapter), tmp_path / "out", LowRankConfig(compression_ratio=2))
+    found = [line for line in lines if "as its base" in line]
+    assert bool(found) == warns
+    assert all(re.search(naming(adapter, named, base), line) for line in found)
 
 
 def test_without_peft(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from support.tiny_models import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from impart_hf import DareConfig, DeltaCompressedConfig, ImPartConfig, LowRankConfig, compress
+from impart_hf.cli.main import main
 from impart_hf.modeling.delta_repository import DeltaRepository
 from impart_hf.modeling.model_files import CheckpointError, HubOptions
 
@@ -144,6 +145,17 @@ def test_tied_output_is_tied(pairs: Callable[[str], Pair], tmp_path: Path) -> No
         assert "lm_head.weight" not in opened(tmp_path / kind).names()
     loaded = load(make_repository(pairs("llama"), tmp_path / "llama"))
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+
+
+def test_infinity_in_the_configuration(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+    """Mamba2's `time_step_limit`, which every command reads."""
+    repository = make_repository(pairs("mamba2"), tmp_path / "delta")
+    limit = load(pairs("mamba2").finetuned).config.time_step_limit
+    assert limit[1] == float("inf") and load(repository).config.time_step_limit == limit
+    for command in (["inspect"], ["verify"], ["reconstruct", str(tmp_path / "dense")]):
+        assert main([command[0], str(repository), *command[1:]]) == 0
+    assert load(tmp_path / "dense").config.time_step_limit == limit
+    assert equal(state(tmp_path / "dense"), state(repository))
 
 
 def test_experts(pairs: Callable[[str], Pair], tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_language_model_is_no_fine_tune_of_a_classifier(reward: Pair) -> None:
 
 def test_a_class_that_has_neither_head(reward: Pair) -> None:
     edit_json(reward.finetuned / "config.json", architectures=["LlamaForTokenClassification"])
-    refuses(reward, IncompatibleModelsError, naming("lm_head.weight", reward.finetuned))
+    refuses(reward, IncompatibleModelsError, naming("LlamaForTokenClassification", "score.weight"))
 
 
 def test_what_is_for_language_models(reward: Pair, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from transformers import (
     GptOssConfig,
     HeliumConfig,
     LlamaConfig,
+    Mamba2Config,
     MambaConfig,
     MistralConfig,
     MixtralConfig,
@@ -81,6 +82,7 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "gpt-oss": (GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16}),
     "gpt-neox": (GPTNeoXConfig, {}),  # transformers renames its output projection
     "mamba": (MambaConfig, {"state_size": 8}),  # no attention
+    "mamba2": (Mamba2Config, {"state_size": 8, "head_dim": 16, "num_heads": 8, "n_groups": 1}),  # infinity in a field
     "phi": (PhiConfig, {}),  # its output projection has a bias
     "gpt2": (GPT2Config, {"tie_word_embeddings": True}),  # Conv1D in place of linear layers
     "bloom": (BloomConfig, {"tie_word_embeddings": True}),
