@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from huggingface_hub import metadata_load
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..modeling.checkpoints import text_config
@@ -19,6 +20,8 @@ from ..modeling.tensors import Model
 from .records import text_of
 
 _FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet")
+# The names that `datasets` has for the readers of files in a folder.
+_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,21 @@ def calibration_tokens(
 
             A record is one text; blank ones are skipped. It is a string, or an object from which the first of these
             is taken:
-            - a string under "text", otherwise under "content";
             - a chat under "messages", "conversations", "conversation" or "data": objects with "role" and "content" or
-              with "from" and "value", or strings of user and assistant in turn;
+              with "from" and "value", or strings of user and assistant in turn (under "data" only an even number
+              beside an "id", as in UltraChat), and the reply under "chosen" if a chat does not end with one;
+            - a string under "text", otherwise under "content";
             - strings under "prompt" and "completion", joined with nothing between them;
             - a request and its reply: "prompt", "instruction", "question" or "query" with "response" or "chosen",
               "instruction" with "output", "question" with "answer", "input" with "output"; "input" or "context" is
-              added to a request, and "system" or "system_prompt" put before it. Request and reply can be chats;
+              added to a request, and "history" put before it. Request and reply can be chats. Of replies in a list of
+              strings the first is taken;
             - text or a chat under "chosen";
-            - the only field, if it is a string.
-            Chats and replies are rendered with the tokenizer's chat template; without one, what was said is joined by
-            newlines.
+            - the only field, if it is a string and its name no identifier's, such as "id" or "url", or it has several
+              words.
+            A "system" or "system_prompt" is put before a chat that has none. Chats and replies are rendered with the
+            tokenizer's chat template, which is also given the list under "tools"; without one, what was said is joined
+            by newlines. Bad examples, with "label" or "kto_tag" false beside a chat or completion, are skipped.
         tokenizer: the model's tokenizer.
         samples: the number of sequences to draw; a short source gives fewer.
         length: tokens per sequence.
@@ -94,7 +101,7 @@ def calibration_tokens(
     Raises:
         FileNotFoundError: if there is no such file, folder or data set.
         ValueError: if the source is of another kind, holds no text or not enough for one sequence, if a record has
-            none of these forms, or if the tokenizer's chat template does not accept its messages.
+            none of these forms, or if the tokenizer's chat template does not accept its messages or leaves one out.
         ModuleNotFoundError: if the source needs the library `datasets`, which is not installed.
     """
     if samples < 1 or length < 2:
@@ -144,7 +151,8 @@ def model_tokens(model: Model, source: CalibrationSource, samples: int, length: 
 
 def within_positions(length: int, config: Mapping[str, Any]) -> int:
     """Return `length`, or the number of positions of a model with this config.json if that is smaller."""
-    return min(length, getattr(text_config(config), "max_position_embeddings", None) or length)
+    positions = getattr(text_config(config), "max_position_embeddings", None) or length
+    return min(length, positions) if positions > 0 else length  # XLNet's config has -1: no limit
 
 
 def check_vocabulary(tokens: torch.Tensor, vocabulary: int, model: str) -> None:
@@ -226,14 +234,14 @@ def _records(source: CalibrationSource) -> Iterator[tuple[Any, str]]:
     if path.is_file():
         if kind not in _FILE_TYPES:
             raise ValueError(f"text: '{path}' has an unknown file type: convert it to one of {', '.join(_FILE_TYPES)}")
-        yield from _dataset(str(path), None, "train") if kind == ".parquet" else _file_records(path)
+        yield from _dataset("parquet", str(path), files=[str(path)]) if kind == ".parquet" else _file_records(path)
     elif path.is_dir():
-        yield from _dataset(str(path), None, "train")
+        yield from _folder_records(str(path))
     else:
         name = _DATASET_NAME.fullmatch(source) if isinstance(source, str) and kind not in _FILE_TYPES else None
         if name is None:
             raise FileNotFoundError(f"text: '{path}' does not exist: check the path")
-        yield from _dataset(name["name"], name["config"], name["split"] or "train")
+        yield from _dataset(name["name"], name["name"], name["config"], name["split"] or "train")
 
 
 def _listed(source: object) -> Iterator[tuple[Any, str]]:
@@ -263,7 +271,8 @@ def _file_records(path: Path) -> Iterator[tuple[Any, str]]:
     with _opened(path) as file:
         is_array = file.read(1024).lstrip().startswith("[")
         file.seek(0)
-        lines: Iterable[tuple[int, str]] = [(1, file.read())] if is_array else enumerate(file, 1)
+        is_one = is_array or (path.suffix.lower() == ".json" and _is_one_object(file))
+        lines: Iterable[tuple[int, str]] = [(1, file.read())] if is_one else enumerate(file, 1)
         for number, line in lines:
             if not line.strip():
                 continue
@@ -276,28 +285,82 @@ def _file_records(path: Path) -> Iterator[tuple[Any, str]]:
                 yield record, f"{where} of '{path}'"
 
 
-def _dataset(name: str, config: str | None, split: str) -> Iterator[tuple[Any, str]]:
-    """Yield the records of a data set on the Hub, a folder or a .parquet file."""
+def _is_one_object(file: TextIO) -> bool:
+    """Say whether a file's JSON is one object over several lines, not an object a line."""
+    line = next((line for line in file if line.strip()), "")
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        file.seek(0)
+        try:
+            return isinstance(json.load(file), dict)
+        except (ValueError, RecursionError):
+            return False
+    finally:
+        file.seek(0)
+    return False
+
+
+def _folder_records(folder: str) -> Iterator[tuple[Any, str]]:
+    """Yield the records of a folder's files, of every type; `load_dataset` would read only the most frequent one."""
+    kinds: dict[str, list[str]] = {}
+    for file in _training_files(folder):
+        if kind := _LOADERS.get(Path(file).suffix.lower()):
+            kinds.setdefault(kind, []).append(file)
+    if len(kinds) < 2:
+        yield from _dataset(folder, folder)
+    for kind, files in kinds.items() if len(kinds) > 1 else ():
+        yield from _dataset(kind, folder, files=files)
+
+
+def _training_files(folder: str) -> list[str]:
+    """Return the files of which `load_dataset` makes a folder's training split, if their names decide."""
+    try:
+        from datasets.data_files import DataFilesDict, get_data_patterns
+    except ModuleNotFoundError:
+        return []  # `_dataset` says that the library is needed
+    readme = Path(folder, "README.md")
+    if readme.is_file() and "configs" in (metadata_load(readme) or {}):  # it says which files belong to the data set
+        return []
+    try:
+        base = Path(folder).resolve().as_posix()
+        return list(DataFilesDict.from_patterns(get_data_patterns(base), base_path=base).get("train", ()))
+    except FileNotFoundError:
+        return []
+
+
+def _dataset(
+    name: str, source: str, config: str | None = None, split: str = "train", files: Sequence[str] | None = None
+) -> Iterator[tuple[Any, str]]:
+    """Yield the records of a data set on the Hub, a folder or files.
+
+    Args:
+        name: a data set, folder, or the library's name of the files' type.
+        source: what the user gave, for messages.
+        config, split: of the data set.
+        files: files of one type.
+    """
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"text: reading '{name}' needs the library datasets: pip install 'impart-hf[calibration]'"
+            f"text: reading '{source}' needs the library datasets: pip install 'impart-hf[calibration]'"
         ) from error
     try:
-        if os.path.isfile(name):
-            records = load_dataset("parquet", data_files=name, split=split, streaming=True)
-        else:
-            records = load_dataset(name, config, split=split, streaming=True)
+        options: dict[str, Any] = {} if files is None else {"data_files": files}
+        records = load_dataset(name, config, split=split, streaming=True, **options)
     except (FileNotFoundError, ConnectionError, RuntimeError) as error:  # RuntimeError: a data set that is a script
-        if os.path.isdir(name):
+        if os.path.isdir(source):
             kinds = ", ".join(_FILE_TYPES)
             raise FileNotFoundError(
-                f"text: the folder '{name}' has no file that datasets can read, such as {kinds}"
+                f"text: the folder '{source}' has no file that datasets can read, such as {kinds}"
             ) from error
         raise FileNotFoundError(
-            f"text: '{name}' is neither a file, nor a folder of data files, nor a data set that can be "
+            f"text: '{source}' is neither a file, nor a folder of data files, nor a data set that can be "
             f"read on the Hub: {error}"
         ) from error
+    except ValueError as error:  # no such split or configuration; the library's message has those that there are
+        remedy = "give one of its files" if os.path.exists(source) else "ask for owner/name:configuration@split"
+        raise ValueError(f"text: '{source}' cannot be read: {' '.join(f'{error}'.split())}; {remedy}") from error
     for number, record in enumerate(records):
-        yield record, f"record {number} of '{name}'"
+        yield record, f"record {number} of '{source}'"

@@ -50,9 +50,13 @@ def training_tokens(
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Load a checkpoint as a model, on the CPU."""
+    """Load a checkpoint as a model, on the CPU, whose calls return objects whatever its config.json says."""
     return AutoModelForCausalLM.from_pretrained(
-        checkpoint.source, revision=checkpoint.options.revision, dtype=dtype, trust_remote_code=False
+        checkpoint.source,
+        revision=checkpoint.options.revision,
+        dtype=dtype,
+        trust_remote_code=False,
+        return_dict=True,  # transformers' own models fail with False
     )
 
 

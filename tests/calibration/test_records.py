@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,26 @@ SHAREGPT = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": SAID}]
 
 
 class Template:
-    """A tokenizer of which only the chat template matters: it writes the messages as JSON."""
+    """A tokenizer of which only the chat template matters: it writes the messages, or tools and messages, as JSON."""
 
     chat_template = "given"
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], tokenize: bool) -> str:
+    def apply_chat_template(self, messages: list[dict[str, Any]], tokenize: bool, tools: Any = None) -> str:
         assert not tokenize
-        return json.dumps(messages)
+        return json.dumps(messages if tools is None else [{"tools": tools}, *messages])
 
 
 class Plain:
     """A tokenizer without a chat template."""
 
     chat_template = None
+
+
+def read_with(template: str, record: Any) -> str:
+    """The text of a record that a real template writes."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = template
+    return text_of(record, "line 7 of 'a.jsonl'", tokenizer)
 
 
 def read(record: Any, field: str | None = None) -> Any:
@@ -61,6 +69,23 @@ def read(record: Any, field: str | None = None) -> Any:
         pytest.param({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": []}, id="preference as chats"),
         pytest.param({"prompt": ASKED, "prompt_id": "p", "chosen": CHAT, "rejected": CHAT}, id="ultrafeedback"),
         pytest.param({"chosen": CHAT, "rejected": CHAT}, id="preference without prompt"),
+        pytest.param({"prompt": ASKED, "chosen": CHAT[1], "rejected": {}}, id="preference, chosen an object"),
+        pytest.param({"messages": CHAT[:1], "chosen": SAID, "rejected": "No."}, id="messages and chosen"),
+        pytest.param({"messages": CHAT, "chosen": CHAT[1:], "rejected": []}, id="messages with the chosen reply"),
+        pytest.param({"messages": CHAT, "chosen": True}, id="chosen, but no reply"),
+        pytest.param({"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {}}, id="sharegpt ranking"),
+        pytest.param({"question": ASKED, "answer": [SAID, "Yes."]}, id="nq_open"),
+        pytest.param({"prompt": CHAT[:1], "completion": [SAID, "Yes."]}, id="completions to choose from"),
+        pytest.param({"content": "", "messages": CHAT}, id="chat beside empty text"),
+        pytest.param({"id": "1", "content": "A title", "messages": CHAT}, id="chat beside a title"),
+        pytest.param({"text": "A: Hm.", "conversations": SHAREGPT, "id": "x"}, id="chat beside its text"),
+        pytest.param({"text": " ", "instruction": ASKED, "output": SAID}, id="instruction beside blank text"),
+        pytest.param({"messages": [{"role": "human"} | {"content": ASKED}, CHAT[1]]}, id="role human"),
+        pytest.param({"messages": [{"role": "User", "content": ASKED}, CHAT[1] | {"role": "model"}]}, id="role model"),
+        pytest.param(
+            {"conversations": [{"from": "USER", "value": ASKED}, {"from": "Bot", "value": SAID}]}, id="from USER"
+        ),
+        pytest.param({"prompt": CHAT[:1], "completion": CHAT[1:], "label": True}, id="kto"),
     ],
 )
 def test_a_chat_is_read_whatever_its_format(record: dict[str, Any]) -> None:
@@ -72,8 +97,17 @@ def test_a_chat_is_read_whatever_its_format(record: dict[str, Any]) -> None:
     [
         ({"prompt": "The sky", "completion": " is blue.", "id": "x"}, "The sky is blue."),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c"}, "\n\nHuman: a\n\nAssistant: b"),
-        ({"text": "All of it.", "conversations": SHAREGPT, "id": "x"}, "All of it."),
+        ({"text": "All of it.", "messages": None, "conversations": [], "id": "x"}, "All of it."),
+        ({"text": "All of it.", "data": [ASKED, SAID]}, "All of it."),
+        ({"text": "All of it.", "data": [{"rows": 3}], "label": False}, "All of it."),
+        ({"prompt": "The sky", "completion": [" is blue.", " is grey."]}, "The sky is blue."),
         ({"id": "x", "text": None}, ""),
+        ({"id": "x", "text": " ", "content": ""}, ""),
+        ({"prompt": "The sky", "completion": " is green.", "label": False}, ""),
+        ({"messages": CHAT, "label": False}, ""),
+        ({"instruction": ASKED, "output": SAID, "kto_tag": False}, ""),
+        ({"body": "word"}, "word"),
+        ({"source": "Several words."}, "Several words."),
     ],
 )
 def test_text_that_no_template_belongs_to(record: dict[str, Any], text: str) -> None:
@@ -84,6 +118,9 @@ def test_text_that_no_template_belongs_to(record: dict[str, Any], text: str) -> 
     "record",
     [
         {"conversations": SHAREGPT, "system": "Be brief.", "tools": ""},
+        {"messages": CHAT, "system": "Be brief."},
+        {"messages": [SYSTEM | {"role": "System"}, *CHAT], "system": "Be verbose."},
+        {"prompt": CHAT[:1], "completion": CHAT[1:], "system": "Be brief."},
         {"conversations": [{"from": "system", "value": "Be brief."}, *SHAREGPT], "system": "Be brief."},
         {"system_prompt": "Be brief.", "question": ASKED, "response": SAID},
         {"system": "Be brief.", "question": ASKED, "chosen": SAID, "rejected": "No."},
@@ -97,6 +134,73 @@ def test_what_an_instruction_refers_to_is_part_of_it() -> None:
     record = {"instruction": "Translate.", "input": "Hallo.", "output": "Hello."}
     asked = {"role": "user", "content": "Translate.\nHallo."}
     assert read(record) == [asked, {"role": "assistant", "content": "Hello."}]
+
+
+def test_the_history_of_an_instruction_comes_before_it() -> None:
+    record = {"system": "Be brief.", "instruction": ASKED, "input": "", "output": SAID}
+    earlier = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
+    assert read(record | {"history": [["Hello.", "Hi."]] * 2}) == [SYSTEM, *earlier, *earlier, *CHAT]
+    assert read(record | {"history": []}) == read(record | {"history": None}) == [SYSTEM, *CHAT]
+    with pytest.raises(ValueError, match=naming("line 7", "history")):
+        read(record | {"history": [["Hello.", 7]]})
+
+
+@pytest.mark.parametrize("weights", [[0, 1], [1, 0]])
+def test_messages_that_are_not_learned_are_read(weights: list[int]) -> None:
+    messages = [message | {"weight": weight} for message, weight in zip(CHAT, weights, strict=True)]
+    assert read({"messages": messages}) == messages
+
+
+@pytest.mark.parametrize("write", [json.dumps, list])
+def test_tools_are_given_to_the_template(write: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "measure"}}]
+    assert read({"messages": CHAT, "tools": write(tools)}) == [{"tools": tools}, *CHAT]
+    assert read({"conversations": SHAREGPT, "tools": write(tools)}) == [{"tools": tools}, *CHAT]
+
+
+@pytest.mark.parametrize("tools", [None, "", "measure(x)", "{}", [], ["measure"], 3])
+def test_tools_that_are_no_list_of_schemas_are_left_out(tools: Any) -> None:
+    assert read({"messages": CHAT, "tools": tools}) == CHAT
+
+
+BY_ROLE = "".join(
+    f"{{% {'el' if number else ''}if m['role'] == '{role}' %}}[{role}]{{{{ m['content'] }}}}"
+    for number, role in enumerate(("user", "assistant"))
+)
+FOR_STRINGS = f"{{% for m in messages %}}{BY_ROLE}{{% endif %}}{{% endfor %}}"
+FOR_PARTS = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+ADDING = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+ADDING_JSON = "{% for m in messages %}{{ m['role'] }}{{ m['content'] | tojson }}{% endfor %}"
+
+
+@pytest.mark.parametrize("image", [[], [{"type": "image"}]])
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [(FOR_STRINGS, f"[user]{ASKED}[assistant]{SAID}"), (ADDING, f"user{ASKED}assistant{SAID}")],
+)
+def test_parts_for_a_template_that_takes_strings(template: str, text: str, image: list[Any]) -> None:
+    parts = [*image, {"type": "text", "text": ASKED[:4]}, {"type": "text", "text": ASKED[4:]}]
+    assert read_with(template, {"messages": [{"role": "user", "content": parts}, CHAT[1]]}) == text
+
+
+def test_strings_for_a_template_that_takes_parts() -> None:
+    assert read_with(FOR_PARTS, {"messages": CHAT}) == ASKED + SAID
+
+
+@pytest.mark.parametrize("role", ["system", "tool", "ann"])
+def test_a_message_that_the_template_leaves_out(role: str) -> None:
+    # The content is also in another message, so that it is found in the text.
+    messages = [{"role": role, "content": SAID}, *CHAT]
+    with pytest.raises(ValueError, match=naming("line 7", role, "chat template")):
+        read_with(FOR_STRINGS, {"messages": messages})
+    assert read_with(FOR_STRINGS, {"messages": [{"role": role, "content": " "}, *CHAT]})
+
+
+def test_a_content_that_the_template_writes_in_another_way_is_not_left_out() -> None:
+    chat = [{"role": "user", "content": 'He said "a\nb".'}]
+    assert read_with(ADDING_JSON, {"messages": chat}) == 'user"He said \\"a\\nb\\"."'
+    upper = ADDING.replace("m['content']", "m['content'].upper()")
+    assert read_with(upper, {"messages": CHAT}) == f"user{ASKED.upper()}assistant{SAID.upper()}"
 
 
 def test_other_senders_and_parts_are_the_templates_affair() -> None:
@@ -122,6 +226,11 @@ def test_without_a_template_what_was_said_is_joined(content: Any) -> None:
         ({"id": "x", "conversations": None}, ("conversations", "null")),
         ({"id": "x", "conversations": []}, ("conversations", "[]")),
         ({"id": "x", "data": [1, 2]}, ("message 0", "data")),
+        ({"data": ["One document.", "Another."]}, ("data", "--text-field")),
+        ({"id": "x", "data": ["One document.", "Another.", "A third."]}, ("data", "--text-field")),
+        ({"id": "abc123"}, ("id", "--text-field")),
+        ({"page_url": "https://example.org/a"}, ("page_url", "--text-field")),
+        ({"UUID": "0f"}, ("UUID", "--text-field")),
         ({"conversations": [SHAREGPT[0], SAID]}, ("message 1", "conversations")),
         ({"conversations": [{"from": "gpt"}]}, ("message 0", "value")),
         ({"conversations": [{"value": SAID}]}, ("message 0", "from")),

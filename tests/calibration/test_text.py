@@ -14,7 +14,7 @@ from support.messages import naming
 from support.tiny_models import tiny_tokenizer
 
 from impart_hf.calibration import text as calibration_text
-from impart_hf.calibration.text import TextField, calibration_tokens, text_name
+from impart_hf.calibration.text import TextField, calibration_tokens, text_name, within_positions
 
 CHAT = [{"role": "user", "content": "Is it small?"}, {"role": "assistant", "content": "It is."}]
 TEXTS = ["The first text is a short one.", "Ünïcode in the second.", "A third,\nof two lines."]
@@ -104,6 +104,18 @@ def test_every_kind_of_source_gives_its_texts(sources: dict[str, Any], kind: str
     assert texts_of(sources[kind]) == TEXTS
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "llama", "max_position_embeddings": 64}, 64),
+        ({"model_type": "llama", "max_position_embeddings": 4096}, 2048),
+        ({"model_type": "xlnet"}, 2048),  # its configuration says -1: there is no limit
+    ],
+)
+def test_sequences_are_not_longer_than_the_models_positions(config: dict[str, Any], expected: int) -> None:
+    assert within_positions(2048, config) == expected
+
+
 def test_a_text_file_is_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "book.txt"
     path.write_text("\n\n" + "\n".join(TEXTS * 10), "utf-8-sig")
@@ -120,7 +132,7 @@ def test_blank_texts_are_passed_over() -> None:
     "record",
     [
         {"content": "other", "text": "The text."},
-        {"messages": CHAT, "prompt": "other", "completion": "other", "text": "The text."},
+        {"messages": None, "prompt": "other", "completion": "other", "text": "The text."},
         {"messages": None, "prompt": "The ", "completion": "text."},
         {"messages": None, "prompt": None, "completion": None, "chosen": "The text."},
         {"body": "The text."},

@@ -292,9 +292,10 @@ def test_settings_of_generation_are_copied_as_they_are(tmp_path: Path) -> None:
     [
         {"pad_token_id": -1},
         {"output_attentions": True},
+        {"return_dict": False},
         {"rope_theta": 12345.0, "rope_parameters": None, "torch_dtype": "bfloat16", "a_field_of_yours": [1]},
     ],
-    ids=["pad_token_id", "output_attentions", "fields of old versions"],
+    ids=["pad_token_id", "output_attentions", "return_dict", "fields of old versions"],
 )
 def test_a_configuration_that_loads_is_written_as_it_was(
     fields: dict[str, Any], kind: str, lora: bool, tmp_path: Path
