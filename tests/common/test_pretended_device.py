@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.xdist_group("pretended")]
 
 # The most launches and waits (`Counts`) of an encode of a 192 x 256 matrix at ratio 8, and of the decode of its record:
-# today's numbers and a tenth. Launches of GPTQ grow with the columns, those of a decode do not. Lower them when you can.
+# today's numbers and a tenth. GPTQ's launches grow with the columns, those of a decode do not. Lower them when you can.
 CEILINGS = {
     "bitdelta": ((100, 21), (43, 10)),
     "dare": ((141, 31), (56, 11)),
@@ -86,8 +86,10 @@ def test_use(run: dict[str, Any]) -> None:
     """Verifying, reconstructing, exporting and evaluating a delta."""
     assert run["reconstruct"] == run["export"] == []
     assert run["perplexity on pretended"] == pytest.approx(run["perplexity on cpu"], rel=1e-4)
-    for name in ("verify", "reconstruct on pretended", "export on pretended", "evaluate on pretended"):
-        assert run[name][0] == 0 and run[name][1] > 500, (name, run[name])
+    for name in ("verify", "reconstruct on pretended", "export on pretended"):
+        assert run[name][0] == 0 and run[name][1] > 1000, (name, run[name])
+    # The model is loaded by other threads, which are not counted.
+    assert run["evaluate on pretended"][0] == 0 and run["evaluate on pretended"][1] > 100
     for name in ("reconstruct on cpu", "export on cpu", "evaluate on cpu"):
         assert run[name] == [0, 0], name
 

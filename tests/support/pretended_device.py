@@ -1,12 +1,13 @@
 """A pretended accelerator: finds, without a GPU, what would fail or be slow on one.
 
-`register` makes the device type `pretended` known to torch, with two devices. Its tensors keep real values on the CPU, so
-that everything computes as it does there, but they follow CUDA's rules: an operation whose tensors are on several
+`register` makes the device type `pretended` known to torch, with two devices. Its tensors keep real values on the CPU,
+so that everything computes as it does there, but they follow CUDA's rules: an operation whose tensors are on several
 devices is refused (`MixedDevices`), but for copies, CPU tensors without axes in pointwise operations, and indices on
 the CPU. NumPy cannot read them. What a thread asks of the devices is counted (`Counts`).
 
-Autograd works on the first device only. It cannot see what a device computes differently (TF32, kernels that do not exist), how long it takes, or how much
-memory it has. torch keeps a registered backend until its process ends, so use it in a process of its own.
+It cannot see what a device computes differently (TF32, kernels that do not exist), how long it takes, or how much
+memory it has. Autograd works on the first device only. torch keeps a registered backend until its process ends, so use
+it in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -104,6 +105,12 @@ class PretendedTensor(torch.Tensor):
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"can't convert a tensor on {self.device} to numpy: copy it to the CPU first")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PretendedTensor:
+        made = self.detach().clone().requires_grad_(self.requires_grad)
+        made._is_param = getattr(self, "_is_param", False)  # by which torch knows a parameter of another class
+        memo[id(self)] = made
+        return made
+
     def untyped_storage(self) -> Any:  # safetensors compares addresses
         return self.on_cpu.untyped_storage()
 
@@ -120,23 +127,22 @@ class PretendedTensor(torch.Tensor):
         cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if _is_composed(operation):  # in inference mode and in other tensors' dispatch
+        kind = _kind(operation)
+        if kind.composed:  # in inference mode and in the dispatch of other tensors
             return operation.decompose(*args, **kwargs)
-        name = operation._schema.name.removeprefix("aten::")
-        leaves = tree_flatten((args, kwargs))[0]
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if name in _COPIES:
+        if kind.name in _COPIES:
             return _copy(operation, args, kwargs)
-        device = _only_device(operation, name, tensors)
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        device = _only_device(operation, kind, tensors)
         _check_generators(leaves, device)
+        _count(kind, args, tensors, device)
+        args, kwargs = structure.unflatten([_on_cpu(leaf) for leaf in leaves])
         if (asked := kwargs.get("device")) is not None:  # `zeros_like` and its kind
-            device = _with_index(torch.device(asked))
-            kwargs["device"] = torch.device("cpu")
+            device, kwargs["device"] = _with_index(torch.device(asked)), torch.device("cpu")
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
-        _count(operation, name, args, tensors, device)
-        real_args, real_kwargs = tree_map_only(cls, lambda tensor: tensor.on_cpu, (args, kwargs))
-        out = operation(*real_args, **real_kwargs)
+        out = operation(*args, **kwargs)
         written = {id(tensor.on_cpu): tensor for tensor in tensors if isinstance(tensor, cls)}
         for tensor in written.values():
             if tensor.on_cpu.shape != tensor.shape:
@@ -147,25 +153,40 @@ class PretendedTensor(torch.Tensor):
                 return written[id(result)]
             return result if device.type != NAME else cls(result, device)
 
-        return tree_map_only(torch.Tensor, wrapped, out)
+        return wrapped(out) if isinstance(out, torch.Tensor) else tree_map_only(torch.Tensor, wrapped, out)
+
+
+class _Kind(NamedTuple):
+    """What is known of an operation: whether it is made of others, gives a view, or takes numbers as CPU tensors."""
+
+    name: str
+    composed: bool
+    view: bool
+    takes_numbers: bool
 
 
 @functools.cache
-def _is_composed(operation: Any) -> bool:
-    """Return whether an operation is made of others, and neither computes nor is counted itself."""
-    return operation.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+def _kind(operation: Any) -> _Kind:
+    name = operation._schema.name.removeprefix("aten::")
+    aliases = [each.alias_info for each in operation._schema.returns if each.alias_info is not None]
+    return _Kind(
+        name,
+        operation.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd),
+        any(not alias.is_write for alias in aliases),
+        torch.Tag.pointwise in operation.tags or name in _TAKE_NUMBERS,
+    )
 
 
-def _only_device(operation: Any, name: str, tensors: list[torch.Tensor]) -> torch.device:
+def _only_device(operation: Any, kind: _Kind, tensors: list[torch.Tensor]) -> torch.device:
     """Return the device on which an operation's tensors are, by CUDA's rules."""
-    numbers = torch.Tag.pointwise in operation.tags or name in _TAKE_NUMBERS
-    places = {
-        tensor.device
-        for at, tensor in enumerate(tensors)
-        if not (tensor.device.type == "cpu" and ((numbers and tensor.dim() == 0) or (name in _INDEXED and at)))
-    }
-    if name in _INDEXED and not all(tensor.device.type != "cpu" for tensor in tensors[-1:] if name != "index"):
-        places |= {tensor.device for tensor in tensors[-1:] if tensor.dim()}  # the values are no index
+    if len({tensor.device for tensor in tensors}) == 1:
+        return tensors[0].device
+    indices = tensors[1:] if kind.name == "index" else tensors[1:-1] if kind.name in _INDEXED else []
+    places = set()
+    for tensor in tensors:
+        is_number = kind.takes_numbers and tensor.dim() == 0
+        if tensor.device.type != "cpu" or not (is_number or any(tensor is index for index in indices)):
+            places.add(tensor.device)
     if len(places) != 1:
         found = ", ".join(sorted(map(str, places)))
         raise MixedDevices(f"{operation}: expected all tensors to be on one device, found {found}")
@@ -178,17 +199,16 @@ def _check_generators(leaves: list[Any], device: torch.device) -> None:
             raise MixedDevices(f"a generator is on {leaf.device}, the tensor on {device}")
 
 
-def _count(operation: Any, name: str, args: Any, tensors: list[torch.Tensor], device: torch.device) -> None:
-    counts = _counts()
-    returns = operation._schema.returns
-    is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
-    if device.type == NAME and not is_view and not name.startswith(("empty", "new_empty")) and name != "detach":
+def _count(kind: _Kind, args: Any, tensors: list[torch.Tensor], device: torch.device) -> None:
+    if device.type != NAME:
+        return
+    counts, name = _counts(), kind.name
+    if not kind.view and not name.startswith(("empty", "new_empty")):
         counts.launches[device.index] += 1
     masks = name in _INDEXED and any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])
     sized = name == "repeat_interleave" and len(args) > 1 and args[1] is not None
-    from_host = [t for t in tensors if t.device.type == "cpu" and t.dim() and name in _INDEXED]
-    if (name in _WAITS and not sized) or masks or from_host:
-        counts.waits += 1
+    from_host = [tensor for tensor in tensors if name in _INDEXED and tensor.device.type == "cpu" and tensor.dim()]
+    counts.waits += (name in _WAITS and not sized) or masks or bool(from_host)
     counts.to_device += sum(tensor.nbytes for tensor in from_host)
     counts.to_host += tensors[0].nbytes if name == "_local_scalar_dense" else 0
 
@@ -204,11 +224,11 @@ def _copy(operation: Any, args: Any, kwargs: Any) -> torch.Tensor:
         if device.type == "meta":
             return torch.empty_like(source.on_cpu, device="meta", dtype=kwargs.get("dtype"))
         _count_copy(source, device, blocking)
-        made = operation(_real(source), **kwargs)
+        made = operation(_on_cpu(source), **kwargs)
         return made if device.type == "cpu" else PretendedTensor(made, device)
     target, source = args[:2]
     _count_copy(source, target.device, not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)))
-    _real(target).copy_(_real(source))
+    _on_cpu(target).copy_(_on_cpu(source))
     return target
 
 
@@ -225,8 +245,8 @@ def _count_copy(source: torch.Tensor, device: torch.device, blocking: bool) -> N
             counts.to_device += source.nbytes
 
 
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.on_cpu if isinstance(tensor, PretendedTensor) else tensor
+def _on_cpu(value: Any) -> Any:
+    return value.on_cpu if isinstance(value, PretendedTensor) else value
 
 
 def _with_index(device: torch.device) -> torch.device:
