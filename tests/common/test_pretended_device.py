@@ -20,17 +20,17 @@ pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.xdist_group("pr
 # The most launches and waits (`Counts`) of an encode of a 192 x 256 matrix at ratio 8, and of the decode of its record:
 # today's numbers and a tenth. GPTQ's launches grow with the columns, those of a decode do not. Lower them when you can.
 CEILINGS = {
-    "bitdelta": ((100, 21), (43, 10)),
+    "bitdelta": ((100, 21), (27, 10)),
     "dare": ((141, 31), (56, 11)),
-    "dare-qt": ((514, 32), (69, 13)),
-    "dare-qt calibrated": ((2020, 41), (69, 13)),
-    "delta-come": ((2480, 62), (139, 14)),
-    "delta-come calibrated": ((7500, 96), (139, 14)),
+    "dare-qt": ((514, 32), (53, 13)),
+    "dare-qt calibrated": ((2010, 41), (53, 13)),
+    "delta-come": ((2440, 62), (73, 14)),
+    "delta-come calibrated": ((7440, 96), (73, 14)),
     "impart": ((230, 44), (95, 17)),
-    "impart-qt": ((2530, 72), (139, 14)),
-    "impart-qt calibrated": ((7540, 106), (139, 14)),
-    "impart-rd": ((17900, 2200), (284, 25)),
-    "impart-rd calibrated": ((17900, 2200), (284, 25)),
+    "impart-qt": ((2470, 72), (73, 14)),
+    "impart-qt calibrated": ((7480, 106), (73, 14)),
+    "impart-rd": ((13800, 190), (102, 14)),
+    "impart-rd calibrated": ((13800, 190), (102, 14)),
     "lowrank": ((146, 34), (55, 17)),
 }
 SECOND = "pretended:1"
@@ -87,7 +87,7 @@ def test_use(run: dict[str, Any]) -> None:
     assert run["reconstruct"] == run["export"] == []
     assert run["perplexity on pretended"] == pytest.approx(run["perplexity on cpu"], rel=1e-4)
     for name in ("verify", "reconstruct on pretended", "export on pretended"):
-        assert run[name][0] == 0 and run[name][1] > 1000, (name, run[name])
+        assert run[name][0] == 0 and run[name][1] > 300, (name, run[name])
     # The model is loaded by other threads, which are not counted.
     assert run["evaluate on pretended"][0] == 0 and run["evaluate on pretended"][1] > 100
     for name in ("reconstruct on cpu", "export on cpu", "evaluate on cpu"):
