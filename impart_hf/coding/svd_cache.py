@@ -41,7 +41,7 @@ class SvdCache:
 
         def svd(matrix: torch.Tensor, rank_rule: RankRule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             if path.exists():
-                stored = load_file(path, device=str(matrix.device))
+                stored = {part: tensor.to(matrix.device) for part, tensor in load_file(path).items()}
                 rank, stored_rank = rank_rule(stored["sigma"].double().cpu().numpy()), len(stored["sigma"])
                 if rank <= stored_rank or stored_rank == min(matrix.shape):
                     return stored["u"][:, :rank].float(), stored["sigma"][:rank], stored["v"][:, :rank].float()

@@ -7,6 +7,7 @@ to 1; 34 to 36 are the levels of 2 to 4 bits with the least squared error for no
 """
 
 import abc
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -76,6 +77,22 @@ class Levels(Codebook):
     def __init__(self, width: int):
         super().__init__(width)
         self.top = (1 << self.bits) - 1
+        self._tables: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
+
+    def _table(
+        self, name: str, device: torch.device | str, dtype: torch.dtype, make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return a small tensor, not to be written to, that is made once a device and dtype.
+
+        Made anew for every matrix, it would cost launches, and a wait for the copy of the levels to the device.
+        """
+        key = (name, torch.device(device), dtype)
+        if key not in self._tables:
+            with torch.inference_mode(False):  # training may use it later
+                table = make()
+            key = (name, table.device, dtype)  # with the index of a thread's current device
+            self._tables[key] = table
+        return self._tables[key]
 
     def levels(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return all levels, (2^bits,), in rising order."""
@@ -97,13 +114,15 @@ class Levels(Codebook):
         return pack_codes(self.nearest(values), self.bits)
 
     def unpack(self, packed: torch.Tensor, count: int) -> torch.Tensor:
-        levels = self.levels(packed.device)
         if 8 % self.bits:
-            return levels[unpack_codes(packed, self.bits, count)]
-        # A byte holds whole codes, so a table of all bytes gives several values per lookup.
-        every_byte = torch.arange(256, device=packed.device).to(torch.uint8)
-        table = levels[unpack_codes(every_byte, self.bits, 256 * 8 // self.bits)].view(256, -1)
+            return self.levels(packed.device)[unpack_codes(packed, self.bits, count)]
+        table = self._table("bytes", packed.device, torch.float32, lambda: self._values_of_bytes(packed.device))
         return torch.nn.functional.embedding(packed.int(), table).view(-1)[:count]
+
+    def _values_of_bytes(self, device: torch.device) -> torch.Tensor:
+        """Return the values of every byte's codes, (256, codes): a byte holds whole codes."""
+        every_byte = torch.arange(256, device=device).to(torch.uint8)
+        return self.levels(device)[unpack_codes(every_byte, self.bits, 256 * 8 // self.bits)].view(256, -1)
 
     def round(self, values: torch.Tensor) -> torch.Tensor:
         return self.values(self.nearest(values))
@@ -136,7 +155,13 @@ class NormalLevels(Levels):
         self._rising = (*(-level for level in reversed(above)), *above)
 
     def levels(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor(self._rising, device=device).to(dtype)
+        def make() -> torch.Tensor:
+            return torch.tensor(self._rising, dtype=torch.float32, device=device).to(dtype)
+
+        return self._table("levels", device, dtype, make)
+
+    def edges(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self._table("edges", device, dtype, lambda: _midpoints(self.levels(device, dtype)))
 
     def values(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.levels(codes.device, dtype)[codes.int()]

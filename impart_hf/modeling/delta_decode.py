@@ -90,7 +90,8 @@ def matrix_delta(record: Record, name: str, device: torch.device | str = "cpu") 
 @full_float32()
 def decode_record(record: Record, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """Decode a record to the dense delta: float32, shape (rows, columns), on `device`."""
-    return matrix_delta(record, name, device).add_to(torch.zeros(record.rows, record.columns, device=device))
+    zeros = torch.zeros(record.rows, record.columns, dtype=torch.float32, device=device)
+    return matrix_delta(record, name, device).add_to(zeros)
 
 
 @full_float32()

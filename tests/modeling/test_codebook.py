@@ -51,6 +51,36 @@ def test_levels_and_edges(width: int) -> None:
         np.testing.assert_allclose(positions.numpy(), np.arange(book.top + 1), atol=1e-4)
 
 
+def codebook(width: int) -> Levels:
+    """A codebook of its own, which has made nothing yet."""
+    return type(level_codebook(width))(width)
+
+
+@pytest.mark.parametrize("width", LEVELS)
+def test_the_process_s_default_dtype_does_not_matter(width: int) -> None:
+    packed = level_codebook(width).pack(some_values(50))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        book = codebook(width)
+        values = book.unpack(torch.from_numpy(packed), 50)
+        np.testing.assert_allclose(book.levels().numpy(), defined_levels(width), atol=1e-7)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(values, level_codebook(width).unpack(torch.from_numpy(packed), 50))
+
+
+@pytest.mark.parametrize("width", LEVELS)
+def test_what_inference_has_made_serves_training(width: int) -> None:
+    book, scale = codebook(width), torch.ones(1, requires_grad=True)
+    packed = torch.from_numpy(level_codebook(width).pack(some_values(50)))
+    with torch.inference_mode():
+        book.nearest(some_values(8))
+        book.unpack(packed, 50)
+    (book.unpack(packed, 50) * scale).sum().backward()
+    (book.levels() * scale).sum().backward()
+    (book.edges() * scale).sum().backward()
+
+
 @pytest.mark.parametrize("width", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_nearest_level(width: int, dtype: torch.dtype) -> None:

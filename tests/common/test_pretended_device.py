@@ -1,0 +1,119 @@
+"""What would fail or be slow on an accelerator, found on a pretended one (tests/support/pretended_device.py).
+
+Everything runs once, in a process of its own (tests/support/pretended_runs.py); the tests judge what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.xdist_group("pretended")]
+
+# The most launches and waits (`Counts`) of an encode of a 192 x 256 matrix at ratio 8, and of the decode of its record:
+# today's numbers and a tenth. GPTQ's launches grow with the columns, those of a decode do not. Lower them when you can.
+CEILINGS = {
+    "bitdelta": ((100, 21), (27, 10)),
+    "dare": ((141, 31), (56, 11)),
+    "dare-qt": ((514, 32), (53, 13)),
+    "dare-qt calibrated": ((2010, 41), (53, 13)),
+    "delta-come": ((2440, 62), (73, 14)),
+    "delta-come calibrated": ((7440, 96), (73, 14)),
+    "impart": ((230, 44), (95, 17)),
+    "impart-qt": ((2470, 72), (73, 14)),
+    "impart-qt calibrated": ((7480, 106), (73, 14)),
+    "impart-rd": ((13800, 190), (102, 14)),
+    "impart-rd calibrated": ((13800, 190), (102, 14)),
+    "lowrank": ((146, 34), (55, 17)),
+}
+SECOND = "pretended:1"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    command = [sys.executable, "-m", "support.pretended_runs", str(tmp_path_factory.mktemp("pretended"))]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def run(found: dict[str, Any], request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What the run found that a test is named after."""
+    result = found[request.node.originalname.removeprefix("test_")]
+    assert "raised" not in result, result["raised"]
+    return result
+
+
+def test_methods(run: dict[str, Any]) -> None:
+    assert run.keys() == CEILINGS.keys()
+    for name, result in run.items():
+        assert result["same bytes"] and result["same values"] and result["device"] == SECOND, name
+        assert result["part"] <= 2**-7, f"{name}: a part rounds as the whole does, to bfloat16"
+        for work, (launches, waits) in zip(("encode", "decode"), CEILINGS[name], strict=True):
+            counts = result[work]
+            assert counts["launches"][0] == 0 and 0 < counts["launches"][1] <= launches, (name, work, counts)
+            assert counts["waits"] <= waits, (name, work, counts)
+            # A matrix of 192 x 256 in float32 is 196,608 bytes: neither it nor the base comes back or goes over again.
+            assert counts["to_host"] < 50_000 and counts["to_device"] < 150_000, (name, work, counts)
+
+
+def test_faults(run: dict[str, Any]) -> None:
+    """The pretended device finds what it is for."""
+    for name in ("cpu_tensor", "other_index", "generator"):
+        assert run[name]["refused"].startswith("MixedDevices"), run
+    assert run["numpy_of_it"]["refused"].startswith("TypeError"), run
+    assert run["number_by_number"]["waits"] > 5 * CEILINGS["impart"][1][1], run
+
+
+def test_compression(run: dict[str, Any]) -> None:
+    for name in ("rounded", "calibrated"):
+        assert run[name] == [], f"{name}: these entries are not the CPU's"
+        assert run[f"{name} on cpu"] == 0 and run[f"{name} on pretended"] > 10_000
+
+
+def test_use(run: dict[str, Any]) -> None:
+    """Verifying, reconstructing, exporting and evaluating a delta."""
+    assert run["reconstruct"] == run["export"] == []
+    assert run["perplexity on pretended"] == pytest.approx(run["perplexity on cpu"], rel=1e-4)
+    for name in ("verify", "reconstruct on pretended", "export on pretended"):
+        assert run[name][0] == 0 and run[name][1] > 300, (name, run[name])
+    # The model is loaded by other threads, which are not counted.
+    assert run["evaluate on pretended"][0] == 0 and run["evaluate on pretended"][1] > 100
+    for name in ("reconstruct on cpu", "export on cpu", "evaluate on cpu"):
+        assert run[name] == [0, 0], name
+
+
+def test_merging(run: dict[str, Any]) -> None:
+    for method, result in run.items():
+        assert result["differs"] == 0 and result["launches"][0] == 0 and result["launches"][1] > 1000, (method, result)
+
+
+def test_loading(run: dict[str, Any]) -> None:
+    """Every tensor is decoded on the device where it ends, with its index."""
+    for kind, tensors in run.items():
+        assert sum(made["records"] for made in tensors.values()) > 10
+        for name, made in tensors.items():
+            first = kind == "name" or (kind == "split" and name.startswith(("model.embed_tokens", "model.layers.0")))
+            device = 0 if first else 1
+            places = {made["asked"], made["on"], made["ends on"]}
+            assert places == {f"pretended:{device}"} and made["same"], (kind, name, made)
+            assert made["launches"][1 - device] == 0, (kind, name, made)
+            assert made["launches"][device] >= (30 if made["records"] else 1), (kind, name, made)
+
+
+def test_distillation(run: dict[str, Any]) -> None:
+    for name, result in run.items():
+        assert result["launches"][0] > 1000 and result["launches"][1] == 0, (name, result)
+        assert result["losses"] == pytest.approx(result["losses on the CPU"], rel=1e-3), (name, result)
+        assert result["losses"][1] < result["losses"][0]
