@@ -100,7 +100,7 @@ def text_of(record: Any, where: str, tokenizer: PreTrainedTokenizerBase, field: 
 def _is_chat(record: Mapping[str, Any], name: str) -> bool:
     """Say whether a record's field holds a chat, perhaps with malformed messages."""
     value = record.get(name)
-    if _strings(value):  # turns; under "data" only in UltraChat, elsewhere documents
+    if value is not None and _strings(value):  # turns; under "data" only in UltraChat, elsewhere documents
         return name != "data" or ("id" in record and len(value) % 2 == 0)
     return isinstance(value, list) and any(isinstance(turn, Mapping) and turn.keys() & _ROLE_FIELDS for turn in value)
 
