@@ -40,8 +40,8 @@ _IDENTIFIERS = frozenset(
 _KNOWN = (
     "a record is a string, or has a text ('text', 'content'), a chat ('messages', 'conversations', 'conversation', "
     "'data' as in UltraChat), a request and its reply ('prompt' and 'completion'; 'prompt', 'instruction', 'question' "
-    "or 'query' with 'response' or 'chosen'; 'instruction' or 'input' with 'output'; 'question' and 'answer'), 'chosen', or one field "
-    "alone that is no identifier"
+    "or 'query' with 'response' or 'chosen'; 'instruction' or 'input' with 'output'; 'question' and 'answer'), "
+    "'chosen', or one field alone that is no identifier"
 )
 _REMEDY = "name the field that holds the text or chat with --text-field, or write the text into a field 'text'"
 
