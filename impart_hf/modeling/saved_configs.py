@@ -36,7 +36,12 @@ def changed_configs(model: PreTrainedModel, folder: Path) -> dict[str, str]:
         ValueError: if a configuration is not valid, as when any model is saved.
     """
     content = read_json(folder / CONFIG_NAME)
+<<<<<<< HEAD
     stored = _text_config(content, model)
+=======
+    stored = _text_config(content)
+    delta_config: Any = model.delta_config
+>>>>>>> saving2
     texts = {}
     with tempfile.TemporaryDirectory() as scratch:
         if _values(model.config) != _values(stored):
@@ -44,7 +49,7 @@ def changed_configs(model: PreTrainedModel, folder: Path) -> dict[str, str]:
             written = read_json(Path(scratch, CONFIG_NAME))
             content["text_config"] = _updated(content, stored, model, written)
             texts[CONFIG_NAME] = json.dumps(content, indent=2) + "\n"
-        if base := _changed_base(model.delta_config, content):
+        if base := _changed_base(delta_config, content):
             texts[CONFIG_NAME] = json.dumps(content | base, indent=2) + "\n"
         generation = getattr(model, "generation_config", None)
         if generation is not None and _values(generation) != _values(_generation_config(folder, stored)):

@@ -120,7 +120,7 @@ def _class_files(configs: Iterable[Path | None]) -> set[str]:
         with contextlib.suppress(CheckpointError):
             content = read_json(path) if path else {}
             content = content.get("text_config", {}) if kind_of(content) is RepositoryKind.DELTA else content
-            names |= {content.get("tokenizer_class"), TOKENIZER_MAPPING_NAMES.get(content.get("model_type"))}
+            names |= {content.get("tokenizer_class"), TOKENIZER_MAPPING_NAMES.get(str(content.get("model_type")))}
     files: set[str] = set()
     for name in names:
         # A class that needs a package which is not there cannot be used here either.

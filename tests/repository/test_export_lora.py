@@ -197,7 +197,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(naming("rank 4", f"{LINEAR} matrices"), said) and re.search(r"error 0\.", said)
     assert "7 changed tensors" in said
     assert main(["export-lora", str(repository), str(tmp_path / "two"), "--json", "--quiet"]) == 0
-    assert json.loads(capsys.readouterr().out)["rank"] == 256
+    assert json.loads(capsys.readouterr().out)["rank"] == 64  # the largest that a matrix of this model has
     assert main(["export-lora", str(repository), str(tmp_path / "one"), "--quiet"]) == 1
     assert str(tmp_path / "one") in capsys.readouterr().err
 

@@ -17,6 +17,7 @@ from support.tiny_models import Pair, edit_json
 from transformers import AutoTokenizer, BertTokenizer
 
 from impart_hf import LowRankConfig, compress, merge
+from impart_hf.cli.summaries import compression_summary
 from impart_hf.modeling.model_files import CheckpointError, HubOptions
 from impart_hf.pruning import prune_layers
 from impart_hf.repository.open import open_repository
@@ -175,7 +176,8 @@ def test_sidecar_files_do_not_count(rich_pair: Pair, tmp_path: Path) -> None:
     )
     found = beside(tmp_path / "out")
     names = [*KEPT, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
-    assert report.sidecar_files == sorted(names)
+    assert report.sidecar_files == report.to_dict()["sidecar_files"] == sorted(names)
+    assert f"copied unchanged: {', '.join(sorted(names))}" in compression_summary(report, "out")
     assert report.sidecar_bytes == sum(len(found[name]) for name in names)
 
 
