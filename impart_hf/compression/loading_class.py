@@ -3,7 +3,7 @@
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout, class_layout
 from ..common.completeness import missing_parameters
@@ -49,10 +49,17 @@ def check_class(read: ReadModel) -> None:
     if stated is None or stated is loading:
         return
     if lost := _lost_parameters(model, stated, read.layout):
+        advice = _SUPPORTED
+        found = {name for group in read.layout.groups.values() for name in group.parameters} | read.tied.keys()
+        whole = read.layout.model.state_dict().keys() <= found
+        if whole and loading.config_class in AutoModelForCausalLM._model_mapping:
+            advice = (
+                f"if the rest is all that you need, load base and fine-tune with {loading.__name__}, save them, and "
+                "compress these"
+            )
         raise IncompatibleModelsError(
             f"'{model.source}' is a {stated.__name__}, but would be loaded as {loading.__name__}, which does not read "
-            f"{len(lost)} of its tensors, such as {lost[0]}: if the rest is all that you need, load base and fine-tune "
-            f"with {loading.__name__}, save them, and compress these"
+            f"{len(lost)} of its tensors, such as {lost[0]}: {advice}"
         )
 
 

@@ -128,6 +128,20 @@ def test_a_class_that_reads_only_a_part(tmp_path: Path, part: str) -> None:
     pair = saved_pair(make(name, config, fields), tmp_path)
     message = refuses(pair, IncompatibleModelsError, naming(pair.finetuned, name, loading))
     assert lost in message and "upgrade" not in message
+    # What the files lack would be random, and Mllama's text model has no type of its own.
+    assert ("save them" in message) == (part not in ("another head", "an encoder", "images"))
+
+
+@pytest.mark.parametrize("part", ["images of the text's type", "sound", "a second head"])
+def test_the_part_alone(tmp_path: Path, part: str) -> None:
+    """Saved by the class that the message names."""
+    name, config, fields, loading, _ = PARTS[part]
+    pair = saved_pair(make(name, config, fields), tmp_path)
+    assert "save them" in refuses(pair, IncompatibleModelsError, naming(loading))
+    for folder in (pair.base, pair.finetuned):
+        load(folder).save_pretrained(folder)
+    run(pair, tmp_path / "delta", LowRankConfig(compression_ratio=2))
+    assert type(load(tmp_path / "delta")).__name__ == loading
 
 
 @pytest.mark.parametrize("kind", NO_CLASS)
