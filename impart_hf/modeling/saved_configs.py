@@ -36,12 +36,8 @@ def changed_configs(model: PreTrainedModel, folder: Path) -> dict[str, str]:
         ValueError: if a configuration is not valid, as when any model is saved.
     """
     content = read_json(folder / CONFIG_NAME)
-<<<<<<< HEAD
     stored = _text_config(content, model)
-=======
-    stored = _text_config(content)
     delta_config: Any = model.delta_config
->>>>>>> saving2
     texts = {}
     with tempfile.TemporaryDirectory() as scratch:
         if _values(model.config) != _values(stored):
