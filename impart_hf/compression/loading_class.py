@@ -52,7 +52,8 @@ def check_class(read: ReadModel) -> None:
         advice = _SUPPORTED
         found = {name for group in read.layout.groups.values() for name in group.parameters} | read.tied.keys()
         whole = read.layout.model.state_dict().keys() <= found
-        if whole and loading.config_class in AutoModelForCausalLM._model_mapping:
+        config_class: Any = loading.config_class
+        if whole and config_class in AutoModelForCausalLM._model_mapping:
             advice = (
                 f"if the rest is all that you need, load base and fine-tune with {loading.__name__}, save them, and "
                 "compress these"
