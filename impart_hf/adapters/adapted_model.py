@@ -9,12 +9,13 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup
+from ..common.configs import model_config, untied
 from ..common.meta_model import meta_model
-from ..modeling.checkpoints import TIED_OUTPUT, Checkpoint, config_fields
+from ..modeling.checkpoints import TIED_OUTPUT, Checkpoint
 from ..modeling.model_files import CheckpointError
 from .adapted_layers import AdaptedLayers
 from .adapter_files import AdapterFiles, adapter_weights
-from .vocabulary import added_vocabulary, untied, with_vocabulary
+from .vocabulary import added_vocabulary, with_vocabulary
 
 
 class AdaptedModel:
@@ -72,7 +73,7 @@ class AdaptedModel:
         if model_type not in CONFIG_MAPPING:
             raise CheckpointError(f"transformers does not know the model type '{model_type}' of '{self.base.source}'")
         try:
-            return meta_model(CONFIG_MAPPING[model_type].from_dict(config_fields(config)))
+            return meta_model(model_config(config))
         except ValueError as error:
             raise CheckpointError(f"'{self.base.source}' is no causal language model: {error}") from error
 

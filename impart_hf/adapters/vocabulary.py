@@ -46,12 +46,3 @@ def with_vocabulary(config: Mapping[str, Any], rows: int | None) -> dict[str, An
     for part in nested or [changed]:
         part["vocab_size"] = rows
     return changed
-
-
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a config.json whose output projection is a tensor of its own."""
-    changed = copy.deepcopy(dict(config))
-    nested = changed.get("text_config")
-    if isinstance(nested, dict) and "tie_word_embeddings" in nested:
-        nested["tie_word_embeddings"] = False
-    return {**changed, "tie_word_embeddings": False}

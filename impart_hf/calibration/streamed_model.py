@@ -9,8 +9,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..common.checkpoint_layout import CheckpointLayout
+from ..common.configs import model_config
 from ..common.meta_model import meta_model, reads_text
-from ..modeling.checkpoints import all_finite, config_fields
+from ..modeling.checkpoints import all_finite
 from ..modeling.tensors import Model
 from .text import check_vocabulary
 
@@ -50,7 +51,7 @@ class StreamedModel:
         model_type = str(finetuned.config.get("model_type"))
         if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
             raise self.unsupported("transformers knows no causal language model of this type")
-        config = CONFIG_MAPPING[model_type].from_dict(config_fields(finetuned.config))
+        config = model_config(finetuned.config)
         try:
             self.model: Any = meta_model(config, real_buffers=True, dtype=torch.float32).eval()
         except ModuleNotFoundError as error:

@@ -16,8 +16,9 @@ from transformers import CONFIG_MAPPING
 from transformers.utils import logging
 
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup, known_layout
+from ..common.configs import model_config, untied
 from ..modeling.base_tensors import BaseTensors
-from ..modeling.checkpoints import Checkpoint, config_fields, same_values
+from ..modeling.checkpoints import Checkpoint, same_values
 from ..modeling.model_files import CheckpointError, HubOptions
 from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import Model, StoredModel
@@ -70,7 +71,7 @@ class ReadModel:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The content of config.json, corrected if it ties an output projection that is another matrix."""
-        return _untied(self.checkpoint.config) if self.has_own_output else self.checkpoint.config
+        return untied(self.checkpoint.config) if self.has_own_output else self.checkpoint.config
 
     def spare_names(self) -> set[str]:
         """Return the names of the tensors that a model can do without: no model reads them, or they are tied."""
@@ -352,20 +353,10 @@ def _layout(checkpoint: StoredModel) -> CheckpointLayout | None:
     if model_type not in CONFIG_MAPPING:
         return None
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(config_fields(checkpoint.config))
-        return known_layout(checkpoint, config, checkpoint.stored_names())
+        return known_layout(checkpoint, model_config(checkpoint.config), checkpoint.stored_names())
     except CheckpointError:
         raise
     except Exception as error:  # bad fields can raise any type
         raise IncompatibleModelsError(
             f"config.json of '{checkpoint.source}' describes no model that transformers can make: {str(error)[:400]}"
         ) from error
-
-
-def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json that ties no output projection, nested configurations included."""
-    nested = {
-        name: _untied(value) if isinstance(value, Mapping) and "tie_word_embeddings" in value else value
-        for name, value in config.items()
-    }
-    return {**nested, "tie_word_embeddings": False}

@@ -3,11 +3,12 @@
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout, class_layout
 from ..common.completeness import missing_parameters
-from ..modeling.checkpoints import config_fields, config_for
+from ..common.configs import model_config
+from ..modeling.checkpoints import config_for
 from ..modeling.modeling_delta_compressed import inner_class
 from ..modeling.tensors import Model, StoredModel
 from .base_layout import ReadModel
@@ -16,14 +17,9 @@ from .compatibility import IncompatibleModelsError
 _SUPPORTED = "only causal language models, and sequence classifiers of the same types, can be compressed"
 
 
-def model_config(model: Model) -> PreTrainedConfig:
-    """Return the configuration of a model whose type transformers knows."""
-    return CONFIG_MAPPING[model.config["model_type"]].from_dict(config_fields(model.config))
-
-
 def loading_class(model: Model) -> Any:
     """Return transformers' class for a model that `check_loads` has accepted."""
-    return inner_class(model_config(model))
+    return inner_class(model_config(model.config))
 
 
 def check_class(read: ReadModel) -> None:
@@ -70,7 +66,7 @@ def check_loads(model: Model) -> None:
     Raises:
         IncompatibleModelsError: if a parameter is missing or of another shape.
     """
-    config = model_config(model)
+    config = model_config(model.config)
     try:
         missing = missing_parameters(model, config)
     except ValueError as error:
@@ -99,7 +95,7 @@ def _lost_parameters(model: StoredModel, stated: Any, loaded: CheckpointLayout) 
 
     Buffers, and copies of a parameter that is read, are not lost.
     """
-    config = CONFIG_MAPPING[model.config["model_type"]].from_dict(config_fields(model.config))
+    config = model_config(model.config)
     try:
         layout = class_layout(model, stated, config_for(stated, config), model.stored_names())
     except Exception:  # a class that is not installed completely, or that takes other settings: nothing is known

@@ -11,6 +11,7 @@ from ..adapters.adapter_files import refuse_adapter
 from ..adapters.companions import companions_of
 from ..adapters.open import open_finetune
 from ..calibration.text import CalibrationSource, calibration_tokens, load_tokenizer, within_positions
+from ..common.configs import model_config
 from ..common.names import recorded_base
 from ..common.progress import Progress
 from ..evaluation.metrics import load
@@ -21,7 +22,7 @@ from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import LazyTensor, Model
 from ..repository.reader_files import refuse_reader_names
 from .base_layout import ReadModel, match
-from .loading_class import check_class, check_loads, loading_class, model_config
+from .loading_class import check_class, check_loads, loading_class
 from .scan import TensorPlan, scan
 
 
@@ -91,7 +92,7 @@ class ModelPair:
             # Not by its name: transformers does not find the tensors that a wrapper has renamed.
             tensors = {name: LazyTensor(self.finetuned, name) for name in self.finetuned.names()}
             model_class = loading_class(self.finetuned)
-            config = config_for(model_class, model_config(self.finetuned))
+            config = config_for(model_class, model_config(self.finetuned.config))
             model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
             return model.to(self.device).eval()
         source, options = self.base.source, self.base.options
