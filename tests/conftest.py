@@ -16,10 +16,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Without a GPU, Triton kernels run in Triton's interpreter. Triton reads this when transformers imports it.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not os.path.exists("/dev/nvidiactl"))))
 
+import functools
 import json
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def pair(tiny_pair: Pair, tmp_path: Path) -> Pair:
     for folder in (tiny_pair.base, tiny_pair.finetuned):
         shutil.copytree(folder, tmp_path / folder.name)
     return Pair(tmp_path / tiny_pair.base.name, tmp_path / tiny_pair.finetuned.name)
+
+
+@pytest.fixture(scope="session")
+def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """A pair of each kind of model, made when it is first asked for; not to be written to."""
+
+    @functools.cache
+    def pair(kind: str) -> Pair:
+        return save_pair(tmp_path_factory.mktemp(kind), tiny_config(kind))
+
+    return pair
 
 
 @pytest.fixture(scope="session")

@@ -186,7 +186,7 @@ def test_odd_and_long_tensor_names(pair: Pair, tmp_path: Path) -> None:
     extra = {n: (torch.zeros(64, 64), torch.full((64, 64), float(i + 1))) for i, n in enumerate(names)}
     for name, tensor in changed_extra(pair, tmp_path, extra).items():
         assert torch.allclose(tensor, extra[name][1], rtol=1e-2), name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "pair"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "delta", "finetuned"]
 
 
 # --- settings

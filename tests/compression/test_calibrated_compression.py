@@ -37,19 +37,6 @@ RepositoryOf = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def pair_of(tmp_path_factory: pytest.TempPathFactory) -> PairOf:
-    """A pair of each kind, made when it is first asked for; not to be written to."""
-    made: dict[str, Pair] = {}
-
-    def pair(kind: str) -> Pair:
-        if kind not in made:
-            made[kind] = save_pair(tmp_path_factory.mktemp(kind), tiny_config(kind))
-        return made[kind]
-
-    return pair
-
-
-@pytest.fixture(scope="module")
 def repository_of(pair_of: PairOf, tmp_path_factory: pytest.TempPathFactory) -> RepositoryOf:
     """A repository, made when it is first asked for; not to be written to."""
     made: dict[tuple, Path] = {}
@@ -245,7 +232,7 @@ def test_activations_that_are_not_finite(pair: Pair, tmp_path: Path) -> None:
         run(pair, tmp_path / "delta", method, calibration=[TEXT])
     assert not (tmp_path / "delta").exists()
     run(pair, tmp_path / "delta", method)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "pair"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "delta", "finetuned"]
 
 
 # --- broken off and taken up again

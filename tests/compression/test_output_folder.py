@@ -62,7 +62,7 @@ def test_output_of_ours_is_replaced(pair: Pair, tmp_path: Path) -> None:
     run(pair, output, LowRankConfig(compression_ratio=4))
     assert (output / "delta_model.safetensors").read_bytes() != first
     assert not (output / "delta_model-00001-of-00002.safetensors").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "pair"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "delta", "finetuned"]
 
 
 @pytest.mark.parametrize("folder", [".git", "results"])

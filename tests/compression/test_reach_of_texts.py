@@ -40,19 +40,6 @@ RepositoryOf = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    """A pair of each kind, made when it is first asked for; not to be written to."""
-    made: dict[str, Pair] = {}
-
-    def pair(kind: str) -> Pair:
-        if kind not in made:
-            made[kind] = save_pair(tmp_path_factory.mktemp(kind), tiny_config(kind))
-        return made[kind]
-
-    return pair
-
-
-@pytest.fixture(scope="module")
 def repository_of(pair_of: Callable[[str], Pair], tmp_path_factory: pytest.TempPathFactory) -> RepositoryOf:
     """A repository, made when it is first asked for; not to be written to."""
     made: dict[tuple, Path] = {}

@@ -86,23 +86,10 @@ def distance(one: Path, other: Path) -> torch.Tensor:
 # Architectures ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    """The pair of each architecture, made when it is first asked for."""
-    made: dict[str, Pair] = {}
-
-    def pair(kind: str) -> Pair:
-        if kind not in made:
-            made[kind] = save_pair(tmp_path_factory.mktemp(kind), tiny_config(kind))
-        return made[kind]
-
-    return pair
-
-
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_loads_is_what_is_stored(pairs: Callable[[str], Pair], tmp_path: Path, kind: str, method: Any) -> None:
-    pair = pairs(kind)
+def test_what_loads_is_what_is_stored(pair_of: Callable[[str], Pair], tmp_path: Path, kind: str, method: Any) -> None:
+    pair = pair_of(kind)
     repository = make_repository(pair, tmp_path / "delta", method)
     loaded, info = load(repository, output_loading_info=True)
     assert not any(info.values())
@@ -114,8 +101,8 @@ def test_what_loads_is_what_is_stored(pairs: Callable[[str], Pair], tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nearly_lossless_is_near_the_finetune(pairs: Callable[[str], Pair], tmp_path: Path, kind: str) -> None:
-    pair = pairs(kind)
+def test_nearly_lossless_is_near_the_finetune(pair_of: Callable[[str], Pair], tmp_path: Path, kind: str) -> None:
+    pair = pair_of(kind)
     repository = make_repository(pair, tmp_path / "delta")
     # A router near a tie may send a token elsewhere, so that is all that can be asked of experts.
     share = 0.3 if kind in ("mixtral", "gpt-oss") else 0.1
@@ -138,19 +125,19 @@ def test_unchanged_tensors_are_the_bases(tmp_path: Path, kind: str) -> None:
         assert changes in name or torch.equal(tensor, plain[name])
 
 
-def test_tied_output_is_tied(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+def test_tied_output_is_tied(pair_of: Callable[[str], Pair], tmp_path: Path) -> None:
     for kind in ("llama-tied", "gemma2"):
-        loaded = load(make_repository(pairs(kind), tmp_path / kind))
+        loaded = load(make_repository(pair_of(kind), tmp_path / kind))
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
         assert "lm_head.weight" not in opened(tmp_path / kind).names()
-    loaded = load(make_repository(pairs("llama"), tmp_path / "llama"))
+    loaded = load(make_repository(pair_of("llama"), tmp_path / "llama"))
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
 
 
-def test_infinity_in_the_configuration(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+def test_infinity_in_the_configuration(pair_of: Callable[[str], Pair], tmp_path: Path) -> None:
     """Mamba2's `time_step_limit`, which every command reads."""
-    repository = make_repository(pairs("mamba2"), tmp_path / "delta")
-    limit = load(pairs("mamba2").finetuned).config.time_step_limit
+    repository = make_repository(pair_of("mamba2"), tmp_path / "delta")
+    limit = load(pair_of("mamba2").finetuned).config.time_step_limit
     assert limit[1] == float("inf") and load(repository).config.time_step_limit == limit
     for command in (["inspect"], ["verify"], ["reconstruct", str(tmp_path / "dense")]):
         assert main([command[0], str(repository), *command[1:]]) == 0
@@ -158,9 +145,9 @@ def test_infinity_in_the_configuration(pairs: Callable[[str], Pair], tmp_path: P
     assert equal(state(tmp_path / "dense"), state(repository))
 
 
-def test_experts(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+def test_experts(pair_of: Callable[[str], Pair], tmp_path: Path) -> None:
     """Mixtral's file has a matrix for each expert, which transformers stacks; GPT-OSS's has the stack."""
-    mixtral = make_repository(pairs("mixtral"), tmp_path / "mixtral")
+    mixtral = make_repository(pair_of("mixtral"), tmp_path / "mixtral")
     tensors = decoded(mixtral)
     prefix = "model.layers.1.block_sparse_moe.experts"
     experts = load(mixtral).model.layers[1].mlp.experts
@@ -169,11 +156,11 @@ def test_experts(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
         assert torch.equal(experts.gate_up_proj[number], both)
         assert torch.equal(experts.down_proj[number], tensors[f"{prefix}.{number}.w2.weight"])
 
-    gpt_oss = make_repository(pairs("gpt-oss"), tmp_path / "gpt-oss")
+    gpt_oss = make_repository(pair_of("gpt-oss"), tmp_path / "gpt-oss")
     name = "model.layers.1.mlp.experts.gate_up_proj"
     assert name + ".delta" in load_tensors(gpt_oss)
     base, finetuned = (
-        load_tensors(folder)[name].float() for folder in (pairs("gpt-oss").base, pairs("gpt-oss").finetuned)
+        load_tensors(folder)[name].float() for folder in (pair_of("gpt-oss").base, pair_of("gpt-oss").finetuned)
     )
     assert base.shape == (4, 64, 256)
     stack = decoded(gpt_oss)[name]
@@ -343,9 +330,9 @@ def store_output(tensors: dict[str, torch.Tensor]) -> None:
     ("kind", "edit"), [("llama", add_buffers), ("llama-tied", store_output), ("gemma2", store_output)]
 )
 def test_tensors_that_no_model_loads(
-    pairs: Callable[[str], Pair], tmp_path: Path, where: str, kind: str, edit: Callable[[Any], None]
+    pair_of: Callable[[str], Pair], tmp_path: Path, where: str, kind: str, edit: Callable[[Any], None]
 ) -> None:
-    made = pairs(kind)
+    made = pair_of(kind)
     pair = Pair(*(shutil.copytree(getattr(made, n), tmp_path / n) for n in ("base", "finetuned")))
     stated = None if kind == "gemma2" else kind == "llama-tied"  # Gemma leaves it to the class's default
     for name in ("base", "finetuned") if where == "both" else (where,):
