@@ -9,6 +9,7 @@ import torch
 from ..calibration.streamed_model import StreamedModel
 from ..coding.records import empty_record
 from ..coding.svd_cache import SvdOf, uncached_svd
+from ..common import processes
 from ..methods import Encoded, MethodConfig, method_for
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.delta_decode import add_delta
@@ -51,12 +52,19 @@ class Encoding:
         self._by_name = dict(self._waiting)
         self._done = self._written = 0
 
+    def encode_all(self, tensors: list[TensorPlan]) -> None:
+        """Encode the tensors that no other process takes and that have not been encoded, without calibration."""
+        if processes.is_distributed():  # those that take longest first, so that all processes end at the same time
+            tensors = sorted(tensors, key=lambda t: t.dense_bytes * min(t.shape[-2:]), reverse=True)
+        for tensor in tensors:
+            self.encode(tensor)
+
     def encode(self, tensor: TensorPlan, hessian: torch.Tensor | None = None) -> None:
-        """Encode a tensor and write its records, unless that has been done."""
+        """Encode a tensor and write its records, unless that has been done or another process does it."""
         if self._waiting.pop(tensor.name, None) is None:
             return
         self.bar.set_postfix_str(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
-        if not self._workspace.has_record(tensor.name):
+        if not self._workspace.has_record(tensor.name) and self._workspace.take("records", tensor.name):
             data, notes = encode_tensor(
                 tensor, self._base, self._finetuned, self._method, self._device, hessian, self._svd_of,
                 self._budgets.get(tensor.name), tensor.name in self._transposed,
@@ -64,8 +72,9 @@ class Encoding:
             if hessian is None and tensor.name in self._linear:
                 notes.append("not calibrated: no token of the text reaches it")
             self._workspace.put_record(tensor.name, data, notes)
-        self._done += tensor.dense_bytes
-        self._written += self._workspace.record_path(tensor.name).stat().st_size
+        if self._workspace.has_record(tensor.name):
+            self._done += tensor.dense_bytes
+            self._written += self._workspace.record_path(tensor.name).stat().st_size
         self.bar.update(tensor.dense_bytes)
 
     def compressed(self, name: str, hessian: torch.Tensor | None) -> torch.Tensor:

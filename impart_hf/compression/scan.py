@@ -1,10 +1,12 @@
 """The scan of a pair: which tensors changed, and their checksums."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..common import processes
 from ..common.progress import Progress
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import all_finite, same_values
@@ -64,40 +66,41 @@ def element_count(shape: tuple[int, ...]) -> int:
 def scan(base: BaseTensors, finetuned: Model, progress: Progress) -> list[TensorPlan]:
     """Read both models once: find equal tensors, compute checksums, and check that all values that differ are finite.
 
+    Several processes share the tensors out.
+
     Raises:
         IncompatibleModelsError: if a tensor holds NaN or infinity where base and fine-tune differ.
     """
-    plans = []
-    for name in progress.track(finetuned.names(), "Scanning"):
-        whole, after = base.whole(name), finetuned.tensor(name)
-        before = base.shared(name, whole)
-        shared, added = (
-            (after[: before.shape[0]], after[before.shape[0] :]) if before.dim() else (after, after[None][:0])
-        )
-        # Readers convert floats to the fine-tune's dtype, and leave integers unchanged.
-        comparable = after.is_floating_point() or before.dtype == after.dtype
-        equal = comparable and same_values(before.to(after.dtype), shared)
-        vocabulary = after.dim() == 2 and after.shape[0] == finetuned.config.get("vocab_size")
-        if not equal:
-            rows: Any = ...
-            if vocabulary and not (all_finite(before) and all_finite(shared)):
-                rows = _differing_rows(before.to(after.dtype), shared)
-            _check_numbers(before[rows], f"{name} of '{base.source}'", _is_matrix(before))
-            _check_numbers(shared[rows], f"{name} of '{finetuned.source}'", _is_matrix(before))
-        _check_numbers(added, f"{name} of '{finetuned.source}'", False)
-        plans.append(
-            TensorPlan(
-                name=name,
-                kind="equal" if equal else "encoded" if _is_matrix(before) else "kept",
-                shape=tuple(before.shape),
-                dtype=after.dtype,
-                vocabulary=vocabulary,
-                added_rows=len(added),
-                base_checksum=tensor_checksum(whole),
-                checksum=tensor_checksum(after),
-            )
-        )
-    return plans
+    own = processes.share(finetuned.names(), lambda name: element_count(finetuned.shape(name)))
+    scanned = processes.together(lambda: [_scanned(name, base, finetuned) for name in progress.track(own, "Scanning")])
+    return sorted(itertools.chain(*scanned), key=lambda plan: plan.name)
+
+
+def _scanned(name: str, base: BaseTensors, finetuned: Model) -> TensorPlan:
+    whole, after = base.whole(name), finetuned.tensor(name)
+    before = base.shared(name, whole)
+    shared, added = (after[: before.shape[0]], after[before.shape[0] :]) if before.dim() else (after, after[None][:0])
+    # Readers convert floats to the fine-tune's dtype, and leave integers unchanged.
+    comparable = after.is_floating_point() or before.dtype == after.dtype
+    equal = comparable and same_values(before.to(after.dtype), shared)
+    vocabulary = after.dim() == 2 and after.shape[0] == finetuned.config.get("vocab_size")
+    if not equal:
+        rows: Any = ...
+        if vocabulary and not (all_finite(before) and all_finite(shared)):
+            rows = _differing_rows(before.to(after.dtype), shared)
+        _check_numbers(before[rows], f"{name} of '{base.source}'", _is_matrix(before))
+        _check_numbers(shared[rows], f"{name} of '{finetuned.source}'", _is_matrix(before))
+    _check_numbers(added, f"{name} of '{finetuned.source}'", False)
+    return TensorPlan(
+        name=name,
+        kind="equal" if equal else "encoded" if _is_matrix(before) else "kept",
+        shape=tuple(before.shape),
+        dtype=after.dtype,
+        vocabulary=vocabulary,
+        added_rows=len(added),
+        base_checksum=tensor_checksum(whole),
+        checksum=tensor_checksum(after),
+    )
 
 
 def _differing_rows(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

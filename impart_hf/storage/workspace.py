@@ -5,16 +5,18 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..common import processes
 from ..common.files import OutputError, atomic_write, sync_path, write_json
 from .folder_lock import LOCK_FILE, FolderLock
-from .output import check_output, existing_parent, named_errors
+from .output import check_output, check_visible, existing_parent, named_errors
 
-_PLAN, _SCRATCH, _BUDGETS = "plan.json", "scratch", "budgets.json"
+_PLAN, _SCRATCH, _BUDGETS, _TAKEN = "plan.json", "scratch", "budgets.json", "taken"
 # Free space required in addition to the records and the file that is made of them.
 _SPARE_BYTES = 16 << 20
 
@@ -36,12 +38,19 @@ def _is_disk_full(error: BaseException | None) -> bool:
     return isinstance(error, SafetensorError | RuntimeError) and any(text in str(error) for text in texts)
 
 
+def _file_name(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
 class Workspace:
     """The folder of a compression's unfinished work, beside its output folder.
 
     `begin` starts or resumes, `put_record` stores the records of one tensor, `publish` renames the repository to the
     output folder. It is a context manager that holds a lock, so that two runs cannot write to one output, and it is
     removed after publishing.
+
+    The processes of a job make one together: the first one holds the lock, makes and removes folders, and publishes.
+    All store records.
 
     Attributes:
         output: the output folder.
@@ -63,11 +72,14 @@ class Workspace:
         self._scratch: Path | None = None
         # The lock is in the workspace, which is never renamed: only folders in it are.
         self._lock = FolderLock(self.folder)
-        with named_errors(output):
-            self._check_folder()
+        processes.in_first(self._check_folder)
 
     def _check_folder(self) -> None:
-        """Check that the workspace can be made, or is one that no other process works in."""
+        """Check that the workspace can be made, or is one that no other job works in."""
+        with named_errors(self.output):
+            self._check_contents()
+
+    def _check_contents(self) -> None:
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise OutputError(f"{self.folder} is in the way and is not a folder: remove it")
         if not self.folder.exists() or not any(self.folder.iterdir()):
@@ -81,7 +93,7 @@ class Workspace:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if self._scratch is not None:
+        if self._scratch is not None and processes.is_first():
             shutil.rmtree(self._scratch, ignore_errors=True)
         resumable = (self.folder / _PLAN).exists()
         if self._lock.is_held and not resumable:
@@ -108,8 +120,17 @@ class Workspace:
             Whether earlier work is resumed.
 
         Raises:
-            OutputError: if another process is writing the output, or the disk has too little room.
+            OutputError: if another process is writing the output, the disk has too little room, or not all processes of
+                the job see the folder.
         """
+        resumes = processes.in_first(lambda: self._begin(fingerprint, expected_bytes, kept_bytes))
+        # A name that no other folder holds.
+        mark = self.folder / _TAKEN / processes.from_first(uuid.uuid4().hex)
+        processes.in_first(mark.touch)
+        processes.each(lambda: check_visible(mark))
+        return resumes
+
+    def _begin(self, fingerprint: str, expected_bytes: int, kept_bytes: int) -> bool:
         needed = 2 * expected_bytes + kept_bytes + _SPARE_BYTES
         if not self.folder.exists():
             self._check_room(needed)
@@ -124,11 +145,28 @@ class Workspace:
             self._check_room(needed)
             write_json(plan, {"fingerprint": fingerprint})
         (self.folder / "records").mkdir(exist_ok=True)
+        shutil.rmtree(self.folder / _TAKEN, ignore_errors=True)
+        (self.folder / _TAKEN).mkdir()
         shutil.rmtree(self._distilled, ignore_errors=True)  # distillation starts again from the stored records
         self._distilled.mkdir()
         shutil.rmtree(self.repository, ignore_errors=True)
         self.repository.mkdir()
         return resumes
+
+    def take(self, work: str, name: str) -> bool:
+        """Return whether this process is to do a piece of work, which is so for the first process that asks.
+
+        Args:
+            work: a kind of work, such as "records".
+            name: the tensor's name.
+        """
+        if not processes.is_distributed():
+            return True
+        try:
+            (self.folder / _TAKEN / f"{work}-{_file_name(name)}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def scratch(self) -> Path:
         """Take the lock and return an empty folder for files that are needed until the workspace is closed.
@@ -136,11 +174,15 @@ class Workspace:
         Raises:
             OutputError: if another process is writing the output.
         """
-        self._make()
         self._scratch = self.folder / _SCRATCH
+        processes.in_first(self._make_scratch)
+        return self._scratch
+
+    def _make_scratch(self) -> None:
+        self._make()
+        assert self._scratch is not None
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir()
-        return self._scratch
 
     def components(self) -> Path:
         """Return the folder for singular components, kept until the workspace is published; a resumed run uses them."""
@@ -181,7 +223,7 @@ class Workspace:
 
     def _record_path(self, name: str) -> Path:
         """Return the file of a tensor's records, named by a hash because tensor names may be too long for files."""
-        return self.folder / "records" / hashlib.sha256(name.encode()).hexdigest()[:32]
+        return self.folder / "records" / _file_name(name)
 
     def record_path(self, name: str) -> Path:
         """Return the file of a tensor's records: the distilled ones if they exist."""
