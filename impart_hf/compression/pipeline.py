@@ -3,14 +3,13 @@
 import time
 from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from ..calibration.layer_stream import stream_layers
 from ..calibration.streamed_model import StreamedModel, streamed_model
-from ..coding.svd_cache import SvdCache, SvdOf, uncached_svd
+from ..coding.svd_cache import SvdOf, uncached_svd
 from ..common import processes
 from ..common.progress import Progress
 from ..common.version import __version__
@@ -18,14 +17,13 @@ from ..distillation import DistillReport, DistillSettings
 from ..methods import MethodConfig
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
-from .budgets import components_bytes, shared_budgets
+from .budgets import find_spectra, shared_budgets, spectra_bytes
 from .encoding import Encoding
 from .pair import ModelPair
 from .plan import CompressionPlan, make_plan
 from .scan import TensorPlan
 from .writer import card_bytes, json_bytes, repository_config, write_repository
 
-_KEPT = torch.float16  # dtype of singular components that are kept on disk until they are encoded
 Method = TypeVar("Method", bound=MethodConfig)
 
 
@@ -130,9 +128,9 @@ def compress_pair(
     reach = Reach(frozenset() if stream is None else frozenset(stream.linear), trained)
     tensors = pair.tensors
     method, config, plan = processes.each(lambda: _planned(pair, tensors, request, reach))
-    kept = components_bytes(plan.encoded, method, _KEPT.itemsize) if method.shares_budget else 0
     inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
-    workspace.begin(plan.fingerprint(method, inputs), plan.allowed_bytes + plan.fixed_bytes, kept)
+    expected_bytes, kept_bytes = plan.allowed_bytes + plan.fixed_bytes, spectra_bytes(plan.encoded, method)
+    workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept_bytes)
     _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
     distilled = _distil(pair, workspace, plan, request)
 
@@ -182,11 +180,8 @@ def _encode(
     calibration: torch.Tensor | None,
 ) -> None:
     """Write the records of every tensor to encode into the workspace."""
-    budgets: dict[str, list[int]] = {}
-    if method.shares_budget:
-        svd_of = SvdCache(workspace.components(), _KEPT).of
-        make = partial(shared_budgets, plan.encoded, pair, method, svd_of)
-        budgets = processes.in_first(lambda: workspace.budgets(make))
+    processes.each(lambda: find_spectra(plan.encoded, pair, method, workspace))
+    budgets = processes.in_first(lambda: workspace.budgets(lambda: shared_budgets(plan.encoded, method, workspace)))
     encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream)
     with pair.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as encoding.bar:
         if stream is not None and calibration is not None:

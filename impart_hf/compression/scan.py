@@ -63,6 +63,13 @@ def element_count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
+def order_to_take(tensors: list[TensorPlan]) -> list[TensorPlan]:
+    """Return tensors in the order in which the processes of a job take them: those that take longest first."""
+    if not processes.is_distributed():
+        return tensors
+    return sorted(tensors, key=lambda t: t.dense_bytes * min(t.shape[-2:]), reverse=True)
+
+
 def scan(base: BaseTensors, finetuned: Model, progress: Progress) -> list[TensorPlan]:
     """Read both models once: find equal tensors, compute checksums, and check that all values that differ are finite.
 

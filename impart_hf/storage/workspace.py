@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 
 from ..common import processes
@@ -36,10 +38,6 @@ def _is_disk_full(error: BaseException | None) -> bool:
     # safetensors and torch.save raise their own errors.
     texts = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "file write failed"
     return isinstance(error, SafetensorError | RuntimeError) and any(text in str(error) for text in texts)
-
-
-def _file_name(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
 class Workspace:
@@ -144,9 +142,9 @@ class Workspace:
             self._lock.clear(keep=self._scratch)
             self._check_room(needed)
             write_json(plan, {"fingerprint": fingerprint})
-        (self.folder / "records").mkdir(exist_ok=True)
         shutil.rmtree(self.folder / _TAKEN, ignore_errors=True)
-        (self.folder / _TAKEN).mkdir()
+        for folder in ("records", "spectra", _TAKEN):
+            (self.folder / folder).mkdir(exist_ok=True)
         shutil.rmtree(self._distilled, ignore_errors=True)  # distillation starts again from the stored records
         self._distilled.mkdir()
         shutil.rmtree(self.repository, ignore_errors=True)
@@ -163,7 +161,7 @@ class Workspace:
         if not processes.is_distributed():
             return True
         try:
-            (self.folder / _TAKEN / f"{work}-{_file_name(name)}").touch(exist_ok=False)
+            self._file(_TAKEN, f"{work} {name}").touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
@@ -184,15 +182,22 @@ class Workspace:
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir()
 
-    def components(self) -> Path:
-        """Return the folder for singular components, kept until the workspace is published; a resumed run uses them."""
-        return self.folder / "components"
+    def has_spectra(self, name: str) -> bool:
+        return self._file("spectra", name).exists()
+
+    def put_spectra(self, name: str, spectra: np.ndarray) -> None:
+        """Store what is known of the singular values of a tensor's matrices atomically, for this run and later ones."""
+        data = io.BytesIO()
+        np.save(data, spectra)  # to a file, NumPy's error would not say that the disk is full
+        with atomic_write(self._file("spectra", name)) as temporary:
+            temporary.write_bytes(data.getbuffer())
+
+    def spectra(self, name: str) -> np.ndarray:
+        """Return what `put_spectra` stored."""
+        return np.load(self._file("spectra", name), allow_pickle=False)
 
     def budgets(self, make: Callable[[], dict[str, list[int]]]) -> dict[str, list[int]]:
-        """Return the byte budgets of every tensor's matrices, made by `make` only if no earlier run stored them.
-
-        Decomposing the matrices again could give other budgets.
-        """
+        """Return the byte budgets of every tensor's matrices, made by `make` only if no earlier run stored them."""
         path = self.folder / _BUDGETS
         if not path.exists():
             budgets = make()
@@ -221,33 +226,33 @@ class Workspace:
         if self._lock.is_held:
             self._lock.remove_folder()
 
-    def _record_path(self, name: str) -> Path:
-        """Return the file of a tensor's records, named by a hash because tensor names may be too long for files."""
-        return self.folder / "records" / _file_name(name)
+    def _file(self, folder: str, name: str) -> Path:
+        """Return a tensor's file in a folder, named by a hash because tensor names may be too long for files."""
+        return self.folder / folder / hashlib.sha256(name.encode()).hexdigest()[:32]
 
     def record_path(self, name: str) -> Path:
         """Return the file of a tensor's records: the distilled ones if they exist."""
-        path = self._record_path(name)
+        path = self._file("records", name)
         distilled = self._distilled / path.name
         return distilled if distilled.exists() else path
 
     def has_record(self, name: str) -> bool:
-        return self._record_path(name).exists()
+        return self._file("records", name).exists()
 
     def put_record(self, name: str, data: bytes, notes: list[str]) -> None:
         """Store a tensor's records atomically."""
-        path = self._record_path(name)
+        path = self._file("records", name)
         write_json(path.with_suffix(".notes"), notes)
         with atomic_write(path) as temporary:
             temporary.write_bytes(data)
 
     def put_distilled(self, name: str, data: bytes) -> None:
         """Store distilled records, which replace a tensor's records in this run only."""
-        (self._distilled / self._record_path(name).name).write_bytes(data)
+        (self._distilled / self._file("records", name).name).write_bytes(data)
 
     def notes(self, name: str) -> list[str]:
         """Return the method's notes on a tensor."""
-        return json.loads(self._record_path(name).with_suffix(".notes").read_text("utf-8"))
+        return json.loads(self._file("records", name).with_suffix(".notes").read_text("utf-8"))
 
     def publish(self) -> None:
         """Rename the repository to the output folder, replacing an older one, and remove the workspace.
