@@ -73,7 +73,7 @@ class Encoding:
             self._workspace.put_record(tensor.name, data, notes)
         if self._workspace.has_record(tensor.name):
             self._done += tensor.dense_bytes
-            self._written += self._workspace.record_path(tensor.name).stat().st_size
+            self._written += len(self._workspace.record(tensor.name))
         self.bar.update(tensor.dense_bytes)
 
     def compressed(self, name: str, hessian: torch.Tensor | None) -> torch.Tensor:
@@ -83,7 +83,7 @@ class Encoding:
         if tensor is None:
             return dense
         self.encode(tensor, hessian)
-        data = np.frombuffer(self._workspace.record_path(name).read_bytes(), np.uint8)
+        data = np.frombuffer(self._workspace.record(name), np.uint8)
         shared = add_delta(self._base.tensor(name, self._device), data, name, tensor.dtype)
         return torch.cat([shared, dense[tensor.shape[0] :].to(shared.device)]) if tensor.added_rows else shared
 

@@ -126,11 +126,15 @@ def compress_pair(
     started = time.perf_counter()
     stream, trained = processes.each(lambda: _models_for_texts(pair, request))
     reach = Reach(frozenset() if stream is None else frozenset(stream.linear), trained)
+    state = processes.from_first(pair.state())
+    if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
+        pair.tensors = list(map(TensorPlan.from_dict, stored))
     tensors = pair.tensors
     method, config, plan = processes.each(lambda: _planned(pair, tensors, request, reach))
     inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
     expected_bytes, kept_bytes = plan.allowed_bytes + plan.fixed_bytes, spectra_bytes(plan.encoded, method)
     workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept_bytes)
+    processes.in_first(lambda: workspace.put_scan(state, [tensor.to_dict() for tensor in tensors]))
     _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
     distilled = _distil(pair, workspace, plan, request)
 
@@ -195,7 +199,7 @@ def _distil(
     """Train the workspace's records in all processes, if the request asks for distillation."""
     if request.distillation is None:
         return None
-    records = {tensor.name: workspace.record_path(tensor.name).read_bytes() for tensor in plan.encoded}
+    records = {tensor.name: workspace.record(tensor.name) for tensor in plan.encoded}
     changed, report = _distillation().distill(
         pair.base, pair.finetuned, records, request.distillation, request.distill_settings,
         device=pair.device, checkpoints=workspace.checkpoints(), progress=pair.progress,

@@ -1,5 +1,6 @@
 """The scan of a pair: which tensors changed, and their checksums."""
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from ..common import processes
 from ..common.progress import Progress
 from ..modeling.base_tensors import BaseTensors
-from ..modeling.checkpoints import all_finite, same_values
+from ..modeling.checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, all_finite, same_values
 from ..modeling.checksums import tensor_checksum
 from ..modeling.tensors import Model
 from .compatibility import IncompatibleModelsError, is_matrix_shape
@@ -42,6 +43,16 @@ class TensorPlan:
     max_bytes: int = 0
     base_checksum: int = 0
     checksum: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields in types that JSON can hold."""
+        return dataclasses.asdict(self) | {"dtype": DTYPE_NAMES[self.dtype]}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TensorPlan":
+        """Return the plan that `to_dict` gave these fields."""
+        own = {"shape": tuple(fields["shape"]), "dtype": SAFETENSORS_DTYPES[fields["dtype"]]}
+        return cls(**(fields | own))
 
     @property
     def dense_bytes(self) -> int:
