@@ -124,13 +124,13 @@ def compress_pair(
             components.
     """
     started = time.perf_counter()
-    stream, trained = processes.each(lambda: _models_for_texts(pair, request))
+    stream, trained = processes.each(lambda: models_for_texts(pair, request))
     reach = Reach(frozenset() if stream is None else frozenset(stream.linear), trained)
     state = processes.from_first(pair.state())
     if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
         pair.tensors = list(map(TensorPlan.from_dict, stored))
     tensors = pair.tensors
-    method, config, plan = processes.each(lambda: _planned(pair, tensors, request, reach))
+    method, config, plan = processes.each(lambda: planned(pair, tensors, request, reach))
     inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
     expected_bytes, kept_bytes = plan.allowed_bytes + plan.fixed_bytes, spectra_bytes(plan.encoded, method)
     workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept_bytes)
@@ -147,7 +147,7 @@ def compress_pair(
     return processes.in_first(publish)
 
 
-def _models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[StreamedModel | None, frozenset[str]]:
+def models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[StreamedModel | None, frozenset[str]]:
     """Return the model for calibration, if asked for, and the names of the tensors that distillation can train."""
     stream = None if request.calibration is None else streamed_model(pair.finetuned, request.calibration, pair.device)
     if request.distillation is None:
@@ -157,7 +157,7 @@ def _models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[Str
     )
 
 
-def _planned(
+def planned(
     pair: ModelPair, tensors: list[TensorPlan], request: CompressionRequest, reach: Reach
 ) -> tuple[MethodConfig, dict[str, Any], CompressionPlan]:
     """Return the method, with the ratio that it is to reach, the content of config.json, and the plan."""
