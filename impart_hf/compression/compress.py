@@ -96,9 +96,13 @@ def compress(
             {"calibration": calibration, "distillation": distill}, calibration_samples, calibration_length,
         )  # fmt: skip
         request = CompressionRequest(
-            method, wanted_bytes, **texts, distill_settings=distill_settings or DistillSettings(),
-            max_shard_size=shard_size,
-        )  # fmt: skip
+            method,
+            wanted_bytes,
+            texts.get("calibration"),
+            texts.get("distillation"),
+            distill_settings or DistillSettings(),
+            shard_size,
+        )
         return compress_pair(pair, workspace, request)
 
 

@@ -3,10 +3,8 @@
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,13 +14,13 @@ from ..common.devices import usable_device
 from ..common.progress import Progress
 from ..common.validation import byte_budget, check_whole_number, shard_bytes
 from ..distillation import DistillSettings
-from ..evaluation.memory import anonymous_bytes
 from ..methods import MethodConfig
 from ..modeling.model_files import HubOptions
 from ..storage.output import check_output, existing_parent
 from .budgets import sharing
 from .compress import checked_method, open_pair
-from .matrix_timing import MatrixCosts, MatrixKind, MatrixTimer, time_matrices
+from .encoding import mask_seed
+from .matrix_timing import MatrixCosts, MatrixKind, MatrixTimer, Source, resident_bytes, time_matrices
 from .pair import ModelPair
 from .pipeline import CompressionRequest, Reach, models_for_texts, planned
 from .plan import CompressionPlan
@@ -84,7 +82,12 @@ def forecast(
         calibration_samples, calibration_length,
     )  # fmt: skip
     request = CompressionRequest(
-        method, wanted_bytes, **texts, distill_settings=distill_settings or DistillSettings(), max_shard_size=shard_size
+        method,
+        wanted_bytes,
+        texts.get("calibration"),
+        texts.get("distillation"),
+        distill_settings or DistillSettings(),
+        shard_size,
     )
     free = None if output is None else shutil.disk_usage(existing_parent(output)).free
     count = process_count or processes.count()
@@ -107,7 +110,7 @@ def _forecast_pair(
     opening = time.perf_counter() - opened
     transposed = frozenset[str]() if stream is None else stream.transposed
     kinds = {t.name: kind_of(t, t.name in reach.calibrated, t.name in transposed) for t in plan.encoded}
-    costs = matrix_costs(plan, kinds, method, pair_source(pair, kinds), pair.device, _MATRIX_SECONDS)
+    costs = matrix_costs(plan, kinds, method, pair_source(pair, kinds, method.seed), pair.device, _MATRIX_SECONDS)
     layer = layers = 0.0
     if stream is not None and request.calibration is not None:
         layer, layers = layer_seconds(stream, pair.finetuned, request.calibration), len(stream.layers)
@@ -135,7 +138,7 @@ def matrix_costs(
     plan: CompressionPlan,
     kinds: dict[str, MatrixKind],
     method: MethodConfig,
-    source: Any,
+    source: Source,
     device: torch.device,
     seconds: float,
 ) -> MatrixCosts:
@@ -167,12 +170,15 @@ def _counts(tensors: list[TensorPlan], kinds: dict[str, MatrixKind]) -> dict[Mat
     return dict(counts)
 
 
-def pair_source(
-    pair: ModelPair, kinds: dict[str, MatrixKind]
-) -> Callable[[MatrixKind, int, int, int], tuple[torch.Tensor, torch.Tensor]]:
-    """Return a function that gives parts of a pair's matrices: rows that are evenly spaced, and the first columns."""
+def pair_source(pair: ModelPair, kinds: dict[str, MatrixKind], seed: int) -> Source:
+    """Return a function that gives parts of a pair's matrices: rows that are evenly spaced, and the first columns.
 
-    def part(kind: MatrixKind, rows: int, columns: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    Args:
+        kinds: the kind of each tensor to encode.
+        seed: the method's seed.
+    """
+
+    def part(kind: MatrixKind, rows: int, columns: int, number: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         names = [name for name, other in kinds.items() if other == kind]
         # From the middle of the model outwards.
         name = names[(len(names) // 2 + number * max(1, len(names) // 4)) % len(names)]
@@ -180,14 +186,6 @@ def pair_source(
         after = pair.finetuned.tensor(name)[: before.shape[0]]
         parts = (t.reshape(-1, kind.rows, kind.columns)[0, :: kind.rows // rows] for t in (before, after))
         one, other = (t[:rows, :columns] for t in parts)
-        return one, other
+        return one, other, mask_seed(seed, name, 0)
 
     return part
-
-
-def resident_bytes() -> int | None:
-    """Return the memory of this process without mapped files, in bytes; None where the system does not tell."""
-    try:
-        return anonymous_bytes()
-    except OSError:
-        return None

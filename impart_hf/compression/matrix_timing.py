@@ -6,13 +6,13 @@ for the time there is, is timed by crops of its shape.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ..coding.spectrum import singular_values
-from ..evaluation.memory import PeakMemory
+from ..evaluation.memory import PeakMemory, anonymous_bytes
 from ..methods import MethodConfig, method_for
 from ..modeling.delta_decode import add_delta
 from ..modeling.delta_record import FACTORED, parse_stack
@@ -25,9 +25,9 @@ _ROUTE = 1024
 _GROWTH = 1.25  # the least growth of a side that is worth another crop
 _MOST_SAMPLES = 4  # whole matrices of a kind
 _FLOAT = 4  # bytes of a float32
-# Returns a part of the matrices of a kind with so many rows and columns, base and fine-tuned, in the models' dtypes;
-# successive numbers may choose other matrices.
-Source = Callable[["MatrixKind", int, int, int], tuple[torch.Tensor, torch.Tensor]]
+# Returns a part of the matrices of a kind with so many rows and columns: base and fine-tuned, in the models' dtypes,
+# and the seed of the matrix's masks; successive numbers may choose other matrices.
+Source = Callable[["MatrixKind", int, int, int], tuple[torch.Tensor, torch.Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def extrapolated(samples: Sequence[tuple[int, int, float]], rows: int, columns: 
     def terms(m: float, n: float) -> list[float]:
         return [m * n, m * n * min(m, n)]
 
+    if not any(s for _, _, s in samples):
+        return 0.0
     # Relative errors count, so that small samples do, too.
     table = np.array([terms(m, n) for m, n, _ in samples])
     seconds = np.maximum([s for _, _, s in samples], 1e-9)
@@ -178,17 +180,16 @@ def time_matrices(
         if not samples or clock() < end:
             whole = min(kind.rows, kind.columns) <= _WHOLE
             take(kind, *((kind.rows, kind.columns) if whole else kind.crop(_FIRST)))
+    todo = [kind for kind in reversed(kinds) if kind in samples]  # what costs little first: the last has what is left
     for number in range(1, _MOST_SAMPLES):
-        todo = [kind for kind in kinds if kind in samples]
         for at, kind in enumerate(todo):
             left, last = end - clock(), samples[kind][-1]
-            weights = [k.work * counts[k] for k in todo[at:]]
-            allowed = max(left * weights[0] / sum(weights), left / 2 if len(todo) == 1 else 0.0)
-            whole = (last.rows, last.columns) == (kind.rows, kind.columns)
-            if whole:
-                if counts[kind] > number and last.cost.seconds <= allowed:
+            if (last.rows, last.columns) == (kind.rows, kind.columns):
+                if counts[kind] > number and last.cost.seconds <= left / len(todo[at:]):
                     take(kind, kind.rows, kind.columns, number)
                 continue
+            weights = [k.work * counts[k] for k in todo[at:]]
+            allowed = max(0.0, left * weights[0] / sum(weights))
             growth = (allowed / max(last.cost.seconds, 1e-9)) ** (1 / 3)
             if growth >= _GROWTH:
                 take(kind, *kind.crop(int(min(last.rows, last.columns) * growth)))
@@ -217,15 +218,14 @@ class MatrixTimer:
 
     def __call__(self, kind: MatrixKind, rows: int, columns: int, number: int) -> Cost:
         """Return the cost of a part of a kind."""
-        try:
-            with PeakMemory() as memory:
-                cost = self._timed(kind, rows, columns, number)
-        except OSError:  # only Linux tells
+        if resident_bytes() is None:
             return self._timed(kind, rows, columns, number)
-        return Cost(cost.spectrum, cost.encoding, cost.decoding, max(memory.bytes, cost.peak), cost.fill, cost.rank)
+        with PeakMemory() as memory:
+            cost = self._timed(kind, rows, columns, number)
+        return replace(cost, peak=max(memory.bytes, cost.peak))
 
     def _timed(self, kind: MatrixKind, rows: int, columns: int, number: int) -> Cost:
-        before, after = self._source(kind, rows, columns, number)
+        before, after, seed = self._source(kind, rows, columns, number)
         encoder = method_for(self._method, kind.vocabulary)
         budget = max(int(self._share * rows * columns * after.element_size()), encoder.least_bytes(rows, columns))
         hessian = _hessian(rows if kind.transposed else columns, self._device) if kind.calibrated else None
@@ -235,7 +235,7 @@ class MatrixTimer:
         times.append(self._now())
         delta = self._delta(before, after, kind)
         data = encoder.encode(
-            delta, budget, 0,
+            delta, budget, seed,
             hessian=hessian, sigma=sigma, vocabulary=kind.vocabulary, transposed=kind.transposed,
         ).data  # fmt: skip
         times.append(self._now())
@@ -256,6 +256,14 @@ class MatrixTimer:
         if not bool(delta.abs().max() > 0):  # of rows that did not change, others tell more
             delta = torch.randn(delta.shape, generator=torch.Generator().manual_seed(0)).to(self._device)
         return delta
+
+
+def resident_bytes() -> int | None:
+    """Return the memory of this process without mapped files, in bytes; None where the system does not tell."""
+    try:
+        return anonymous_bytes()
+    except OSError:
+        return None
 
 
 def _hessian(order: int, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,9 @@ from .scan import TensorPlan, scan_tensor
 Clock = Callable[[], float]
 
 _SCANNED_BYTES = 256 << 20  # of both models together, at most
-_PRICED = 8192  # components of the sample whose price is found
+_PRICED = 4096  # components of the sample whose price is found
+# Of the time for so many, the part that each takes among many, where a sample gives a first estimate of the price.
+_AMONG_MANY = 0.75
 _FIRST_TOKENS, _LAYER_SECONDS = 64, 1.5
 _SIDE, _PRODUCTS = 1024, 8  # of the matrices whose product is timed
 # Of the speed of a large product alone, what training reaches: layers have smaller products and other work between.
@@ -67,7 +69,7 @@ def price_seconds(
         return 0.0
     started = clock()
     method.allocate(spectra, int(share * entries))
-    return (clock() - started) * total / taken
+    return (clock() - started) * total / taken * (_AMONG_MANY if total > 2 * _PRICED else 1.0)
 
 
 class _Enough(Exception):
