@@ -75,9 +75,8 @@ class ImPartRdConfig(MethodConfig):
         return Matrix(spectrum.sigma, spectrum.rows, spectrum.columns, _error_weights(spectrum, self.drop_weight))
 
     def _encode(self, task: EncodingTask) -> Encoded:
-        from ..coding.factor_quantisation import quantised
+        from ..coding.factor_quantisation import plane_mask, quantised
         from ..coding.records import empty_record, factored_record
-        from ..modeling.seeded_mask import keep_mask
 
         rows, columns = task.delta.shape
         u, sigma, v = task.svd(task.delta, lambda spectrum: self.rank_for(spectrum, rows, columns, task.max_bytes))
@@ -89,8 +88,8 @@ class ImPartRdConfig(MethodConfig):
             )
         factors = u[:, :count], sigma[:count], v[:, :count]
         bits, thresholds = choice.bits[:count], choice.thresholds[:count]
-        widths_u, widths_v = (
-            best_widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits[:, side])
+        (widths_u, scale_u), (widths_v, scale_v) = (
+            best_widths(part.t(), plane_mask(task.mask_seed, side, thresholds, part), bits[:, side])
             for side, part in enumerate((factors[0], factors[2]))
         )
         levels_u, scaled_sigma, levels_v, notes = quantised(
@@ -100,6 +99,7 @@ class ImPartRdConfig(MethodConfig):
             task.mask_seed,
             input_moments(task),
             widths_v=widths_v,
+            scales=(scale_u, scale_v),
             delta=task.delta,
             transposed=task.transposed,
         )
@@ -158,16 +158,38 @@ def input_moments(task: EncodingTask) -> torch.Tensor | None:
     return moments
 
 
-def best_widths(plane: torch.Tensor, mask: torch.Tensor, bits: np.ndarray) -> np.ndarray:
+def best_widths(
+    plane: torch.Tensor, mask: torch.Tensor | None, bits: np.ndarray
+) -> tuple[np.ndarray, torch.Tensor]:
     """Return the width codes, (r,), that round a plane (r, length) best among levels of the given bits.
 
     Args:
-        bits: (r,), the bits of each component's values.
-    """
-    from ..coding.factor_quantisation import cosines
+        mask: bool (r, length), true where an entry is kept; None keeps all.
+        bits: (r,), the bits of each component's values; a run of equal bits gets one width code.
 
-    widths = bits.copy()
-    for width, part in runs(bits):
-        kinds = [np.full(part.stop - part.start, kind) for kind in level_widths(width)]
-        widths[part] = max(kinds, key=lambda kind: float(cosines(plane[part], mask[part], kind).square().sum()))
-    return widths
+    Returns:
+        The width codes, and the scales, (r,), that suit them.
+    """
+    import torch
+
+    from ..coding.level_scales import fit_levels
+
+    kinds = {width: level_widths(width) for width in set(bits.tolist())}
+    # There are at most two kinds of levels; where there is one, it is both.
+    choices = [np.array([kinds[width][number] for width in bits.tolist()]) for number in (0, -1)]
+    fits = [fit_levels(plane, mask, choices[0])] * 2
+    both = np.flatnonzero(choices[0] != choices[1])
+    if len(both):
+        rows = torch.from_numpy(both).to(plane.device)
+        second = fit_levels(plane[rows], None if mask is None else mask[rows], choices[1][both])
+        fits[1] = replace(
+            fits[0],
+            scale=fits[0].scale.index_copy(0, rows, second.scale),
+            cosine=fits[0].cosine.index_copy(0, rows, second.cosine),
+        )
+    gains = torch.stack([fit.cosine for fit in fits]).double().square().cpu().numpy()
+    better = np.zeros(len(bits), bool)
+    for _, part in runs(bits):
+        better[part] = gains[1, part].sum() > gains[0, part].sum()
+    scale = torch.where(torch.from_numpy(better).to(plane.device), fits[1].scale, fits[0].scale)
+    return np.where(better, choices[1], choices[0]), scale
