@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from ..common.last_result import LastResult
-from ..modeling.codebook import EvenLevels, Levels, level_codebook
+from ..modeling.codebook import Levels, level_codebook
+from ..modeling.width_codes import NORMAL_LEVELS
 from .records import runs
+from .torch_gptq import TorchRounder
 from .triton_gptq import BLOCK, BlockRounder, rounds_on
 
 DAMPING = 0.01  # added to a Hessian's diagonal, in units of its mean, as in GPTQ
-_INNER = 16  # columns per update one by one in a core's cache
 _DAMPINGS = (1, 10, 100)  # multiples of the damping, tried until the Hessian can be factored
 
 
@@ -121,7 +122,7 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
 
 def _inverse_of_lower(lower: Tensor, step: int = 512) -> Tensor:
     """Return the inverse of a lower triangular matrix; skipping its zeros saves two thirds of the work."""
-    inverse = torch.zeros_like(lower)
+    inverse = torch.zeros(lower.shape, dtype=lower.dtype, device=lower.device)  # one row after the other
     for start in range(0, len(lower), step):
         rest = lower[start:, start:]
         identity = torch.eye(len(rest), min(step, len(rest)), dtype=lower.dtype, device=lower.device)
@@ -145,17 +146,7 @@ def sparse_gptq(weight: Tensor, mask: Tensor | None, factor: Factor, grid: Grid,
     share = 1 / (upper.diagonal()[:, None] * unit)  # the later columns compensate for a column's error times this
     kept = None if mask is None else mask.t().contiguous()[order]
     codes = torch.empty_like(left, dtype=torch.uint8)
-    widths = np.broadcast_to(grid.widths, len(weight)) if grid.by_row else grid.widths
-    round_block: _RoundBlock
-    if rounds_on(weight.device, weight.dtype):
-        uneven = any(not isinstance(level_codebook(width), EvenLevels) for width in set(widths.tolist()))
-        there = torch.from_numpy(widths.astype(np.int32)).to(weight.device)
-        round_block = BlockRounder(
-            codes, order, there if grid.by_row else there[order], grid.by_row, uneven, kept
-        ).round
-    else:
-        parts = _row_parts(widths, weight) if grid.by_row else _column_parts(widths, order, weight)
-        round_block = _ByTorch(codes, order, parts, kept).round
+    round_block = _rounder(codes, order, grid, kept, weight)
     for start in range(0, len(left), block):
         here = slice(start, start + block)
         ahead = upper[here, start:] if grid.by_row else upper[here, start:] * unit[start:, 0]
@@ -164,8 +155,15 @@ def sparse_gptq(weight: Tensor, mask: Tensor | None, factor: Factor, grid: Grid,
     return codes.t().contiguous()
 
 
-# Rounds a block of columns, see `BlockRounder.round`.
-_RoundBlock = Callable[[Tensor, slice, Tensor, Tensor], Tensor]
+def _rounder(codes: Tensor, order: Tensor, grid: Grid, kept: Tensor | None, like: Tensor) -> Callable[..., Tensor]:
+    """Return what rounds a block of columns (`BlockRounder.round`): a kernel, or torch."""
+    widths = np.broadcast_to(grid.widths, codes.shape[1]) if grid.by_row else grid.widths
+    if not rounds_on(like.device, like.dtype):
+        in_order = widths if grid.by_row else widths[order.cpu().numpy()]
+        return TorchRounder(codes, order, in_order, grid.by_row, kept, like).round
+    there = torch.from_numpy(widths.astype(np.int32)).to(like.device)
+    uneven = bool(np.isin(widths, list(NORMAL_LEVELS)).any())
+    return BlockRounder(codes, order, there if grid.by_row else there[order], grid.by_row, uneven, kept).round
 
 
 def _in_positions(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -182,92 +180,6 @@ def _in_positions(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     left = (weight * density).add_(zero).t().contiguous()
     unit = left.new_ones(1, 1) if grid.by_row else density.t()
     return left, unit.expand(len(left), 1)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Levels to which rows of one column are rounded.
-
-    Attributes:
-        rows: the rows.
-        top: the largest code of evenly spaced levels, whose positions are the whole numbers: of all rows or (rows,).
-        edges: of other levels, the midpoints between them, (levels - 1, 1); None if the levels are evenly spaced.
-        steps: float (2, levels - 1): 1, and the distance of the two levels at each edge.
-        lowest: the lowest level.
-    """
-
-    rows: slice
-    top: float | Tensor = 0.0
-    edges: Tensor | None = None
-    steps: Tensor | None = None
-    lowest: float = 0.0
-
-    @classmethod
-    def of(cls, rows: slice, widths: np.ndarray, like: Tensor) -> "_Part":
-        """Make the part of rows with one width code, or with several of evenly spaced levels."""
-        books = [level_codebook(width) for width in widths.tolist()]
-        if isinstance(books[0], EvenLevels):
-            tops = [float(book.top) for book in books]
-            return cls(rows, tops[0] if len(set(tops)) == 1 else torch.tensor(tops).to(like))
-        levels = books[0].levels(like.device, like.dtype)
-        steps = torch.stack([torch.ones_like(levels[1:]), levels.diff()])
-        return cls(rows, 0.0, books[0].edges(like.device, like.dtype)[:, None], steps, float(levels[0]))
-
-
-def _row_parts(widths: np.ndarray, like: Tensor) -> list[list[_Part]]:
-    """Return the parts of every column of a matrix whose rows have width codes."""
-    kinds = [width if not isinstance(level_codebook(width), EvenLevels) else 0 for width in widths.tolist()]
-    return [[_Part.of(rows, widths[rows], like) for _, rows in runs(np.array(kinds))]] * like.shape[1]
-
-
-def _column_parts(widths: np.ndarray, order: Tensor, like: Tensor) -> list[list[_Part]]:
-    """Return the parts of every column, in an order, of a matrix whose columns have width codes."""
-    made = {width: [_Part.of(slice(None), np.array([width]), like)] for width in set(widths.tolist())}
-    return [made[width] for width in widths[order.cpu().numpy()].tolist()]
-
-
-@dataclass(frozen=True)
-class _ByTorch:
-    """Rounds blocks as `BlockRounder` does, column by column."""
-
-    codes: Tensor
-    order: Tensor
-    parts: list[list[_Part]]
-    kept: Tensor | None
-
-    def round(self, left: Tensor, here: slice, share: Tensor, ahead: Tensor) -> Tensor:
-        size = len(left)
-        codes, errors = torch.empty_like(left), torch.empty_like(left)
-        kept = None if self.kept is None else self.kept[here]
-        shares = (share[:, None] if kept is None else kept * share[:, None]).unbind()
-        factors = [row[j + 1 :] for j, row in enumerate(ahead[:, :size].unbind())]
-        for start in range(0, size, _INNER):
-            stop = min(size, start + _INNER)
-            for j in range(start, stop):
-                for part in self.parts[here][j]:
-                    _round_part(part, left[j, part.rows], codes[j, part.rows], errors[j, part.rows])
-                error = errors[j].mul_(shares[j])
-                left[j + 1 : stop].addr_(factors[j][: stop - j - 1], error, alpha=-1)
-            left[stop:].addmm_(ahead[start:stop, stop:size].t(), errors[start:stop], alpha=-1)
-        rounded = codes.to(torch.uint8)
-        self.codes[self.order[here]] = rounded if kept is None else rounded.mul_(kept)
-        return errors
-
-
-def _round_part(part: _Part, column: Tensor, code: Tensor, error: Tensor) -> None:
-    """Write codes, and the differences of positions and levels."""
-    if part.edges is None or part.steps is None:
-        if isinstance(part.top, float):
-            torch.clamp(column, 0, part.top, out=code).round_()
-        else:
-            torch.clamp(column, min=0, out=code)
-            torch.minimum(code, part.top, out=code).round_()
-        torch.sub(column, code, out=error)
-        return
-    above = torch.gt(column, part.edges).to(column.dtype)
-    counted, climbed = (part.steps @ above).unbind()
-    code.copy_(counted)
-    torch.sub(column, climbed, out=error).sub_(part.lowest)
 
 
 def quantise(

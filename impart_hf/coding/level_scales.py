@@ -28,7 +28,7 @@ _STEPS = 3  # by which levels and scale are improved in turn where the first sca
 _TINY = 1e-12  # scale of a row of zeros
 # Entries of a row that are looked at. With many levels the few largest values decide, so more are needed.
 _FEW, _MANY, _FEW_BITS = 4096, 65536, 3
-_TILE, _DEVICE_TILE = 1 << 16, 1 << 26  # entries at once: on a CPU, what fits in a core's cache
+_TILE, _DEVICE_TILE = 1 << 16, 1 << 23  # entries at once: on a CPU, what fits in a core's cache
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,17 @@ class _Rows:
         return (self.energy / self.counts.clamp_min(1)).sqrt_().clamp_min_(_TINY)
 
     def rounded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return <x, q> and <q, q> for the levels q nearest to sizes x at a scale (r,)."""
-        positions = self.sizes * (self.unit / scale)[:, None]
+        """Return <x, q> and <q, q> for the levels q nearest to sizes x at scales (r,), or at several, (s, r)."""
+        positions = self.sizes * (self.unit / scale)[..., None]
         if self.edges is None or self.steps is None:
             levels = torch.minimum(positions.floor_().add_(0.5), self.highest, out=positions)
         else:
-            levels, above = self.lowest.expand_as(positions).clone(), torch.empty_like(positions)
+            levels, above = torch.empty_like(positions).copy_(self.lowest), torch.empty_like(positions)
             for edge, step in zip(self.edges.split(1, 1), self.steps.split(1, 1), strict=True):
                 levels.addcmul_(torch.gt(positions, edge, out=above), step)
-        product = (self.sizes * levels).sum(1)
+        product = (self.sizes * levels).sum(-1)
         absent = self.sizes.shape[1] - self.counts
-        square = levels.square_().sum(1).sub_(absent * self.lowest[:, 0].square())
+        square = levels.square_().sum(-1).sub_(absent * self.lowest[:, 0].square())
         return product, square.clamp_min_(_TINY)
 
     def improved(self, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,14 +152,18 @@ class _Rows:
         largest = self.sizes.amax(1).clamp_min_(_TINY)
         lowest = torch.minimum(self.root_mean_square() * (_LEAST * normal).to(largest), largest)
         step = (largest / lowest) ** (1 / (_COARSE - 1))
-        middle = self._best([lowest * step**k for k in range(_COARSE)])[0]
-        return self._best([middle * step**k for k in _FINE])[1:]
+        coarse, fine = torch.arange(_COARSE).to(step)[:, None], torch.tensor(_FINE).to(step)[:, None]
+        middle = self._best(lowest * step**coarse)[0]
+        return self._best(middle * step**fine)[1:]
 
-    def _best(self, scales: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return for each row the best of the scales, and `rounded` there."""
-        products, squares = (torch.stack(parts) for parts in zip(*map(self.rounded, scales), strict=True))
+    def _best(self, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return for each row the best of the scales (s, r), and `rounded` there."""
+        if scales.device.type == "cpu":  # one after the other, in the cache
+            products, squares = (torch.stack(parts) for parts in zip(*map(self.rounded, scales), strict=True))
+        else:
+            products, squares = self.rounded(scales)
         best = (products.square() / squares).argmax(0, keepdim=True)
-        scale, product, square = (part.gather(0, best)[0] for part in (torch.stack(scales), products, squares))
+        scale, product, square = (part.gather(0, best)[0] for part in (scales, products, squares))
         return scale, product, square
 
 

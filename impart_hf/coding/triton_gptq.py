@@ -23,14 +23,14 @@ logger = logging.get_logger(__name__)
 BLOCK = 128  # columns
 _EVEN = FLOAT16 - 1  # width codes up to here are evenly spaced levels
 _MOST = 16  # levels of a width code that is not evenly spaced
-_LAST_EVEN, _TABLE, _EDGES = constexpr(_EVEN), constexpr(_MOST), constexpr(_MOST - 1)
+_LAST_EVEN, _TABLE = constexpr(_EVEN), constexpr(_MOST)
 # Added and subtracted again, it rounds float32 of at most 255 to whole numbers, halves to even ones, as torch does.
 _ROUNDER = constexpr(12582912.0)
 
 
-@jit(do_not_specialize=["columns", "rows", "stride"])
+@jit(do_not_specialize=["columns", "rows"])
 def round_kernel(
-    left, codes, errors, order, ahead, share, kept, widths, tops, edges, levels, columns, rows, stride,
+    left, codes, errors, order, ahead, share, kept, widths, tops, edges, levels, columns, rows,
     BY_ROW: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Round `columns` columns of `ROWS` rows; everything has one column after the other in memory.
@@ -40,7 +40,7 @@ def round_kernel(
         codes: uint8 (all columns, rows); column j's are written to row `order[j]`.
         errors: float32 (columns, rows), written: (position - level) * share.
         order: int64 (columns,).
-        ahead: float32, rows of `stride` numbers: row j times column j's error is subtracted from the later columns.
+        ahead: float32 (columns, columns): row j times column j's error is subtracted from the later columns.
         share: float32 (columns,).
         kept: uint8 (columns, rows), 0 for dropped entries; not read unless MASKED.
         widths: int32, a width code for each row (BY_ROW) or each column.
@@ -52,19 +52,24 @@ def round_kernel(
     here = row < rows
     inside = (column < columns)[:, None] & here[None, :]
     x = tl.load(left + column[:, None] * rows + row[None, :], mask=inside, other=0.0)
+    edge_number = tl.arange(0, _TABLE)[:, None]
+    if BY_ROW:
+        width = tl.load(widths + row, mask=here, other=1)
+        top = tl.load(tops + width)
+        if NORMAL:
+            edge = tl.load(edges + width[None, :] * _TABLE + edge_number)
     for j in range(0, columns):
         value = tl.sum(tl.where(column[:, None] == j, x, 0.0), 0)
-        if BY_ROW:
-            width = tl.load(widths + row, mask=here, other=1)
-        else:
-            width = tl.load(widths + j) + tl.zeros([ROWS], tl.int32)
-        code = tl.minimum(tl.maximum(value, 0.0), tl.load(tops + width))
+        if not BY_ROW:
+            width = tl.load(widths + j)
+            top = tl.load(tops + width)
+            if NORMAL:
+                edge = tl.load(edges + width * _TABLE + edge_number)
+        code = tl.minimum(tl.maximum(value, 0.0), top)
         code = (code + _ROUNDER) - _ROUNDER
         level = code
         if NORMAL:
-            above = tl.zeros([ROWS], tl.int32)
-            for k in tl.static_range(_EDGES):
-                above += (value > tl.load(edges + width * _TABLE + k)).to(tl.int32)
+            above = tl.sum((value[None, :] > edge).to(tl.int32), 0)
             normal = width > _LAST_EVEN
             level = tl.where(normal, tl.load(levels + width * _TABLE + above), level)
             code = tl.where(normal, above.to(tl.float32), code)
@@ -76,7 +81,7 @@ def round_kernel(
         tl.store(codes + tl.load(order + j) * rows + row, code.to(tl.int32).to(tl.uint8), mask=here)
         tl.store(errors + j * rows + row, error, mask=here)
         later = (column > j) & (column < columns)
-        x = x - tl.load(ahead + j * stride + column, mask=later, other=0.0)[:, None] * error[None, :]
+        x = x - tl.load(ahead + j * columns + column, mask=later, other=0.0)[:, None] * error[None, :]
 
 
 @functools.lru_cache
@@ -121,7 +126,7 @@ class BlockRounder:
         Args:
             left: float32 (columns, rows), contiguous, the positions of these columns alone.
             share: float32 (columns,), contiguous.
-            ahead: float32 (columns, at least as many), with rows that are contiguous.
+            ahead: float32 (columns, at least as many): row j times column j's error is subtracted from later columns.
         """
         columns, rows = left.shape
         errors = torch.empty_like(left)
@@ -131,8 +136,8 @@ class BlockRounder:
         widths = self.widths if self.by_row else self.widths[here]
         with launching, on_device(left.device):
             round_kernel[(-(-rows // tile),)](
-                left, self.codes, errors, self.order[here], ahead, share, kept, widths, *_tables(left.device),
-                columns, rows, ahead.stride(0), BY_ROW=self.by_row, MASKED=self.kept is not None, NORMAL=self.uneven,
+                left, self.codes, errors, self.order[here], ahead[:, :columns].contiguous(), share, kept, widths,
+                *_tables(left.device), columns, rows, BY_ROW=self.by_row, MASKED=self.kept is not None, NORMAL=self.uneven,
                 COLUMNS=BLOCK, ROWS=tile, num_warps=1,
             )  # fmt: skip
         return errors

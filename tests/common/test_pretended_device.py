@@ -68,6 +68,17 @@ def test_methods(run: dict[str, Any]) -> None:
             assert counts["to_host"] < 50_000 and counts["to_device"] < 150_000, (name, work, counts)
 
 
+def test_kernels(run: dict[str, Any]) -> None:
+    """With GPTQ's kernel, launches grow with the blocks of 128 columns only."""
+    if not run:
+        pytest.skip("Triton is not installed")
+    narrow, wide = run.values()
+    for result in (narrow, wide):
+        assert result["launches"][0] == 0 and result["error"] == pytest.approx(result["error on the CPU"], rel=1e-3)
+    assert wide["launches"][1] <= 1400 and wide["waits"] <= 130, wide
+    assert wide["launches"][1] - narrow["launches"][1] <= 150, (narrow, wide)
+
+
 def test_faults(run: dict[str, Any]) -> None:
     """The pretended device finds what it is for."""
     for name in ("cpu_tensor", "other_index", "generator"):

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from impart_hf.repository.verify import verify
 from support import pretended_device
 from support.distilled import TOKENS, checkpoints, encode, spoiled
 from support.merge_family import config, make_family
-from support.pretended_device import NAME, MixedDevices, counted
+from support.pretended_device import NAME, MixedDevices, counted, with_kernels
 from support.random_deltas import make_delta, make_hessian
 from support.tiny_models import Pair, load_tensors, save_pair, tiny_config
 
@@ -85,6 +86,25 @@ def methods() -> dict[str, Any]:
                 "encode": asdict(encoding),
                 "decode": asdict(decoding),
             }
+    return found
+
+
+def kernels() -> dict[str, Any]:
+    """Encode by impart-rd with GPTQ's kernel, matrices of different sizes; nothing without Triton."""
+    found: dict[str, Any] = {}
+    if find_spec("triton") is None:
+        return found
+    for columns in (128, 256):
+        delta = make_delta(64, columns)
+        method, size = ImPartRdConfig(compression_ratio=RATIO), delta.numel() * 2 // RATIO
+        there, errors = delta.to(SECOND), []
+        with with_kernels():
+            with counted() as counts:
+                data = method.encode(there, size, 1).data
+        for record in (data, method.encode(delta, size, 1).data):
+            parsed = parse_record(np.frombuffer(record, np.uint8), (64, columns), "the matrix")[0]
+            errors.append((decode_record(parsed, "the matrix") - delta).norm().item())
+        found[str(columns)] = {**asdict(counts), "error": errors[0], "error on the CPU": errors[1]}
     return found
 
 
@@ -273,6 +293,7 @@ def main() -> None:
     pretended_device.register()
     runs: dict[str, Callable[[], Any]] = {
         "methods": methods,
+        "kernels": kernels,
         "faults": faults,
         "compression": lambda: compression(folder, pair),
         "use": lambda: use(folder),
