@@ -142,7 +142,7 @@ def least_squares(
 
 
 def _solved(gram: torch.Tensor, right: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the X, (r, m), for which (gram + damping) X is `right`; the damping is in units of gram's mean diagonal."""
+    """Return the X, (r, m), for which (gram + damping) X is `right`; damping is in units of the mean diagonal."""
     damped = gram.clone()
     damped.diagonal().add_(damping * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
     lower, failed = torch.linalg.cholesky_ex(damped)

@@ -56,7 +56,9 @@ def fit_levels(plane: Tensor, mask: Tensor | None, widths: np.ndarray | int, sta
     normal = np.isin(widths, list(NORMAL_LEVELS))
     for chosen in (normal & many, normal & ~many, ~normal & many, ~normal & ~many):
         for numbers, rows in _tiles(chosen, plane.shape[1], plane.device):
-            sizes, counts = _sample(plane[rows], None if mask is None else mask[rows], _MANY if many[numbers[0]] else _FEW)
+            sizes, counts = _sample(
+                plane[rows], None if mask is None else mask[rows], _MANY if many[numbers[0]] else _FEW
+            )
             fitted = _Rows.of(sizes.abs_(), counts, widths[numbers])
             if start is not None or normal[numbers[0]]:
                 product, square = fitted.improved(fitted.root_mean_square() if start is None else start[rows])

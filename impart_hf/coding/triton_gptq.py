@@ -121,7 +121,7 @@ class BlockRounder:
     kept: torch.Tensor | None
 
     def round(self, left: torch.Tensor, here: slice, share: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
-        """Round the columns `here`, at most `BLOCK`; return errors, float32 (columns, rows): (position - level) * share.
+        """Round the columns `here`, at most `BLOCK`; return errors, (columns, rows): (position - level) * share.
 
         Args:
             left: float32 (columns, rows), contiguous, the positions of these columns alone.
@@ -137,8 +137,8 @@ class BlockRounder:
         with launching, on_device(left.device):
             round_kernel[(-(-rows // tile),)](
                 left, self.codes, errors, self.order[here], ahead[:, :columns].contiguous(), share, kept, widths,
-                *_tables(left.device), columns, rows, BY_ROW=self.by_row, MASKED=self.kept is not None, NORMAL=self.uneven,
-                COLUMNS=BLOCK, ROWS=tile, num_warps=1,
+                *_tables(left.device), columns, rows, BY_ROW=self.by_row, MASKED=self.kept is not None,
+                NORMAL=self.uneven, COLUMNS=BLOCK, ROWS=tile, num_warps=1,
             )  # fmt: skip
         return errors
 

@@ -5,6 +5,7 @@ Vectors are rounded by sparse GPTQ; without calibration text, for inputs that ar
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,6 +20,8 @@ from .settings import setting
 
 if TYPE_CHECKING:
     import torch
+
+    from ..common.last_result import LastResult
 
 # Weights of noise in v, and in both vectors, relative to noise in u (docs/methods/impart-rd.md has the measurements).
 _V_NOISE, _BOTH_NOISE = 0.25, 0.06
@@ -152,15 +155,25 @@ def input_moments(task: EncodingTask) -> torch.Tensor | None:
     """
     if task.hessian is None and task.vocabulary:
         return None
-    known = task.delta.t() @ task.delta if task.hessian is None else task.hessian
-    moments = known / (float(known.diagonal().mean()) or 1.0)  # 0 if all inputs are zero
+    return _moments(task.delta.t() @ task.delta) if task.hessian is None else _shared_moments()(task.hessian)
+
+
+def _moments(known: torch.Tensor) -> torch.Tensor:
+    mean = known.diagonal().mean()
+    moments = known / mean.where(mean != 0, 1.0)  # 0 if all inputs are zero
     moments.diagonal().add_(_UNKNOWN_INPUTS)
     return moments
 
 
-def best_widths(
-    plane: torch.Tensor, mask: torch.Tensor | None, bits: np.ndarray
-) -> tuple[np.ndarray, torch.Tensor]:
+@functools.cache
+def _shared_moments() -> LastResult[torch.Tensor]:
+    """Return `_moments` of the last Hessian, for the matrices that share their inputs."""
+    from ..common.last_result import LastResult
+
+    return LastResult(_moments)
+
+
+def best_widths(plane: torch.Tensor, mask: torch.Tensor | None, bits: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
     """Return the width codes, (r,), that round a plane (r, length) best among levels of the given bits.
 
     Args:
