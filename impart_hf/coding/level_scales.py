@@ -19,11 +19,11 @@ from torch import Tensor
 from ..modeling.codebook import level_codebook
 from ..modeling.width_codes import BITS, NORMAL_LEVELS
 
-# Scales that are tried for evenly spaced levels: this many up to the largest entry, then some around the best, in units
-# of the distance to its neighbours. For long tails the best is as little as _LEAST times the best scale for normally
-# distributed values, which is _NORMAL times their root mean square for 0 to 8 bits.
-_COARSE, _FINE, _LEAST = 9, (-2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3), 0.3
-_NORMAL = np.array([0, 0.798, 1.494, 2.051, 2.514, 2.9, 3.25, 3.6, 3.9])
+# Scales that are tried for evenly spaced levels: _COARSE up to the largest entry, then _FINE around the best, up to
+# _FARTHEST of the way to its neighbours. For long tails the best is as little as _LEAST times the best scale for
+# normally distributed values, which is _NORMAL times their root mean square for 0 to 8 bits.
+_COARSE, _FINE, _FARTHEST, _LEAST = 9, 5, 2 / 3, 0.3
+_NORMAL = (0.0, 0.798, 1.494, 2.051, 2.514, 2.9, 3.25, 3.6, 3.9)
 _STEPS = 3  # by which levels and scale are improved in turn where the first scale is nearly right
 _TINY = 1e-12  # scale of a row of zeros
 # Entries of a row that are looked at. With many levels the few largest values decide, so more are needed.
@@ -63,7 +63,7 @@ def fit_levels(plane: Tensor, mask: Tensor | None, widths: np.ndarray | int, sta
             if start is not None or normal[numbers[0]]:
                 product, square = fitted.improved(fitted.root_mean_square() if start is None else start[rows])
             else:
-                product, square = fitted.searched(torch.from_numpy(_NORMAL[widths[numbers]]))
+                product, square = fitted.searched()
             scale[rows] = (fitted.unit * product / square).clamp_min_(_TINY)
             cosine[rows] = product / (square * fitted.energy).sqrt_().clamp_min_(_TINY)
     return LevelFit(scale, cosine)
@@ -92,6 +92,7 @@ class _Rows:
         edges, steps: (r, levels above zero - 1): the edges of levels above zero, and the distances of the levels at
             them; None if the levels are evenly spaced.
         highest: (r, 1), the highest of evenly spaced levels.
+        normal: (r, 1), their best scale for normally distributed values of variance 1.
     """
 
     sizes: Tensor
@@ -102,24 +103,28 @@ class _Rows:
     edges: Tensor | None
     steps: Tensor | None
     highest: Tensor
+    normal: Tensor
 
     @classmethod
     def of(cls, sizes: Tensor, counts: Tensor, widths: np.ndarray) -> "_Rows":
         """Make the rows of width codes that are all of one kind."""
         above = [NORMAL_LEVELS.get(width) for width in widths.tolist()]
         most = max(0 if levels is None else len(levels) for levels in above)
-        table = np.zeros((len(widths), 3 + 2 * most))
+        table = np.zeros((len(widths), 4 + 2 * most))
         table[:, 0] = [level_codebook(width).density for width in widths.tolist()]
         table[:, 1], table[:, 2] = 0.5, table[:, 0]
+        table[:, 3] = [
+            0.0 if levels is not None else _NORMAL[width] for width, levels in zip(widths, above, strict=True)
+        ]
         for row, levels in zip(table, above, strict=True):
             if levels is not None:
                 row[1] = levels[0]
-                row[3 : 3 + most] = np.inf
-                row[3 : 2 + len(levels)] = (np.array(levels[1:]) + levels[:-1]) / 2
-                row[3 + most : 2 + most + len(levels)] = np.diff(levels)
-        unit, lowest, highest, rest = torch.from_numpy(table).to(sizes).split([1, 1, 1, 2 * most], 1)
+                row[4 : 4 + most] = np.inf
+                row[4 : 3 + len(levels)] = (np.array(levels[1:]) + levels[:-1]) / 2
+                row[4 + most : 3 + most + len(levels)] = np.diff(levels)
+        unit, lowest, highest, normal, rest = torch.from_numpy(table).to(sizes).split([1, 1, 1, 1, 2 * most], 1)
         edges, steps = rest.split(most, 1) if most else (None, None)
-        return cls(sizes, sizes.square().sum(1), counts, unit[:, 0], lowest, edges, steps, highest)
+        return cls(sizes, sizes.square().sum(1), counts, unit[:, 0], lowest, edges, steps, highest, normal)
 
     def root_mean_square(self) -> Tensor:
         return (self.energy / self.counts.clamp_min(1)).sqrt_().clamp_min_(_TINY)
@@ -145,18 +150,15 @@ class _Rows:
             scale = (self.unit * product / square).clamp_min_(_TINY)
         return self.rounded(scale)
 
-    def searched(self, normal: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `rounded` at the best of many scales.
-
-        Args:
-            normal: (r,), the best scales for normally distributed values of variance 1.
-        """
+    def searched(self) -> tuple[Tensor, Tensor]:
+        """Return `rounded` at the best of many scales."""
         largest = self.sizes.amax(1).clamp_min_(_TINY)
-        lowest = torch.minimum(self.root_mean_square() * (_LEAST * normal).to(largest), largest)
+        lowest = torch.minimum(self.root_mean_square() * (_LEAST * self.normal[:, 0]), largest)
         step = (largest / lowest) ** (1 / (_COARSE - 1))
-        coarse, fine = torch.arange(_COARSE).to(step)[:, None], torch.tensor(_FINE).to(step)[:, None]
-        middle = self._best(lowest * step**coarse)[0]
-        return self._best(middle * step**fine)[1:]
+        coarse = torch.arange(_COARSE, dtype=step.dtype, device=step.device)
+        fine = torch.linspace(-_FARTHEST, _FARTHEST, _FINE, dtype=step.dtype, device=step.device)
+        middle = self._best(lowest * step ** coarse[:, None])[0]
+        return self._best(middle * step ** fine[:, None])[1:]
 
     def _best(self, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return for each row the best of the scales (s, r), and `rounded` there."""

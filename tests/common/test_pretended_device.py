@@ -18,20 +18,20 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.xdist_group("pretended")]
 
 # The most launches and waits (`Counts`) of an encode of a 192 x 256 matrix at ratio 8, and of the decode of its record:
-# today's numbers and a tenth. GPTQ's launches grow with the columns, those of a decode do not. Lower them when you can.
+# today's numbers and a tenth. Without its kernel, GPTQ's launches grow with the columns. Lower them when you can.
 CEILINGS = {
-    "bitdelta": ((100, 21), (27, 10)),
+    "bitdelta": ((101, 21), (27, 10)),
     "dare": ((141, 31), (56, 11)),
-    "dare-qt": ((514, 32), (53, 13)),
-    "dare-qt calibrated": ((2010, 41), (53, 13)),
-    "delta-come": ((2440, 62), (73, 14)),
-    "delta-come calibrated": ((7440, 96), (73, 14)),
+    "dare-qt": ((282, 33), (53, 13)),
+    "dare-qt calibrated": ((1760, 39), (53, 13)),
+    "delta-come": ((522, 44), (73, 14)),
+    "delta-come calibrated": ((2850, 57), (73, 14)),
     "impart": ((230, 44), (95, 17)),
-    "impart-qt": ((2470, 72), (73, 14)),
-    "impart-qt calibrated": ((7480, 106), (73, 14)),
-    "impart-rd": ((13800, 190), (102, 14)),
-    "impart-rd calibrated": ((13800, 190), (102, 14)),
-    "lowrank": ((146, 34), (55, 17)),
+    "impart-qt": ((549, 54), (73, 14)),
+    "impart-qt calibrated": ((2890, 66), (73, 14)),
+    "impart-rd": ((4870, 143), (102, 14)),
+    "impart-rd calibrated": ((4840, 140), (102, 14)),
+    "lowrank": ((147, 35), (55, 17)),
 }
 SECOND = "pretended:1"
 
@@ -75,7 +75,7 @@ def test_kernels(run: dict[str, Any]) -> None:
     narrow, wide = run.values()
     for result in (narrow, wide):
         assert result["launches"][0] == 0 and result["error"] == pytest.approx(result["error on the CPU"], rel=1e-3)
-    assert wide["launches"][1] <= 1400 and wide["waits"] <= 130, wide
+    assert wide["launches"][1] <= 1550 and wide["waits"] <= 130, wide
     assert wide["launches"][1] - narrow["launches"][1] <= 150, (narrow, wide)
 
 
