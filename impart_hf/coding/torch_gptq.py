@@ -52,7 +52,7 @@ class _Part:
 
     def round(self, column: Tensor, level: Tensor, error: Tensor) -> None:
         """Write the levels nearest to positions (rows,), and the differences."""
-        if self.edges is not None:
+        if self.edges is not None and self.steps is not None:
             above = column.new_empty(len(self.edges), len(column))
             torch.sum(torch.gt(column, self.edges, out=above).mul_(self.steps), 0, out=level)
         elif isinstance(self.top, float):

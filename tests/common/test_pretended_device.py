@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.xdist_group("pr
 # The most launches and waits (`Counts`) of an encode of a 192 x 256 matrix at ratio 8, and of the decode of its record:
 # today's numbers and a tenth. Without its kernel, GPTQ's launches grow with the columns. Lower them when you can.
 CEILINGS = {
-    "bitdelta": ((101, 21), (27, 10)),
+    "bitdelta": ((100, 21), (27, 10)),
     "dare": ((141, 31), (56, 11)),
     "dare-qt": ((282, 33), (53, 13)),
     "dare-qt calibrated": ((1760, 39), (53, 13)),
@@ -31,7 +31,7 @@ CEILINGS = {
     "impart-qt calibrated": ((2890, 66), (73, 14)),
     "impart-rd": ((4870, 143), (102, 14)),
     "impart-rd calibrated": ((4840, 140), (102, 14)),
-    "lowrank": ((147, 35), (55, 17)),
+    "lowrank": ((146, 34), (55, 17)),
 }
 SECOND = "pretended:1"
 
@@ -69,14 +69,14 @@ def test_methods(run: dict[str, Any]) -> None:
 
 
 def test_kernels(run: dict[str, Any]) -> None:
-    """With GPTQ's kernel, launches grow with the blocks of 128 columns only."""
+    """With GPTQ's kernel, launches grow with the blocks of 128 columns, and with the segments that are packed."""
     if not run:
         pytest.skip("Triton is not installed")
     narrow, wide = run.values()
     for result in (narrow, wide):
         assert result["launches"][0] == 0 and result["error"] == pytest.approx(result["error on the CPU"], rel=1e-3)
     assert wide["launches"][1] <= 1550 and wide["waits"] <= 130, wide
-    assert wide["launches"][1] - narrow["launches"][1] <= 150, (narrow, wide)
+    assert wide["launches"][1] - narrow["launches"][1] <= 250, (narrow, wide)
 
 
 def test_faults(run: dict[str, Any]) -> None:
