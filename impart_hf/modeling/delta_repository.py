@@ -350,19 +350,25 @@ class DeltaRepository:
     def part(self, name: str, index: Index, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return a part of a fine-tuned tensor, decoded on `device`; errors as for `tensor`.
 
-        Of a matrix that has records and no added rows, only the rows and columns of the part are decoded.
+        Only the part is decoded and goes over to the device, except of tensors that are replaced, have added rows or
+        are stacks of matrices.
 
         Args:
             index: what selects the part, as in `tensor(name)[index]`.
         """
         entries, shape = self.parts[name], self.shape(name)
-        ranges = part_ranges(index, shape) if entries.records and not entries.added_rows else None
-        if ranges is None or len(shape) != 2 or ranges == [range(size) for size in shape]:
-            return self.tensor(name, device)[index]
+        ranges = part_ranges(index, shape)
+        as_a_whole = entries.replacement or entries.added_rows or (entries.records and len(shape) != 2)
+        if ranges is None or as_a_whole or ranges == [range(size) for size in shape]:
+            whole = self.tensor(name, device)
+            part = whole[index]
+            return part if part.numel() == whole.numel() else part.clone()  # the rest is not kept
+        part_of_base = self.base_tensor(name)[tuple(slice(chosen.start, chosen.stop) for chosen in ranges)].to(device)
+        if not entries.records:
+            return part_of_base.to(self.dtype(name))
         rows, columns = (slice(chosen.start, chosen.stop) for chosen in ranges)
-        base = self.base_tensor(name)[rows, columns].to(device)
         data = self.file.read_records(name)
-        return add_delta_part(base, data, name, self.dtype(name), (shape[0], shape[1]), rows, columns)
+        return add_delta_part(part_of_base, data, name, self.dtype(name), (shape[0], shape[1]), rows, columns)
 
     def lazy_state_dict(self) -> dict[str, LazyTensor]:
         """Return all fine-tuned tensors as objects that are decoded where transformers puts them."""
