@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from .delta_decode import add_delta, add_delta_part
 from .delta_record import DeltaFormatError
 from .model_files import CheckpointError, HubOptions, fetch_file, read_json
 from .tensors import LazyTensor
+from .transfer import ahead, to_device
 
 DELTA_FILE = "delta_model.safetensors"
 DELTA_INDEX = DELTA_FILE + ".index.json"
@@ -28,6 +29,8 @@ RECORD_SUFFIX = ".delta"  # entry with a tensor's records
 ROWS_SUFFIX = ".added_rows"  # entry with the rows that the fine-tune adds to the base's
 BASE_CHECKSUMS = "base_checksums"
 CRC_ENTRY = "crc32"
+# Most bytes of a base tensor that waits on an accelerator: a layer's matrices may, the largest vocabularies' may not.
+_MOST_AHEAD = 512 << 20
 
 
 Buffer: TypeAlias = bytes | memoryview
@@ -332,10 +335,31 @@ class DeltaRepository:
             WrongBaseError: if the base's tensor is not the one that the delta was made against.
             DeltaFormatError: if the delta's entries are damaged or do not fit.
         """
-        part, dtype = self.parts[name], self.dtype(name)
-        tensor = self.base_tensor(name).to(device)  # always read, so that a wrong base is detected
+        return self._decoded(name, self._checked_base(name, device))
+
+    def tensors(
+        self, device: torch.device | str = "cpu", names: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return fine-tuned tensors with their names, as `tensor` returns them, one at a time.
+
+        On an accelerator, each tensor of the base is read and goes over while the one before is decoded and used, if it
+        is not so large that memory for both could be short.
+
+        Args:
+            names: in which order; None for all, sorted.
+        """
+        names = self.names() if names is None else names
+        bases = ahead(names, self._checked_base, device, lambda name: self.base.size(name) <= _MOST_AHEAD)
+        return map(lambda pair: (pair[0], self._decoded(*pair)), bases)  # a loop would keep the base's tensor
+
+    def _checked_base(self, name: str, device: torch.device | str) -> torch.Tensor:
+        return to_device(self.base_tensor(name), device)  # always read, so that a wrong base is detected
+
+    def _decoded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the fine-tuned tensor, on the device of its base's tensor."""
+        part, dtype, device = self.parts[name], self.dtype(name), tensor.device
         if part.replacement:
-            stored = self.file.read(part.replacement).to(device)
+            stored = to_device(self.file.read(part.replacement), device)
             if stored.is_floating_point() and not finite_where_base_is(stored, tensor):
                 raise DeltaFormatError(f"delta entry {part.replacement} holds NaN or infinity")
             tensor = stored
@@ -363,12 +387,12 @@ class DeltaRepository:
             whole = self.tensor(name, device)
             part = whole[index]
             return part if part.numel() == whole.numel() else part.clone()  # the rest is not kept
-        part_of_base = self.base_tensor(name)[tuple(slice(chosen.start, chosen.stop) for chosen in ranges)].to(device)
+        wanted = tuple(slice(chosen.start, chosen.stop) for chosen in ranges)
+        part_of_base = to_device(self.base_tensor(name)[wanted], device)
         if not entries.records:
             return part_of_base.to(self.dtype(name))
-        rows, columns = (slice(chosen.start, chosen.stop) for chosen in ranges)
         data = self.file.read_records(name)
-        return add_delta_part(part_of_base, data, name, self.dtype(name), (shape[0], shape[1]), rows, columns)
+        return add_delta_part(part_of_base, data, name, self.dtype(name), (shape[0], shape[1]), wanted[0], wanted[1])
 
     def lazy_state_dict(self) -> dict[str, LazyTensor]:
         """Return all fine-tuned tensors as objects that are decoded where transformers puts them."""

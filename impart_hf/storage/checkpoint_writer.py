@@ -76,10 +76,10 @@ class DenseTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def dense_tensors(tensors: Tensors, device: torch.device | str = "cpu", *, checked: bool = False) -> list[DenseTensor]:
-    """Return all tensors of a model for `write_weights`; each is made on `device` when it is written."""
+def dense_tensors(tensors: Tensors) -> list[DenseTensor]:
+    """Return all tensors of a model for `write_weights`; each is made when it is written."""
     return [
-        DenseTensor(name, tensors.shape(name), tensors.dtype(name), partial(tensors.tensor, name, device), checked)
+        DenseTensor(name, tensors.shape(name), tensors.dtype(name), partial(tensors.tensor, name))
         for name in tensors.names()
     ]
 
@@ -95,9 +95,17 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def write_weights(
-    folder: Path, tensors: Iterable[DenseTensor], max_shard_size: int | str, progress: Progress, title: str
+    folder: Path,
+    tensors: Iterable[DenseTensor],
+    max_shard_size: int | str,
+    progress: Progress,
+    title: str,
+    begin: Callable[[list[str]], None] | None = None,
 ) -> None:
     """Write model.safetensors, sharded with an index if it is large, with one tensor in memory at a time.
+
+    Args:
+        begin: told the names of all tensors, in the order in which they will be made, before the first one is.
 
     Raises:
         OutputError: if the disk has no room for the weights.
@@ -125,6 +133,8 @@ def write_weights(
             for t in sorted(tensors, key=lambda t: -t.dtype.itemsize)
         ]
         files, index = shard_entries(entries, WEIGHTS, max_shard_size)
+        if begin is not None:
+            begin([entry.name for members in files.values() for entry in members])
         for filename, members in files.items():
             write_safetensors(folder / filename, members, {"format": "pt"})
     if index is not None:
