@@ -394,9 +394,17 @@ class DeltaRepository:
         data = self.file.read_records(name)
         return add_delta_part(part_of_base, data, name, self.dtype(name), (shape[0], shape[1]), wanted[0], wanted[1])
 
-    def lazy_state_dict(self) -> dict[str, LazyTensor]:
-        """Return all fine-tuned tensors as objects that are decoded where transformers puts them."""
-        return {name: LazyTensor(self, name, self.part) for name in self.names()}
+    def lazy_state_dict(self, decoded: bool = True) -> dict[str, LazyTensor]:
+        """Return all fine-tuned tensors as objects that are decoded where transformers puts them.
+
+        Args:
+            decoded: False for zeros instead of the values, where those would be dropped.
+        """
+        return {name: LazyTensor(self, name, self.part if decoded else self._zeros) for name in self.names()}
+
+    def _zeros(self, name: str, index: Index, device: torch.device) -> torch.Tensor:
+        part = torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")[index]
+        return torch.zeros_like(part, device=device)
 
 
 def names_checksum(names: list[str]) -> int:

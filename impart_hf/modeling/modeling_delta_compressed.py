@@ -26,7 +26,7 @@ from .model_files import HubOptions, fetch_file, pinned
 from .modeling_pruned_llama import PrunedLlamaForCausalLM
 from .repository_files import delta_digest, holds_delta, push_folder, repository_folder, save_repository
 from .saved_configs import changed_configs
-from .spread_models import is_spread, one_process_writes, true_in_any
+from .spread_models import is_spread, one_process_writes, true_in_any, values_are_dropped
 from .weight_fingerprints import WeightFingerprints
 
 logger = logging.get_logger(__name__)
@@ -104,11 +104,12 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             raise ValueError(f"'{source}' holds a {inner.__name__}: load it with AutoModelForCausalLM")
         model_class = _delta_class(inner)
         with_info = kwargs.pop("output_loading_info", False)
+        is_quantised = kwargs.get("quantization_config") is not None
         model, info = model_class.from_pretrained(
             None,
             *model_args,
             config=config_for(inner, config.text_config),
-            state_dict=repository.lazy_state_dict(),
+            state_dict=repository.lazy_state_dict(decoded=not values_are_dropped(is_quantised)),
             output_loading_info=True,
             **kwargs,
         )

@@ -1,11 +1,24 @@
 """Models whose weights transformers spreads over processes: by a tensor-parallel plan, FSDP or a pipeline."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import distributed
 from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
+
+
+def values_are_dropped(quantised: bool) -> bool:
+    """Return whether transformers drops the values that this process loads, as FSDP sends it those of another one.
+
+    That is so with accelerate's FSDP and `FSDP_CPU_RAM_EFFICIENT_LOADING`, in all processes of a machine but the first.
+
+    Args:
+        quantised: whether the model is quantised while it is loaded.
+    """
+    return is_fsdp_enabled() and os.environ.get("LOCAL_RANK") != "0" and not quantised
 
 
 def is_spread(model: PreTrainedModel) -> bool:
@@ -36,4 +49,4 @@ def one_process_writes(model: PreTrainedModel) -> Iterator[bool]:
         distributed.barrier()
 
 
-__all__ = ["is_spread", "one_process_writes", "true_in_any"]
+__all__ = ["is_spread", "one_process_writes", "true_in_any", "values_are_dropped"]

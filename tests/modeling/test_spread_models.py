@@ -64,6 +64,13 @@ def test_each_process_decodes_its_part(folder: Path, run: str, found: list[dict[
         assert counts == [entries // 2 if split else entries] * 2, name
 
 
+@pytest.mark.parametrize("run", ["sent"])
+def test_what_is_dropped_is_not_decoded(folder: Path, found: list[dict[str, Any]]) -> None:
+    """Under FSDP's loading that spares memory, the first process of a machine decodes for all."""
+    assert [rank["read"] for rank in found] == [len(decode_all(folder / "llama-delta")), 0]
+    assert [rank["off"] for rank in found] == [0, 0]
+
+
 @RUNS
 def test_only_a_change_is_a_change(found: list[dict[str, Any]]) -> None:
     assert [rank["changed"] for rank in found] == [[False, False, True], [False, False, False]]

@@ -7,6 +7,7 @@ tests/modeling/test_spread_models.py judges it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -70,6 +71,28 @@ def spread(folder: Path, kind: str, way: str, options: dict[str, Any]) -> dict[s
     return found
 
 
+def sent(folder: Path) -> dict[str, Any]:
+    """Load as accelerate's FSDP has it, which sends the first process's weights to the others."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    checked = []
+    original = DeltaRepository.base_tensor
+
+    def counting(self: DeltaRepository, name: str) -> torch.Tensor:
+        checked.append(name)
+        return original(self, name)
+
+    DeltaRepository.base_tensor = counting  # type: ignore[method-assign]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder / "llama-delta", dtype=torch.float32)
+    finally:
+        DeltaRepository.base_tensor = original  # type: ignore[method-assign]
+        del os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
+    for parameter in model.parameters():
+        distributed.broadcast(parameter.data, 0)
+    whole = AutoModelForCausalLM.from_pretrained(folder / "llama-delta", dtype=torch.float32)
+    return {"read": len(checked), "off": largest_difference(model, whole)}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     warnings.simplefilter("ignore", FutureWarning)
@@ -77,6 +100,7 @@ def main() -> None:
     for kind in KINDS:
         found[f"{kind} tp"] = spread(folder, kind, "tp", {"tp_plan": "auto"})
     found["llama fsdp"] = spread(folder, "llama", "fsdp", {"distributed_config": DistributedConfig(fsdp_size=2)})
+    found["sent"] = sent(folder)
     of_all: list[Any] = [None, None]
     distributed.all_gather_object(of_all, found)
     if distributed.get_rank() == 0:
