@@ -50,7 +50,7 @@ def reconstruct(
         for name in repository.names()
     ]
     with new_folder(output_dir) as folder:
-        write_weights(folder, tensors, max_shard_size, progress or Progress(False), "Reconstructing", begin)
+        write_weights(folder, tensors, max_shard_size, progress or Progress(False), "Reconstructing", begin=begin)
         _write_texts(repository, folder)
 
 
