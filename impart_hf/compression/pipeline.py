@@ -15,6 +15,7 @@ from ..common.progress import Progress
 from ..common.version import __version__
 from ..distillation import DistillReport, DistillSettings
 from ..methods import MethodConfig
+from ..modeling.checkpoints import text_config
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
 from ..training import distributed
@@ -144,6 +145,7 @@ def compress_pair(
     # The plan may leave fewer tensors to encode; this never makes config.json longer.
     config["method"] = request.recorded_method(method, reach, plan.encoded)
     kept = components_bytes(plan.encoded, method, _KEPT.itemsize) if method.shares_budget else 0
+    kept += _checkpoint_bytes(pair, plan, method, request)
     inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
     workspace.begin(plan.fingerprint(method, inputs), plan.allowed_bytes + plan.fixed_bytes, kept)
     _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
@@ -190,6 +192,16 @@ def _distil(
     for name, data in changed.items():
         workspace.put_distilled(name, data)
     return report
+
+
+def _checkpoint_bytes(pair: ModelPair, plan: CompressionPlan, method: MethodConfig, request: CompressionRequest) -> int:
+    """Return about how much distillation's checkpoints take on disk."""
+    if request.distillation is None:
+        return 0
+    from ..distillation.memory import checkpoint_bytes_for
+
+    layers = getattr(text_config(pair.finetuned.config), "num_hidden_layers", 1)
+    return checkpoint_bytes_for(plan.allowed_bytes, method.name, layers, request.distill_settings)
 
 
 def assist_first_process(pair: ModelPair) -> CompressionReport:

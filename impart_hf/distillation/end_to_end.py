@@ -30,19 +30,17 @@ def distill_end_to_end(
 ) -> tuple[dict[str, bytes], DistillReport]:
     """Distil as `distill` does, with the KL divergence of the logits as the loss."""
     empty = empty_model(finetuned)
+    check_tokens(tokens, empty.get_input_embeddings().num_embeddings)
     named = {owners[0]: name for name, owners in trainable(empty, base, finetuned).items() if name in records}
     deltas_of = {key: [DeltaSize.of(record) for record in parse_stack(records[n], n)] for key, n in named.items()}
     how = fit(empty.config, deltas_of, settings, arguments, (len(tokens), tokens.shape[1]))
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     teacher = load_model(finetuned, finetuned_tensors(finetuned), dtype, arguments.device)
-    check_tokens(tokens, teacher.get_input_embeddings().num_embeddings)
     owners = trainable(teacher, base, finetuned)
     names = [name for name in records if name in owners]
     student = load_model(finetuned, student_tensors(base, finetuned, records, names), dtype, arguments.device)
 
-    record_trainer = RecordTrainer(
-        base, finetuned, len(tokens), settings, arguments, progress, how.micro_batch_size
-    )
+    record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress, how.micro_batch_size)
     deltas = record_trainer.attach(student, names, records, owners)
     if how.recomputes:
         recompute_layers(student)

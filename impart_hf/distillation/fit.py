@@ -88,9 +88,7 @@ def _free_bytes(device: torch.device) -> int | None:
     return None
 
 
-def _is_small(
-    config: PreTrainedConfig, deltas: Mapping[str, Sequence[DeltaSize]], tokens: int, free: int
-) -> bool:
+def _is_small(config: PreTrainedConfig, deltas: Mapping[str, Sequence[DeltaSize]], tokens: int, free: int) -> bool:
     """Return whether distillation takes so little memory that a forecast is not worth its time.
 
     Args:

@@ -7,7 +7,6 @@ those alive are counted. So the model of memory knows every architecture that th
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,10 @@ from .trained_delta import TrainedDelta, TrainedPlane
 _FLOAT = 4  # bytes of a float32
 # Checkpoints on disk while one is written: the best, the one before, and the new one.
 _CHECKPOINTS = 3
+# Kept values for each byte of a record, with the methods' defaults: the largest of those measured. The most is one a bit.
+VALUES_PER_BYTE = {"impart-rd": 6.1, "impart-qt": 4, "delta-come": 4, "dare-qt": 4, "impart": 0.5, "dare": 0.5,
+                   "lowrank": 0.5}  # fmt: skip
+_MOST_VALUES_PER_BYTE, _SCALES_PER_BYTE = 8, 0.1
 # Numbers of layers with which a step is measured, if there are more and all have the same shapes.
 _MEASURED = 3, 5
 
@@ -119,6 +122,19 @@ class Forecast:
 def checkpoint_bytes(values: int, settings: DistillSettings) -> int:
     """Return the most that checkpoints of so many trained numbers take on disk."""
     return _CHECKPOINTS * values * (_FLOAT + OPTIMIZERS[settings.optim])
+
+
+def checkpoint_bytes_for(record_bytes: int, method: str, layers: int, settings: DistillSettings) -> int:
+    """Return about how much checkpoints take on disk, before there are records.
+
+    Args:
+        record_bytes: size of all records.
+        method: name of the method.
+        layers: number of the model's decoder layers.
+    """
+    density = VALUES_PER_BYTE.get(method, _MOST_VALUES_PER_BYTE) if settings.trains == "codes" else _SCALES_PER_BYTE
+    share = 1.0 if settings.blocks is None else min(1.0, settings.blocks / layers)
+    return checkpoint_bytes(round(record_bytes * density * share), settings)
 
 
 class DistillationMemory:
