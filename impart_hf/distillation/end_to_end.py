@@ -1,6 +1,7 @@
 """Distillation with both whole models in memory."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def distill_end_to_end(
     progress: Progress,
 ) -> tuple[dict[str, bytes], DistillReport]:
     """Distil as `distill` does, with the KL divergence of the logits as the loss."""
-    empty = empty_model(finetuned)
+    empty: Any = empty_model(finetuned)
     check_tokens(tokens, empty.get_input_embeddings().num_embeddings)
     named = {owners[0]: name for name, owners in trainable(empty, base, finetuned).items() if name in records}
     deltas_of = {key: [DeltaSize.of(record) for record in parse_stack(records[n], n)] for key, n in named.items()}

@@ -6,7 +6,7 @@ those alive are counted. So the model of memory knows every architecture that th
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from .trained_delta import TrainedDelta, TrainedPlane
 _FLOAT = 4  # bytes of a float32
 # Checkpoints on disk while one is written: the best, the one before, and the new one.
 _CHECKPOINTS = 3
-# Kept values for each byte of a record, with the methods' defaults: the largest of those measured. The most is one a bit.
+# Kept values for each byte of a record, with the methods' defaults: the largest that was measured.
 VALUES_PER_BYTE = {"impart-rd": 6.1, "impart-qt": 4, "delta-come": 4, "dare-qt": 4, "impart": 0.5, "dare": 0.5,
                    "lowrank": 0.5}  # fmt: skip
 _MOST_VALUES_PER_BYTE, _SCALES_PER_BYTE = 8, 0.1
@@ -174,7 +174,7 @@ class DistillationMemory:
             weights = 2 * (_bytes_of(model.parameters()) + _bytes_of(model.buffers()))
             deltas = self._attach(model)
         values = sum(parameter.numel() for delta in deltas for parameter in delta.parameters())
-        fixed = sum(_bytes_of(plane.fixed_tensors()) for delta in deltas for plane in delta.planes)
+        fixed = sum(_bytes_of(delta.fixed_tensors()) for delta in deltas)
         state = values * (2 * _FLOAT + OPTIMIZERS[settings.optim]) + fixed
         if layers > _MEASURED[1] and _are_alike(model):
             # A step takes the same more for every further layer.
@@ -223,7 +223,8 @@ class DistillationMemory:
 
     def _attach(self, student: Any) -> list[TrainedDelta]:
         """Add deltas without values to a student."""
-        owners, added, deltas = owners_of(student), set[str](), []
+        owners, added = owners_of(student), set[str]()
+        deltas: list[TrainedDelta] = []
         inputs = student.get_input_embeddings().weight
         for name, sizes in self._deltas.items():
             if name not in owners or name in added:  # a layer of another group, or the other name of a shared parameter
@@ -237,7 +238,7 @@ class DistillationMemory:
         return deltas
 
 
-def _bytes_of(tensors: Iterator[torch.Tensor]) -> int:
+def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

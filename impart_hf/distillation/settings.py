@@ -37,8 +37,8 @@ class DistillSettings:
         patience: number of successive checks, each worse than the one before, after which training stops; at least 1.
             Checks before all rates have reached their full value do not count.
         seed: seed of the order of the sequences, from 0 to 2^32 - 1.
-        optim: optimizer, by its name in TrainingArguments: "adamw_torch", or "adamw_bnb_8bit", bitsandbytes' with moments
-            of 8 bits. There is no weight decay, so both are Adam.
+        optim: optimizer, by its name in TrainingArguments: "adamw_torch", or "adamw_bnb_8bit", bitsandbytes' with
+            moments of 8 bits. There is no weight decay, so both are Adam.
         gradient_checkpointing: keep only the inputs of every decoder layer for the backward pass, and run the layer
             again there; None to do so if activations would not fit in the memory that is free.
         micro_batch_size: sequences that a process runs at a time, at least 1; a step adds up their gradients. None for

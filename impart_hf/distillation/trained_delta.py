@@ -182,6 +182,10 @@ class TrainedDelta(nn.Module):
         """Return the parameters from which kept values are rounded; empty if these are not trained."""
         return [plane.latents for planes in self._planes for plane in planes if plane.latents is not None]
 
+    def fixed_tensors(self) -> list[Tensor]:
+        """Return the tensors of all planes that training does not change."""
+        return [tensor for planes in self._planes for plane in planes for tensor in plane.fixed_tensors()]
+
     def forward(self, base: Tensor) -> Tensor:
         """Return base plus delta."""
         return base + torch.stack([delta.matrix() for delta in self.deltas()]).view_as(base)

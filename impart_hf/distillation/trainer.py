@@ -86,7 +86,7 @@ def arguments_for(
         "greater_is_better": False,
         "save_only_model": False,
         "eval_on_start": False,
-        # These apply to language models, and `TrainableDeltas` is not one. (Our setting of this name is for the student.)
+        # These apply to language models, and `TrainableDeltas` is not one; the student has a setting of ours.
         "gradient_checkpointing": False,
         "neftune_noise_alpha": None,
         "label_smoothing_factor": 0.0,
@@ -149,7 +149,7 @@ class _Trainer(Trainer):
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-        loss = super().compute_loss(*arguments, **named)
+        loss: Any = super().compute_loss(*arguments, **named)
         return loss if self._share == 1 else loss * self._share
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:

@@ -25,6 +25,7 @@ from impart_hf.distillation.memory import DeltaSize, DistillationMemory, checkpo
 from impart_hf.distillation.recomputation import recompute_layers
 from impart_hf.distillation.record_trainer import RecordTrainer
 from impart_hf.distillation.student import attach, exact_delta, load_model, owners_of, student_tensors
+from impart_hf.distillation.trained_delta import TrainedPlane
 from impart_hf.distillation.trainer import arguments_for
 from impart_hf.evaluation.metrics import evaluate
 from impart_hf.modeling.codebook import CODEBOOKS
@@ -33,6 +34,11 @@ from impart_hf.modeling.delta_record import parse_stack
 SETTINGS = DistillSettings(steps=4, batch_size=4)
 # Soft-capped, nested, tied, with a bias, under other names, without attention, with experts.
 HEADS = ["gemma2", "gemma3-vision", "llama-tied", "phi", "gpt2", "biogpt", "mamba", "qwen2-moe"]
+
+
+def sizes_of(records: dict[str, bytes]) -> dict[str, list[DeltaSize]]:
+    arrays = {name: np.frombuffer(data, np.uint8) for name, data in records.items()}
+    return {name: [DeltaSize.of(record) for record in parse_stack(data, name)] for name, data in arrays.items()}
 
 
 def student_of(pair: Pair, records: dict[str, bytes]) -> tuple[Any, Any, dict[str, Any]]:
@@ -123,7 +129,7 @@ def test_whole_logits_are_never_alive_in_parts(tiny_pair: Pair, monkeypatch: pyt
 
 def test_a_head_that_cannot_be_run_alone_gets_whole_logits(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = load(tiny_pair.finetuned)
-    forward, said = model.forward, []
+    forward, said = model.forward, list[str]()
 
     def shifted(*args: Any, **kwargs: Any) -> Any:
         """Logits that depend on more than the hidden states."""
@@ -252,7 +258,7 @@ def measured(pair: Pair, records: dict[str, bytes], tokens: Tensor, recomputes: 
 def held_tensors(teacher: nn.Module, student: nn.Module, optimizer: Any) -> list[Tensor]:
     models = [t for model in (teacher, student) for t in [*model.parameters(), *model.buffers()]]
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
-    planes = [p for m in student.modules() if hasattr(m, "fixed_tensors") for p in m.fixed_tensors()]
+    planes = [p for m in student.modules() if isinstance(m, TrainedPlane) for p in m.fixed_tensors()]
     moments = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     return [*models, *gradients, *planes, *moments]
 
@@ -269,9 +275,7 @@ def test_the_forecast_is_near_what_is_measured(kind: str, recomputes: bool, tmp_
     pair = save_pair(tmp_path, config)
     records = encode(pair, ImPartQtConfig(), 12)
     tokens = TOKENS.repeat(1, 4)[:4]
-    sizes = {
-        n: [DeltaSize.of(record) for record in parse_stack(np.frombuffer(d, np.uint8), n)] for n, d in records.items()
-    }
+    sizes = sizes_of(records)
     memory = DistillationMemory(config, sizes, DistillSettings(), bf16=False, tokens=(16, tokens.shape[1]))
     forecast = memory.forecast(len(tokens), recomputes)
     found = measured(pair, records, tokens, recomputes)
@@ -295,7 +299,7 @@ def test_what_fits_is_chosen(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -
     """Smaller micro-batches first, then layers that are run again; a setting that is given is left alone."""
     config, settings = tiny_config("llama"), DistillSettings(batch_size=8)
     records = encode(tiny_pair, LowRankConfig(), 12)
-    sizes = {n: [DeltaSize.of(r) for r in parse_stack(np.frombuffer(d, np.uint8), n)] for n, d in records.items()}
+    sizes = sizes_of(records)
     memory = DistillationMemory(config, sizes, settings, bf16=False, tokens=(16, 96))
 
     def chosen(free: float, settings: DistillSettings = settings) -> tuple[int, bool]:
@@ -316,9 +320,8 @@ def test_what_fits_is_chosen(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -
 
 def test_codebooks_are_left_alone_by_forecasts(tiny_pair: Pair) -> None:
     """Their tables would have no values afterwards."""
-    (name, data), *_ = encode(tiny_pair, ImPartRdConfig(), 12).items()
-    sizes = [DeltaSize.of(record) for record in parse_stack(np.frombuffer(data, np.uint8), name)]
-    DistillationMemory(tiny_config("llama"), {name: sizes}, SETTINGS, bf16=False, tokens=(16, 24)).forecast(1, False)
+    sizes = sizes_of(encode(tiny_pair, ImPartQtConfig(), 12))
+    DistillationMemory(tiny_config("llama"), sizes, SETTINGS, bf16=False, tokens=(16, 24)).forecast(1, False)
     for book in CODEBOOKS.values():
         assert not any(isinstance(table, FakeTensor) for table in getattr(book, "_tables", {}).values())
 
