@@ -1,7 +1,7 @@
 """Memory of distillation: logits in parts, layers that are run again, micro-batches, and the forecast of all."""
 
 import dataclasses
-import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from impart_hf.common.partial_logits import LogitsOf
 from impart_hf.common.progress import Progress
 from impart_hf.distillation import DistillSettings, fit, text
 from impart_hf.distillation.distillation import distill as distill_records
-from impart_hf.distillation.memory import DeltaSize, DistillationMemory, checkpoint_bytes_for
+from impart_hf.distillation.memory import DeltaSize, DistillationMemory, Forecast, checkpoint_bytes_for
 from impart_hf.distillation.recomputation import recompute_layers
 from impart_hf.distillation.record_trainer import RecordTrainer
 from impart_hf.distillation.student import attach, exact_delta, load_model, owners_of, student_tensors
@@ -30,6 +30,7 @@ from impart_hf.distillation.trainer import arguments_for
 from impart_hf.evaluation.metrics import evaluate
 from impart_hf.modeling.codebook import CODEBOOKS
 from impart_hf.modeling.delta_record import parse_stack
+from impart_hf.training.trainer import StepWatch
 
 SETTINGS = DistillSettings(steps=4, batch_size=4)
 # Soft-capped, nested, tied, with a bias, under other names, without attention, with experts.
@@ -193,18 +194,25 @@ def test_eight_bit_moments(tiny_pair: Pair, tmp_path: Path) -> None:
     frugal = dataclasses.replace(settings, optim="adamw_bnb_8bit")
     result, report = distill(tiny_pair, records, frugal)
     assert report.after == pytest.approx(usual.after, rel=0.2) and report.after < report.before
-    distill_records(*checkpoints(tiny_pair), records, TOKENS, frugal, checkpoints=tmp_path)
-    for later in tmp_path.glob("checkpoint-8"):
-        shutil.rmtree(later)
-    if list(tmp_path.glob("checkpoint-4")):
-        assert distill_records(*checkpoints(tiny_pair), records, TOKENS, frugal, checkpoints=tmp_path) == (
-            result,
-            report,
-        )
+    watched = StepWatch.on_log
+
+    def killed(self: StepWatch, args: Any, state: Any, *others: Any, **named: Any) -> None:
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+        watched(self, args, state, *others, **named)
+
+    def again() -> Any:
+        return distill_records(*checkpoints(tiny_pair), records, TOKENS, frugal, checkpoints=tmp_path)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StepWatch, "on_log", killed)
+        again()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert again() == (result, report)
 
 
 def test_an_optimizer_that_is_not_installed(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     settings = dataclasses.replace(SETTINGS, optim="adamw_bnb_8bit")
     with pytest.raises(ModuleNotFoundError, match=naming("'adamw_bnb_8bit'", "pip install bitsandbytes")):
         distill(tiny_pair, encode(tiny_pair, DareConfig(), 8), settings)
@@ -295,27 +303,34 @@ def test_a_model_without_a_forecast(tiny_pair: Pair, monkeypatch: pytest.MonkeyP
     assert "cannot be forecast" in said[0]
 
 
-def test_what_fits_is_chosen(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fits_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Smaller micro-batches first, then layers that are run again; a setting that is given is left alone."""
-    config, settings = tiny_config("llama"), DistillSettings(batch_size=8)
-    records = encode(tiny_pair, LowRankConfig(), 12)
-    sizes = sizes_of(records)
-    memory = DistillationMemory(config, sizes, settings, bf16=False, tokens=(16, 96))
 
-    def chosen(free: float, settings: DistillSettings = settings) -> tuple[int, bool]:
-        monkeypatch.setattr(fit, "_free_bytes", lambda _: int(free / fit._USABLE) + 1)
+    def forecast(_: DistillationMemory, sequences: int, gradient_checkpointing: bool) -> Forecast:
+        step = sequences * (1 if gradient_checkpointing else 4) * 10**6
+        return Forecast(weights=10**6, state=10**6, step=step, host=0, disk=0, values=1)
+
+    monkeypatch.setattr(DistillationMemory, "forecast", forecast)
+
+    def chosen(step: float, settings: DistillSettings | None = None) -> tuple[int, bool]:
+        """The choice if so many million bytes are left for a step."""
+        settings = settings or DistillSettings(batch_size=8)
+        monkeypatch.setattr(fit, "_free_bytes", lambda _: int((2 + step) * 10**6 / fit._USABLE) + 1)
         with arguments_for(settings, torch.device("cpu"), None) as arguments:
-            how = fit.fit(config, sizes, settings, arguments, (16, 96))
+            how = fit.fit(tiny_config("llama"), {}, settings, arguments, (16, 96))
         return how.micro_batch_size, how.recomputes
 
-    for size, recomputes in ((8, False), (2, False), (1, True)):
-        assert chosen(memory.forecast(size, recomputes).device) == (size, recomputes)
-    assert chosen(1e12) == (8, False)
     said: list[str] = []
     monkeypatch.setattr(fit.logger, "warning", said.append)
-    assert chosen(1000) == (1, True) and "are free" in said[0] and "optim" in said[0]
-    assert chosen(1000, dataclasses.replace(settings, micro_batch_size=4)) == (4, True)
-    assert chosen(1000, dataclasses.replace(settings, gradient_checkpointing=False)) == (1, False)
+    assert [chosen(step) for step in (32, 31, 8, 4, 3, 1)] == [
+        (8, False), (4, False), (2, False), (1, False), (2, True), (1, True)
+    ]  # fmt: skip
+    assert chosen(1e6) == (8, False) and not said
+    assert chosen(0) == (1, True) and "are free" in said[0] and "optim" in said[0]
+    assert chosen(16, DistillSettings(micro_batch_size=4)) == (4, False)
+    assert chosen(15, DistillSettings(micro_batch_size=4)) == (4, True)
+    assert chosen(31, DistillSettings(gradient_checkpointing=True)) == (8, True)
+    assert chosen(3, DistillSettings(gradient_checkpointing=False)) == (1, False)
 
 
 def test_codebooks_are_left_alone_by_forecasts(tiny_pair: Pair) -> None:
