@@ -105,8 +105,9 @@ class ModelPair:
             tensors = {name: LazyTensor(self.finetuned, name) for name in self.finetuned.names()}
             model_class = loading_class(self.finetuned)
             config = config_for(model_class, model_config(self.finetuned.config))
-            model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=self._dtype)
-            return model.to(self.device).eval()
+            return model_class.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=self._dtype, device_map={"": self.device}
+            ).eval()
         source, options = self.base.source, self.base.options
         return load(
             str(repository), self._dtype, self.device,
