@@ -38,7 +38,7 @@ class Codebook(abc.ABC):
 
     @abc.abstractmethod
     def unpack(self, packed: torch.Tensor, count: int) -> torch.Tensor:
-        """Return the values, float32 (count,), of packed codes, uint8, on the device of the codes."""
+        """Return the values, float32 (count,), of packed codes, uint8 of any shape, on the device of the codes."""
 
     @abc.abstractmethod
     def compact(self, packed: torch.Tensor, count: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Floats(Codebook):
 
     def compact(self, packed: torch.Tensor, count: int) -> torch.Tensor:
         # The copy is aligned for 16-bit loads. It is contiguous because numpy gives an empty array the stride 0.
-        aligned = packed.clone(memory_format=torch.contiguous_format)
+        aligned = packed.clone(memory_format=torch.contiguous_format).view(-1)
         return aligned.view(self.dtype)[:count]
 
     def expand(self, compact: torch.Tensor) -> torch.Tensor:
@@ -252,7 +252,8 @@ def _words(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Return the words that hold the first `count` packed codes, and perhaps a few more: int32 (words,)."""
     size = bits * _CODES_OF_WORD[bits]
     if size == 8:
-        return packed.int()
+        return packed.int().reshape(-1)
+    packed = packed.reshape(-1)
     groups = -(-count // 8)  # eight codes fill exactly `bits` bytes
     if len(packed) < groups * bits:
         packed = functional.pad(packed, (0, groups * bits - len(packed)))

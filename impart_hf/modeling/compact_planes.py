@@ -14,7 +14,7 @@ from .delta_record import DeltaFormatError, Record
 from .planes import StoredRun, stored_runs
 
 # Entries that are unpacked at once: few enough for a core's cache on a CPU, enough to keep an accelerator busy.
-PIECE_ENTRIES, DEVICE_PIECE_ENTRIES = 1 << 18, 1 << 25
+PIECE_ENTRIES, DEVICE_PIECE_ENTRIES = 1 << 17, 1 << 25
 
 
 @dataclass
@@ -52,7 +52,7 @@ class _Block:
         if not self.packed:
             return self.book.expand(numbers[:, start:stop])
         low, high = start // 8 * 8, min(self.rows, -(-stop // 8) * 8)  # eight codes fill whole bytes
-        own = numbers[:, low * self.book.bits // 8 : high * self.book.bits // 8].reshape(-1)
+        own = numbers[:, low * self.book.bits // 8 : high * self.book.bits // 8]
         values = self.book.unpack(own, len(numbers) * (high - low))
         return values.view(len(numbers), -1)[:, start - low : stop - low]
 
@@ -64,8 +64,8 @@ class CompactPlane:
         columns, rows: its shape.
     """
 
-    def __init__(self, columns: int, rows: int, device: torch.device | str):
-        self.columns, self.rows, self._device = columns, rows, device
+    def __init__(self, columns: int, rows: int):
+        self.columns, self.rows = columns, rows
         self._blocks: list[_Block] = []
 
     def append(self, run: StoredRun, name: str) -> None:
@@ -94,9 +94,12 @@ class CompactPlane:
         if run.scales is not None and block.scales is not None:
             block.scales[own] = run.scales
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows `start` to `stop` - 1, with zeros for dropped entries: float32 (columns, stop - start)."""
-        out = torch.empty(self.columns, stop - start, dtype=torch.float32, device=self._device)
+    def spread_bytes(self) -> int:
+        """Return the bytes of the columns that are not packed."""
+        return sum(block.numbers.nbytes for block in self._blocks if not block.packed)
+
+    def read(self, start: int, out: torch.Tensor) -> torch.Tensor:
+        """Write rows from `start` on to `out`, float32 (columns, rows wanted), with zeros for dropped entries."""
         first = 0
         for block in self._blocks:
             block.read(out[first : first + block.columns], start)
@@ -106,7 +109,7 @@ class CompactPlane:
 
 def compact_planes(record: Record, name: str, device: torch.device | str = "cpu") -> tuple[CompactPlane, CompactPlane]:
     """Return U and V of a factored record; errors as for `decode_planes`."""
-    planes = [CompactPlane(record.plane_columns, record.plane_rows(side), device) for side in range(2)]
+    planes = [CompactPlane(record.plane_columns, record.plane_rows(side)) for side in range(2)]
     most = PIECE_ENTRIES if torch.device(device).type == "cpu" else DEVICE_PIECE_ENTRIES
     for run in stored_runs(record, name, device, most):
         planes[run.side].append(run, name)

@@ -5,8 +5,6 @@ product costs 5 to 40 times as much, which pays if fewer than a tenth of the ent
 (scripts/benchmark_load.py prints the factor).
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
@@ -23,9 +21,10 @@ from .precision import full_float32
 TILE_ROWS = 512
 # The same on an accelerator, which is busy with this many; all rows of an output projection would take gigabytes.
 DEVICE_TILE_ROWS = 8192
-# What is decoded at once takes at most these shares of the matrix in float32: columns of V, and rows of the sum. Fewer
-# columns of V cost time, because U is then read more often.
-HELD_SHARE, TILE_SHARE = 1 / 16, 1 / 8
+# The memory of a product, in shares of the matrix in float32: U and V where they are not packed, with the columns of V
+# that are decoded; and rows of the sum, with those of U. Of fewer columns of V there are more parts, and U is decoded for
+# each of them.
+HELD_SHARE, LEAST_HELD_SHARE, TILE_SHARE = 1 / 5, 1 / 16, 1 / 16
 # Entries that are decoded at once whatever the matrix's size.
 LEAST_ENTRIES, DEVICE_LEAST_ENTRIES = 1 << 20, 1 << 25
 # Rows of a direct record are decoded by so many entries, which stay in a core's cache, or keep an accelerator busy.
@@ -139,32 +138,47 @@ def _add_record(
 ) -> None:
     """Write base plus decoded delta to `out`: all of the matrix, or the part that begins in a row, in some columns."""
     add = _add_product if record.layout == FACTORED else _add_entries
-    for rows, part in add(out, base, record, name, first_row, range(record.columns)[columns]):
-        if not finite_where_base_is(out[rows, part], base[rows, part]):
+    add(out, base, record, name, first_row, range(record.columns)[columns])
+    step = TILE_ROWS if base.device.type == "cpu" else DEVICE_TILE_ROWS
+    for result, before in zip(out.split(step), base.split(step), strict=True):
+        if not finite_where_base_is(result, before):
             raise DeltaFormatError(f"{name} decodes to NaN or infinity in {out.dtype}")
 
 
 def _add_product(
     out: torch.Tensor, base: torch.Tensor, record: Record, name: str, first_row: int, columns: range
-) -> Iterator[tuple[slice, slice]]:
-    """Do `_add_record` for a factored record, and yield the rows and columns that have been written."""
-    on_cpu, entries = base.device.type == "cpu", record.rows * record.columns
+) -> None:
+    """Do `_add_record` for a factored record, without checking the sum."""
+    on_cpu, entries, rank = base.device.type == "cpu", record.rows * record.columns, record.rank
     u_plane, v_plane = compact_planes(record, name, base.device)
     sigma = _sigma(record, base.device)[:, None]
     least = LEAST_ENTRIES if on_cpu else DEVICE_LEAST_ENTRIES
-    width = _even_step(len(columns), max(least, int(HELD_SHARE * entries)) // max(1, record.rank))
+    spread = (u_plane.spread_bytes() + v_plane.spread_bytes()) / 4
+    held = max(least, LEAST_HELD_SHARE * entries, HELD_SHARE * entries - spread)
+    width = _even_step(len(columns), int(held) // max(1, rank))
     most_rows = TILE_ROWS if on_cpu else DEVICE_TILE_ROWS
-    height = min(most_rows, max(1, max(least, int(TILE_SHARE * entries)) // width))
+    height = min(most_rows, max(1, int(max(least, TILE_SHARE * entries)) // (width + rank)))
+    # Made once: the system would clear their pages each time.
+    v_memory, u_memory, tile_memory = (
+        torch.empty(shape, dtype=torch.float32, device=base.device)
+        for shape in (rank * width, rank * height, width * height)
+    )
     for left in range(0, len(columns), width):
         part = slice(left, min(left + width, len(columns)))
-        v = v_plane.read(columns[part].start, columns[part].stop)
+        v = _view(v_memory, rank, part)
+        v_plane.read(columns[part].start, v)
         for top in range(0, len(base), height):
             rows = slice(top, min(top + height, len(base)))
-            u = u_plane.read(first_row + rows.start, first_row + rows.stop).mul_(sigma)
-            out[rows, part] = base[rows, part].to(torch.float32, copy=True).addmm_(u.t(), v)
-            del u  # before the next one is made
-            yield rows, part
-        del v
+            u = _view(u_memory, rank, rows)
+            u_plane.read(first_row + top, u).mul_(sigma)
+            tile = _view(tile_memory, rows.stop - top, part).copy_(base[rows, part])
+            out[rows, part] = tile.addmm_(u.t(), v)
+
+
+def _view(memory: torch.Tensor, rows: int, columns: slice) -> torch.Tensor:
+    """Return the first numbers as a matrix of so many rows and columns."""
+    size = columns.stop - columns.start
+    return memory[: rows * size].view(rows, size)
 
 
 def _even_step(size: int, most: int) -> int:
@@ -175,8 +189,8 @@ def _even_step(size: int, most: int) -> int:
 
 def _add_entries(
     out: torch.Tensor, base: torch.Tensor, record: Record, name: str, first_row: int, columns: range
-) -> Iterator[tuple[slice, slice]]:
-    """Do `_add_record` for a direct record, and yield the rows and columns that have been written."""
+) -> None:
+    """Do `_add_record` for a direct record, without checking the sum."""
     most = DIRECT_ENTRIES if base.device.type == "cpu" else DEVICE_DIRECT_ENTRIES
     stop = 0
     for alike in stored_runs(record, name, base.device, most):
@@ -188,7 +202,6 @@ def _add_entries(
                 rows = slice(first - first_row, last - first_row)
                 tile = base[rows].to(torch.float32, copy=True)
                 out[rows] = DirectDelta(values, record.scale).add_to(tile)
-                yield rows, _ALL
 
 
 def _matrices(tensor: torch.Tensor) -> list[torch.Tensor]:
