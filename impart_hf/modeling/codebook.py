@@ -140,10 +140,10 @@ class Levels(Codebook):
         return codes.short().add_(1) if self.bits == 8 else codes.add_(1)
 
     def expand(self, compact: torch.Tensor) -> torch.Tensor:
-        device = compact.device
-        table = self._table(
-            "compact", device, torch.float32, lambda: torch.cat([torch.zeros(1, device=device), self.levels(device)])
-        )
+        def make() -> torch.Tensor:
+            return functional.pad(self.levels(compact.device), (1, 0))
+
+        table = self._table("compact", compact.device, torch.float32, make)
         return table.index_select(0, compact.reshape(-1).int()).view(compact.shape)
 
     def round(self, values: torch.Tensor) -> torch.Tensor:

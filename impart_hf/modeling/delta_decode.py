@@ -27,6 +27,7 @@ DEVICE_TILE_ROWS = 8192
 HELD_SHARE, LEAST_HELD_SHARE, TILE_SHARE = 1 / 5, 1 / 16, 1 / 16
 # Entries that are decoded at once whatever the matrix's size.
 LEAST_ENTRIES, DEVICE_LEAST_ENTRIES = 1 << 20, 1 << 25
+LEAST_COLUMNS = 64
 # Rows of a direct record are decoded by so many entries, which stay in a core's cache, or keep an accelerator busy.
 DIRECT_ENTRIES, DEVICE_DIRECT_ENTRIES = 1 << 18, 1 << 25
 _ALL = slice(None)
@@ -182,9 +183,9 @@ def _view(memory: torch.Tensor, rows: int, columns: slice) -> torch.Tensor:
 
 
 def _even_step(size: int, most: int) -> int:
-    """Return the step that divides a size into equal parts of at most so many, but at least 64."""
-    parts = -(-size // max(64, most))
-    return max(64, -(-size // max(1, parts)))
+    """Return the step that divides a size into equal parts of at most so many, but at least `LEAST_COLUMNS`."""
+    parts = -(-size // max(LEAST_COLUMNS, most))
+    return max(LEAST_COLUMNS, -(-size // max(1, parts)))
 
 
 def _add_entries(
