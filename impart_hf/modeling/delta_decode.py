@@ -22,8 +22,7 @@ TILE_ROWS = 512
 # The same on an accelerator, which is busy with this many; all rows of an output projection would take gigabytes.
 DEVICE_TILE_ROWS = 8192
 # The memory of a product, in shares of the matrix in float32: U and V where they are not packed, with the columns of V
-# that are decoded; and rows of the sum, with those of U. Of fewer columns of V there are more parts, and U is decoded for
-# each of them.
+# that are decoded; and rows of the sum, with those of U. For each part of V's columns U is decoded again.
 HELD_SHARE, LEAST_HELD_SHARE, TILE_SHARE = 1 / 5, 1 / 16, 1 / 16
 # Entries that are decoded at once whatever the matrix's size.
 LEAST_ENTRIES, DEVICE_LEAST_ENTRIES = 1 << 20, 1 << 25
