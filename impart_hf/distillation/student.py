@@ -124,13 +124,18 @@ def attach(
         exact: the exact delta, float32 (matrices, m, n), if kept values are trained; otherwise None.
         owners: all names of the parameter: more than one if modules share it.
     """
-    delta: TrainedDelta | None = None
+    owners = list(owners)
+    delta = TrainedDelta(parse_stack(data, name), name, exact, student.get_parameter(owners[0]).device)
+    add_to(student, owners, delta)
+    return delta
+
+
+def add_to(student: Any, owners: Iterable[str], delta: TrainedDelta) -> None:
+    """Add a delta to a parameter in the student, which has these names."""
     for own_name in owners:
         path, _, leaf = own_name.rpartition(".")
         owner = student.get_submodule(path)
         base = getattr(owner, leaf)
-        if delta is None:
-            delta = TrainedDelta(parse_stack(data, name), name, exact, base.device)
         kind = type(owner)
         # Code that reads the weight directly gets base plus delta.
         parametrize.register_parametrization(owner, leaf, delta, unsafe=True)
@@ -138,7 +143,14 @@ def attach(
             owner.forward = partial(delta.linear, base=base, bias=owner.bias)
         elif kind is nn.Embedding and owner.max_norm is None:
             owner.forward = partial(delta.embedding, base=base, padding=owner.padding_idx)
-    assert delta is not None
+
+
+def head_delta(student: Any) -> TrainedDelta | None:
+    """Return the delta of the student's output projection, if it has one."""
+    head = student.get_output_embeddings()
+    if head is None or not parametrize.is_parametrized(head, "weight"):
+        return None
+    (delta,) = head.parametrizations.weight
     return delta
 
 
