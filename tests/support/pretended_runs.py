@@ -34,7 +34,7 @@ from impart_hf.modeling.delta_decode import add_delta, add_delta_part, decode_re
 from impart_hf.modeling.delta_record import parse_record
 from impart_hf.modeling.delta_repository import DeltaRepository
 from impart_hf.modeling.model_files import HubOptions
-from impart_hf.modeling.planes import Run
+from impart_hf.modeling.planes import Run, StoredRun
 from impart_hf.repository.lora_export import export_lora
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reconstruct import reconstruct
@@ -59,17 +59,17 @@ def kind_of(device: str) -> str:
 @contextmanager
 def decoded_on(found: dict[str, Any], what: str) -> Iterator[None]:
     """Write down on which devices columns of codes are decoded, by any thread."""
-    places, dense = set(), Run.dense
+    places, init = set(), StoredRun.__init__
 
-    def watched(run: Run) -> torch.Tensor:
-        places.add(str(run.values.device))
-        return dense(run)
+    def watched(run: StoredRun, *args: Any, **others: Any) -> None:
+        init(run, *args, **others)
+        places.add(str(run.packed.device))
 
-    Run.dense = watched  # type: ignore[method-assign]
+    StoredRun.__init__ = watched  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Run.dense = dense  # type: ignore[method-assign]
+        StoredRun.__init__ = init  # type: ignore[method-assign]
         found[what] = sorted(places)
 
 
