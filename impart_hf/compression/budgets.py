@@ -10,6 +10,7 @@ from ..methods import MethodConfig, Spectrum, method_for
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import all_finite
 from ..modeling.tensors import Model
+from ..modeling.transfer import to_device
 from ..storage.workspace import Workspace
 from .pair import ModelPair
 from .scan import TensorPlan, order_to_take
@@ -33,7 +34,7 @@ def deltas_of(
 
 def matrix_delta(before: torch.Tensor, after: torch.Tensor, vocabulary: bool, device: torch.device) -> torch.Tensor:
     """Return the difference of two matrices, float32 on a device, as it is encoded."""
-    delta = after.to(device).float() - before.to(device).float()
+    delta = to_device(after, device).float() - to_device(before, device).float()
     if vocabulary and not all_finite(delta):
         delta = delta.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
     return delta

@@ -10,8 +10,10 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from impart_hf import ImPartRdConfig, compress
+from impart_hf import ImPartConfig, ImPartRdConfig, compress
+from impart_hf.compression.tune import tune
 from impart_hf.distillation import DistillSettings
 from impart_hf.distillation.distillation import distill
 from impart_hf.evaluation.metrics import load as load_dense
@@ -31,7 +34,7 @@ from impart_hf.modeling.delta_decode import add_delta, add_delta_part, decode_re
 from impart_hf.modeling.delta_record import parse_record
 from impart_hf.modeling.delta_repository import DeltaRepository
 from impart_hf.modeling.model_files import HubOptions
-from impart_hf.modeling.planes import Run
+from impart_hf.modeling.planes import Run, StoredRun
 from impart_hf.repository.lora_export import export_lora
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reconstruct import reconstruct
@@ -39,7 +42,7 @@ from impart_hf.repository.verify import verify
 from support import pretended_device
 from support.distilled import TOKENS, checkpoints, encode, spoiled
 from support.merge_family import config, make_family
-from support.pretended_device import NAME, MixedDevices, counted
+from support.pretended_device import NAME, MixedDevices, counted, with_kernels
 from support.random_deltas import make_delta, make_hessian
 from support.tiny_models import Pair, load_tensors, save_pair, tiny_config
 
@@ -51,6 +54,23 @@ SIZE = {"calibration_samples": 8, "calibration_length": 64}
 
 def kind_of(device: str) -> str:
     return device.partition(":")[0]
+
+
+@contextmanager
+def decoded_on(found: dict[str, Any], what: str) -> Iterator[None]:
+    """Write down on which devices columns of codes are decoded, by any thread."""
+    places, init = set(), StoredRun.__init__
+
+    def watched(run: StoredRun, *args: Any, **others: Any) -> None:
+        init(run, *args, **others)
+        places.add(str(run.packed.device))
+
+    StoredRun.__init__ = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        StoredRun.__init__ = init  # type: ignore[method-assign]
+        found[what] = sorted(places)
 
 
 def methods() -> dict[str, Any]:
@@ -88,6 +108,25 @@ def methods() -> dict[str, Any]:
     return found
 
 
+def kernels() -> dict[str, Any]:
+    """Encode by impart-rd with GPTQ's kernel, matrices of different sizes; nothing without Triton."""
+    found: dict[str, Any] = {}
+    if find_spec("triton") is None:
+        return found
+    for columns in (128, 256):
+        delta = make_delta(64, columns)
+        method, size = ImPartRdConfig(compression_ratio=RATIO), delta.numel() * 2 // RATIO
+        there, errors = delta.to(SECOND), []
+        with with_kernels():
+            with counted() as counts:
+                data = method.encode(there, size, 1).data
+        for record in (data, method.encode(delta, size, 1).data):
+            parsed = parse_record(np.frombuffer(record, np.uint8), (64, columns), "the matrix")[0]
+            errors.append((decode_record(parsed, "the matrix") - delta).norm().item())
+        found[str(columns)] = {**asdict(counts), "error": errors[0], "error on the CPU": errors[1]}
+    return found
+
+
 def compression(folder: Path, pair: Pair) -> dict[str, Any]:
     """Compress on the CPU and on a device, without and with calibration text; use the repositories there."""
     found: dict[str, Any] = {}
@@ -95,7 +134,7 @@ def compression(folder: Path, pair: Pair) -> dict[str, Any]:
         for device in ("cpu", SECOND):
             out = folder / f"{name}-{kind_of(device)}"
             # A device that has no attention of its own computes it by formula; the CPU's differs in the last bits.
-            with counted() as counts, sdpa_kernel(SDPBackend.MATH):
+            with counted() as counts, sdpa_kernel(SDPBackend.MATH), decoded_on(found, f"{name} decodes on {device}"):
                 compress(
                     str(pair.base), str(pair.finetuned), out, ImPartRdConfig(compression_ratio=4), device=device, **more
                 )
@@ -116,18 +155,18 @@ def use(folder: Path) -> dict[str, Any]:
     delta = folder / "rounded-cpu"
     opened = open_repository(str(delta), HubOptions())
     found: dict[str, Any] = {}
-    with counted() as counts:
+    with counted() as counts, decoded_on(found, "verify decodes on"):
         verify(opened, device=SECOND)
     found["verify"] = counts.launches
     for device in ("cpu", SECOND):
         kind = kind_of(device)
-        with counted() as counts:
+        with counted() as counts, decoded_on(found, f"reconstruct on {kind} decodes on"):
             reconstruct(opened, folder / f"dense-{kind}", device=device)
         found[f"reconstruct on {kind}"] = counts.launches
-        with counted() as counts:
+        with counted() as counts, decoded_on(found, f"export on {kind} decodes on"):
             export_lora(opened, folder / f"lora-{kind}", 4, device=device)
         found[f"export on {kind}"] = counts.launches
-        with counted() as counts:
+        with counted() as counts, decoded_on(found, f"evaluate on {kind} decodes on"):
             found[f"perplexity on {kind}"] = perplexity(load_dense(str(delta), torch.float32, device), TOKENS, 8)
         found[f"evaluate on {kind}"] = counts.launches
     found["reconstruct"] = differing_entries(folder / "dense-cpu", folder / f"dense-{NAME}")
@@ -135,14 +174,26 @@ def use(folder: Path) -> dict[str, Any]:
     return found
 
 
+def tuning(folder: Path, pair: Pair) -> dict[str, Any]:
+    """Search on a device, where models are loaded and compared."""
+    found: dict[str, Any] = {}
+    with decoded_on(found, "decodes on"), counted() as counts, sdpa_kernel(SDPBackend.MATH):
+        report = tune(
+            str(pair.base), str(pair.finetuned), folder / "tuned", ImPartConfig(compression_ratio=4), betas=[0.5, 0.7],
+            cs=[1.0], validation=[TEXT], samples=4, length=32, device=SECOND,
+        )  # fmt: skip
+    return found | {"launches": counts.launches, "scores": [candidate.score for candidate in report.candidates]}
+
+
 def merging(family: Path, folder: Path) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for method in ("ties", "dare_linear", "impart_ties"):
         models = {"a": {"weight": 0.7, "density": 0.5}, "c-delta": {"weight": 0.4, "density": 0.6}}
         for device in ("cpu", SECOND):
-            with counted() as counts:
+            decoded: dict[str, Any] = {}
+            with counted() as counts, decoded_on(decoded, "decodes on"):
                 merge(config(family, method, models), folder / f"{method}-{kind_of(device)}", device=device)
-        found[method] = {
+        found[method] = decoded | {
             "launches": counts.launches,
             "differs": largest_difference(folder / f"{method}-cpu", folder / f"{method}-{NAME}"),
         }
@@ -162,7 +213,8 @@ def loading(folder: Path) -> dict[str, Any]:
     layers = {"model.layers.0": FIRST, "model.layers.1": SECOND}
     split = {"model.embed_tokens": FIRST, **layers, "model.norm": SECOND, "model.rotary_emb": SECOND, "lm_head": SECOND}
     maps: dict[str, Any] = {
-        "name": NAME, "name and index": SECOND, "device": torch.device(SECOND), "whole": {"": SECOND}, "split": split,
+        "name": NAME, "index": 1, "name and index": SECOND, "device": torch.device(SECOND), "whole": {"": SECOND},
+        "split": split,
     }  # fmt: skip
     found = {name: load(delta, expected, device_map=device_map) for name, device_map in maps.items()}
     with torch.device(SECOND):
@@ -173,8 +225,36 @@ def loading(folder: Path) -> dict[str, Any]:
     return found
 
 
-def load(delta: str, expected: Any, **options: Any) -> dict[str, Any]:
-    made: dict[str, dict[str, Any]] = {}
+def offloading(folder: Path) -> dict[str, Any]:
+    """Load a delta on a device and the CPU, and on the CPU to be moved to a device."""
+    delta = str(folder / "rounded-cpu")
+    places = {"model": SECOND, "lm_head": "cpu"}
+    made: dict[str, Any] = {}
+    with recorded(made):
+        partly = AutoModelForCausalLM.from_pretrained(delta, device_map=places)
+    moved = AutoModelForCausalLM.from_pretrained(delta).to(SECOND)
+    return {
+        "decoded on": {name: each["on"] for name, each in made.items()},
+        "weights are on": {name: str(parameter.device) for name, parameter in partly.named_parameters()},
+        "changed": [partly.weights_changed(), moved.weights_changed()],
+        "moved to": sorted({str(parameter.device) for parameter in moved.parameters()}),
+    }
+
+
+def threads(folder: Path) -> dict[str, Any]:
+    """Decode on this thread's device, which is not that of the thread that reads the base."""
+    opened = open_repository(str(folder / "rounded-cpu"), HubOptions())
+    module = torch.get_device_module(NAME)
+    module.set_device(1)
+    try:
+        return {name: str(tensor.device) for name, tensor in opened.tensors(NAME)}
+    finally:
+        module.set_device(0)
+
+
+@contextmanager
+def recorded(made: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Write down where each tensor is decoded, and what that took."""
     part = DeltaRepository.part
 
     def watched(self: DeltaRepository, name: str, index: Any, device: Any = "cpu") -> torch.Tensor:
@@ -187,9 +267,15 @@ def load(delta: str, expected: Any, **options: Any) -> dict[str, Any]:
 
     DeltaRepository.part = watched  # type: ignore[method-assign]
     try:
-        model = AutoModelForCausalLM.from_pretrained(delta, **options)
+        yield
     finally:
         DeltaRepository.part = part  # type: ignore[method-assign]
+
+
+def load(delta: str, expected: Any, **options: Any) -> dict[str, Any]:
+    made: dict[str, dict[str, Any]] = {}
+    with recorded(made):
+        model = AutoModelForCausalLM.from_pretrained(delta, **options)
     known = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         made[name]["ends on"] = str(parameter.device)
@@ -210,9 +296,10 @@ def distillation(pair: Pair) -> dict[str, Any]:
     TrainingArguments.device = property(lambda self: torch.device(FIRST))  # type: ignore[assignment]
     found = {}
     for name, settings in runs.items():
-        with counted() as counts:
+        decoded: dict[str, Any] = {}
+        with counted() as counts, decoded_on(decoded, "decodes on"):
             report = distill(*checkpoints(pair), records, TOKENS, settings, device=FIRST)[1]
-        found[name] = {
+        found[name] = decoded | {
             "launches": counts.launches,
             "losses": [report.before, report.after],
             "losses on the CPU": [expected[name].before, expected[name].after],
@@ -248,12 +335,13 @@ def number_by_number(run: Run) -> torch.Tensor:
 def faults() -> dict[str, Any]:
     """Decode on a device with faults that a GPU would not forgive."""
     data = np.frombuffer(method_class("impart")().encode(make_delta(ROWS, COLUMNS), 12288, 1).data, np.uint8)
-    base, dense, found = torch.zeros(ROWS, COLUMNS, device=SECOND), Run.dense, {}
+    record, _ = parse_record(data, (ROWS, COLUMNS), "faulty")
+    dense, found = Run.dense, {}
     for fault in (cpu_tensor, other_index, numpy_of_it, number_by_number):
         Run.dense = lambda run, fault=fault: dense(run) if run.positions is None else fault(run)
         try:
             with counted() as counts:
-                add_delta(base, data, "faulty", torch.float32)
+                decode_record(record, "faulty", SECOND)
             found[fault.__name__] = {"waits": counts.waits}
         except (MixedDevices, TypeError) as error:
             found[fault.__name__] = {"refused": f"{type(error).__name__}: {error}"}
@@ -273,11 +361,15 @@ def main() -> None:
     pretended_device.register()
     runs: dict[str, Callable[[], Any]] = {
         "methods": methods,
+        "kernels": kernels,
         "faults": faults,
         "compression": lambda: compression(folder, pair),
         "use": lambda: use(folder),
+        "tuning": lambda: tuning(folder, pair),
         "merging": lambda: merging(family, folder),
         "loading": lambda: loading(folder),
+        "offloading": lambda: offloading(folder),
+        "threads": lambda: threads(folder),
         "distillation": lambda: distillation(pair),
     }
     found = {}
