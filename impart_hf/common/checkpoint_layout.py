@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -142,7 +142,7 @@ class CheckpointLayout:
 def known_layout(
     tensors: Tensors, config: PreTrainedConfig, names: Iterable[str] | None = None
 ) -> CheckpointLayout | None:
-    """Return the layout of a checkpoint; None if transformers has no causal language model for its configuration.
+    """Return the layout of a checkpoint; None if transformers has no model that generates text for its configuration.
 
     Args:
         tensors, names: as for `CheckpointLayout`.
@@ -150,9 +150,11 @@ def known_layout(
     Raises:
         ValueError: if the configuration describes no model.
     """
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    try:
+        model_class = inner_class(config)
+    except ValueError:
         return None
-    return class_layout(tensors, inner_class(config), config, names)
+    return class_layout(tensors, model_class, config, names)
 
 
 def class_layout(

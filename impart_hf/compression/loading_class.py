@@ -1,15 +1,15 @@
-"""The class that loads a fine-tune, and whether it can: a causal language model's, or a sequence classifier's."""
+"""The class that loads a fine-tune, and whether it can: a language model's, with images or without, or a classifier's."""
 
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout, class_layout
 from ..common.completeness import missing_parameters
 from ..common.configs import model_config
 from ..modeling.checkpoints import config_for
-from ..modeling.modeling_delta_compressed import inner_class
+from ..modeling.modeling_delta_compressed import inner_class, is_classifier
 from ..modeling.tensors import Model, StoredModel
 from .base_layout import ReadModel
 from .compatibility import IncompatibleModelsError
@@ -20,6 +20,16 @@ _SUPPORTED = "only causal language models, and sequence classifiers of the same 
 def loading_class(model: Model) -> Any:
     """Return transformers' class for a model that `check_loads` has accepted."""
     return inner_class(model_config(model.config))
+
+
+def auto_classes(model: Model) -> list[str]:
+    """Return the names of transformers' Auto classes that load a delta of the model, the most specific one last."""
+    loading = loading_class(model)
+    if is_classifier(loading):
+        return ["AutoModelForSequenceClassification"]
+    known = AutoModelForImageTextToText._model_mapping.get(loading.config_class, ())
+    reads_images = loading in (known if isinstance(known, (list, tuple)) else [known])
+    return ["AutoModelForCausalLM", *(["AutoModelForImageTextToText"] if reads_images else [])]
 
 
 def check_class(read: ReadModel) -> None:
@@ -38,7 +48,7 @@ def check_class(read: ReadModel) -> None:
         )
     if read.layout is None:
         raise IncompatibleModelsError(
-            f"'{model.source}' is a '{model_type}' model, which has no causal language model class in transformers: "
+            f"'{model.source}' is a '{model_type}' model, for which transformers has no class that generates text: "
             f"{_SUPPORTED}"
         )
     stated, loading = _stated_class(model), type(read.layout.model)

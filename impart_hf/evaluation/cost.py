@@ -79,10 +79,7 @@ def empty_model(source: str, dtype: torch.dtype | None = None, revision: str | N
             f"'{source}' is a {config.model_type} model, not a causal language model: give another one"
         ) from error
     named = config.architectures or []
-    if named and not any(
-        name == type(model).__name__ or "CausalLM" in name or "LMHead" in name or name == "DeltaCompressedForCausalLM"
-        for name in named
-    ):
+    if named and not any(name == type(model).__name__ or "CausalLM" in name or "LMHead" in name for name in named):
         raise ValueError(f"'{source}' is a {named[0]}; `evaluate` measures causal language models only")
     model.name_or_path = source
     return model.eval()

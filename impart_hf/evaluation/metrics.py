@@ -4,14 +4,16 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import is_accelerate_available
 
 from ..common.token_losses import cross_entropy, kl_divergence
 
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "trust_remote_code")
+
 
 def load(source: str, dtype: torch.dtype, device: str | torch.device, **options: Any) -> PreTrainedModel:
-    """Load a model for evaluation.
+    """Load a model for evaluation: a language model, or one for images and text, of which only text is used.
 
     Args:
         source: local folder or Hub id of a dense model or a delta repository.
@@ -20,7 +22,10 @@ def load(source: str, dtype: torch.dtype, device: str | torch.device, **options:
     """
     if torch.device(device).type != "cpu" and is_accelerate_available():
         options["device_map"] = {"": device}  # a delta is then decoded there
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    config = AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k in _HUB_OPTIONS})
+    is_text = type(config) in AutoModelForCausalLM._model_mapping or getattr(config, "auto_map", None)
+    auto_class: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+    model: PreTrainedModel = auto_class.from_pretrained(source, dtype=dtype, **options)
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the first parameter
 
 
