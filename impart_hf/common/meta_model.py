@@ -35,6 +35,19 @@ def meta_model(config: PreTrainedConfig, *, real_buffers: bool = False, **option
         return model_class._from_config(own, **options)
 
 
+def text_decoder(model: PreTrainedModel) -> Any:
+    """Return a model's decoder: embeddings and layers, without an output projection."""
+    decoder: Any = model
+    while True:
+        found = decoder.get_decoder() if isinstance(decoder, PreTrainedModel) else decoder
+        if found is decoder and getattr(decoder, "get_output_embeddings", lambda: None)() is not None:
+            # Llama 4's language model does not know which of its parts is the decoder.
+            found = next((part for part in decoder.children() if isinstance(part, PreTrainedModel)), decoder)
+        if found is decoder:
+            return decoder
+        decoder = found
+
+
 def reads_text(model: PreTrainedModel) -> Callable[[str], bool]:
     """Return a function that tells, by a parameter's name, whether the model needs it for text alone.
 

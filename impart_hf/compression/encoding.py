@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..calibration.layer_stream import Moments
 from ..calibration.streamed_model import StreamedModel
 from ..coding.records import empty_record
 from ..coding.svd_cache import SvdOf, uncached_svd
@@ -42,7 +43,7 @@ class Encoding:
             budgets: byte budget of each matrix, by tensor; equal shares for tensors without one.
             stream: the model whose layers' inputs are known on calibration text.
         """
-        self._linear = frozenset[str]() if stream is None else frozenset(stream.linear)
+        self._matrices = frozenset[str]() if stream is None else stream.matrices
         self._transposed = frozenset[str]() if stream is None else stream.transposed
         self._base, self._finetuned, self._device = pair.base, pair.finetuned, pair.device
         self._method, self._workspace, self._svd_of, self._budgets = method, workspace, svd_of, budgets
@@ -51,7 +52,7 @@ class Encoding:
         self._by_name = dict(self._waiting)
         self._done = self._written = 0
 
-    def encode(self, tensor: TensorPlan, hessian: torch.Tensor | None = None) -> None:
+    def encode(self, tensor: TensorPlan, hessian: Moments = None) -> None:
         """Encode a tensor and write its records, unless that has been done."""
         if self._waiting.pop(tensor.name, None) is None:
             return
@@ -61,14 +62,14 @@ class Encoding:
                 tensor, self._base, self._finetuned, self._method, self._device, hessian, self._svd_of,
                 self._budgets.get(tensor.name), tensor.name in self._transposed,
             )  # fmt: skip
-            if hessian is None and tensor.name in self._linear:
-                notes.append("not calibrated: no token of the text reaches it")
+            if hessian is None and tensor.name in self._matrices:
+                notes.append("not calibrated: too few tokens of the text reach it")
             self._workspace.put_record(tensor.name, data, notes)
         self._done += tensor.dense_bytes
         self._written += self._workspace.record_path(tensor.name).stat().st_size
         self.bar.update(tensor.dense_bytes)
 
-    def compressed(self, name: str, hessian: torch.Tensor | None) -> torch.Tensor:
+    def compressed(self, name: str, hessian: Moments) -> torch.Tensor:
         """Return the tensor as a reader decodes it; if it is not yet encoded, encode it first, with this Hessian."""
         dense = self._finetuned.tensor(name)
         tensor = self._by_name.get(name)
@@ -86,7 +87,7 @@ def encode_tensor(
     finetuned: Model,
     method: MethodConfig,
     device: torch.device,
-    hessian: torch.Tensor | None = None,
+    hessian: Moments = None,
     svd_of: SvdOf = uncached_svd,
     budgets: list[int] | None = None,
     transposed: bool = False,
@@ -104,9 +105,12 @@ def encode_tensor(
         if is_nonzero:
             svd = svd_of(tensor.name, number)
             budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
+            own = hessian if hessian is None or isinstance(hessian, torch.Tensor) else hessian[number]
+            if own is None and hessian is not None:
+                notes.append(f"matrix {number} not calibrated: too few tokens of the text reach it")
             encoded = encoder.encode(
                 delta, budget, seed,
-                hessian=hessian, svd=svd, vocabulary=tensor.vocabulary, transposed=transposed,
+                hessian=own, svd=svd, vocabulary=tensor.vocabulary, transposed=transposed,
             )  # fmt: skip
         else:
             encoded = Encoded(empty_record(delta.shape[0], delta.shape[1], float(delta.any())))

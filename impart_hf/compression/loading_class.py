@@ -1,4 +1,4 @@
-"""The class that loads a fine-tune, and whether it can: a language model's, with images or without, or a classifier's."""
+"""The class that loads a fine-tune, and whether it can: one that generates text, or a sequence classifier's."""
 
 from typing import Any
 

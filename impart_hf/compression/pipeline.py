@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..calibration.hidden_states import HiddenStates
 from ..calibration.layer_stream import stream_layers
 from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..coding.svd_cache import SvdCache, SvdOf, uncached_svd
@@ -133,7 +134,7 @@ def compress_pair(
         trained = _distillation().check_distillation(
             pair.base, pair.finetuned, request.distillation, request.distill_settings, pair.device
         )
-    reach = Reach(frozenset() if stream is None else frozenset(stream.linear), trained)
+    reach = Reach(frozenset() if stream is None else stream.matrices, trained)
     encoded = [tensor for tensor in pair.tensors if tensor.kind == "encoded"]
     config = repository_config(pair, request.recorded_method(method, reach, encoded))
     card = card_bytes(pair, config, request.counted_card_data or request.card_data, request.origin)
@@ -144,6 +145,8 @@ def compress_pair(
     # The plan may leave fewer tensors to encode; this never makes config.json longer.
     config["method"] = request.recorded_method(method, reach, plan.encoded)
     kept = components_bytes(plan.encoded, method, _KEPT.itemsize) if method.shares_budget else 0
+    if stream is not None and request.calibration is not None:
+        kept += HiddenStates.bytes_needed(stream.states_shape(request.calibration), stream.dtype)
     inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
     workspace.begin(plan.fingerprint(method, inputs), plan.allowed_bytes + plan.fixed_bytes, kept)
     _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
@@ -171,7 +174,7 @@ def _encode(
     encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream)
     with pair.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as encoding.bar:
         if stream is not None and calibration is not None:
-            stream_layers(stream, calibration, encoding.compressed, progress=Progress(False))
+            stream_layers(stream, calibration, encoding.compressed, workspace.states(), progress=Progress(False))
         for tensor in plan.encoded:
             encoding.encode(tensor)
 

@@ -7,7 +7,7 @@ group is the logits.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..modeling.tensors import Model, Tensors
 from ..training import distributed
 from .record_trainer import Outcome, RecordTrainer
 from .settings import DistillReport, DistillSettings
-from .student import compressed
+from .student import Place, compressed
 from .text import check_tokens, divergence, relative_error
 
 PURPOSE = "distillation by blocks"
@@ -68,7 +68,8 @@ def distill_blocks(
     for start in range(0, count, settings.blocks):
         group = _Group(range(start, min(start + settings.blocks, count)), count)
         names = models.names_of(group)
-        own = [name for name in names if name in records and base.shape(name) == finetuned.shape(name)]
+        can_be_trained = places_of(models.teacher, base, finetuned, names)
+        own = [name for name in names if name in records and name in can_be_trained]
         trained.update(own)
         models.teacher.load(names)
         teacher_output = None
@@ -133,10 +134,20 @@ def check_blocks(base: Tensors, finetuned: Model, tokens: Tensor, device: str | 
     Raises:
         ValueError: if it cannot, or if a token is not in its vocabulary.
     """
-    model = streamed_model(finetuned, tokens, device, PURPOSE)
+    model = streamed_model(finetuned, tokens, device, PURPOSE, torch.float32)
     model.check_run(tokens[:1].to(model.device))
     names = {*model.output_names, *(name for layer in model.layers for name in model.names_in(layer))}
-    return frozenset(name for name in names if base.shape(name) == finetuned.shape(name))
+    return frozenset(places_of(model, base, finetuned, names))
+
+
+def places_of(model: StreamedModel, base: Tensors, finetuned: Model, names: Iterable[str]) -> dict[str, Place]:
+    """Return the place in a model of those of the named tensors that can be trained."""
+    places = {}
+    for name in names:
+        group, stack = model.group(name), model.stacks.get(model.parameters[name])
+        if base.shape(name) == finetuned.shape(name) and (group.converter is None or stack is not None):
+            places[name] = Place([group.key], None if stack is None or stack.is_as_stored else stack)
+    return places
 
 
 class _BlockModels:
@@ -163,7 +174,7 @@ class _BlockModels:
         self._base, self._finetuned, self._tokens = base, finetuned, tokens
         self._arguments = arguments
         self.record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress)
-        self.teacher = streamed_model(finetuned, tokens, arguments.device, PURPOSE)
+        self.teacher = streamed_model(finetuned, tokens, arguments.device, PURPOSE, torch.float32)
         check_tokens(tokens, self.teacher.vocabulary)
         self.teacher.load(self.teacher.embedding_names)
         # The tensors before the first layer are not trained, so that all students share them.
@@ -240,7 +251,7 @@ class _BlockModels:
     ) -> Outcome:
         """Train the records of a group of layers."""
         student = self.student(records, group, frozenset(names))
-        owners = {name: [student.parameters[name]] for name in names}
-        deltas = self.record_trainer.attach(student.model, names, records, owners)
+        places = places_of(student, self._base, self._finetuned, names)
+        deltas = self.record_trainer.attach(student.model, names, records, places)
         title = f"Distilling layers {group.layers.start + 1} to {group.layers.stop} of {group.count}"
         return self.record_trainer.train(deltas, partial(loss, student), title, "outputs")

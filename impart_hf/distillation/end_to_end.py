@@ -29,8 +29,8 @@ def distill_end_to_end(
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     teacher = load_model(finetuned, finetuned_tensors(finetuned), dtype, arguments.device)
     check_tokens(tokens, teacher.get_input_embeddings().num_embeddings)
-    owners = trainable(teacher, base, finetuned)
-    names = [name for name in records if name in owners]
+    places = trainable(teacher, base, finetuned)
+    names = [name for name in records if name in places]
     student = load_model(finetuned, student_tensors(base, finetuned, records, names), dtype, arguments.device)
 
     def loss(rows: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def distill_end_to_end(
             return divergence(logits, student(input_ids=batch, use_cache=False).logits)
 
     record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress)
-    deltas = record_trainer.attach(student, names, records, owners)
+    deltas = record_trainer.attach(student, names, records, places)
     outcome = record_trainer.train(deltas, loss, "Distilling", "logits")
     untrained = tuple(sorted(records.keys() - deltas.keys()))
     report = DistillReport(outcome.steps, outcome.best_step, outcome.before, outcome.after, untrained)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout
+from ..common.expert_stacks import ExpertStack, expert_stack
 from ..common.meta_model import meta_model, reads_text
 from ..modeling.checkpoints import config_fields
 from ..modeling.deferred_tensor import Index
@@ -19,7 +21,20 @@ from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
 from ..modeling.model_files import CheckpointError
 from ..modeling.tensors import LazyTensor, Model, Tensors
-from .trained_delta import TrainedDelta
+from .trained_delta import StackedDeltas, TrainedDelta
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is in a student.
+
+    Attributes:
+        names: all names of its parameter: more than one if modules share it.
+        stack: how the parameter is made of tensors, if it is a stack of experts and not stored as it is.
+    """
+
+    names: list[str]
+    stack: ExpertStack | None = None
 
 
 def empty_model(finetuned: Model) -> PreTrainedModel:
@@ -62,11 +77,11 @@ def owners_of(model: Any) -> dict[str, list[str]]:
     return {name: names[id(parameter)] for name, parameter in parameters.items()}
 
 
-def trainable(model: Any, base: Tensors, finetuned: Model) -> dict[str, list[str]]:
-    """Return the tensors that can be trained, each with all names of its parameter in the model.
+def trainable(model: Any, base: Tensors, finetuned: Model) -> dict[str, Place]:
+    """Return the tensors that can be trained, each with its place in the model.
 
-    Each must be a parameter of the model, as it is stored, that is needed for text, and have the shape of the base's
-    tensor. If several modules share it, all must be embeddings or linear layers.
+    Each must be a parameter of the model, as it is stored or as a part of a stack of experts, that is needed for text,
+    and have the shape of the base's tensor. If several modules share it, all must be embeddings or linear layers.
 
     Args:
         model: the fine-tune's model; its values are not read.
@@ -74,14 +89,16 @@ def trainable(model: Any, base: Tensors, finetuned: Model) -> dict[str, list[str
     owners, groups, needed = owners_of(model), CheckpointLayout(finetuned, model).groups, reads_text(model)
     found = {}
     for key, group in groups.items():
-        name = group.members[0].name
-        if group.converter is not None or key not in owners or not needed(key):
+        names = [member.name for member in group.members]
+        if key not in owners or not needed(key) or any(finetuned.shape(n) != base.shape(n) for n in names):
             continue
-        if finetuned.shape(name) != base.shape(name):
+        if group.converter is not None:
+            stack = expert_stack(group, finetuned, model.get_submodule(key.rpartition(".")[0]))
+            found |= {} if stack is None else dict.fromkeys(names, Place([key], stack))
             continue
         modules = [model.get_submodule(owner.rpartition(".")[0]) for owner in owners[key]]
         if len(modules) == 1 or all(isinstance(module, nn.Embedding | nn.Linear) for module in modules):
-            found[name] = owners[key]
+            found[names[0]] = Place(owners[key])
     return found
 
 
@@ -113,20 +130,24 @@ def compressed(
     return torch.cat([add_delta(before, data, name, torch.float32), added.float()])
 
 
-def attach(
-    student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None, owners: Iterable[str]
-) -> TrainedDelta:
+def attach(student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None, place: Place) -> TrainedDelta:
     """Add a tensor's delta to its parameter in the student, which holds the base's weights.
 
     Args:
         data: the tensor's records.
         exact: the exact delta, float32 (matrices, m, n), if kept values are trained; otherwise None.
-        owners: all names of the parameter: more than one if modules share it.
+        place: where its parameter is.
     """
     delta: TrainedDelta | None = None
-    for own_name in owners:
+    for own_name in place.names:
         path, _, leaf = own_name.rpartition(".")
         owner = student.get_submodule(path)
+        if place.stack is not None:
+            if not parametrize.is_parametrized(owner, leaf):
+                parametrize.register_parametrization(owner, leaf, StackedDeltas(place.stack), unsafe=True)
+            delta = TrainedDelta(parse_stack(data, name), name, exact, owner.parametrizations[leaf].original.device)
+            owner.parametrizations[leaf][0].deltas[name] = delta
+            continue
         base = getattr(owner, leaf)
         if delta is None:
             delta = TrainedDelta(parse_stack(data, name), name, exact, base.device)

@@ -64,9 +64,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "qwen2-vl": (
         "qwen2_vl",
         {"vision_config": {**_VISION, "embed_dim": 64, "mlp_ratio": 1}, **_IMAGE_TOKENS},
-        {"rope_parameters": _ROPE_16},
+        {"head_dim": 16, "rope_parameters": _ROPE_16},
     ),
-    "qwen2.5-vl": ("qwen2_5_vl", {"vision_config": _VISION, **_IMAGE_TOKENS}, {"rope_parameters": _ROPE_16}),
+    "qwen2.5-vl": (
+        "qwen2_5_vl",
+        {"vision_config": _VISION, **_IMAGE_TOKENS},
+        {"head_dim": 16, "rope_parameters": _ROPE_16},
+    ),
     "qwen3-vl": (
         "qwen3_vl",
         {"vision_config": {**_VISION, "deepstack_visual_indexes": [0]}, **_IMAGE_TOKENS},
