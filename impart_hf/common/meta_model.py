@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from ..modeling.checkpoints import config_for
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
@@ -33,6 +33,12 @@ def meta_model(config: PreTrainedConfig, *, real_buffers: bool = False, **option
             return model_class._from_config(own, **options)
     with torch.device("meta"):
         return model_class._from_config(own, **options)
+
+
+def takes_images(model_class: Any) -> bool:
+    """Return whether a model class is one of transformers' for images and text."""
+    known = AutoModelForImageTextToText._model_mapping.get(model_class.config_class, None)
+    return model_class in (known if isinstance(known, (list, tuple)) else [known])
 
 
 def text_decoder(model: PreTrainedModel) -> Any:

@@ -3,11 +3,12 @@
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout, class_layout
 from ..common.completeness import missing_parameters
 from ..common.configs import model_config
+from ..common.meta_model import takes_images
 from ..modeling.checkpoints import config_for
 from ..modeling.modeling_delta_compressed import inner_class, is_classifier
 from ..modeling.tensors import Model, StoredModel
@@ -27,9 +28,7 @@ def auto_classes(model: Model) -> list[str]:
     loading = loading_class(model)
     if is_classifier(loading):
         return ["AutoModelForSequenceClassification"]
-    known = AutoModelForImageTextToText._model_mapping.get(loading.config_class, ())
-    reads_images = loading in (known if isinstance(known, (list, tuple)) else [known])
-    return ["AutoModelForCausalLM", *(["AutoModelForImageTextToText"] if reads_images else [])]
+    return ["AutoModelForCausalLM", *(["AutoModelForImageTextToText"] if takes_images(loading) else [])]
 
 
 def check_class(read: ReadModel) -> None:

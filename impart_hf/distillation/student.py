@@ -87,7 +87,7 @@ def trainable(model: Any, base: Tensors, finetuned: Model) -> dict[str, Place]:
         model: the fine-tune's model; its values are not read.
     """
     owners, groups, needed = owners_of(model), CheckpointLayout(finetuned, model).groups, reads_text(model)
-    found = {}
+    found: dict[str, Place] = {}
     for key, group in groups.items():
         names = [member.name for member in group.members]
         if key not in owners or not needed(key) or any(finetuned.shape(n) != base.shape(n) for n in names):

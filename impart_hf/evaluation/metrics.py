@@ -4,10 +4,18 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import is_accelerate_available
 
+from ..common.meta_model import takes_images
 from ..common.token_losses import cross_entropy, kl_divergence
+from ..modeling.modeling_delta_compressed import inner_class
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "trust_remote_code")
 
@@ -23,10 +31,16 @@ def load(source: str, dtype: torch.dtype, device: str | torch.device, **options:
     if torch.device(device).type != "cpu" and is_accelerate_available():
         options["device_map"] = {"": device}  # a delta is then decoded there
     config = AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k in _HUB_OPTIONS})
-    is_text = type(config) in AutoModelForCausalLM._model_mapping or getattr(config, "auto_map", None)
-    auto_class: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
-    model: PreTrainedModel = auto_class.from_pretrained(source, dtype=dtype, **options)
+    model: PreTrainedModel = _auto_class(config).from_pretrained(source, dtype=dtype, **options)
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the first parameter
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class that loads a model as a whole."""
+    try:
+        return AutoModelForImageTextToText if takes_images(inner_class(config)) else AutoModelForCausalLM
+    except ValueError:  # a delta, code of its own, or nothing that can be evaluated: the Auto class decides
+        return AutoModelForCausalLM
 
 
 def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int) -> float:
