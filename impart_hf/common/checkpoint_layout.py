@@ -126,6 +126,12 @@ class CheckpointLayout:
         self.groups = _groups(tensors, model, tensors.names() if names is None else names)
         self._group_of = {member.name: group for group in self.groups.values() for member in group.members}
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every parameter of the model comes from the checkpoint or is tied to another."""
+        found = {name for group in self.groups.values() for name in group.parameters} | self.tied.keys()
+        return self.model.state_dict().keys() <= found
+
     def group(self, name: str) -> TensorGroup | None:
         """Return the group of a checkpoint's tensor; None if no model reads the tensor."""
         return self._group_of.get(name)

@@ -55,10 +55,8 @@ def check_class(read: ReadModel) -> None:
         return
     if lost := _lost_parameters(model, stated, read.layout):
         advice = _SUPPORTED
-        found = {name for group in read.layout.groups.values() for name in group.parameters} | read.tied.keys()
-        whole = read.layout.model.state_dict().keys() <= found
         config_class: Any = loading.config_class
-        if whole and config_class in AutoModelForCausalLM._model_mapping:
+        if read.layout.is_complete and config_class in AutoModelForCausalLM._model_mapping:
             advice = (
                 f"if the rest is all that you need, load base and fine-tune with {loading.__name__}, save them, and "
                 "compress these"
