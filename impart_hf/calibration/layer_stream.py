@@ -77,14 +77,13 @@ def stream_layers(
         if name in model.embedding_names:
             model.put(name, weight)
     batches = tokens.split(batch_size)
-    hidden, arguments = model.layer_inputs(batches if first is None else (batches[0], batches[-1]))
-    model.release(model.embedding_names)
     if first is None:
         first = 0
         with states.replace(0) as add:
-            for batch in hidden:
-                add(batch)
-    del hidden
+            arguments = model.layer_inputs(batches, add)
+    else:
+        arguments = model.layer_inputs((batches[0], batches[-1]), lambda _: None)
+    model.release(model.embedding_names)
     for number, prefix in enumerate(progress.track(list(model.layers), "Calibrating")):
         if number < first:
             continue

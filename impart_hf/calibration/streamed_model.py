@@ -183,14 +183,17 @@ class StreamedModel:
             for parameter, empty in group.parameters.items():
                 self._set(parameter, torch.empty(empty.shape, dtype=empty.dtype, device="meta"))
 
-    def layer_inputs(self, batches: Iterable[Tensor]) -> tuple[list[Tensor], dict[int, list[LayerArguments]]]:
+    def layer_inputs(
+        self, batches: Iterable[Tensor], keep: Callable[[Tensor], None]
+    ) -> dict[int, list[LayerArguments]]:
         """Run the model up to the first decoder layer.
 
+        Args:
+            keep: called with the first layer's input for every batch, (sequences, length, size) in `dtype`.
+
         Returns:
-            The first layer's input for every batch, on the CPU, and every layer's other arguments, by the number of
-            sequences in a batch; (sequences, length, size) in `dtype`.
+            Every layer's other arguments, by the number of sequences in a batch.
         """
-        hidden: list[Tensor] = []
         arguments: dict[int, list[LayerArguments]] = {}
         for batch in batches:
             first, recorded = self._record(batch.to(self.device))
@@ -200,8 +203,8 @@ class StreamedModel:
                 raise self.unsupported("its layers share a state, or depend on the text not only through hidden states")
             if first.shape != self.states_shape(batch):
                 raise self.unsupported(f"its layers pass on {list(first.shape)} for {list(batch.shape)} tokens")
-            hidden.append(first.to("cpu"))
-        return hidden, arguments
+            keep(first)
+        return arguments
 
     def _record(self, batch: Tensor) -> tuple[Tensor, list[LayerArguments]]:
         """Return the first layer's input, and the other arguments of every layer."""
@@ -393,9 +396,10 @@ def streamed_model(
         raise ValueError(f"calibration needs tokens of shape (sequences, length), not {list(tokens.shape)}")
     check_vocabulary(tokens, model.vocabulary, finetuned.source)
     model.load(model.embedding_names)
-    (hidden, _), arguments = model.layer_inputs([tokens[:1], tokens[-1:]])
+    hidden: list[Tensor] = []
+    arguments = model.layer_inputs([tokens[:1], tokens[-1:]], hidden.append)
     model.release(model.embedding_names)
-    model.look_at_experts(hidden, arguments[1])
+    model.look_at_experts(hidden[0], arguments[1])
     return model
 
 
