@@ -10,7 +10,7 @@ from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import all_finite, same_values
 from ..modeling.checksums import tensor_checksum
 from ..modeling.tensors import Model
-from .compatibility import IncompatibleModelsError, is_matrix_shape
+from .compatibility import IncompatibleModelsError, is_matrix_shape, vocabulary_size
 
 # The squares of larger numbers, summed over a column, overflow in float32.
 _LARGEST = 1e15
@@ -67,7 +67,7 @@ def scan(base: BaseTensors, finetuned: Model, progress: Progress) -> list[Tensor
     Raises:
         IncompatibleModelsError: if a tensor holds NaN or infinity where base and fine-tune differ.
     """
-    plans = []
+    plans, tokens = [], vocabulary_size(finetuned)
     for name in progress.track(finetuned.names(), "Scanning"):
         whole, after = base.whole(name), finetuned.tensor(name)
         before = base.shared(name, whole)
@@ -77,7 +77,7 @@ def scan(base: BaseTensors, finetuned: Model, progress: Progress) -> list[Tensor
         # Readers convert floats to the fine-tune's dtype, and leave integers unchanged.
         comparable = after.is_floating_point() or before.dtype == after.dtype
         equal = comparable and same_values(before.to(after.dtype), shared)
-        vocabulary = after.dim() == 2 and after.shape[0] == finetuned.config.get("vocab_size")
+        vocabulary = after.dim() == 2 and after.shape[0] == tokens
         if not equal:
             rows: Any = ...
             if vocabulary and not (all_finite(before) and all_finite(shared)):
