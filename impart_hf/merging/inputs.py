@@ -192,7 +192,7 @@ class MergeInputs:
             chosen = self._tokens_from.config
             config |= {k: v for k, v in chosen.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if self._rows_from is not None and self.added_tokens:
-            config["vocab_size"] = self._rows_from.config["vocab_size"]
+            config = with_vocabulary(config, vocabulary_size(self._rows_from))
         return config
 
     @property
