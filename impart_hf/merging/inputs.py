@@ -15,9 +15,10 @@ from ..adapters.adapter_files import find_adapter, named_adapter, refuse_adapter
 from ..adapters.companions import Companions, companions_of
 from ..adapters.named_base import check_named_base
 from ..adapters.open import open_finetune
+from ..adapters.vocabulary import with_vocabulary
 from ..common.model_names import split_adapter
 from ..compression.base_layout import ReadModel, match
-from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
+from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape, vocabulary_size
 from ..modeling.checkpoints import Checkpoint, all_finite, text_config
 from ..modeling.model_files import CheckpointError, HubOptions, pinned, repository_kind
 from ..modeling.repository_kind import RepositoryKind
