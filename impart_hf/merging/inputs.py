@@ -18,7 +18,7 @@ from ..adapters.open import open_finetune
 from ..adapters.vocabulary import with_vocabulary
 from ..common.model_names import split_adapter
 from ..compression.base_layout import ReadModel, match
-from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape, vocabulary_size
+from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
 from ..modeling.checkpoints import Checkpoint, all_finite, text_config
 from ..modeling.model_files import CheckpointError, HubOptions, pinned, repository_kind
 from ..modeling.repository_kind import RepositoryKind
@@ -193,7 +193,7 @@ class MergeInputs:
             chosen = self._tokens_from.config
             config |= {k: v for k, v in chosen.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if self._rows_from is not None and self.added_tokens:
-            config = with_vocabulary(config, vocabulary_size(self._rows_from))
+            config = with_vocabulary(config, text_config(self._rows_from.config).vocab_size)
         return config
 
     @property
