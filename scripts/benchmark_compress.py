@@ -29,7 +29,8 @@ from impart_hf.methods import method_class, method_names
 def wanted_ranks(sigma: torch.Tensor, rows: int, columns: int, ratio: float) -> dict[str, int]:
     """Return how many components of a matrix of 16-bit numbers each factored method needs at a ratio."""
     spectrum = sigma.double().cpu().numpy()
-    methods = [method_class(name)(compression_ratio=ratio) for name in method_names() if method_class(name).factored]
+    classes = [method_class(name) for name in method_names()]
+    methods = [c(compression_ratio=ratio) for c in classes if c.factored and not c.shares_budget]
     budget = int(2 * rows * columns / ratio)
     return {m.name: max(1, min(len(spectrum), m.rank_for(spectrum, rows, columns, budget))) for m in methods}
 

@@ -15,6 +15,7 @@ from ..common.expert_stacks import ExpertStack, expert_stack
 from ..common.meta_model import meta_model, reads_text, text_decoder
 from ..modeling.checkpoints import all_finite
 from ..modeling.tensors import Model
+from ..modeling.transfer import to_device
 from .expert_inputs import ExpertInputs
 from .text import check_vocabulary
 
@@ -148,7 +149,7 @@ class StreamedModel:
     def put(self, name: str, tensor: Tensor) -> None:
         """Set the values of a tensor; of several that become a parameter together, the last one given sets it."""
         group = self._groups[name]
-        tensor = tensor.to(self.device, self._dtype_of(group.key) if tensor.is_floating_point() else None)
+        tensor = to_device(tensor, self.device).to(self._dtype_of(group.key) if tensor.is_floating_point() else None)
         if group.converter is None:
             self._set(group.key, tensor)
             return

@@ -26,8 +26,8 @@ _GROWTH = 1.3  # growth of the Krylov space from one test of convergence to the 
 _RESIDUAL = 0.01
 # Squaring the matrix makes singular values below this share of the largest inexact. They are computed from the matrix
 # minus the larger components, unless that remainder is no more than rounding errors of the second size.
-_TRUSTED = 1e-2
-_ROUNDING = 1e-5
+TRUSTED = 1e-2
+ROUNDING = 1e-5
 _PROBES, _PROBE_STEPS = 16, 5
 
 
@@ -67,12 +67,12 @@ def _tall_svd(
 
     v = _krylov_vectors(matrix, count) if matrix.shape[1] >= _SMALL else None
     u, sigma, v = _components(matrix, all_vectors(matrix, count) if v is None else v)
-    clear = int((sigma >= _TRUSTED * sigma[0]).sum())
+    clear = int((sigma >= TRUSTED * sigma[0]).sum())
     if clear == len(sigma) or len(sigma) > side // 2:
         return u, sigma, v
     rest = torch.addmm(matrix, u[:, :clear] * sigma[:clear], v[:, :clear].t(), alpha=-1)
     exact = np.concatenate([above, sigma[:clear].double().cpu().numpy()])
-    if float(rest.norm()) <= _ROUNDING * exact[0]:
+    if float(rest.norm()) <= ROUNDING * exact[0]:
         return u, sigma, v
     parts = _tall_svd(rest, rank_rule, exact)
     u, sigma, v = (torch.cat([a[..., :clear], b], -1) for a, b in zip((u, sigma, v), parts, strict=True))
@@ -108,20 +108,34 @@ def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.to(matrix), vectors.to(matrix)
 
 
-def _roots(eigenvalues: torch.Tensor) -> np.ndarray:
+def eigvalsh(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the eigenvalues, rising, of symmetric matrices (..., n, n), as `eigh` does."""
+    try:
+        values = torch.linalg.eigvalsh(matrix)
+    except torch.linalg.LinAlgError:
+        values = torch.linalg.eigvalsh(matrix.double().cpu())
+    return values.to(matrix)
+
+
+def roots(eigenvalues: torch.Tensor) -> np.ndarray:
     """Return the singular values, float64, of the eigenvalues of a Gram matrix."""
     return eigenvalues.clamp_min(0).double().sqrt().cpu().numpy()
 
 
+def lower_gram(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the lower triangle of A^T A, (..., n, n), of matrices (..., m, n); blocks of the other may be zero."""
+    side = matrix.shape[-1]
+    gram = matrix.new_zeros(*matrix.shape[:-2], side, side)
+    step = -(-side // 8)
+    for start in range(0, side, step):
+        gram[..., start:, start : start + step] = matrix[..., start:].mT @ matrix[..., start : start + step]
+    return gram
+
+
 def all_vectors(matrix: torch.Tensor, count: RankRule) -> torch.Tensor:
     """Return the leading right singular vectors, (n, r), from the whole Gram matrix."""
-    side = matrix.shape[1]
-    gram = torch.zeros(side, side, dtype=matrix.dtype, device=matrix.device)
-    step = -(-side // 8)
-    for start in range(0, side, step):  # eigh reads only the lower triangle
-        gram[start:, start : start + step] = matrix[:, start:].t() @ matrix[:, start : start + step]
-    eigenvalues, vectors = eigh(gram)
-    return vectors.flip(1)[:, : count(_roots(eigenvalues.flip(0)))]
+    eigenvalues, vectors = eigh(lower_gram(matrix))
+    return vectors.flip(1)[:, : count(roots(eigenvalues.flip(0)))]
 
 
 def _krylov_vectors(matrix: torch.Tensor, count: RankRule) -> torch.Tensor | None:
@@ -150,11 +164,11 @@ def _krylov_vectors(matrix: torch.Tensor, count: RankRule) -> torch.Tensor | Non
         image -= space @ inside
         if size >= test_at:
             values, vectors = (t.flip(-1) for t in eigh(ritz[:size, :size]))
-            floor = values.clamp_min(_TRUSTED**2 * values[0])
+            floor = values.clamp_min(TRUSTED**2 * values[0])
             # A^T A maps all but the newest block into the space, so the residuals come from that block alone.
             residuals = (image @ vectors[-_BLOCK:]).norm(dim=0)
             known = int((residuals <= _RESIDUAL * floor).cummin(0).values.sum())
-            sigma = _roots(values)
+            sigma = roots(values)
             enough = count(sigma)
             if enough <= known:
                 leading = space @ vectors[:, :enough]

@@ -24,10 +24,10 @@ class SvdCache:
     A matrix is decomposed again only if more components are needed than are stored.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
-        """Use a folder, made if missing, for the components: each takes about (m + n) numbers of `dtype`."""
+    def __init__(self, folder: Path):
+        """Use a folder, made if missing, for the components: each takes 4 (m + n + 1) bytes."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._dtype = folder, dtype
+        self._folder = folder
 
     def of(self, name: str, number: int) -> Svd:
         """Return the function that decomposes one matrix.
@@ -44,11 +44,10 @@ class SvdCache:
                 stored = {part: tensor.to(matrix.device) for part, tensor in load_file(path).items()}
                 rank, stored_rank = rank_rule(stored["sigma"].double().cpu().numpy()), len(stored["sigma"])
                 if rank <= stored_rank or stored_rank == min(matrix.shape):
-                    return stored["u"][:, :rank].float(), stored["sigma"][:rank], stored["v"][:, :rank].float()
+                    return stored["u"][:, :rank], stored["sigma"][:rank], stored["v"][:, :rank]
             u, sigma, v = leading_svd(matrix, rank_rule)
-            u, v = u.contiguous().to(self._dtype), v.contiguous().to(self._dtype)
             with atomic_write(path) as new:
-                save_file({"u": u, "sigma": sigma.contiguous(), "v": v}, new)
-            return u.float(), sigma, v.float()
+                save_file({"u": u.contiguous(), "sigma": sigma.contiguous(), "v": v.contiguous()}, new)
+            return u, sigma, v
 
         return svd

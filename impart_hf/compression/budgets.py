@@ -1,23 +1,23 @@
 """Byte budgets of all matrices, for methods that share one budget among them according to their components."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from ..coding.svd_cache import SvdOf
+from ..coding.spectrum import singular_values
 from ..methods import MethodConfig, Spectrum, method_for
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import all_finite
 from ..modeling.tensors import Model
+from ..modeling.transfer import to_device
+from ..storage.workspace import Workspace
 from .pair import ModelPair
-from .scan import TensorPlan
+from .scan import TensorPlan, order_to_take
 
 # The squares of smaller numbers underflow in float32: such a delta has norm 0 and changes no model.
 _ZERO_DELTA = 1e-15
-# Components are computed for up to this multiple of the budget that a matrix has in proportion to its size.
-_BUDGET_MULTIPLE = 2
+_PROPERTIES = 2  # numbers that are stored before a matrix's singular values: energy and weight of its errors
 
 
 def deltas_of(
@@ -28,73 +28,75 @@ def deltas_of(
     after = finetuned.tensor(tensor.name)[: before.shape[0]]
     stack = (-1, *tensor.shape[-2:])
     for old, new in zip(before.reshape(stack), after.reshape(stack), strict=True):
-        delta = new.to(device).float() - old.to(device).float()
+        delta = to_device(new, device).float() - to_device(old, device).float()
         if tensor.vocabulary and not all_finite(delta):
             delta = delta.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
         yield delta, bool(delta.abs().max() > _ZERO_DELTA)
 
 
-def _sharing(tensors: list[TensorPlan], method: MethodConfig) -> list[TensorPlan]:
-    """Return the tensors that the user's own method encodes; others keep their budgets."""
+def sharing(tensors: list[TensorPlan], method: MethodConfig) -> list[TensorPlan]:
+    """Return the tensors among which the method shares its budget: those that it encodes itself."""
+    if not method.shares_budget:
+        return []
     return [tensor for tensor in tensors if method_for(method, tensor.vocabulary) is method]
 
 
-def _rank_rule(tensor: TensorPlan, method: MethodConfig) -> Callable[[np.ndarray], int]:
-    """Return the function that gives, from a matrix's singular values, how many of its components to compute."""
-    rows, columns = tensor.shape[-2:]
-    most = _BUDGET_MULTIPLE * (tensor.max_bytes // tensor.matrices)
-    return partial(method.rank_for, rows=rows, columns=columns, max_bytes=most)
+def spectra_bytes(tensors: list[TensorPlan], method: MethodConfig) -> int:
+    """Return the bytes that `find_spectra` stores in the workspace."""
+    return sum(8 * t.matrices * (_PROPERTIES + min(t.shape[-2:])) for t in sharing(tensors, method))
 
 
-def components_bytes(tensors: list[TensorPlan], method: MethodConfig, number_bytes: int) -> int:
-    """Return the most bytes of the components that `svd_of` keeps in `shared_budgets`, at `number_bytes` a number."""
-    total = 0
-    for tensor in _sharing(tensors, method):
-        rows, columns = tensor.shape[-2:]
-        rank = min(rows, columns)
-        count = min(rank, _rank_rule(tensor, method)(np.ones(rank)))
-        total += tensor.matrices * count * (number_bytes * (rows + columns) + 4)
-    return total
+def find_spectra(tensors: list[TensorPlan], pair: ModelPair, method: MethodConfig, workspace: Workspace) -> None:
+    """Compute the spectra of all matrices that share the method's budget, and store them in the workspace.
 
-
-def shared_budgets(
-    tensors: list[TensorPlan], pair: ModelPair, method: MethodConfig, svd_of: SvdOf
-) -> dict[str, list[int]]:
-    """Decompose every matrix, and allocate each a byte budget according to its components.
-
-    Args:
-        tensors: the tensors to encode, with budgets in proportion to their sizes; the sum of these is shared.
-        method: the user's method, with `shares_budget`; tensors that another method encodes keep their budgets.
-        svd_of: gives, for a tensor's name and a matrix's index in its stack, the function that computes the matrix's
-            singular components and keeps them for the encoding.
-
-    Returns:
-        By tensor name, the byte budget of each of its matrices.
+    A tensor whose spectra are stored, or that another process takes, is skipped.
     """
-    tensors = _sharing(tensors, method)
-    if not tensors:
-        return {}
-    spectra: list[tuple[TensorPlan, Spectrum]] = []
+    tensors = order_to_take(sharing(tensors, method))
     with pair.progress.bar(sum(tensor.dense_bytes for tensor in tensors), "Decomposing", "B") as bar:
         for tensor in tensors:
             bar.set_postfix_str(tensor.name)
-            for number, (delta, is_nonzero) in enumerate(deltas_of(tensor, pair.base, pair.finetuned, pair.device)):
-                rows, columns = delta.shape
-                spectrum = np.empty(0)
-                if is_nonzero:
-                    _, sigma, _ = svd_of(tensor.name, number)(delta, _rank_rule(tensor, method))
-                    spectrum = sigma.double().cpu().numpy()
-                weight = (
-                    embedding_weight(pair.base.tensor(tensor.name), delta) if tensor.vocabulary and is_nonzero else 1.0
-                )
-                energy = float(torch.linalg.vector_norm(delta)) ** 2
-                spectra.append((tensor, Spectrum(spectrum, rows, columns, energy, tensor.vocabulary, weight)))
+            if not workspace.has_spectra(tensor.name) and workspace.take("spectra", tensor.name):
+                deltas = deltas_of(tensor, pair.base, pair.finetuned, pair.device)
+                rows = [_properties(tensor, pair, delta, is_nonzero) for delta, is_nonzero in deltas]
+                workspace.put_spectra(tensor.name, np.stack(rows))
             bar.update(tensor.dense_bytes)
-    shares = method.allocate([spectrum for _, spectrum in spectra], sum(t.max_bytes for t in tensors))
-    budgets: dict[str, list[int]] = {tensor.name: [] for tensor in tensors}
-    for (tensor, _), share in zip(spectra, shares, strict=True):
-        budgets[tensor.name].append(share)
-    return budgets
+
+
+def _properties(tensor: TensorPlan, pair: ModelPair, delta: torch.Tensor, is_nonzero: bool) -> np.ndarray:
+    """Return energy, weight and singular values of a delta, float64 (_PROPERTIES + min(m, n),)."""
+    if not is_nonzero:
+        return np.append([0.0, 1.0], np.zeros(min(delta.shape)))
+    weight = embedding_weight(pair.base.tensor(tensor.name), delta) if tensor.vocabulary else 1.0
+    return np.append([float(torch.linalg.vector_norm(delta)) ** 2, weight], singular_values(delta))
+
+
+def spectra_of(tensor: TensorPlan, workspace: Workspace) -> list[Spectrum]:
+    """Return the stored spectra of a tensor's matrices."""
+    rows, columns = tensor.shape[-2:]
+    return [
+        Spectrum(sigma, rows, columns, float(energy), tensor.vocabulary, float(weight))
+        for energy, weight, sigma in ((row[0], row[1], row[_PROPERTIES:]) for row in workspace.spectra(tensor.name))
+    ]
+
+
+def shared_budgets(tensors: list[TensorPlan], method: MethodConfig, workspace: Workspace) -> dict[str, list[int]]:
+    """Allocate a byte budget to every matrix according to its spectrum.
+
+    Args:
+        tensors: the tensors to encode, with budgets in proportion to their sizes; the sum of these is shared.
+        method: the user's method. Without `shares_budget`, or for tensors that another method encodes, these budgets
+            are kept.
+        workspace: has the spectra of all that share.
+
+    Returns:
+        By tensor name, the byte budget of each of its matrices, of those that share.
+    """
+    tensors = sharing(tensors, method)
+    if not tensors:
+        return {}
+    spectra = [spectra_of(tensor, workspace) for tensor in tensors]
+    shares = iter(method.allocate([one for several in spectra for one in several], sum(t.max_bytes for t in tensors)))
+    return {tensor.name: [next(shares) for _ in several] for tensor, several in zip(tensors, spectra, strict=True)}
 
 
 def embedding_weight(base: torch.Tensor, delta: torch.Tensor) -> float:

@@ -10,14 +10,14 @@ from ..calibration.layer_stream import Moments
 from ..calibration.streamed_model import StreamedModel
 from ..coding.records import empty_record
 from ..coding.svd_cache import SvdOf, uncached_svd
-from ..methods import Encoded, MethodConfig, method_for
+from ..methods import Encoded, MethodConfig, Spectrum, method_for
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.delta_decode import add_delta
 from ..modeling.tensors import Model
 from ..storage.workspace import Workspace
-from .budgets import deltas_of
+from .budgets import deltas_of, spectra_of
 from .pair import ModelPair
-from .scan import TensorPlan
+from .scan import TensorPlan, order_to_take
 
 
 class Encoding:
@@ -40,7 +40,8 @@ class Encoding:
         """Set up the encoding.
 
         Args:
-            budgets: byte budget of each matrix, by tensor; equal shares for tensors without one.
+            budgets: byte budget of each matrix, by tensor, for the tensors whose spectra the workspace has; the others
+                have equal shares.
             stream: the model whose layers' inputs are known on calibration text.
         """
         self._matrices = frozenset[str]() if stream is None else stream.matrices
@@ -52,21 +53,28 @@ class Encoding:
         self._by_name = dict(self._waiting)
         self._done = self._written = 0
 
+    def encode_all(self, tensors: list[TensorPlan]) -> None:
+        """Encode the tensors that no other process takes and that have not been encoded, without calibration."""
+        for tensor in order_to_take(tensors):
+            self.encode(tensor)
+
     def encode(self, tensor: TensorPlan, hessian: Moments = None) -> None:
-        """Encode a tensor and write its records, unless that has been done."""
+        """Encode a tensor and write its records, unless that has been done or another process does it."""
         if self._waiting.pop(tensor.name, None) is None:
             return
         self.bar.set_postfix_str(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
-        if not self._workspace.has_record(tensor.name):
+        if not self._workspace.has_record(tensor.name) and self._workspace.take("records", tensor.name):
+            budgets = self._budgets.get(tensor.name)
             data, notes = encode_tensor(
-                tensor, self._base, self._finetuned, self._method, self._device, hessian, self._svd_of,
-                self._budgets.get(tensor.name), tensor.name in self._transposed,
+                tensor, self._base, self._finetuned, self._method, self._device, hessian, self._svd_of, budgets,
+                None if budgets is None else spectra_of(tensor, self._workspace), tensor.name in self._transposed,
             )  # fmt: skip
             if hessian is None and tensor.name in self._matrices:
                 notes.append("not calibrated: too few tokens of the text reach it")
             self._workspace.put_record(tensor.name, data, notes)
-        self._done += tensor.dense_bytes
-        self._written += self._workspace.record_path(tensor.name).stat().st_size
+        if self._workspace.has_record(tensor.name):
+            self._done += tensor.dense_bytes
+            self._written += len(self._workspace.record(tensor.name))
         self.bar.update(tensor.dense_bytes)
 
     def compressed(self, name: str, hessian: Moments) -> torch.Tensor:
@@ -76,7 +84,7 @@ class Encoding:
         if tensor is None:
             return dense
         self.encode(tensor, hessian)
-        data = np.frombuffer(self._workspace.record_path(name).read_bytes(), np.uint8)
+        data = np.frombuffer(self._workspace.record(name), np.uint8)
         shared = add_delta(self._base.tensor(name, self._device), data, name, tensor.dtype)
         return torch.cat([shared, dense[tensor.shape[0] :].to(shared.device)]) if tensor.added_rows else shared
 
@@ -90,12 +98,14 @@ def encode_tensor(
     hessian: Moments = None,
     svd_of: SvdOf = uncached_svd,
     budgets: list[int] | None = None,
+    spectra: list[Spectrum] | None = None,
     transposed: bool = False,
 ) -> tuple[bytes, list[str]]:
     """Return the records of one tensor, one per matrix of a stack, and the method's notes on it.
 
     Args:
         budgets: byte budget of each matrix; None for equal shares of the tensor's.
+        spectra: the spectrum of each matrix's delta, if it is known.
         transposed: whether the layer's inputs belong to the rows.
     """
     encoder = method_for(method, tensor.vocabulary)
@@ -110,7 +120,8 @@ def encode_tensor(
                 notes.append(f"matrix {number} not calibrated: too few tokens of the text reach it")
             encoded = encoder.encode(
                 delta, budget, seed,
-                hessian=own, svd=svd, vocabulary=tensor.vocabulary, transposed=transposed,
+                hessian=own, svd=svd, sigma=None if spectra is None else spectra[number].sigma,
+                vocabulary=tensor.vocabulary, transposed=transposed,
             )  # fmt: skip
         else:
             encoded = Encoded(empty_record(delta.shape[0], delta.shape[1], float(delta.any())))

@@ -106,5 +106,8 @@ class RecordTrainer:
         after = self.mean(loss)
         if not after < before:
             return Outcome({}, steps, 0, before, before)
-        records = {n: np.frombuffer(packed(stack, self._exact(n), n), np.uint8) for n, stack in stored.items()}
+        records = {
+            name: np.frombuffer(packed(stack, self._exact(name), name, arguments.device), np.uint8)
+            for name, stack in stored.items()
+        }
         return Outcome(records, steps, best_step, before, after)

@@ -21,6 +21,7 @@ from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
 from ..modeling.model_files import CheckpointError
 from ..modeling.tensors import LazyTensor, Model, Tensors
+from ..modeling.transfer import to_device
 from .trained_delta import StackedDeltas, TrainedDelta
 
 
@@ -168,10 +169,11 @@ def exact_delta(base: Tensors, finetuned: Model, name: str) -> torch.Tensor:
     return (after[: len(before)].float() - before.float()).reshape(-1, *before.shape[-2:])
 
 
-def packed(stack: list[Record], exact: torch.Tensor, name: str) -> bytes:
-    """Update the relative errors in a tensor's records, and return the records' bytes."""
+def packed(stack: list[Record], exact: torch.Tensor, name: str, device: torch.device) -> bytes:
+    """Update the relative errors in a tensor's records, decoded on a device, and return the records' bytes."""
     for record, delta in zip(stack, exact, strict=True):
         # A matrix of a stack may equal the base's; its delta is zero and has no relative error.
         if (size := delta.norm()) > 0:
-            record.relative_error = float((decode_record(record, name) - delta).norm() / size)
+            difference = decode_record(record, name, device) - to_device(delta, device)
+            record.relative_error = float(difference.norm() / size)
     return b"".join(map(pack_record, stack))

@@ -40,6 +40,7 @@ class EncodingTask:
     mask_seed: int
     hessian: torch.Tensor | None
     svd: Svd
+    sigma: np.ndarray | None
     vocabulary: bool
     transposed: bool
 
@@ -49,7 +50,7 @@ class Spectrum:
     """Properties of a matrix (m, n) by which the byte budget of a model is allocated.
 
     Attributes:
-        sigma: float64 (r,), the leading singular values of its delta; empty if the fine-tune did not change it.
+        sigma: float64, all or the leading singular values of its delta, falling; 0 or left out where it has none.
         rows, columns: m and n.
         energy: the squared Frobenius norm of the delta.
         vocabulary: whether it has a row for every token.
@@ -130,6 +131,7 @@ class MethodConfig(abc.ABC):
         *,
         hessian: torch.Tensor | None = None,
         svd: Svd | None = None,
+        sigma: np.ndarray | None = None,
         vocabulary: bool = False,
         transposed: bool = False,
     ) -> Encoded:
@@ -142,6 +144,8 @@ class MethodConfig(abc.ABC):
             hessian: float32 (n, n), or (m, m) if `transposed`: the second moments X X^T / tokens of the layer's
                 inputs, or None; ignored by methods that do not quantise.
             svd: returns the delta's leading singular components; `leading_svd` if None.
+            sigma: float64 (min(m, n),), all singular values of the delta, if they are known; for methods with
+                `shares_budget`.
             vocabulary: whether the matrix has a row for every token.
             transposed: whether the layer has an input for each row, not for each column, as GPT-2's Conv1D. Without a
                 Hessian this has no effect.
@@ -150,7 +154,7 @@ class MethodConfig(abc.ABC):
         from ..modeling.precision import full_float32
 
         transposed = transposed and hessian is not None
-        task = EncodingTask(delta, max_bytes, mask_seed, hessian, svd or leading_svd, vocabulary, transposed)
+        task = EncodingTask(delta, max_bytes, mask_seed, hessian, svd or leading_svd, sigma, vocabulary, transposed)
         with full_float32():
             return self._encode(task)
 

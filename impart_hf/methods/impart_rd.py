@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ..coding.rate_distortion import Choice, Components, ErrorWeights, Matrix, allocate
-from ..coding.record_sizes import COMPONENT_BYTES, OVERHEAD_BYTES, factored_bytes, runs
+from ..coding.record_sizes import OVERHEAD_BYTES, factored_bytes, runs
 from ..common.validation import check_number
 from ..modeling.width_codes import level_widths
 from .base import Encoded, EncodingTask, MethodConfig, Spectrum
@@ -29,8 +29,6 @@ _TOKEN_V_NOISE, _TOKEN_BOTH_NOISE, _TOKEN_WEIGHT = 0.02, 0.1, 6.0
 # calibration text or the fine-tune will occur. GPTQ alone does best with hardly any. But U, which compensates for V,
 # would then respond to directions that hardly occur in the inputs.
 _UNKNOWN_INPUTS = 1.0
-# No component that is worth its bytes has fewer bits per entry on average, see `rate_distortion`.
-_LEAST_BITS = 0.75
 _MAX_FITS = 16
 
 
@@ -63,10 +61,6 @@ class ImPartRdConfig(MethodConfig):
     def least_bytes(self, rows: int, columns: int) -> int:
         return factored_bytes(np.ones(1, int), np.array([rows]), np.array([columns]))
 
-    def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
-        most = 8 * max_bytes / (_LEAST_BITS * (rows + columns) + 8 * COMPONENT_BYTES)
-        return min(min(rows, columns), 1 + int(most))
-
     def allocate(self, spectra: list[Spectrum], max_bytes: int) -> list[int]:
         return allocate([self.matrix(spectrum) for spectrum in spectra], max_bytes)
 
@@ -77,17 +71,18 @@ class ImPartRdConfig(MethodConfig):
     def _encode(self, task: EncodingTask) -> Encoded:
         from ..coding.factor_quantisation import quantised
         from ..coding.records import empty_record, factored_record
+        from ..coding.spectrum import leading_components, singular_values
         from ..modeling.seeded_mask import keep_mask
 
         rows, columns = task.delta.shape
-        u, sigma, v = task.svd(task.delta, lambda spectrum: self.rank_for(spectrum, rows, columns, task.max_bytes))
-        choice = self._fitted(sigma.double().cpu().numpy(), task)
+        spectrum = singular_values(task.delta) if task.sigma is None else task.sigma
+        choice = self._fitted(spectrum, task)
         count = choice.count
         if count == 0:
             return Encoded(
                 empty_record(rows, columns, 1.0), ("dropped: its bytes reduce the error more in other matrices",)
             )
-        factors = u[:, :count], sigma[:count], v[:, :count]
+        factors = leading_components(task.delta, count, spectrum)
         bits, thresholds = choice.bits[:count], choice.thresholds[:count]
         widths_u, widths_v = (
             best_widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits[:, side])

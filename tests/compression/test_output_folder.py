@@ -162,10 +162,10 @@ def test_mount_point(pair: Pair, small_disk: Path) -> None:
     refuses(pair, OutputError, naming(small_disk, "mount point"), small_disk)
 
 
-def test_disk_that_fills_up_with_components(pair: Pair, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """safetensors has an error of its own for that."""
-    store = importlib.import_module("impart_hf.coding.svd_cache")
-    decompose = store.leading_svd
+def test_disk_that_fills_up_with_spectra(pair: Pair, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's error, when it writes to a file, would not say that the disk is full."""
+    budgets = importlib.import_module("impart_hf.compression.budgets")
+    decompose = budgets.singular_values
 
     def fill(*arguments: Any) -> Any:
         with pytest.raises(OSError), (small_disk / "ballast").open("ab", buffering=0) as file:
@@ -173,11 +173,11 @@ def test_disk_that_fills_up_with_components(pair: Pair, small_disk: Path, monkey
                 file.write(bytes(4096))
         return decompose(*arguments)
 
-    monkeypatch.setattr(store, "leading_svd", fill)
+    monkeypatch.setattr(budgets, "singular_values", fill)
     with pytest.raises(OutputError, match=naming("disk", small_disk, "full")):
         run(pair, small_disk / "delta", ImPartRdConfig(4))
     (small_disk / "ballast").unlink()
-    monkeypatch.setattr(store, "leading_svd", decompose)
+    monkeypatch.setattr(budgets, "singular_values", decompose)
     run(pair, small_disk / "delta", ImPartRdConfig(4))
 
 

@@ -276,7 +276,6 @@ def test_float64_weights(tmp_path: Path) -> None:
 def test_a_resumed_run_has_the_budgets_of_the_first(
     tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Matrices that are decomposed once more, deeper, have slightly other leading singular values."""
     encoding = importlib.import_module("impart_hf.compression.encoding")
     real = encoding.encode_tensor
 
@@ -330,26 +329,30 @@ def test_nearer_than_impart_qt_at_equal_bytes(tiny_pair: Pair, tmp_path: Path) -
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize("stopped_in", ["encode", "singular_values"])
 def test_a_stopped_run_goes_on_with_what_was_decomposed(
-    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped_in: str, tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = str(tiny_pair.base), str(tiny_pair.finetuned)
-    compress(*arguments, tmp_path / "whole", ImPartRdConfig(8.0))
-    calls = []
+    owner = ImPartRdConfig if stopped_in == "encode" else importlib.import_module("impart_hf.compression.budgets")
+    work, calls = getattr(owner, stopped_in), []
 
-    def stopping(self: ImPartRdConfig, *rest: object, **more: object) -> object:
+    def counting(*rest: object, **more: object) -> object:
         calls.append(rest)
-        if len(calls) == 3:
+        if len(calls) == stops_at:
             raise KeyboardInterrupt
-        return encode_(self, *rest, **more)
+        return work(*rest, **more)
 
-    encode_ = ImPartRdConfig.encode
-    with monkeypatch.context() as patch:
-        patch.setattr(ImPartRdConfig, "encode", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            compress(*arguments, tmp_path / "delta", ImPartRdConfig(8.0))
-    monkeypatch.setattr("impart_hf.coding.svd_cache.leading_svd", None)
+    monkeypatch.setattr(owner, stopped_in, counting)
+    stops_at = 0
+    compress(*arguments, tmp_path / "whole", ImPartRdConfig(8.0))
+    whole, stops_at = len(calls), len(calls) + 3
+    with pytest.raises(KeyboardInterrupt):
+        compress(*arguments, tmp_path / "delta", ImPartRdConfig(8.0))
+    if stopped_in == "encode":  # all values are known
+        monkeypatch.setattr("impart_hf.compression.budgets.singular_values", None)
     compress(*arguments, tmp_path / "delta", ImPartRdConfig(8.0))
+    assert len(calls) == 2 * whole + 1  # only what was stopped was begun again
     assert (tmp_path / "delta" / "delta_model.safetensors").read_bytes() == (
         tmp_path / "whole" / "delta_model.safetensors"
     ).read_bytes()
