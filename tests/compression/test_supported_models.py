@@ -78,7 +78,8 @@ def test_compressed_calibrated_and_distilled_by_blocks(
     assert (matrices != language) == (name in NESTED)
     wanted = {tensor for tensor in language if not UNCALIBRATED.search(tensor)}
     assert len(wanted) >= 8 and reached(report) == len(wanted)
-    assert not [tensor.name for tensor in report.tensors if any("too few tokens" in note for note in tensor.notes)]
+    noted = {tensor.name for tensor in report.tensors if any("too few tokens" in note for note in tensor.notes)}
+    assert all("experts" in tensor for tensor in noted)
     assert report.distilled is not None
     assert wanted.isdisjoint(report.distilled.untrained) and matrices - language <= set(report.distilled.untrained)
     if name in EXPERTS:
@@ -174,8 +175,7 @@ def test_added_tokens_of_a_language_model_inside(pair_of: Callable[[str], Pair],
     tuned.resize_token_embeddings(330)
     folder = save_model(tuned, tmp_path / "tuned")
     report = run(Pair(pair_of(name).base, folder), tmp_path / "delta", method_class("impart")(compression_ratio=3.0))
-    (embedding,) = [tensor for tensor in report.tensors if "embed_tokens" in tensor.name]
-    assert embedding.kind == "encoded"
+    assert any("embed_tokens" in name for name in encoded(report))
     loaded = load_whole(tmp_path / "delta")
     assert loaded.get_input_embeddings().weight.shape[0] == 330
     assert torch.equal(loaded.get_input_embeddings().weight[320:], tuned.get_input_embeddings().weight[320:])
