@@ -171,7 +171,7 @@ def test_positions_limit_a_texts_length(pair_of: Callable[[str], Pair], tmp_path
 def test_added_tokens_of_a_language_model_inside(pair_of: Callable[[str], Pair], tmp_path: Path, name: str) -> None:
     """The embeddings are known by the nested vocabulary, and so are their added rows."""
     base = load_whole(pair_of(name).base)
-    tuned = fine_tune(base, only=lambda parameter: "embed_tokens" in parameter)
+    tuned = fine_tune(base)
     tuned.resize_token_embeddings(330)
     folder = save_model(tuned, tmp_path / "tuned")
     report = run(Pair(pair_of(name).base, folder), tmp_path / "delta", method_class("impart")(compression_ratio=3.0))
