@@ -139,19 +139,30 @@ def attach(student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None
         exact: the exact delta, float32 (matrices, m, n), if kept values are trained; otherwise None.
         place: where its parameter is.
     """
-    delta: TrainedDelta | None = None
+    parameter = student.get_parameter(place.names[0]) if place.stack is None else _original(student, place.names[0])
+    delta = TrainedDelta(parse_stack(data, name), name, exact, parameter.device)
+    add_to(student, place, name, delta)
+    return delta
+
+
+def _original(student: Any, parameter: str) -> torch.Tensor:
+    """Return a parameter as it was before deltas were added to it."""
+    path, _, leaf = parameter.rpartition(".")
+    owner = student.get_submodule(path)
+    return owner.parametrizations[leaf].original if parametrize.is_parametrized(owner, leaf) else getattr(owner, leaf)
+
+
+def add_to(student: Any, place: Place, name: str, delta: TrainedDelta) -> None:
+    """Add the delta of the tensor of this name to its parameter in the student."""
     for own_name in place.names:
         path, _, leaf = own_name.rpartition(".")
         owner = student.get_submodule(path)
         if place.stack is not None:
             if not parametrize.is_parametrized(owner, leaf):
                 parametrize.register_parametrization(owner, leaf, StackedDeltas(place.stack), unsafe=True)
-            delta = TrainedDelta(parse_stack(data, name), name, exact, owner.parametrizations[leaf].original.device)
             owner.parametrizations[leaf][0].deltas[name] = delta
             continue
         base = getattr(owner, leaf)
-        if delta is None:
-            delta = TrainedDelta(parse_stack(data, name), name, exact, base.device)
         kind = type(owner)
         # Code that reads the weight directly gets base plus delta.
         parametrize.register_parametrization(owner, leaf, delta, unsafe=True)
@@ -159,7 +170,14 @@ def attach(student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None
             owner.forward = partial(delta.linear, base=base, bias=owner.bias)
         elif kind is nn.Embedding and owner.max_norm is None:
             owner.forward = partial(delta.embedding, base=base, padding=owner.padding_idx)
-    assert delta is not None
+
+
+def head_delta(student: Any) -> TrainedDelta | None:
+    """Return the delta of the student's output projection, if it has one."""
+    head = student.get_output_embeddings()
+    if head is None or not parametrize.is_parametrized(head, "weight"):
+        return None
+    (delta,) = head.parametrizations.weight
     return delta
 
 

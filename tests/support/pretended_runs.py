@@ -315,12 +315,13 @@ def number_by_number(run: Run) -> torch.Tensor:
 def faults() -> dict[str, Any]:
     """Decode on a device with faults that a GPU would not forgive."""
     data = np.frombuffer(method_class("impart")().encode(make_delta(ROWS, COLUMNS), 12288, 1).data, np.uint8)
-    base, dense, found = torch.zeros(ROWS, COLUMNS, device=SECOND), Run.dense, {}
+    record, _ = parse_record(data, (ROWS, COLUMNS), "faulty")
+    dense, found = Run.dense, {}
     for fault in (cpu_tensor, other_index, numpy_of_it, number_by_number):
         Run.dense = lambda run, fault=fault: dense(run) if run.positions is None else fault(run)
         try:
             with counted() as counts:
-                add_delta(base, data, "faulty", torch.float32)
+                decode_record(record, "faulty", SECOND)
             found[fault.__name__] = {"waits": counts.waits}
         except (MixedDevices, TypeError) as error:
             found[fault.__name__] = {"refused": f"{type(error).__name__}: {error}"}
