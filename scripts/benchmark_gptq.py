@@ -19,7 +19,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from impart_hf.coding.gptq import Grid, best_scale, inverse_factor, quantise, sparse_gptq
+from impart_hf.coding.gptq import Grid, inverse_factor, quantise, sparse_gptq
+from impart_hf.coding.level_scales import fit_levels
 
 _BLOCK = 128
 _MEAN_KEPT = 0.25  # share of the entries of the kept components
@@ -40,14 +41,6 @@ def masked_component_rows(side: int, components: int, ratios: torch.Tensor, seed
     plane = torch.randn(components, side, generator=generator).to(device) / side**0.5
     mask = torch.rand(components, side, generator=generator).to(device) < ratios[:, None].to(device)
     return plane, mask
-
-
-def scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
-    chosen = torch.empty(len(plane), device=plane.device)
-    for width in sorted(set(widths.tolist())):
-        rows = torch.from_numpy(widths == width).to(plane.device)
-        chosen[rows] = best_scale(plane[rows], mask[rows], width)
-    return chosen
 
 
 def bare_algebra(rows: int, columns: int, hessian: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -140,13 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     widths = np.array([8] * 2 + [3] * 32 + [2] * components)[:components]
     hessian = correlated_hessian(side, device)
     v, mask_v = masked_component_rows(side, components, kept, 2, device)
-    grid_v = Grid(scales(v, mask_v, widths)[:, None], widths)
+    grid_v = Grid(fit_levels(v, mask_v, widths).scale[:, None], widths)
     passed = (
         quantise(v, mask_v, None, grid_v).values * (torch.arange(1, components + 1, device=device) ** -0.5)[:, None]
     )
     passed = passed @ hessian @ passed.t()
     u, mask_u = masked_component_rows(side, components, kept, 3, device)
-    grid_u = Grid(scales(u, mask_u, widths)[None], widths)
+    grid_u = Grid(fit_levels(u, mask_u, widths).scale[None], widths)
     rows = one_side("V^T", v, mask_v, grid_v, hessian, options)
     rows += one_side("U", u.t().contiguous(), mask_u.t().contiguous(), grid_u, passed, options)
     total = {"plane": "both", "step": "seconds per layer"}

@@ -18,25 +18,27 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from impart_hf import compress
-from impart_hf.coding import factor_quantisation, gptq
+from impart_hf.coding import factor_quantisation, level_scales
+from impart_hf.coding.level_scales import LevelFit
 from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.methods import method_class
 
 METHODS = ("impart-qt", "delta-come", "dare-qt")
 
 
-def largest(values: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
-    return (values * mask).abs().amax(1).clamp_min(torch.finfo(values.dtype).tiny)
+def largest(values: torch.Tensor, mask: torch.Tensor | None, widths: object, start: object = None) -> LevelFit:
+    sizes = (values if mask is None else values * mask).abs()
+    return LevelFit(sizes.amax(1).clamp_min(torch.finfo(values.dtype).tiny), torch.ones_like(values[:, 0]))
 
 
-def unchanged(plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor, hessian: object = None) -> torch.Tensor:
+def unchanged(plane: torch.Tensor, quantised: torch.Tensor, mask: object, hessian: object = None) -> torch.Tensor:
     return torch.ones_like(plane[:, 0])
 
 
 # The functions that each rule replaces, by module and name; methods import them from there when they encode
 _UNCHANGED = [(factor_quantisation, "bias_correction", unchanged)]
 RULES = {
-    "largest": [(gptq, "best_scale", largest), (factor_quantisation, "best_scale", largest), *_UNCHANGED],
+    "largest": [(level_scales, "fit_levels", largest), (factor_quantisation, "fit_levels", largest), *_UNCHANGED],
     "least error": _UNCHANGED,
     "unbiased": [],
 }

@@ -4,16 +4,17 @@ U is quantised for the outputs of the quantised V, which are its inputs. Without
 rounding.
 """
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 
-from ..modeling.codebook import EvenLevels, level_codebook
+from ..modeling.delta_record import MAX_THRESHOLD
 from ..modeling.seeded_mask import keep_mask
-from .gptq import DAMPING, Grid, best_scale, quantise
-from .record_sizes import kept_ratios, runs
+from .gptq import DAMPING, Grid, quantise, shared_factor
+from .level_scales import fit_levels
+from .record_sizes import kept_ratios
 
-_LLOYD_STEPS = 3
-_TINY = 1e-20
 _MOST_CORRECTION = 2.0  # exceeds the bias of any levels; limits the factor of a row that is mostly rounding error
 
 
@@ -27,6 +28,7 @@ def quantised(
     hessian: torch.Tensor | None,
     *,
     widths_v: np.ndarray | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     delta: torch.Tensor | None = None,
     transposed: bool = False,
 ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, tuple[str, ...]]:
@@ -39,6 +41,7 @@ def quantised(
         mask_seed: the record's mask seed.
         hessian: float32 (n, n), or (m, m) if `transposed`, or None.
         widths_v: width codes of V's values, if they differ from U's.
+        scales: (r,) and (r,), the scales that `fit_levels` gives the levels of U and V, if they are known.
         delta: float32 (m, n), if U is to compensate for the error of the quantised V: the U that fits the quantised V
             best is then quantised instead, each column scaled so that its component along the exact column is right.
         transposed: whether the layer's inputs belong to U, so that U and V change roles: U is quantised first, and V
@@ -48,50 +51,62 @@ def quantised(
         U's levels (m, r), sigma as `factored_record` takes it, V's levels (n, r), notes.
     """
     widths_v = widths if widths_v is None else widths_v
-    mask_u, mask_v = (
-        keep_mask(mask_seed, side, thresholds, len(part), part.device) for side, part in enumerate((u, v))
-    )
-    if transposed:
-        delta = None if delta is None else delta.t()
-        outer, scaled, inner, notes = _quantised(
-            v, sigma, u, mask_v, mask_u, thresholds, widths_v, widths, hessian, delta
-        )
-        return inner, scaled, outer, notes
-    return _quantised(u, sigma, v, mask_u, mask_v, thresholds, widths, widths_v, hessian, delta)
+    sides = [
+        _Side(part, plane_mask(mask_seed, side, thresholds, part), own, None if scales is None else scales[side])
+        for side, (part, own) in enumerate(((u, widths), (v, widths_v)))
+    ]
+    rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
+    if not transposed:
+        return _quantised(*sides, sigma * rescale, hessian, delta)
+    delta = None if delta is None else delta.t()
+    outer, scaled, inner, notes = _quantised(*reversed(sides), sigma * rescale, hessian, delta)
+    return inner, scaled, outer, notes
+
+
+@dataclass(frozen=True)
+class _Side:
+    """U or V, (length, r), with its mask (r, length) or None, its width codes (r,) and its scales (r,) or None."""
+
+    part: torch.Tensor
+    mask: torch.Tensor | None
+    widths: np.ndarray
+    scale: torch.Tensor | None
+
+    def fitted(self) -> torch.Tensor:
+        return fit_levels(self.part.t(), self.mask, self.widths).scale if self.scale is None else self.scale
+
+
+def plane_mask(mask_seed: int, side: int, thresholds: np.ndarray, part: torch.Tensor) -> torch.Tensor | None:
+    """Return the mask (r, length) of U or V, (length, r); None if it keeps all."""
+    if (thresholds == MAX_THRESHOLD).all():
+        return None
+    return keep_mask(mask_seed, side, thresholds, len(part), part.device)
 
 
 def _quantised(
-    u: torch.Tensor,
-    sigma: torch.Tensor,
-    v: torch.Tensor,
-    mask_u: torch.Tensor,
-    mask_v: torch.Tensor,
-    thresholds: np.ndarray,
-    widths: np.ndarray,
-    widths_v: np.ndarray,
-    hessian: torch.Tensor | None,
-    delta: torch.Tensor | None,
+    u: _Side, v: _Side, sigma: torch.Tensor, hessian: torch.Tensor | None, delta: torch.Tensor | None
 ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, tuple[str, ...]]:
-    """Quantise V, to which the layer's inputs belong, and then U; as `quantised`, with the masks (r, m) and (r, n)."""
-    scale_v = level_scales(v.t(), mask_v, widths_v)
-    rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
-    quant_v = quantise(v.t(), mask_v, hessian, Grid(scale_v[:, None], widths_v))
-    scaled_sigma = sigma * rescale * bias_correction(v.t(), quant_v.values, mask_v, hessian)
-    if delta is not None:
-        u = _best_u(delta, u, quant_v.values, hessian)
-    scale_u = level_scales(u.t(), mask_u, widths)
-    hessian_u = None
-    if hessian is not None:
-        factor = quant_v.values * scaled_sigma[:, None]
-        hessian_u = factor @ hessian @ factor.t()
-    quant_u = quantise(u, mask_u.t(), hessian_u, Grid(scale_u[None], widths))
-    scaled_sigma *= bias_correction(u.t(), quant_u.values.t(), mask_u) * scale_u * scale_v
+    """Quantise V, to which the layer's inputs belong, and then U; as `quantised`."""
+    scale_v = v.fitted()
+    factor = None if hessian is None else shared_factor(hessian)
+    quant_v = quantise(v.part.t(), v.mask, hessian, Grid(scale_v[:, None], v.widths), factor)
+    image = quant_v.values if hessian is None else quant_v.values @ hessian
+    gram = None if hessian is None and delta is None else image @ quant_v.values.t()
+    sigma = sigma * bias_correction(v.part.t(), quant_v.values, v.mask, hessian)
+    if delta is not None and gram is not None:
+        best = _best_u(delta, u.part, image, gram)
+        u = replace(u, part=best, scale=fit_levels(best.t(), u.mask, u.widths, u.scale).scale)
+    scale_u = u.fitted()
+    # U's inputs are the outputs of the quantised V, each times its sigma.
+    hessian_u = None if hessian is None or gram is None else gram * sigma[:, None] * sigma
+    quant_u = quantise(u.part, None if u.mask is None else u.mask.t(), hessian_u, Grid(scale_u[None], u.widths))
+    sigma = sigma * bias_correction(u.part.t(), quant_u.values.t(), u.mask) * scale_u * scale_v
     notes = tuple(dict.fromkeys((*quant_v.notes, *quant_u.notes)))
-    return quant_u.values / scale_u, scaled_sigma.double().cpu().numpy(), (quant_v.values / scale_v[:, None]).t(), notes
+    return quant_u.values / scale_u, sigma.double().cpu().numpy(), (quant_v.values / scale_v[:, None]).t(), notes
 
 
 def bias_correction(
-    plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor | None = None
+    plane: torch.Tensor, quantised: torch.Tensor, mask: torch.Tensor | None, hessian: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the factors <x, x> / <x, Q(x)>, (rows,), that remove the bias of the rows of a quantised plane.
 
@@ -100,40 +115,16 @@ def bias_correction(
 
     Args:
         plane, quantised: float32 (rows, length), before and after quantisation.
-        mask: bool (rows, length), true where an entry is kept.
+        mask: bool (rows, length), true where an entry is kept; None keeps all.
         hessian: float32 (length, length); if given, the inner products are those of outputs on the calibration text.
     """
-    kept = plane * mask
+    kept = plane if mask is None else plane * mask
     image = kept
     if hessian is not None:
         # Damped as in GPTQ: a row may respond to inputs that are rare in the calibration text.
         image = kept @ hessian + (DAMPING * hessian.diagonal().mean() + torch.finfo(plane.dtype).tiny) * kept
     factors = (image * kept).sum(1) / (image * quantised).sum(1).clamp_min(torch.finfo(plane.dtype).tiny)
     return factors.clamp(1 / _MOST_CORRECTION, _MOST_CORRECTION)
-
-
-def level_scales(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
-    """Return the scales, (r,), of the levels of a plane (r, length) that give about the least squared error."""
-
-    def scales(plane: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
-        if isinstance(level_codebook(width), EvenLevels):
-            return best_scale(plane, mask, width)
-        kept = plane * mask
-        scale = (kept.square().sum(1) / mask.sum(1).clamp_min(1)).sqrt().clamp_min(_TINY)
-        for _ in range(_LLOYD_STEPS):  # for normally distributed values, the first scale is already right
-            grid = Grid(scale[:, None], np.full(len(plane), width))
-            levels = grid.values(grid.codes(plane)).mul_(mask).div_(scale[:, None])
-            scale = ((levels * kept).sum(1) / levels.square().sum(1).clamp_min(_TINY)).clamp_min(_TINY)
-        return scale
-
-    return torch.cat([scales(plane[part], mask[part], width) for width, part in runs(widths)])
-
-
-def cosines(plane: torch.Tensor, mask: torch.Tensor, widths: np.ndarray) -> torch.Tensor:
-    """Return the cosines, (r,), between the rows of a masked plane (r, length) and the same rows rounded."""
-    scale = level_scales(plane, mask, widths)[:, None]
-    grid = Grid(scale, widths)
-    return torch.nn.functional.cosine_similarity(plane * mask, grid.values(grid.codes(plane)).mul_(mask))
 
 
 def least_squares(
@@ -147,18 +138,29 @@ def least_squares(
         hessian: (n, n); if given, X^T `rows` is nearest in the layer's output.
     """
     image = rows if hessian is None else rows @ hessian
-    gram = image @ rows.t()
-    gram.diagonal().add_(damping * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
-    return torch.linalg.solve(gram, image @ delta.t())
+    return _solved(image @ rows.t(), image @ delta.t(), damping)
 
 
-def _best_u(delta: torch.Tensor, u: torch.Tensor, rows: torch.Tensor, hessian: torch.Tensor | None) -> torch.Tensor:
-    """Return the U for which U diag(...) `rows` (r, n) is nearest to delta, in the output if there is a Hessian.
+def _solved(gram: torch.Tensor, right: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return the X, (r, m), for which (gram + damping) X is `right`; damping is in units of the mean diagonal."""
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    # Rounding can make the Gram matrix of rows that are nearly dependent indefinite.
+    return torch.linalg.solve(damped, right) if bool(failed) else torch.cholesky_solve(right, lower)
+
+
+def _best_u(delta: torch.Tensor, u: torch.Tensor, image: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Return the U for which U diag(...) times the quantised V^T (r, n) is nearest to delta, in the output.
 
     Least squares shrinks U by as much as V's error. Each column is therefore scaled so that its component along the
     exact column is right.
+
+    Args:
+        image: (r, n), the quantised V^T times the Hessian, if there is one.
+        gram: (r, r), `image` times the quantised V.
     """
-    fitted = least_squares(rows, delta, DAMPING, hessian).t()
+    fitted = _solved(gram, image @ delta.t(), DAMPING).t()
     along = (fitted * u).sum(0)
     # A column without a positive component along the exact one is useless: take the exact one.
     return torch.where(along > 0, fitted / along, u)

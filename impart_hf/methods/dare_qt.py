@@ -40,7 +40,8 @@ class DareQtConfig(MethodConfig):
 
     def _encode(self, task: EncodingTask) -> Encoded:
         from ..coding.factor_quantisation import bias_correction
-        from ..coding.gptq import Grid, best_scale, quantise
+        from ..coding.gptq import Grid, quantise, shared_factor
+        from ..coding.level_scales import fit_levels
         from ..coding.records import direct_record, fit_threshold
         from ..modeling.seeded_mask import keep_mask
 
@@ -52,14 +53,15 @@ class DareQtConfig(MethodConfig):
         mask = keep_mask(task.mask_seed, 0, thresholds, columns, delta.device)
         largest_entry = float(delta.abs().max())
         plane = delta / largest_entry
-        scales = best_scale(plane, mask, self.value_bits)
+        scales = fit_levels(plane, mask, self.value_bits).scale
+        factor = None if task.hessian is None else shared_factor(task.hessian)
         grid = Grid(scales[:, None], np.full(rows, self.value_bits))
         if task.transposed:  # every column is an output; a scale still belongs to a row
             by_column = Grid(scales[None], grid.widths)
-            result = quantise(plane.t().contiguous(), mask.t().contiguous(), task.hessian, by_column)
+            result = quantise(plane.t().contiguous(), mask.t().contiguous(), task.hessian, by_column, factor)
             values, correction = result.values.t(), bias_correction(plane, result.values.t(), mask)
         else:
-            result = quantise(plane, mask, task.hessian, grid)
+            result = quantise(plane, mask, task.hessian, grid, factor)
             values, correction = result.values, bias_correction(plane, result.values, mask, task.hessian)
         levels, scales = values / grid.scale, scales * correction
         largest_scale = float(scales.max()) or 1.0  # 0 if nothing was kept

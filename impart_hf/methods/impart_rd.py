@@ -5,6 +5,7 @@ Vectors are rounded by sparse GPTQ; without calibration text, for inputs that ar
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,6 +20,8 @@ from .settings import setting
 
 if TYPE_CHECKING:
     import torch
+
+    from ..common.last_result import LastResult
 
 # Weights of noise in v, and in both vectors, relative to noise in u (docs/methods/impart-rd.md has the measurements).
 _V_NOISE, _BOTH_NOISE = 0.25, 0.06
@@ -69,10 +72,9 @@ class ImPartRdConfig(MethodConfig):
         return Matrix(spectrum.sigma, spectrum.rows, spectrum.columns, _error_weights(spectrum, self.drop_weight))
 
     def _encode(self, task: EncodingTask) -> Encoded:
-        from ..coding.factor_quantisation import quantised
+        from ..coding.factor_quantisation import plane_mask, quantised
         from ..coding.records import empty_record, factored_record
         from ..coding.spectrum import leading_components, singular_values
-        from ..modeling.seeded_mask import keep_mask
 
         rows, columns = task.delta.shape
         spectrum = singular_values(task.delta) if task.sigma is None else task.sigma
@@ -84,8 +86,8 @@ class ImPartRdConfig(MethodConfig):
             )
         factors = leading_components(task.delta, count, spectrum)
         bits, thresholds = choice.bits[:count], choice.thresholds[:count]
-        widths_u, widths_v = (
-            best_widths(part.t(), keep_mask(task.mask_seed, side, thresholds, len(part), part.device), bits[:, side])
+        (widths_u, scale_u), (widths_v, scale_v) = (
+            best_widths(part.t(), plane_mask(task.mask_seed, side, thresholds, part), bits[:, side])
             for side, part in enumerate((factors[0], factors[2]))
         )
         levels_u, scaled_sigma, levels_v, notes = quantised(
@@ -95,6 +97,7 @@ class ImPartRdConfig(MethodConfig):
             task.mask_seed,
             input_moments(task),
             widths_v=widths_v,
+            scales=(scale_u, scale_v),
             delta=task.delta,
             transposed=task.transposed,
         )
@@ -147,22 +150,54 @@ def input_moments(task: EncodingTask) -> torch.Tensor | None:
     """
     if task.hessian is None and task.vocabulary:
         return None
-    known = task.delta.t() @ task.delta if task.hessian is None else task.hessian
-    moments = known / (float(known.diagonal().mean()) or 1.0)  # 0 if all inputs are zero
+    return _moments(task.delta.t() @ task.delta) if task.hessian is None else _shared_moments()(task.hessian)
+
+
+def _moments(known: torch.Tensor) -> torch.Tensor:
+    mean = known.diagonal().mean()
+    moments = known / mean.where(mean != 0, 1.0)  # 0 if all inputs are zero
     moments.diagonal().add_(_UNKNOWN_INPUTS)
     return moments
 
 
-def best_widths(plane: torch.Tensor, mask: torch.Tensor, bits: np.ndarray) -> np.ndarray:
+@functools.cache
+def _shared_moments() -> LastResult[torch.Tensor]:
+    """Return `_moments` of the last Hessian, for the matrices that share their inputs."""
+    from ..common.last_result import LastResult
+
+    return LastResult(_moments)
+
+
+def best_widths(plane: torch.Tensor, mask: torch.Tensor | None, bits: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
     """Return the width codes, (r,), that round a plane (r, length) best among levels of the given bits.
 
     Args:
-        bits: (r,), the bits of each component's values.
-    """
-    from ..coding.factor_quantisation import cosines
+        mask: bool (r, length), true where an entry is kept; None keeps all.
+        bits: (r,), the bits of each component's values; a run of equal bits gets one width code.
 
-    widths = bits.copy()
-    for width, part in runs(bits):
-        kinds = [np.full(part.stop - part.start, kind) for kind in level_widths(width)]
-        widths[part] = max(kinds, key=lambda kind: float(cosines(plane[part], mask[part], kind).square().sum()))
-    return widths
+    Returns:
+        The width codes, and the scales, (r,), that suit them.
+    """
+    import torch
+
+    from ..coding.level_scales import fit_levels
+
+    kinds = {width: level_widths(width) for width in set(bits.tolist())}
+    # There are at most two kinds of levels; where there is one, it is both.
+    choices = [np.array([kinds[width][number] for width in bits.tolist()]) for number in (0, -1)]
+    fits = [fit_levels(plane, mask, choices[0])] * 2
+    both = np.flatnonzero(choices[0] != choices[1])
+    if len(both):
+        rows = torch.from_numpy(both).to(plane.device)
+        second = fit_levels(plane[rows], None if mask is None else mask[rows], choices[1][both])
+        fits[1] = replace(
+            fits[0],
+            scale=fits[0].scale.index_copy(0, rows, second.scale),
+            cosine=fits[0].cosine.index_copy(0, rows, second.cosine),
+        )
+    gains = torch.stack([fit.cosine for fit in fits]).double().square().cpu().numpy()
+    better = np.zeros(len(bits), bool)
+    for _, part in runs(bits):
+        better[part] = gains[1, part].sum() > gains[0, part].sum()
+    scale = torch.where(torch.from_numpy(better).to(plane.device), fits[1].scale, fits[0].scale)
+    return np.where(better, choices[1], choices[0]), scale

@@ -16,6 +16,8 @@ from torch.nn import functional
 from .checksums import tensor_bytes
 from .width_codes import BFLOAT16, BITS, FLOAT16, NORMAL_LEVELS, packed_bytes
 
+_TILE = 1 << 15  # values at once, which fit in a core's cache
+
 
 class Codebook(abc.ABC):
     """How a value is stored under one width code.
@@ -189,7 +191,17 @@ class NormalLevels(Levels):
         return self.levels(codes.device, dtype)[codes.int()]
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.bucketize(values.contiguous(), self.edges(values.device, values.dtype)).to(torch.uint8)
+        edges = self.edges(values.device, values.dtype)
+        if values.device.type != "cpu":
+            return torch.bucketize(values.contiguous(), edges).to(torch.uint8)
+        # Comparing with all edges, in the cache, is many times faster than a binary search with its branches.
+        codes = torch.empty(values.shape, dtype=torch.uint8)
+        for part, into in zip(values.reshape(-1).split(_TILE), codes.view(-1).split(_TILE), strict=True):
+            counts, above = torch.zeros_like(part), torch.empty_like(part)
+            for edge in edges:
+                counts.add_(torch.gt(part, edge, out=above))
+            into.copy_(counts)
+        return codes
 
 
 CODEBOOKS: dict[int, Codebook] = {

@@ -10,7 +10,8 @@ import torch
 from support import naive_gptq
 from support.messages import naming
 
-from impart_hf.coding.gptq import Grid, best_scale, inverse_factor, quantise, sparse_gptq
+from impart_hf.coding.gptq import Grid, inverse_factor, quantise, sparse_gptq
+from impart_hf.coding.level_scales import fit_levels
 
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 
@@ -35,7 +36,7 @@ def problem(rows: int, columns: int, density: float, seed: int, dtype: torch.dty
 
 
 def row_grid(weight: torch.Tensor, mask: torch.Tensor | None, width: int) -> Grid:
-    scale = best_scale(weight, mask, width)[:, None]
+    scale = fit_levels(weight, mask, width).scale[:, None]
     return Grid(scale, np.full(len(scale), width))
 
 
@@ -95,7 +96,7 @@ def test_a_mask_of_ones_is_no_mask():
     codes = sparse_gptq(weight, None, factor, grid)
     assert torch.equal(codes, sparse_gptq(weight, mask, factor, grid))
     assert not torch.equal(codes, grid.codes(weight))  # neither is it just rounding
-    assert torch.equal(best_scale(weight, None, 3), best_scale(weight, mask, 3))
+    assert torch.equal(fit_levels(weight, None, 3).scale, fit_levels(weight, mask, 3).scale)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.3])
@@ -186,7 +187,7 @@ def test_inputs_that_are_always_zero_are_rounded(axis: str):
 def test_columns_without_a_kept_entry_harm_no_other():
     weight, mask = problem(30, 80, 0.5, seed=14)
     mask[:, 10:20] = False
-    scale = best_scale(weight.t(), mask.t(), 2)
+    scale = fit_levels(weight.t(), mask.t(), 2).scale
     assert torch.all(scale[10:20] > 0) and torch.all(scale[10:20] < 1e-6)
     grid = Grid(scale[None], np.full(80, 2))
     hessian = correlated(80, seed=15)
@@ -228,7 +229,7 @@ def test_best_scale_is_near_the_best_there_is(width: int, tails: str):
     mask = torch.rand(6, 900, generator=rng) < torch.tensor([[1], [0.9], [0.5], [0.3], [0.3], [0.1]])
     largest = (values * mask).abs().amax(1)
     tried = torch.stack([squared_errors(values, mask, largest * k / 2000, width) for k in range(4, 2001)])
-    found = squared_errors(values, mask, best_scale(values, mask, width), width)
+    found = squared_errors(values, mask, fit_levels(values, mask, width).scale, width)
     # With 256 levels errors go up and down from one scale to the next, and the best of 2000 was lucky
     assert torch.all(found <= (1.02 if width <= 4 else 1.06) * tried.amin(0))
 
@@ -237,7 +238,7 @@ def test_best_scale_of_long_rows_looks_at_a_part():
     values = torch.randn(4, 20_000, generator=generator(1))
     mask = torch.rand(4, 20_000, generator=generator(2)) < torch.tensor([[1.0], [0.5], [0.05], [0.01]])
     for width in (2, 8):
-        found = squared_errors(values, mask, best_scale(values, mask, width), width)
+        found = squared_errors(values, mask, fit_levels(values, mask, width).scale, width)
         tried = [squared_errors(values, mask, torch.full((4,), 0.02 * k), width) for k in range(20, 250)]
         assert torch.all(found <= 1.06 * torch.stack(tried).amin(0))
 
@@ -250,8 +251,8 @@ def test_best_scale_where_there_is_nothing():
     values[2] = 3.0  # one size alone, and one entry alone, are stored exactly
     mask[3, 1:] = False
     for width in (1, 2, 8):
-        scale = best_scale(values, mask, width)
+        scale = fit_levels(values, mask, width).scale
         assert torch.all(torch.isfinite(scale)) and torch.all(scale > 0) and torch.all(scale[:2] < 1e-6)
         assert torch.allclose(squared_errors(values, mask, scale, width)[:4], torch.zeros(4), atol=1e-8)
-        assert torch.equal(scale, best_scale(values.clone(), mask.clone(), width))  # the same on every call
-    assert torch.allclose(best_scale(values, mask, 1)[4], values[4].abs().mean())
+        assert torch.equal(scale, fit_levels(values.clone(), mask.clone(), width).scale)  # the same on every call
+    assert torch.allclose(fit_levels(values, mask, 1).scale[4], values[4].abs().mean())

@@ -132,7 +132,7 @@ def test_tuned(pair_of: Callable[[str], Pair], tmp_path: Path, name: str) -> Non
         str(pair.base), str(pair.finetuned), tmp_path / "delta", method,
         validation=[TEXT], betas=(0.5, 0.7), cs=(1.0,), samples=4, length=32,
     )  # fmt: skip
-    assert len(tuned.trials) >= 2 and AutoModelForCausalLM.from_pretrained(tmp_path / "delta")
+    assert len(tuned.candidates) >= 2 and AutoModelForCausalLM.from_pretrained(tmp_path / "delta")
 
 
 @pytest.mark.slow

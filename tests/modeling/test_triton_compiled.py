@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from impart_hf.coding import triton_gptq
 from impart_hf.modeling import triton_apply, triton_decode, triton_planes
 
 POINTERS = dict(
@@ -24,14 +25,18 @@ POINTERS = dict(
     left="fp32", right="fp32", plane="fp32", hidden="fp32", order="i64", bounds="i32", deltas="i64", masks="i32",
     kept="i32",
 )
+GPTQ_POINTERS = dict(
+    left="fp32", codes="u8", errors="fp32", order="i64", ahead="fp32", share="fp32", kept="u8", widths="i32",
+    tops="fp32", edges="fp32", levels="fp32",
+)
 
 
-def check(module, names, **constants):
+def check(module, names, pointers=POINTERS, **constants):
     for name in names.split():
         kernel = getattr(module, name)
         of_kernel = {i: constants[arg] for i, arg in enumerate(kernel.arg_names) if arg in constants}
         signature = {
-            arg: "constexpr" if arg in constants else "*" + POINTERS[arg] if arg in POINTERS else "i32"
+            arg: "constexpr" if arg in constants else "*" + pointers[arg] if arg in pointers else "i32"
             for arg in kernel.arg_names
         }
         source = ASTSource(kernel, signature, {(i,): value for i, value in of_kernel.items()})
@@ -47,6 +52,10 @@ group = dict(MASKED=True, PRECISION="tf32x3", ROWS=16, COLUMNS=32, BLOCK=64)
 check(triton_apply, "shrink_kernel expand_kernel direct_kernel", **group)
 check(triton_planes, "finite_kernel", **group)
 check(triton_planes, "count_kernel", COLUMNS=4, BLOCKS=16)
+rounding = dict(MASKED=True, NORMAL=True, COLUMNS=128, ROWS=8)
+check(triton_gptq, "round_kernel", GPTQ_POINTERS, BY_ROW=True, **rounding)
+check(triton_gptq, "round_kernel", GPTQ_POINTERS, BY_ROW=False, **rounding)
+check(triton_gptq, "round_kernel", GPTQ_POINTERS, BY_ROW=False, MASKED=False, NORMAL=False, COLUMNS=128, ROWS=8)
 # Triton makes constants of arguments that are 1
 check(triton_decode, "product_kernel direct_kernel", MASKED=False, n=1, **tile)
 check(triton_apply, "shrink_kernel expand_kernel direct_kernel", **(group | dict(MASKED=False, ROWS=64, m=1, n=1)))
@@ -92,4 +101,4 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("compiled") == 16
+    assert done.stdout.count("compiled") == 19

@@ -13,15 +13,19 @@ it in a process of its own.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # torch's only way in Python
+
+from impart_hf.modeling.packed_tables import KERNELS_VARIABLE
 
 NAME, DEVICES = "pretended", 2
 
@@ -74,6 +78,24 @@ def counted() -> Iterator[Counts]:
         yield _here.counts
     finally:
         _here.counts = outer
+
+
+@contextmanager
+def with_kernels() -> Iterator[None]:
+    """In this context Triton's kernels are used on the devices, by its interpreter; each is one launch."""
+    from triton.runtime.interpreter import GridExecutor
+
+    interpret = GridExecutor.__call__
+
+    def launch(executor: Any, *args: Any, **options: Any) -> Any:
+        places = {arg.device for arg in args if isinstance(arg, torch.Tensor)}
+        if len(places) != 1:
+            raise MixedDevices(f"a kernel's tensors are on {sorted(map(str, places))}")
+        _counts().launches[places.pop().index] += 1
+        return interpret(executor, *map(_on_cpu, args), **options)
+
+    with patch.object(GridExecutor, "__call__", launch), patch.dict(os.environ, {KERNELS_VARIABLE: "always"}):
+        yield
 
 
 def _counts() -> Counts:
@@ -279,6 +301,14 @@ class _Backend:
 
     def set_device(self, device: Any) -> None:
         _here.device = device if isinstance(device, int) else torch.device(device).index or 0
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, _here.device = self.current_device(), device.index
+        try:
+            yield
+        finally:
+            _here.device = before
 
     def synchronize(self, device: Any = None) -> None:
         _counts().waits += 1

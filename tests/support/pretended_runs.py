@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from impart_hf.modeling.delta_decode import add_delta, add_delta_part, decode_re
 from impart_hf.modeling.delta_record import parse_record
 from impart_hf.modeling.delta_repository import DeltaRepository
 from impart_hf.modeling.model_files import HubOptions
-from impart_hf.modeling.planes import Run
+from impart_hf.modeling.planes import Run, StoredRun
 from impart_hf.repository.lora_export import export_lora
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reconstruct import reconstruct
@@ -41,7 +42,7 @@ from impart_hf.repository.verify import verify
 from support import pretended_device
 from support.distilled import TOKENS, checkpoints, encode, spoiled
 from support.merge_family import config, make_family
-from support.pretended_device import NAME, MixedDevices, counted
+from support.pretended_device import NAME, MixedDevices, counted, with_kernels
 from support.random_deltas import make_delta, make_hessian
 from support.tiny_models import Pair, load_tensors, save_pair, tiny_config
 
@@ -58,17 +59,17 @@ def kind_of(device: str) -> str:
 @contextmanager
 def decoded_on(found: dict[str, Any], what: str) -> Iterator[None]:
     """Write down on which devices columns of codes are decoded, by any thread."""
-    places, dense = set(), Run.dense
+    places, init = set(), StoredRun.__init__
 
-    def watched(run: Run) -> torch.Tensor:
-        places.add(str(run.values.device))
-        return dense(run)
+    def watched(run: StoredRun, *args: Any, **others: Any) -> None:
+        init(run, *args, **others)
+        places.add(str(run.packed.device))
 
-    Run.dense = watched  # type: ignore[method-assign]
+    StoredRun.__init__ = watched  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Run.dense = dense  # type: ignore[method-assign]
+        StoredRun.__init__ = init  # type: ignore[method-assign]
         found[what] = sorted(places)
 
 
@@ -104,6 +105,25 @@ def methods() -> dict[str, Any]:
                 "encode": asdict(encoding),
                 "decode": asdict(decoding),
             }
+    return found
+
+
+def kernels() -> dict[str, Any]:
+    """Encode by impart-rd with GPTQ's kernel, matrices of different sizes; nothing without Triton."""
+    found: dict[str, Any] = {}
+    if find_spec("triton") is None:
+        return found
+    for columns in (128, 256):
+        delta = make_delta(64, columns)
+        method, size = ImPartRdConfig(compression_ratio=RATIO), delta.numel() * 2 // RATIO
+        there, errors = delta.to(SECOND), []
+        with with_kernels():
+            with counted() as counts:
+                data = method.encode(there, size, 1).data
+        for record in (data, method.encode(delta, size, 1).data):
+            parsed = parse_record(np.frombuffer(record, np.uint8), (64, columns), "the matrix")[0]
+            errors.append((decode_record(parsed, "the matrix") - delta).norm().item())
+        found[str(columns)] = {**asdict(counts), "error": errors[0], "error on the CPU": errors[1]}
     return found
 
 
@@ -341,6 +361,7 @@ def main() -> None:
     pretended_device.register()
     runs: dict[str, Callable[[], Any]] = {
         "methods": methods,
+        "kernels": kernels,
         "faults": faults,
         "compression": lambda: compression(folder, pair),
         "use": lambda: use(folder),
