@@ -31,7 +31,7 @@ _PRICES = 1e-60, 1.0  # range of a bit's price, in units of the largest error; a
 _EXACT, _ABOUT = 1e-4, 0.03  # relative errors of a price: of the returned one, and of an estimate from wide bins
 # Width of a bin, as a logarithm of squared singular values; of a wide one; the most bins, beyond which they are wider;
 # and the components from which wide bins are used, and that are binned at a time.
-_STEP, _WIDE_STEP, _MOST_BINS, _FEW, _GROUP = 0.03, 0.3, 30_000, 200, 1 << 20
+_STEP, _WIDE_STEP, _MOST_BINS, FEW, _GROUP = 0.01, 0.3, 100_000, 200, 1 << 20
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
 CHUNK = 4096  # components processed together, so that their numbers stay in the processor's cache
 
@@ -144,7 +144,7 @@ class _Table:
         # The choice depends less on the energies of noise, relative to this one.
         shares = [np.log(np.maximum(part, _TINY)) - size for part in noise]
         key = np.zeros(len(size), np.int64)
-        for part in (rows, columns, size / step, *(share / (4 * step) for share in shares)):
+        for part in (rows, columns, size / step, *(share / (2 * step) for share in shares)):
             key = key * _MULTIPLIER + np.round(part).astype(np.int64)  # a hash: it may overflow
         _, first, where = np.unique(key, return_index=True, return_inverse=True)
         counts = np.bincount(where, self.counts)
@@ -158,7 +158,7 @@ class _Table:
             near: a price not far from it, if one is known.
         """
         least, most = np.log((float(self.numbers[2].max(initial=0.0)) or 1.0) * np.array(_PRICES))
-        if self.numbers.shape[1] <= _FEW:
+        if self.numbers.shape[1] <= FEW:
             return float(np.exp(self._bisected(max_bytes, least, most)))
         if near is None:  # wide bins give an estimate in a fraction of the time
             about = self._grouped(_WIDE_STEP)[0]._bisected(max_bytes, least, most)
@@ -219,11 +219,16 @@ def _best_inverse(square: np.ndarray, linear: np.ndarray, bit_price: np.ndarray)
     """Return the z = 1 / q, at least 1, that minimises square z^2 + linear z + bit_price / z."""
     # The derivative is zero where 2 square z^3 + linear z^2 - bit_price is. Without one of its first two terms, that
     # zero is higher. Newton's method descends from there, because the function is convex.
-    z = np.minimum(np.cbrt(bit_price / (2 * square + _TINY)), np.sqrt(bit_price / (linear + _TINY)))
-    z = np.clip(z, 1.0, 1 / _LEAST_KEPT)
+    z = np.ones(square.shape)
+    above = 2 * square + linear < bit_price
+    square, linear, bit_price = square[above], linear[above], bit_price[above]
+    best = np.minimum(np.cbrt(bit_price / (2 * square + _TINY)), np.sqrt(bit_price / (linear + _TINY)))
+    best = np.clip(best, 1.0, 1 / _LEAST_KEPT)
     for _ in range(_NEWTON_STEPS):
-        slope = 6 * square * z**2 + 2 * linear * z + _TINY
-        z = np.clip(z - (2 * square * z**3 + linear * z**2 - bit_price) / slope, 1.0, 1 / _LEAST_KEPT)
+        slope = (6 * square * best + 2 * linear) * best + _TINY
+        best -= ((2 * square * best + linear) * best**2 - bit_price) / slope
+        np.clip(best, 1.0, 1 / _LEAST_KEPT, best)
+    z[above] = best
     return z
 
 

@@ -19,7 +19,7 @@ _MOST_VECTORS = 0.5  # of the shorter side; for a larger block, the whole decomp
 # first one between two orthogonalisations, because float32 has seven digits.
 _GAIN, _MOST_GAIN = 20.0, 1e6
 _TILE = 512
-_MOST_DEGREE = 8  # where it would have to be higher, values are so nearly equal that other vectors serve as well
+_MOST_DEGREE = 8
 
 
 @full_float32()
@@ -71,9 +71,9 @@ def leading_components(
     """Return the leading components of a matrix whose singular values are known, as `leading_svd` does but faster.
 
     A random block of somewhat more vectors than are wanted is multiplied by a Chebyshev polynomial of the Gram matrix
-    that is small for all values below the block's last (Zhou, Saad, Tiago and Chelikowsky, Phys. Rev. E 74, 2006). What
-    it leaves out is less than 0.5 % of the squared error of the best approximation. The vectors are the best ones
-    within the block, and not nearer than that to the exact ones: where values are nearly equal, others serve as well.
+    that is small for all values below the block's last (Zhou, Saad, Tiago and Chelikowsky, Phys. Rev. E 74, 2006). Its
+    squared error is at most 0.5 % above that of the best approximation, or 1e-6 of the matrix's squared norm. The
+    vectors are the best ones within the block: where values are nearly equal, they need not be near the exact ones.
 
     Args:
         matrix: float32 (m, n), finite, on any device.
@@ -99,11 +99,13 @@ def leading_components(
 
 def _filtered(matrix: torch.Tensor, rank: int, size: int, sigma: np.ndarray) -> torch.Tensor:
     """Return an orthonormal basis, (n, size), of a space that nearly holds the leading right singular vectors."""
-    cut = max(sigma[size], TRUSTED * sigma[0]) ** 2
+    # Where values are nearly equal, others than the leading ones serve as well, and all of them have some gain.
+    near = 2 * sigma[rank - 1] ** 2 / (1 + math.cosh(math.acosh(_GAIN) / _MOST_DEGREE))
+    cut = max(min(sigma[size] ** 2, near), (TRUSTED * sigma[0]) ** 2)
     # Arguments of the Chebyshev polynomial, which is at most 1 for what lies between 0 and the cut.
-    last, first = (float(np.arccosh(max(1.0, 2 * sigma[i] ** 2 / cut - 1))) for i in (rank - 1, 0))
-    degree = min(_MOST_DEGREE, math.ceil(math.acosh(_GAIN) / max(last, 1e-3)))
-    rounds = math.ceil(degree / max(1, int(math.acosh(_MOST_GAIN) / max(first, 1e-3))))
+    last, first = (math.acosh(2 * sigma[i] ** 2 / cut - 1) for i in (rank - 1, 0))
+    degree = max(2, math.ceil(math.acosh(_GAIN) / last - 1e-6))
+    rounds = math.ceil(degree / max(1, int(math.acosh(_MOST_GAIN) / first)))
     gram = lower_gram(matrix)
     for start in range(0, len(gram), _TILE):
         stop = start + _TILE
