@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 # Tests marked xdist_group share what is expensive to make, or vLLM's engine, and run in one of the processes.
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations 25 --durations-min 5
 WORKERS ?= 2
 
 .PHONY: demo check test lint format clean

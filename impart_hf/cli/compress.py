@@ -25,7 +25,7 @@ _TEXT_SIZE = ("calibration_samples", "calibration_length")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.set_defaults(resumes=True)
+    parser.set_defaults(resumes=True, shares_work=True)
     add_pair(parser, method_names(), of_what="that text, and of the --distill text")
     add_device(parser, "matrices are decomposed")
     add_result(parser)
@@ -71,8 +71,8 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Compress, and print the report."""
+    from ..common.processes import is_first
     from ..compression.compress import compress
-    from ..training.distributed import is_first
     from .summaries import compression_summary
 
     report = compress(

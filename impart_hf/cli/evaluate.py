@@ -26,6 +26,7 @@ from .options import (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
+    parser.set_defaults(shares_work=True)
     parser.add_argument(
         "models",
         metavar="MODEL",

@@ -17,6 +17,7 @@ from logging import ERROR, getLogger
 from typing import NamedTuple
 
 from .. import __version__
+from ..common.processes import ProcessError, is_distributed, is_first
 from ..registration import register_with_transformers
 
 
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser(arguments).parse_args(arguments)
         options.command.check(options)
+        if is_distributed() and not options.shares_work:
+            raise ProcessError(f"'{arguments[0]}' runs in one process: start it without accelerate launch or torchrun")
         load_libraries()
         resumes = options.resumes
         options.command.run(options)
@@ -69,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except argparse.ArgumentError as error:
         print(f"impart-hf: error: two settings or options have one name, rename the setting: {error}", file=sys.stderr)
+        return 1
+    except ProcessError as error:  # the process that failed prints it, too
+        if is_first():
+            print(f"impart-hf: error: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:  # the Hub's errors are OSErrors
         print(f"impart-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -102,7 +109,7 @@ def _add_commands(
             _add_commands(subparser, entry.commands, module, arguments[1:])
         else:
             command = importlib.import_module(module)
-            subparser.set_defaults(command=command, resumes=False)
+            subparser.set_defaults(command=command, resumes=False, shares_work=False)
             command.add_options(subparser)
 
 

@@ -12,6 +12,7 @@ from .options import add_device, add_merge_config, add_result, check_publishing,
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.description = f"{parser.description}: {', '.join(MERGE_METHODS)}"
+    parser.set_defaults(shares_work=True)
     add_merge_config(parser)
     add_method(parser, method_names(), default=None)
     add_device(parser, "tensors are combined and decomposed")
@@ -38,6 +39,7 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Merge, and print the report."""
+    from ..common.processes import is_first
     from ..merging.merge import merge
     from .summaries import merge_summary
 
@@ -48,5 +50,6 @@ def run(options: argparse.Namespace) -> None:
         progress=not options.quiet,
         **given(options, "max_bytes", "base_name", "device", "max_shard_size"),
     )
-    print(json.dumps(report.to_dict(), indent=2) if options.json else merge_summary(report, options.output))
-    push_if_asked(options)
+    if is_first():
+        print(json.dumps(report.to_dict(), indent=2) if options.json else merge_summary(report, options.output))
+        push_if_asked(options)

@@ -12,7 +12,7 @@ from ..modeling.checkpoints import all_finite
 from ..modeling.tensors import Model
 from ..storage.workspace import Workspace
 from .pair import ModelPair
-from .scan import TensorPlan
+from .scan import TensorPlan, order_to_take
 
 # The squares of smaller numbers underflow in float32: such a delta has norm 0 and changes no model.
 _ZERO_DELTA = 1e-15
@@ -48,13 +48,13 @@ def spectra_bytes(tensors: list[TensorPlan], method: MethodConfig) -> int:
 def find_spectra(tensors: list[TensorPlan], pair: ModelPair, method: MethodConfig, workspace: Workspace) -> None:
     """Compute the spectra of all matrices that share the method's budget, and store them in the workspace.
 
-    A tensor whose spectra are stored is skipped, so each of several processes may be given a part of the tensors.
+    A tensor whose spectra are stored, or that another process takes, is skipped.
     """
-    tensors = sharing(tensors, method)
+    tensors = order_to_take(sharing(tensors, method))
     with pair.progress.bar(sum(tensor.dense_bytes for tensor in tensors), "Decomposing", "B") as bar:
         for tensor in tensors:
             bar.set_postfix_str(tensor.name)
-            if not workspace.has_spectra(tensor.name):
+            if not workspace.has_spectra(tensor.name) and workspace.take("spectra", tensor.name):
                 deltas = deltas_of(tensor, pair.base, pair.finetuned, pair.device)
                 rows = [_properties(tensor, pair, delta, is_nonzero) for delta, is_nonzero in deltas]
                 workspace.put_spectra(tensor.name, np.stack(rows))

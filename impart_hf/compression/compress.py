@@ -1,11 +1,11 @@
 """The public function `compress`."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from ..calibration.text import CalibrationSource
+from ..common import processes
 from ..common.devices import usable_device
 from ..common.progress import Progress
 from ..common.validation import byte_budget, shard_bytes
@@ -14,9 +14,8 @@ from ..methods import ImPartRdConfig, MethodConfig
 from ..modeling.model_files import HubOptions
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
-from ..training import distributed
 from .pair import ModelPair
-from .pipeline import CompressionRequest, assist_first_process, compress_pair
+from .pipeline import CompressionRequest, compress_pair
 
 
 def compress(
@@ -46,8 +45,8 @@ def compress(
     in a hidden folder beside `output_dir`, one file per tensor: a killed run resumes where it stopped and gives the
     same bytes as an unbroken one. `output_dir` appears, complete, at the end.
 
-    In several processes (`accelerate launch`), the first does everything except distillation, in which all take part;
-    they must share a file system. All return the report.
+    Several processes (`accelerate launch`), on one machine or on machines that see one file system, share the tensors
+    out and give the same bytes as one. All return the report.
 
     Args:
         base: local folder or Hub id of the base model.
@@ -91,26 +90,29 @@ def compress(
     if distill_settings is not None and distill is None:
         raise ValueError("distill_settings are for distillation, which needs a text, but distill is None: give a text")
     shard_size, wanted_bytes = shard_bytes(max_shard_size), byte_budget(max_bytes)
-    distributed.connect(str(device).startswith("cpu"))  # before a GPU is used: it assigns one to each process
+    processes.connect(str(device).startswith("cpu"))  # before a GPU is used: it assigns one to each process
     device = usable_device(device)
     # The workspace comes first, so that an output that cannot be written fails before anything is downloaded.
-    with Workspace(Path(output_dir)) if distributed.is_first() else nullcontext() as workspace:
-        pair = ModelPair(
-            base,
-            finetuned,
-            HubOptions(base_revision, token, cache_dir),
-            HubOptions(finetuned_revision, token, cache_dir),
-            base_name=base_name,
-            device=device,
-            progress=Progress(progress),
+    with Workspace(Path(output_dir)) as workspace:
+        pair = processes.each(
+            lambda: ModelPair(
+                base,
+                finetuned,
+                HubOptions(base_revision, token, cache_dir),
+                HubOptions(finetuned_revision, token, cache_dir),
+                base_name=base_name,
+                device=device,
+                progress=Progress(progress and processes.is_first()),
+            )
         )
-        if workspace is None:
-            return assist_first_process(pair)
-        texts = {
-            purpose: pair.tokens(source, calibration_samples, calibration_length)
-            for purpose, source in (("calibration", calibration), ("distillation", distill))
-            if source is not None
-        }
+        sources = {"calibration": calibration, "distillation": distill}
+        texts = processes.each(
+            lambda: {
+                purpose: pair.tokens(source, calibration_samples, calibration_length)
+                for purpose, source in sources.items()
+                if source is not None
+            }
+        )
         request = CompressionRequest(
             method,
             wanted_bytes,
@@ -119,5 +121,4 @@ def compress(
             distill_settings or DistillSettings(),
             shard_size,
         )
-        report = compress_pair(pair, workspace, request)
-    return distributed.broadcast_from_first(report) if distributed.is_distributed() else report
+        return compress_pair(pair, workspace, request)

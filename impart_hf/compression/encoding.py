@@ -16,7 +16,7 @@ from ..modeling.tensors import Model
 from ..storage.workspace import Workspace
 from .budgets import deltas_of, spectra_of
 from .pair import ModelPair
-from .scan import TensorPlan
+from .scan import TensorPlan, order_to_take
 
 
 class Encoding:
@@ -52,12 +52,17 @@ class Encoding:
         self._by_name = dict(self._waiting)
         self._done = self._written = 0
 
+    def encode_all(self, tensors: list[TensorPlan]) -> None:
+        """Encode the tensors that no other process takes and that have not been encoded, without calibration."""
+        for tensor in order_to_take(tensors):
+            self.encode(tensor)
+
     def encode(self, tensor: TensorPlan, hessian: torch.Tensor | None = None) -> None:
-        """Encode a tensor and write its records, unless that has been done."""
+        """Encode a tensor and write its records, unless that has been done or another process does it."""
         if self._waiting.pop(tensor.name, None) is None:
             return
         self.bar.set_postfix_str(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
-        if not self._workspace.has_record(tensor.name):
+        if not self._workspace.has_record(tensor.name) and self._workspace.take("records", tensor.name):
             budgets = self._budgets.get(tensor.name)
             data, notes = encode_tensor(
                 tensor, self._base, self._finetuned, self._method, self._device, hessian, self._svd_of, budgets,
@@ -66,8 +71,9 @@ class Encoding:
             if hessian is None and tensor.name in self._linear:
                 notes.append("not calibrated: no token of the text reaches it")
             self._workspace.put_record(tensor.name, data, notes)
-        self._done += tensor.dense_bytes
-        self._written += self._workspace.record_path(tensor.name).stat().st_size
+        if self._workspace.has_record(tensor.name):
+            self._done += tensor.dense_bytes
+            self._written += len(self._workspace.record(tensor.name))
         self.bar.update(tensor.dense_bytes)
 
     def compressed(self, name: str, hessian: torch.Tensor | None) -> torch.Tensor:
@@ -77,7 +83,7 @@ class Encoding:
         if tensor is None:
             return dense
         self.encode(tensor, hessian)
-        data = np.frombuffer(self._workspace.record_path(name).read_bytes(), np.uint8)
+        data = np.frombuffer(self._workspace.record(name), np.uint8)
         shared = add_delta(self._base.tensor(name, self._device), data, name, tensor.dtype)
         return torch.cat([shared, dense[tensor.shape[0] :].to(shared.device)]) if tensor.added_rows else shared
 

@@ -3,6 +3,7 @@
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,9 +74,18 @@ class ModelPair:
         check_loads(self.finetuned)
         self.recorded_base = recorded_base(base, base_options.revision, base_name)
 
+    def state(self) -> list[list[Any]]:
+        """Return what changes if a file of the models does: path, size and time of every file in their folders."""
+        folders = {self.base.folder, self.finetuned.folder}
+        files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
     @cached_property
     def tensors(self) -> list[TensorPlan]:
-        """The kind of every tensor, before a method sets budgets; both checkpoints are read on first access."""
+        """The kind of every tensor, before a method sets budgets; both checkpoints are read on first access.
+
+        It may be set to what an earlier scan of the same files found.
+        """
         return scan(self.base, self.finetuned, self.progress)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

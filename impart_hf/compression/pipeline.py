@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,13 +10,13 @@ import torch
 from ..calibration.layer_stream import stream_layers
 from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..coding.svd_cache import SvdOf, uncached_svd
+from ..common import processes
 from ..common.progress import Progress
 from ..common.version import __version__
 from ..distillation import DistillReport, DistillSettings
 from ..methods import MethodConfig
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
-from ..training import distributed
 from .budgets import find_spectra, shared_budgets, spectra_bytes
 from .encoding import Encoding
 from .pair import ModelPair
@@ -118,39 +117,61 @@ def with_ratio_for(method: Method, max_bytes: int | None, weight_bytes: int) -> 
 def compress_pair(
     pair: ModelPair, workspace: Workspace, request: CompressionRequest, svd_of: SvdOf = uncached_svd
 ) -> CompressionReport:
-    """Compress a pair into a workspace, and publish it.
+    """Compress a pair into a workspace, and publish it; the processes of a job share the tensors out.
 
     Args:
         svd_of: gives, for a tensor's name and a matrix's index in its stack, the function that computes its singular
             components.
     """
     started = time.perf_counter()
-    method = with_ratio_for(request.method, request.max_bytes, pair.finetuned.weight_bytes)
-    stream = None if request.calibration is None else streamed_model(pair.finetuned, request.calibration, pair.device)
-    trained: frozenset[str] = frozenset()
-    if request.distillation is not None:
-        trained = _distillation().check_distillation(
-            pair.base, pair.finetuned, request.distillation, request.distill_settings, pair.device
-        )
+    stream, trained = processes.each(lambda: _models_for_texts(pair, request))
     reach = Reach(frozenset() if stream is None else frozenset(stream.linear), trained)
-    encoded = [tensor for tensor in pair.tensors if tensor.kind == "encoded"]
+    state = processes.from_first(pair.state())
+    if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
+        pair.tensors = list(map(TensorPlan.from_dict, stored))
+    tensors = pair.tensors
+    method, config, plan = processes.each(lambda: _planned(pair, tensors, request, reach))
+    inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
+    expected_bytes, kept_bytes = plan.allowed_bytes + plan.fixed_bytes, spectra_bytes(plan.encoded, method)
+    workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept_bytes)
+    processes.in_first(lambda: workspace.put_scan(state, [tensor.to_dict() for tensor in tensors]))
+    _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
+    distilled = _distil(pair, workspace, plan, request)
+
+    def publish() -> CompressionReport:
+        seconds = time.perf_counter() - started
+        report = write_repository(pair, workspace, plan, config, request.card_data, request.origin, seconds, distilled)
+        workspace.publish()
+        return report
+
+    return processes.in_first(publish)
+
+
+def _models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[StreamedModel | None, frozenset[str]]:
+    """Return the model for calibration, if asked for, and the names of the tensors that distillation can train."""
+    stream = None if request.calibration is None else streamed_model(pair.finetuned, request.calibration, pair.device)
+    if request.distillation is None:
+        return stream, frozenset()
+    return stream, _distillation().check_distillation(
+        pair.base, pair.finetuned, request.distillation, request.distill_settings, pair.device
+    )
+
+
+def _planned(
+    pair: ModelPair, tensors: list[TensorPlan], request: CompressionRequest, reach: Reach
+) -> tuple[MethodConfig, dict[str, Any], CompressionPlan]:
+    """Return the method, with the ratio that it is to reach, the content of config.json, and the plan."""
+    method = with_ratio_for(request.method, request.max_bytes, pair.finetuned.weight_bytes)
+    encoded = [tensor for tensor in tensors if tensor.kind == "encoded"]
     config = repository_config(pair, request.recorded_method(method, reach, encoded))
     card = card_bytes(pair, config, request.counted_card_data or request.card_data, request.origin)
     weight_bytes, config_bytes = pair.finetuned.weight_bytes, json_bytes(config)
-    plan = make_plan(pair.tensors, method, weight_bytes, config_bytes, card, request.max_shard_size)
+    plan = make_plan(tensors, method, weight_bytes, config_bytes, card, request.max_shard_size)
     if request.max_bytes is not None:
         plan.check_size()
     # The plan may leave fewer tensors to encode; this never makes config.json longer.
     config["method"] = request.recorded_method(method, reach, plan.encoded)
-    inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
-    expected_bytes, kept_bytes = plan.allowed_bytes + plan.fixed_bytes, spectra_bytes(plan.encoded, method)
-    workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept_bytes)
-    _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
-    distilled = _distil(pair, workspace, plan, request)
-    seconds = time.perf_counter() - started
-    report = write_repository(pair, workspace, plan, config, request.card_data, request.origin, seconds, distilled)
-    workspace.publish()
-    return report
+    return method, config, plan
 
 
 def _encode(
@@ -163,14 +184,13 @@ def _encode(
     calibration: torch.Tensor | None,
 ) -> None:
     """Write the records of every tensor to encode into the workspace."""
-    find_spectra(plan.encoded, pair, method, workspace)
-    budgets = workspace.budgets(lambda: shared_budgets(plan.encoded, method, workspace))
+    processes.each(lambda: find_spectra(plan.encoded, pair, method, workspace))
+    budgets = processes.in_first(lambda: workspace.budgets(lambda: shared_budgets(plan.encoded, method, workspace)))
     encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream)
     with pair.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as encoding.bar:
         if stream is not None and calibration is not None:
             stream_layers(stream, calibration, encoding.compressed, progress=Progress(False))
-        for tensor in plan.encoded:
-            encoding.encode(tensor)
+        processes.each(lambda: encoding.encode_all(plan.encoded))
 
 
 def _distil(
@@ -179,48 +199,15 @@ def _distil(
     """Train the workspace's records in all processes, if the request asks for distillation."""
     if request.distillation is None:
         return None
-    paths = {tensor.name: workspace.record_path(tensor.name) for tensor in plan.encoded}
-    task = _Distillation(paths, request.distillation, request.distill_settings, workspace.checkpoints())
-    if distributed.is_distributed():
-        distributed.broadcast_from_first(task)
-    changed, report = task.run(pair)
-    for name, data in changed.items():
-        workspace.put_distilled(name, data)
+    records = {tensor.name: workspace.record(tensor.name) for tensor in plan.encoded}
+    changed, report = _distillation().distill(
+        pair.base, pair.finetuned, records, request.distillation, request.distill_settings,
+        device=pair.device, checkpoints=workspace.checkpoints(), progress=pair.progress,
+    )  # fmt: skip
+    if processes.is_first():
+        for name, data in changed.items():
+            workspace.put_distilled(name, data)
     return report
-
-
-def assist_first_process(pair: ModelPair) -> CompressionReport:
-    """Take part in distillation, in a process that is not the first, and return the first process's report."""
-    received: _Distillation | CompressionReport = distributed.broadcast_from_first()
-    if isinstance(received, _Distillation):
-        received.run(pair)
-        received = distributed.broadcast_from_first()
-    assert isinstance(received, CompressionReport)
-    return received
-
-
-@dataclass(frozen=True)
-class _Distillation:
-    """The inputs of distillation, which all processes run together.
-
-    Attributes:
-        records: by tensor name, the file of the tensor's records.
-        tokens: int64 (sequences, length).
-        settings: settings of distillation.
-        checkpoints: folder for training checkpoints.
-    """
-
-    records: dict[str, Path]
-    tokens: torch.Tensor
-    settings: DistillSettings
-    checkpoints: Path
-
-    def run(self, pair: ModelPair) -> tuple[dict[str, bytes], DistillReport]:
-        records = {name: path.read_bytes() for name, path in self.records.items()}
-        return _distillation().distill(
-            pair.base, pair.finetuned, records, self.tokens, self.settings,
-            device=pair.device, checkpoints=self.checkpoints, progress=pair.progress,
-        )  # fmt: skip
 
 
 def _distillation() -> Any:

@@ -1,13 +1,16 @@
 """The scan of a pair: which tensors changed, and their checksums."""
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..common import processes
 from ..common.progress import Progress
 from ..modeling.base_tensors import BaseTensors
-from ..modeling.checkpoints import all_finite, same_values
+from ..modeling.checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, all_finite, same_values
 from ..modeling.checksums import tensor_checksum
 from ..modeling.tensors import Model
 from .compatibility import IncompatibleModelsError, is_matrix_shape
@@ -41,6 +44,16 @@ class TensorPlan:
     base_checksum: int = 0
     checksum: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields in types that JSON can hold."""
+        return dataclasses.asdict(self) | {"dtype": DTYPE_NAMES[self.dtype]}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TensorPlan":
+        """Return the plan that `to_dict` gave these fields."""
+        own = {"shape": tuple(fields["shape"]), "dtype": SAFETENSORS_DTYPES[fields["dtype"]]}
+        return cls(**(fields | own))
+
     @property
     def dense_bytes(self) -> int:
         """Bytes of the shared part in the fine-tuned checkpoint."""
@@ -61,43 +74,51 @@ def element_count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
+def order_to_take(tensors: list[TensorPlan]) -> list[TensorPlan]:
+    """Return tensors in the order in which the processes of a job take them: those that take longest first."""
+    if not processes.is_distributed():
+        return tensors
+    return sorted(tensors, key=lambda t: t.dense_bytes * min(t.shape[-2:]), reverse=True)
+
+
 def scan(base: BaseTensors, finetuned: Model, progress: Progress) -> list[TensorPlan]:
     """Read both models once: find equal tensors, compute checksums, and check that all values that differ are finite.
+
+    Several processes share the tensors out.
 
     Raises:
         IncompatibleModelsError: if a tensor holds NaN or infinity where base and fine-tune differ.
     """
-    plans = []
-    for name in progress.track(finetuned.names(), "Scanning"):
-        whole, after = base.whole(name), finetuned.tensor(name)
-        before = base.shared(name, whole)
-        shared, added = (
-            (after[: before.shape[0]], after[before.shape[0] :]) if before.dim() else (after, after[None][:0])
-        )
-        # Readers convert floats to the fine-tune's dtype, and leave integers unchanged.
-        comparable = after.is_floating_point() or before.dtype == after.dtype
-        equal = comparable and same_values(before.to(after.dtype), shared)
-        vocabulary = after.dim() == 2 and after.shape[0] == finetuned.config.get("vocab_size")
-        if not equal:
-            rows: Any = ...
-            if vocabulary and not (all_finite(before) and all_finite(shared)):
-                rows = _differing_rows(before.to(after.dtype), shared)
-            _check_numbers(before[rows], f"{name} of '{base.source}'", _is_matrix(before))
-            _check_numbers(shared[rows], f"{name} of '{finetuned.source}'", _is_matrix(before))
-        _check_numbers(added, f"{name} of '{finetuned.source}'", False)
-        plans.append(
-            TensorPlan(
-                name=name,
-                kind="equal" if equal else "encoded" if _is_matrix(before) else "kept",
-                shape=tuple(before.shape),
-                dtype=after.dtype,
-                vocabulary=vocabulary,
-                added_rows=len(added),
-                base_checksum=tensor_checksum(whole),
-                checksum=tensor_checksum(after),
-            )
-        )
-    return plans
+    own = processes.share(finetuned.names(), lambda name: element_count(finetuned.shape(name)))
+    scanned = processes.together(lambda: [_scanned(name, base, finetuned) for name in progress.track(own, "Scanning")])
+    return sorted(itertools.chain(*scanned), key=lambda plan: plan.name)
+
+
+def _scanned(name: str, base: BaseTensors, finetuned: Model) -> TensorPlan:
+    whole, after = base.whole(name), finetuned.tensor(name)
+    before = base.shared(name, whole)
+    shared, added = (after[: before.shape[0]], after[before.shape[0] :]) if before.dim() else (after, after[None][:0])
+    # Readers convert floats to the fine-tune's dtype, and leave integers unchanged.
+    comparable = after.is_floating_point() or before.dtype == after.dtype
+    equal = comparable and same_values(before.to(after.dtype), shared)
+    vocabulary = after.dim() == 2 and after.shape[0] == finetuned.config.get("vocab_size")
+    if not equal:
+        rows: Any = ...
+        if vocabulary and not (all_finite(before) and all_finite(shared)):
+            rows = _differing_rows(before.to(after.dtype), shared)
+        _check_numbers(before[rows], f"{name} of '{base.source}'", _is_matrix(before))
+        _check_numbers(shared[rows], f"{name} of '{finetuned.source}'", _is_matrix(before))
+    _check_numbers(added, f"{name} of '{finetuned.source}'", False)
+    return TensorPlan(
+        name=name,
+        kind="equal" if equal else "encoded" if _is_matrix(before) else "kept",
+        shape=tuple(before.shape),
+        dtype=after.dtype,
+        vocabulary=vocabulary,
+        added_rows=len(added),
+        base_checksum=tensor_checksum(whole),
+        checksum=tensor_checksum(after),
+    )
 
 
 def _differing_rows(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

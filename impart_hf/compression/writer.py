@@ -191,9 +191,8 @@ def _entries(finetuned: Model, workspace: Workspace, tensors: list[TensorPlan]) 
     for t in tensors:
         dtype = DTYPE_NAMES[t.dtype]
         if t.kind == "encoded":
-            path = workspace.record_path(t.name)
-            size = path.stat().st_size
-            entries.append(Entry(t.name + RECORD_SUFFIX, "U8", (size,), size, path.read_bytes))
+            size = len(workspace.record(t.name))
+            entries.append(Entry(t.name + RECORD_SUFFIX, "U8", (size,), size, partial(workspace.record, t.name)))
         elif t.kind == "kept":
             entries.append(Entry(t.name, dtype, t.shape, t.dense_bytes, partial(_rows, finetuned, t)))
         if t.added_rows:

@@ -21,10 +21,10 @@ from torch.nn.utils import parametrize
 from transformers import TrainingArguments
 
 from ..calibration.streamed_model import StreamedModel, streamed_model
+from ..common import processes
 from ..common.files import atomic_write
 from ..common.progress import Progress
 from ..modeling.tensors import Model, Tensors
-from ..training import distributed
 from .record_trainer import Outcome, RecordTrainer
 from .settings import DistillReport, DistillSettings
 from .student import compressed
@@ -82,9 +82,8 @@ def distill_blocks(
         else:
             arguments.output_dir = str(folder / f"layers-{start}")
             outcome = models.train(group, current, own, partial(loss, student_input))
-            if distributed.is_distributed():
-                outcome = distributed.broadcast_from_first(outcome)
-            if distributed.is_first():
+            outcome = processes.from_first(outcome)
+            if processes.is_first():
                 _save(outcome, path)
                 shutil.rmtree(arguments.output_dir, ignore_errors=True)  # the checkpoints, which are many times larger
         current |= outcome.records

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..coding.svd_cache import SvdOf, uncached_svd
+from ..common import processes
 from ..common.devices import usable_device
 from ..common.files import OutputError, write_json
 from ..common.model_names import split_adapter
@@ -25,8 +26,8 @@ from ..repository.cards import merge_card, merge_origin
 from ..repository.reader_files import copy_pruned_reader
 from ..repository.report import CompressionReport
 from ..repository.sidecar_files import copy_files
-from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
-from ..storage.output import check_output
+from ..storage.checkpoint_writer import dense_tensors, new_folder_of_job, write_weights
+from ..storage.output import check_output, check_visible
 from ..storage.workspace import Workspace
 from .chat_template import write_chat_template
 from .config import MergeConfig
@@ -77,7 +78,8 @@ def merge(
     For every tensor the result is W_base + lambda * sum_t w_t D_t (task arithmetic, arXiv 2212.04089), or the same sum
     over only the entries that agree with the elected sign (TIES, arXiv 2306.01708). D_t is W_t - W_base, sparsified and
     trimmed as the merge method says. All arithmetic is in float32. Memory holds one tensor of each model; they are
-    combined in blocks.
+    combined in blocks. Several processes (`accelerate launch`), on one machine or on machines that see one file system,
+    share the tensors out.
 
     Args:
         config: a `MergeConfig`, the same as a dictionary, or the path of a YAML file.
@@ -99,14 +101,16 @@ def merge(
     """
     config = MergeConfig.of(config)
     require_peft()
-    shard_size, device, bars = shard_bytes(max_shard_size), usable_device(device), Progress(progress)
+    processes.connect(str(device).startswith("cpu"))
+    shard_size, device = shard_bytes(max_shard_size), usable_device(device)
+    bars = Progress(progress and processes.is_first())
     wanted_bytes = byte_budget(max_bytes)
     if wanted_bytes is not None and compression is None:
         raise ValueError(
             "max_bytes is for a delta repository: give its method with compression, or leave max_bytes out"
         )
-    output = free_output(output_dir, config, compression)
-    merged = Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device)
+    output = processes.each(lambda: free_output(output_dir, config, compression))
+    merged = processes.each(lambda: Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device))
 
     def write(folder: Path) -> None:
         merged.write(folder, output.name, shard_size, bars)
@@ -122,7 +126,7 @@ def publish(merged: "Merge", output: Path, write: Callable[[Path], None]) -> Mer
     Args:
         write: writes the model's files into an existing folder.
     """
-    with new_folder(output) as folder:
+    with new_folder_of_job(output) as folder:
         write(folder)
     return merged.report()
 
@@ -148,12 +152,15 @@ def compress_merge(
     with_ratio_for(method, max_bytes, merged.weight_bytes())
     with Workspace(output) as workspace:
         dense = workspace.scratch() / output.name
-        dense.mkdir()
+        processes.in_first(dense.mkdir)
+        processes.each(lambda: check_visible(dense))
         write(dense)
         base = merged.inputs.base
-        pair = ModelPair(
-            base.source, str(dense), base.options, HubOptions(),
-            base_name=base_name, device=merged.device, progress=progress,
+        pair = processes.each(
+            lambda: ModelPair(
+                base.source, str(dense), base.options, HubOptions(),
+                base_name=base_name, device=merged.device, progress=progress,
+            )
         )  # fmt: skip
         report = merged.report()
         origin = merge_origin(merged.config.to_dict())
@@ -318,13 +325,11 @@ class Merge:
 
     def write(self, folder: Path, name: str, max_shard_size: int, progress: Progress) -> None:
         """Write the merged model as a dense checkpoint with this name into an existing folder."""
-        self._write_config(folder)
-        write_weights(folder, dense_tensors(self), max_shard_size, progress, "Merging")
-        card = merge_card(name, self.config.to_dict())
-        (folder / "README.md").write_text(card, "utf-8")
+        processes.in_first(lambda: self._write_files(folder, name))
+        write_weights(folder, dense_tensors(self), max_shard_size, progress, "Merging", together=True)
 
-    def _write_config(self, folder: Path) -> None:
-        """Write config.json of the merged model, and its sidecar files."""
+    def _write_files(self, folder: Path, name: str) -> None:
+        """Write config.json of the merged model, its sidecar files, and its model card."""
         content = {key: value for key, value in self.inputs.result_config.items() if key != "_name_or_path"}
         if self.config.dtype is not None:
             content.pop("torch_dtype", None)
@@ -334,6 +339,7 @@ class Merge:
         copy_files(self.inputs.companions.files, folder)
         if self.inputs.chat_template is not None:
             write_chat_template(folder, self.inputs.chat_template)
+        (folder / "README.md").write_text(merge_card(name, self.config.to_dict()), "utf-8")
 
     def report(self) -> MergeReport:
         shapes = [self.shape(name) for name in self.names()]

@@ -4,20 +4,21 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..common import processes
 from ..common.files import OutputError, sync_path, write_json
 from ..common.progress import Progress
 from ..modeling.checkpoints import DTYPE_NAMES, all_finite
 from ..modeling.checksums import tensor_bytes
 from ..modeling.tensors import Tensors
 from .locked_folder import LockedFolder
-from .output import check_output
-from .safetensors_writer import Entry, shard_entries, write_safetensors
+from .output import check_output, check_visible
+from .safetensors_writer import Entry, SafetensorsFile, shard_entries
 
 WEIGHTS = "model.safetensors"
 
@@ -49,6 +50,18 @@ def new_folder(output: str | Path) -> Iterator[Path]:
             path.rmdir()
         os.rename(folder, path)
         sync_path(path.parent)
+
+
+@contextmanager
+def new_folder_of_job(output: str | Path) -> Iterator[Path]:
+    """Yield one hidden folder, as `new_folder` does, in all processes of a job."""
+    with ExitStack() as stack:
+        own = processes.each(lambda: stack.enter_context(new_folder(output)) if processes.is_first() else None)
+        folder = processes.from_first(own)
+        assert folder is not None
+        processes.each(lambda: check_visible(folder))
+        yield folder
+        processes.in_first(stack.close)
 
 
 class DenseTensor:
@@ -95,9 +108,18 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def write_weights(
-    folder: Path, tensors: Iterable[DenseTensor], max_shard_size: int | str, progress: Progress, title: str
+    folder: Path,
+    tensors: Iterable[DenseTensor],
+    max_shard_size: int | str,
+    progress: Progress,
+    title: str,
+    *,
+    together: bool = False,
 ) -> None:
     """Write model.safetensors, sharded with an index if it is large, with one tensor in memory at a time.
+
+    Args:
+        together: whether all processes of a job call this, with the same arguments, to share the tensors out.
 
     Raises:
         OutputError: if the disk has no room for the weights.
@@ -105,7 +127,8 @@ def write_weights(
     """
     tensors = list(tensors)
     needed = sum(tensor.size for tensor in tensors)
-    check_room(folder, needed)
+    first, each = (processes.in_first, processes.each) if together else (_alone, _alone)
+    first(lambda: check_room(folder, needed))
     with progress.bar(needed, title, "B") as bar:
 
         def data(tensor: DenseTensor) -> bytes:
@@ -124,8 +147,23 @@ def write_weights(
             Entry(t.name, DTYPE_NAMES[t.dtype], t.shape, t.size, partial(data, t))
             for t in sorted(tensors, key=lambda t: -t.dtype.itemsize)
         ]
-        files, index = shard_entries(entries, WEIGHTS, max_shard_size)
-        for filename, members in files.items():
-            write_safetensors(folder / filename, members, {"format": "pt"})
-    if index is not None:
-        write_json(folder / f"{WEIGHTS}.index.json", index)
+        members, index = shard_entries(entries, WEIGHTS, max_shard_size)
+        files = {name: SafetensorsFile(folder / name, held, {"format": "pt"}) for name, held in members.items()}
+
+        def make() -> None:
+            for file in files.values():
+                file.make()
+            if index is not None:
+                write_json(folder / f"{WEIGHTS}.index.json", index)
+
+        def fill() -> None:
+            own = {entry.name for entry in (processes.share(entries, lambda e: e.size) if together else entries)}
+            for name, held in members.items():
+                files[name].fill(entry for entry in held if entry.name in own)
+
+        first(make)
+        each(fill)
+
+
+def _alone(work: Callable[[], None]) -> None:
+    work()

@@ -77,3 +77,18 @@ def named_errors(output: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error.strerror}") from error
+
+
+def check_visible(path: Path) -> None:
+    """Check that this process sees what the first process of its job has made.
+
+    Raises:
+        OutputError: if not.
+    """
+    if path.parent.is_dir():
+        os.listdir(path.parent)  # a network file system may remember that the path was missing
+    if not path.exists():
+        raise OutputError(
+            f"{path}, which the first process made, cannot be seen here: the processes of a job need one file system; "
+            "choose an output folder on it"
+        )

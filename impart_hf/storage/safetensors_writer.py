@@ -1,5 +1,6 @@
 """Writing safetensors files entry by entry, with one entry in memory at a time."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -49,15 +50,38 @@ def write_safetensors(path: Path, entries: list[Entry], metadata: dict[str, str]
         ValueError: if an entry's data has another size than stated.
         OSError: if the disk is full or cannot be written.
     """
-    with path.open("wb") as file:
-        file.write(header_bytes(entries, metadata))
-        for entry in entries:
-            data = entry.data()
-            if len(data) != entry.size:
-                raise ValueError(f"the data of {entry.name} has {len(data)} bytes instead of {entry.size}")
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    file = SafetensorsFile(path, entries, metadata)
+    file.make()
+    file.fill(entries)
+
+
+class SafetensorsFile:
+    """A file to be written by one process or by several, each of which writes other entries.
+
+    The first one calls `make`, then all call `fill` with their entries.
+    """
+
+    def __init__(self, path: Path, entries: list[Entry], metadata: dict[str, str]):
+        """Lay the file out; arguments as for `write_safetensors`."""
+        self._path, self._header = path, header_bytes(entries, metadata)
+        ends = itertools.accumulate((entry.size for entry in entries), initial=len(self._header))
+        self._starts = dict(zip([entry.name for entry in entries], ends, strict=False))
+
+    def make(self) -> None:
+        """Write the header."""
+        self._path.write_bytes(self._header)
+
+    def fill(self, entries: Iterable[Entry]) -> None:
+        """Write the data of entries to their places, and flush it to disk; errors as for `write_safetensors`."""
+        with self._path.open("r+b") as file:
+            for entry in entries:
+                data = entry.data()
+                if len(data) != entry.size:
+                    raise ValueError(f"the data of {entry.name} has {len(data)} bytes instead of {entry.size}")
+                file.seek(self._starts[entry.name])
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def shard_entries(

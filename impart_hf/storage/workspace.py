@@ -6,17 +6,23 @@ import io
 import json
 import os
 import shutil
+import struct
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 
+from ..common import processes
 from ..common.files import OutputError, atomic_write, sync_path, write_json
+from .checked_files import read_checked, write_checked
 from .folder_lock import LOCK_FILE, FolderLock
-from .output import check_output, existing_parent, named_errors
+from .output import check_output, check_visible, existing_parent, named_errors
 
-_PLAN, _SCRATCH, _BUDGETS = "plan.json", "scratch", "budgets.json"
+_PLAN, _SCRATCH, _BUDGETS, _SCAN = "plan.json", "scratch", "budgets.json", "scan.json"
+_TAKEN, _DISTILLED = "taken", "distilled"
 # Free space required in addition to the records and the file that is made of them.
 _SPARE_BYTES = 16 << 20
 
@@ -45,6 +51,9 @@ class Workspace:
     output folder. It is a context manager that holds a lock, so that two runs cannot write to one output, and it is
     removed after publishing.
 
+    The processes of a job make one together: the first one holds the lock, makes and removes folders, and publishes.
+    All store records.
+
     Attributes:
         output: the output folder.
         repository: the folder that `publish` renames to the output folder.
@@ -61,15 +70,18 @@ class Workspace:
         self.folder = output.parent / f".{output.name}.partial"
         self.repository = self.folder / "repository"
         self._replaced = self.folder / "replaced"
-        self._distilled = self.folder / "distilled"
+        self._whole: set[Path] = set()  # files that were found to be
         self._scratch: Path | None = None
         # The lock is in the workspace, which is never renamed: only folders in it are.
         self._lock = FolderLock(self.folder)
-        with named_errors(output):
-            self._check_folder()
+        processes.in_first(self._check_folder)
 
     def _check_folder(self) -> None:
-        """Check that the workspace can be made, or is one that no other process works in."""
+        """Check that the workspace can be made, or is one that no other job works in."""
+        with named_errors(self.output):
+            self._check_contents()
+
+    def _check_contents(self) -> None:
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise OutputError(f"{self.folder} is in the way and is not a folder: remove it")
         if not self.folder.exists() or not any(self.folder.iterdir()):
@@ -83,7 +95,7 @@ class Workspace:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if self._scratch is not None:
+        if self._scratch is not None and processes.is_first():
             shutil.rmtree(self._scratch, ignore_errors=True)
         resumable = (self.folder / _PLAN).exists()
         if self._lock.is_held and not resumable:
@@ -110,8 +122,17 @@ class Workspace:
             Whether earlier work is resumed.
 
         Raises:
-            OutputError: if another process is writing the output, or the disk has too little room.
+            OutputError: if another process is writing the output, the disk has too little room, or not all processes of
+                the job see the folder.
         """
+        resumes = processes.in_first(lambda: self._begin(fingerprint, expected_bytes, kept_bytes))
+        # A name that no other folder holds.
+        mark = self.folder / _TAKEN / processes.from_first(uuid.uuid4().hex)
+        processes.in_first(mark.touch)
+        processes.each(lambda: check_visible(mark))
+        return resumes
+
+    def _begin(self, fingerprint: str, expected_bytes: int, kept_bytes: int) -> bool:
         needed = 2 * expected_bytes + kept_bytes + _SPARE_BYTES
         if not self.folder.exists():
             self._check_room(needed)
@@ -125,13 +146,29 @@ class Workspace:
             self._lock.clear(keep=self._scratch)
             self._check_room(needed)
             write_json(plan, {"fingerprint": fingerprint})
-        for folder in ("records", "spectra"):
+        shutil.rmtree(self.folder / _TAKEN, ignore_errors=True)
+        for folder in ("records", "spectra", _TAKEN):
             (self.folder / folder).mkdir(exist_ok=True)
-        shutil.rmtree(self._distilled, ignore_errors=True)  # distillation starts again from the stored records
-        self._distilled.mkdir()
-        shutil.rmtree(self.repository, ignore_errors=True)
-        self.repository.mkdir()
+        # Distillation starts again from the stored records.
+        for path in (self.folder / _DISTILLED, self.repository):
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
         return resumes
+
+    def take(self, work: str, name: str) -> bool:
+        """Return whether this process is to do a piece of work, which is so for the first process that asks.
+
+        Args:
+            work: a kind of work, such as "records".
+            name: the tensor's name.
+        """
+        if not processes.is_distributed():
+            return True
+        try:
+            self._file(_TAKEN, f"{work} {name}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def scratch(self) -> Path:
         """Take the lock and return an empty folder for files that are needed until the workspace is closed.
@@ -139,25 +176,43 @@ class Workspace:
         Raises:
             OutputError: if another process is writing the output.
         """
-        self._make()
         self._scratch = self.folder / _SCRATCH
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir()
+        processes.in_first(self._make_scratch)
         return self._scratch
 
+    def _make_scratch(self) -> None:
+        self._make()
+        assert self._scratch is not None
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir()
+
+    def scan(self, state: Any) -> list[dict[str, Any]] | None:
+        """Return the scan that an earlier run stored for models in this state, or None."""
+        data = read_checked(self.folder / _SCAN)
+        stored = {} if data is None else json.loads(data)
+        return stored["tensors"] if stored.get("state") == state else None
+
+    def put_scan(self, state: Any, tensors: list[dict[str, Any]]) -> None:
+        """Store what was read of both models; all in types that JSON can hold.
+
+        Args:
+            state: changes if the models do.
+            tensors: an entry for each tensor.
+        """
+        write_checked(self.folder / _SCAN, json.dumps({"state": state, "tensors": tensors}).encode())
+
     def has_spectra(self, name: str) -> bool:
-        return self._file("spectra", name).exists()
+        return self._is_stored("spectra", name)
 
     def put_spectra(self, name: str, spectra: np.ndarray) -> None:
-        """Store what is known of the singular values of a tensor's matrices atomically, for this run and later ones."""
+        """Store what is known of the singular values of a tensor's matrices, float64 of two dimensions."""
         data = io.BytesIO()
-        np.save(data, spectra)  # to a file, NumPy's error would not say that the disk is full
-        with atomic_write(self._file("spectra", name)) as temporary:
-            temporary.write_bytes(data.getbuffer())
+        np.save(data, spectra)
+        write_checked(self._file("spectra", name), data.getvalue())
 
     def spectra(self, name: str) -> np.ndarray:
         """Return what `put_spectra` stored."""
-        return np.load(self._file("spectra", name), allow_pickle=False)
+        return np.load(io.BytesIO(self._stored("spectra", name)), allow_pickle=False)
 
     def budgets(self, make: Callable[[], dict[str, list[int]]]) -> dict[str, list[int]]:
         """Return the byte budgets of every tensor's matrices, made by `make` only if no earlier run stored them."""
@@ -193,29 +248,45 @@ class Workspace:
         """Return a tensor's file in a folder, named by a hash because tensor names may be too long for files."""
         return self.folder / folder / hashlib.sha256(name.encode()).hexdigest()[:32]
 
-    def record_path(self, name: str) -> Path:
-        """Return the file of a tensor's records: the distilled ones if they exist."""
-        path = self._file("records", name)
-        distilled = self._distilled / path.name
-        return distilled if distilled.exists() else path
+    def _stored(self, folder: str, name: str) -> bytes:
+        data = read_checked(self._file(folder, name))
+        if data is None:
+            raise OutputError(f"{self._file(folder, name)} was removed or changed while it was needed: start again")
+        return data
+
+    def _is_stored(self, folder: str, name: str) -> bool:
+        """Return whether a tensor's file is there and whole; it is read only once."""
+        path = self._file(folder, name)
+        if path not in self._whole and read_checked(path) is not None:
+            self._whole.add(path)
+        return path in self._whole
 
     def has_record(self, name: str) -> bool:
-        return self._file("records", name).exists()
+        return self._is_stored("records", name)
 
     def put_record(self, name: str, data: bytes, notes: list[str]) -> None:
-        """Store a tensor's records atomically."""
-        path = self._file("records", name)
-        write_json(path.with_suffix(".notes"), notes)
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(data)
+        """Store a tensor's records and the method's notes on it."""
+        text = json.dumps(notes).encode()
+        write_checked(self._file("records", name), struct.pack("<I", len(text)) + text + data)
+
+    def _parts(self, name: str) -> tuple[bytes, bytes]:
+        """Return a tensor's notes, as JSON, and its records."""
+        content = self._stored("records", name)
+        end = 4 + struct.unpack_from("<I", content)[0]
+        return content[4:end], content[end:]
+
+    def record(self, name: str) -> bytes:
+        """Return a tensor's records: the distilled ones if there are any."""
+        distilled = self._file(_DISTILLED, name)
+        return distilled.read_bytes() if distilled.exists() else self._parts(name)[1]
 
     def put_distilled(self, name: str, data: bytes) -> None:
         """Store distilled records, which replace a tensor's records in this run only."""
-        (self._distilled / self._file("records", name).name).write_bytes(data)
+        self._file(_DISTILLED, name).write_bytes(data)
 
     def notes(self, name: str) -> list[str]:
         """Return the method's notes on a tensor."""
-        return json.loads(self._file("records", name).with_suffix(".notes").read_text("utf-8"))
+        return json.loads(self._parts(name)[0])
 
     def publish(self) -> None:
         """Rename the repository to the output folder, replacing an older one, and remove the workspace.

@@ -17,7 +17,7 @@ import pytest
 import torch
 from support.messages import naming
 from support.tiny_models import Pair, edit_tensors, save_pair, tiny_config
-from support.workspaces import break_off, differing, finished, hidden
+from support.workspaces import break_off, differing, file_name, finished, hidden
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig, compress
 from impart_hf.common.files import OutputError
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
     encode, redone = pipeline.encode_tensor, []
     monkeypatch.setattr(pipeline, "encode_tensor", lambda t, *args: redone.append(t.name) or encode(t, *args))
     finish(slow_pair, output)
-    assert not {Workspace(tmp_path / "any").record_path(name).name for name in redone} & set(kept)
+    assert not set(map(file_name, redone)) & set(kept)
     assert len(redone) + len(kept) == 16 * 7 + 2
     assert differing(output, unbroken) == []
     assert [p.name for p in tmp_path.iterdir()] == ["delta"]
@@ -186,11 +186,16 @@ def test_half_written_and_removed_leftovers(tiny_pair: Pair, tmp_path: Path) -> 
     output = tmp_path / "delta"
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "fresh", METHOD)
     stop_after_five(tiny_pair, output)
-    victim = Workspace(output).record_path(LAST)
+    victim = hidden(output) / "records" / file_name(LAST)
     victim.with_suffix(".writing").write_bytes(b"half")
-    victim.with_suffix(".notes").write_text("[")
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), output, METHOD)
     assert differing(output, tmp_path / "fresh") == []
+    again = tmp_path / "again"
+    stop_after_five(tiny_pair, again)
+    for victim, spoil in zip(sorted((hidden(again) / "records").glob("*"))[:2], (b"", b"\0" * 200), strict=True):
+        victim.write_bytes(spoil)  # as a power cut may leave them
+    compress(str(tiny_pair.base), str(tiny_pair.finetuned), again, METHOD)
+    assert differing(again, tmp_path / "fresh") == []
     for leftovers in ([], ["lock"]):
         hidden(output).mkdir()
         for name in leftovers:
@@ -277,3 +282,24 @@ def test_killed_between_the_renames_of_publishing(tiny_pair: Pair, tmp_path: Pat
     with Workspace(output) as workspace:
         assert not workspace.begin("other work", 1)
         assert (output / "config.json").exists()
+
+
+def test_a_resumed_run_reads_the_models_again_only_if_their_files_changed(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading both takes minutes at real sizes."""
+    output, scanned = tmp_path / "delta", []
+    module = importlib.import_module("impart_hf.compression.scan")
+    scan = module._scanned
+    monkeypatch.setattr(module, "_scanned", lambda name, *models: scanned.append(name) or scan(name, *models))
+    stop_after_five(pair, output)
+    count = len(scanned)
+    assert count > 20
+    finish(pair, output)
+    assert len(scanned) == count
+    stop_after_five(pair, tmp_path / "other")
+    edit_tensors(pair.finetuned, lambda tensors: tensors.update({LAST: tensors[LAST] + 1}))
+    finish(pair, tmp_path / "other")
+    assert len(scanned) == 3 * count
+    compress(str(pair.base), str(pair.finetuned), tmp_path / "fresh", METHOD)
+    assert differing(tmp_path / "other", tmp_path / "fresh") == []

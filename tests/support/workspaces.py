@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ def finished(output: Path) -> dict[str, int]:
     """The finished records in the hidden folder, and when they were written."""
     folder = hidden(output) / "records"
     return {p.name: p.stat().st_mtime_ns for p in folder.glob("*") if not p.suffix} if folder.exists() else {}
+
+
+def file_name(tensor: str) -> str:
+    """The name of the file of a tensor's records."""
+    return hashlib.sha256(tensor.encode()).hexdigest()[:32]
 
 
 class Stop(BaseException):

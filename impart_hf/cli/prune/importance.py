@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
+    parser.set_defaults(shares_work=True)
     add_model(parser)
     add_training(parser)
     parser.add_argument(
@@ -40,10 +41,10 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Score the model, and print the scores."""
+    from ...common.processes import is_first
     from ...modeling.model_files import read_json
     from ...pruning import compute_importance
     from ...pruning.importance_report import REPORT
-    from ...training.distributed import is_first
 
     importance = compute_importance(
         options.model,

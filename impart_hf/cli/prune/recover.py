@@ -20,6 +20,7 @@ from .options import add_model, add_training, training_arguments
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
+    parser.set_defaults(shares_work=True)
     add_model(parser)
     parser.add_argument("output", metavar="OUT", help="folder to write the trained model to")
     add_training(parser)
@@ -48,10 +49,10 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, and print the report."""
+    from ...common.processes import is_first
     from ...hub import is_pruned_model
     from ...modeling.model_files import HubOptions
     from ...pruning import recover
-    from ...training.distributed import is_first
 
     if options.push and not is_pruned_model(options.model, HubOptions(options.revision)):
         raise ValueError(f"--push is for pruned models, but '{options.model}' was never pruned: leave it out")
