@@ -29,11 +29,12 @@ _LEAST_KEPT = 1e-3  # the smallest q
 _TINY = 1e-200
 _PRICES = 1e-60, 1.0  # range of a bit's price, in units of the largest error; at the upper end nothing is stored
 _EXACT, _ABOUT = 1e-4, 0.03  # relative errors of a price: of the returned one, and of an estimate from wide bins
-# Width of a bin, as a logarithm of squared singular values; of a wide one; the most bins, beyond which they are wider;
-# and the components from which wide bins are used, and that are binned at a time.
-_STEP, _WIDE_STEP, _MOST_BINS, FEW, _GROUP = 0.01, 0.3, 100_000, 200, 1 << 20
-_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
-CHUNK = 4096  # components processed together, so that their numbers stay in the processor's cache
+_STEP, _WIDE_STEP = 0.01, 0.3  # width of a bin, as a logarithm of squared singular values; that of a wide one
+_MOST_BINS = 100_000  # if there would be more, bins are wider
+FEW = 200  # components whose price is found without wide bins
+_GROUP = 1 << 20  # components that are binned at a time, to save memory
+_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # mixes numbers into a hash
+_CHUNK = 4096  # components processed together, so that their numbers stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class _Table:
 
     def choose(self, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return each component's pair in `bit_pairs`, -1 if it is dropped; its threshold; and its bytes."""
-        starts = range(0, max(1, self.numbers.shape[1]), CHUNK)
-        parts = [self._chosen(self.numbers[:, start : start + CHUNK], price) for start in starts]
+        starts = range(0, max(1, self.numbers.shape[1]), _CHUNK)
+        parts = [self._chosen(self.numbers[:, start : start + _CHUNK], price) for start in starts]
         pairs, thresholds, sizes = (np.concatenate(part) for part in zip(*parts, strict=True))
         return pairs, thresholds, sizes
 
