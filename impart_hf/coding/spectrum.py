@@ -14,7 +14,7 @@ from .svd import ROUNDING, TRUSTED, components, eigvalsh, leading_svd, lower_gra
 
 _SMALL = 256  # with a shorter side below this, the whole decomposition is faster
 _OVERSAMPLING = 1.2  # vectors in the block for each that is wanted
-_MOST_VECTORS = 0.5  # of the shorter side; for a larger block, the whole decomposition is faster
+_MOST_VECTORS = 0.4  # of the shorter side; for a larger block, the whole decomposition is faster
 # What the polynomial multiplies the last wanted vector by, relative to those that are not wanted; and at most the
 # first one between two orthogonalisations, because float32 has seven digits.
 _GAIN, _MOST_GAIN = 20.0, 1e6
