@@ -20,18 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from impart_hf import DeltaCompressedForCausalLM, compress
 from impart_hf.evaluation.memory import PeakMemory
 from impart_hf.methods import method_class, method_names
-from impart_hf.modeling import delta_decode, planes
+from impart_hf.modeling import compact_planes, delta_decode
 from impart_hf.modeling.checksums import tensor_checksum
 from impart_hf.modeling.configuration_delta_compressed import DeltaCompressedConfig
-from impart_hf.modeling.delta_record import FACTORED, parse_record
+from impart_hf.modeling.delta_record import FACTORED, MAX_THRESHOLD, parse_record
 from impart_hf.modeling.delta_repository import DeltaRepository
 from impart_hf.modeling.model_files import HubOptions
+from impart_hf.modeling.seeded_mask import kept_positions
 
 _PAGE = 4096
 
@@ -114,8 +117,13 @@ def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int)
             return 1000 * measure.best_seconds(work, repeats, device)
 
         def masks(record: Any = record) -> None:
+            numbers = np.flatnonzero(record.thresholds < MAX_THRESHOLD)
+            step = max(1, compact_planes.PIECE_ENTRIES // min(record.plane_rows(side) for side in range(record.sides)))
             for side in range(record.sides):
-                planes.KeptEntries(record, side, device)
+                for first in range(0, len(numbers), step):
+                    own = numbers[first : first + step]
+                    rows, limits = record.plane_rows(side), record.thresholds[own]
+                    kept_positions(record.mask_seed, side, limits, rows, device, own)
 
         mask_time = best(masks)
         plane_time = best(lambda r=record, n=name: delta_decode.decode_planes(r, n, device))
@@ -135,11 +143,56 @@ def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int)
             "unpacking": plane_time - mask_time,
             "product": all_time - plane_time - cast_time,
             "add and cast": cast_time,
+            "peak, of the matrix in float32": peak_bytes(data, base, name) / (4 * base.numel()),
             "base checksum": best(lambda b=on_disk: tensor_checksum(b)),
             "CRC of the delta": best(lambda n=name: delta.file.read_records(n)),
             "whole": best(lambda n=name: delta.tensor(n, device)),
         }
-        rows.append({key: round(v, 3 if key == "kept" else 1) if isinstance(v, float) else v for key, v in row.items()})
+        rows.append(
+            {
+                key: round(v, 3 if key in ("kept", "peak, of the matrix in float32") else 1)
+                if isinstance(v, float)
+                else v
+                for key, v in row.items()
+            }
+        )
+    return rows
+
+
+def peak_bytes(data: np.ndarray, base: torch.Tensor, name: str) -> int:
+    """Return the most bytes of tensors that decoding a tensor holds at once beside base and result, on base's device.
+
+    They are counted by torch's profiler; on a CPU only, elsewhere the answer is 0.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        out = delta_decode.add_delta(base, data, name, base.dtype)
+    assert profiled.profiler is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(0, int(np.cumsum(changes or [0]).max()) - out.nbytes)
+
+
+def product_times(sizes: Sequence[tuple[int, int, int]], repeats: int) -> list[dict[str, Any]]:
+    """Return the milliseconds of a product (m, k) (k, n) on the CPU: of float32, and of narrower numbers.
+
+    Bfloat16 needs two products if U is levels, which are exact in bfloat16 as odd integers, and V is split in a high
+    and a low part; three otherwise (docs/FORMAT.md, "Rounding"). torch rounds each of them to bfloat16 on a CPU, so
+    these times are only what the processor could do. Products of 8-bit integers are exact; V would need three.
+    """
+    rows = []
+    for m, n, k in sizes:
+        generator = torch.Generator().manual_seed(0)
+        u, v = torch.randn(k, m, generator=generator), torch.randn(k, n, generator=generator)
+        parts = [u.to(torch.bfloat16), v.to(torch.bfloat16)]
+        whole = [torch.randint(-127, 128, (size, k), generator=generator).to(torch.int8) for size in (m, n)]
+        products = {
+            "float32": lambda u=u, v=v: u.t() @ v,
+            "one of bfloat16": lambda parts=parts: parts[0].t() @ parts[1],
+            "splitting V": lambda v=v: (v - v.to(torch.bfloat16)).to(torch.bfloat16),
+            "one of int8": lambda whole=whole: torch._int_mm(whole[0], whole[1].t()),
+        }
+        times = {name: 1000 * measure.best_seconds(work, repeats) for name, work in products.items()}
+        rows.append({"m, n, k": f"{m}, {n}, {k}", **times})
     return rows
 
 
@@ -185,6 +238,10 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "layers": arguments.layers,
         "loads": loads,
         "decoding": {m: breakdown(folder / m, names, arguments.device, arguments.repeats) for m in arguments.methods},
+        "products": product_times(
+            [(256, 320, 32)] if arguments.tiny else [(4096, 4096, 775), (4096, 4096, 388), (2048, 640, 200)],
+            arguments.repeats,
+        ),
         "sparse products": multiply_add_costs(config.hidden_size, arguments.repeats),
     }
 
@@ -215,6 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method, rows in results["decoding"].items():
         print(f"\nDecoding, {method}, milliseconds\n")
         print(measure.table(rows))
+    print("\nProducts on the CPU, milliseconds\n")
+    print(measure.table(results["products"]))
     print("\nSparse products on this processor (factor: time of a multiply-add over a dense one's)\n")
     print(measure.table(results["sparse products"]))
     if arguments.json:

@@ -44,7 +44,7 @@ def checks(notes: Notes) -> None:
         ))  # fmt: skip
         if folders:
             expected = notes.attempt("load on the CPU", lambda _: _logits(folders["delta"], "cpu"))
-            places: tuple[Any, ...] = ("cuda", {"": 0}, "auto") if notes.on_gpu else ({"": "cpu"},)
+            places: tuple[Any, ...] = ("cuda", 0, {"": 0}, "auto") if notes.on_gpu else ({"": "cpu"},)
             for place in (*places, "default device"):
                 notes.attempt(f"load, device_map {place}", _load_tiny, folders, place, expected)
     m, n = (160, 136) if notes.small else (700, 530)

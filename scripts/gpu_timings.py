@@ -35,11 +35,13 @@ from gpu_material import (
 )
 
 from impart_hf.methods import method_class
-from impart_hf.modeling import triton_decode
+from impart_hf.modeling import delta_repository, triton_decode
 from impart_hf.modeling.delta_decode import add_delta, decode_record
 from impart_hf.modeling.delta_record import FACTORED, Record, pack_record
+from impart_hf.modeling.model_files import HubOptions
 from impart_hf.modeling.packed_deltas import PackedDeltas, RowGroups
 from impart_hf.modeling.triton_planes import pack
+from impart_hf.repository.open import open_repository
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,8 +174,40 @@ def load(notes: Notes) -> None:
         if notes.on_gpu:  # compiles the kernels, which stay on disk
             base = torch.zeros(256, 256, device=notes.device, dtype=notes.dtype)
             add_delta(base, as_array(levels_record(256, 256)), "a matrix", notes.dtype)
+        notes.attempt("decoding all tensors", _time_copies, folders["delta"])
         for cache in ("warm", "cold"):
             notes.attempt(f"load, {cache} page cache", _time_loads, folders, layers, cache)
+
+
+def _time_copies(notes: Notes, delta: Path) -> None:
+    """Decode all tensors, one after the other, with and without pinned memory and reading ahead; the files are warm."""
+    repository = open_repository(str(delta), HubOptions())
+
+    def each() -> None:
+        for name in repository.names():
+            repository.tensor(name, notes.device)
+
+    def ahead() -> None:
+        for _ in repository.tensors(notes.device):
+            pass
+
+    staged, ways = delta_repository.to_device, {"ordinary memory": each, "pinned memory": each, "pinned, ahead": ahead}
+    seconds: dict[str, list[float]] = {by: [] for by in ways}
+    for _ in range(3 if notes.on_gpu else 1):
+        for by, work in ways.items():
+            delta_repository.to_device = torch.Tensor.to if by == "ordinary memory" else staged  # type: ignore[assignment]
+            try:
+                measure.synchronize(notes.device.type)
+                started = time.perf_counter()
+                work()
+                measure.synchronize(notes.device.type)
+                seconds[by].append(time.perf_counter() - started)
+            finally:
+                delta_repository.to_device = staged
+    for by, times in seconds.items():
+        took = min(times) if notes.on_gpu else None
+        ratio = over(took, min(seconds["ordinary memory"]))
+        notes.row("decoding all tensors", base_by=by, seconds=took, of_ordinary_memory=ratio)
 
 
 def _time_loads(notes: Notes, folders: dict[str, Path], layers: int, cache: str) -> None:

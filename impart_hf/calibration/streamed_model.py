@@ -13,6 +13,7 @@ from ..common.configs import model_config
 from ..common.meta_model import meta_model, reads_text
 from ..modeling.checkpoints import all_finite
 from ..modeling.tensors import Model
+from ..modeling.transfer import to_device
 from .text import check_vocabulary
 
 # Arguments of a decoder layer besides the hidden states: positional ones, and (name, value) pairs.
@@ -125,7 +126,7 @@ class StreamedModel:
         """Set the values of a parameter or buffer; a tensor on the meta device frees them."""
         owner, _, attribute = self.parameters[name].rpartition(".")
         module = self.model.get_submodule(owner)
-        tensor = tensor if tensor.is_meta else tensor.to(self.device).float()
+        tensor = tensor if tensor.is_meta else to_device(tensor, self.device).float()
         if attribute in module._buffers:
             module._buffers[attribute] = tensor
         else:

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from ..distillation import TRAINED, DistillSettings
+from ..distillation import OPTIMIZERS, TRAINED, DistillSettings
 from ..methods import method_names
 from .method_options import add_pair, check_pair, method_config, pair_arguments
 from .options import (
@@ -19,7 +19,16 @@ from .options import (
     training_fields,
 )
 
-_DISTILLATION = ("steps", "trains", "distill_batch_size", "distill_blocks", "training")
+_DISTILLATION = (
+    "steps",
+    "trains",
+    "distill_batch_size",
+    "distill_micro_batch_size",
+    "distill_blocks",
+    "distill_optim",
+    "gradient_checkpointing",
+    "training",
+)
 _TEXT_SIZE = ("calibration_samples", "calibration_length")
 
 
@@ -50,10 +59,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"sequences per step, over all processes (default: {DistillSettings.batch_size})",
     )
     group.add_argument(
+        "--distill-micro-batch-size",
+        type=int,
+        help="sequences that a process runs at a time (default: as many as fit in memory)",
+    )
+    group.add_argument(
         "--distill-blocks",
         type=int,
         metavar="N",
         help="train N decoder layers at a time, for models that do not fit into memory",
+    )
+    group.add_argument(
+        "--distill-optim",
+        choices=tuple(OPTIMIZERS),
+        help=f"optimizer, by transformers' name; the second needs bitsandbytes (default: {DistillSettings.optim})",
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="run layers again in the backward pass, to save memory (default: if activations would not fit)",
     )
     add_training_file(group)
 
@@ -91,8 +115,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _distill_settings(options: argparse.Namespace, training: dict[str, Any]) -> DistillSettings | None:
     """Return the settings of distillation; None for the defaults."""
-    found = given(options, "steps", "trains") | training
-    for option, name in (("distill_batch_size", "batch_size"), ("distill_blocks", "blocks")):
-        if (value := getattr(options, option)) is not None:
+    found = given(options, "steps", "trains", "gradient_checkpointing") | training
+    for name in ("batch_size", "micro_batch_size", "blocks", "optim"):
+        if (value := getattr(options, f"distill_{name}")) is not None:
             found[name] = value
     return DistillSettings(**found) if found else None

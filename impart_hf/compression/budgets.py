@@ -10,6 +10,7 @@ from ..methods import MethodConfig, Spectrum, method_for
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import all_finite
 from ..modeling.tensors import Model
+from ..modeling.transfer import to_device
 from ..storage.workspace import Workspace
 from .pair import ModelPair
 from .scan import TensorPlan, order_to_take
@@ -27,7 +28,7 @@ def deltas_of(
     after = finetuned.tensor(tensor.name)[: before.shape[0]]
     stack = (-1, *tensor.shape[-2:])
     for old, new in zip(before.reshape(stack), after.reshape(stack), strict=True):
-        delta = new.to(device).float() - old.to(device).float()
+        delta = to_device(new, device).float() - to_device(old, device).float()
         if tensor.vocabulary and not all_finite(delta):
             delta = delta.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
         yield delta, bool(delta.abs().max() > _ZERO_DELTA)

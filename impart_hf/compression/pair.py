@@ -1,6 +1,8 @@
 """A base and a fine-tune of it."""
 
+import math
 import os
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,20 +99,29 @@ class ModelPair:
         return load_tokenizer(self.companions.source, self.companions.options)
 
     def load(self, repository: Path | None = None) -> PreTrainedModel:
-        """Load a delta repository of this pair, or the fine-tune itself, in float32 on the device."""
+        """Load a delta repository of this pair, or the fine-tune itself, in the fine-tune's dtype on the device."""
         if repository is None:
             # Not by its name: transformers does not find the tensors that a wrapper has renamed.
             tensors = {name: LazyTensor(self.finetuned, name) for name in self.finetuned.names()}
             model_class = loading_class(self.finetuned)
             config = config_for(model_class, model_config(self.finetuned.config))
-            model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
-            return model.to(self.device).eval()
+            return model_class.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=self._dtype, device_map={"": self.device}
+            ).eval()
         source, options = self.base.source, self.base.options
         return load(
-            str(repository), torch.float32, self.device,
+            str(repository), self._dtype, self.device,
             # The Hub id that is recorded for a local base need not exist yet.
             base_model=source if os.path.isdir(source) else None, token=options.token, cache_dir=options.cache_dir,
         )  # fmt: skip
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of most of the fine-tune's numbers."""
+        counts = Counter[torch.dtype]()
+        for name in self.finetuned.names():
+            counts[self.finetuned.dtype(name)] += math.prod(self.finetuned.shape(name))
+        return max((dtype for dtype in counts if dtype.is_floating_point), key=counts.__getitem__)
 
     def tokens(self, source: CalibrationSource, samples: int, length: int) -> torch.Tensor:
         """Draw sequences from a text: int64 (at most `samples`, `length` or the model's positions if fewer).

@@ -15,6 +15,7 @@ from ..common.progress import Progress
 from ..common.version import __version__
 from ..distillation import DistillReport, DistillSettings
 from ..methods import MethodConfig
+from ..modeling.checkpoints import text_config
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
 from .budgets import find_spectra, shared_budgets, spectra_bytes
@@ -132,7 +133,8 @@ def compress_pair(
     tensors = pair.tensors
     method, config, plan = processes.each(lambda: _planned(pair, tensors, request, reach))
     inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
-    expected_bytes, kept_bytes = plan.allowed_bytes + plan.fixed_bytes, spectra_bytes(plan.encoded, method)
+    expected_bytes = plan.allowed_bytes + plan.fixed_bytes
+    kept_bytes = spectra_bytes(plan.encoded, method) + _checkpoint_bytes(pair, plan, method, request)
     workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept_bytes)
     processes.in_first(lambda: workspace.put_scan(state, [tensor.to_dict() for tensor in tensors]))
     _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
@@ -208,6 +210,16 @@ def _distil(
         for name, data in changed.items():
             workspace.put_distilled(name, data)
     return report
+
+
+def _checkpoint_bytes(pair: ModelPair, plan: CompressionPlan, method: MethodConfig, request: CompressionRequest) -> int:
+    """Return about how much distillation's checkpoints take on disk."""
+    if request.distillation is None:
+        return 0
+    from ..distillation.memory import checkpoint_bytes_for
+
+    layers = getattr(text_config(pair.finetuned.config), "num_hidden_layers", 1)
+    return checkpoint_bytes_for(plan.allowed_bytes, method.name, layers, request.distill_settings)
 
 
 def _distillation() -> Any:

@@ -6,6 +6,6 @@ and levels stay the same: the file does not grow by a byte. BitDelta's loss is t
 here it is KL(fine-tune || compressed), the measure by which compressed models are evaluated.
 """
 
-from .settings import TRAINED, DistillReport, DistillSettings
+from .settings import OPTIMIZERS, TRAINED, DistillReport, DistillSettings
 
-__all__ = ["TRAINED", "DistillReport", "DistillSettings"]
+__all__ = ["OPTIMIZERS", "TRAINED", "DistillReport", "DistillSettings"]

@@ -8,6 +8,7 @@ group is the logits.
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,16 @@ from transformers import TrainingArguments
 from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..common import processes
 from ..common.files import atomic_write
+from ..common.partial_logits import LogitsOf
 from ..common.progress import Progress
+from ..modeling.delta_record import parse_stack
 from ..modeling.tensors import Model, Tensors
+from .fit import fit
+from .memory import DeltaSize
+from .recomputation import recompute_layers
 from .record_trainer import Outcome, RecordTrainer
 from .settings import DistillReport, DistillSettings
-from .student import compressed
+from .student import compressed, head_delta
 from .text import check_tokens, divergence, relative_error
 
 PURPOSE = "distillation by blocks"
@@ -161,9 +167,20 @@ class _BlockModels:
     ):
         self._base, self._finetuned, self._tokens = base, finetuned, tokens
         self._arguments = arguments
-        self.record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress)
         self.teacher = streamed_model(finetuned, tokens, arguments.device, PURPOSE)
         check_tokens(tokens, self.teacher.vocabulary)
+        assert settings.blocks is not None
+        count = len(self.teacher.layers)
+        self._logits = self._logits_of(self.teacher, range((count - 1) // settings.blocks * settings.blocks, count))
+        sizes = {
+            key: [DeltaSize.of(record) for record in parse_stack(records[name], name)]
+            for name, key in self.teacher.parameters.items()
+            if name in records and base.shape(name) == finetuned.shape(name)
+        }
+        self._fit = fit(self.teacher.model.config, sizes, settings, arguments, (len(tokens), tokens.shape[1]))
+        self.record_trainer = RecordTrainer(
+            base, finetuned, len(tokens), settings, arguments, progress, self._fit.micro_batch_size
+        )
         self.teacher.load(self.teacher.embedding_names)
         # The tensors before the first layer are not trained, so that all students share them.
         self._embeddings = {
@@ -192,13 +209,41 @@ class _BlockModels:
             return compressed(self._base, self._finetuned, name, records[name], self._arguments.device)
         return self._finetuned.tensor(name)
 
-    def _run(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: Tensor) -> Tensor:
-        """Run a group of layers on some sequences, and return the hidden states after it, or the logits."""
+    def _inputs(self, hidden: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return some sequences' tokens, and their hidden states before a group, on the device."""
         rows = rows.cpu()
         # Indices count from the end, because `hidden` may contain only the last sequences.
-        group_input = None if hidden is None else hidden[rows - len(self._tokens)].to(model.device)
-        with parametrize.cached():
-            return model.run(self._tokens[rows].to(model.device), group_input, group.layers)
+        chosen = None if hidden is None else hidden[rows - len(self._tokens)].to(self.teacher.device)
+        return self._tokens[rows].to(self.teacher.device), chosen
+
+    def _run(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: Tensor) -> Tensor:
+        """Run a group of layers that is not the last on some sequences, and return the hidden states after it."""
+        tokens, group_input = self._inputs(hidden, rows)
+        with self._cached():
+            return model.run(tokens, group_input, group.layers)
+
+    def _cached(self) -> AbstractContextManager[None]:
+        # Some layers read a stack once for each of its matrices; layers that are recomputed have their own cache.
+        return nullcontext() if self._fit.recomputes else parametrize.cached()
+
+    def _logits_of(self, model: StreamedModel, window: range) -> LogitsOf:
+        like = None if model is self.teacher else self._logits
+        return LogitsOf(model.model, lambda tokens: model.run(tokens, None, window), like)
+
+    def _last_divergence(
+        self, group: _Group, teacher_input: Tensor | None, student_input: Tensor | None, student: StreamedModel,
+        rows: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Return the divergence of the logits, for the last group."""
+        tokens, hidden = self._inputs(teacher_input, rows)
+        with torch.no_grad():
+            expected = self._logits(tokens, partial(self.teacher.run, hidden=hidden, window=group.layers))
+        hidden = self._inputs(student_input, rows)[1]
+        with self._cached():
+            logits = self._logits_of(student, group.layers)(
+                tokens, partial(student.run, hidden=hidden, window=group.layers)
+            )
+            return divergence(expected, logits, head_delta(student.model))
 
     @torch.no_grad()
     def output(self, model: StreamedModel, group: _Group, hidden: Tensor | None, rows: range) -> Tensor:
@@ -226,13 +271,11 @@ class _BlockModels:
             student: the student, from `student`.
             rows: indices of the sequences, int64 (batch,).
         """
+        if teacher_output is None:
+            return self._last_divergence(group, teacher_input, student_input, student, rows)
         student_output = self._run(student, group, student_input, rows)
-        if teacher_output is not None:
-            target = teacher_output[rows.cpu() - len(self._tokens)].to(student_output.device)
-            return relative_error(target, student_output)
-        with torch.no_grad():
-            logits = self._run(self.teacher, group, teacher_input, rows)
-        return divergence(logits, student_output)
+        target = teacher_output[rows.cpu() - len(self._tokens)].to(student_output.device)
+        return relative_error(target, student_output)
 
     def train(
         self, group: _Group, records: _Records, names: list[str], loss: Callable[[StreamedModel, Tensor], Tensor]
@@ -241,5 +284,7 @@ class _BlockModels:
         student = self.student(records, group, frozenset(names))
         owners = {name: [student.parameters[name]] for name in names}
         deltas = self.record_trainer.attach(student.model, names, records, owners)
+        if self._fit.recomputes:
+            recompute_layers(student.model)
         title = f"Distilling layers {group.layers.start + 1} to {group.layers.stop} of {group.count}"
         return self.record_trainer.train(deltas, partial(loss, student), title, "outputs")

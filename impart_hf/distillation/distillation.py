@@ -40,10 +40,11 @@ def distill(
     experts), and tensors that text does not need (an image encoder).
 
     Memory on `device`: the fine-tuned and the compressed model, both whole, in float32, or in bfloat16 with bf16, the
-    default on CUDA; for every kept value of a trained record, 16 bytes for the value, its gradient and Adam's moments,
-    4 bytes for the stored value, and with a mask 8 bytes for its position; a batch's activations, and about five times
-    its logits. A matrix that is not the weight of an nn.Linear or nn.Embedding takes its size twice more, for its sum
-    with the base and for the gradient of that.
+    default on CUDA; for every kept value of a trained record, 8 bytes for the value and its gradient, 8 for Adam's
+    moments (2 with 8 bits), and with a mask 4 for its position; and what a step needs, see `memory.DistillationMemory`.
+    How many sequences are run at a time, and whether layers are recomputed, is chosen by what fits, unless the settings
+    say it. A matrix that is not the weight of an nn.Linear or nn.Embedding takes its size twice more, for its sum with
+    the base and for the gradient of that, while its layer runs.
 
     With `settings.blocks`, both models are in float32, but only their embeddings and that many layers are loaded, and
     only the records of these layers have optimizer states; CPU memory holds about four float32 hidden states for every
@@ -64,7 +65,8 @@ def distill(
 
     Raises:
         ValueError: if tokens are too few, of another shape or dtype, or outside the vocabulary, or if the loss is not
-            finite.
+            finite, or not even one sequence fits in the memory of the device.
+        ModuleNotFoundError: if the optimizer needs a package that is not installed.
         CheckpointError: if the fine-tune lacks tensors of its architecture.
     """
     settings = settings or DistillSettings()

@@ -1,19 +1,23 @@
 """Distillation with both whole models in memory."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 from transformers import TrainingArguments
 
 from ..common.progress import Progress
+from ..modeling.delta_record import parse_stack
 from ..modeling.tensors import Model, Tensors
+from .fit import fit
+from .memory import DeltaSize
+from .recomputation import recompute_layers
 from .record_trainer import RecordTrainer
 from .settings import DistillReport, DistillSettings
-from .student import finetuned_tensors, load_model, student_tensors, trainable
-from .text import check_tokens, divergence
+from .student import empty_model, finetuned_tensors, load_model, student_tensors, trainable
+from .text import check_tokens, whole_model_loss
 
 
 def distill_end_to_end(
@@ -26,22 +30,26 @@ def distill_end_to_end(
     progress: Progress,
 ) -> tuple[dict[str, bytes], DistillReport]:
     """Distil as `distill` does, with the KL divergence of the logits as the loss."""
+    empty: Any = empty_model(finetuned)
+    check_tokens(tokens, empty.get_input_embeddings().num_embeddings)
+    named = {owners[0]: name for name, owners in trainable(empty, base, finetuned).items() if name in records}
+    deltas_of = {key: [DeltaSize.of(record) for record in parse_stack(records[n], n)] for key, n in named.items()}
+    how = fit(empty.config, deltas_of, settings, arguments, (len(tokens), tokens.shape[1]))
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     teacher = load_model(finetuned, finetuned_tensors(finetuned), dtype, arguments.device)
-    check_tokens(tokens, teacher.get_input_embeddings().num_embeddings)
     owners = trainable(teacher, base, finetuned)
     names = [name for name in records if name in owners]
     student = load_model(finetuned, student_tensors(base, finetuned, records, names), dtype, arguments.device)
 
-    def loss(rows: Tensor) -> Tensor:
-        batch = tokens[rows.cpu()].to(arguments.device)
-        with torch.no_grad():
-            logits = teacher(input_ids=batch, use_cache=False).logits
-        with parametrize.cached():  # some layers read a stack once for each of its matrices
-            return divergence(logits, student(input_ids=batch, use_cache=False).logits)
-
-    record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress)
+    record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress, how.micro_batch_size)
     deltas = record_trainer.attach(student, names, records, owners)
+    if how.recomputes:
+        recompute_layers(student)
+    of_batch = whole_model_loss(teacher, student, how.recomputes)
+
+    def loss(rows: Tensor) -> Tensor:
+        return of_batch(tokens[rows.cpu()].to(arguments.device))
+
     outcome = record_trainer.train(deltas, loss, "Distilling", "logits")
     untrained = tuple(sorted(records.keys() - deltas.keys()))
     report = DistillReport(outcome.steps, outcome.best_step, outcome.before, outcome.after, untrained)

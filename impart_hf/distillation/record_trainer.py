@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 from transformers import TrainingArguments
 
 from ..common.progress import Progress
 from ..modeling.tensors import Model, Tensors
-from .settings import DistillSettings
+from .settings import OPTIMIZERS, DistillSettings
 from .student import attach, exact_delta, packed
 from .text import split
 from .trained_delta import TrainedDelta
-from .trainer import TrainableDeltas, mean_loss, train
+from .trainer import TrainableDeltas, autocast, mean_loss, train
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class RecordTrainer:
 
     Attributes:
         validation: indices of the held-out sequences.
+        micro_batch_size: sequences that a process runs at a time.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class RecordTrainer:
         settings: DistillSettings,
         arguments: TrainingArguments,
         progress: Progress,
+        micro_batch_size: int,
     ):
+        self.micro_batch_size = micro_batch_size
         self._base, self._finetuned = base, finetuned
         self._settings, self._arguments, self._progress = settings, arguments, progress
         self._training, self.validation = split(sequences, settings.validation_share)
@@ -76,7 +81,45 @@ class RecordTrainer:
 
     def mean(self, loss: Callable[[Tensor], Tensor]) -> float:
         """Return the mean loss on the held-out sequences."""
-        return mean_loss(TrainableDeltas((), loss), self.validation, self._arguments)
+        return mean_loss(TrainableDeltas((), loss, self.micro_batch_size), self.validation, self._arguments)
+
+    def fit_micro_batch(self, deltas: Mapping[str, TrainedDelta], loss: Callable[[Tensor], Tensor]) -> None:
+        """Halve the micro-batch until its loss and gradients are computed without running out of memory.
+
+        The forecast may be wrong, and other processes may use the device. On a CPU there is no such error: the system
+        ends the process.
+
+        Raises:
+            ValueError: if not even one sequence fits.
+        """
+        numbers = [values for delta in deltas.values() for values in delta.parameters()]
+        of_moments = OPTIMIZERS[self._settings.optim] * sum(values.numel() for values in numbers)
+
+        def run(size: int) -> None:
+            moments = torch.empty(of_moments, dtype=torch.uint8, device=self._arguments.device)
+            try:
+                with torch.enable_grad(), autocast(self._arguments):
+                    value = loss(torch.tensor(self._training[:size]))
+                if value.requires_grad:
+                    value.backward()
+            finally:
+                del moments
+                for values in numbers:
+                    values.grad = None
+
+        def halve() -> int:
+            self.micro_batch_size //= 2
+            return self.micro_batch_size
+
+        try:
+            find_executable_batch_size(run, self.micro_batch_size, reduce_batch_size_fn=halve)()
+        except RuntimeError as error:
+            if "No executable batch size" not in str(error):
+                raise
+            raise ValueError(
+                "distillation: one sequence does not fit in the memory of the device: give shorter sequences, or fewer "
+                "layers at a time with blocks"
+            ) from error
 
     def train(
         self, deltas: Mapping[str, TrainedDelta], loss: Callable[[Tensor], Tensor], title: str, outputs: str
@@ -92,6 +135,8 @@ class RecordTrainer:
         Raises:
             ValueError: if a loss is not finite.
         """
+        if self._settings.micro_batch_size is None and self._arguments.device.type != "cpu":
+            self.fit_micro_batch(deltas, loss)
         before = self.mean(loss)
         if not math.isfinite(before):
             raise ValueError(
@@ -100,11 +145,15 @@ class RecordTrainer:
             )
         if not deltas:
             return Outcome({}, 0, 0, before, before)
-        trainable, settings, arguments = TrainableDeltas(deltas.values(), loss), self._settings, self._arguments
+        trainable = TrainableDeltas(deltas.values(), loss, self.micro_batch_size)
+        settings, arguments = self._settings, self._arguments
         steps, best_step = train(trainable, self._training, self.validation, settings, arguments, self._progress, title)
         stored = {name: delta.fold() for name, delta in deltas.items()}
         after = self.mean(loss)
         if not after < before:
             return Outcome({}, steps, 0, before, before)
-        records = {n: np.frombuffer(packed(stack, self._exact(n), n), np.uint8) for n, stack in stored.items()}
+        records = {
+            name: np.frombuffer(packed(stack, self._exact(name), name, arguments.device), np.uint8)
+            for name, stack in stored.items()
+        }
         return Outcome(records, steps, best_step, before, after)

@@ -7,6 +7,8 @@ from typing import Any
 from ..common.validation import check_number, check_seed, check_whole_number
 
 TRAINED = ("codes", "scales")
+# Names of TrainingArguments' `optim`, each with the bytes of its two moments for every trained number.
+OPTIMIZERS = {"adamw_torch": 8, "adamw_bnb_8bit": 2}
 _RATES = ("scale_rate", "code_rate")
 _SHARES = ("scale_share", "warm_up", "validation_share")
 
@@ -35,6 +37,12 @@ class DistillSettings:
         patience: number of successive checks, each worse than the one before, after which training stops; at least 1.
             Checks before all rates have reached their full value do not count.
         seed: seed of the order of the sequences, from 0 to 2^32 - 1.
+        optim: optimizer, by its name in TrainingArguments: "adamw_torch", or "adamw_bnb_8bit", bitsandbytes' with
+            moments of 8 bits. There is no weight decay, so both are Adam.
+        gradient_checkpointing: keep only the inputs of every decoder layer for the backward pass, and run the layer
+            again there; None to do so if activations would not fit in the memory that is free.
+        micro_batch_size: sequences that a process runs at a time, at least 1; a step adds up their gradients. None for
+            as many as fit in the memory that is free.
         training: additional fields of transformers' TrainingArguments, such as {"gradient_accumulation_steps": 4}.
     """
 
@@ -50,6 +58,9 @@ class DistillSettings:
     checks: int = 8
     patience: int = 3
     seed: int = 0
+    optim: str = "adamw_torch"
+    gradient_checkpointing: bool | None = None
+    micro_batch_size: int | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,7 +71,12 @@ class DistillSettings:
         """
         if self.trains not in TRAINED:
             raise ValueError(f"trains must be one of {', '.join(TRAINED)}, got {self.trains!r}")
-        counts = ["steps", "batch_size", "checks", "patience", *([] if self.blocks is None else ["blocks"])]
+        if self.optim not in OPTIMIZERS:
+            raise ValueError(f"optim must be one of {', '.join(OPTIMIZERS)}, got {self.optim!r}")
+        if self.gradient_checkpointing not in (None, True, False):
+            raise ValueError(f"gradient_checkpointing must be true, false or None, got {self.gradient_checkpointing!r}")
+        optional = [name for name in ("blocks", "micro_batch_size") if getattr(self, name) is not None]
+        counts = ["steps", "batch_size", "checks", "patience", *optional]
         check_whole_number(1, **{name: getattr(self, name) for name in counts})
         check_seed(self.seed)
         for name in (*_RATES, *_SHARES):

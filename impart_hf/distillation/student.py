@@ -19,6 +19,7 @@ from ..modeling.delta_decode import add_delta, decode_record
 from ..modeling.delta_record import Record, pack_record, parse_stack
 from ..modeling.model_files import CheckpointError
 from ..modeling.tensors import LazyTensor, Model, Tensors
+from ..modeling.transfer import to_device
 from .trained_delta import TrainedDelta
 
 
@@ -123,13 +124,18 @@ def attach(
         exact: the exact delta, float32 (matrices, m, n), if kept values are trained; otherwise None.
         owners: all names of the parameter: more than one if modules share it.
     """
-    delta: TrainedDelta | None = None
+    owners = list(owners)
+    delta = TrainedDelta(parse_stack(data, name), name, exact, student.get_parameter(owners[0]).device)
+    add_to(student, owners, delta)
+    return delta
+
+
+def add_to(student: Any, owners: Iterable[str], delta: TrainedDelta) -> None:
+    """Add a delta to a parameter in the student, which has these names."""
     for own_name in owners:
         path, _, leaf = own_name.rpartition(".")
         owner = student.get_submodule(path)
         base = getattr(owner, leaf)
-        if delta is None:
-            delta = TrainedDelta(parse_stack(data, name), name, exact, base.device)
         kind = type(owner)
         # Code that reads the weight directly gets base plus delta.
         parametrize.register_parametrization(owner, leaf, delta, unsafe=True)
@@ -137,7 +143,14 @@ def attach(
             owner.forward = partial(delta.linear, base=base, bias=owner.bias)
         elif kind is nn.Embedding and owner.max_norm is None:
             owner.forward = partial(delta.embedding, base=base, padding=owner.padding_idx)
-    assert delta is not None
+
+
+def head_delta(student: Any) -> TrainedDelta | None:
+    """Return the delta of the student's output projection, if it has one."""
+    head = student.get_output_embeddings()
+    if head is None or not parametrize.is_parametrized(head, "weight"):
+        return None
+    (delta,) = head.parametrizations.weight
     return delta
 
 
@@ -147,10 +160,11 @@ def exact_delta(base: Tensors, finetuned: Model, name: str) -> torch.Tensor:
     return (after[: len(before)].float() - before.float()).reshape(-1, *before.shape[-2:])
 
 
-def packed(stack: list[Record], exact: torch.Tensor, name: str) -> bytes:
-    """Update the relative errors in a tensor's records, and return the records' bytes."""
+def packed(stack: list[Record], exact: torch.Tensor, name: str, device: torch.device) -> bytes:
+    """Update the relative errors in a tensor's records, decoded on a device, and return the records' bytes."""
     for record, delta in zip(stack, exact, strict=True):
         # A matrix of a stack may equal the base's; its delta is zero and has no relative error.
         if (size := delta.norm()) > 0:
-            record.relative_error = float((decode_record(record, name) - delta).norm() / size)
+            difference = decode_record(record, name, device) - to_device(delta, device)
+            record.relative_error = float(difference.norm() / size)
     return b"".join(map(pack_record, stack))

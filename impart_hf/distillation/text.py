@@ -1,9 +1,17 @@
 """Token sequences for distillation, and the losses that compare two models on them."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
-from ..common.token_losses import kl_divergence
+from ..common.partial_logits import Logits, LogitsOf, kl_of_parts
+from .student import head_delta
+from .trained_delta import TrainedDelta
 
 
 def check_tokens(tokens: Tensor, vocabulary: int | None) -> None:
@@ -37,9 +45,36 @@ def split(sequences: int, validation_share: float) -> tuple[range, range]:
     return range(sequences - held_out), range(sequences - held_out, sequences)
 
 
-def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """Return KL(teacher || student) of logits (sequences, length, vocabulary), the mean over all tokens, in nats."""
-    return kl_divergence(teacher, student) / (teacher.shape[0] * teacher.shape[1])
+def divergence(teacher: Logits, student: Logits, head: TrainedDelta | None = None) -> Tensor:
+    """Return KL(teacher || student), the mean over all tokens, in nats.
+
+    Args:
+        head: the trained delta of the student's output projection; its factors are made once for all parts of logits.
+    """
+    if head is None or student.are_whole:
+        return kl_of_parts(teacher, student) / teacher.tokens
+    deltas = head.deltas()
+    return kl_of_parts(teacher, student, partial(head.using, deltas)) / teacher.tokens
+
+
+def whole_model_loss(teacher: Any, student: Any, recomputes: bool) -> Callable[[Tensor], Tensor]:
+    """Return the function that gives the divergence of a student from its teacher on tokens, (sequences, length).
+
+    Args:
+        teacher, student: the whole models; deltas may be attached to the student.
+        recomputes: whether `recomputation.recompute_layers` has been called for the student.
+    """
+    of_teacher = LogitsOf(teacher)
+    of_student, head = LogitsOf(student, like=of_teacher), head_delta(student)
+
+    def loss(batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = of_teacher(batch)
+        # Some layers read a stack once for each of its matrices; layers that are recomputed have their own cache.
+        with nullcontext() if recomputes else parametrize.cached():
+            return divergence(expected, of_student(batch), head)
+
+    return loss
 
 
 def relative_error(teacher: Tensor, student: Tensor) -> Tensor:

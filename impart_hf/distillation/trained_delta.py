@@ -1,5 +1,7 @@
 """A tensor's compressed delta with its stored numbers as parameters, written back to records of equal length."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +40,7 @@ class _Rounded(torch.autograd.Function):
     """Rounding to stored values with a straight-through gradient (Bengio et al., arXiv 1308.3432)."""
 
     @staticmethod
-    def forward(ctx: Any, latents: Tensor, plane: "_TrainedPlane") -> Tensor:
+    def forward(ctx: Any, latents: Tensor, plane: "TrainedPlane") -> Tensor:
         ctx.plane = plane
         return plane.stored(latents)
 
@@ -47,7 +49,7 @@ class _Rounded(torch.autograd.Function):
         return torch.cat(ctx.plane.in_units(gradients[0])), None
 
 
-class _TrainedPlane(nn.Module):
+class TrainedPlane(nn.Module):
     """The kept values of U, V or a direct plane.
 
     Attributes:
@@ -71,7 +73,10 @@ class _TrainedPlane(nn.Module):
         super().__init__()
         stored, positions = plane.values(), plane.positions()
         self._shape = plane.columns, plane.rows
-        self._positions = positions if len(stored) < plane.columns * plane.rows else None
+        size = plane.columns * plane.rows
+        # The smallest dtype that numbers all entries; positions take a good part of the memory of training.
+        narrow = torch.int32 if size <= torch.iinfo(torch.int32).max else torch.int64
+        self._positions = positions.to(narrow) if len(stored) < size else None
         starts = plane.rows * torch.arange(plane.columns + 1, device=stored.device)
         ends = torch.searchsorted(positions, starts).tolist()
         self._runs = [(book, slice(ends[part.start], ends[part.stop])) for book, part in runs]
@@ -105,6 +110,11 @@ class _TrainedPlane(nn.Module):
             return values.view(self._shape)
         return values.new_zeros(self._shape).view(-1).index_put((self._positions,), values).view(self._shape)
 
+    def fixed_tensors(self) -> list[Tensor]:
+        """Return the tensors that training does not change: positions, and values that are not trained."""
+        found = [self._positions, self._fixed if self.latents is None else None]
+        return [tensor for tensor in found if tensor is not None]
+
     @torch.no_grad()
     def codes(self) -> list[np.ndarray]:
         """Return the packed codes of each run of columns."""
@@ -132,9 +142,10 @@ class TrainedDelta(nn.Module):
         """
         super().__init__()
         self.records = records
+        self._used: list[MatrixDelta] | None = None
         self._scales = [_column_scales(record, device) for record in records]
         self.log_factors = nn.ParameterList([torch.zeros_like(scales) for scales in self._scales])
-        self._planes: list[list[_TrainedPlane]] = []
+        self._planes: list[list[TrainedPlane]] = []
         for number, (record, scales) in enumerate(zip(records, self._scales, strict=True)):
             unscaled = replace(record, column_scales=[None] * len(record.segments))
             planes = decode_planes(unscaled, name, device)
@@ -145,34 +156,49 @@ class TrainedDelta(nn.Module):
             widths = zip(*(segment.widths() for segment in record.segments), strict=True)
             books = [[CODEBOOKS[width] for width in own] for own in widths]
             runs = [list(zip(own, columns, strict=True)) for own in books] or [[] for _ in planes]
-            self._planes.append([_TrainedPlane(*parts) for parts in zip(planes, runs, targets, strict=True)])
+            self._planes.append([TrainedPlane(*parts) for parts in zip(planes, runs, targets, strict=True)])
         self.planes = nn.ModuleList([plane for planes in self._planes for plane in planes])
 
-    def _deltas(self) -> list[MatrixDelta]:
-        """Return the delta of each matrix with the current numbers."""
+    def deltas(self) -> list[MatrixDelta]:
+        """Return the delta of each matrix with the current numbers, or within `using` those given there."""
+        if self._used is not None:
+            return self._used
         deltas: list[MatrixDelta] = []
         for planes, scales, log_factors in zip(self._planes, self._scales, self.log_factors, strict=True):
             parts, scale = [plane.dense() for plane in planes], scales * log_factors.exp()
             deltas.append(DirectDelta(parts[0], scale) if len(parts) == 1 else Factors(parts[0], scale, parts[1]))
         return deltas
 
+    @contextmanager
+    def using(self, deltas: list[MatrixDelta]) -> Iterator[None]:
+        """Within this context, use these deltas, from `deltas`, instead of making them again at every call."""
+        before, self._used = self._used, deltas
+        try:
+            yield
+        finally:
+            self._used = before
+
     def latents(self) -> list[Tensor]:
         """Return the parameters from which kept values are rounded; empty if these are not trained."""
         return [plane.latents for planes in self._planes for plane in planes if plane.latents is not None]
 
+    def fixed_tensors(self) -> list[Tensor]:
+        """Return the tensors of all planes that training does not change."""
+        return [tensor for planes in self._planes for plane in planes for tensor in plane.fixed_tensors()]
+
     def forward(self, base: Tensor) -> Tensor:
         """Return base plus delta."""
-        return base + torch.stack([delta.matrix() for delta in self._deltas()]).view_as(base)
+        return base + torch.stack([delta.matrix() for delta in self.deltas()]).view_as(base)
 
     def linear(self, inputs: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """Compute nn.Linear with the weight base plus delta, without forming the sum or a gradient of its size."""
-        (delta,) = self._deltas()
+        (delta,) = self.deltas()
         change = delta.multiply(inputs)
         return functional.linear(inputs, base, bias) + change
 
     def embedding(self, tokens: Tensor, base: Tensor, padding: int | None) -> Tensor:
         """Compute nn.Embedding with the weight base plus delta, of which only the tokens' rows are formed."""
-        (delta,) = self._deltas()
+        (delta,) = self.deltas()
         return functional.embedding(tokens, base, padding) + delta.rows(tokens)
 
     @torch.no_grad()

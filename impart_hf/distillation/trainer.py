@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -35,19 +35,24 @@ class TrainableDeltas(nn.Module):
 
     Attributes:
         deltas: the deltas to train.
+        micro_batch_size: sequences that are run at a time.
     """
 
-    def __init__(self, deltas: Iterable[TrainedDelta], loss: Callable[[Tensor], Tensor]):
+    def __init__(self, deltas: Iterable[TrainedDelta], loss: Callable[[Tensor], Tensor], micro_batch_size: int):
         """Args:
         deltas: the deltas to train; parts of the models that the loss runs.
         loss: gives the mean loss of the sequences with these indices, int64 (batch,).
+        micro_batch_size: sequences that are run at a time.
         """
         super().__init__()
         self.deltas: Any = nn.ModuleList(deltas)
+        self.micro_batch_size = micro_batch_size
         self._loss = loss
 
     def forward(self, rows: Tensor, return_loss: bool = True) -> dict[str, Tensor]:
-        return {"loss": self._loss(rows)}
+        parts = rows.split(self.micro_batch_size)
+        losses = [self._loss(part) * (len(part) / len(rows)) for part in parts]
+        return {"loss": torch.stack(losses).sum() if len(losses) > 1 else losses[0]}
 
 
 def _examples(rows: range) -> Any:
@@ -65,7 +70,9 @@ def arguments_for(
 
     Raises:
         ValueError: if `settings.training` contains an invalid or reserved field, or the device cannot be used.
+        ModuleNotFoundError: if the optimizer needs a package that is not installed.
     """
+    optimizer_class(settings.optim)
     interval = max(1, settings.steps // settings.checks)
     own = {
         "max_steps": settings.steps,
@@ -79,7 +86,7 @@ def arguments_for(
         "greater_is_better": False,
         "save_only_model": False,
         "eval_on_start": False,
-        # These apply to language models, and `TrainableDeltas` is not one.
+        # These apply to language models, and `TrainableDeltas` is not one; the student has a setting of ours.
         "gradient_checkpointing": False,
         "neftune_noise_alpha": None,
         "label_smoothing_factor": 0.0,
@@ -122,7 +129,28 @@ class _Stopping(TrainerCallback):
 
 
 class _Trainer(Trainer):
-    """Trainer that drops an incomplete last batch in training, but not in evaluation."""
+    """Trainer that runs a few sequences of a batch at a time.
+
+    Its own means, accumulated gradients, would end epochs at other steps. It drops an incomplete last batch in
+    training, but not in evaluation.
+    """
+
+    _share = 1.0  # of a batch's sequences that are in the micro-batch
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        rows, losses = inputs["rows"], []
+        parts = rows.split(self.model.micro_batch_size)  # type: ignore[union-attr]
+        for number, part in enumerate(parts, 1):
+            self._share = len(part) / len(rows)
+            # Processes exchange gradients once, after the last part.
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, {"rows": part}, num_items_in_batch))
+        self._share = 1.0
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+        loss: Any = super().compute_loss(*arguments, **named)
+        return loss if self._share == 1 else loss * self._share
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -169,7 +197,9 @@ def train(
     if latents:
         groups.append({"params": latents, "lr": settings.code_rate})
         rates.append(partial(_rate, settings, settings.scale_share))
-    optimizer = torch.optim.Adam(groups)
+    # On CUDA the other implementations make copies of a moment, which are as large as all trained numbers.
+    fused = {"fused": True} if settings.optim == "adamw_torch" and arguments.device.type == "cuda" else {}
+    optimizer = optimizer_class(settings.optim)(groups, **fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
     trainer, _ = run_trainer(
         _Trainer,
@@ -184,6 +214,21 @@ def train(
         optimizers=(optimizer, schedule),
     )
     return trainer.state.global_step, trainer.state.best_global_step or 0
+
+
+def optimizer_class(name: str) -> Any:
+    """Return the optimizer of a name in `settings.OPTIMIZERS`.
+
+    Raises:
+        ModuleNotFoundError: if it needs bitsandbytes, which is not installed.
+    """
+    if name == "adamw_torch":
+        return torch.optim.Adam
+    try:
+        from bitsandbytes.optim import Adam8bit
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"optim '{name}' needs bitsandbytes: pip install bitsandbytes") from error
+    return Adam8bit
 
 
 def _rate(settings: DistillSettings, start: float, step: int) -> float:
@@ -213,7 +258,12 @@ def _is_whole(state: Path) -> bool:
 def mean_loss(trainable: TrainableDeltas, rows: range, arguments: TrainingArguments) -> float:
     """Return the mean loss of sequences, computed as in training."""
     size, total = arguments.per_device_eval_batch_size, 0.0
-    with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+    with autocast(arguments):
         for part in torch.tensor(rows).split(size):
             total += trainable(part)["loss"].item() * len(part)
     return total / len(rows)
+
+
+def autocast(arguments: TrainingArguments) -> torch.autocast:
+    """Return the context in which the Trainer computes losses."""
+    return torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16)

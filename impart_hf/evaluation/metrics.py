@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_accelerate_available
 
+from ..common.partial_logits import LogitsOf
 from ..common.token_losses import cross_entropy, kl_divergence
 
 
@@ -43,15 +44,23 @@ def evaluate(
         batch_size: sequences at a time.
     """
     loss, divergence, tokens = 0.0, 0.0, 0
+    of_model = LogitsOf(model)
+    of_reference = None if reference is None else of_model if reference is model else LogitsOf(reference)
     for rows in blocks.split(batch_size):
         rows = rows.to(model.device)
         targets = rows[:, 1:].reshape(-1)
-        logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-        loss += cross_entropy(logits, targets).item()
-        if reference is not None:
-            same = reference is model
-            expected = logits if same else reference(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-            divergence += kl_divergence(expected, logits).item() if expected.shape == logits.shape else math.nan
+        candidate = of_model(rows).without_last()
+        expected = None
+        if of_reference is not None:
+            expected = candidate if of_reference is of_model else of_reference(rows).without_last()
+        # Whole logits are taken in parts too, so that those of two vocabularies are compared part by part.
+        size = candidate.chunk if expected is None else min(candidate.chunk, expected.chunk)
+        for start in range(0, len(targets), size):
+            logits = candidate.part(start, size)
+            loss += cross_entropy(logits, targets[start : start + size]).item()
+            if expected is not None:
+                wanted = logits if expected is candidate else expected.part(start, size)
+                divergence += kl_divergence(wanted, logits).item() if wanted.shape == logits.shape else math.nan
         tokens += len(targets)
     # torch gives infinity where the perplexity of a broken model exceeds the range of a float; math.exp would raise.
     mean_divergence = math.nan if reference is None else divergence / tokens

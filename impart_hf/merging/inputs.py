@@ -22,6 +22,7 @@ from ..modeling.checkpoints import Checkpoint, all_finite, text_config
 from ..modeling.model_files import CheckpointError, HubOptions, pinned, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 from ..modeling.tensors import Tensors
+from ..modeling.transfer import to_device
 from ..repository.open import open_repository
 from ..repository.sidecar_files import sidecar_files
 from .chat_template import chat_template
@@ -96,7 +97,7 @@ class FineTune:
             device: where a delta is decoded; the result is there.
         """
         if name not in self._names:
-            return before.to(device)
+            return to_device(before, device)
         after = torch.atleast_1d(self.tensors.tensor(name, device))[: len(before)]
         if len(after) == len(before):
             return after
@@ -113,8 +114,18 @@ class MergeInputs:
         chat_template: the result's chat template; None for that of its tokenizer.
     """
 
-    def __init__(self, config: MergeConfig, *, token: str | bool | None = None, cache_dir: str | None = None):
+    def __init__(
+        self,
+        config: MergeConfig,
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        device: torch.device | str = "cpu",
+    ):
         """Open all models. Headers are read, and a few matrices of each.
+
+        Args:
+            device: where the fine-tunes that are deltas are decoded.
 
         Raises:
             CheckpointError, DeltaFormatError, WrongBaseError: if a model cannot be read.
@@ -122,7 +133,7 @@ class MergeInputs:
         """
         source, options = resolve(config.base_model, token, cache_dir)
         options = pinned(source, options)
-        self.base = Checkpoint(source, options)
+        self.base, self._device = Checkpoint(source, options), device
         refuse_adapter(source, options)
         check_tied_output(self.base)
         _check_layers(self.base, config.layers)
@@ -221,7 +232,7 @@ class MergeInputs:
         matrices = [n for n in sorted(names) if layer_of(n) is not None and len(self.base.shape(n)) == 2]
         product = before = after = 0.0
         for name in matrices[:: max(1, math.ceil(len(matrices) / _SAMPLED))]:
-            a, b = (tensors.tensor(name).float().flatten() for tensors in (self.base, model.tensors))
+            a, b = (tensors.tensor(name, self._device).float().flatten() for tensors in (self.base, model.tensors))
             product, before, after = product + float(a @ b), before + float(a @ a), after + float(b @ b)
         cosine = product / math.sqrt(before * after) if before and after else 1.0
         if cosine < _LEAST_COSINE:  # NaN passes here and is reported, with its tensor's name, when it is merged
@@ -247,7 +258,7 @@ class MergeInputs:
         width = math.prod(columns)
         tokens, padding = _Mean(count, width), _Mean(count, width)
         for model in self._row_owners:
-            rows = model.tensors.tensor(name)[first : first + count].float().reshape(-1, width)
+            rows = model.tensors.tensor(name, self._device)[first : first + count].cpu().float().reshape(-1, width)
             if not all_finite(rows):
                 raise IncompatibleModelsError(f"{name} of '{model.name}' holds NaN or infinity")
             owned = torch.tensor([model.tokens.may_have(first + place) for place in range(len(rows))]).view(-1, 1)

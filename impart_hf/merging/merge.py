@@ -22,6 +22,7 @@ from ..compression.pipeline import CompressionRequest, compress_pair, with_ratio
 from ..methods import MethodConfig
 from ..modeling.checkpoints import all_finite
 from ..modeling.model_files import HubOptions
+from ..modeling.transfer import to_device
 from ..repository.cards import merge_card, merge_origin
 from ..repository.reader_files import copy_pruned_reader
 from ..repository.report import CompressionReport
@@ -110,7 +111,9 @@ def merge(
             "max_bytes is for a delta repository: give its method with compression, or leave max_bytes out"
         )
     output = processes.each(lambda: free_output(output_dir, config, compression))
-    merged = processes.each(lambda: Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir), device))
+    merged = processes.each(
+        lambda: Merge(config, MergeInputs(config, token=token, cache_dir=cache_dir, device=device), device)
+    )
 
     def write(folder: Path) -> None:
         merged.write(folder, output.name, shard_size, bars)
@@ -297,7 +300,7 @@ class Merge:
             raise IncompatibleModelsError(f"{name} of '{model.name}' holds NaN or infinity")
 
         def dense(rows: slice) -> torch.Tensor:
-            return after[rows].float() - before[rows].to(self.device).float()
+            return after[rows].float() - to_device(before[rows], self.device).float()
 
         vector: TaskVector = dense
         if method.sparsifier is not None and values["density"] < 1 and self.inputs.is_layer_matrix(name):

@@ -133,7 +133,7 @@ def tune_merge(
     output = free_output(output_dir, config, compression)
     lambdas = sorted(set(map(float, lambdas)))
     grid = _grid(config, lambdas, trims, densities)
-    inputs = MergeInputs(config, token=token, cache_dir=cache_dir)
+    inputs = MergeInputs(config, token=token, cache_dir=cache_dir, device=device)
     tokenizer = load_tokenizer(inputs.tokens.source, inputs.tokens.options)
     vocabulary, length = text_config(inputs.result_config).vocab_size, within_positions(length, inputs.result_config)
     texts = {}

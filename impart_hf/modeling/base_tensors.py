@@ -8,6 +8,7 @@ import torch
 
 from .checkpoints import Checkpoint, all_finite
 from .model_files import HubOptions
+from .transfer import to_device
 
 
 class BaseTensors:
@@ -74,9 +75,13 @@ class BaseTensors:
     def dtype(self, name: str) -> torch.dtype:
         return self.checkpoint.dtype(self.stored_name(name))
 
+    def size(self, name: str) -> int:
+        """Return the size of that part, in bytes."""
+        return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
+
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the part that base and fine-tune share, on a device."""
-        return self.shared(name, self.whole(name)).to(device)
+        return to_device(self.shared(name, self.whole(name)), device)
 
     def whole(self, name: str) -> torch.Tensor:
         """Return the base's whole tensor, on the CPU; its checksum is of this one."""

@@ -24,6 +24,7 @@ from .model_files import (
     read_json,
 )
 from .repository_kind import RepositoryKind, kind_of
+from .transfer import to_device
 from .wrapper_names import unwrapped
 
 SAFETENSORS_DTYPES = {
@@ -231,7 +232,7 @@ class Checkpoint:
             stored: torch.Tensor = self._look_up(name, lambda s: s[...], lambda t: t)
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"'{self.source}': {name} cannot be read: {error}") from error
-        return stored.to(device)
+        return to_device(stored, device)
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from .checksums import tensor_bytes
 from .width_codes import BFLOAT16, BITS, FLOAT16, NORMAL_LEVELS, packed_bytes
@@ -37,7 +38,15 @@ class Codebook(abc.ABC):
 
     @abc.abstractmethod
     def unpack(self, packed: torch.Tensor, count: int) -> torch.Tensor:
-        """Return the values, float32 (count,), of packed codes, uint8, on the device of the codes."""
+        """Return the values, float32 (count,), of packed codes, uint8 of any shape, on the device of the codes."""
+
+    @abc.abstractmethod
+    def compact(self, packed: torch.Tensor, count: int) -> torch.Tensor:
+        """Return `count` packed codes as numbers of 8 or 16 bits, of which 0 stands for the value 0."""
+
+    @abc.abstractmethod
+    def expand(self, compact: torch.Tensor) -> torch.Tensor:
+        """Return the values, float32, of numbers of any shape that `compact` made, and of zeros between them."""
 
     @abc.abstractmethod
     def round(self, values: torch.Tensor) -> torch.Tensor:
@@ -55,9 +64,15 @@ class Floats(Codebook):
         return tensor_bytes(values.to(self.dtype))
 
     def unpack(self, packed: torch.Tensor, count: int) -> torch.Tensor:
+        return self.compact(packed, count).float()
+
+    def compact(self, packed: torch.Tensor, count: int) -> torch.Tensor:
         # The copy is aligned for 16-bit loads. It is contiguous because numpy gives an empty array the stride 0.
-        aligned = packed.clone(memory_format=torch.contiguous_format)
-        return aligned.view(self.dtype)[:count].float()
+        aligned = packed.clone(memory_format=torch.contiguous_format).view(-1)
+        return aligned.view(self.dtype)[:count]
+
+    def expand(self, compact: torch.Tensor) -> torch.Tensor:
+        return compact.float()
 
     def round(self, values: torch.Tensor) -> torch.Tensor:
         return values.to(self.dtype).float()
@@ -114,15 +129,22 @@ class Levels(Codebook):
         return pack_codes(self.nearest(values), self.bits)
 
     def unpack(self, packed: torch.Tensor, count: int) -> torch.Tensor:
-        if 8 % self.bits:
-            return self.levels(packed.device)[unpack_codes(packed, self.bits, count)]
-        table = self._table("bytes", packed.device, torch.float32, lambda: self._values_of_bytes(packed.device))
-        return torch.nn.functional.embedding(packed.int(), table).view(-1)[:count]
+        def make() -> torch.Tensor:
+            return self.levels(packed.device)[_codes_of_words(self.bits, packed.device)]
 
-    def _values_of_bytes(self, device: torch.device) -> torch.Tensor:
-        """Return the values of every byte's codes, (256, codes): a byte holds whole codes."""
-        every_byte = torch.arange(256, device=device).to(torch.uint8)
-        return self.levels(device)[unpack_codes(every_byte, self.bits, 256 * 8 // self.bits)].view(256, -1)
+        table = self._table("words", packed.device, torch.float32, make)
+        return _rows(table, _words(packed, self.bits, count))[:count]
+
+    def compact(self, packed: torch.Tensor, count: int) -> torch.Tensor:
+        codes = unpack_codes(packed, self.bits, count)
+        return codes.short().add_(1) if self.bits == 8 else codes.add_(1)
+
+    def expand(self, compact: torch.Tensor) -> torch.Tensor:
+        def make() -> torch.Tensor:
+            return functional.pad(self.levels(compact.device), (1, 0))
+
+        table = self._table("compact", compact.device, torch.float32, make)
+        return table.index_select(0, compact.reshape(-1).int()).view(compact.shape)
 
     def round(self, values: torch.Tensor) -> torch.Tensor:
         return self.values(self.nearest(values))
@@ -209,11 +231,51 @@ def pack_codes(codes: torch.Tensor, bits: int) -> np.ndarray:
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Return `count` codes as int64: the inverse of `pack_codes`."""
-    groups = -(-count // 8)
-    padded = torch.zeros(groups * bits, dtype=torch.uint8, device=packed.device)
-    padded[: len(packed)] = packed
-    lanes = torch.zeros(groups, 8, dtype=torch.uint8, device=packed.device)
-    lanes[:, :bits] = padded.view(groups, bits)
-    shifts = bits * torch.arange(8, device=packed.device)
-    return ((lanes.view(torch.int64) >> shifts) & ((1 << bits) - 1)).view(-1)[:count]
+    """Return `count` codes as uint8: the inverse of `pack_codes`."""
+    table = _codes_of_words(bits, packed.device).to(torch.uint8)
+    return _rows(table, _words(packed, bits, count))[:count]
+
+
+# Codes are looked up several at a time: as many as this in one word, which has at most 14 bits.
+_CODES_OF_WORD = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 2, 8: 1}
+
+
+def _codes_of_words(bits: int, device: torch.device) -> torch.Tensor:
+    """Return the codes of every word: int32 (words, codes of a word)."""
+    together = _CODES_OF_WORD[bits]
+    shifts = bits * torch.arange(together, device=device, dtype=torch.int32)
+    every = torch.arange(1 << (bits * together), device=device, dtype=torch.int32)
+    return (every[:, None] >> shifts) & ((1 << bits) - 1)
+
+
+def _words(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the words that hold the first `count` packed codes, and perhaps a few more: int32 (words,)."""
+    size = bits * _CODES_OF_WORD[bits]
+    if size == 8:
+        return packed.int().reshape(-1)
+    packed = packed.reshape(-1)
+    groups = -(-count // 8)  # eight codes fill exactly `bits` bytes
+    if len(packed) < groups * bits:
+        packed = functional.pad(packed, (0, groups * bits - len(packed)))
+    table = packed[: groups * bits].view(groups, bits)
+    words = torch.empty(groups, 8 * bits // size, dtype=torch.int32, device=packed.device)
+    for number in range(words.shape[1]):
+        first, shift = divmod(number * size, 8)
+        word = table[:, first].int() >> shift
+        for byte in range(first + 1, (number * size + size + 7) // 8):
+            word |= table[:, byte].int() << (8 * (byte - first) - shift)
+        words[:, number] = word & ((1 << size) - 1)
+    return words.view(-1)
+
+
+def _rows(table: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return rows of a table of 1, 2, 4 or 8 columns by their numbers, int32, as one dimension."""
+    as_one = _WHOLE_ROWS.get(table.shape[1] * table.element_size())
+    if table.device.type != "cpu" or as_one is None:
+        return functional.embedding(numbers, table).view(-1)
+    # A CPU copies single numbers, however wide, in a third of the time of rows.
+    return table.view(as_one).view(-1).index_select(0, numbers).view(table.dtype)
+
+
+# By the bytes of a table's row, a dtype that holds it.
+_WHOLE_ROWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}

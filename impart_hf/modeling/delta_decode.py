@@ -1,22 +1,19 @@
-"""Decoding a record to the delta of its matrix: unpacking, planes, and the product U diag(sigma) V^T.
+"""Decoding a record to the delta of its matrix, and adding the delta to the base.
 
 All arithmetic is float32. The product is dense although most entries of U and V are zeros: a multiply-add of a sparse
 product costs 5 to 40 times as much, which pays if fewer than a tenth of the entries are kept, but not if a fifth is
 (scripts/benchmark_load.py prints the factor).
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
 from .base_tensors import finite_where_base_is
-from .checkpoints import all_finite
-from .codebook import CODEBOOKS, Floats
+from .compact_planes import compact_planes
 from .delta_record import FACTORED, DeltaFormatError, Record, parse_record
 from .factors import DirectDelta, Factors, MatrixDelta
 from .packed_tables import kernels_wanted
-from .planes import KeptEntries, Plane, Run
+from .planes import Plane, Run, stored_runs
 from .precision import full_float32
 
 # Rows of a matrix that are decoded and added to the base at once on a CPU. More rows need more memory and are no
@@ -24,16 +21,15 @@ from .precision import full_float32
 TILE_ROWS = 512
 # The same on an accelerator, which is busy with this many; all rows of an output projection would take gigabytes.
 DEVICE_TILE_ROWS = 8192
+# The memory of a product, in shares of the matrix in float32: U and V where they are not packed, with the columns of V
+# that are decoded; and rows of the sum, with those of U. For each part of V's columns U is decoded again.
+HELD_SHARE, LEAST_HELD_SHARE, TILE_SHARE = 1 / 5, 1 / 16, 1 / 16
+# Entries that are decoded at once whatever the matrix's size.
+LEAST_ENTRIES, DEVICE_LEAST_ENTRIES = 1 << 20, 1 << 25
+LEAST_COLUMNS = 64
+# Rows of a direct record are decoded by so many entries, which stay in a core's cache, or keep an accelerator busy.
+DIRECT_ENTRIES, DEVICE_DIRECT_ENTRIES = 1 << 18, 1 << 25
 _ALL = slice(None)
-
-
-def _side_values(packed: torch.Tensor, width: int, per_column: np.ndarray, scales: np.ndarray | None) -> torch.Tensor:
-    """Return the float32 values of one side of one segment; `per_column` is the number kept in each column."""
-    values = CODEBOOKS[width].unpack(packed, int(per_column.sum()))
-    if scales is None:
-        return values
-    repeats = torch.from_numpy(per_column).to(packed.device)
-    return values * torch.from_numpy(scales.astype(np.float32)).to(packed.device).repeat_interleave(repeats)
 
 
 def decode_planes(record: Record, name: str, device: torch.device | str = "cpu") -> list[Plane]:
@@ -42,27 +38,9 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
     Raises:
         DeltaFormatError: if there are not as many codes as kept entries, or a value is not finite.
     """
-    kept = [KeptEntries(record, side, device) for side in range(record.sides)]
-    codes = torch.from_numpy(np.array(record.codes)).to(device)
-    runs: list[list[Run]] = [[] for _ in kept]
-    at = start = 0
-    for segment, scales in zip(record.segments, record.column_scales, strict=True):
-        stop = start + segment.columns
-        for side, width in enumerate(segment.widths()):
-            per_column = kept[side].counts[start:stop]
-            size = CODEBOOKS[width].packed_bytes(int(per_column.sum()))
-            if at + size > len(codes):
-                raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are fewer than the masks need")
-            side_scales = None if scales is None else scales[side]
-            values = _side_values(codes[at : at + size], width, per_column, side_scales)
-            # A level times a finite column scale is finite, so only floats need the check.
-            if isinstance(CODEBOOKS[width], Floats) and not all_finite(values):
-                raise DeltaFormatError(f"{name}: a stored value is not finite")
-            runs[side] += kept[side].runs(start, stop, values)
-            at += size
-        start = stop
-    if at != len(codes):
-        raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are more than the {at} that the masks need")
+    runs: list[list[Run]] = [[] for _ in range(record.sides)]
+    for run in stored_runs(record, name, device):
+        runs[run.side].append(run.decode(name))
     rows = [record.plane_rows(side) for side in range(record.sides)]
     no_values = torch.empty(0, device=device)
     return [
@@ -71,20 +49,16 @@ def decode_planes(record: Record, name: str, device: torch.device | str = "cpu")
     ]
 
 
-def _row_deltas(
-    record: Record, name: str, device: torch.device | str, columns: slice = _ALL
-) -> Callable[[slice], MatrixDelta]:
-    """Return a function that returns the delta of a range of the matrix's rows, in some of its columns."""
-    planes = decode_planes(record, name, device)
-    if record.layout != FACTORED:  # its plane is as large as the matrix, so only the rows are made dense
-        return lambda rows: DirectDelta(planes[0].select(rows).dense()[:, columns], record.scale)
-    sigma = torch.from_numpy(record.sigma.astype(np.float32) * np.float32(record.scale)).to(device)
-    return Factors(planes[0].dense(), sigma, planes[1].dense()[:, columns]).select
+def _sigma(record: Record, device: torch.device | str) -> torch.Tensor:
+    return torch.from_numpy(record.sigma.astype(np.float32) * np.float32(record.scale)).to(device)
 
 
 def matrix_delta(record: Record, name: str, device: torch.device | str = "cpu") -> MatrixDelta:
     """Decode a record on a device without multiplying its factors; errors as for `decode_planes`."""
-    return _row_deltas(record, name, device)(slice(0, record.rows))
+    planes = decode_planes(record, name, device)
+    if record.layout != FACTORED:
+        return DirectDelta(planes[0].dense(), record.scale)
+    return Factors(planes[0].dense(), _sigma(record, device), planes[1].dense())
 
 
 @full_float32()
@@ -163,15 +137,71 @@ def _add_record(
     out: torch.Tensor, base: torch.Tensor, record: Record, name: str, first_row: int = 0, columns: slice = _ALL
 ) -> None:
     """Write base plus decoded delta to `out`: all of the matrix, or the part that begins in a row, in some columns."""
-    delta_of = _row_deltas(record, name, base.device, columns)
+    add = _add_product if record.layout == FACTORED else _add_entries
+    add(out, base, record, name, first_row, range(record.columns)[columns])
     step = TILE_ROWS if base.device.type == "cpu" else DEVICE_TILE_ROWS
-    for start in range(0, len(base), step):
-        stop = min(start + step, len(base))
-        tile = base[start:stop].to(torch.float32, copy=True)
-        delta_of(slice(first_row + start, first_row + stop)).add_to(tile)
-        out[start:stop].copy_(tile)
-        if not finite_where_base_is(out[start:stop], base[start:stop]):
+    for result, before in zip(out.split(step), base.split(step), strict=True):
+        if not finite_where_base_is(result, before):
             raise DeltaFormatError(f"{name} decodes to NaN or infinity in {out.dtype}")
+
+
+def _add_product(
+    out: torch.Tensor, base: torch.Tensor, record: Record, name: str, first_row: int, columns: range
+) -> None:
+    """Do `_add_record` for a factored record, without checking the sum."""
+    on_cpu, entries, rank = base.device.type == "cpu", record.rows * record.columns, record.rank
+    u_plane, v_plane = compact_planes(record, name, base.device)
+    sigma = _sigma(record, base.device)[:, None]
+    least = LEAST_ENTRIES if on_cpu else DEVICE_LEAST_ENTRIES
+    spread = (u_plane.spread_bytes() + v_plane.spread_bytes()) / 4
+    held = max(least, LEAST_HELD_SHARE * entries, HELD_SHARE * entries - spread)
+    width = _even_step(len(columns), int(held) // max(1, rank))
+    most_rows = TILE_ROWS if on_cpu else DEVICE_TILE_ROWS
+    height = min(most_rows, max(1, int(max(least, TILE_SHARE * entries)) // (width + rank)))
+    # Made once: the system would clear their pages each time.
+    v_memory, u_memory, tile_memory = (
+        torch.empty(shape, dtype=torch.float32, device=base.device)
+        for shape in (rank * width, rank * height, width * height)
+    )
+    for left in range(0, len(columns), width):
+        part = slice(left, min(left + width, len(columns)))
+        v = _view(v_memory, rank, part)
+        v_plane.read(columns[part].start, v)
+        for top in range(0, len(base), height):
+            rows = slice(top, min(top + height, len(base)))
+            u = _view(u_memory, rank, rows)
+            u_plane.read(first_row + top, u).mul_(sigma)
+            tile = _view(tile_memory, rows.stop - top, part).copy_(base[rows, part])
+            out[rows, part] = tile.addmm_(u.t(), v)
+
+
+def _view(memory: torch.Tensor, rows: int, columns: slice) -> torch.Tensor:
+    """Return the first numbers as a matrix of so many rows and columns."""
+    size = columns.stop - columns.start
+    return memory[: rows * size].view(rows, size)
+
+
+def _even_step(size: int, most: int) -> int:
+    """Return the step that divides a size into equal parts of at most so many, but at least `LEAST_COLUMNS`."""
+    parts = -(-size // max(LEAST_COLUMNS, most))
+    return max(LEAST_COLUMNS, -(-size // max(1, parts)))
+
+
+def _add_entries(
+    out: torch.Tensor, base: torch.Tensor, record: Record, name: str, first_row: int, columns: range
+) -> None:
+    """Do `_add_record` for a direct record, without checking the sum."""
+    most = DIRECT_ENTRIES if base.device.type == "cpu" else DEVICE_DIRECT_ENTRIES
+    stop = 0
+    for alike in stored_runs(record, name, base.device, most):
+        for run in alike.pieces(most):
+            start, stop = stop, stop + run.columns
+            first, last = max(start, first_row), min(stop, first_row + len(base))
+            if first < last:  # otherwise its entries were only counted
+                values = run.decode(name).dense()[first - start : last - start, columns.start : columns.stop]
+                rows = slice(first - first_row, last - first_row)
+                tile = base[rows].to(torch.float32, copy=True)
+                out[rows] = DirectDelta(values, record.scale).add_to(tile)
 
 
 def _matrices(tensor: torch.Tensor) -> list[torch.Tensor]:

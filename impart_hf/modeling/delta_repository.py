@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from .delta_decode import add_delta, add_delta_part
 from .delta_record import DeltaFormatError
 from .model_files import CheckpointError, HubOptions, fetch_file, read_json
 from .tensors import LazyTensor
+from .transfer import ahead, to_device
 
 DELTA_FILE = "delta_model.safetensors"
 DELTA_INDEX = DELTA_FILE + ".index.json"
@@ -28,6 +29,8 @@ RECORD_SUFFIX = ".delta"  # entry with a tensor's records
 ROWS_SUFFIX = ".added_rows"  # entry with the rows that the fine-tune adds to the base's
 BASE_CHECKSUMS = "base_checksums"
 CRC_ENTRY = "crc32"
+# Most bytes of a base tensor that waits on an accelerator: a layer's matrices may, the largest vocabularies' may not.
+_MOST_AHEAD = 512 << 20
 
 
 Buffer: TypeAlias = bytes | memoryview
@@ -332,10 +335,31 @@ class DeltaRepository:
             WrongBaseError: if the base's tensor is not the one that the delta was made against.
             DeltaFormatError: if the delta's entries are damaged or do not fit.
         """
-        part, dtype = self.parts[name], self.dtype(name)
-        tensor = self.base_tensor(name).to(device)  # always read, so that a wrong base is detected
+        return self._decoded(name, self._checked_base(name, device))
+
+    def tensors(
+        self, device: torch.device | str = "cpu", names: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return fine-tuned tensors with their names, as `tensor` returns them, one at a time.
+
+        On an accelerator, each tensor of the base is read and goes over while the one before is decoded and used, if it
+        is not so large that memory for both could be short.
+
+        Args:
+            names: in which order; None for all, sorted.
+        """
+        names = self.names() if names is None else names
+        bases = ahead(names, self._checked_base, device, lambda name: self.base.size(name) <= _MOST_AHEAD)
+        return map(lambda pair: (pair[0], self._decoded(*pair)), bases)  # a loop would keep the base's tensor
+
+    def _checked_base(self, name: str, device: torch.device | str) -> torch.Tensor:
+        return to_device(self.base_tensor(name), device)  # always read, so that a wrong base is detected
+
+    def _decoded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the fine-tuned tensor, on the device of its base's tensor."""
+        part, dtype, device = self.parts[name], self.dtype(name), tensor.device
         if part.replacement:
-            stored = self.file.read(part.replacement).to(device)
+            stored = to_device(self.file.read(part.replacement), device)
             if stored.is_floating_point() and not finite_where_base_is(stored, tensor):
                 raise DeltaFormatError(f"delta entry {part.replacement} holds NaN or infinity")
             tensor = stored
@@ -350,23 +374,37 @@ class DeltaRepository:
     def part(self, name: str, index: Index, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return a part of a fine-tuned tensor, decoded on `device`; errors as for `tensor`.
 
-        Of a matrix that has records and no added rows, only the rows and columns of the part are decoded.
+        Only the part is decoded and goes over to the device, except of tensors that are replaced, have added rows or
+        are stacks of matrices.
 
         Args:
             index: what selects the part, as in `tensor(name)[index]`.
         """
         entries, shape = self.parts[name], self.shape(name)
-        ranges = part_ranges(index, shape) if entries.records and not entries.added_rows else None
-        if ranges is None or len(shape) != 2 or ranges == [range(size) for size in shape]:
-            return self.tensor(name, device)[index]
-        rows, columns = (slice(chosen.start, chosen.stop) for chosen in ranges)
-        base = self.base_tensor(name)[rows, columns].to(device)
+        ranges = part_ranges(index, shape)
+        as_a_whole = entries.replacement or entries.added_rows or (entries.records and len(shape) != 2)
+        if ranges is None or as_a_whole or ranges == [range(size) for size in shape]:
+            whole = self.tensor(name, device)
+            part = whole[index]
+            return part if part.numel() == whole.numel() else part.clone()  # the rest is not kept
+        wanted = tuple(slice(chosen.start, chosen.stop) for chosen in ranges)
+        part_of_base = to_device(self.base_tensor(name)[wanted], device)
+        if not entries.records:
+            return part_of_base.to(self.dtype(name))
         data = self.file.read_records(name)
-        return add_delta_part(base, data, name, self.dtype(name), (shape[0], shape[1]), rows, columns)
+        return add_delta_part(part_of_base, data, name, self.dtype(name), (shape[0], shape[1]), wanted[0], wanted[1])
 
-    def lazy_state_dict(self) -> dict[str, LazyTensor]:
-        """Return all fine-tuned tensors as objects that are decoded where transformers puts them."""
-        return {name: LazyTensor(self, name, self.part) for name in self.names()}
+    def lazy_state_dict(self, decoded: bool = True) -> dict[str, LazyTensor]:
+        """Return all fine-tuned tensors as objects that are decoded where transformers puts them.
+
+        Args:
+            decoded: False for zeros instead of the values, where those would be dropped.
+        """
+        return {name: LazyTensor(self, name, self.part if decoded else self._zeros) for name in self.names()}
+
+    def _zeros(self, name: str, index: Index, device: torch.device) -> torch.Tensor:
+        part = torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")[index]
+        return torch.zeros_like(part, device=device)
 
 
 def names_checksum(names: list[str]) -> int:

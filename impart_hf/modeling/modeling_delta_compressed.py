@@ -26,6 +26,7 @@ from .model_files import HubOptions, fetch_file, pinned
 from .modeling_pruned_llama import PrunedLlamaForCausalLM
 from .repository_files import delta_digest, holds_delta, push_folder, repository_folder, save_repository
 from .saved_configs import changed_configs
+from .spread_models import is_spread, one_process_writes, true_in_any, values_are_dropped
 from .weight_fingerprints import WeightFingerprints
 
 logger = logging.get_logger(__name__)
@@ -103,11 +104,12 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             raise ValueError(f"'{source}' holds a {inner.__name__}: load it with AutoModelForCausalLM")
         model_class = _delta_class(inner)
         with_info = kwargs.pop("output_loading_info", False)
+        is_quantised = kwargs.get("quantization_config") is not None
         model, info = model_class.from_pretrained(
             None,
             *model_args,
             config=config_for(inner, config.text_config),
-            state_dict=repository.lazy_state_dict(),
+            state_dict=repository.lazy_state_dict(decoded=not values_are_dropped(is_quantised)),
             output_loading_info=True,
             **kwargs,
         )
@@ -132,7 +134,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         """Return whether any weight has changed since the model was loaded: every number of every weight is compared.
 
         Moving the model to another device or dtype, copying, pickling or offloading it is no change. Weights that
-        cannot be compared count as changed.
+        cannot be compared count as changed. Of a model that is spread over processes (`distributed_config`, `tp_plan`),
+        each process compares its own part.
         """
         return self._delta_weights.differ(self)
 
@@ -153,6 +156,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         loaded from holds another model by now, the dense model is saved instead, with a warning. With adapters
         attached, the adapters are saved, as in transformers, with a warning if the weights below them have changed.
 
+        A model that is spread over processes must be saved by all of them, as in transformers; the first one writes.
+
         Args:
             save_directory: folder to write to; made if missing.
             is_main_process, state_dict, push_to_hub, kwargs: as for any model; `push_to_hub=True` and `repo_id` push
@@ -167,18 +172,20 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
         if getattr(self, "_hf_peft_config_loaded", False):
             self._warn_of_adapters()
             return super().save_pretrained(save_directory, **dense)
-        if state_dict is not None or self.weights_changed():
+        if state_dict is not None or true_in_any(self, self.weights_changed()):
             logger.warning(
                 "The weights have changed since this model was loaded from a delta repository, so the dense model is "
                 "saved; run `impart-hf compress` to make a delta repository of it."
             )
             return self._dense().save_pretrained(save_directory, **dense)
-        if not is_main_process:
+        if not is_main_process and not is_spread(self):
             return
         folder = repository_folder(*self._delta_source)
-        if not self._is_still_in(folder):
+        if true_in_any(self, not self._is_still_in(folder)):
             return self._dense().save_pretrained(save_directory, **dense)
-        save_repository(folder, Path(save_directory), changed_configs(self, folder))
+        with one_process_writes(self) as is_first:
+            if is_first and is_main_process:
+                save_repository(folder, Path(save_directory), changed_configs(self, folder))
         if push_to_hub:
             self.push_to_hub(
                 kwargs.get("repo_id") or Path(save_directory).name,
@@ -197,14 +204,18 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             kwargs: commit_message, commit_description, private, token, revision, create_pr.
 
         Returns:
-            The commit's URL.
+            The commit's URL; None in all processes but the first, if the model is spread over several.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             self._warn_of_adapters()
             return self._dense().push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, **kwargs)
-        if self.weights_changed() or not self._is_still_in(source := repository_folder(*self._delta_source)):
+        if true_in_any(
+            self, self.weights_changed() or not self._is_still_in(source := repository_folder(*self._delta_source))
+        ):
             return self._dense().push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, **kwargs)
-        with tempfile.TemporaryDirectory() as folder:
+        with one_process_writes(self) as is_first, tempfile.TemporaryDirectory() as folder:
+            if not is_first:
+                return None
             save_repository(source, Path(folder), changed_configs(self, source))
             return push_folder(Path(folder), repo_id, replaces_all=False, tags=tags, **kwargs)
 

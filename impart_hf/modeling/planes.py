@@ -5,14 +5,17 @@ entries are contiguous in memory.
 """
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 
-from .delta_record import MAX_THRESHOLD, Record
-from .seeded_mask import keep_mask
+from .checkpoints import all_finite
+from .codebook import CODEBOOKS, Codebook, Floats
+from .delta_record import MAX_THRESHOLD, DeltaFormatError, Record
+from .seeded_mask import kept_positions
 
 # A plane is decoded in runs if columns with and without a mask alternate at most this often; writers put the columns
 # with a mask last.
@@ -40,8 +43,7 @@ class Run:
         if self.positions is None:
             return self.values.view(self.columns, self.rows)
         out = torch.zeros(self.columns * self.rows, dtype=torch.float32, device=self.values.device)
-        out[self.positions] = self.values
-        return out.view(self.columns, self.rows)
+        return out.scatter_(0, self.positions, self.values).view(self.columns, self.rows)
 
     def select(self, start: int, stop: int) -> "Run":
         """Return the run of columns `start` to `stop` - 1."""
@@ -96,43 +98,121 @@ class Plane:
         return Plane(stop - start, self.rows, runs)
 
 
-class KeptEntries:
-    """The kept entries of a plane.
-
-    Positions are computed only for columns with a mask, because finding and scattering entries takes longer than
-    unpacking them. If columns with and without a mask alternate too often, all count as columns with a mask.
+@dataclass
+class StoredRun:
+    """Neighbouring columns of a plane that are stored alike, or some of them, before their codes are looked at.
 
     Attributes:
-        counts: int64, shape (plane columns,): number of kept entries of each column.
+        side: 0 for U and for a direct plane, 1 for V.
+        columns, rows: its shape; a column has `rows` entries if nothing is dropped.
+        book: what a code stands for.
+        packed: uint8, the packed codes of the kept entries, after those of `lead` entries of columns before.
+        lead: 0 to 7: eight codes fill whole bytes.
+        positions: as of a `Run`.
+        scales: float32 (columns,), factors of the columns' values; None if there are none.
+        offset, total: how many columns that are stored alike come before, and how many they are altogether.
     """
 
-    def __init__(self, record: Record, side: int, device: torch.device | str):
-        self.rows = record.plane_rows(side)
-        self.counts = np.full(record.plane_columns, self.rows)
-        self._masked = record.thresholds < MAX_THRESHOLD
-        if np.count_nonzero(np.diff(self._masked)) > MOST_TURNS:
-            self._masked[:] = True
-        numbers = np.flatnonzero(self._masked)
-        # For each column, the number of masked columns before it.
-        self._masked_before = np.concatenate([[0], np.cumsum(self._masked)])
-        mask = keep_mask(record.mask_seed, side, record.thresholds[numbers], self.rows, device, numbers)
-        self._positions = mask.view(-1).nonzero().view(-1)
-        # This is much faster than summing the mask.
-        ends = torch.searchsorted(self._positions, self.rows * torch.arange(len(numbers) + 1, device=device))
-        self._ends = ends.tolist()
-        self.counts[numbers] = np.diff(self._ends)
+    side: int
+    columns: int
+    rows: int
+    book: Codebook
+    packed: torch.Tensor
+    lead: int
+    positions: torch.Tensor | None
+    scales: torch.Tensor | None
+    offset: int
+    total: int
 
-    def runs(self, start: int, stop: int, values: torch.Tensor) -> list[Run]:
-        """Return columns `start` to `stop` - 1 as runs; `values` are their kept entries."""
-        edges = start + 1 + np.flatnonzero(np.diff(self._masked[start:stop]))
-        bounds = list(pairwise([start, *edges.tolist(), stop]))
-        parts = values.split([int(self.counts[first:last].sum()) for first, last in bounds])
-        return [
-            Run(last - first, self.rows, part, self._run_positions(first, last) if self._masked[first] else None)
-            for (first, last), part in zip(bounds, parts, strict=True)
-        ]
+    @property
+    def kept(self) -> int:
+        return self.columns * self.rows if self.positions is None else len(self.positions)
 
-    def _run_positions(self, first: int, last: int) -> torch.Tensor:
-        masked_first = self._masked_before[first]
-        kept = slice(self._ends[masked_first], self._ends[self._masked_before[last]])
-        return self._positions[kept] - int(masked_first) * self.rows
+    def compact(self) -> torch.Tensor:
+        """Return the kept entries in the compact form of their codebook, without the columns' scales: (kept,)."""
+        return self.book.compact(self.packed, self.lead + self.kept)[self.lead :]
+
+    def decode(self, name: str) -> Run:
+        """Return the run with its values.
+
+        Raises:
+            DeltaFormatError: if a value is not finite; `name` is the tensor's, for the message.
+        """
+        values = self.book.unpack(self.packed, self.lead + self.kept)[self.lead :]
+        if self.scales is not None and self.positions is None:
+            values = (values.view(self.columns, self.rows) * self.scales[:, None]).view(-1)
+        elif self.scales is not None and self.positions is not None:
+            starts = self.rows * torch.arange(self.columns + 1, device=values.device)
+            kept = torch.searchsorted(self.positions, starts).diff()
+            values = values * self.scales.repeat_interleave(kept, output_size=len(values))
+        # A level times a finite column scale is finite, so only floats need the check.
+        if isinstance(self.book, Floats) and not all_finite(values):
+            raise DeltaFormatError(f"{name}: a stored value is not finite")
+        return Run(self.columns, self.rows, values, self.positions)
+
+    def pieces(self, most_entries: int) -> Iterator["StoredRun"]:
+        """Yield the columns some at a time, unless they have a mask: of so many entries, or of one column."""
+        step = self.columns if self.positions is not None else max(1, most_entries // max(1, self.rows))
+        for first in range(0, self.columns, step):
+            last = min(first + step, self.columns)
+            begin, lead = divmod(self.lead + first * self.rows, 8)
+            end = self.book.packed_bytes(self.lead + last * self.rows) if self.positions is None else len(self.packed)
+            yield replace(
+                self,
+                columns=last - first,
+                packed=self.packed[begin * self.book.bits : end],
+                lead=lead,
+                scales=None if self.scales is None else self.scales[first:last],
+                offset=self.offset + first,
+            )
+
+
+def stored_runs(
+    record: Record, name: str, device: torch.device | str = "cpu", most_entries: int | None = None
+) -> Iterator[StoredRun]:
+    """Yield the runs of all planes in the order in which they are stored: of each segment U's, then V's.
+
+    A mask is computed when its run's turn comes.
+
+    Args:
+        record: the record.
+        name: the tensor's name, for messages.
+        device: where codes and positions are.
+        most_entries: of a run with a mask, unless one column has more; None for as many as are stored alike.
+
+    Raises:
+        DeltaFormatError: if there are not as many codes as kept entries. That may be known only after the last run.
+    """
+    masked = record.thresholds < MAX_THRESHOLD
+    if np.count_nonzero(np.diff(masked)) > MOST_TURNS:
+        masked[:] = True
+    codes = torch.from_numpy(np.array(record.codes)).to(device)
+    at = start = 0
+    for segment, scales in zip(record.segments, record.column_scales, strict=True):
+        stop = start + segment.columns
+        turns = start + 1 + np.flatnonzero(np.diff(masked[start:stop]))
+        for side, width in enumerate(segment.widths()):
+            book, rows = CODEBOOKS[width], record.plane_rows(side)
+            side_scales = None if scales is None else torch.from_numpy(scales[side].astype(np.float32)).to(device)
+            before = 0  # kept entries of this side of the segment so far
+            for begin, end in pairwise([start, *turns.tolist(), stop]):
+                step = max(1, most_entries // max(1, rows)) if masked[begin] and most_entries else end - begin
+                for first in range(begin, end, step):
+                    last = min(first + step, end)
+                    positions = None
+                    if masked[first]:
+                        numbers = np.arange(first, last)
+                        limits = record.thresholds[numbers]
+                        positions = kept_positions(record.mask_seed, side, limits, rows, device, numbers)
+                    byte, lead = at + before // 8 * book.bits, before % 8
+                    before += (last - first) * rows if positions is None else len(positions)
+                    if at + book.packed_bytes(before) > len(codes):
+                        raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are fewer than the masks need")
+                    own = None if side_scales is None else side_scales[first - start : last - start]
+                    packed = codes[byte : at + book.packed_bytes(before)]
+                    shape = last - first, rows
+                    yield StoredRun(side, *shape, book, packed, lead, positions, own, first - begin, end - begin)
+            at += book.packed_bytes(before)
+        start = stop
+    if at != len(codes):
+        raise DeltaFormatError(f"{name}: {len(codes)} bytes of codes are more than the {at} that the masks need")

@@ -63,10 +63,11 @@ class WeightFingerprints:
             made = convert(tensor)
             emptied = made.device.type == "meta" != tensor.device.type
             if emptied or torch.promote_types(made.dtype, tensor.dtype) != made.dtype:
+                held = _local(tensor.detach())
                 for name in names.get(id(tensor), ()):
-                    if self._holds(name, tensor):
+                    if self._holds(name, held):
                         # From the tensor, not from the result: `convert` may do anything.
-                        form = tensor.detach().to("meta" if emptied else tensor.device, made.dtype)
+                        form = held.to("meta" if emptied else held.device, made.dtype)
                         if (cast := _fingerprint(form)) is not None:
                             self._known[name].add(cast)
             return made
@@ -94,8 +95,13 @@ class WeightFingerprints:
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Yield the name and content of every parameter and saved buffer, and of what quantised layers keep beside them.
 
-    Tied weights come once under each of their names. A weight that accelerate offloaded is read from where it lies.
+    Tied weights come once under each of their names. A weight that accelerate offloaded is read from where it lies. Of
+    a weight that is spread over processes (tensor parallel, FSDP) this process's part comes.
     """
+    for module in model.modules():
+        # FSDP gathers a module's weights for its forward pass, and this makes them parts again, as for `state_dict`.
+        for hook in module._state_dict_pre_hooks.values():
+            hook(module, "", False)
     for prefix, module in model.named_modules(remove_duplicate=False):
         prefix = f"{prefix}." if prefix else ""
         entries: dict[str, Any] = {}
@@ -107,7 +113,12 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
             # What `state_dict` gathers of each module. It is not called itself, because of 4-bit weights.
             module._save_to_state_dict(entries, "", False)
         for name, tensor in entries.items():
-            yield _name_without_adapters(prefix + name), _loaded(model, prefix + name, tensor)
+            yield _name_without_adapters(prefix + name), _local(_loaded(model, prefix + name, tensor))
+
+
+def _local(tensor: Any) -> Any:
+    """Return this process's part of a tensor that is spread over processes; other tensors as they are."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _loaded(model: PreTrainedModel, name: str, tensor: Any) -> Any:
@@ -130,7 +141,7 @@ def _fingerprint(tensor: Any) -> Fingerprint | None:
         return None
     if tensor.device.type == "meta":
         return tensor.dtype, tuple(tensor.shape), None
-    if hasattr(tensor, "__tensor_flatten__"):  # made of other tensors: quantised by torchao, or distributed
+    if hasattr(tensor, "__tensor_flatten__"):  # made of other tensors, for instance quantised by torchao
         parts = tuple(_fingerprint(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
         return None if None in parts else (tensor.dtype, tuple(tensor.shape), parts)
     try:

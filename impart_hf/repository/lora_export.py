@@ -28,6 +28,7 @@ from ..modeling.checkpoints import DTYPE_NAMES
 from ..modeling.checksums import tensor_bytes
 from ..modeling.delta_repository import DeltaRepository
 from ..modeling.modeling_delta_compressed import inner_class, is_classifier
+from ..modeling.transfer import to_device
 from ..storage.checkpoint_writer import new_folder
 from ..storage.safetensors_writer import Entry, write_safetensors
 from .open import refuse_adapter_beside
@@ -144,7 +145,7 @@ def export_lora(
         write_safetensors(folder / ADAPTER_FILE, list(_tracked(entries, progress)), {"format": "pt"})
         for name in changed:
             if name not in linear:
-                report.left_out[name] = _norm_of_delta(repository, name)
+                report.left_out[name] = _norm_of_delta(repository, name, device)
         (folder / "README.md").write_text(_card(repository, report), "utf-8")
     return report
 
@@ -269,7 +270,7 @@ def _tracked(entries: list[Entry], progress: Progress) -> Iterator[Entry]:
 
 def _delta(repository: DeltaRepository, name: str, device: torch.device) -> torch.Tensor:
     """Return a tensor's delta without added rows: float32, of the base's shape."""
-    base = repository.base_tensor(name).to(device).float()
+    base = to_device(repository.base_tensor(name), device).float()
     return repository.tensor(name, device)[: len(base)].float() - base
 
 
@@ -283,9 +284,9 @@ def _factors(delta: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.
     return a.to(dtype), b.to(dtype)
 
 
-def _norm_of_delta(repository: DeltaRepository, name: str) -> float:
-    base = repository.base_tensor(name).float()
-    tuned = repository.tensor(name).float()
+def _norm_of_delta(repository: DeltaRepository, name: str, device: torch.device) -> float:
+    base = to_device(repository.base_tensor(name), device).float()
+    tuned = repository.tensor(name, device).float()
     return float(((tuned[: len(base)] - base).norm() ** 2 + tuned[len(base) :].norm() ** 2).sqrt())
 
 

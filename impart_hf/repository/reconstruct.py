@@ -1,5 +1,6 @@
 """Reconstruction of the dense checkpoint from a delta repository."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from ..common.files import write_json
 from ..common.progress import Progress
 from ..modeling.delta_repository import DeltaRepository
 from ..modeling.model_files import fetch_config
-from ..storage.checkpoint_writer import dense_tensors, new_folder, write_weights
+from ..storage.checkpoint_writer import DenseTensor, new_folder, write_weights
 from .open import refuse_adapter_beside
 from .reader_files import copy_pruned_reader
 from .sidecar_files import copy_sidecar_files
@@ -38,9 +39,18 @@ def reconstruct(
         DeltaFormatError, WrongBaseError: if the delta is damaged or the base is another; no output remains.
     """
     refuse_adapter_beside(repository.source, repository.options)
-    tensors = dense_tensors(repository, device, checked=True)
+    decoded: Iterator[tuple[str, torch.Tensor]] = iter(())
+
+    def begin(names: list[str]) -> None:
+        nonlocal decoded
+        decoded = repository.tensors(device, names)
+
+    tensors = [
+        DenseTensor(name, repository.shape(name), repository.dtype(name), lambda: next(decoded)[1], checked=True)
+        for name in repository.names()
+    ]
     with new_folder(output_dir) as folder:
-        write_weights(folder, tensors, max_shard_size, progress or Progress(False), "Reconstructing")
+        write_weights(folder, tensors, max_shard_size, progress or Progress(False), "Reconstructing", begin=begin)
         _write_texts(repository, folder)
 
 

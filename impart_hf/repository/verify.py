@@ -27,8 +27,8 @@ def verify(
         WrongBaseError: naming the first tensor in which the base differs.
     """
     warn_of_adapter_beside(repository.source, repository.options)
-    for name in (progress or Progress(False)).track(repository.names(), "Verifying"):
-        tensor = repository.tensor(name, device)
+    names = (progress or Progress(False)).track(repository.names(), "Verifying")
+    for _, (name, tensor) in zip(names, repository.tensors(device), strict=True):
         if (
             tensor.is_floating_point()
             and not all_finite(tensor)

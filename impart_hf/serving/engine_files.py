@@ -34,9 +34,8 @@ def open_served(model: str, options: HubOptions) -> DeltaRepository:
 
 
 def decoded_tensors(repository: DeltaRepository, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every fine-tuned tensor with its name, checked and decoded on `device` (on the CPU for meta)."""
-    for name in repository.names():
-        yield name, repository.tensor(name, "cpu" if device.type == "meta" else device)
+    """Return every fine-tuned tensor with its name, one at a time, decoded on `device` (on the CPU for meta)."""
+    return repository.tensors("cpu" if device.type == "meta" else device)
 
 
 class EngineFiles:

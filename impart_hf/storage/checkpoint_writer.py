@@ -89,10 +89,10 @@ class DenseTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def dense_tensors(tensors: Tensors, device: torch.device | str = "cpu", *, checked: bool = False) -> list[DenseTensor]:
-    """Return all tensors of a model for `write_weights`; each is made on `device` when it is written."""
+def dense_tensors(tensors: Tensors) -> list[DenseTensor]:
+    """Return all tensors of a model for `write_weights`; each is made when it is written."""
     return [
-        DenseTensor(name, tensors.shape(name), tensors.dtype(name), partial(tensors.tensor, name, device), checked)
+        DenseTensor(name, tensors.shape(name), tensors.dtype(name), partial(tensors.tensor, name))
         for name in tensors.names()
     ]
 
@@ -115,11 +115,13 @@ def write_weights(
     title: str,
     *,
     together: bool = False,
+    begin: Callable[[list[str]], None] | None = None,
 ) -> None:
     """Write model.safetensors, sharded with an index if it is large, with one tensor in memory at a time.
 
     Args:
         together: whether all processes of a job call this, with the same arguments, to share the tensors out.
+        begin: told the names of the tensors that this process makes, in their order, before the first one is made.
 
     Raises:
         OutputError: if the disk has no room for the weights.
@@ -158,8 +160,11 @@ def write_weights(
 
         def fill() -> None:
             own = {entry.name for entry in (processes.share(entries, lambda e: e.size) if together else entries)}
-            for name, held in members.items():
-                files[name].fill(entry for entry in held if entry.name in own)
+            filled = {name: [entry for entry in held if entry.name in own] for name, held in members.items()}
+            if begin is not None:
+                begin([entry.name for held in filled.values() for entry in held])
+            for name, held in filled.items():
+                files[name].fill(held)
 
         first(make)
         each(fill)

@@ -86,7 +86,7 @@ def settings(found: TuningReport) -> list[tuple]:
 
 
 def divergence(pair: Pair, repository: Path, sequences: torch.Tensor) -> float:
-    models = [load(str(folder), torch.float32, "cpu") for folder in (repository, pair.finetuned)]
+    models = [load(str(folder), torch.bfloat16, "cpu") for folder in (repository, pair.finetuned)]
     return evaluate(models[0], models[1], sequences, 8)[1]
 
 
@@ -228,7 +228,7 @@ def test_a_task(task: Path, tiny_pair: Pair, tmp_path: Path) -> None:
     again = dataclasses.replace(method, beta=candidate.beta, c=candidate.c, seed=candidate.seed)
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "one", again)
     # Two choices may be as likely as one another up to rounding.
-    assert accuracy(load(str(tmp_path / "one"), torch.float32, "cpu"), examples) == pytest.approx(
+    assert accuracy(load(str(tmp_path / "one"), torch.bfloat16, "cpu"), examples) == pytest.approx(
         candidate.score, abs=1.5 / 24
     )
     data = card_data(tmp_path / "delta")["impart_hf_tuning"]

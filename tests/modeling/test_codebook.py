@@ -102,6 +102,9 @@ def test_what_is_packed_is_what_is_rounded(width: int, count: int) -> None:
     assert packed.dtype == np.uint8 and len(packed) == book.packed_bytes(count) == -(-count * book.bits // 8)
     unpacked = book.unpack(torch.from_numpy(packed.copy()), count)
     assert unpacked.dtype == torch.float32 and torch.equal(unpacked, book.round(values))
+    compact = book.compact(torch.from_numpy(packed.copy()), count)
+    assert compact.element_size() <= 2 and torch.equal(book.expand(compact), unpacked)
+    assert not book.expand(torch.zeros_like(compact)).any()
 
 
 @pytest.mark.parametrize("width", [FLOAT16, BFLOAT16])

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -17,10 +19,10 @@ from support.tiny_models import Pair, edit_tensors, fine_tune, make_model, save_
 from impart_hf import LowRankConfig, compress
 from impart_hf.compression.encoding import mask_seed
 from impart_hf.methods import method_class, method_names
-from impart_hf.modeling import delta_decode, planes
+from impart_hf.modeling import compact_planes, delta_decode, planes
 from impart_hf.modeling.checksums import tensor_bytes, tensor_checksum
 from impart_hf.modeling.codebook import BFLOAT16, CODEBOOKS, FLOAT16, NORMAL_LEVELS, pack_codes, unpack_codes
-from impart_hf.modeling.delta_decode import add_delta, decode_planes, decode_record
+from impart_hf.modeling.delta_decode import add_delta, add_delta_part, decode_planes, decode_record
 from impart_hf.modeling.delta_record import (
     DIRECT,
     FACTORED,
@@ -176,6 +178,16 @@ def records(draw: st.DrawFn) -> Record:
     )
 
 
+@contextmanager
+def small_parts() -> Iterator[None]:
+    """Decode so little at once that even a small matrix is decoded in several parts, everywhere."""
+    with ExitStack() as stack:
+        for name, value in {"TILE_ROWS": 5, "LEAST_ENTRIES": 20, "LEAST_COLUMNS": 3, "DIRECT_ENTRIES": 7}.items():
+            stack.enter_context(patch.object(delta_decode, name, value))
+        stack.enter_context(patch.object(compact_planes, "PIECE_ENTRIES", 11))
+        yield
+
+
 @settings(max_examples=150, deadline=None)
 @given(record=records())
 def test_every_record_round_trips_and_means_the_same_to_both_readers(record: Record) -> None:
@@ -187,9 +199,13 @@ def test_every_record_round_trips_and_means_the_same_to_both_readers(record: Rec
     decoded = decode_record(parsed, "record").numpy()
     near = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(naive).max(initial=0))))
     near(decoded, naive)
-    # Rows of a matrix are decoded some at a time
-    with patch.object(delta_decode, "TILE_ROWS", 5):
-        near(add_delta(torch.zeros(decoded.shape), np.frombuffer(data, np.uint8), "record", torch.float32), naive)
+    # Rows and columns of a matrix are decoded some at a time
+    array, base = np.frombuffer(data, np.uint8), torch.zeros(decoded.shape)
+    with small_parts():
+        near(add_delta(base, array, "record", torch.float32), naive)
+        rows, columns = slice(record.rows // 3, record.rows), slice(record.columns // 4, record.columns - 1)
+        part = add_delta_part(base[rows, columns], array, "record", torch.float32, base.shape, rows, columns)
+        near(part, naive[rows, columns])
     with patch.object(planes, "MOST_TURNS", 0):
         assert torch.equal(decode_record(parsed, "record"), torch.from_numpy(decoded))
 

@@ -152,15 +152,34 @@ def test_loading_info(tiny_repository: Path) -> None:
     assert not any(info.values())
 
 
-def test_quantised_on_the_fly(tiny_repository: Path, dense_folder: Path) -> None:
-    settings = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    ours = load(tiny_repository, quantization_config=settings)
-    plain = load(dense_folder, quantization_config=settings)
+BITS = {
+    "8 bits": {"load_in_8bit": True},
+    "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}, "auto"], ids=str)
+@pytest.mark.parametrize("bits", list(BITS))
+def test_quantised_on_the_fly(tiny_repository: Path, dense_folder: Path, bits: str, device_map: Any) -> None:
+    """By bitsandbytes, which gets each tensor decoded and in full precision: as it quantises the dense model."""
+    pytest.importorskip("bitsandbytes")
+    settings = transformers.BitsAndBytesConfig(**BITS[bits])
+    options = {"quantization_config": settings, "device_map": device_map}
+    ours, plain = load(tiny_repository, **options), load(dense_folder, **options)
     weights = [m.model.layers[0].mlp.up_proj.weight for m in (ours, plain)]
-    assert weights[0].dtype == torch.int8 and torch.equal(weights[0], weights[1])
+    assert weights[0].dtype == (torch.int8 if bits == "8 bits" else torch.uint8)
+    assert torch.equal(weights[0], weights[1])
     assert torch.equal(logits(ours), logits(plain))
     assert not torch.equal(logits(ours), logits(load(tiny_repository)))
     assert not ours.weights_changed()
+
+
+def test_moved_later(tiny_repository: Path) -> None:
+    """`to` after loading, as Trainer and users call it."""
+    model = load(tiny_repository)
+    before = logits(model)
+    assert torch.equal(logits(model.to("cpu")), before) and not model.weights_changed()
+    assert model.to(torch.float32).dtype == torch.float32 and not model.weights_changed()
 
 
 def test_in_inference_mode(tiny_repository: Path, dense_folder: Path, tmp_path: Path) -> None:

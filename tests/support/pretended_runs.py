@@ -10,7 +10,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from impart_hf import ImPartRdConfig, compress
+from impart_hf import ImPartConfig, ImPartRdConfig, compress
+from impart_hf.compression.tune import tune
 from impart_hf.distillation import DistillSettings
 from impart_hf.distillation.distillation import distill
 from impart_hf.evaluation.metrics import load as load_dense
@@ -51,6 +53,23 @@ SIZE = {"calibration_samples": 8, "calibration_length": 64}
 
 def kind_of(device: str) -> str:
     return device.partition(":")[0]
+
+
+@contextmanager
+def decoded_on(found: dict[str, Any], what: str) -> Iterator[None]:
+    """Write down on which devices columns of codes are decoded, by any thread."""
+    places, dense = set(), Run.dense
+
+    def watched(run: Run) -> torch.Tensor:
+        places.add(str(run.values.device))
+        return dense(run)
+
+    Run.dense = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Run.dense = dense  # type: ignore[method-assign]
+        found[what] = sorted(places)
 
 
 def methods() -> dict[str, Any]:
@@ -95,7 +114,7 @@ def compression(folder: Path, pair: Pair) -> dict[str, Any]:
         for device in ("cpu", SECOND):
             out = folder / f"{name}-{kind_of(device)}"
             # A device that has no attention of its own computes it by formula; the CPU's differs in the last bits.
-            with counted() as counts, sdpa_kernel(SDPBackend.MATH):
+            with counted() as counts, sdpa_kernel(SDPBackend.MATH), decoded_on(found, f"{name} decodes on {device}"):
                 compress(
                     str(pair.base), str(pair.finetuned), out, ImPartRdConfig(compression_ratio=4), device=device, **more
                 )
@@ -116,18 +135,18 @@ def use(folder: Path) -> dict[str, Any]:
     delta = folder / "rounded-cpu"
     opened = open_repository(str(delta), HubOptions())
     found: dict[str, Any] = {}
-    with counted() as counts:
+    with counted() as counts, decoded_on(found, "verify decodes on"):
         verify(opened, device=SECOND)
     found["verify"] = counts.launches
     for device in ("cpu", SECOND):
         kind = kind_of(device)
-        with counted() as counts:
+        with counted() as counts, decoded_on(found, f"reconstruct on {kind} decodes on"):
             reconstruct(opened, folder / f"dense-{kind}", device=device)
         found[f"reconstruct on {kind}"] = counts.launches
-        with counted() as counts:
+        with counted() as counts, decoded_on(found, f"export on {kind} decodes on"):
             export_lora(opened, folder / f"lora-{kind}", 4, device=device)
         found[f"export on {kind}"] = counts.launches
-        with counted() as counts:
+        with counted() as counts, decoded_on(found, f"evaluate on {kind} decodes on"):
             found[f"perplexity on {kind}"] = perplexity(load_dense(str(delta), torch.float32, device), TOKENS, 8)
         found[f"evaluate on {kind}"] = counts.launches
     found["reconstruct"] = differing_entries(folder / "dense-cpu", folder / f"dense-{NAME}")
@@ -135,14 +154,26 @@ def use(folder: Path) -> dict[str, Any]:
     return found
 
 
+def tuning(folder: Path, pair: Pair) -> dict[str, Any]:
+    """Search on a device, where models are loaded and compared."""
+    found: dict[str, Any] = {}
+    with decoded_on(found, "decodes on"), counted() as counts, sdpa_kernel(SDPBackend.MATH):
+        report = tune(
+            str(pair.base), str(pair.finetuned), folder / "tuned", ImPartConfig(compression_ratio=4), betas=[0.5, 0.7],
+            cs=[1.0], validation=[TEXT], samples=4, length=32, device=SECOND,
+        )  # fmt: skip
+    return found | {"launches": counts.launches, "scores": [candidate.score for candidate in report.candidates]}
+
+
 def merging(family: Path, folder: Path) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for method in ("ties", "dare_linear", "impart_ties"):
         models = {"a": {"weight": 0.7, "density": 0.5}, "c-delta": {"weight": 0.4, "density": 0.6}}
         for device in ("cpu", SECOND):
-            with counted() as counts:
+            decoded: dict[str, Any] = {}
+            with counted() as counts, decoded_on(decoded, "decodes on"):
                 merge(config(family, method, models), folder / f"{method}-{kind_of(device)}", device=device)
-        found[method] = {
+        found[method] = decoded | {
             "launches": counts.launches,
             "differs": largest_difference(folder / f"{method}-cpu", folder / f"{method}-{NAME}"),
         }
@@ -162,7 +193,8 @@ def loading(folder: Path) -> dict[str, Any]:
     layers = {"model.layers.0": FIRST, "model.layers.1": SECOND}
     split = {"model.embed_tokens": FIRST, **layers, "model.norm": SECOND, "model.rotary_emb": SECOND, "lm_head": SECOND}
     maps: dict[str, Any] = {
-        "name": NAME, "name and index": SECOND, "device": torch.device(SECOND), "whole": {"": SECOND}, "split": split,
+        "name": NAME, "index": 1, "name and index": SECOND, "device": torch.device(SECOND), "whole": {"": SECOND},
+        "split": split,
     }  # fmt: skip
     found = {name: load(delta, expected, device_map=device_map) for name, device_map in maps.items()}
     with torch.device(SECOND):
@@ -173,8 +205,36 @@ def loading(folder: Path) -> dict[str, Any]:
     return found
 
 
-def load(delta: str, expected: Any, **options: Any) -> dict[str, Any]:
-    made: dict[str, dict[str, Any]] = {}
+def offloading(folder: Path) -> dict[str, Any]:
+    """Load a delta on a device and the CPU, and on the CPU to be moved to a device."""
+    delta = str(folder / "rounded-cpu")
+    places = {"model": SECOND, "lm_head": "cpu"}
+    made: dict[str, Any] = {}
+    with recorded(made):
+        partly = AutoModelForCausalLM.from_pretrained(delta, device_map=places)
+    moved = AutoModelForCausalLM.from_pretrained(delta).to(SECOND)
+    return {
+        "decoded on": {name: each["on"] for name, each in made.items()},
+        "weights are on": {name: str(parameter.device) for name, parameter in partly.named_parameters()},
+        "changed": [partly.weights_changed(), moved.weights_changed()],
+        "moved to": sorted({str(parameter.device) for parameter in moved.parameters()}),
+    }
+
+
+def threads(folder: Path) -> dict[str, Any]:
+    """Decode on this thread's device, which is not that of the thread that reads the base."""
+    opened = open_repository(str(folder / "rounded-cpu"), HubOptions())
+    module = torch.get_device_module(NAME)
+    module.set_device(1)
+    try:
+        return {name: str(tensor.device) for name, tensor in opened.tensors(NAME)}
+    finally:
+        module.set_device(0)
+
+
+@contextmanager
+def recorded(made: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Write down where each tensor is decoded, and what that took."""
     part = DeltaRepository.part
 
     def watched(self: DeltaRepository, name: str, index: Any, device: Any = "cpu") -> torch.Tensor:
@@ -187,9 +247,15 @@ def load(delta: str, expected: Any, **options: Any) -> dict[str, Any]:
 
     DeltaRepository.part = watched  # type: ignore[method-assign]
     try:
-        model = AutoModelForCausalLM.from_pretrained(delta, **options)
+        yield
     finally:
         DeltaRepository.part = part  # type: ignore[method-assign]
+
+
+def load(delta: str, expected: Any, **options: Any) -> dict[str, Any]:
+    made: dict[str, dict[str, Any]] = {}
+    with recorded(made):
+        model = AutoModelForCausalLM.from_pretrained(delta, **options)
     known = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         made[name]["ends on"] = str(parameter.device)
@@ -210,9 +276,10 @@ def distillation(pair: Pair) -> dict[str, Any]:
     TrainingArguments.device = property(lambda self: torch.device(FIRST))  # type: ignore[assignment]
     found = {}
     for name, settings in runs.items():
-        with counted() as counts:
+        decoded: dict[str, Any] = {}
+        with counted() as counts, decoded_on(decoded, "decodes on"):
             report = distill(*checkpoints(pair), records, TOKENS, settings, device=FIRST)[1]
-        found[name] = {
+        found[name] = decoded | {
             "launches": counts.launches,
             "losses": [report.before, report.after],
             "losses on the CPU": [expected[name].before, expected[name].after],
@@ -248,12 +315,13 @@ def number_by_number(run: Run) -> torch.Tensor:
 def faults() -> dict[str, Any]:
     """Decode on a device with faults that a GPU would not forgive."""
     data = np.frombuffer(method_class("impart")().encode(make_delta(ROWS, COLUMNS), 12288, 1).data, np.uint8)
-    base, dense, found = torch.zeros(ROWS, COLUMNS, device=SECOND), Run.dense, {}
+    record, _ = parse_record(data, (ROWS, COLUMNS), "faulty")
+    dense, found = Run.dense, {}
     for fault in (cpu_tensor, other_index, numpy_of_it, number_by_number):
         Run.dense = lambda run, fault=fault: dense(run) if run.positions is None else fault(run)
         try:
             with counted() as counts:
-                add_delta(base, data, "faulty", torch.float32)
+                decode_record(record, "faulty", SECOND)
             found[fault.__name__] = {"waits": counts.waits}
         except (MixedDevices, TypeError) as error:
             found[fault.__name__] = {"refused": f"{type(error).__name__}: {error}"}
@@ -276,8 +344,11 @@ def main() -> None:
         "faults": faults,
         "compression": lambda: compression(folder, pair),
         "use": lambda: use(folder),
+        "tuning": lambda: tuning(folder, pair),
         "merging": lambda: merging(family, folder),
         "loading": lambda: loading(folder),
+        "offloading": lambda: offloading(folder),
+        "threads": lambda: threads(folder),
         "distillation": lambda: distillation(pair),
     }
     found = {}
