@@ -2,15 +2,20 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..common.files import atomic_write
+from ..common import processes
+from ..common.files import sync_path
 
 _PREFIX = "layer-"
+
+# Writes hidden states of neighbouring sequences: the first one's number, and (sequences, length, size).
+Write = Callable[[int, Tensor], None]
 
 
 class HiddenStates:
@@ -43,19 +48,32 @@ class HiddenStates:
         return torch.from_file(str(path), size=math.prod(self._shape), dtype=self._dtype).view(self._shape)
 
     @contextlib.contextmanager
-    def replace(self, layer: int) -> Iterator[Callable[[Tensor], None]]:
-        """Give a function that takes the inputs of a layer, batch after batch; they are there at the end."""
+    def replace(self, layer: int) -> Iterator[Write]:
+        """Give a function that writes inputs of a layer; they are there at the end.
+
+        The processes of a job do this together, each for its sequences.
+        """
+        path = self._folder / f"{_PREFIX}{layer}"
+        temporary, row = path.with_suffix(".writing"), math.prod(self._shape[1:]) * self._dtype.itemsize
         old = self._files()
-        with atomic_write(self._folder / f"{_PREFIX}{layer}") as temporary, temporary.open("wb") as file:
+        processes.in_first(temporary.touch)
+        with temporary.open("r+b") as file:
 
-            def add(batch: Tensor) -> None:
-                file.write(batch.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
+            def write(start: int, states: Tensor) -> None:
+                file.seek(start * row)
+                file.write(states.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
 
-            yield add
-            file.flush()
-        for path in old:
-            with contextlib.suppress(PermissionError):  # Windows, while it is mapped; a later layer removes it
-                path.unlink()
+            yield write
+            processes.each(file.flush)
+
+        def publish() -> None:
+            sync_path(temporary)
+            os.replace(temporary, path)
+            for replaced in old:
+                with contextlib.suppress(PermissionError):  # Windows, while it is mapped; a later layer removes it
+                    replaced.unlink()
+
+        processes.in_first(publish)
 
     def _files(self) -> list[Path]:
         found = self._folder.glob(f"{_PREFIX}*")

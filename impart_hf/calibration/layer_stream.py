@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..common import processes
 from ..common.expert_stacks import ExpertStack
 from ..common.progress import Progress
 from ..modeling.checkpoints import all_finite
 from ..modeling.precision import full_float32
-from .hidden_states import HiddenStates
+from .hidden_states import HiddenStates, Write
+from .shared_sums import Sums, own_batches, shared_sums
 from .streamed_model import LayerArguments, LinearLayer, StreamedModel
 
 # The second moments of this many bytes of experts are computed in one run of their layer.
@@ -34,6 +37,7 @@ def stream_layers(
     compressed: Callable[[str, Moments], Tensor],
     folder: Path,
     *,
+    prepare: Callable[[Mapping[str, Moments]], None] = lambda moments: None,
     batch_size: int = 4,
     progress: Progress,
 ) -> set[str]:
@@ -49,6 +53,9 @@ def stream_layers(
     written to. A linear layer that no token reaches gets None, and so does an expert that is reached by fewer tokens
     than a quarter of its inputs.
 
+    The processes of a job share the batches: all must call this, with one folder that all see. Only a tensor that
+    holds all experts is left to the process that asks for its second moments.
+
     The model runs in its own dtype; second moments are summed in float32. Memory holds one decoder layer and one
     Hessian at a time (of experts, up to a gigabyte of them), before the first layer the embeddings. The hidden states
     of all tokens are in a file, and stay there: a second call with the same arguments begins with the layer that the
@@ -59,6 +66,8 @@ def stream_layers(
         tokens: int64, (sequences, length), without padding.
         compressed: see above.
         folder: for hidden states; of this model and text alone.
+        prepare: called, in all processes of a job, with all names and second moments with which `compressed` is called
+            next; may share the work out.
         batch_size: sequences run at a time.
         progress: for a bar over the layers.
 
@@ -72,17 +81,25 @@ def stream_layers(
     first, count = states.layer(), len(model.layers)
     if first == count:
         return set(model.names)
+
+    def put(moments: Mapping[str, Moments]) -> None:
+        prepare(moments)
+        for name, hessian in moments.items():
+            model.put(name, compressed(name, hessian))
+
+    prepare(dict.fromkeys(model.outside_layers))
     for name in model.outside_layers:
         weight = compressed(name, None)
         if name in model.embedding_names:
             model.put(name, weight)
     batches = tokens.split(batch_size)
+    own = own_batches(len(batches))
     if first is None:
         first = 0
-        with states.replace(0) as add:
-            arguments = model.layer_inputs(batches, add)
+        with states.replace(0) as write:
+            arguments = processes.each(lambda: _first_inputs(model, batches, own, batch_size, write))
     else:
-        arguments = model.layer_inputs((batches[0], batches[-1]), lambda _: None)
+        arguments = processes.each(lambda: _first_inputs(model, batches, [], batch_size, lambda *_: None))
     model.release(model.embedding_names)
     for number, prefix in enumerate(progress.track(list(model.layers), "Calibrating")):
         if number < first:
@@ -91,35 +108,47 @@ def stream_layers(
         run = _LayerRun(model, number, prefix, list(states.read().split(batch_size)), own_arguments)
         names = model.names_in(prefix)
         model.load(names)
-        _compress_layer(run, names, compressed)
-        with states.replace(number + 1) as add:
-            for index in range(len(batches) if number + 1 < count else 0):
-                add(run.output(index))
+        _compress_layer(run, names, put)
+        with states.replace(number + 1) as write:
+            processes.each(partial(_write_outputs, run, own if number + 1 < count else [], batch_size, write))
         model.release(names)
     return set(model.names)
 
 
-def _compress_layer(run: "_LayerRun", names: list[str], compressed: Callable[[str, Moments], Tensor]) -> None:
-    parts = run.parts()
-    put = run.model.put
+def _first_inputs(
+    model: StreamedModel, batches: Sequence[Tensor], own: list[int], batch_size: int, write: Write
+) -> dict[int, list[LayerArguments]]:
+    """Write the first layer's inputs in some batches, and return the layers' other arguments for all."""
+    needed = sorted({0, len(batches) - 1, *own})
+    numbers = iter(needed)
+
+    def keep(states: Tensor) -> None:
+        number = next(numbers)
+        if number in own:
+            write(number * batch_size, states)
+
+    return model.layer_inputs([batches[number] for number in needed], keep)
+
+
+def _write_outputs(run: "_LayerRun", batches: list[int], batch_size: int, write: Write) -> None:
+    for index in batches:
+        write(index * batch_size, run.output(index))
+
+
+def _compress_layer(run: "_LayerRun", names: list[str], put: Callable[[Mapping[str, Moments]], None]) -> None:
+    parts = processes.each(run.parts)
     known = {name for part in parts for name in part.names}
-    for name in names:
-        if name not in known:
-            put(name, compressed(name, None))
+    put({name: None for name in names if name not in known})
     for part in parts:
         if isinstance(part, _LinearGroup):
-            hessian = run.second_moment(part)
-            for name in part.names:
-                put(name, compressed(name, hessian))
-            del hessian  # before the next one is made
-        else:
-            moments = _ExpertMoments(run, part)
-            if part.fused is not None:
-                put(part.fused, compressed(part.fused, moments))
-                continue
-            for number in range(len(moments)):
-                for name in part.of_expert(number):
-                    put(name, compressed(name, moments[number]))
+            put(dict.fromkeys(part.names, run.second_moment(part)))
+            continue
+        moments = _ExpertMoments(run, part)
+        if part.fused is not None:
+            put({part.fused: moments})
+            continue
+        for numbers in moments.parts():
+            put({name: moments[number] for number in numbers for name in part.of_expert(number)})
 
 
 class _InputSeen(Exception):
@@ -226,42 +255,55 @@ class _LayerRun:
             self.output(index)
         return inputs
 
-    def expert_moments(self, stack: ExpertStack, numbers: range) -> Mapping[int, Tensor | None]:
-        """Return the mean of x xᵀ over the inputs x of some of a stack's experts: float32, on the device."""
-        totals: dict[int, Tensor] = {}
-        counts: dict[int, int] = defaultdict(int)
+    def expert_moments(self, stack: ExpertStack, numbers: range, alone: bool) -> Mapping[int, Tensor]:
+        """Return the mean of x xᵀ over the inputs x of some of a stack's experts: float32, on the device.
 
-        def add(_: str, number: int, rows: Tensor, inputs_first: bool) -> None:
-            if number in numbers:
-                if number not in totals:
-                    totals[number] = torch.zeros(rows.shape[1], rows.shape[1], device=self.device)
-                counts[number] += len(rows)
-                _add_products(totals[number], rows)
+        Args:
+            alone: whether only this process asks.
+        """
 
-        with self.model.watched_experts([stack.parameter], add):
-            for index in range(len(self.hidden)):
-                self.output(index)
-        known = [n for n, total in totals.items() if counts[n] >= _FEW_TOKENS * len(total)]
-        return {n: self._finite(totals[n].div_(counts[n])) for n in known}
+        def sums_of(batches: range) -> Sums:
+            totals: dict[int, Tensor] = {}
+            counts: dict[int, int] = defaultdict(int)
+
+            def add(_: str, number: int, rows: Tensor, inputs_first: bool) -> None:
+                if number in numbers:
+                    if number not in totals:
+                        totals[number] = torch.zeros(rows.shape[1], rows.shape[1], device=self.device)
+                    counts[number] += len(rows)
+                    _add_products(totals[number], rows)
+
+            with self.model.watched_experts([stack.parameter], add):
+                for index in batches:
+                    self.output(index)
+            return {number: (total, counts[number]) for number, total in totals.items()}
+
+        sums = shared_sums(len(self.hidden), sums_of, self.device, alone)
+        return {n: self._finite(sum_ / count) for n, (sum_, count) in sums.items() if count >= _FEW_TOKENS * len(sum_)}
 
     def second_moment(self, group: _LinearGroup) -> Tensor:
         """Return the mean of x xᵀ over a group's inputs x: float32, (in_features, in_features), on the device."""
         size = group.module.nx if isinstance(group.module, Conv1D) else group.module.in_features
-        total = torch.zeros(size, size, device=self.device)
-        count = 0
 
-        def add(_: str, values: Tensor) -> None:
-            nonlocal count
-            rows = values.reshape(-1, size)
-            _add_products(total, rows)
-            count += len(rows)
-            if group.once:
-                raise _InputSeen
+        def sums_of(batches: range) -> Sums:
+            total = torch.zeros(size, size, device=self.device)
+            count = 0
 
-        with _watched({group.names[0]: group.module}, add):
-            for index in range(len(self.hidden)):
-                with suppress(_InputSeen):
-                    self.output(index)
+            def add(_: str, values: Tensor) -> None:
+                nonlocal count
+                rows = values.reshape(-1, size)
+                _add_products(total, rows)
+                count += len(rows)
+                if group.once:
+                    raise _InputSeen
+
+            with _watched({group.names[0]: group.module}, add):
+                for index in batches:
+                    with suppress(_InputSeen):
+                        self.output(index)
+            return {0: (total, count)}
+
+        total, count = shared_sums(len(self.hidden), sums_of, self.device)[0]
         return self._finite(total.div_(max(count, 1)))
 
 
@@ -270,6 +312,8 @@ class _ExpertMoments(Sequence[Tensor | None]):
 
     def __init__(self, run: _LayerRun, stack: ExpertStack):
         self._run, self._stack = run, stack
+        # The one process that encodes a stack asks for its moments.
+        self._alone = stack.fused is not None
         _, rows, columns = stack.shape
         turned = run.model.is_transposed(stack)
         self._at_once = max(1, _MOMENT_BYTES // (4 * (rows if turned else columns) ** 2))
@@ -278,13 +322,17 @@ class _ExpertMoments(Sequence[Tensor | None]):
     def __len__(self) -> int:
         return self._stack.shape[0]
 
+    def parts(self) -> Iterator[range]:
+        """Return the numbers of experts whose moments are computed at once."""
+        return (range(start, min(len(self), start + self._at_once)) for start in range(0, len(self), self._at_once))
+
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(number)
         if number not in self._numbers:
             self._known = {}  # before the next ones are made
             self._numbers = range(number, min(len(self), number + self._at_once))
-            self._known = dict(self._run.expert_moments(self._stack, self._numbers))
+            self._known = dict(self._run.expert_moments(self._stack, self._numbers, self._alone))
         return self._known.get(number)
 
 

@@ -1,6 +1,8 @@
 """Encoding of planned tensors into records in a workspace."""
 
 import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from ..calibration.layer_stream import Moments
 from ..calibration.streamed_model import StreamedModel
 from ..coding.records import empty_record
 from ..coding.svd_cache import SvdOf, uncached_svd
+from ..common import processes
 from ..methods import Encoded, MethodConfig, Spectrum, method_for
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.delta_decode import add_delta
@@ -53,10 +56,19 @@ class Encoding:
         self._by_name = dict(self._waiting)
         self._done = self._written = 0
 
-    def encode_all(self, tensors: list[TensorPlan]) -> None:
-        """Encode the tensors that no other process takes and that have not been encoded, without calibration."""
+    def encode_all(self, tensors: list[TensorPlan], moments: Mapping[str, Moments] = MappingProxyType({})) -> None:
+        """Encode the tensors that no other process takes and that have not been encoded.
+
+        Args:
+            moments: second moments of the inputs of some or all, by name.
+        """
         for tensor in order_to_take(tensors):
-            self.encode(tensor)
+            self.encode(tensor, moments.get(tensor.name))
+
+    def prepare(self, moments: Mapping[str, Moments]) -> None:
+        """Encode tensors with these second moments of their inputs, shared out among the processes of a job."""
+        tensors = [self._by_name[name] for name in moments if name in self._by_name]
+        processes.each(lambda: self.encode_all(tensors, moments))
 
     def encode(self, tensor: TensorPlan, hessian: Moments = None) -> None:
         """Encode a tensor and write its records, unless that has been done or another process does it."""
@@ -78,12 +90,11 @@ class Encoding:
         self.bar.update(tensor.dense_bytes)
 
     def compressed(self, name: str, hessian: Moments) -> torch.Tensor:
-        """Return the tensor as a reader decodes it; if it is not yet encoded, encode it first, with this Hessian."""
+        """Return the tensor as a reader decodes it; it has been prepared with this Hessian."""
         dense = self._finetuned.tensor(name)
         tensor = self._by_name.get(name)
         if tensor is None:
             return dense
-        self.encode(tensor, hessian)
         data = np.frombuffer(self._workspace.record(name), np.uint8)
         shared = add_delta(self._base.tensor(name, self._device), data, name, tensor.dtype)
         return torch.cat([shared, dense[tensor.shape[0] :].to(shared.device)]) if tensor.added_rows else shared

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -195,8 +194,10 @@ def _encode(
     encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream)
     with pair.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as encoding.bar:
         if stream is not None and calibration is not None:
-            calibrate = partial(stream_layers, stream, calibration, encoding.compressed, workspace.states())
-            processes.in_first(lambda: calibrate(progress=Progress(False)))
+            stream_layers(
+                stream, calibration, encoding.compressed, workspace.states(),
+                prepare=encoding.prepare, progress=Progress(False),
+            )  # fmt: skip
         processes.each(lambda: encoding.encode_all(plan.encoded))
 
 
