@@ -9,7 +9,13 @@ _PROGRAMS = {f"{name}{end}" for name in ("impart-hf", "optimum-cli") for end in 
 
 def register_with_transformers() -> None:
     """Register the reader's classes; this imports transformers, but not the writer."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
 
     from .modeling.configuration_delta_compressed import DeltaCompressedConfig
     from .modeling.configuration_pruned_llama import PrunedLlamaConfig
@@ -18,6 +24,7 @@ def register_with_transformers() -> None:
 
     AutoConfig.register("delta_compressed", DeltaCompressedConfig, exist_ok=True)
     AutoModelForCausalLM.register(DeltaCompressedConfig, DeltaCompressedForCausalLM, exist_ok=True)
+    AutoModelForImageTextToText.register(DeltaCompressedConfig, DeltaCompressedForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(
         DeltaCompressedConfig, DeltaCompressedForSequenceClassification, exist_ok=True
     )

@@ -1,7 +1,8 @@
 """Measure compression: time, accuracy of the singular value decomposition, and memory.
 
-Three measurements: the decomposition of a synthetic delta, for as many components as each method needs, against
-`torch.linalg.svd` of the same matrix; the time to encode the delta by each method; and the peak of anonymous memory
+Three measurements: the decomposition of a synthetic delta, for as many components as each method needs, and values
+before vectors, as impart-rd has it, against `torch.linalg.svd` of the same matrix; the time to encode the delta by each
+method; and the peak of anonymous memory
 during a whole compression of LLaMA-7B-shaped layers. The delta's singular values fall as k^-0.5 into a floor of noise
 at a tenth of the largest.
 """
@@ -21,9 +22,12 @@ import numpy as np
 import torch
 
 from impart_hf import compress
+from impart_hf.coding.spectrum import leading_components, singular_values
 from impart_hf.coding.svd import leading_svd
 from impart_hf.evaluation.memory import PeakMemory
 from impart_hf.methods import method_class, method_names
+
+SHARES = 0.1, 0.25, 0.4  # of the shorter side; impart-rd stores about a quarter of the components at ratio 32
 
 
 def wanted_ranks(sigma: torch.Tensor, rows: int, columns: int, ratio: float) -> dict[str, int]:
@@ -50,7 +54,7 @@ def accuracy(delta: torch.Tensor, parts: Sequence[torch.Tensor], exact: torch.Te
 
 
 def decompositions(shape: tuple[int, int], ratios: Sequence[float], device: str, repeats: int) -> list[dict[str, Any]]:
-    """Time `leading_svd` against `torch.linalg.svd`: seconds (best of several runs) and accuracy."""
+    """Time `leading_svd` and the passes of impart-rd against `torch.linalg.svd`: seconds (best of several runs)."""
     delta = measure.synthetic_delta(*shape, seed=0, device=device)
     exact = torch.linalg.svdvals(delta.double())
     name = f"{shape[0]}x{shape[1]}"
@@ -64,6 +68,17 @@ def decompositions(shape: tuple[int, int], ratios: Sequence[float], device: str,
             row = {"matrix": name, "for": f"{method} at {ratio:g}", "components": rank, "seconds": seconds}
             row["times as fast"] = full / seconds
             rows.append(row | accuracy(delta, leading_svd(delta, rank), exact.float()))
+    known = singular_values(delta)
+    seconds = measure.best_seconds(lambda: singular_values(delta), repeats, device)
+    values = {"matrix": name, "for": "values alone", "components": min(shape), "seconds": seconds}
+    error = float(np.abs(known / exact.cpu().numpy() - 1)[: min(shape) // 2].max())
+    rows.append(values | {"times as fast": full / seconds, "singular values": error})
+    for share in SHARES:
+        rank = max(1, int(share * min(shape)))
+        seconds = measure.best_seconds(lambda rank=rank: leading_components(delta, rank, known), repeats, device)
+        row = {"matrix": name, "for": "vectors, values known", "components": rank, "seconds": seconds}
+        row["times as fast"] = full / seconds
+        rows.append(row | accuracy(delta, leading_components(delta, rank, known), exact.float()))
     return rows
 
 

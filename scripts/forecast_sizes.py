@@ -20,6 +20,7 @@ from typing import Any
 import measure
 import torch
 
+from impart_hf.compression.budgets import spectra_bytes
 from impart_hf.compression.forecast import kind_of, matrix_costs, price_of
 from impart_hf.compression.matrix_timing import MatrixKind, resident_bytes
 from impart_hf.compression.pipeline import CompressionRequest
@@ -155,7 +156,8 @@ def row_of(
             calibration_seconds(shapes, tensors, tokens, times.training_speed) if arguments.texts else 0.0,
             times.training_speed,
         ),
-        model_config=shapes.config(), process_count=arguments.processes, resident=resident_bytes(),
+        kept_bytes=spectra_bytes(plan.encoded, method), model_config=shapes.config(),
+        process_count=arguments.processes, resident=resident_bytes(),
     )  # fmt: skip
     row = {"model": name, "method": method.name}
     row |= {stage.name: duration(stage.seconds) for stage in found.stages}

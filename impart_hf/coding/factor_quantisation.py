@@ -51,15 +51,15 @@ def quantised(
         U's levels (m, r), sigma as `factored_record` takes it, V's levels (n, r), notes.
     """
     widths_v = widths if widths_v is None else widths_v
-    sides = [
+    side_u, side_v = (
         _Side(part, plane_mask(mask_seed, side, thresholds, part), own, None if scales is None else scales[side])
         for side, (part, own) in enumerate(((u, widths), (v, widths_v)))
-    ]
-    rescale = torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
+    )
+    rescaled = sigma * torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
     if not transposed:
-        return _quantised(*sides, sigma * rescale, hessian, delta)
+        return _quantised(side_u, side_v, rescaled, hessian, delta)
     delta = None if delta is None else delta.t()
-    outer, scaled, inner, notes = _quantised(*reversed(sides), sigma * rescale, hessian, delta)
+    outer, scaled, inner, notes = _quantised(side_v, side_u, rescaled, hessian, delta)
     return inner, scaled, outer, notes
 
 

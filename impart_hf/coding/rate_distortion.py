@@ -11,6 +11,8 @@ price of a bit, every component has a choice of bits for u, bits for v and q wit
 price. The price is the same for all matrices of a model: the lowest at which their records fit the byte budget.
 """
 
+from __future__ import annotations
+
 import itertools
 from dataclasses import astuple, dataclass
 
@@ -26,8 +28,13 @@ _NEWTON_STEPS = 4
 _LEAST_KEPT = 1e-3  # the smallest q
 _TINY = 1e-200
 _PRICES = 1e-60, 1.0  # range of a bit's price, in units of the largest error; at the upper end nothing is stored
-_EXACT, _ABOUT = 1e-7, 0.03  # relative errors of a price: of the returned one, and of an estimate from a sample
-CHUNK = 4096  # components processed together, so that their numbers stay in the processor's cache
+_EXACT, _ABOUT = 1e-4, 0.03  # relative errors of a price: of the returned one, and of an estimate from wide bins
+_STEP, _WIDE_STEP = 0.01, 0.3  # width of a bin, as a logarithm of squared singular values; that of a wide one
+_MOST_BINS = 100_000  # if there would be more, bins are wider
+FEW = 200  # components whose price is found without wide bins
+_GROUP = 1 << 20  # components that are binned at a time, to save memory
+_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # mixes numbers into a hash
+_CHUNK = 4096  # components processed together, so that their numbers stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -81,45 +88,37 @@ class Choice:
         return int((self.bits[:, 0] > 0).sum())
 
 
-class Components:
-    """The components of several matrices, concatenated."""
+class _Table:
+    """Sizes and weighted energies of components; a row of the table may stand for several that are nearly alike."""
 
-    def __init__(self, matrices: list[Matrix]):
-        counts = [len(matrix.sigma) for matrix in matrices]
-        self.ends = np.cumsum(counts)[:-1]
-        energy = np.square(np.concatenate([matrix.sigma for matrix in matrices]))
-        parts = zip(*((m.rows, m.columns, *astuple(m.error_weights)) for m in matrices), strict=True)
-        rows, columns, dropped, u, v, both = (
-            np.concatenate([np.full(count, part, float) for count, part in zip(counts, values, strict=True)])
-            for values in parts
-        )
-        # All pairs of bits for u and for v, (pairs, 2), and 1 + eps of each, (2, pairs, 1).
-        self._bit_pairs = np.array(list(itertools.product(NOISE, NOISE)))
-        self._noise = (1 + np.vectorize(NOISE.get)(self._bit_pairs)).T[:, :, None]
-        self._worst = float((dropped * energy).max(initial=0.0)) or 1.0
-        self._table = np.stack([rows, columns, energy * dropped, energy * u, energy * v, energy * both])
-
-    def choose(self, price: float) -> Choice:
-        """Return each component's choice of least cost.
+    def __init__(self, numbers: np.ndarray, counts: np.ndarray | None = None):
+        """Use a table.
 
         Args:
-            price: price of a bit, in units of weighted squared error.
+            numbers: float64 (6, r): rows and columns of each component's matrix, its squared singular value times its
+                weights in the order of `ErrorWeights`.
+            counts: float64 (r,), how many components each stands for; 1 if None.
         """
-        return Choice(*self._all_chosen(self._table, price))
+        self.numbers = numbers
+        self.counts = np.ones(numbers.shape[1]) if counts is None else counts
+        # All pairs of bits for u and for v, (pairs, 2), and 1 + eps of each, (2, pairs, 1).
+        self.bit_pairs = np.array(list(itertools.product(NOISE, NOISE)))
+        self._noise = np.array([[1 + NOISE[bits] for bits in pair] for pair in self.bit_pairs.tolist()]).T[:, :, None]
 
-    def _all_chosen(self, table: np.ndarray, price: float) -> list[np.ndarray]:
-        """Return bits, thresholds and bytes of the components in a table, computed in chunks."""
-        starts = range(0, max(1, table.shape[1]), CHUNK)
-        parts = [self._chosen(table[:, start : start + CHUNK], price) for start in starts]
-        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+    def choose(self, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return each component's pair in `bit_pairs`, -1 if it is dropped; its threshold; and its bytes."""
+        starts = range(0, max(1, self.numbers.shape[1]), _CHUNK)
+        parts = [self._chosen(self.numbers[:, start : start + _CHUNK], price) for start in starts]
+        pairs, thresholds, sizes = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return pairs, thresholds, sizes
 
-    def _chosen(self, table: np.ndarray, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows, columns, dropped, u, v, both = table
+    def _chosen(self, numbers: np.ndarray, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows, columns, dropped, u, v, both = numbers
         noise_u, noise_v = self._noise
         # With z = 1 / q, the error is square * z^2 + linear * z plus a constant. All have shape (pairs, r); `bits` is
         # the size at q = 1.
         square, linear = both * noise_u * noise_v, (u - both) * noise_u + (v - both) * noise_v
-        bits = self._bit_pairs[:, :1] * rows + self._bit_pairs[:, 1:] * columns
+        bits = self.bit_pairs[:, :1] * rows + self.bit_pairs[:, 1:] * columns
         bit_price = price * bits
         z = _best_inverse(square, linear, bit_price)
         costs = square * z**2 + linear * z + bit_price / z
@@ -128,62 +127,146 @@ class Components:
         stored = least + both - u - v + 8 * price * COMPONENT_BYTES < dropped
         thresholds = thresholds_of(np.where(stored, kept, 1.0))
         sizes = whole * kept_ratios(thresholds) / 8 + COMPONENT_BYTES
-        return self._bit_pairs[best] * stored[:, None], thresholds, np.where(stored, sizes, 0.0)
+        return np.where(stored, best, -1), thresholds, np.where(stored, sizes, 0.0)
+
+    def binned(self) -> tuple[_Table, np.ndarray]:
+        """Return a table in which components that are nearly alike share a row, and each component's row in it."""
+        found, where, step = *self._grouped(_STEP), _STEP
+        while found.numbers.shape[1] > _MOST_BINS:
+            step *= 2
+            found, again = found._grouped(step)
+            where = again[where]
+        return found, where
+
+    def _grouped(self, step: float) -> tuple[_Table, np.ndarray]:
+        """Bin components whose largest energies differ by about a factor of 1 + `step`."""
+        rows, columns, dropped, *noise = self.numbers
+        size = np.log(np.maximum(dropped, _TINY))
+        # The choice depends less on the energies of noise, relative to this one.
+        shares = [np.log(np.maximum(part, _TINY)) - size for part in noise]
+        key = np.zeros(len(size), np.int64)
+        for part in (rows, columns, size / step, *(share / (2 * step) for share in shares)):
+            key = key * _MULTIPLIER + np.round(part).astype(np.int64)  # a hash: it may overflow
+        _, first, where = np.unique(key, return_index=True, return_inverse=True)
+        counts = np.bincount(where, self.counts)
+        means = [np.bincount(where, self.counts * part) / counts for part in (dropped, *noise)]
+        return _Table(np.stack([rows[first], columns[first], *means]), counts), where
+
+    def price_for(self, max_bytes: float, near: float | None = None) -> float:
+        """Return nearly the lowest price of a bit at which the chosen components take at most `max_bytes`.
+
+        Args:
+            near: a price not far from it, if one is known.
+        """
+        least, most = np.log((float(self.numbers[2].max(initial=0.0)) or 1.0) * np.array(_PRICES))
+        if self.numbers.shape[1] <= FEW:
+            return float(np.exp(self._bisected(max_bytes, least, most)))
+        if near is None:  # wide bins give an estimate in a fraction of the time
+            about = self._grouped(_WIDE_STEP)[0]._bisected(max_bytes, least, most)
+        else:
+            about = float(np.clip(np.log(near), least, most))
+        low, high, width = about, about, _ABOUT
+        while low > least and self._fits(max_bytes, low):
+            low, high, width = max(least, low - width), low, 4 * width
+        while high < most and not self._fits(max_bytes, high):
+            low, high, width = high, min(most, high + width), 4 * width
+        # A component that is dropped at the lower price is dropped at all higher ones.
+        return float(np.exp(self._stored(low)._bisected(max_bytes, low, high)))
+
+    def _bisected(self, max_bytes: float, low: float, high: float) -> float:
+        """Return the logarithm of nearly the lowest price between two others at which the components fit."""
+        while high - low > _EXACT:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._fits(max_bytes, middle) else (middle, high)
+        return high
+
+    def _stored(self, log_price: float) -> _Table:
+        """Return the rows that are stored at a price."""
+        stored = self.choose(np.exp(log_price))[0] >= 0
+        return _Table(self.numbers[:, stored], self.counts[stored])
+
+    def _fits(self, max_bytes: float, log_price: float) -> bool:
+        return float(self.choose(np.exp(log_price))[2] @ self.counts) <= max_bytes
+
+
+class Components:
+    """The components of several matrices, concatenated."""
+
+    def __init__(self, matrices: list[Matrix]):
+        counts = [len(matrix.sigma) for matrix in matrices]
+        energy = np.square(np.concatenate([matrix.sigma for matrix in matrices]))
+        parts = zip(*((m.rows, m.columns, *astuple(m.error_weights)) for m in matrices), strict=True)
+        rows, columns, *weights = (
+            np.concatenate([np.full(count, part, float) for count, part in zip(counts, values, strict=True)])
+            for values in parts
+        )
+        self.table = _Table(np.stack([rows, columns, *(energy * weight for weight in weights)]))
+
+    def choose(self, price: float) -> Choice:
+        """Return each component's choice of least cost.
+
+        Args:
+            price: price of a bit, in units of weighted squared error.
+        """
+        pairs, thresholds, sizes = self.table.choose(price)
+        return Choice(self.table.bit_pairs[pairs] * (pairs >= 0)[:, None], thresholds, sizes)
 
     def price_for(self, max_bytes: float) -> float:
         """Return nearly the lowest price of a bit at which the chosen components take at most `max_bytes`."""
-        least, most = low, high = np.log(self._worst * np.array(_PRICES))
-        stride = self._table.shape[1] // CHUNK
-        if stride > 1:  # a sample of the components gives an estimate in a fraction of the time
-            sample = self._table[:, ::stride]
-            share = sample.shape[1] / self._table.shape[1]
-            low, high = self._bisected(sample, share * max_bytes, low, high, _ABOUT)
-            while low > least and self._fits(self._table, max_bytes, low := max(least, low - _ABOUT)):
-                pass
-            while high < most and not self._fits(self._table, max_bytes, high := min(most, high + _ABOUT)):
-                pass
-        return float(np.exp(self._bisected(self._table, max_bytes, low, high, _EXACT)[1]))
-
-    def _bisected(
-        self, table: np.ndarray, max_bytes: float, low: float, high: float, width: float
-    ) -> tuple[float, float]:
-        """Bisect to two logarithms of prices, at most `width` apart: at the lower one the components do not fit."""
-        while high - low > width:
-            middle = (low + high) / 2
-            low, high = (low, middle) if self._fits(table, max_bytes, middle) else (middle, high)
-        return low, high
-
-    def _fits(self, table: np.ndarray, max_bytes: float, log_price: float) -> bool:
-        return self._all_chosen(table, np.exp(log_price))[2].sum() <= max_bytes
+        return self.table.price_for(max_bytes)
 
 
 def _best_inverse(square: np.ndarray, linear: np.ndarray, bit_price: np.ndarray) -> np.ndarray:
     """Return the z = 1 / q, at least 1, that minimises square z^2 + linear z + bit_price / z."""
     # The derivative is zero where 2 square z^3 + linear z^2 - bit_price is. Without one of its first two terms, that
     # zero is higher. Newton's method descends from there, because the function is convex.
-    z = np.minimum(np.cbrt(bit_price / (2 * square + _TINY)), np.sqrt(bit_price / (linear + _TINY)))
-    z = np.clip(z, 1.0, 1 / _LEAST_KEPT)
+    z = np.ones(square.shape)
+    above = 2 * square + linear < bit_price
+    square, linear, bit_price = square[above], linear[above], bit_price[above]
+    best = np.minimum(np.cbrt(bit_price / (2 * square + _TINY)), np.sqrt(bit_price / (linear + _TINY)))
+    best = np.clip(best, 1.0, 1 / _LEAST_KEPT)
     for _ in range(_NEWTON_STEPS):
-        slope = 6 * square * z**2 + 2 * linear * z + _TINY
-        z = np.clip(z - (2 * square * z**3 + linear * z**2 - bit_price) / slope, 1.0, 1 / _LEAST_KEPT)
+        slope = (6 * square * best + 2 * linear) * best + _TINY
+        best -= ((2 * square * best + linear) * best**2 - bit_price) / slope
+        np.clip(best, 1.0, 1 / _LEAST_KEPT, best)
+    z[above] = best
     return z
 
 
+def _binned(matrices: list[Matrix]) -> tuple[_Table, np.ndarray]:
+    """Return the components of all matrices in one table of bins, and each component's row in it."""
+    tables, places, count, group = [], [], 0, []
+    for number, matrix in enumerate(matrices, 1):
+        group.append(matrix)
+        if number == len(matrices) or sum(len(one.sigma) for one in group) > _GROUP:
+            table, where = Components(group).table.binned()
+            tables.append(table)
+            places.append(where + count)
+            count, group = count + len(table.counts), []
+    joined = _Table(
+        np.concatenate([table.numbers for table in tables], 1), np.concatenate([table.counts for table in tables])
+    )
+    table, again = joined.binned()
+    return table, again[np.concatenate(places)]
+
+
 def allocate(matrices: list[Matrix], max_bytes: int) -> list[int]:
-    """Return the bytes of every matrix's record, in total at most `max_bytes`, with one price of a bit for all."""
-    components = Components(matrices)
-    headers = OVERHEAD_BYTES * len(matrices)
+    """Return the bytes of every matrix's record, in total at most `max_bytes`, with one price of a bit for all.
+
+    Components that are nearly alike are counted instead of examined one by one.
+    """
+    table, where = _binned(matrices)
+    owner = np.repeat(np.arange(len(matrices)), [len(matrix.sigma) for matrix in matrices])
+    headers, price = OVERHEAD_BYTES * len(matrices), None
     while True:
-        choice = components.choose(components.price_for(max_bytes - headers))
-        segments = [
-            max(1, len({tuple(pair) for pair in bits.tolist()} - {(0, 0)}))
-            for bits in np.split(choice.bits, components.ends)
-        ]
-        sizes = [
-            HEADER_BYTES + SEGMENT_BYTES * count + int(np.ceil(part.sum()))
-            for count, part in zip(segments, np.split(choice.bytes, components.ends), strict=True)
-        ]
-        excess = sum(sizes) - max_bytes
-        if excess <= 0 or not choice.bits.any():
-            return sizes
+        price = table.price_for(max_bytes - headers, price)
+        pairs, _, bin_bytes = table.choose(price)
+        used = np.zeros((len(matrices), len(table.bit_pairs) + 1), bool)
+        used[owner, pairs[where]] = True  # the last column is that of dropped components
+        segments = np.maximum(1, used[:, :-1].sum(1))
+        parts = np.bincount(owner, bin_bytes[where], len(matrices))
+        sizes = HEADER_BYTES + SEGMENT_BYTES * segments + np.ceil(parts).astype(int)
+        excess = int(sizes.sum()) - max_bytes
+        if excess <= 0 or not (pairs >= 0).any():
+            return sizes.tolist()
         headers += excess  # the number of segments is known only after the price

@@ -4,11 +4,22 @@ Sharing bytes out among the matrices of a model needs all their singular values,
 the vectors. Once the bytes are shared out, it is known how many components of a matrix are stored.
 """
 
+import math
+
 import numpy as np
 import torch
 
 from ..modeling.precision import full_float32
-from .svd import ROUNDING, TRUSTED, eigvalsh, leading_svd, lower_gram, roots
+from .svd import ROUNDING, TRUSTED, components, eigvalsh, leading_svd, lower_gram, roots
+
+_SMALL = 256  # with a shorter side below this, the whole decomposition is faster
+_OVERSAMPLING = 1.2  # vectors in the block for each that is wanted
+_MOST_VECTORS = 0.4  # of the shorter side; for a larger block, the whole decomposition is faster
+# What the polynomial multiplies the last wanted vector by, relative to those that are not wanted; and at most the
+# first one between two orthogonalisations, because float32 has seven digits.
+_GAIN, _MOST_GAIN = 20.0, 1e6
+_TILE = 512
+_MOST_DEGREE = 8
 
 
 @full_float32()
@@ -53,14 +64,65 @@ def _refine(matrix: torch.Tensor, sigma: np.ndarray, least: float) -> None:
     sigma[clear:] = np.minimum(values, sigma[clear - 1])
 
 
+@full_float32()
 def leading_components(
     matrix: torch.Tensor, rank: int, sigma: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the leading components of a matrix whose singular values are known, as `leading_svd` does.
+    """Return the leading components of a matrix whose singular values are known, as `leading_svd` does but faster.
+
+    A random block of somewhat more vectors than are wanted is multiplied by a Chebyshev polynomial of the Gram matrix
+    that is small for all values below the block's last (Zhou, Saad, Tiago and Chelikowsky, Phys. Rev. E 74, 2006). Its
+    squared error is at most 0.5 % above that of the best approximation, or 1e-6 of the matrix's squared norm. The
+    vectors are the best ones within the block: where values are nearly equal, they need not be near the exact ones.
 
     Args:
         matrix: float32 (m, n), finite, on any device.
         rank: the number of components, 1 to min(m, n).
         sigma: float64 (min(m, n),), from `singular_values`.
+
+    Returns:
+        U (m, r), sigma (r,) in falling order, V (n, r). The result is deterministic.
     """
-    return leading_svd(matrix, rank)
+    side, size = len(sigma), max(int(_OVERSAMPLING * rank), rank + 8)
+    if side < _SMALL or size > _MOST_VECTORS * side or sigma[rank - 1] < 2 * TRUSTED * sigma[0]:
+        return leading_svd(matrix, rank)
+    scale = float(torch.linalg.vector_norm(matrix, torch.inf))
+    if not 1e-8 <= scale <= 1e8:  # squares would leave the range of float32
+        u, found, v = leading_components(matrix / scale, rank, sigma / scale)
+        return u, found * scale, v
+    if matrix.shape[0] < matrix.shape[1]:
+        v, found, u = components(matrix.t(), _filtered(matrix.t(), rank, size, sigma), rank)
+    else:
+        u, found, v = components(matrix, _filtered(matrix, rank, size, sigma), rank)
+    return u, found, v
+
+
+def _filtered(matrix: torch.Tensor, rank: int, size: int, sigma: np.ndarray) -> torch.Tensor:
+    """Return an orthonormal basis, (n, size), of a space that nearly holds the leading right singular vectors."""
+    # Where values are nearly equal, others than the leading ones serve as well, and all of them have some gain.
+    near = 2 * sigma[rank - 1] ** 2 / (1 + math.cosh(math.acosh(_GAIN) / _MOST_DEGREE))
+    cut = max(min(sigma[size] ** 2, near), (TRUSTED * sigma[0]) ** 2)
+    # Arguments of the Chebyshev polynomial, which is at most 1 for what lies between 0 and the cut.
+    last, first = (math.acosh(2 * sigma[i] ** 2 / cut - 1) for i in (rank - 1, 0))
+    degree = max(2, math.ceil(math.acosh(_GAIN) / last - 1e-6))
+    rounds = math.ceil(degree / max(1, int(math.acosh(_MOST_GAIN) / first)))
+    gram = lower_gram(matrix)
+    for start in range(0, len(gram), _TILE):
+        stop = start + _TILE
+        gram[start:stop, stop:] = gram[stop:, start:stop].t()
+        gram[start:stop, start:stop] = gram[start:stop, start:stop].tril() + gram[start:stop, start:stop].tril(-1).t()
+    # The start has one random sign in each row, so that the first product is only a sum of columns.
+    places = torch.arange(len(gram), device=gram.device)
+    signs = torch.randint(0, 2, (len(gram),), generator=torch.Generator().manual_seed(0)).to(gram) * 2 - 1
+    block = gram.new_zeros(len(gram), size)
+    block[places, places % size] = signs
+    image = (gram[:, :size] * signs[:size]).contiguous()
+    for start in range(size, len(gram), size):
+        more = slice(start, start + size)
+        image[:, : len(places[more])] += gram[:, more] * signs[more]
+    for number in range(rounds):
+        before, block = block, (image if number == 0 else gram @ block).mul_(2 / cut).sub_(block)
+        for _ in range(degree * (number + 1) // rounds - degree * number // rounds - 1):
+            before, block = block, torch.addmm(before, gram, block, beta=-1, alpha=4 / cut).sub_(block, alpha=2)
+        block = torch.linalg.qr(block)[0]
+    return block

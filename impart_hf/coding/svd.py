@@ -66,7 +66,7 @@ def _tall_svd(
         return max(1, min(side, rank_rule(np.concatenate([above, sigma])) - len(above)))
 
     v = _krylov_vectors(matrix, count) if matrix.shape[1] >= _SMALL else None
-    u, sigma, v = _components(matrix, all_vectors(matrix, count) if v is None else v)
+    u, sigma, v = components(matrix, all_vectors(matrix, count) if v is None else v)
     clear = int((sigma >= TRUSTED * sigma[0]).sum())
     if clear == len(sigma) or len(sigma) > side // 2:
         return u, sigma, v
@@ -79,14 +79,16 @@ def _tall_svd(
     return u, sigma, v
 
 
-def _components(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the singular components of the matrix in the space of the orthonormal columns of `v`."""
+def components(
+    matrix: torch.Tensor, v: torch.Tensor, rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the leading singular components, all or `rank`, in the space of the orthonormal columns of `v`."""
     projected = matrix @ v
-    if v.shape[1] <= max(matrix.shape[1] // 2, _SMALL):
+    if rank is not None or v.shape[1] <= max(matrix.shape[1] // 2, _SMALL):
         # A rotation makes U's columns orthogonal too, which is more exact. With most vectors of a large matrix it would
         # take too long.
         _, rotation = eigh((projected.t() @ projected).double())
-        rotation = rotation.flip(1).to(v.dtype)
+        rotation = rotation.flip(1)[:, :rank].to(v.dtype)
         projected, v = projected @ rotation, v @ rotation
     sigma = projected.norm(dim=0)
     # Rounding can put neighbours of nearly equal size in the wrong order.

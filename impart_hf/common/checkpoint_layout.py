@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -126,6 +126,12 @@ class CheckpointLayout:
         self.groups = _groups(tensors, model, tensors.names() if names is None else names)
         self._group_of = {member.name: group for group in self.groups.values() for member in group.members}
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every parameter of the model comes from the checkpoint or is tied to another."""
+        found = {name for group in self.groups.values() for name in group.parameters} | self.tied.keys()
+        return self.model.state_dict().keys() <= found
+
     def group(self, name: str) -> TensorGroup | None:
         """Return the group of a checkpoint's tensor; None if no model reads the tensor."""
         return self._group_of.get(name)
@@ -142,7 +148,7 @@ class CheckpointLayout:
 def known_layout(
     tensors: Tensors, config: PreTrainedConfig, names: Iterable[str] | None = None
 ) -> CheckpointLayout | None:
-    """Return the layout of a checkpoint; None if transformers has no causal language model for its configuration.
+    """Return the layout of a checkpoint; None if transformers has no model that generates text for its configuration.
 
     Args:
         tensors, names: as for `CheckpointLayout`.
@@ -150,9 +156,11 @@ def known_layout(
     Raises:
         ValueError: if the configuration describes no model.
     """
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    try:
+        model_class = inner_class(config)
+    except ValueError:
         return None
-    return class_layout(tensors, inner_class(config), config, names)
+    return class_layout(tensors, model_class, config, names)
 
 
 def class_layout(

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup, known_layout
 from ..common.configs import model_config, untied
+from ..common.meta_model import takes_images
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import Checkpoint, same_values
 from ..modeling.model_files import CheckpointError, HubOptions
@@ -42,7 +43,7 @@ class ReadModel:
             IncompatibleModelsError: if its configuration describes no model.
         """
         self.checkpoint = checkpoint
-        self.layout = _layout(checkpoint)
+        self.layout, self._content = _layout(checkpoint)
 
     @cached_property
     def has_own_output(self) -> bool:
@@ -70,8 +71,8 @@ class ReadModel:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The content of config.json, corrected if it ties an output projection that is another matrix."""
-        return untied(self.checkpoint.config) if self.has_own_output else self.checkpoint.config
+        """The content of config.json, corrected if it names a class for images, or ties a matrix that is another."""
+        return untied(self._content) if self.has_own_output else self._content
 
     def spare_names(self) -> set[str]:
         """Return the names of the tensors that a model can do without: no model reads them, or they are tied."""
@@ -343,17 +344,27 @@ def _is_head(parameter: str, model: CheckpointLayout, other: CheckpointLayout) -
     return type(model.model) is not type(other.model) and not inside and parameter not in other.model.state_dict()
 
 
-def _layout(checkpoint: StoredModel) -> CheckpointLayout | None:
-    """Return what a checkpoint's tensors become, tied and ignored ones included; None if transformers cannot tell.
+def _layout(checkpoint: StoredModel) -> tuple[CheckpointLayout | None, Mapping[str, Any]]:
+    """Return what a checkpoint's tensors become, tied and ignored ones included, and its config.json.
+
+    The layout is None if transformers cannot tell. If config.json names a class for images, but the files hold the
+    language model alone, the config.json that is returned names the class of that.
 
     Raises:
         IncompatibleModelsError: if its configuration describes no model.
     """
     model_type = str(checkpoint.config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
-        return None
+        return None, checkpoint.config
     try:
-        return known_layout(checkpoint, model_config(checkpoint.config), checkpoint.stored_names())
+        names = checkpoint.stored_names()
+        layout = known_layout(checkpoint, model_config(checkpoint.config), names)
+        if layout is None or layout.is_complete or not takes_images(type(layout.model)):
+            return layout, checkpoint.config
+        alone = known_layout(checkpoint, model_config({**checkpoint.config, "architectures": []}), names)
+        if alone is None or type(alone.model) is type(layout.model) or not alone.is_complete:
+            return layout, checkpoint.config
+        return alone, {**checkpoint.config, "architectures": [type(alone.model).__name__]}
     except CheckpointError:
         raise
     except Exception as error:  # bad fields can raise any type

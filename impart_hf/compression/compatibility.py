@@ -81,15 +81,15 @@ def check_names(model: Model) -> None:
 
 def _grew(finetuned: Model, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
     """Return whether a tensor's first axis is a vocabulary with rows added."""
-    return len(theirs) > 0 and ours[1:] == theirs[1:] and theirs[0] < ours[0] == _vocabulary(finetuned)
+    return len(theirs) > 0 and ours[1:] == theirs[1:] and theirs[0] < ours[0] == vocabulary_size(finetuned)
 
 
 def _was_cut(finetuned: Model, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
     """Return whether a tensor's first axis is a vocabulary of which rows were cut off."""
-    return len(ours) > 0 and ours[1:] == theirs[1:] and theirs[0] > ours[0] == _vocabulary(finetuned)
+    return len(ours) > 0 and ours[1:] == theirs[1:] and theirs[0] > ours[0] == vocabulary_size(finetuned)
 
 
-def _vocabulary(model: Model) -> int | None:
+def vocabulary_size(model: Model) -> int | None:
     """Return the size of a model's vocabulary, which a vision model's configuration has in a nested one."""
     return getattr(text_config(model.config), "vocab_size", None)
 

@@ -1,14 +1,18 @@
 """Encoding of planned tensors into records in a workspace."""
 
 import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..calibration.layer_stream import Moments
 from ..calibration.streamed_model import StreamedModel
 from ..coding.records import empty_record
 from ..coding.svd_cache import SvdOf, uncached_svd
+from ..common import processes
 from ..methods import Encoded, MethodConfig, Spectrum, method_for
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.delta_decode import add_delta
@@ -43,7 +47,7 @@ class Encoding:
                 have equal shares.
             stream: the model whose layers' inputs are known on calibration text.
         """
-        self._linear = frozenset[str]() if stream is None else frozenset(stream.linear)
+        self._matrices = frozenset[str]() if stream is None else stream.matrices
         self._transposed = frozenset[str]() if stream is None else stream.transposed
         self._base, self._finetuned, self._device = pair.base, pair.finetuned, pair.device
         self._method, self._workspace, self._svd_of, self._budgets = method, workspace, svd_of, budgets
@@ -52,12 +56,21 @@ class Encoding:
         self._by_name = dict(self._waiting)
         self._done = self._written = 0
 
-    def encode_all(self, tensors: list[TensorPlan]) -> None:
-        """Encode the tensors that no other process takes and that have not been encoded, without calibration."""
-        for tensor in order_to_take(tensors):
-            self.encode(tensor)
+    def encode_all(self, tensors: list[TensorPlan], moments: Mapping[str, Moments] = MappingProxyType({})) -> None:
+        """Encode the tensors that no other process takes and that have not been encoded.
 
-    def encode(self, tensor: TensorPlan, hessian: torch.Tensor | None = None) -> None:
+        Args:
+            moments: second moments of the inputs of some or all, by name.
+        """
+        for tensor in order_to_take(tensors):
+            self.encode(tensor, moments.get(tensor.name))
+
+    def prepare(self, moments: Mapping[str, Moments]) -> None:
+        """Encode tensors with these second moments of their inputs, shared out among the processes of a job."""
+        tensors = [self._by_name[name] for name in moments if name in self._by_name]
+        processes.each(lambda: self.encode_all(tensors, moments))
+
+    def encode(self, tensor: TensorPlan, hessian: Moments = None) -> None:
         """Encode a tensor and write its records, unless that has been done or another process does it."""
         if self._waiting.pop(tensor.name, None) is None:
             return
@@ -68,21 +81,20 @@ class Encoding:
                 tensor, self._base, self._finetuned, self._method, self._device, hessian, self._svd_of, budgets,
                 None if budgets is None else spectra_of(tensor, self._workspace), tensor.name in self._transposed,
             )  # fmt: skip
-            if hessian is None and tensor.name in self._linear:
-                notes.append("not calibrated: no token of the text reaches it")
+            if hessian is None and tensor.name in self._matrices:
+                notes.append("not calibrated: too few tokens of the text reach it")
             self._workspace.put_record(tensor.name, data, notes)
         if self._workspace.has_record(tensor.name):
             self._done += tensor.dense_bytes
             self._written += len(self._workspace.record(tensor.name))
         self.bar.update(tensor.dense_bytes)
 
-    def compressed(self, name: str, hessian: torch.Tensor | None) -> torch.Tensor:
-        """Return the tensor as a reader decodes it; if it is not yet encoded, encode it first, with this Hessian."""
+    def compressed(self, name: str, hessian: Moments) -> torch.Tensor:
+        """Return the tensor as a reader decodes it; it has been prepared with this Hessian."""
         dense = self._finetuned.tensor(name)
         tensor = self._by_name.get(name)
         if tensor is None:
             return dense
-        self.encode(tensor, hessian)
         data = np.frombuffer(self._workspace.record(name), np.uint8)
         shared = add_delta(self._base.tensor(name, self._device), data, name, tensor.dtype)
         return torch.cat([shared, dense[tensor.shape[0] :].to(shared.device)]) if tensor.added_rows else shared
@@ -94,7 +106,7 @@ def encode_tensor(
     finetuned: Model,
     method: MethodConfig,
     device: torch.device,
-    hessian: torch.Tensor | None = None,
+    hessian: Moments = None,
     svd_of: SvdOf = uncached_svd,
     budgets: list[int] | None = None,
     spectra: list[Spectrum] | None = None,
@@ -114,9 +126,12 @@ def encode_tensor(
         if is_nonzero:
             svd = svd_of(tensor.name, number)
             budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
+            own = hessian if hessian is None or isinstance(hessian, torch.Tensor) else hessian[number]
+            if own is None and hessian is not None:
+                notes.append(f"matrix {number} not calibrated: too few tokens of the text reach it")
             encoded = encoder.encode(
                 delta, budget, seed,
-                hessian=hessian, svd=svd, sigma=None if spectra is None else spectra[number].sigma,
+                hessian=own, svd=svd, sigma=None if spectra is None else spectra[number].sigma,
                 vocabulary=tensor.vocabulary, transposed=transposed,
             )  # fmt: skip
         else:

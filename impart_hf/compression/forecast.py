@@ -22,7 +22,7 @@ from .compress import checked_method, open_pair
 from .encoding import mask_seed
 from .matrix_timing import MatrixCosts, MatrixKind, MatrixTimer, Source, resident_bytes, time_matrices
 from .pair import ModelPair
-from .pipeline import CompressionRequest, Reach, models_for_texts, planned
+from .pipeline import CompressionRequest, Reach, kept_bytes, models_for_texts, planned
 from .plan import CompressionPlan
 from .resources import Forecast, RunTimes, forecast_of
 from .run_timing import layer_seconds, price_seconds, scan_rate, training_speed
@@ -91,7 +91,12 @@ def forecast(
     )
     free = None if output is None else shutil.disk_usage(existing_parent(output)).free
     count = process_count or processes.count()
-    return processes.in_first(lambda: _forecast_pair(pair, request, count, opened, free))
+
+    def in_one() -> Forecast:
+        with processes.alone():
+            return _forecast_pair(pair, request, count, opened, free)
+
+    return processes.in_first(in_one)
 
 
 def _forecast_pair(
@@ -104,7 +109,7 @@ def _forecast_pair(
         free_bytes: free space at the output, or None.
     """
     stream, trained = models_for_texts(pair, request)
-    reach = Reach(frozenset() if stream is None else frozenset(stream.linear), trained)
+    reach = Reach(frozenset() if stream is None else stream.matrices, trained)
     pair.tensors = sampled_scan(pair.base, pair.finetuned)
     method, config, plan = planned(pair, pair.tensors, request, reach)
     opening = time.perf_counter() - opened
@@ -124,7 +129,7 @@ def _forecast_pair(
     return forecast_of(
         plan, replace(request, method=method), config, kinds, costs, times,
         model_config=dict(pair.finetuned.config), process_count=process_count, resident=resident_bytes(),
-        free_bytes=free_bytes,
+        free_bytes=free_bytes, kept_bytes=kept_bytes(pair, plan, method, request, stream),
     )  # fmt: skip
 
 

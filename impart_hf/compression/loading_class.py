@@ -1,4 +1,4 @@
-"""The class that loads a fine-tune, and whether it can: a causal language model's, or a sequence classifier's."""
+"""The class that loads a fine-tune, and whether it can: one that generates text, or a sequence classifier's."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from ..common.checkpoint_layout import CheckpointLayout, class_layout
 from ..common.completeness import missing_parameters
 from ..common.configs import model_config
+from ..common.meta_model import takes_images
 from ..modeling.checkpoints import config_for
-from ..modeling.modeling_delta_compressed import inner_class
+from ..modeling.modeling_delta_compressed import inner_class, is_classifier
 from ..modeling.tensors import Model, StoredModel
 from .base_layout import ReadModel
 from .compatibility import IncompatibleModelsError
@@ -20,6 +21,14 @@ _SUPPORTED = "only causal language models, and sequence classifiers of the same 
 def loading_class(model: Model) -> Any:
     """Return transformers' class for a model that `check_loads` has accepted."""
     return inner_class(model_config(model.config))
+
+
+def auto_classes(model: Model) -> list[str]:
+    """Return the names of transformers' Auto classes that load a delta of the model, the most specific one last."""
+    loading = loading_class(model)
+    if is_classifier(loading):
+        return ["AutoModelForSequenceClassification"]
+    return ["AutoModelForCausalLM", *(["AutoModelForImageTextToText"] if takes_images(loading) else [])]
 
 
 def check_class(read: ReadModel) -> None:
@@ -38,7 +47,7 @@ def check_class(read: ReadModel) -> None:
         )
     if read.layout is None:
         raise IncompatibleModelsError(
-            f"'{model.source}' is a '{model_type}' model, which has no causal language model class in transformers: "
+            f"'{model.source}' is a '{model_type}' model, for which transformers has no class that generates text: "
             f"{_SUPPORTED}"
         )
     stated, loading = _stated_class(model), type(read.layout.model)
@@ -46,10 +55,8 @@ def check_class(read: ReadModel) -> None:
         return
     if lost := _lost_parameters(model, stated, read.layout):
         advice = _SUPPORTED
-        found = {name for group in read.layout.groups.values() for name in group.parameters} | read.tied.keys()
-        whole = read.layout.model.state_dict().keys() <= found
         config_class: Any = loading.config_class
-        if whole and config_class in AutoModelForCausalLM._model_mapping:
+        if read.layout.is_complete and config_class in AutoModelForCausalLM._model_mapping:
             advice = (
                 f"if the rest is all that you need, load base and fine-tune with {loading.__name__}, save them, and "
                 "compress these"

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..calibration.hidden_states import HiddenStates
 from ..calibration.layer_stream import stream_layers
 from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..coding.svd_cache import SvdOf, uncached_svd
@@ -126,7 +127,7 @@ def compress_pair(
     """
     started = time.perf_counter()
     stream, trained = processes.each(lambda: models_for_texts(pair, request))
-    reach = Reach(frozenset() if stream is None else frozenset(stream.linear), trained)
+    reach = Reach(frozenset() if stream is None else stream.matrices, trained)
     state = processes.from_first(pair.state())
     if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
         pair.tensors = list(map(TensorPlan.from_dict, stored))
@@ -134,8 +135,8 @@ def compress_pair(
     method, config, plan = processes.each(lambda: planned(pair, tensors, request, reach))
     inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
     expected_bytes = plan.allowed_bytes + plan.fixed_bytes
-    kept_bytes = spectra_bytes(plan.encoded, method) + _checkpoint_bytes(pair, plan, method, request)
-    workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept_bytes)
+    kept = kept_bytes(pair, plan, method, request, stream)
+    workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept)
     processes.in_first(lambda: workspace.put_scan(state, [tensor.to_dict() for tensor in tensors]))
     _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
     distilled = _distil(pair, workspace, plan, request)
@@ -191,7 +192,10 @@ def _encode(
     encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream)
     with pair.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as encoding.bar:
         if stream is not None and calibration is not None:
-            stream_layers(stream, calibration, encoding.compressed, progress=Progress(False))
+            stream_layers(
+                stream, calibration, encoding.compressed, workspace.states(),
+                prepare=encoding.prepare, progress=Progress(False),
+            )  # fmt: skip
         processes.each(lambda: encoding.encode_all(plan.encoded))
 
 
@@ -212,14 +216,26 @@ def _distil(
     return report
 
 
-def _checkpoint_bytes(pair: ModelPair, plan: CompressionPlan, method: MethodConfig, request: CompressionRequest) -> int:
-    """Return about how much distillation's checkpoints take on disk."""
-    if request.distillation is None:
-        return 0
-    from ..distillation.memory import checkpoint_bytes_for
+def kept_bytes(
+    pair: ModelPair,
+    plan: CompressionPlan,
+    method: MethodConfig,
+    request: CompressionRequest,
+    stream: StreamedModel | None,
+) -> int:
+    """Return the bytes that a run keeps in the workspace besides records and the files made of them, about.
 
-    layers = getattr(text_config(pair.finetuned.config), "num_hidden_layers", 1)
-    return checkpoint_bytes_for(plan.allowed_bytes, method.name, layers, request.distill_settings)
+    They are of singular values, of calibration's hidden states and of distillation's checkpoints.
+    """
+    kept = spectra_bytes(plan.encoded, method)
+    if stream is not None and request.calibration is not None:
+        kept += HiddenStates.bytes_needed(stream.states_shape(request.calibration), stream.dtype)
+    if request.distillation is not None:
+        from ..distillation.memory import checkpoint_bytes_for
+
+        layers = getattr(text_config(pair.finetuned.config), "num_hidden_layers", 1)
+        kept += checkpoint_bytes_for(plan.allowed_bytes, method.name, layers, request.distill_settings)
+    return kept
 
 
 def _distillation() -> Any:

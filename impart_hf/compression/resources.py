@@ -6,7 +6,7 @@ from typing import Any
 
 from ..repository.report import human_bytes
 from ..storage.workspace import needed_bytes
-from .budgets import sharing, spectra_bytes
+from .budgets import sharing
 from .matrix_timing import MatrixCosts, MatrixKind
 from .pipeline import CompressionRequest
 from .plan import CompressionPlan
@@ -141,6 +141,7 @@ def forecast_of(
     costs: MatrixCosts,
     times: RunTimes,
     *,
+    kept_bytes: int,
     model_config: Mapping[str, Any],
     process_count: int = 1,
     resident: int | None = None,
@@ -152,6 +153,7 @@ def forecast_of(
         request: with the method's real ratio.
         config: the content of config.json.
         kinds: the kind of each tensor to encode.
+        kept_bytes: what the run keeps on disk besides records and the files made of them, in bytes.
         model_config: the content of the fine-tune's config.json.
         resident: memory of the process now, in bytes; None if it is not known.
         free_bytes: free space at the output, if it is known.
@@ -174,7 +176,7 @@ def forecast_of(
     stages.append(Stage("vectors and encoding", shared("encoding"), True))
     if request.calibration is not None:
         decoding = sum(t.matrices * cost[t.name].decoding for t in encoded)
-        stages.append(Stage("calibration", times.calibration + decoding, False))
+        stages.append(Stage("calibration", times.calibration / process_count + decoding, True))
     if request.distillation is not None:
         seconds = training_operations(plan, request, model_config, cost) / times.training_speed
         stages.append(Stage("distillation", seconds / process_count, True))
@@ -186,7 +188,7 @@ def forecast_of(
         process_count=process_count,
         stages=stages,
         memory_bytes=None if resident is None else resident + _peak(plan, request, model_config, cost),
-        disk_bytes=needed_bytes(plan.allowed_bytes + plan.fixed_bytes, spectra_bytes(encoded, method)),
+        disk_bytes=needed_bytes(plan.allowed_bytes + plan.fixed_bytes, kept_bytes),
         free_bytes=free_bytes,
         repository_bytes=repository_bytes,
         allowed_bytes=plan.allowed_bytes,

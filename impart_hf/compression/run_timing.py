@@ -1,27 +1,28 @@
 """What a compression costs beside its matrices' decomposition: reading, the price of a byte, calibration, training."""
 
 import contextlib
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..calibration.layer_stream import stream_layers
+from ..calibration.layer_stream import Moments, stream_layers
 from ..calibration.streamed_model import StreamedModel
 from ..common.progress import Progress
 from ..methods import MethodConfig, Spectrum
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.tensors import Model
+from .compatibility import vocabulary_size
 from .matrix_timing import MatrixKind
 from .scan import TensorPlan, scan_tensor
 
 Clock = Callable[[], float]
 
 _SCANNED_BYTES = 256 << 20  # of both models together, at most
-_PRICED = 4096  # components of the sample whose price is found
-# Of the time for so many, the part that each takes among many, where a sample gives a first estimate of the price.
-_AMONG_MANY = 0.75
+_PRICED = 1 << 18  # the most components whose price is found
 _FIRST_TOKENS, _LAYER_SECONDS = 64, 1.5
 _SIDE, _PRODUCTS = 1024, 8  # of the matrices whose product is timed
 # Of the speed of a large product alone, what training reaches: layers have smaller products and other work between.
@@ -34,12 +35,12 @@ def scan_rate(
     """Return how many bytes of both models are scanned in a second; the sample is spread over all sizes."""
     by_size = sorted(tensors, key=lambda tensor: tensor.dense_bytes)
     done = {by_size[len(by_size) * part // 9].name: 0 for part in range(9)}
-    scanned_bytes, seconds = 0, 0.0
+    scanned_bytes, seconds, tokens = 0, 0.0, vocabulary_size(finetuned)
     for tensor in by_size:
         size = 2 * (tensor.dense_bytes + tensor.added_bytes)
         if tensor.name in done and (not scanned_bytes or scanned_bytes + size <= _SCANNED_BYTES):
             started = clock()
-            scan_tensor(tensor.name, base, finetuned)
+            scan_tensor(tensor.name, base, finetuned, tokens)
             seconds += clock() - started
             scanned_bytes += size
     return scanned_bytes / max(seconds, 1e-9)
@@ -54,22 +55,23 @@ def price_seconds(
         kinds: the kinds of all matrices that share, and how many there are of each.
         share: bytes of the records, relative to the entries of the dense matrices.
     """
-    total, spectra, taken, entries = 0, [], 0, 0
+    spectra: list[Spectrum] = []
+    total = taken = entries = 0
     for kind, count in kinds:
         rank = min(kind.rows, kind.columns)
         total += count * rank
         for _ in range(count):
             if taken and taken + rank > _PRICED:
                 break
-            # As most fine-tunes' singular values fall.
-            sigma = np.arange(1, rank + 1) ** -0.5
+            # As most fine-tunes' singular values fall, and no two matrices alike.
+            sigma = (1 + 0.37 * (len(spectra) % 97)) * np.arange(1, rank + 1) ** -0.5
             spectra.append(Spectrum(sigma, kind.rows, kind.columns, float(np.square(sigma).sum()), kind.vocabulary))
             taken, entries = taken + rank, entries + kind.rows * kind.columns
     if not spectra:
         return 0.0
     started = clock()
     method.allocate(spectra, int(share * entries))
-    return (clock() - started) * total / taken * (_AMONG_MANY if total > 2 * _PRICED else 1.0)
+    return (clock() - started) * total / taken
 
 
 class _Enough(Exception):
@@ -89,15 +91,18 @@ def layer_seconds(
         inside, after = set(stream.names_in(first)), set(stream.names_in(others[0]) if others else ())
         started: list[float] = []
 
-        def compressed(name: str, hessian: torch.Tensor | None) -> torch.Tensor:
+        def compressed(name: str, moments: Moments) -> torch.Tensor:
+            if isinstance(moments, Sequence):
+                for _ in moments:  # computed when they are asked for
+                    pass
             if name in inside and not started:
                 started.append(clock())
             if name in after:
                 raise _Enough
             return finetuned.tensor(name)
 
-        with contextlib.suppress(_Enough):
-            stream_layers(stream.another(), part, compressed, progress=Progress(False))
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
+            stream_layers(stream.another(), part, compressed, Path(folder), progress=Progress(False))
         return clock() - started[0]
 
     count, length = tokens.shape

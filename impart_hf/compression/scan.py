@@ -13,7 +13,7 @@ from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, all_finite, same_values
 from ..modeling.checksums import tensor_checksum
 from ..modeling.tensors import Model
-from .compatibility import IncompatibleModelsError, is_matrix_shape
+from .compatibility import IncompatibleModelsError, is_matrix_shape, vocabulary_size
 
 # The squares of larger numbers, summed over a column, overflow in float32.
 _LARGEST = 1e15
@@ -92,24 +92,31 @@ def scan(base: BaseTensors, finetuned: Model, progress: Progress) -> list[Tensor
         IncompatibleModelsError: if a tensor holds NaN or infinity where base and fine-tune differ.
     """
     own = processes.share(finetuned.names(), lambda name: element_count(finetuned.shape(name)))
-    scanned = processes.together(lambda: [scan_tensor(n, base, finetuned) for n in progress.track(own, "Scanning")])
+    tokens = vocabulary_size(finetuned)
+    scanned = processes.together(
+        lambda: [scan_tensor(name, base, finetuned, tokens) for name in progress.track(own, "Scanning")]
+    )
     return sorted(itertools.chain(*scanned), key=lambda plan: plan.name)
 
 
-def scan_tensor(name: str, base: BaseTensors, finetuned: Model) -> TensorPlan:
-    """Scan one tensor; see `scan`."""
+def scan_tensor(name: str, base: BaseTensors, finetuned: Model, tokens: int | None) -> TensorPlan:
+    """Scan one tensor; see `scan`.
+
+    Args:
+        tokens: size of the vocabulary.
+    """
     whole, after = base.whole(name), finetuned.tensor(name)
     before = base.shared(name, whole)
     shared, added = _parts(before, after)
     equal = _comparable(before, after) and same_values(before.to(after.dtype), shared)
     if not equal:
         rows: Any = ...
-        if _is_vocabulary(after, finetuned) and not (all_finite(before) and all_finite(shared)):
+        if _is_vocabulary(after, tokens) and not (all_finite(before) and all_finite(shared)):
             rows = _differing_rows(before.to(after.dtype), shared)
         _check_numbers(before[rows], f"{name} of '{base.source}'", _is_matrix(before))
         _check_numbers(shared[rows], f"{name} of '{finetuned.source}'", _is_matrix(before))
     _check_numbers(added, f"{name} of '{finetuned.source}'", False)
-    found = _plan(name, before, after, equal, _is_vocabulary(after, finetuned))
+    found = _plan(name, before, after, equal, _is_vocabulary(after, tokens))
     return dataclasses.replace(found, base_checksum=tensor_checksum(whole), checksum=tensor_checksum(after))
 
 
@@ -118,11 +125,11 @@ def sampled_scan(base: BaseTensors, finetuned: Model) -> list[TensorPlan]:
 
     A tensor that differs elsewhere only passes for equal.
     """
-    plans = []
+    plans, tokens = [], vocabulary_size(finetuned)
     for name in finetuned.names():
         before, after = base.tensor(name), finetuned.tensor(name)
         equal = _comparable(before, after) and _same_in_places(before, _parts(before, after)[0])
-        plans.append(_plan(name, before, after, equal, _is_vocabulary(after, finetuned)))
+        plans.append(_plan(name, before, after, equal, _is_vocabulary(after, tokens)))
     return plans
 
 
@@ -136,8 +143,8 @@ def _comparable(before: torch.Tensor, after: torch.Tensor) -> bool:
     return after.is_floating_point() or before.dtype == after.dtype
 
 
-def _is_vocabulary(after: torch.Tensor, finetuned: Model) -> bool:
-    return after.dim() == 2 and after.shape[0] == finetuned.config.get("vocab_size")
+def _is_vocabulary(after: torch.Tensor, tokens: int | None) -> bool:
+    return after.dim() == 2 and after.shape[0] == tokens
 
 
 def _same_in_places(before: torch.Tensor, after: torch.Tensor) -> bool:

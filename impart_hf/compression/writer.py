@@ -26,7 +26,6 @@ from ..modeling.delta_repository import (
     names_checksum,
 )
 from ..modeling.model_files import fetch_file
-from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import Model
 from ..repository.cards import delta_card, inherited_card_data
 from ..repository.reader_files import reader_files
@@ -34,7 +33,7 @@ from ..repository.report import CompressionReport, human_bytes, read_reports
 from ..repository.sidecar_files import copy_files
 from ..storage.safetensors_writer import Entry, header_bytes, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
-from .loading_class import loading_class
+from .loading_class import auto_classes
 from .pair import ModelPair
 from .plan import CompressionPlan
 from .scan import TensorPlan
@@ -58,12 +57,13 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
     if text_config.get("dtype") is None and text_config.get("torch_dtype") is None:
         text_config = {name: value for name, value in text_config.items() if name != "torch_dtype"} | {"dtype": usual}
     name, revision = pair.recorded_base
-    kind = "SequenceClassification" if is_classifier(loading_class(pair.finetuned)) else "CausalLM"
+    kinds = auto_classes(pair.finetuned)
+    own = kinds[0].replace("AutoModel", "DeltaCompressed")
     config: dict[str, Any] = {
-        "architectures": [f"DeltaCompressedFor{kind}"],
+        "architectures": [own],
         "auto_map": {
             "AutoConfig": "configuration_delta_compressed.DeltaCompressedConfig",
-            f"AutoModelFor{kind}": f"modeling_delta_compressed.DeltaCompressedFor{kind}",
+            **dict.fromkeys(kinds, f"modeling_delta_compressed.{own}"),
         },
         "base_model_name_or_path": name,
         "base_model_revision": revision,
@@ -111,7 +111,7 @@ def _card(
         sizes=sizes,
         shortfall=shortfall,
         origin=origin,
-        classifies=is_classifier(loading_class(finetuned)),
+        auto_class=auto_classes(finetuned)[-1],
     )
 
 

@@ -7,7 +7,7 @@ group is the logits.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from .memory import DeltaSize
 from .recomputation import recompute_layers
 from .record_trainer import Outcome, RecordTrainer
 from .settings import DistillReport, DistillSettings
-from .student import compressed, head_delta
+from .student import Place, compressed, head_delta
 from .text import check_tokens, divergence, relative_error
 
 PURPOSE = "distillation by blocks"
@@ -74,7 +74,8 @@ def distill_blocks(
     for start in range(0, count, settings.blocks):
         group = _Group(range(start, min(start + settings.blocks, count)), count)
         names = models.names_of(group)
-        own = [name for name in names if name in records and base.shape(name) == finetuned.shape(name)]
+        can_be_trained = places_of(models.teacher, base, finetuned, names)
+        own = [name for name in names if name in records and name in can_be_trained]
         trained.update(own)
         models.teacher.load(names)
         teacher_output = None
@@ -138,10 +139,20 @@ def check_blocks(base: Tensors, finetuned: Model, tokens: Tensor, device: str | 
     Raises:
         ValueError: if it cannot, or if a token is not in its vocabulary.
     """
-    model = streamed_model(finetuned, tokens, device, PURPOSE)
+    model = streamed_model(finetuned, tokens, device, PURPOSE, torch.float32)
     model.check_run(tokens[:1].to(model.device))
     names = {*model.output_names, *(name for layer in model.layers for name in model.names_in(layer))}
-    return frozenset(name for name in names if base.shape(name) == finetuned.shape(name))
+    return frozenset(places_of(model, base, finetuned, names))
+
+
+def places_of(model: StreamedModel, base: Tensors, finetuned: Model, names: Iterable[str]) -> dict[str, Place]:
+    """Return the place in a model of those of the named tensors that can be trained."""
+    places = {}
+    for name in names:
+        group, stack = model.group(name), model.stacks.get(model.parameters[name])
+        if base.shape(name) == finetuned.shape(name) and (group.converter is None or stack is not None):
+            places[name] = Place([group.key], None if stack is None or stack.is_as_stored else stack)
+    return places
 
 
 class _BlockModels:
@@ -167,16 +178,15 @@ class _BlockModels:
     ):
         self._base, self._finetuned, self._tokens = base, finetuned, tokens
         self._arguments = arguments
-        self.teacher = streamed_model(finetuned, tokens, arguments.device, PURPOSE)
+        self.teacher = streamed_model(finetuned, tokens, arguments.device, PURPOSE, torch.float32)
         check_tokens(tokens, self.teacher.vocabulary)
         assert settings.blocks is not None
         count = len(self.teacher.layers)
         self._logits = self._logits_of(self.teacher, range((count - 1) // settings.blocks * settings.blocks, count))
-        sizes = {
-            key: [DeltaSize.of(record) for record in parse_stack(records[name], name)]
-            for name, key in self.teacher.parameters.items()
-            if name in records and base.shape(name) == finetuned.shape(name)
-        }
+        sizes: dict[str, list[DeltaSize]] = {}  # by parameter: of experts, those of all its tensors
+        for name in places_of(self.teacher, base, finetuned, [n for n in self.teacher.names if n in records]):
+            own = map(DeltaSize.of, parse_stack(records[name], name))
+            sizes.setdefault(self.teacher.parameters[name], []).extend(own)
         self._fit = fit(self.teacher.model.config, sizes, settings, arguments, (len(tokens), tokens.shape[1]))
         self.record_trainer = RecordTrainer(
             base, finetuned, len(tokens), settings, arguments, progress, self._fit.micro_batch_size
@@ -282,8 +292,8 @@ class _BlockModels:
     ) -> Outcome:
         """Train the records of a group of layers."""
         student = self.student(records, group, frozenset(names))
-        owners = {name: [student.parameters[name]] for name in names}
-        deltas = self.record_trainer.attach(student.model, names, records, owners)
+        places = places_of(student, self._base, self._finetuned, names)
+        deltas = self.record_trainer.attach(student.model, names, records, places)
         if self._fit.recomputes:
             recompute_layers(student.model)
         title = f"Distilling layers {group.layers.start + 1} to {group.layers.stop} of {group.count}"

@@ -36,8 +36,8 @@ def distill(
     inputs give the same bytes.
 
     Records of these tensors are not trained: tensors with added rows, tensors that are shared by modules other than
-    embeddings and linear layers, tensors of which transformers makes a parameter together with others (Mixtral's
-    experts), and tensors that text does not need (an image encoder).
+    embeddings and linear layers, tensors that transformers combines in other ways than experts in a stack, and tensors
+    that text does not need (an image encoder).
 
     Memory on `device`: the fine-tuned and the compressed model, both whole, in float32, or in bfloat16 with bf16, the
     default on CUDA; for every kept value of a trained record, 8 bytes for the value and its gradient, 8 for Adam's

@@ -32,17 +32,19 @@ def distill_end_to_end(
     """Distil as `distill` does, with the KL divergence of the logits as the loss."""
     empty: Any = empty_model(finetuned)
     check_tokens(tokens, empty.get_input_embeddings().num_embeddings)
-    named = {owners[0]: name for name, owners in trainable(empty, base, finetuned).items() if name in records}
-    deltas_of = {key: [DeltaSize.of(record) for record in parse_stack(records[n], n)] for key, n in named.items()}
+    deltas_of: dict[str, list[DeltaSize]] = {}  # by parameter: of experts, those of all its tensors
+    for name, place in trainable(empty, base, finetuned).items():
+        if name in records:
+            deltas_of.setdefault(place.names[0], []).extend(map(DeltaSize.of, parse_stack(records[name], name)))
     how = fit(empty.config, deltas_of, settings, arguments, (len(tokens), tokens.shape[1]))
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     teacher = load_model(finetuned, finetuned_tensors(finetuned), dtype, arguments.device)
-    owners = trainable(teacher, base, finetuned)
-    names = [name for name in records if name in owners]
+    places = trainable(teacher, base, finetuned)
+    names = [name for name in records if name in places]
     student = load_model(finetuned, student_tensors(base, finetuned, records, names), dtype, arguments.device)
 
     record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress, how.micro_batch_size)
-    deltas = record_trainer.attach(student, names, records, owners)
+    deltas = record_trainer.attach(student, names, records, places)
     if how.recomputes:
         recompute_layers(student)
     of_batch = whole_model_loss(teacher, student, how.recomputes)

@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from ..coding.records import columns_of
 from ..common.live_bytes import LiveBytes
+from ..common.meta_model import text_decoder
+from ..modeling.checkpoints import config_for
 from ..modeling.codebook import CODEBOOKS, Levels
 from ..modeling.delta_record import FACTORED, Record
+from ..modeling.modeling_delta_compressed import inner_class
 from .recomputation import layers_of, recompute_layers
 from .settings import OPTIMIZERS, DistillSettings
-from .student import add_to, owners_of
+from .student import Place, add_to, owners_of
 from .text import whole_model_loss
 from .trained_delta import TrainedDelta, TrainedPlane
 
@@ -212,10 +215,11 @@ class DistillationMemory:
         """Make a frozen model without values, with its first layers only."""
         whole = self._settings.blocks is None
         with no_init_weights():
-            model: Any = AutoModelForCausalLM.from_config(
-                self._config, dtype=torch.bfloat16 if self._bf16 and whole else torch.float32
+            model_class = inner_class(self._config)
+            model: Any = model_class._from_config(
+                config_for(model_class, self._config), dtype=torch.bfloat16 if self._bf16 and whole else torch.float32
             )
-        decoder = model.get_decoder()
+        decoder = text_decoder(model)
         for name, module in decoder.named_children():
             if isinstance(module, nn.ModuleList) and len(module) == self._layers:
                 setattr(decoder, name, module[:layers])
@@ -233,7 +237,7 @@ class DistillationMemory:
                 continue  # embeddings are not trained then
             added.update(owners[name])
             delta = _Unfilled(sizes, self._settings.trains == "codes")
-            add_to(student, owners[name], delta)
+            add_to(student, Place(owners[name]), name, delta)
             deltas.append(delta)
         return deltas
 
@@ -244,7 +248,7 @@ def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 def _are_alike(model: Any) -> bool:
     """Return whether all layers of a model's decoder have parameters of the same shapes."""
-    shapes = [sorted(tuple(p.shape) for p in layer.parameters()) for layer in layers_of(model.get_decoder())]
+    shapes = [sorted(tuple(p.shape) for p in layer.parameters()) for layer in layers_of(text_decoder(model))]
     return all(each == shapes[0] for each in shapes)
 
 

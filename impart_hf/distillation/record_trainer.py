@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ..common.progress import Progress
 from ..modeling.tensors import Model, Tensors
 from .settings import OPTIMIZERS, DistillSettings
-from .student import attach, exact_delta, packed
+from .student import Place, attach, exact_delta, packed
 from .text import split
 from .trained_delta import TrainedDelta
 from .trainer import TrainableDeltas, autocast, mean_loss, train
@@ -62,17 +62,17 @@ class RecordTrainer:
         self._training, self.validation = split(sequences, settings.validation_share)
 
     def attach(
-        self, student: Any, names: Iterable[str], records: Mapping[str, np.ndarray], owners: Mapping[str, list[str]]
+        self, student: Any, names: Iterable[str], records: Mapping[str, np.ndarray], places: Mapping[str, Place]
     ) -> dict[str, TrainedDelta]:
         """Add the deltas of some tensors to a student that has the base's weights there, with `student.attach`.
 
         Args:
-            owners: by tensor name, all names of its parameter in the student.
+            places: by tensor name, its place in the student.
         """
         deltas = {}
         for name in names:
             exact = self._exact(name) if self._settings.trains == "codes" else None
-            deltas[name] = attach(student, name, records[name], exact, owners[name])
+            deltas[name] = attach(student, name, records[name], exact, places[name])
         return deltas
 
     def _exact(self, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..common.checkpoint_layout import CheckpointLayout
+from ..common.expert_stacks import ExpertStack, expert_stack
 from ..common.meta_model import meta_model, reads_text
 from ..modeling.checkpoints import config_fields
 from ..modeling.deferred_tensor import Index
@@ -20,7 +22,20 @@ from ..modeling.delta_record import Record, pack_record, parse_stack
 from ..modeling.model_files import CheckpointError
 from ..modeling.tensors import LazyTensor, Model, Tensors
 from ..modeling.transfer import to_device
-from .trained_delta import TrainedDelta
+from .trained_delta import StackedDeltas, TrainedDelta
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is in a student.
+
+    Attributes:
+        names: all names of its parameter: more than one if modules share it.
+        stack: how the parameter is made of tensors, if it is a stack of experts and not stored as it is.
+    """
+
+    names: list[str]
+    stack: ExpertStack | None = None
 
 
 def empty_model(finetuned: Model) -> PreTrainedModel:
@@ -63,26 +78,28 @@ def owners_of(model: Any) -> dict[str, list[str]]:
     return {name: names[id(parameter)] for name, parameter in parameters.items()}
 
 
-def trainable(model: Any, base: Tensors, finetuned: Model) -> dict[str, list[str]]:
-    """Return the tensors that can be trained, each with all names of its parameter in the model.
+def trainable(model: Any, base: Tensors, finetuned: Model) -> dict[str, Place]:
+    """Return the tensors that can be trained, each with its place in the model.
 
-    Each must be a parameter of the model, as it is stored, that is needed for text, and have the shape of the base's
-    tensor. If several modules share it, all must be embeddings or linear layers.
+    Each must be a parameter of the model, as it is stored or as a part of a stack of experts, that is needed for text,
+    and have the shape of the base's tensor. If several modules share it, all must be embeddings or linear layers.
 
     Args:
         model: the fine-tune's model; its values are not read.
     """
     owners, groups, needed = owners_of(model), CheckpointLayout(finetuned, model).groups, reads_text(model)
-    found = {}
+    found: dict[str, Place] = {}
     for key, group in groups.items():
-        name = group.members[0].name
-        if group.converter is not None or key not in owners or not needed(key):
+        names = [member.name for member in group.members]
+        if key not in owners or not needed(key) or any(finetuned.shape(n) != base.shape(n) for n in names):
             continue
-        if finetuned.shape(name) != base.shape(name):
+        if group.converter is not None:
+            stack = expert_stack(group, finetuned, model.get_submodule(key.rpartition(".")[0]))
+            found |= {} if stack is None else dict.fromkeys(names, Place([key], stack))
             continue
         modules = [model.get_submodule(owner.rpartition(".")[0]) for owner in owners[key]]
         if len(modules) == 1 or all(isinstance(module, nn.Embedding | nn.Linear) for module in modules):
-            found[name] = owners[key]
+            found[names[0]] = Place(owners[key])
     return found
 
 
@@ -114,27 +131,37 @@ def compressed(
     return torch.cat([add_delta(before, data, name, torch.float32), added.float()])
 
 
-def attach(
-    student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None, owners: Iterable[str]
-) -> TrainedDelta:
+def attach(student: Any, name: str, data: np.ndarray, exact: torch.Tensor | None, place: Place) -> TrainedDelta:
     """Add a tensor's delta to its parameter in the student, which holds the base's weights.
 
     Args:
         data: the tensor's records.
         exact: the exact delta, float32 (matrices, m, n), if kept values are trained; otherwise None.
-        owners: all names of the parameter: more than one if modules share it.
+        place: where its parameter is.
     """
-    owners = list(owners)
-    delta = TrainedDelta(parse_stack(data, name), name, exact, student.get_parameter(owners[0]).device)
-    add_to(student, owners, delta)
+    parameter = student.get_parameter(place.names[0]) if place.stack is None else _original(student, place.names[0])
+    delta = TrainedDelta(parse_stack(data, name), name, exact, parameter.device)
+    add_to(student, place, name, delta)
     return delta
 
 
-def add_to(student: Any, owners: Iterable[str], delta: TrainedDelta) -> None:
-    """Add a delta to a parameter in the student, which has these names."""
-    for own_name in owners:
+def _original(student: Any, parameter: str) -> torch.Tensor:
+    """Return a parameter as it was before deltas were added to it."""
+    path, _, leaf = parameter.rpartition(".")
+    owner = student.get_submodule(path)
+    return owner.parametrizations[leaf].original if parametrize.is_parametrized(owner, leaf) else getattr(owner, leaf)
+
+
+def add_to(student: Any, place: Place, name: str, delta: TrainedDelta) -> None:
+    """Add the delta of the tensor of this name to its parameter in the student."""
+    for own_name in place.names:
         path, _, leaf = own_name.rpartition(".")
         owner = student.get_submodule(path)
+        if place.stack is not None:
+            if not parametrize.is_parametrized(owner, leaf):
+                parametrize.register_parametrization(owner, leaf, StackedDeltas(place.stack), unsafe=True)
+            owner.parametrizations[leaf][0].deltas[name] = delta
+            continue
         base = getattr(owner, leaf)
         kind = type(owner)
         # Code that reads the weight directly gets base plus delta.

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ..coding.factor_quantisation import least_squares
 from ..coding.records import columns_of
+from ..common.expert_stacks import ExpertStack
 from ..modeling.codebook import CODEBOOKS, Codebook, Levels
 from ..modeling.delta_decode import decode_planes
 from ..modeling.delta_record import FACTORED, Record
@@ -188,7 +189,11 @@ class TrainedDelta(nn.Module):
 
     def forward(self, base: Tensor) -> Tensor:
         """Return base plus delta."""
-        return base + torch.stack([delta.matrix() for delta in self.deltas()]).view_as(base)
+        return base + self.matrices().view_as(base)
+
+    def matrices(self) -> Tensor:
+        """Return the delta with the current numbers: float32 (matrices, m, n)."""
+        return torch.stack([delta.matrix() for delta in self.deltas()])
 
     def linear(self, inputs: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """Compute nn.Linear with the weight base plus delta, without forming the sum or a gradient of its size."""
@@ -233,6 +238,26 @@ class TrainedDelta(nn.Module):
             self._scales[number] = _column_scales(self.records[number], factors.device)
             factors.zero_()
         return self.records
+
+
+class StackedDeltas(nn.Module):
+    """The trainable deltas of the tensors that become one stack of experts, as a parametrisation of that parameter.
+
+    Attributes:
+        deltas: by tensor name; the others have none.
+    """
+
+    def __init__(self, stack: ExpertStack):
+        super().__init__()
+        self._stack = stack
+        self.deltas: dict[str, TrainedDelta] = {}
+
+    def forward(self, base: Tensor) -> Tensor:
+        """Return base plus deltas."""
+        dense = {name: delta.matrices() for name, delta in self.deltas.items()}
+        if self._stack.fused is None:
+            dense = {name: matrices[0] for name, matrices in dense.items()}
+        return base + self._stack.assembled(dense)
 
 
 def _column_scales(record: Record, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedMode
 
 from ..common.meta_model import meta_model
 from ..modeling.model_files import HubOptions, fetch_config
+from ..modeling.modeling_delta_compressed import is_classifier
 from .defaults import PROMPT_TOKENS
 
 
@@ -79,10 +80,8 @@ def empty_model(source: str, dtype: torch.dtype | None = None, revision: str | N
             f"'{source}' is a {config.model_type} model, not a causal language model: give another one"
         ) from error
     named = config.architectures or []
-    if named and not any(
-        name == type(model).__name__ or "CausalLM" in name or "LMHead" in name or name == "DeltaCompressedForCausalLM"
-        for name in named
-    ):
+    known = any(name == type(model).__name__ or "CausalLM" in name or "LMHead" in name for name in named)
+    if named and (is_classifier(type(model)) or not known):
         raise ValueError(f"'{source}' is a {named[0]}; `evaluate` measures causal language models only")
     model.name_or_path = source
     return model.eval()

@@ -4,15 +4,25 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import is_accelerate_available
 
+from ..common.meta_model import takes_images
 from ..common.partial_logits import LogitsOf
 from ..common.token_losses import cross_entropy, kl_divergence
+from ..modeling.modeling_delta_compressed import inner_class
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "trust_remote_code")
 
 
 def load(source: str, dtype: torch.dtype, device: str | torch.device, **options: Any) -> PreTrainedModel:
-    """Load a model for evaluation.
+    """Load a model for evaluation: a language model, or one for images and text, of which only text is used.
 
     Args:
         source: local folder or Hub id of a dense model or a delta repository.
@@ -21,8 +31,17 @@ def load(source: str, dtype: torch.dtype, device: str | torch.device, **options:
     """
     if torch.device(device).type != "cpu" and is_accelerate_available():
         options["device_map"] = {"": device}  # a delta is then decoded there
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    config = AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k in _HUB_OPTIONS})
+    model: PreTrainedModel = _auto_class(config).from_pretrained(source, dtype=dtype, **options)
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the first parameter
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class that loads a model as a whole."""
+    try:
+        return AutoModelForImageTextToText if takes_images(inner_class(config)) else AutoModelForCausalLM
+    except ValueError:  # a delta, code of its own, or nothing that can be evaluated: the Auto class decides
+        return AutoModelForCausalLM
 
 
 def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int) -> float:

@@ -15,6 +15,7 @@ from ..adapters.adapter_files import find_adapter, named_adapter, refuse_adapter
 from ..adapters.companions import Companions, companions_of
 from ..adapters.named_base import check_named_base
 from ..adapters.open import open_finetune
+from ..adapters.vocabulary import with_vocabulary
 from ..common.model_names import split_adapter
 from ..compression.base_layout import ReadModel, match
 from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
@@ -203,7 +204,7 @@ class MergeInputs:
             chosen = self._tokens_from.config
             config |= {k: v for k, v in chosen.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if self._rows_from is not None and self.added_tokens:
-            config["vocab_size"] = self._rows_from.config["vocab_size"]
+            config = with_vocabulary(config, text_config(self._rows_from.config).vocab_size)
         return config
 
     @property

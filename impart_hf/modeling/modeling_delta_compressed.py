@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedConfig,
@@ -263,19 +264,21 @@ class DeltaCompressedForSequenceClassification(DeltaCompressedForCausalLM):
 
 
 def inner_class(text_config: PreTrainedConfig) -> Any:
-    """Return the model class that the fine-tuned model's configuration names: a language model's or a classifier's.
+    """Return the model class that the fine-tuned model's configuration names.
+
+    That is a language model's, one's for images and text, or a classifier's.
 
     Raises:
-        ValueError: if transformers has no causal language model for the configuration.
+        ValueError: if transformers has no model that generates text for the configuration.
     """
     # By name: the Auto classes know it only if impart_hf is imported, and remote code may be imported twice.
     if text_config.model_type == PrunedLlamaConfig.model_type:
         return PrunedLlamaForCausalLM
     candidates: list[Any] = []
-    for auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-        known = auto_class._model_mapping.get(type(text_config), None)
-        if known is None and not candidates:
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification):
+        if auto_class is AutoModelForSequenceClassification and not candidates:
             raise ValueError(f"transformers has no causal language model for model_type '{text_config.model_type}'")
+        known = auto_class._model_mapping.get(type(text_config), None)
         candidates += [] if known is None else known if isinstance(known, (list, tuple)) else [known]
     architectures = getattr(text_config, "architectures", None) or []
     return next((c for c in candidates if c.__name__ in architectures), candidates[0])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..calibration.layer_stream import stream_layers
+from ..calibration.layer_stream import Moments, stream_layers
 from ..calibration.streamed_model import streamed_model
 from ..calibration.text import CalibrationSource, model_tokens
 from ..common.progress import Progress
@@ -54,12 +54,12 @@ def corrected_weights(
     model = streamed_model(checkpoint, tokens, device)
     files: dict[str, Path] = {}
 
-    def corrected(name: str, hessian: Tensor | None) -> Tensor:
+    def corrected(name: str, hessian: Moments) -> Tensor:
         weight = checkpoint.tensor(name)
         stay = columns.get(name)
         if stay is None or len(stay) == weight.shape[1]:
             return weight
-        assert hessian is not None
+        assert isinstance(hessian, Tensor)
         cut = least_squares(weight.to(hessian), hessian, stay.to(hessian.device)).to("cpu", weight.dtype)
         files[name] = folder / f"{len(files)}.safetensors"
         save_file({"weight": cut.contiguous()}, files[name])
@@ -68,7 +68,7 @@ def corrected_weights(
         whole[:, stay] = cut
         return whole
 
-    stream_layers(model, tokens, corrected, progress=progress)
+    stream_layers(model, tokens, corrected, folder / "states", progress=progress)
     return files
 
 

@@ -67,6 +67,14 @@ def _shown(model: str) -> str:
     return "+".join(public_name(part) for part in split_adapter(model) if part)
 
 
+# The Hub's name for what a model of an Auto class is for.
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSequenceClassification": "text-classification",
+}
+
+
 def delta_card(
     *,
     base: str,
@@ -77,7 +85,7 @@ def delta_card(
     sizes: dict[str, str],
     shortfall: str,
     origin: str = "",
-    classifies: bool = False,
+    auto_class: str = "AutoModelForCausalLM",
 ) -> str:
     """Return the README.md of a delta repository.
 
@@ -89,14 +97,14 @@ def delta_card(
         sizes: the measured numbers as text: ratio, repository, checkpoint, error, tensors, distilled.
         shortfall: why the requested ratio was missed, or "".
         origin: Markdown that says how the fine-tuned model was made, if it is a merge; otherwise "".
-        classifies: whether the model is a sequence classifier, not a language model.
+        auto_class: the name of transformers' Auto class that loads it.
     """
     on_hub = is_on_hub(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
         library_name="transformers",
-        pipeline_tag="text-classification" if classifies else "text-generation",
+        pipeline_tag=_TASKS[auto_class],
         tags=["delta-compressed", "impart-hf", method["name"]],
         **metadata,
     )
@@ -112,7 +120,7 @@ def delta_card(
         settings=settings_text({k: v for k, v in method.items() if k not in ("name", "compression_ratio")}),
         shortfall=shortfall,
         origin=origin,
-        auto_class="AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM",
+        auto_class=auto_class,
         **sizes,
     )
     return str(card) + "\n"

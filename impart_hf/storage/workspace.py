@@ -233,6 +233,10 @@ class Workspace:
                 write_json(temporary, budgets)
         return json.loads(path.read_text("utf-8"))
 
+    def states(self) -> Path:
+        """Return the folder for hidden states, kept until the workspace is published; a resumed run uses it."""
+        return self.folder / "states"
+
     def checkpoints(self) -> Path:
         """Return the folder for the state of training, kept until the workspace is published; a resumed run uses it."""
         return self.folder / "checkpoints"

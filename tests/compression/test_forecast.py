@@ -197,7 +197,7 @@ def added_up(method: MethodConfig, **arguments: Any) -> Forecast:
     request = CompressionRequest(method, **arguments.pop("request", {}))
     times = RunTimes(opening=0.5, scan_rate=1024.0, price=3.0, calibration=7.0, training_speed=1e6)
     config = {"method": method.to_dict()}
-    return forecast_of(plan, request, config, kinds, COSTS, times, model_config={}, **arguments)
+    return forecast_of(plan, request, config, kinds, COSTS, times, kept_bytes=0, model_config={}, **arguments)
 
 
 def test_times_are_those_of_the_matrices_added_up() -> None:
@@ -244,11 +244,11 @@ def test_the_price_of_many_components_follows_from_a_part(monkeypatch: pytest.Mo
     method, asked = ImPartRdConfig(), []
     monkeypatch.setattr(ImPartRdConfig, "allocate", lambda self, spectra, most: asked.append((spectra, most)))
     ticks = iter([10.0, 12.0])
-    seconds = price_seconds(method, [(SQUARE, 300), (WIDE, 100)], 0.1, lambda: next(ticks))
+    seconds = price_seconds(method, [(SQUARE, 6000), (WIDE, 2000)], 0.1, lambda: next(ticks))
     ((spectra, most),) = asked
     components = sum(len(spectrum.sigma) for spectrum in spectra)
-    assert components == 4096 and most == int(0.1 * sum(s.rows * s.columns for s in spectra))
-    assert seconds == pytest.approx(2.0 * 0.75 * 400 * 64 / 4096)
+    assert components == 1 << 18 and most == int(0.1 * sum(s.rows * s.columns for s in spectra))
+    assert seconds == pytest.approx(2.0 * 8000 * 64 / (1 << 18))
 
 
 def test_the_command_prints_a_table_or_json(

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.calibrated import TEXT
 from support.tiny_models import Pair, save_pair, tiny_config
 from support.workspaces import differing, finished
 
@@ -29,6 +31,9 @@ from impart_hf.merging.merge import merge
 base, finetuned, out = sys.argv[1:4]
 compress(base, finetuned, out + "/impart-rd", ImPartRdConfig(compression_ratio=8))
 compress(base, finetuned, out + "/impart", ImPartConfig(compression_ratio=8))
+text = dict(calibration=out + "/text.txt", calibration_samples=24, calibration_length=32)  # six batches
+compress(base, finetuned, out + "/calibrated", ImPartRdConfig(compression_ratio=8), **text)
+compress(*sys.argv[4:6], out + "/experts", ImPartRdConfig(compression_ratio=8), **text)
 merge(out + "/merge.yaml", out + "/merged", max_shard_size="100KB")
 merge(out + "/merge.yaml", out + "/compressed", compression=ImPartConfig(compression_ratio=8))
 """
@@ -71,11 +76,17 @@ def write_merge(pair: Pair, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(tiny_pair: Pair, pair_of: Callable[[str], Pair], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process makes."""
     folder = tmp_path_factory.mktemp("alone")
     for name, method in METHODS.items():
         compress(str(tiny_pair.base), str(tiny_pair.finetuned), folder / name, method)
+    (folder / "text.txt").write_text(TEXT, "utf-8")
+    for name, pair in (("calibrated", tiny_pair), ("experts", pair_of("mixtral"))):
+        compress(
+            str(pair.base), str(pair.finetuned), folder / name, METHODS["impart-rd"],
+            calibration=str(folder / "text.txt"), calibration_samples=24, calibration_length=32,
+        )  # fmt: skip
     config = write_merge(tiny_pair, folder)
     merge(config, folder / "merged", max_shard_size="100KB")
     merge(config, folder / "compressed", compression=METHODS["impart"])
@@ -85,11 +96,15 @@ def alone(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_job_makes_the_bytes_of_one_process(count: int, tiny_pair: Pair, alone: Path, tmp_path: Path) -> None:
+def test_a_job_makes_the_bytes_of_one_process(
+    count: int, tiny_pair: Pair, pair_of: Callable[[str], Pair], alone: Path, tmp_path: Path
+) -> None:
     write_merge(tiny_pair, tmp_path)
-    job = run_job(tmp_path, count, JOB, tiny_pair.base, tiny_pair.finetuned, tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
+    experts = pair_of("mixtral")
+    job = run_job(tmp_path, count, JOB, tiny_pair.base, tiny_pair.finetuned, tmp_path, experts.base, experts.finetuned)
     assert job.returncode == 0, job.stderr[-3000:]
-    for name in (*METHODS, "merged", "compressed"):
+    for name in (*METHODS, "calibrated", "experts", "merged", "compressed"):
         assert differing(tmp_path / name, alone / name) == [], name
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     assert list(tmp_path.glob(".*")) == []

@@ -13,7 +13,7 @@ from support.loaded_models import load
 from support.messages import naming
 from support.refusals import refuses, run
 from support.tiny_models import Pair, edit_json, edit_tensors, fine_tune, load_tensors, save_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from impart_hf import LowRankConfig
 from impart_hf.compression.compatibility import IncompatibleModelsError
@@ -81,10 +81,6 @@ QWEN = {
 }
 # The class, its configuration, the class that would load it, and a tensor that this does not read.
 PARTS: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
-    "images": ("MllamaForConditionalGeneration", "MllamaConfig", MLLAMA, "MllamaForCausalLM", "multi_modal_projector"),
-    "images of the text's type": (
-        "Qwen3_5ForConditionalGeneration", "Qwen3_5Config", QWEN, "Qwen3_5ForCausalLM", "visual"
-    ),
     "sound": ("WhisperForConditionalGeneration", "WhisperConfig", TWO_STACKS, "WhisperForCausalLM", "encoder"),
     "an encoder": ("PegasusForConditionalGeneration", "PegasusConfig", TWO_STACKS, "PegasusForCausalLM", "encoder"),
     "a second objective": ("BertForPreTraining", "BertConfig", BERT, "BertLMHeadModel", "pooler"),
@@ -94,6 +90,12 @@ PARTS: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
     ),
     "another head": ("LlamaForTokenClassification", "LlamaConfig", TEXT, "LlamaForCausalLM", "score"),
 }  # fmt: skip
+# That a class reads as a whole which is no causal language model's.
+IMAGES_AND_TEXT: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mllama": ("MllamaForConditionalGeneration", "MllamaConfig", MLLAMA),
+    "qwen3.5": ("Qwen3_5ForConditionalGeneration", "Qwen3_5Config", QWEN),
+    "llava": ("LlavaForConditionalGeneration", "LlavaConfig", {"text_config": TEXT, "vision_config": IMAGES}),
+}
 NO_CLASS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "t5": (
         "T5ForConditionalGeneration",
@@ -106,7 +108,6 @@ NO_CLASS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "DistilBertConfig",
         {"vocab_size": 100, "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64},
     ),
-    "llava": ("LlavaForConditionalGeneration", "LlavaConfig", {"text_config": TEXT, "vision_config": IMAGES}),
 }
 
 
@@ -128,11 +129,28 @@ def test_a_class_that_reads_only_a_part(tmp_path: Path, part: str) -> None:
     pair = saved_pair(make(name, config, fields), tmp_path)
     message = refuses(pair, IncompatibleModelsError, naming(pair.finetuned, name, loading))
     assert lost in message and "upgrade" not in message
-    # What the files lack would be random, and Mllama's text model has no type of its own.
-    assert ("save them" in message) == (part not in ("another head", "an encoder", "images"))
+    # What the files lack would be random.
+    assert ("save them" in message) == (part not in ("another head", "an encoder"))
 
 
-@pytest.mark.parametrize("part", ["images of the text's type", "sound", "a second head"])
+@pytest.mark.parametrize("kind", IMAGES_AND_TEXT)
+def test_models_for_images_are_whole(tmp_path: Path, kind: str) -> None:
+    pair = saved_pair(make(*IMAGES_AND_TEXT[kind]), tmp_path)
+    run(pair, tmp_path / "delta", LowRankConfig(compression_ratio=2))
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        model, info = auto_class.from_pretrained(tmp_path / "delta", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert type(model).__name__ == IMAGES_AND_TEXT[kind][0]
+    card = (tmp_path / "delta" / "README.md").read_text("utf-8")
+    assert "AutoModelForImageTextToText.from_pretrained" in card and "pipeline_tag: image-text-to-text" in card
+    auto_map = json.loads((tmp_path / "delta" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForImageTextToText"] == auto_map["AutoModelForCausalLM"]
+    base, tuned = (load_tensors(folder) for folder in (pair.base, pair.finetuned))
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert any("vision" in name or "visual" in name for name in changed), "images' part is fine-tuned here too"
+
+
+@pytest.mark.parametrize("part", ["sound", "a second head"])
 def test_the_part_alone(tmp_path: Path, part: str) -> None:
     """Saved by the class that the message names."""
     name, config, fields, loading, _ = PARTS[part]
@@ -175,6 +193,9 @@ def test_a_configuration_of_which_the_class_takes_a_part(tmp_path: Path) -> None
         edit_json(folder / "config.json", architectures=["Qwen3_5ForConditionalGeneration"], dtype="bfloat16")
     run(pair, tmp_path / "delta", LowRankConfig(compression_ratio=2))
     wanted, loaded = load(pair.finetuned), load(tmp_path / "delta")
+    assert json.loads((tmp_path / "delta" / "config.json").read_text())["text_config"]["architectures"] == [
+        "Qwen3_5ForCausalLM"
+    ]
     assert isinstance(loaded, type(wanted)) and type(loaded.config) is type(wanted.config)
     states = wanted.state_dict(), loaded.state_dict()
     assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][n], states[1][n]) for n in states[0])

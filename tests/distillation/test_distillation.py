@@ -38,7 +38,7 @@ from transformers import Mamba2Config
 from impart_hf import BitDeltaConfig, DareConfig, ImPartRdConfig, LowRankConfig
 from impart_hf.coding.records import empty_record
 from impart_hf.distillation import DistillSettings, text
-from impart_hf.distillation.student import attach, finetuned_tensors, load_model, owners_of, student_tensors
+from impart_hf.distillation.student import Place, attach, finetuned_tensors, load_model, owners_of, student_tensors
 from impart_hf.distillation.trained_delta import TrainedDelta
 from impart_hf.modeling.checkpoints import text_config
 from impart_hf.modeling.delta_decode import decode_planes, decode_record
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_dense_formula(kind: str, layout: str, tmp_pa
     teacher, names = load(pair.finetuned), list(records)
     tensors = student_tensors(base, finetuned, records, names)
     student = load_model(finetuned, tensors, torch.float32, torch.device("cpu"))
-    deltas = {name: attach(student, name, records[name], None, owners_of(teacher)[name]) for name in names}
+    deltas = {name: attach(student, name, records[name], None, Place(owners_of(teacher)[name])) for name in names}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for delta in deltas.values():

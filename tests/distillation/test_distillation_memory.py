@@ -24,7 +24,7 @@ from impart_hf.distillation.distillation import distill as distill_records
 from impart_hf.distillation.memory import DeltaSize, DistillationMemory, Forecast, checkpoint_bytes_for
 from impart_hf.distillation.recomputation import recompute_layers
 from impart_hf.distillation.record_trainer import RecordTrainer
-from impart_hf.distillation.student import attach, exact_delta, load_model, owners_of, student_tensors
+from impart_hf.distillation.student import Place, attach, exact_delta, load_model, owners_of, student_tensors
 from impart_hf.distillation.trained_delta import TrainedPlane
 from impart_hf.distillation.trainer import arguments_for
 from impart_hf.evaluation.metrics import evaluate
@@ -52,7 +52,7 @@ def student_of(pair: Pair, records: dict[str, bytes]) -> tuple[Any, Any, dict[st
     tensors = student_tensors(base, finetuned, arrays, list(arrays))
     student = load_model(finetuned, tensors, torch.float32, torch.device("cpu"))
     deltas = {
-        name: attach(student, name, data, exact_delta(base, finetuned, name), owners[name])
+        name: attach(student, name, data, exact_delta(base, finetuned, name), Place(owners[name]))
         for name, data in arrays.items()
     }
     return teacher, student, deltas

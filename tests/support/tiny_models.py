@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
     BioGptConfig,
     BloomConfig,
     Gemma2Config,
@@ -47,6 +46,9 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
 )
+
+from impart_hf.modeling.checkpoints import config_for
+from impart_hf.modeling.modeling_delta_compressed import inner_class
 
 VOCABULARY = 320
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
@@ -154,7 +156,8 @@ def make_model(config: PreTrainedConfig, seed: int = 0, dtype: torch.dtype = tor
     """A randomly initialised model; the caller's random state is left alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype).eval()
+        model_class = inner_class(config)
+        model = model_class._from_config(config_for(model_class, copy.deepcopy(config))).to(dtype).eval()
     model.config.dtype = dtype
     return model
 
