@@ -27,6 +27,7 @@ from .plan import CompressionPlan
 from .resources import Forecast, RunTimes, forecast_of
 from .run_timing import layer_seconds, price_seconds, scan_rate, training_speed
 from .scan import TensorPlan, sampled_scan
+from .training_memory import training_bytes
 
 # Seconds in which matrices are timed; the rest of a forecast takes about as long again.
 _MATRIX_SECONDS = 6.0
@@ -126,10 +127,14 @@ def _forecast_pair(
         calibration=layer * layers,
         training_speed=0.0 if request.distillation is None else training_speed(pair.device),
     )
+    training = 0
+    if request.distillation is not None:
+        text = request.distillation.shape[0], request.distillation.shape[1]
+        training = training_bytes(plan, method, request.distill_settings, pair.finetuned, text, pair.device)
     return forecast_of(
         plan, replace(request, method=method), config, kinds, costs, times,
         model_config=dict(pair.finetuned.config), process_count=process_count, resident=resident_bytes(),
-        free_bytes=free_bytes, kept_bytes=kept_bytes(pair, plan, method, request, stream),
+        free_bytes=free_bytes, kept_bytes=kept_bytes(pair, plan, method, request, stream), training_bytes=training,
     )  # fmt: skip
 
 

@@ -225,9 +225,9 @@ def kept_bytes(
 ) -> int:
     """Return the bytes that a run keeps in the workspace besides records and the files made of them, about.
 
-    They are of singular values, of calibration's hidden states and of distillation's checkpoints.
+    They are of singular values, of calibration's hidden states and of distillation's checkpoints, and sidecar files.
     """
-    kept = spectra_bytes(plan.encoded, method)
+    kept = spectra_bytes(plan.encoded, method) + sum(path.stat().st_size for path in pair.companions.files.values())
     if stream is not None and request.calibration is not None:
         kept += HiddenStates.bytes_needed(stream.states_shape(request.calibration), stream.dtype)
     if request.distillation is not None:

@@ -19,9 +19,6 @@ _FLOAT = 4  # bytes of a float32
 _PRICE_BYTES = 200  # memory for the price, for each component
 # Sequences that calibration runs at a time, and the activations of a layer alive at a time, in units of its widest.
 _BATCH, _ALIVE = 4, 3
-# Values in a byte of a record, and bytes for a trained value: with its gradient, Adam's moments and position.
-_VALUES, _WHOLE_VALUES, _TRAINED_BYTES = 6.0, 0.5, 24
-_LOGITS = 5  # copies of a batch's logits
 
 
 @dataclass(frozen=True)
@@ -143,6 +140,7 @@ def forecast_of(
     *,
     kept_bytes: int,
     model_config: Mapping[str, Any],
+    training_bytes: int = 0,
     process_count: int = 1,
     resident: int | None = None,
     free_bytes: int | None = None,
@@ -155,6 +153,7 @@ def forecast_of(
         kinds: the kind of each tensor to encode.
         kept_bytes: what the run keeps on disk besides records and the files made of them, in bytes.
         model_config: the content of the fine-tune's config.json.
+        training_bytes: memory of distillation.
         resident: memory of the process now, in bytes; None if it is not known.
         free_bytes: free space at the output, if it is known.
     """
@@ -187,7 +186,7 @@ def forecast_of(
         method=config["method"],
         process_count=process_count,
         stages=stages,
-        memory_bytes=None if resident is None else resident + _peak(plan, request, model_config, cost),
+        memory_bytes=None if resident is None else resident + _peak(plan, request, model_config, cost, training_bytes),
         disk_bytes=needed_bytes(plan.allowed_bytes + plan.fixed_bytes, kept_bytes),
         free_bytes=free_bytes,
         repository_bytes=repository_bytes,
@@ -251,37 +250,24 @@ def _used(name: str, model_config: Mapping[str, Any]) -> float:
 
 
 def _peak(
-    plan: CompressionPlan, request: CompressionRequest, model_config: Mapping[str, Any], cost: Mapping[str, Any]
+    plan: CompressionPlan,
+    request: CompressionRequest,
+    model_config: Mapping[str, Any],
+    cost: Mapping[str, Any],
+    training_bytes: int,
 ) -> int:
     """Return the most memory that the run takes beside what the process has when it starts, in bytes."""
     encoding = max((each.peak for each in cost.values()), default=0.0)
     components = sum(t.matrices * min(t.shape[-2:]) for t in sharing(plan.encoded, request.method))
     most = max(encoding, _PRICE_BYTES * components)
-    matrices = [t for t in plan.tensors if len(t.shape) >= 2]
-    text = model_config.get("text_config") or model_config
-    hidden, layers = int(text.get("hidden_size") or 0), int(text.get("num_hidden_layers") or 1)
     if request.calibration is not None:
+        # One layer in the model's dtype, its activations and second moments; before the first layer, the embeddings.
+        text = model_config.get("text_config") or model_config
         sequences, length = request.calibration.shape
-        vocabulary = sum(_FLOAT * t.dense_bytes // t.dtype.itemsize for t in matrices if t.vocabulary)
-        others = [t for t in matrices if not t.vocabulary]
-        layer = sum(_FLOAT * t.dense_bytes // t.dtype.itemsize for t in others) // max(1, layers)
-        inputs = max((min(t.shape[-2:]) if t.vocabulary else max(t.shape[-2:]) for t in others), default=0)
+        vocabulary = sum(t.dense_bytes for t in plan.tensors if t.vocabulary)
+        others = [t for t in plan.tensors if len(t.shape) >= 2 and not t.vocabulary]
+        layer = sum(t.dense_bytes for t in others) // int(text.get("num_hidden_layers") or 1)
+        inputs = max((max(t.shape[-2:]) for t in others), default=0)
         active = _ALIVE * _FLOAT * min(_BATCH, sequences) * length * inputs
-        inside = layer + _FLOAT * inputs**2 + max(active, encoding)
-        most = max(most, _FLOAT * sequences * length * hidden + max(vocabulary, inside))
-    if request.distillation is not None:
-        most = max(most, _distillation_bytes(plan, request, layers))
-    return int(most)
-
-
-def _distillation_bytes(plan: CompressionPlan, request: CompressionRequest, layers: int) -> float:
-    """Return about how much memory distillation takes: see `distillation.distillation.distill`."""
-    assert request.distillation is not None
-    settings, length = request.distill_settings, request.distillation.shape[1]
-    part = 1.0 if settings.blocks is None else min(1.0, settings.blocks / layers)
-    numbers = sum(t.dense_bytes / t.dtype.itemsize for t in plan.tensors)
-    density = _VALUES if request.method.quantises else _WHOLE_VALUES
-    values = density * sum(t.max_bytes for t in plan.encoded) if settings.trains == "codes" else 0.0
-    vocabulary = max((t.shape[0] for t in plan.tensors if t.vocabulary), default=0)
-    logits = _LOGITS * _FLOAT * settings.batch_size * length * vocabulary
-    return part * (2 * _FLOAT * numbers + _TRAINED_BYTES * values) + logits
+        most = max(most, vocabulary, layer + _FLOAT * inputs**2 + max(active, encoding))
+    return int(max(most, training_bytes))

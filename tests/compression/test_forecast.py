@@ -15,7 +15,7 @@ from support.commands import failure
 from support.messages import naming
 from support.tiny_models import Pair, edit_tensors, save_pair, tiny_config
 
-from impart_hf import Forecast, ImPartRdConfig, LowRankConfig, compress, forecast
+from impart_hf import DistillSettings, Forecast, ImPartRdConfig, LowRankConfig, compress, forecast
 from impart_hf.cli.main import main
 from impart_hf.common.files import OutputError
 from impart_hf.compression.matrix_timing import (
@@ -132,6 +132,18 @@ def test_a_calibrated_run_has_its_stage(tiny_pair: Pair) -> None:
     assert "tokens" in found.method["calibration"]
 
 
+def test_a_distilled_run_has_its_stage_and_room_for_checkpoints(tiny_pair: Pair) -> None:
+    found = ask(
+        tiny_pair, LowRankConfig(compression_ratio=3),
+        distill=TEXT, calibration_length=32, distill_settings=DistillSettings(steps=4, batch_size=2),
+    )  # fmt: skip
+    alone = ask(tiny_pair, LowRankConfig(compression_ratio=3))
+    names = [stage.name for stage in found.stages]
+    assert names == ["open and check", "scan", "vectors and encoding", "distillation", "writing"]
+    assert found.stages[3].seconds > 0
+    assert found.disk_bytes > alone.disk_bytes and "4 steps" in found.method["distillation"]
+
+
 def test_a_matrix_of_another_size_follows_from_two_samples() -> None:
     def seconds(m: int, n: int) -> float:
         return 3e-9 * m * n + 2e-11 * m * n * min(m, n)
@@ -211,6 +223,7 @@ def test_times_are_those_of_the_matrices_added_up() -> None:
     )
     assert found.seconds == sum(stage.seconds for stage in found.stages)
     assert found.memory_bytes == 13_000_000
+    assert added_up(method, resident=10_000_000, training_bytes=50_000_000).memory_bytes == 60_000_000
     assert added_up(method).memory_bytes is None
 
 
