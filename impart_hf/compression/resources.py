@@ -13,8 +13,8 @@ from .plan import CompressionPlan
 from .writer import delta_file_bytes, json_bytes
 
 # Finished files are written and flushed; no forecast writes any, so that this is assumed.
-_WRITTEN_PER_SECOND = 200e6
-_TENSORS_PER_SECOND, _WRITING = 1000.0, 0.1
+_WRITTEN_PER_SECOND = 400e6
+_TENSORS_PER_SECOND, _WRITING = 3000.0, 0.05
 _FLOAT = 4  # bytes of a float32
 _PRICE_BYTES = 200  # memory for the price, for each component
 # Sequences that calibration runs at a time, and the activations of a layer alive at a time, in units of its widest.
