@@ -83,12 +83,10 @@ class LargestFolder:
 
     def _watch(self) -> None:
         while not self._done.wait(0.05):
-            total = 0
-            for path in self._folder.rglob("*"):
-                try:
-                    total += path.stat().st_size if path.is_file() else 0
-                except OSError:
-                    continue  # removed in between
+            try:
+                total = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
+            except OSError:  # something was removed in between
+                continue
             self.bytes = max(self.bytes, total)
 
     def __exit__(self, *_: object) -> None:

@@ -24,9 +24,9 @@ Clock = Callable[[], float]
 _SCANNED_BYTES = 256 << 20  # of both models together, at most
 _PRICED = 1 << 18  # the most components whose price is found
 _FIRST_TOKENS, _LAYER_SECONDS = 64, 1.5
-_SIDE, _PRODUCTS = 1024, 8  # of the matrices whose product is timed
+_SIDE, _PRODUCTS = 1024, 24  # of the matrices whose product is timed
 # Of the speed of a large product alone, what training reaches: layers have smaller products and other work between.
-_TRAINING_SPEED = 0.5
+_TRAINING_SPEED = 0.7
 
 
 def scan_rate(
