@@ -2,7 +2,8 @@
 
 A table by model and method of time by stage, memory, disk and bytes, extrapolated from single matrices of the models'
 shapes. The matrices are random, with a spectrum like that of a fine-tune. Reading is timed on a matrix in memory, and
-a disk may be slower.
+a disk may be slower. With --texts, calibration and distillation are counted in operations, at the speed of a product of
+matrices here; distillation's memory is another script's (forecast_distillation.py).
 """
 
 from __future__ import annotations
