@@ -165,9 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             task = settings | {"method": method}
             told, found = (measure.in_fresh_process(__file__, task | {"forecast": first}) for first in (True, False))
             rows += rows_of(method, repeat, told, found)
-            print(
-                f"{method}: the forecast took {told['took']:.1f} s, the compression {found['took']:.1f} s", flush=True
-            )
+            took = f"found in {told['took']:.1f} s"
+            print(f"{method}: forecast {told['seconds']:.1f} s ({took}), measured {found['seconds']:.1f} s", flush=True)
     print(f"\n{measure.table(rows)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
