@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..modeling.precision import full_float32
-from .svd import ROUNDING, TRUSTED, components, eigvalsh, leading_svd, lower_gram, roots
+from .svd import ROUNDING, TRUSTED, all_vectors, components, eigvalsh, leading_svd, lower_gram, of_vectors, roots
 
 _SMALL = 256  # with a shorter side below this, the whole decomposition is faster
 _OVERSAMPLING = 1.2  # vectors in the block for each that is wanted
@@ -84,14 +84,16 @@ def leading_components(
         U (m, r), sigma (r,) in falling order, V (n, r). The result is deterministic.
     """
     side, size = len(sigma), max(int(_OVERSAMPLING * rank), rank + 8)
-    if side < _SMALL or size > _MOST_VECTORS * side or sigma[rank - 1] < 2 * TRUSTED * sigma[0]:
+    if sigma[rank - 1] < 2 * TRUSTED * sigma[0]:
         return leading_svd(matrix, rank)
     scale = float(torch.linalg.vector_norm(matrix, torch.inf))
     if not 1e-8 <= scale <= 1e8:  # squares would leave the range of float32
         u, found, v = leading_components(matrix / scale, rank, sigma / scale)
         return u, found * scale, v
     if matrix.shape[0] < matrix.shape[1]:
-        v, found, u = components(matrix.t(), _filtered(matrix.t(), rank, size, sigma), rank)
+        v, found, u = leading_components(matrix.t(), rank, sigma)
+    elif side < _SMALL or size > _MOST_VECTORS * side:
+        u, found, v = of_vectors(matrix, all_vectors(matrix, lambda _: rank))
     else:
         u, found, v = components(matrix, _filtered(matrix, rank, size, sigma), rank)
     return u, found, v

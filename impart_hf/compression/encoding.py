@@ -121,21 +121,21 @@ def encode_tensor(
     """
     encoder = method_for(method, tensor.vocabulary)
     records, notes = [], []
-    for number, (delta, is_nonzero) in enumerate(deltas_of(tensor, base, finetuned, device)):
+    for number, delta in enumerate(deltas_of(tensor, base, finetuned, device)):
         seed = mask_seed(method.seed, tensor.name, number)
-        if is_nonzero:
+        if delta.is_nonzero:
             svd = svd_of(tensor.name, number)
             budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
             own = hessian if hessian is None or isinstance(hessian, torch.Tensor) else hessian[number]
             if own is None and hessian is not None:
                 notes.append(f"matrix {number} not calibrated: too few tokens of the text reach it")
             encoded = encoder.encode(
-                delta, budget, seed,
+                delta.matrix, budget, seed,
                 hessian=own, svd=svd, sigma=None if spectra is None else spectra[number].sigma,
-                vocabulary=tensor.vocabulary, transposed=transposed,
+                relative_norm=delta.relative_norm, vocabulary=tensor.vocabulary, transposed=transposed,
             )  # fmt: skip
         else:
-            encoded = Encoded(empty_record(delta.shape[0], delta.shape[1], float(delta.any())))
+            encoded = Encoded(empty_record(delta.matrix.shape[0], delta.matrix.shape[1], float(delta.matrix.any())))
         records.append(encoded.data)
         notes += [note for note in encoded.notes if note not in notes]
     return b"".join(records), notes
