@@ -42,6 +42,11 @@ class HiddenStates:
         numbers = [int(path.name.removeprefix(_PREFIX)) for path in self._files()]
         return max(numbers, default=None)
 
+    def discard(self) -> None:
+        """Remove what is stored."""
+        for path in self._files():
+            path.unlink()
+
     def read(self) -> Tensor:
         """Return the stored inputs, mapped from the file: (sequences, length, size), not to be written to."""
         path = self._folder / f"{_PREFIX}{self.layer()}"

@@ -38,6 +38,7 @@ def stream_layers(
     folder: Path,
     *,
     prepare: Callable[[Mapping[str, Moments]], None] = lambda moments: None,
+    is_kept: Callable[[str], bool] = lambda name: True,
     batch_size: int = 4,
     progress: Progress,
 ) -> set[str]:
@@ -68,6 +69,8 @@ def stream_layers(
         folder: for hidden states; of this model and text alone.
         prepare: called, in all processes of a job, with all names and second moments with which `compressed` is called
             next; may share the work out.
+        is_kept: told the name of a tensor of a layer that an earlier call finished, returns whether its result is
+            still there. If one is not, this call begins with the first layer.
         batch_size: sequences run at a time.
         progress: for a bar over the layers.
 
@@ -78,7 +81,7 @@ def stream_layers(
         ValueError: as soon as a layer's activations are found not to be finite.
     """
     states = HiddenStates(folder, model.states_shape(tokens), model.dtype)
-    first, count = states.layer(), len(model.layers)
+    first, count = processes.in_first(lambda: _first_unfinished(states, model, is_kept)), len(model.layers)
     if first == count:
         return set(model.names)
 
@@ -113,6 +116,20 @@ def stream_layers(
             processes.each(partial(_write_outputs, run, own if number + 1 < count else [], batch_size, write))
         model.release(names)
     return set(model.names)
+
+
+def _first_unfinished(states: HiddenStates, model: StreamedModel, is_kept: Callable[[str], bool]) -> int | None:
+    """Return the number of the layer to begin with, whose inputs are stored; None if there are none.
+
+    After a power cut they may be there, and results of earlier layers may not. Inputs are then discarded.
+    """
+    number = states.layer()
+    if number is not None and not all(
+        is_kept(n) for prefix in list(model.layers)[:number] for n in model.names_in(prefix)
+    ):
+        states.discard()
+        return None
+    return number
 
 
 def _first_inputs(

@@ -45,7 +45,7 @@ def shared_sums(batches: int, sums_of: Callable[[range], Sums], device: torch.de
     for n in range(len(parts)):
         for key, (size, count) in found[_owner(n)][n].items():
             value = own[n][key][0] if n in own else torch.empty(size, size, device=device)
-            torch.distributed.broadcast(value, _owner(n))
+            processes.broadcast(value, _owner(n))
             add(key, value, count)
     return totals
 

@@ -15,6 +15,9 @@ from .gptq import DAMPING, Grid, quantise, shared_factor
 from .level_scales import fit_levels
 from .record_sizes import kept_ratios
 
+# A column of the best U is scaled up by the inverse of its cosine with the exact one. If that is below this, as with
+# equal singular values and vectors of few entries, the column is mostly error, and scaling would make it huge.
+_LEAST_COSINE = 0.25
 _MOST_CORRECTION = 2.0  # exceeds the bias of any levels; limits the factor of a row that is mostly rounding error
 
 
@@ -162,5 +165,5 @@ def _best_u(delta: torch.Tensor, u: torch.Tensor, image: torch.Tensor, gram: tor
     """
     fitted = _solved(gram, image @ delta.t(), DAMPING).t()
     along = (fitted * u).sum(0)
-    # A column without a positive component along the exact one is useless: take the exact one.
-    return torch.where(along > 0, fitted / along, u)
+    # A column that is not along the exact one is useless: take the exact one.
+    return torch.where(along > _LEAST_COSINE * torch.linalg.vector_norm(fitted, dim=0), fitted / along, u)

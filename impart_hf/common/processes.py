@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -125,16 +128,31 @@ def _done(work: Callable[[], T], sent: Callable[[T | None], T | None]) -> tuple[
     except Exception as error:
         failed = error
     own = sent(result), None if failed is None else f"{socket.gethostname()}: {failed}"
-    try:
+    with _ended_processes():
         outcomes = gather_object([own])
-    except RuntimeError as error:  # the connection to a process that was killed is closed
-        raise ProcessError("another process has ended: its launcher reports which") from error
     for other, (_, failure) in enumerate(outcomes):
         if failure is not None:
             if failed is not None and other == number():
                 raise failed
             raise ProcessError(f"process {other} of {count()} failed on {failure}") from failed
     return result, [value for value, _ in outcomes]
+
+
+@contextmanager
+def _ended_processes() -> Iterator[None]:
+    """Convert the error of communication with a process that has ended, whose connection is closed."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError("another process has ended: its launcher reports which") from error
+
+
+def broadcast(tensor: "torch.Tensor", source: int) -> None:
+    """Replace a tensor's values, in every process, by those that it has in process `source`."""
+    import torch
+
+    with _ended_processes():
+        torch.distributed.broadcast(tensor, source)
 
 
 def in_first(work: Callable[[], T]) -> T:

@@ -89,6 +89,10 @@ class Encoding:
             self._written += len(self._workspace.record(tensor.name))
         self.bar.update(tensor.dense_bytes)
 
+    def is_kept(self, name: str) -> bool:
+        """Return whether a tensor needs no records, or has them."""
+        return name not in self._by_name or self._workspace.has_record(name)
+
     def compressed(self, name: str, hessian: Moments) -> torch.Tensor:
         """Return the tensor as a reader decodes it; it has been prepared with this Hessian."""
         dense = self._finetuned.tensor(name)

@@ -128,7 +128,7 @@ def compress_pair(
     started = time.perf_counter()
     stream, trained = processes.each(lambda: models_for_texts(pair, request))
     reach = Reach(frozenset() if stream is None else stream.matrices, trained)
-    state = processes.from_first(pair.state())
+    state = processes.in_first(pair.state)
     if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
         pair.tensors = list(map(TensorPlan.from_dict, stored))
     tensors = pair.tensors
@@ -194,7 +194,7 @@ def _encode(
         if stream is not None and calibration is not None:
             stream_layers(
                 stream, calibration, encoding.compressed, workspace.states(),
-                prepare=encoding.prepare, progress=Progress(False),
+                prepare=encoding.prepare, is_kept=encoding.is_kept, progress=Progress(False),
             )  # fmt: skip
         processes.each(lambda: encoding.encode_all(plan.encoded))
 

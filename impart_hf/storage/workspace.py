@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from ..common import processes
-from ..common.files import OutputError, atomic_write, sync_path, write_json
+from ..common.files import OutputError, sync_path, write_json
 from .checked_files import read_checked, write_checked
 from .folder_lock import LOCK_FILE, FolderLock
 from .output import check_output, check_visible, existing_parent, named_errors
@@ -225,13 +225,13 @@ class Workspace:
         return np.load(io.BytesIO(self._stored("spectra", name)), allow_pickle=False)
 
     def budgets(self, make: Callable[[], dict[str, list[int]]]) -> dict[str, list[int]]:
-        """Return the byte budgets of every tensor's matrices, made by `make` only if no earlier run stored them."""
+        """Return the byte budgets of every tensor's matrices, made by `make` unless an earlier run stored them."""
         path = self.folder / _BUDGETS
-        if not path.exists():
-            budgets = make()
-            with atomic_write(path) as temporary:
-                write_json(temporary, budgets)
-        return json.loads(path.read_text("utf-8"))
+        data = read_checked(path)
+        if data is None:
+            data = json.dumps(make()).encode()
+            write_checked(path, data)
+        return json.loads(data)
 
     def states(self) -> Path:
         """Return the folder for hidden states, kept until the workspace is published; a resumed run uses it."""

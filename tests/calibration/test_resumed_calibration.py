@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.calibrated import TEXT, run
 from support.tiny_models import Pair, save_pair, tiny_config
-from support.workspaces import differing, hidden
+from support.workspaces import differing, file_name, hidden
 
 from impart_hf.calibration import layer_stream
 from impart_hf.calibration.hidden_states import HiddenStates
@@ -88,6 +88,30 @@ def test_what_comes_after_the_layers_does_not_repeat_them(
     after = layers_run(monkeypatch)
     run(pair, output, METHOD, calibration=[TEXT])
     assert not after and differing(output, unbroken) == []
+
+
+@pytest.mark.parametrize("stopped_in", [2, LAYERS])
+def test_a_damaged_record_of_a_finished_layer_is_calibrated_again(
+    pair: Pair, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: int
+) -> None:
+    """After a power cut the hidden states are on the disk, and records may not be."""
+
+    def stop(number: int, counts: Counter[int]) -> None:
+        if number == stopped_in and counts[number] == 2:
+            raise Stop
+
+    def stop_writing(*_: Any, **__: Any) -> None:
+        raise Stop
+
+    output = tmp_path / "delta"
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        layers_run(patch, stop)
+        patch.setattr("impart_hf.compression.pipeline.write_repository", stop_writing)
+        run(pair, output, METHOD, calibration=[TEXT])
+    record = hidden(output) / "records" / file_name("model.layers.0.mlp.up_proj.weight")
+    record.write_bytes(record.read_bytes()[:-1])
+    run(pair, output, METHOD, calibration=[TEXT])
+    assert differing(output, unbroken) == []
 
 
 def test_room_for_hidden_states_is_asked_for(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

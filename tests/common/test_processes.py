@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from impart_hf.common import processes
 
@@ -108,3 +109,12 @@ def test_versions_are_compared_with_those_of_the_first_process() -> None:
     processes.check_versions([own, own | {"host": "b"}])
     with pytest.raises(ValueError, match=r"process 0 on a runs torch 2, process 2 on c runs 3: install the same"):
         processes.check_versions([own, own, own | {"host": "c", "torch": "3"}])
+
+
+def test_a_process_that_ends_during_a_broadcast_is_an_error_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "broadcast", closed)
+    with pytest.raises(processes.ProcessError, match="another process has ended"):
+        processes.broadcast(torch.zeros(1), 0)

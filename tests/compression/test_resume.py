@@ -181,6 +181,16 @@ def test_a_plan_cut_off_by_a_kill(tiny_pair: Pair, tmp_path: Path, content: str)
     assert differing(tmp_path / "delta", tmp_path / "fresh") == []
 
 
+@pytest.mark.parametrize("content", [b"", b"{}"])
+def test_damaged_budgets_are_made_again(tmp_path: Path, content: bytes) -> None:
+    with Workspace(tmp_path / "delta") as workspace:
+        workspace.begin("", 0)
+        assert workspace.budgets(lambda: {"a": [1, 2]}) == {"a": [1, 2]}
+        assert workspace.budgets(dict) == {"a": [1, 2]}
+        (workspace.folder / "budgets.json").write_bytes(content)
+        assert workspace.budgets(lambda: {"a": [3]}) == {"a": [3]}
+
+
 def test_half_written_and_removed_leftovers(tiny_pair: Pair, tmp_path: Path) -> None:
     """A record cut off while it was written is no record; of a workspace half removed, only the lock may be left."""
     output = tmp_path / "delta"

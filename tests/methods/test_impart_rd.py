@@ -405,3 +405,15 @@ def test_a_size_instead_of_a_ratio(tiny_pair: Pair, tmp_path: Path, capsys: pyte
     for size, named in (("1TB", 10**12), ("much", "'much'")):
         with pytest.raises(ValueError, match=naming("max_bytes", named)):
             compress(*pair, tmp_path / "no", max_bytes=size)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_vectors_of_few_entries_and_nearly_equal_values_are_not_blown_up(seed: int) -> None:
+    """Of a diagonal delta, the U that fits the rounded V best may have next to nothing along the exact U."""
+    generator = torch.Generator().manual_seed(seed)
+    delta = torch.diag(torch.rand(64, generator=generator))
+    inputs = torch.randn(64, 192, generator=generator) * torch.logspace(0, -1, 64)[:, None]
+    hessian = inputs @ inputs.T / 192
+    for budget in (316, 572, 1084):
+        error = decode_record(encode(delta, budget, hessian), "delta", "cpu") - delta
+        assert (error @ hessian @ error.T).trace() < 1.5 * (delta @ hessian @ delta.T).trace()
