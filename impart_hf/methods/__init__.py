@@ -10,7 +10,7 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base import Encoded, MethodConfig, Spectrum, method_class, method_names
+from .base import Encoded, EncodingTask, MethodConfig, Spectrum, method_class, method_names
 from .delta_come import DeltaComeConfig
 from .settings import Setting, setting, settings_of
 

@@ -33,7 +33,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodingTask:
-    """The arguments of `MethodConfig.encode`; `transposed` is False without a Hessian."""
+    """What is to be encoded: the arguments of `MethodConfig.encode`; `transposed` is False without a Hessian."""
 
     delta: torch.Tensor
     max_bytes: int
