@@ -180,9 +180,7 @@ def least_squares(
     return _solved(image @ rows.t(), image @ delta.t(), damping)
 
 
-def _solved(
-    gram: torch.Tensor, right: torch.Tensor, damping: float, ranks: torch.Tensor | None = None
-) -> torch.Tensor:
+def _solved(gram: torch.Tensor, right: torch.Tensor, damping: float, ranks: torch.Tensor | None = None) -> torch.Tensor:
     """Return the X, (r, m), for which (gram + damping) X is `right`; damping is in units of the mean diagonal."""
     damped = gram.clone()
     unit = mean_diagonal(gram, ranks)

@@ -6,6 +6,7 @@ the vectors. Once the bytes are shared out, it is known how many components of a
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -168,14 +169,14 @@ def _filtered(matrix: torch.Tensor, ranks: list[int], size: int, sigmas: list[np
     for start in range(size, side, size):
         more = slice(start, start + size)
         image[..., : len(places[more])] += gram[..., more] * signs[more]
-    cut, add_product = cuts[0], torch.addmm
+    cut = cuts[0]
+    add_product: Callable[..., torch.Tensor] = torch.addmm if gram.dim() == 2 else torch.baddbmm
     if gram.dim() == 3:  # each matrix has a cut of its own: the Gram matrices are scaled so that all are 4
         scale = torch.tensor([4 / cut for cut in cuts]).to(gram)[:, None, None]
-        gram, image, cut, add_product = gram * scale, image * scale, 4.0, torch.baddbmm
+        gram, image, cut = gram * scale, image * scale, 4.0
     for number in range(rounds):
         before, block = block, (image if number == 0 else gram @ block).mul_(2 / cut).sub_(block)
         for _ in range(degree * (number + 1) // rounds - degree * number // rounds - 1):
             before, block = block, add_product(before, gram, block, beta=-1, alpha=4 / cut).sub_(block, alpha=2)
         block = torch.linalg.qr(block)[0]
     return block
-

@@ -3,7 +3,7 @@
 Ranks differ. Matrices of a lower one than others have absent components at the end: zeros that a mask drops.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,7 +119,7 @@ class FactorStack:
 
     def records(
         self,
-        widths: list[SideWidths],
+        widths: Sequence[SideWidths],
         hessians: Tensor | None,
         which: list[int] | None,
         *,

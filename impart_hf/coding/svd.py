@@ -6,7 +6,7 @@ space. The whole Gram matrix is decomposed only if it is small, or if so many co
 longer (scripts/benchmark_compress.py prints times and accuracy).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ def leading_svd(matrix: torch.Tensor, rank: int | RankRule) -> tuple[torch.Tenso
 
 
 @full_float32()
-def leading_svds(matrices: torch.Tensor, rules: list[RankRule]) -> tuple[SvdStack, list[int]]:
+def leading_svds(matrices: torch.Tensor, rules: Sequence[RankRule]) -> tuple[SvdStack, list[int]]:
     """Return `leading_svd` of each matrix of a stack (b, m, n), together where they are small.
 
     Returns:
@@ -100,7 +100,11 @@ def filled(matrices: torch.Tensor, parts: list[tuple[list[int], SvdStack]], coun
     """
     (count, rows, columns), most = matrices.shape, max(counts)
     present = torch.from_numpy(np.arange(most) < np.array(counts)[:, None]).to(matrices.device)
-    filled = matrices.new_zeros(count, rows, most), matrices.new_zeros(count, most), matrices.new_zeros(count, columns, most)
+    filled = (
+        matrices.new_zeros(count, rows, most),
+        matrices.new_zeros(count, most),
+        matrices.new_zeros(count, columns, most),
+    )
     for numbers, part in parts:
         where: Any = slice(None) if len(numbers) == count else numbers
         for into, some in zip(filled, part, strict=True):

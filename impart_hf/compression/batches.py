@@ -5,7 +5,9 @@ from typing import Generic, TypeVar
 
 import torch
 
-_BYTES = 4 << 30  # of an accelerator's memory, for a batch and what is computed from it
+# Of an accelerator's memory: what a batch may take, with what is computed from it; and what a matrix takes that is
+# encoded alone, about 2048 x 3072, because solvers for batches are made for small matrices.
+_BATCH, _ALONE = 4 << 30, 256 << 20
 
 Item = TypeVar("Item")
 
@@ -15,19 +17,21 @@ class Batches(Generic[Item]):
 
     def __init__(self, device: torch.device, work: Callable[[list[Item]], None]):
         """Set up empty batches; `work` gets each one when it is full."""
-        self._most = 0 if device.type == "cpu" else _BYTES
+        self._alone = 0 if device.type == "cpu" else _ALONE
         self._work = work
         self._waiting: dict[Hashable, tuple[list[Item], int]] = {}
 
     def add(self, kind: Hashable, item: Item, size: int) -> None:
         """Add an item that takes `size` bytes of memory while its batch is worked on."""
+        if size > self._alone:
+            self._work([item])
+            return
         items, total = self._waiting.pop(kind, ([], 0))
-        if items and total + size > self._most:
+        if items and total + size > _BATCH:
             self._work(items)
             items, total = [], 0
-        self._waiting[kind] = ([*items, item], total + size)
-        if total + size >= self._most:
-            self._work(self._waiting.pop(kind)[0])
+        items.append(item)
+        self._waiting[kind] = items, total + size
 
     def finish(self) -> None:
         """Work on what is left."""

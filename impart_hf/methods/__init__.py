@@ -39,6 +39,7 @@ globals().update(PUBLIC)
 
 __all__ = [  # noqa: PLE0604
     "Encoded",
+    "EncodingTask",
     "MethodConfig",
     "Setting",
     "Spectrum",

@@ -39,4 +39,5 @@ class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
         self, spectra: list[np.ndarray], tasks: list[EncodingTask]
     ) -> list[tuple[np.ndarray, tuple[str, ...]]]:
         budgets, seeds = [task.max_bytes for task in tasks], [task.mask_seed for task in tasks]
-        return self.thresholds_for(spectra, budgets, seeds, tuple(tasks[0].delta.shape), tasks[0].delta.device)
+        rows, columns = tasks[0].delta.shape
+        return self.thresholds_for(spectra, budgets, seeds, (rows, columns), tasks[0].delta.device)

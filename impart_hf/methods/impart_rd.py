@@ -115,7 +115,8 @@ class ImPartRdConfig(MethodConfig):
         if any(task.vocabulary for task in tasks):
             return super()._encode_stack(tasks)
         deltas = torch.stack([task.delta for task in tasks])
-        spectra = singular_values(deltas) if tasks[0].sigma is None else [task.sigma for task in tasks]
+        known = [task.sigma for task in tasks if task.sigma is not None]
+        spectra = known if len(known) == len(tasks) else list(singular_values(deltas))
         choices = self._fitted(spectra, tasks, torch.linalg.vector_norm(deltas, dim=(1, 2)).tolist())
         encoded = [_dropped(task) for task in tasks]
         stored = [number for number, choice in enumerate(choices) if choice.count]
@@ -123,7 +124,7 @@ class ImPartRdConfig(MethodConfig):
             return encoded
         if len(stored) < len(tasks):
             deltas = deltas[stored]
-        tasks, choices = ([several[number] for number in stored] for several in (tasks, choices))
+        tasks, choices = [tasks[number] for number in stored], [choices[number] for number in stored]
         factors = leading_components_of_all(deltas, [c.count for c in choices], [spectra[number] for number in stored])
         stack = FactorStack(
             deltas, factors, [c.thresholds[: c.count] for c in choices], [task.mask_seed for task in tasks]
@@ -133,17 +134,14 @@ class ImPartRdConfig(MethodConfig):
             best_widths(*stack.rows(side), bits[:, side], np.repeat(np.arange(len(choices)), stack.ranks))
             for side in (0, 1)
         ]
-        known = [task.hessian for task in tasks if task.hessian is not None]
-        records = stack.records(
-            fits, *stacked_moments(known or deltas, _moments), compensated=True, transposed=tasks[0].transposed
-        )
+        hessians = [task.hessian for task in tasks if task.hessian is not None]
+        moments = stacked_moments(hessians or deltas, _moments)
+        records = stack.records(fits, *moments, compensated=True, transposed=tasks[0].transposed)
         for number, data in zip(stored, records, strict=True):
             encoded[number] = Encoded(data)
         return encoded
 
-    def _fitted(
-        self, spectra: Sequence[np.ndarray], tasks: list[EncodingTask], norms: list[float]
-    ) -> list[Choice]:
+    def _fitted(self, spectra: Sequence[np.ndarray], tasks: list[EncodingTask], norms: list[float]) -> list[Choice]:
         """Choose components so that each record, with the entries that its masks really keep, fits its budget.
 
         Args:

@@ -69,7 +69,9 @@ class ImportanceAllocation(MethodConfig):
         rows, columns = delta.shape
         u, sigma, v = svd(delta, partial(self.rank_for, rows=rows, columns=columns, max_bytes=max_bytes))
         spectrum = sigma.double().cpu().numpy()
-        ((thresholds, notes),) = self.thresholds_for([spectrum], [max_bytes], [mask_seed], (rows, columns), delta.device)
+        ((thresholds, notes),) = self.thresholds_for(
+            [spectrum], [max_bytes], [mask_seed], (rows, columns), delta.device
+        )
         rank = len(thresholds)
         return (u[:, :rank], sigma[:rank], v[:, :rank]), thresholds, notes
 
