@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 class Batches(Generic[Item]):
     """Collects items until there are enough of a kind. A CPU gains nothing by batches: there, every item is one."""
 
-    def __init__(self, device: torch.device, work: Callable[[list[Item]], None]):
+    def __init__(self, device: torch.device, work: Callable[[list[Item]], object]):
         """Set up empty batches; `work` gets each one when it is full."""
         self._alone = 0 if device.type == "cpu" else _ALONE
         self._work = work

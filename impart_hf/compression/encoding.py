@@ -95,7 +95,7 @@ class Encoding:
             if task.hessian is None and hessian is not None:
                 records.notes[number].append(f"matrix {number} not calibrated: too few tokens of the text reach it")
             kind = task.delta.shape, task.vocabulary, task.hessian is None, task.transposed
-            batches.add(kind, _Matrix(task, records, number), _bytes_for(task))
+            batches.add(kind, _Matrix(task, records, number), bytes_for(task))
 
     def _encode_batch(self, batch: "list[_Matrix]") -> None:
         encoder = method_for(self._method, batch[0].task.vocabulary)
@@ -152,7 +152,7 @@ class _Matrix:
     number: int
 
 
-def _bytes_for(task: EncodingTask) -> int:
+def bytes_for(task: EncodingTask) -> int:
     """Return about how much memory a matrix takes while it is encoded: copies of itself, and of its inputs' moments."""
     inputs = task.delta.shape[0 if task.transposed else 1]
     return 4 * (4 * task.delta.numel() + 5 * inputs**2)

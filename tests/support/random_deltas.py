@@ -26,7 +26,7 @@ def delta_and_vectors(
 
 def make_deltas(rows: int, columns: int, count: int) -> list[torch.Tensor]:
     """Deltas with different spectra, of which matrices of one budget store different numbers of components."""
-    return [make_delta(rows, columns, seed, 0.1 + 0.6 * seed / count) for seed in range(count)]
+    return [make_delta(rows, columns, seed, 0.3 + 0.6 * seed / count) for seed in range(count)]
 
 
 def make_tasks(
