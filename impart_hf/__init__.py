@@ -12,6 +12,8 @@ from .registration import is_command_line, register_with_transformers
 
 if TYPE_CHECKING:  # names for the type checker
     from .compression.compress import compress as compress
+    from .compression.forecast import forecast as forecast
+    from .compression.resources import Forecast as Forecast
     from .compression.tune import tune as tune
     from .distillation import DistillSettings as DistillSettings
     from .merging.config import MergeConfig as MergeConfig
@@ -37,6 +39,8 @@ if TYPE_CHECKING:  # names for the type checker
 # The modules of the public names, except the methods' classes.
 _MODULES = {
     "compress": "compression.compress",
+    "forecast": "compression.forecast",
+    "Forecast": "compression.resources",
     "tune": "compression.tune",
     "DistillSettings": "distillation",
     "MergeConfig": "merging.config",

@@ -5,10 +5,11 @@ import json
 from typing import Any
 
 from ..distillation import OPTIMIZERS, TRAINED, DistillSettings
-from ..methods import method_names
+from ..methods import MethodConfig, method_names
 from .method_options import add_pair, check_pair, method_config, pair_arguments
 from .options import (
     add_device,
+    add_flag,
     add_result,
     add_training_file,
     check_text_field,
@@ -30,6 +31,8 @@ _DISTILLATION = (
     "training",
 )
 _TEXT_SIZE = ("calibration_samples", "calibration_length")
+# What has no effect on a forecast.
+_WRITTEN = ("push", "private", "quiet")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +41,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_pair(parser, method_names(), of_what="that text, and of the --distill text")
     add_device(parser, "matrices are decomposed")
     add_result(parser)
+    add_flag(
+        parser,
+        "--dry-run",
+        "write nothing, and print what the run will take: time by stage, memory, disk, bytes of the result",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="with --dry-run: number of processes of the job that is forecast (default: those of this one)",
+    )
     group = parser.add_argument_group("distillation")
     group.add_argument(
         "--distill", metavar="TEXT", help="text on which the stored values are trained towards the fine-tune's logits"
@@ -85,6 +99,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Refuse options that cannot be combined."""
     check_pair(options)
+    if options.dry_run:
+        refuse(options, _WRITTEN, "has no effect on a forecast; leave out --dry-run")
+    else:
+        refuse(options, ["processes"], "is for forecasts; add --dry-run")
     check_text_field(options, options.calibration, options.distill)
     if options.distill is None:
         refuse(options, _DISTILLATION, "for distillation, which needs a text; add --distill TEXT")
@@ -94,23 +112,34 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compress, and print the report."""
+    """Compress, and print the report; or print a forecast."""
     from ..common.processes import is_first
     from ..compression.compress import compress
     from .summaries import compression_summary
 
-    report = compress(
-        options.base,
-        options.finetuned,
-        options.output,
-        method_config(options),
-        **given_texts(options, "distill"),
-        distill_settings=_distill_settings(options, training_fields(options)),
-        **pair_arguments(options),
-    )
+    method, arguments = method_config(options), pair_arguments(options)
+    arguments |= given_texts(options, "distill")
+    arguments["distill_settings"] = _distill_settings(options, training_fields(options))
+    if options.dry_run:
+        _print_forecast(options, method, arguments)
+        return
+    report = compress(options.base, options.finetuned, options.output, method, **arguments)
     if is_first():
         print(json.dumps(report.to_dict(), indent=2) if options.json else compression_summary(report, options.output))
         push_if_asked(options)
+
+
+def _print_forecast(options: argparse.Namespace, method: MethodConfig, arguments: dict[str, Any]) -> None:
+    from ..common.processes import is_first
+    from ..compression.forecast import forecast
+
+    del arguments["progress"]
+    found = forecast(
+        options.base, options.finetuned, method,
+        output_dir=options.output, process_count=options.processes, **arguments,
+    )  # fmt: skip
+    if is_first():
+        print(json.dumps(found.to_dict(), indent=2) if options.json else found)
 
 
 def _distill_settings(options: argparse.Namespace, training: dict[str, Any]) -> DistillSettings | None:

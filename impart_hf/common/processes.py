@@ -3,7 +3,8 @@
 import os
 import platform
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -20,14 +21,28 @@ class ProcessError(Exception):
     """Work that failed in another process of the job, which the message names."""
 
 
+_is_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within this context, this process works as if it were the only one of the job."""
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
+
+
 def number() -> int:
     """Return this process's number, from 0; 0 without a job."""
-    return int(os.environ.get("RANK", "0"))
+    return 0 if _is_alone else int(os.environ.get("RANK", "0"))
 
 
 def count() -> int:
     """Return the number of processes; 1 without a job."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return 1 if _is_alone else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:

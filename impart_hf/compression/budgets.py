@@ -29,10 +29,16 @@ def deltas_of(
     after = finetuned.tensor(tensor.name)[: before.shape[0]]
     stack = (-1, *tensor.shape[-2:])
     for old, new in zip(before.reshape(stack), after.reshape(stack), strict=True):
-        delta = to_device(new, device).float() - to_device(old, device).float()
-        if tensor.vocabulary and not all_finite(delta):
-            delta = delta.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
+        delta = matrix_delta(old, new, tensor.vocabulary, device)
         yield delta, bool(delta.abs().max() > _ZERO_DELTA)
+
+
+def matrix_delta(before: torch.Tensor, after: torch.Tensor, vocabulary: bool, device: torch.device) -> torch.Tensor:
+    """Return the difference of two matrices, float32 on a device, as it is encoded."""
+    delta = to_device(after, device).float() - to_device(before, device).float()
+    if vocabulary and not all_finite(delta):
+        delta = delta.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
+    return delta
 
 
 def sharing(tensors: list[TensorPlan], method: MethodConfig) -> list[TensorPlan]:

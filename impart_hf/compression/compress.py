@@ -1,5 +1,6 @@
 """The public function `compress`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -82,37 +83,18 @@ def compress(
         ValueError: if the method's ratio cannot be reached, a device or size is invalid, or a text is too short.
         OutputError: if `output_dir` holds something else, is being written by another process, or the disk is full.
     """
-    method = method if method is not None else ImPartRdConfig()
-    if not isinstance(method, MethodConfig):
-        raise TypeError(f"method must be a method's configuration such as ImPartRdConfig(), got {method!r}")
-    if calibration is not None and not method.quantises:
-        raise ValueError(f"calibration is for the methods that quantise, and '{method.name}' does not: leave it out")
-    if distill_settings is not None and distill is None:
-        raise ValueError("distill_settings are for distillation, which needs a text, but distill is None: give a text")
+    method = checked_method(method, calibration, distill, distill_settings)
     shard_size, wanted_bytes = shard_bytes(max_shard_size), byte_budget(max_bytes)
     processes.connect(str(device).startswith("cpu"))  # before a GPU is used: it assigns one to each process
     device = usable_device(device)
     # The workspace comes first, so that an output that cannot be written fails before anything is downloaded.
     with Workspace(Path(output_dir)) as workspace:
-        pair = processes.each(
-            lambda: ModelPair(
-                base,
-                finetuned,
-                HubOptions(base_revision, token, cache_dir),
-                HubOptions(finetuned_revision, token, cache_dir),
-                base_name=base_name,
-                device=device,
-                progress=Progress(progress and processes.is_first()),
-            )
-        )
-        sources = {"calibration": calibration, "distillation": distill}
-        texts = processes.each(
-            lambda: {
-                purpose: pair.tokens(source, calibration_samples, calibration_length)
-                for purpose, source in sources.items()
-                if source is not None
-            }
-        )
+        pair, texts = open_pair(
+            base, finetuned, HubOptions(base_revision, token, cache_dir),
+            HubOptions(finetuned_revision, token, cache_dir), base_name, device,
+            Progress(progress and processes.is_first()),
+            {"calibration": calibration, "distillation": distill}, calibration_samples, calibration_length,
+        )  # fmt: skip
         request = CompressionRequest(
             method,
             wanted_bytes,
@@ -122,3 +104,55 @@ def compress(
             shard_size,
         )
         return compress_pair(pair, workspace, request)
+
+
+def checked_method(
+    method: MethodConfig | None,
+    calibration: CalibrationSource | None,
+    distill: CalibrationSource | None,
+    distill_settings: DistillSettings | None,
+) -> MethodConfig:
+    """Return the method, or the default if it is None, after checking that it goes with the other arguments.
+
+    Raises:
+        TypeError: if it is no method's configuration.
+        ValueError: if the arguments cannot be combined.
+    """
+    method = method if method is not None else ImPartRdConfig()
+    if not isinstance(method, MethodConfig):
+        raise TypeError(f"method must be a method's configuration such as ImPartRdConfig(), got {method!r}")
+    if calibration is not None and not method.quantises:
+        raise ValueError(f"calibration is for the methods that quantise, and '{method.name}' does not: leave it out")
+    if distill_settings is not None and distill is None:
+        raise ValueError("distill_settings are for distillation, which needs a text, but distill is None: give a text")
+    return method
+
+
+def open_pair(
+    base: str,
+    finetuned: str,
+    base_options: HubOptions,
+    finetuned_options: HubOptions,
+    base_name: str | None,
+    device: torch.device,
+    progress: Progress,
+    sources: Mapping[str, CalibrationSource | None],
+    samples: int,
+    length: int,
+) -> tuple[ModelPair, dict[str, torch.Tensor]]:
+    """Open a pair in every process, and read the texts.
+
+    Args:
+        sources: texts by purpose, None for those that are not given.
+        samples, length: the most sequences of a text, and tokens of each.
+
+    Returns:
+        The pair, and the tokens by purpose, int64 (sequences, length).
+    """
+    pair = processes.each(
+        lambda: ModelPair(
+            base, finetuned, base_options, finetuned_options, base_name=base_name, device=device, progress=progress
+        )
+    )
+    given = {purpose: source for purpose, source in sources.items() if source is not None}
+    return pair, processes.each(lambda: {p: pair.tokens(source, samples, length) for p, source in given.items()})

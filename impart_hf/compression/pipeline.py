@@ -126,19 +126,17 @@ def compress_pair(
             components.
     """
     started = time.perf_counter()
-    stream, trained = processes.each(lambda: _models_for_texts(pair, request))
+    stream, trained = processes.each(lambda: models_for_texts(pair, request))
     reach = Reach(frozenset() if stream is None else stream.matrices, trained)
     state = processes.from_first(pair.state())
     if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
         pair.tensors = list(map(TensorPlan.from_dict, stored))
     tensors = pair.tensors
-    method, config, plan = processes.each(lambda: _planned(pair, tensors, request, reach))
+    method, config, plan = processes.each(lambda: planned(pair, tensors, request, reach))
     inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
     expected_bytes = plan.allowed_bytes + plan.fixed_bytes
-    kept_bytes = spectra_bytes(plan.encoded, method) + _checkpoint_bytes(pair, plan, method, request)
-    if stream is not None and request.calibration is not None:
-        kept_bytes += HiddenStates.bytes_needed(stream.states_shape(request.calibration), stream.dtype)
-    workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept_bytes)
+    kept = kept_bytes(pair, plan, method, request, stream)
+    workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept)
     processes.in_first(lambda: workspace.put_scan(state, [tensor.to_dict() for tensor in tensors]))
     _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
     distilled = _distil(pair, workspace, plan, request)
@@ -152,7 +150,7 @@ def compress_pair(
     return processes.in_first(publish)
 
 
-def _models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[StreamedModel | None, frozenset[str]]:
+def models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[StreamedModel | None, frozenset[str]]:
     """Return the model for calibration, if asked for, and the names of the tensors that distillation can train."""
     stream = None if request.calibration is None else streamed_model(pair.finetuned, request.calibration, pair.device)
     if request.distillation is None:
@@ -162,7 +160,7 @@ def _models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[Str
     )
 
 
-def _planned(
+def planned(
     pair: ModelPair, tensors: list[TensorPlan], request: CompressionRequest, reach: Reach
 ) -> tuple[MethodConfig, dict[str, Any], CompressionPlan]:
     """Return the method, with the ratio that it is to reach, the content of config.json, and the plan."""
@@ -218,14 +216,26 @@ def _distil(
     return report
 
 
-def _checkpoint_bytes(pair: ModelPair, plan: CompressionPlan, method: MethodConfig, request: CompressionRequest) -> int:
-    """Return about how much distillation's checkpoints take on disk."""
-    if request.distillation is None:
-        return 0
-    from ..distillation.memory import checkpoint_bytes_for
+def kept_bytes(
+    pair: ModelPair,
+    plan: CompressionPlan,
+    method: MethodConfig,
+    request: CompressionRequest,
+    stream: StreamedModel | None,
+) -> int:
+    """Return the bytes that a run keeps in the workspace besides records and the files made of them, about.
 
-    layers = getattr(text_config(pair.finetuned.config), "num_hidden_layers", 1)
-    return checkpoint_bytes_for(plan.allowed_bytes, method.name, layers, request.distill_settings)
+    They are of singular values, of calibration's hidden states and of distillation's checkpoints, and sidecar files.
+    """
+    kept = spectra_bytes(plan.encoded, method) + sum(path.stat().st_size for path in pair.companions.files.values())
+    if stream is not None and request.calibration is not None:
+        kept += HiddenStates.bytes_needed(stream.states_shape(request.calibration), stream.dtype)
+    if request.distillation is not None:
+        from ..distillation.memory import checkpoint_bytes_for
+
+        layers = getattr(text_config(pair.finetuned.config), "num_hidden_layers", 1)
+        kept += checkpoint_bytes_for(plan.allowed_bytes, method.name, layers, request.distill_settings)
+    return kept
 
 
 def _distillation() -> Any:

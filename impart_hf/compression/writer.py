@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ..repository.cards import delta_card, inherited_card_data
 from ..repository.reader_files import reader_files
 from ..repository.report import CompressionReport, human_bytes, read_reports
 from ..repository.sidecar_files import copy_files
-from ..storage.safetensors_writer import Entry, shard_entries, write_safetensors
+from ..storage.safetensors_writer import Entry, header_bytes, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
 from .loading_class import auto_classes
 from .pair import ModelPair
@@ -168,15 +169,14 @@ def write_repository(
 
 
 def _write_deltas(finetuned: Model, workspace: Workspace, tensors: list[TensorPlan], max_shard_size: int) -> list[Path]:
-    files, index = shard_entries(_entries(finetuned, workspace, tensors), DELTA_FILE, max_shard_size)
+    sizes = {t.name: len(workspace.record(t.name)) for t in tensors if t.kind == "encoded"}
+    entries = _entries(tensors, sizes, workspace.record, partial(_rows, finetuned))
+    files, index = shard_entries(entries, DELTA_FILE, max_shard_size)
     paths = []
     for filename, entries in files.items():
         by_name = sorted(entries, key=lambda entry: entry.name)
         crcs = np.array([entry_crc(e.name, e.dtype, e.shape, e.data()) for e in by_name], "<u4").tobytes()
-        entries = [*entries, Entry(CRC_ENTRY, "U32", (len(by_name),), len(crcs), partial(bytes, crcs))]
-        # Sorting by dtype, widest first, keeps every entry aligned, as readers of safetensors expect.
-        entries.sort(key=lambda entry: -_dtype_bits(entry.dtype))
-        write_safetensors(workspace.repository / filename, entries, _METADATA)
+        write_safetensors(workspace.repository / filename, _with_crcs(entries, crcs), _METADATA)
         paths.append(workspace.repository / filename)
     if index is not None:
         write_json(workspace.repository / DELTA_INDEX, index)
@@ -184,25 +184,48 @@ def _write_deltas(finetuned: Model, workspace: Workspace, tensors: list[TensorPl
     return paths
 
 
-def _entries(finetuned: Model, workspace: Workspace, tensors: list[TensorPlan]) -> list[Entry]:
+def delta_file_bytes(tensors: list[TensorPlan], record_sizes: Mapping[str, int], max_shard_size: int) -> int:
+    """Return the size of all delta files and their index, in bytes, for records of these sizes by tensor."""
+    entries = _entries(tensors, record_sizes, lambda name: b"", lambda tensor, added: b"")
+    files, index = shard_entries(entries, DELTA_FILE, max_shard_size)
+    total = 0 if index is None else json_bytes(index)
+    for entries in files.values():
+        entries = _with_crcs(entries, bytes(4 * len(entries)))
+        total += len(header_bytes(entries, _METADATA)) + sum(entry.size for entry in entries)
+    return total
+
+
+def _with_crcs(entries: list[Entry], crcs: bytes) -> list[Entry]:
+    """Return a file's entries in their order, with one for their checksums."""
+    entries = [*entries, Entry(CRC_ENTRY, "U32", (len(entries),), len(crcs), partial(bytes, crcs))]
+    # Sorting by dtype, widest first, keeps every entry aligned, as readers of safetensors expect.
+    return sorted(entries, key=lambda entry: -_dtype_bits(entry.dtype))
+
+
+def _entries(
+    tensors: list[TensorPlan],
+    record_sizes: Mapping[str, int],
+    record: Callable[[str], bytes],
+    rows: Callable[[TensorPlan, bool], bytes],
+) -> list[Entry]:
+    """Return all tensors' entries; `record` and `rows` give their data."""
     names = [t.name for t in tensors]
     table = np.array([t.base_checksum for t in tensors] + [names_checksum(names)], "<u8").tobytes()
     entries = [Entry(BASE_CHECKSUMS, "U64", (len(names) + 1,), len(table), partial(bytes, table))]
     for t in tensors:
         dtype = DTYPE_NAMES[t.dtype]
         if t.kind == "encoded":
-            size = len(workspace.record(t.name))
-            entries.append(Entry(t.name + RECORD_SUFFIX, "U8", (size,), size, partial(workspace.record, t.name)))
+            size = record_sizes[t.name]
+            entries.append(Entry(t.name + RECORD_SUFFIX, "U8", (size,), size, partial(record, t.name)))
         elif t.kind == "kept":
-            entries.append(Entry(t.name, dtype, t.shape, t.dense_bytes, partial(_rows, finetuned, t)))
+            entries.append(Entry(t.name, dtype, t.shape, t.dense_bytes, partial(rows, t, False)))
         if t.added_rows:
             shape = (t.added_rows, *t.shape[1:])
-            data = partial(_rows, finetuned, t, True)
-            entries.append(Entry(t.name + ROWS_SUFFIX, dtype, shape, t.added_bytes, data))
+            entries.append(Entry(t.name + ROWS_SUFFIX, dtype, shape, t.added_bytes, partial(rows, t, True)))
     return entries
 
 
-def _rows(finetuned: Model, plan: TensorPlan, added: bool = False) -> bytes:
+def _rows(finetuned: Model, plan: TensorPlan, added: bool) -> bytes:
     """Return the bytes of a fine-tuned tensor's shared part, or of its added rows."""
     tensor = finetuned.tensor(plan.name)
     if plan.added_rows:

@@ -44,6 +44,16 @@ def _is_disk_full(error: BaseException | None) -> bool:
     return isinstance(error, SafetensorError | RuntimeError) and any(text in str(error) for text in texts)
 
 
+def needed_bytes(expected_bytes: int, kept_bytes: int) -> int:
+    """Return the free space that a workspace needs: for the records, the files made of them, and what else it keeps.
+
+    Args:
+        expected_bytes: size of the repository, in bytes.
+        kept_bytes: size of further files, in bytes.
+    """
+    return 2 * expected_bytes + kept_bytes + _SPARE_BYTES
+
+
 class Workspace:
     """The folder of a compression's unfinished work, beside its output folder.
 
@@ -133,7 +143,7 @@ class Workspace:
         return resumes
 
     def _begin(self, fingerprint: str, expected_bytes: int, kept_bytes: int) -> bool:
-        needed = 2 * expected_bytes + kept_bytes + _SPARE_BYTES
+        needed = needed_bytes(expected_bytes, kept_bytes)
         if not self.folder.exists():
             self._check_room(needed)
         self._make()

@@ -109,15 +109,15 @@ def test_states_are_replaced_whole(tmp_path: Path) -> None:
     states = HiddenStates(tmp_path, (3, 5, 4), torch.bfloat16)
     assert states.layer() is None
     first, second = (torch.randn(3, 5, 4).bfloat16() for _ in range(2))
-    with states.replace(0) as add:
-        for batch in first.split(2):
-            add(batch)
+    with states.replace(0) as write:
+        for start in (2, 0):  # processes write in any order
+            write(start, first[start : start + 2])
     assert states.layer() == 0 and torch.equal(states.read(), first)
-    with pytest.raises(Stop), states.replace(1) as add:
-        add(second[:1])
+    with pytest.raises(Stop), states.replace(1) as write:
+        write(0, second[:1])
         raise Stop
     assert HiddenStates(tmp_path, (3, 5, 4), torch.bfloat16).layer() == 0 and torch.equal(states.read(), first)
-    with states.replace(1) as add:
-        add(second)
+    with states.replace(1) as write:
+        write(0, second)
     assert states.layer() == 1 and torch.equal(states.read(), second)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ""] == ["layer-1"]

@@ -23,9 +23,9 @@ MERGE = "merge_method: ties\nbase_model: {base}\nmodels:\n- {{model: {finetuned}
 
 # What several users' scripts do, in one job, because starting processes takes longer than their work.
 JOB = """
-import sys
+import os, sys
 from pathlib import Path
-from impart_hf import ImPartConfig, ImPartRdConfig, compress
+from impart_hf import ImPartConfig, ImPartRdConfig, compress, forecast
 from impart_hf.merging.merge import merge
 
 base, finetuned, out = sys.argv[1:4]
@@ -34,6 +34,9 @@ compress(base, finetuned, out + "/impart", ImPartConfig(compression_ratio=8))
 text = dict(calibration=out + "/text.txt", calibration_samples=24, calibration_length=32)  # six batches
 compress(base, finetuned, out + "/calibrated", ImPartRdConfig(compression_ratio=8), **text)
 compress(*sys.argv[4:6], out + "/experts", ImPartRdConfig(compression_ratio=8), **text)
+found = forecast(base, finetuned, ImPartRdConfig(compression_ratio=8), **text)  # one process measures for all
+if os.environ.get("WORLD_SIZE", "1") != str(found.process_count):
+    sys.exit(f"a job of {found.process_count} processes is forecast")
 merge(out + "/merge.yaml", out + "/merged", max_shard_size="100KB")
 merge(out + "/merge.yaml", out + "/compressed", compression=ImPartConfig(compression_ratio=8))
 """

@@ -290,8 +290,8 @@ def test_a_resumed_run_reads_the_models_again_only_if_their_files_changed(
     """Reading both takes minutes at real sizes."""
     output, scanned = tmp_path / "delta", []
     module = importlib.import_module("impart_hf.compression.scan")
-    scan = module._scanned
-    monkeypatch.setattr(module, "_scanned", lambda name, *models: scanned.append(name) or scan(name, *models))
+    scan = module.scan_tensor
+    monkeypatch.setattr(module, "scan_tensor", lambda name, *models: scanned.append(name) or scan(name, *models))
     stop_after_five(pair, output)
     count = len(scanned)
     assert count > 20

@@ -12,6 +12,7 @@ import torch
 from support.load_script import load_script
 from support.messages import naming
 from support.tiny_models import Pair
+from transformers import LlamaConfig
 
 from impart_hf.common import token_losses
 from impart_hf.evaluation import metrics as evaluate
@@ -238,3 +239,41 @@ def test_startup(capsys: pytest.CaptureFixture[str]) -> None:
         seconds.keys()
     )
     assert all(0 < time < 60 for time in seconds.values())
+
+
+@linux_only
+def test_benchmark_forecast(tiny_pair: Pair, few_processes: None, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("benchmark_forecast")
+    arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), "--methods", "impart-rd,dare", "--repeats", "1"]
+    assert script.main([*arguments, "--ratio", "3"]) == 0
+    rows = re.findall(
+        r"^\| (impart-rd|dare) \| 1 \| (.*?) \| (\S+) \| (\S+) \| (\S+) \|", capsys.readouterr().out, re.M
+    )
+    found = {(method, what): (float(told), float(measured)) for method, what, told, measured, _ in rows}
+    assert found["impart-rd", "singular values, s"][1] > 0 and ("dare", "price, s") not in found
+    for method in ("impart-rd", "dare"):
+        told, measured = found[method, "result, MB"]
+        assert told == pytest.approx(measured, rel=0.03)
+        assert found[method, "time in all, s"][1] >= found[method, "vectors and encoding, s"][1] > 0
+
+
+def test_forecast_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script, file = load_script("forecast_sizes"), tmp_path / "found.json"
+    arguments = ["--tiny", "--ratio", "3", "--seconds", "0.1", "--samples", "4", "--length", "32", "--json", str(file)]
+    assert script.main([*arguments, "--methods", "impart-rd,lowrank", "--texts"]) == 0
+    assert "Extrapolated from single matrices" in capsys.readouterr().out
+    forecasts = json.loads(file.read_text())
+    assert [(f["model"], f["method"]["name"]) for f in forecasts] == [
+        (model, method) for model in ("tiny", "tiny mixture") for method in ("impart-rd", "lowrank")
+    ]
+    assert all(stage["seconds"] > 0 for f in forecasts for stage in f["stages"])
+    names = [[stage["name"] for stage in f["stages"]] for f in forecasts[:2]]
+    assert {"price", "calibration", "distillation"} <= set(names[0]) and "calibration" not in names[1]
+    # The shapes are those of the models that transformers makes.
+    config = LlamaConfig(num_key_value_heads=8, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                         num_attention_heads=64)  # fmt: skip
+    shapes = {name: shape for shard in measure.llama_shards(config) for name, shape in shard.items() if len(shape) == 2}
+    assert {t.name: t.shape for t in script.MODELS["LLaMA-70B"].tensors() if len(t.shape) == 2} == shapes
+    mixture = script.MODELS["Qwen3-30B-A3B"].tensors()
+    assert sum(t.dense_bytes for t in mixture) == pytest.approx(2 * 30.5e9, rel=0.01)
+    assert sum(t.dense_bytes for t in script.MODELS["Gemma-3-27B"].tensors()) == pytest.approx(2 * 27e9, rel=0.02)

@@ -1,0 +1,201 @@
+"""The public function `forecast`: what a compression will take, from headers and a few seconds of timing."""
+
+import shutil
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..calibration.text import CalibrationSource
+from ..common import processes
+from ..common.devices import usable_device
+from ..common.progress import Progress
+from ..common.validation import byte_budget, check_whole_number, shard_bytes
+from ..distillation import DistillSettings
+from ..methods import MethodConfig
+from ..modeling.model_files import HubOptions
+from ..storage.output import check_output, existing_parent
+from .budgets import sharing
+from .compress import checked_method, open_pair
+from .encoding import mask_seed
+from .matrix_timing import MatrixCosts, MatrixKind, MatrixTimer, Source, resident_bytes, time_matrices
+from .pair import ModelPair
+from .pipeline import CompressionRequest, Reach, kept_bytes, models_for_texts, planned
+from .plan import CompressionPlan
+from .resources import Forecast, RunTimes, forecast_of
+from .run_timing import layer_seconds, price_seconds, scan_rate, training_speed
+from .scan import TensorPlan, sampled_scan
+from .training_memory import training_bytes
+
+# Seconds in which matrices are timed; the rest of a forecast takes about as long again.
+_MATRIX_SECONDS = 6.0
+
+
+def forecast(
+    base: str,
+    finetuned: str,
+    method: MethodConfig | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    process_count: int | None = None,
+    max_bytes: int | str | None = None,
+    calibration: CalibrationSource | None = None,
+    distill: CalibrationSource | None = None,
+    calibration_samples: int = 128,
+    calibration_length: int = 2048,
+    distill_settings: DistillSettings | None = None,
+    device: str | torch.device = "cpu",
+    base_revision: str | None = None,
+    finetuned_revision: str | None = None,
+    base_name: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Forecast:
+    """Forecast what `compress` will take with the same arguments on this machine; nothing is written.
+
+    Which tensors changed is found by comparing at most 64 KiB of each: a tensor that differs elsewhere only counts as
+    equal. Budgets are planned as `compress` plans them. A few matrices, or parts of large ones, are decomposed and
+    encoded, and other times follow from shapes. That takes about ten seconds; an adapter, or a fine-tune whose experts
+    are stored in another form than the base's, is read whole besides.
+
+    Args:
+        output_dir: the folder that `compress` would write; None leaves it and the free space unchecked.
+        process_count: number of processes of the job; those of the running one if None.
+
+    The other arguments are those of `compress`.
+
+    Raises:
+        As `compress`, for everything that it finds before any work except damaged weights and a full disk.
+    """
+    opened = time.perf_counter()
+    method = checked_method(method, calibration, distill, distill_settings)
+    shard_size, wanted_bytes = shard_bytes(max_shard_size), byte_budget(max_bytes)
+    processes.connect(str(device).startswith("cpu"))
+    check_whole_number(1, process_count=processes.count() if process_count is None else process_count)
+    device = usable_device(device)
+    output = None if output_dir is None else check_output(output_dir, replaces_delta=True)
+    pair, texts = open_pair(
+        base, finetuned, HubOptions(base_revision, token, cache_dir), HubOptions(finetuned_revision, token, cache_dir),
+        base_name, device, Progress(False), {"calibration": calibration, "distillation": distill},
+        calibration_samples, calibration_length,
+    )  # fmt: skip
+    request = CompressionRequest(
+        method,
+        wanted_bytes,
+        texts.get("calibration"),
+        texts.get("distillation"),
+        distill_settings or DistillSettings(),
+        shard_size,
+    )
+    free = None if output is None else shutil.disk_usage(existing_parent(output)).free
+    count = process_count or processes.count()
+
+    def in_one() -> Forecast:
+        with processes.alone():
+            return _forecast_pair(pair, request, count, opened, free)
+
+    return processes.in_first(in_one)
+
+
+def _forecast_pair(
+    pair: ModelPair, request: CompressionRequest, process_count: int, opened: float, free_bytes: int | None
+) -> Forecast:
+    """Forecast the compression of a pair.
+
+    Args:
+        opened: when opening the pair was begun, from `time.perf_counter`.
+        free_bytes: free space at the output, or None.
+    """
+    stream, trained = models_for_texts(pair, request)
+    reach = Reach(frozenset() if stream is None else stream.matrices, trained)
+    pair.tensors = sampled_scan(pair.base, pair.finetuned)
+    method, config, plan = planned(pair, pair.tensors, request, reach)
+    opening = time.perf_counter() - opened
+    transposed = frozenset[str]() if stream is None else stream.transposed
+    kinds = {t.name: kind_of(t, t.name in reach.calibrated, t.name in transposed) for t in plan.encoded}
+    costs = matrix_costs(plan, kinds, method, pair_source(pair, kinds, method.seed), pair.device, _MATRIX_SECONDS)
+    layer = layers = 0.0
+    if stream is not None and request.calibration is not None:
+        layer, layers = layer_seconds(stream, pair.finetuned, request.calibration), len(stream.layers)
+    times = RunTimes(
+        opening=opening,
+        scan_rate=scan_rate(plan.tensors, pair.base, pair.finetuned),
+        price=price_of(plan, kinds, method),
+        calibration=layer * layers,
+        training_speed=0.0 if request.distillation is None else training_speed(pair.device),
+    )
+    training = 0
+    if request.distillation is not None:
+        text = request.distillation.shape[0], request.distillation.shape[1]
+        training = training_bytes(plan, method, request.distill_settings, pair.finetuned, text, pair.device)
+    return forecast_of(
+        plan, replace(request, method=method), config, kinds, costs, times,
+        model_config=dict(pair.finetuned.config), process_count=process_count, resident=resident_bytes(),
+        free_bytes=free_bytes, kept_bytes=kept_bytes(pair, plan, method, request, stream), training_bytes=training,
+    )  # fmt: skip
+
+
+def kind_of(tensor: TensorPlan, calibrated: bool = False, transposed: bool = False) -> MatrixKind:
+    """Return the kind of a tensor's matrices."""
+    rows, columns = tensor.shape[-2:]
+    return MatrixKind(rows, columns, tensor.vocabulary, calibrated, calibrated and transposed)
+
+
+def matrix_costs(
+    plan: CompressionPlan,
+    kinds: dict[str, MatrixKind],
+    method: MethodConfig,
+    source: Source,
+    device: torch.device,
+    seconds: float,
+) -> MatrixCosts:
+    """Time matrices of a plan for about so many seconds.
+
+    Args:
+        kinds: the kind of each tensor to encode.
+        source: gives parts of them, see `matrix_timing.Source`.
+    """
+    timer = MatrixTimer(source, method, _share(plan), device)
+    return time_matrices(_counts(plan.encoded, kinds), timer, seconds)
+
+
+def price_of(plan: CompressionPlan, kinds: dict[str, MatrixKind], method: MethodConfig) -> float:
+    """Return the time in which the budget of a plan is shared out among its matrices."""
+    shared = sharing(plan.encoded, method)
+    bytes_of_entries = sum(t.max_bytes for t in shared) / max(1, sum(t.dense_bytes // t.dtype.itemsize for t in shared))
+    return price_seconds(method, _counts(shared, kinds).items(), bytes_of_entries)
+
+
+def _share(plan: CompressionPlan) -> float:
+    return sum(t.max_bytes for t in plan.encoded) / max(1, sum(t.dense_bytes for t in plan.encoded))
+
+
+def _counts(tensors: list[TensorPlan], kinds: dict[str, MatrixKind]) -> dict[MatrixKind, int]:
+    counts: Counter[MatrixKind] = Counter()
+    for tensor in tensors:
+        counts[kinds[tensor.name]] += tensor.matrices
+    return dict(counts)
+
+
+def pair_source(pair: ModelPair, kinds: dict[str, MatrixKind], seed: int) -> Source:
+    """Return a function that gives parts of a pair's matrices: rows that are evenly spaced, and the first columns.
+
+    Args:
+        kinds: the kind of each tensor to encode.
+        seed: the method's seed.
+    """
+
+    def part(kind: MatrixKind, rows: int, columns: int, number: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        names = [name for name, other in kinds.items() if other == kind]
+        # From the middle of the model outwards.
+        name = names[(len(names) // 2 + number * max(1, len(names) // 4)) % len(names)]
+        before = pair.base.tensor(name)
+        after = pair.finetuned.tensor(name)[: before.shape[0]]
+        parts = (t.reshape(-1, kind.rows, kind.columns)[0, :: kind.rows // rows] for t in (before, after))
+        one, other = (t[:rows, :columns] for t in parts)
+        return one, other, mask_seed(seed, name, 0)
+
+    return part
