@@ -126,7 +126,10 @@ def _time_experts(notes: Notes) -> None:
     config = ImPartRdConfig(compression_ratio=RATIO)
     budget = max(2 * m * n // RATIO, config.least_bytes(m, n))
     deltas = [measure.synthetic_delta(m, n, seed=seed, device=notes.device) for seed in range(count)]
-    tasks = [EncodingTask(delta, budget, i, None, leading_svd, None, False, False) for i, delta in enumerate(deltas)]
+    tasks = [
+        EncodingTask(delta, budget, seed, None, leading_svd, None, None, False, False)
+        for seed, delta in enumerate(deltas)
+    ]
 
     def together() -> None:
         batches = Batches[EncodingTask](notes.device, config.encode_all)

@@ -53,14 +53,17 @@ def fit_levels(plane: Tensor, mask: Tensor | None, widths: np.ndarray | int, sta
     widths = np.broadcast_to(np.asarray(widths), len(plane))
     scale, cosine = (plane.new_empty(len(plane)) for _ in range(2))
     many = np.array([BITS[width] > _FEW_BITS for width in widths.tolist()], bool) | (plane.shape[1] <= _FEW)
-    normal = np.isin(widths, list(NORMAL_LEVELS))
-    for chosen in (normal & many, normal & ~many, ~normal & many, ~normal & ~many):
+    normal, signs = np.isin(widths, list(NORMAL_LEVELS)), widths == 1
+    others = ~normal & ~signs
+    for chosen in (signs, normal & many, normal & ~many, others & many, others & ~many):
         for numbers, rows in _tiles(chosen, plane.shape[1], plane.device):
             sizes, counts = _sample(
                 plane[rows], None if mask is None else mask[rows], _MANY if many[numbers[0]] else _FEW
             )
             fitted = _Rows.of(sizes.abs_(), counts, widths[numbers])
-            if start is not None or normal[numbers[0]]:
+            if signs[numbers[0]]:  # the levels of signs are the same at any scale
+                product, square = fitted.rounded(fitted.unit)
+            elif start is not None or normal[numbers[0]]:
                 product, square = fitted.improved(fitted.root_mean_square() if start is None else start[rows])
             else:
                 product, square = fitted.searched()

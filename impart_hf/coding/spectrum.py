@@ -12,7 +12,20 @@ import numpy as np
 import torch
 
 from ..modeling.precision import full_float32
-from .svd import ROUNDING, TRUSTED, SvdStack, components, eigvalsh, filled, leading_svd, leading_svds, lower_gram, roots
+from .svd import (
+    ROUNDING,
+    TRUSTED,
+    SvdStack,
+    all_vectors,
+    components,
+    eigvalsh,
+    filled,
+    leading_svd,
+    leading_svds,
+    lower_gram,
+    of_vectors,
+    roots,
+)
 
 _SMALL = 256  # with a shorter side below this, the whole decomposition is faster
 _OVERSAMPLING = 1.2  # vectors in the block for each that is wanted
@@ -86,14 +99,16 @@ def leading_components(
         U (m, r), sigma (r,) in falling order, V (n, r). The result is deterministic.
     """
     size = _block_size(rank, sigma)
-    if not size:
+    if sigma[rank - 1] < 2 * TRUSTED * sigma[0]:
         return leading_svd(matrix, rank)
     scale = float(torch.linalg.vector_norm(matrix, torch.inf))
     if not 1e-8 <= scale <= 1e8:  # squares would leave the range of float32
         u, found, v = leading_components(matrix / scale, rank, sigma / scale)
         return u, found * scale, v
     if matrix.shape[0] < matrix.shape[1]:
-        v, found, u = components(matrix.t(), _filtered(matrix.t(), [rank], size, [sigma]), rank)
+        v, found, u = leading_components(matrix.t(), rank, sigma)
+    elif not size:
+        u, found, v = of_vectors(matrix, all_vectors(matrix, lambda _: rank))
     else:
         u, found, v = components(matrix, _filtered(matrix, [rank], size, [sigma]), rank)
     return u, found, v

@@ -152,6 +152,15 @@ def components(
         _, rotation = eigh((projected.mT @ projected).double())
         rotation = rotation.flip(-1)[..., :rank].to(v.dtype)
         projected, v = projected @ rotation, v @ rotation
+    return _of_projections(projected, v)
+
+
+def of_vectors(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the singular components of the matrix whose right vectors are the columns of `v`."""
+    return _of_projections(matrix @ v, v)
+
+
+def _of_projections(projected: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sigma = projected.norm(dim=-2)
     # Rounding can put neighbours of nearly equal size in the wrong order.
     order = torch.argsort(sigma, dim=-1, descending=True, stable=True)

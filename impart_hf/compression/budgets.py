@@ -1,6 +1,8 @@
 """Byte budgets of all matrices, for methods that share one budget among them according to their components."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,24 +23,38 @@ _ZERO_DELTA = 1e-15
 _PROPERTIES = 2  # numbers that are stored before a matrix's singular values: energy and weight of its errors
 
 
-def deltas_of(
-    tensor: TensorPlan, base: BaseTensors, finetuned: Model, device: torch.device
-) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Yield the delta of each of a tensor's matrices, float32 (m, n), and whether it is more than zero."""
+@dataclass(frozen=True)
+class Delta:
+    """The delta of one matrix.
+
+    Attributes:
+        matrix: float32 (m, n).
+        is_nonzero: whether it is more than zero.
+        relative_norm: its Frobenius norm over that of the fine-tuned matrix; infinite if that is 0.
+    """
+
+    matrix: torch.Tensor
+    is_nonzero: bool
+    relative_norm: float
+
+    @classmethod
+    def of(cls, before: torch.Tensor, after: torch.Tensor, vocabulary: bool, device: torch.device) -> "Delta":
+        """Return the delta of two matrices, on a device."""
+        whole = to_device(after, device).float()
+        matrix = whole - to_device(before, device).float()
+        if vocabulary and not all_finite(matrix):
+            matrix = matrix.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
+        norm, of_whole = torch.stack([torch.linalg.vector_norm(part) for part in (matrix, whole)]).tolist()
+        return cls(matrix, bool(matrix.abs().max() > _ZERO_DELTA), norm / of_whole if of_whole else math.inf)
+
+
+def deltas_of(tensor: TensorPlan, base: BaseTensors, finetuned: Model, device: torch.device) -> Iterator[Delta]:
+    """Yield the delta of each of a tensor's matrices."""
     before = base.tensor(tensor.name)
     after = finetuned.tensor(tensor.name)[: before.shape[0]]
     stack = (-1, *tensor.shape[-2:])
     for old, new in zip(before.reshape(stack), after.reshape(stack), strict=True):
-        delta = matrix_delta(old, new, tensor.vocabulary, device)
-        yield delta, bool(delta.abs().max() > _ZERO_DELTA)
-
-
-def matrix_delta(before: torch.Tensor, after: torch.Tensor, vocabulary: bool, device: torch.device) -> torch.Tensor:
-    """Return the difference of two matrices, float32 on a device, as it is encoded."""
-    delta = to_device(after, device).float() - to_device(before, device).float()
-    if vocabulary and not all_finite(delta):
-        delta = delta.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
-    return delta
+        yield Delta.of(old, new, tensor.vocabulary, device)
 
 
 def sharing(tensors: list[TensorPlan], method: MethodConfig) -> list[TensorPlan]:
@@ -73,10 +89,11 @@ def find_spectra(tensors: list[TensorPlan], pair: ModelPair, method: MethodConfi
             bar.set_postfix_str(tensor.name)
             if not workspace.has_spectra(tensor.name) and workspace.take("spectra", tensor.name):
                 rows[tensor.name] = []
-                for delta, is_nonzero in deltas_of(tensor, pair.base, pair.finetuned, pair.device):
+                for delta in deltas_of(tensor, pair.base, pair.finetuned, pair.device):
                     # Of the delta there are two copies, of the shorter side's Gram matrix three with the solver's.
-                    size = 4 * (2 * delta.numel() + 3 * min(delta.shape) ** 2)
-                    batches.add(delta.shape, (tensor, delta, is_nonzero), size)
+                    shape = delta.matrix.shape
+                    size = 4 * (2 * delta.matrix.numel() + 3 * min(shape) ** 2)
+                    batches.add(shape, (tensor, delta.matrix, delta.is_nonzero), size)
             bar.update(tensor.dense_bytes)
         batches.finish()
 

@@ -177,18 +177,19 @@ def tasks_of(
         spectra: the spectrum of each matrix's delta, if it is known.
         transposed: whether the layer's inputs belong to the rows.
     """
-    for number, (delta, is_nonzero) in enumerate(deltas_of(tensor, base, finetuned, device)):
-        if not is_nonzero:
-            yield Encoded(empty_record(delta.shape[0], delta.shape[1], float(delta.any())))
+    for number, delta in enumerate(deltas_of(tensor, base, finetuned, device)):
+        if not delta.is_nonzero:
+            yield Encoded(empty_record(delta.matrix.shape[0], delta.matrix.shape[1], float(delta.matrix.any())))
             continue
         own = hessian if hessian is None or isinstance(hessian, torch.Tensor) else hessian[number]
         yield EncodingTask(
-            delta,
+            delta.matrix,
             tensor.max_bytes // tensor.matrices if budgets is None else budgets[number],
             mask_seed(method.seed, tensor.name, number),
             own,
             svd_of(tensor.name, number),
             None if spectra is None else spectra[number].sigma,
+            delta.relative_norm,
             tensor.vocabulary,
             transposed and own is not None,
         )

@@ -16,7 +16,7 @@ from ..evaluation.memory import PeakMemory, anonymous_bytes
 from ..methods import MethodConfig, method_for
 from ..modeling.delta_decode import add_delta
 from ..modeling.delta_record import FACTORED, parse_stack
-from .budgets import matrix_delta
+from .budgets import Delta
 
 # The shorter side of a first crop, and the most that a side grows from there: a matrix up to it is timed whole.
 _FIRST, _WHOLE = 512, 1024
@@ -231,12 +231,13 @@ class MatrixTimer:
         hessian = _hessian(rows if kind.transposed else columns, self._device) if kind.calibrated else None
         sigma, times = None, [self._now()]
         if encoder is self._method and self._method.shares_budget:
-            sigma = singular_values(self._delta(before, after, kind))
+            sigma = singular_values(self._delta(before, after, kind).matrix)
         times.append(self._now())
         delta = self._delta(before, after, kind)
         data = encoder.encode(
-            delta, budget, seed,
-            hessian=hessian, sigma=sigma, vocabulary=kind.vocabulary, transposed=kind.transposed,
+            delta.matrix, budget, seed,
+            hessian=hessian, sigma=sigma, relative_norm=delta.relative_norm,
+            vocabulary=kind.vocabulary, transposed=kind.transposed,
         ).data  # fmt: skip
         times.append(self._now())
         if hessian is not None:
@@ -244,18 +245,22 @@ class MatrixTimer:
         times.append(self._now())
         spectrum, encoding, decoding = np.diff(times)
         peak = 2 * _FLOAT * rows * columns  # the least, if nothing else is known: delta and one copy
-        return Cost(float(spectrum), float(encoding), float(decoding), peak, len(data) / budget, _rank(data, delta))
+        return Cost(
+            float(spectrum), float(encoding), float(decoding), peak, len(data) / budget, _rank(data, min(after.shape))
+        )
 
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return self._clock()
 
-    def _delta(self, before: torch.Tensor, after: torch.Tensor, kind: MatrixKind) -> torch.Tensor:
-        delta = matrix_delta(before, after, kind.vocabulary, self._device)
-        if not bool(delta.abs().max() > 0):  # of rows that did not change, others tell more
-            delta = torch.randn(delta.shape, generator=torch.Generator().manual_seed(0)).to(self._device)
-        return delta
+    def _delta(self, before: torch.Tensor, after: torch.Tensor, kind: MatrixKind) -> Delta:
+        delta = Delta.of(before, after, kind.vocabulary, self._device)
+        if delta.is_nonzero:
+            return delta
+        # Of rows that did not change, others tell more.
+        other = torch.randn(delta.matrix.shape, generator=torch.Generator().manual_seed(0)).to(self._device)
+        return replace(delta, matrix=other)
 
 
 def resident_bytes() -> int | None:
@@ -272,6 +277,7 @@ def _hessian(order: int, device: torch.device) -> torch.Tensor:
     return (inputs.t() @ inputs / 64).diagonal_scatter(torch.full((order,), 2.0, device=device))
 
 
-def _rank(data: bytes, delta: torch.Tensor) -> float:
+def _rank(data: bytes, most: int) -> float:
+    """Return the share of components that a record stores, of `most`; 0 if it stores none as such."""
     record = parse_stack(np.frombuffer(data, np.uint8), "sample")[0]
-    return record.rank / min(delta.shape) if record.layout == FACTORED else 0.0
+    return record.rank / most if record.layout == FACTORED else 0.0

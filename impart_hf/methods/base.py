@@ -41,6 +41,7 @@ class EncodingTask:
     hessian: torch.Tensor | None
     svd: Svd
     sigma: np.ndarray | None
+    relative_norm: float | None
     vocabulary: bool
     transposed: bool
 
@@ -132,6 +133,7 @@ class MethodConfig(abc.ABC):
         hessian: torch.Tensor | None = None,
         svd: Svd | None = None,
         sigma: np.ndarray | None = None,
+        relative_norm: float | None = None,
         vocabulary: bool = False,
         transposed: bool = False,
     ) -> Encoded:
@@ -146,6 +148,7 @@ class MethodConfig(abc.ABC):
             svd: returns the delta's leading singular components; `leading_svd` if None.
             sigma: float64 (min(m, n),), all singular values of the delta, if they are known; for methods with
                 `shares_budget`.
+            relative_norm: the delta's Frobenius norm over the fine-tuned matrix's, if it is known.
             vocabulary: whether the matrix has a row for every token.
             transposed: whether the layer has an input for each row, not for each column, as GPT-2's Conv1D. Without a
                 Hessian this has no effect.
@@ -153,7 +156,9 @@ class MethodConfig(abc.ABC):
         from ..coding.svd import leading_svd
 
         transposed = transposed and hessian is not None
-        task = EncodingTask(delta, max_bytes, mask_seed, hessian, svd or leading_svd, sigma, vocabulary, transposed)
+        task = EncodingTask(
+            delta, max_bytes, mask_seed, hessian, svd or leading_svd, sigma, relative_norm, vocabulary, transposed
+        )
         return self.encode_all([task])[0]
 
     def encode_all(self, tasks: list[EncodingTask]) -> list[Encoded]:

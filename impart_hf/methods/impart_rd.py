@@ -33,7 +33,10 @@ _TOKEN_V_NOISE, _TOKEN_BOTH_NOISE, _TOKEN_WEIGHT = 0.02, 0.1, 6.0
 # calibration text or the fine-tune will occur. GPTQ alone does best with hardly any. But U, which compensates for V,
 # would then respond to directions that hardly occur in the inputs.
 _UNKNOWN_INPUTS = 1.0
+# Deltas below this share of their weight are light: rounding them without guessed inputs is better.
+_LIGHT = 0.05
 _MAX_FITS = 16
+_TRIED_ROWS = 8  # of each run of components, to choose the kind of their levels
 
 
 @dataclass
@@ -51,7 +54,7 @@ class ImPartRdConfig(MethodConfig):
     factored: ClassVar[bool] = True
     shares_budget: ClassVar[bool] = True
     quantises: ClassVar[bool] = True
-    uncalibrated: ClassVar[str] = "none: inputs guessed"
+    uncalibrated: ClassVar[str] = "none: inputs guessed from deltas that are not light"
 
     embeddings: str = "method"
     drop_weight: float = setting(3.0, "weight of a dropped component, relative to noise of the same size, at least 1")
@@ -114,6 +117,13 @@ class ImPartRdConfig(MethodConfig):
 
         if any(task.vocabulary for task in tasks):
             return super()._encode_stack(tasks)
+        guessed = [task.hessian is None and not _is_light(task) for task in tasks]
+        if any(guessed) and tasks[0].hessian is None and not all(guessed):
+            kinds = {
+                kind: iter(self.encode_all([t for t, own in zip(tasks, guessed, strict=True) if own == kind]))
+                for kind in (False, True)
+            }
+            return [next(kinds[own]) for own in guessed]
         deltas = torch.stack([task.delta for task in tasks])
         known = [task.sigma for task in tasks if task.sigma is not None]
         spectra = known if len(known) == len(tasks) else list(singular_values(deltas))
@@ -135,7 +145,8 @@ class ImPartRdConfig(MethodConfig):
             for side in (0, 1)
         ]
         hessians = [task.hessian for task in tasks if task.hessian is not None]
-        moments = stacked_moments(hessians or deltas, _moments)
+        known_inputs = bool(hessians) or guessed[0]
+        moments = stacked_moments(hessians or deltas, _moments) if known_inputs else (None, None)
         records = stack.records(fits, *moments, compensated=True, transposed=tasks[0].transposed)
         for number, data in zip(stored, records, strict=True):
             encoded[number] = Encoded(data)
@@ -206,11 +217,16 @@ def input_moments(task: EncodingTask) -> torch.Tensor | None:
     """Return the second moments of a matrix's inputs, (n, n), in units of their mean, or None.
 
     Without calibration text, the second moments of the delta's rows are used: the delta is a sum of gradients, whose
-    rows are combinations of inputs. If rows are tokens, the result is then None.
+    rows are combinations of inputs. The result is then None if rows are tokens, or if the delta is small: it is rounded
+    with the weights, and an early step of Adam is nearly a sign, so that it says little of the inputs.
     """
-    if task.hessian is None and task.vocabulary:
+    if task.hessian is None and (task.vocabulary or _is_light(task)):
         return None
     return _moments(task.delta.t() @ task.delta) if task.hessian is None else _shared_moments()(task.hessian)
+
+
+def _is_light(task: EncodingTask) -> bool:
+    return task.relative_norm is not None and task.relative_norm < _LIGHT
 
 
 def _moments(known: torch.Tensor) -> torch.Tensor:
@@ -236,32 +252,31 @@ def best_widths(
 
     Args:
         mask: bool (r, length), true where an entry is kept; None keeps all.
-        bits: (r,), the bits of each component's values; a run of equal bits gets one width code.
+        bits: (r,), the bits of each component's values; a run of equal bits gets one width code, by a few of its rows.
         owners: (r,), which matrix a component belongs to, if there are several.
 
     Returns:
         The width codes, and the scales, (r,), that suit them.
     """
-    import torch
-
     from ..coding.level_scales import fit_levels
 
-    kinds = {width: level_widths(width) for width in set(bits.tolist())}
-    # There are at most two kinds of levels; where there is one, it is both.
-    choices = [np.array([kinds[width][number] for width in bits.tolist()]) for number in (0, -1)]
-    fits = [fit_levels(plane, mask, choices[0])] * 2
-    both = np.flatnonzero(choices[0] != choices[1])
-    if len(both):
-        rows = torch.from_numpy(both).to(plane.device)
-        second = fit_levels(plane[rows], None if mask is None else mask[rows], choices[1][both])
-        fits[1] = replace(
-            fits[0],
-            scale=fits[0].scale.index_copy(0, rows, second.scale),
-            cosine=fits[0].cosine.index_copy(0, rows, second.cosine),
-        )
-    gains = torch.stack([fit.cosine for fit in fits]).double().square().cpu().numpy()
-    better = np.zeros(len(bits), bool)
+    widths, tried = bits.copy(), []
     for _, part in runs(bits if owners is None else np.stack([owners, bits], 1)):
-        better[part] = gains[1, part].sum() > gains[0, part].sum()
-    scale = torch.where(torch.from_numpy(better).to(plane.device), fits[1].scale, fits[0].scale)
-    return np.where(better, choices[1], choices[0]), scale
+        kinds = level_widths(int(bits[part.start]))  # at most two
+        widths[part] = kinds[0]
+        if len(kinds) > 1:
+            tried.append((part, kinds, np.unique(np.linspace(part.start, part.stop - 1, _TRIED_ROWS, dtype=int))))
+    if tried:
+        rows = np.concatenate([some for _, _, some in tried])
+        sample = plane[rows], None if mask is None else mask[rows]
+        fits = [
+            fit_levels(*sample, np.concatenate([np.full(len(some), kinds[number]) for _, kinds, some in tried])).cosine
+            for number in range(2)
+        ]
+        gains = (fits[1].double().square() - fits[0].double().square()).cpu().numpy()
+        for (part, kinds, _), gain in zip(
+            tried, np.split(gains, np.cumsum([len(some) for _, _, some in tried])[:-1]), strict=True
+        ):
+            if gain.sum() > 0:
+                widths[part] = kinds[1]
+    return widths, fit_levels(plane, mask, widths).scale

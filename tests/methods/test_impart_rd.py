@@ -235,6 +235,20 @@ def test_a_delta_tells_of_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors[0] < 0.97 * errors[1]
 
 
+def test_a_light_delta_is_not_taken_for_its_inputs() -> None:
+    """It is rounded for inputs of which nothing is known, and nearest to itself."""
+    delta, method = make_delta(96, 128), ImPartRdConfig(compression_ratio=8)
+
+    def data(relative_norm: float | None) -> bytes:
+        return method.encode(delta, 96 * 128 // 4, 0, relative_norm=relative_norm).data
+
+    assert data(0.2) == data(None) != data(0.01)
+    errors = [
+        parse_record(np.frombuffer(data(norm), np.uint8), (96, 128), "m")[0].relative_error for norm in (0.2, 0.01)
+    ]
+    assert errors[1] < errors[0]
+
+
 def test_a_matrix_that_is_worth_nothing_is_dropped() -> None:
     delta = make_delta(64, 64)
     encoded = ImPartRdConfig().encode(delta, 40, 1)

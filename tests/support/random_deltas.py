@@ -35,7 +35,7 @@ def make_tasks(
     """What encodes deltas into a share of their bytes in bfloat16."""
     known = hessians or [None] * len(deltas)
     return [
-        EncodingTask(delta, int(2 * delta.numel() / ratio), seed, hessian, leading_svd, None, False, transposed)
+        EncodingTask(delta, int(2 * delta.numel() / ratio), seed, hessian, leading_svd, None, None, False, transposed)
         for seed, (delta, hessian) in enumerate(zip(deltas, known, strict=True))
     ]
 
