@@ -45,11 +45,11 @@ def test_records_are_those_of_single_matrices(name: str, inputs: str, shape: tup
         assert records[0].mask_seed == records[1].mask_seed
         decoded = [decode_record(record, "the matrix") for record in records]
         errors = [float((each - task.delta).norm() / task.delta.norm()) for each in decoded]
-        # A kind of levels is chosen by a few rows: where two are nearly as good, rounding may decide.
-        same_levels = records[0].segments == records[1].segments
-        assert errors[1] == pytest.approx(errors[0], rel=1e-4 if same_levels else 5e-3)
+        # impart-rd finds most of a matrix's vectors in another way alone than in a stack.
+        same_vectors = name != "impart-rd" or 2 * records[0].rank <= min(shape)
+        assert errors[1] == pytest.approx(errors[0], rel=1e-4 if same_vectors else 5e-3)
         assert records[1].relative_error == pytest.approx(errors[1], rel=1e-4)
-        for side in (0, 1) if same_levels else ():
+        for side in (0, 1) if same_vectors else ():
             sizes = [decode_planes(record, "the matrix")[side].dense().abs() for record in records]
             assert ((sizes[0] - sizes[1]).abs() < 1e-4).double().mean() >= 0.999
 
