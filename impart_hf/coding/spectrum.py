@@ -16,8 +16,8 @@ from .svd import (
     ROUNDING,
     TRUSTED,
     SvdStack,
-    all_vectors,
     components,
+    eigh,
     eigvalsh,
     filled,
     leading_svd,
@@ -98,8 +98,7 @@ def leading_components(
     Returns:
         U (m, r), sigma (r,) in falling order, V (n, r). The result is deterministic.
     """
-    size = _block_size(rank, sigma)
-    if sigma[rank - 1] < 2 * TRUSTED * sigma[0]:
+    if _is_steep(rank, sigma):
         return leading_svd(matrix, rank)
     scale = float(torch.linalg.vector_norm(matrix, torch.inf))
     if not 1e-8 <= scale <= 1e8:  # squares would leave the range of float32
@@ -107,18 +106,27 @@ def leading_components(
         return u, found * scale, v
     if matrix.shape[0] < matrix.shape[1]:
         v, found, u = leading_components(matrix.t(), rank, sigma)
-    elif not size:
-        u, found, v = of_vectors(matrix, all_vectors(matrix, lambda _: rank))
-    else:
+    elif size := _block_size(rank, sigma):
         u, found, v = components(matrix, _filtered(matrix, [rank], size, [sigma]), rank)
+    else:
+        u, found, v = _decomposed(matrix, rank)
     return u, found, v
 
 
+def _is_steep(rank: int, sigma: np.ndarray) -> bool:
+    """Return whether the last of some components is too small to be exact in the Gram matrix."""
+    return bool(sigma[rank - 1] < 2 * TRUSTED * sigma[0])
+
+
 def _block_size(rank: int, sigma: np.ndarray) -> int:
-    """Return how many vectors the block for some components has, 0 if the whole decomposition is better."""
+    """Return how many vectors the block for some components has, 0 if the whole decomposition is faster."""
     size = max(int(_OVERSAMPLING * rank), rank + 8)
-    whole = len(sigma) < _SMALL or size > _MOST_VECTORS * len(sigma) or sigma[rank - 1] < 2 * TRUSTED * sigma[0]
-    return 0 if whole else size
+    return 0 if len(sigma) < _SMALL or size > _MOST_VECTORS * len(sigma) else size
+
+
+def _decomposed(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the leading components of a tall matrix, or of each of a stack, from its whole Gram matrix."""
+    return of_vectors(matrix, eigh(lower_gram(matrix))[1].flip(-1)[..., :rank])
 
 
 @full_float32()
@@ -128,21 +136,28 @@ def leading_components_of_all(matrices: torch.Tensor, ranks: list[int], sigmas: 
     Returns:
         U (b, m, r), sigma (b, r), V (b, n, r), with zeros behind a matrix's own components.
     """
+    least = 1e-8 * sum(matrices.shape[1:])  # outside this range and 1e8, squares leave the range of float32
     sizes = [_block_size(rank, sigma) for rank, sigma in zip(ranks, sigmas, strict=True)]
-    least = 1e-8 * sum(matrices.shape[1:])
-    filtered = [i for i, size in enumerate(sizes) if size and least <= sigmas[i][0] <= 1e8]
-    whole = [i for i in range(len(ranks)) if i not in filtered]
-    parts = []
-    if filtered:
-        stack = matrices[filtered] if whole else matrices
-        own = [ranks[i] for i in filtered]
+    ways: dict[str, list[int]] = {"filter": [], "whole": [], "alone": []}
+    for i, (rank, sigma, size) in enumerate(zip(ranks, sigmas, sizes, strict=True)):
+        together = least <= sigma[0] <= 1e8 and not _is_steep(rank, sigma)
+        ways["alone" if not together else "filter" if size else "whole"].append(i)
+    parts: list[tuple[list[int], SvdStack]] = []
+    for way in ("filter", "whole"):
+        if not (chosen := ways[way]):
+            continue
+        stack = matrices if len(chosen) == len(matrices) else matrices[chosen]
+        own = [ranks[i] for i in chosen]
         tall = stack if stack.shape[1] >= stack.shape[2] else stack.mT
-        block = _filtered(tall, own, max(sizes[i] for i in filtered), [sigmas[i] for i in filtered])
-        u, sigma, v = components(tall, block, max(own))
-        parts.append((filtered, (u, sigma, v) if tall is stack else (v, sigma, u)))
-    if whole:
-        rules = [functools.partial(_constant, ranks[i]) for i in whole]
-        parts.append((whole, leading_svds(matrices[whole] if filtered else matrices, rules)[0]))
+        if way == "filter":
+            block = _filtered(tall, own, max(sizes[i] for i in chosen), [sigmas[i] for i in chosen])
+            found = components(tall, block, max(own))
+        else:
+            found = _decomposed(tall, max(own))
+        parts.append((chosen, found if tall is stack else found[::-1]))
+    if chosen := ways["alone"]:
+        rules = [functools.partial(_constant, ranks[i]) for i in chosen]
+        parts.append((chosen, leading_svds(matrices[chosen], rules)[0]))
     return filled(matrices, parts, ranks)
 
 
