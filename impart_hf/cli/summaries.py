@@ -23,8 +23,9 @@ def compression_summary(report: CompressionReport, output: str, *, takes_text: b
         lines.append("the fine-tuned model equals the base: check BASE and FINETUNED")
     calibration, _, instead = report.method.get("calibration", "").partition(": ")
     if calibration == "none":
-        advice = "; with --calibration TEXT, levels are chosen for the inputs that each layer really has"
-        lines.append(f"no calibration text was given: {instead}{advice if takes_text else ''}")
+        advice = "with --calibration TEXT, levels are chosen for the inputs that each layer really has"
+        given = f"no calibration text was given: {instead}; {advice}"
+        lines.append(given if takes_text else f"without calibration: {instead}")
     elif " of " in calibration:
         lines.append(f"calibrated on {calibration}; the others without it")
     if report.distilled:
