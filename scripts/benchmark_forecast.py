@@ -32,7 +32,7 @@ _STAGES = {
     "singular values": (pipeline, "find_spectra"),
     "price": (pipeline, "shared_budgets"),
     "calibration": (pipeline, "stream_layers"),
-    "vectors and encoding": (encoding, "encode_tensor"),
+    "vectors and encoding": (encoding.Encoding, "encode_all"),
     "distillation": (pipeline, "_distil"),
     "writing": (pipeline, "write_repository"),
 }

@@ -34,7 +34,10 @@ from gpu_material import (
     write_delta,
 )
 
-from impart_hf.methods import method_class
+from impart_hf.coding.svd import leading_svd
+from impart_hf.compression.batches import Batches
+from impart_hf.compression.encoding import bytes_for
+from impart_hf.methods import EncodingTask, ImPartRdConfig, method_class
 from impart_hf.modeling import delta_repository, triton_decode
 from impart_hf.modeling.delta_decode import add_delta, decode_record
 from impart_hf.modeling.delta_record import FACTORED, Record, pack_record
@@ -114,6 +117,34 @@ def encode(notes: Notes) -> None:
     for name in ("impart-rd", "impart-qt", "bitdelta", "dare-qt"):
         notes.attempt(f"encode by {name}", _time_encode, name, (side, side), full)
     notes.attempt("encode by impart-qt, calibrated", _time_encode, "impart-qt", (side, side), full, True)
+    notes.attempt("encode of experts", _time_experts)
+
+
+def _time_experts(notes: Notes) -> None:
+    """Encode a layer's small experts together, in batches as compression makes them, and one at a time."""
+    count, m, n = (4, 32, 48) if notes.small else (128, 768, 2048)
+    config = ImPartRdConfig(compression_ratio=RATIO)
+    budget = max(2 * m * n // RATIO, config.least_bytes(m, n))
+    deltas = [measure.synthetic_delta(m, n, seed=seed, device=notes.device) for seed in range(count)]
+    tasks = [
+        EncodingTask(delta, budget, seed, None, leading_svd, None, None, False, False)
+        for seed, delta in enumerate(deltas)
+    ]
+
+    def together() -> None:
+        batches = Batches[EncodingTask](notes.device, config.encode_all)
+        for task in tasks:
+            batches.add(task.delta.shape, task, bytes_for(task))
+        batches.finish()
+
+    alone = tasks[: max(1, count // 8)]  # a part, because all would take long
+    peak = notes.peak_bytes(together)
+    took = over(notes.milliseconds(together, 1), count)
+    single = over(notes.milliseconds(lambda: [config.encode_all([task]) for task in alone], 1), len(alone))
+    faster = over(single, took)
+    fields = {"matrices": f"{count} of {m}x{n}", "by": config.name, "milliseconds each": took}
+    notes.row("experts", **fields, one_at_a_time=single, times_as_fast=faster, memory_GB=over(peak, 1e9))
+    notes.goal(f"encode of {count} experts of {m}x{n} together, times as fast as one at a time", faster, least=5)
 
 
 def _time_svd(notes: Notes, side: int) -> float | None:

@@ -11,7 +11,7 @@ import torch
 
 from ..modeling.delta_record import MAX_THRESHOLD
 from ..modeling.seeded_mask import keep_mask
-from .gptq import DAMPING, Grid, quantise, shared_factor
+from .gptq import DAMPING, Factor, Grid, Quantised, StackError, inverse_factor, mean_diagonal, quantise, shared_factor
 from .level_scales import fit_levels
 from .record_sizes import kept_ratios
 
@@ -51,29 +51,57 @@ def quantised(
         U's levels (m, r), sigma as `factored_record` takes it, V's levels (n, r), notes.
     """
     widths_v = widths if widths_v is None else widths_v
-    side_u, side_v = (
-        _Side(part, plane_mask(mask_seed, side, thresholds, part), own, None if scales is None else scales[side])
+    u_side, v_side = (
+        Side(part, plane_mask(mask_seed, side, thresholds, part), own, None if scales is None else scales[side])
         for side, (part, own) in enumerate(((u, widths), (v, widths_v)))
     )
     rescaled = sigma * torch.from_numpy(kept_ratios(thresholds) ** -2).to(u)
-    if not transposed:
-        return _quantised(side_u, side_v, rescaled, hessian, delta)
-    delta = None if delta is None else delta.t()
-    outer, scaled, inner, notes = _quantised(side_v, side_u, rescaled, hessian, delta)
-    return inner, scaled, outer, notes
+    outer, inner = (v_side, u_side) if transposed else (u_side, v_side)
+    delta = None if delta is None else delta.t() if transposed else delta
+    factor = None if hessian is None else shared_factor(hessian)
+    done = quantise_sides(outer, inner, rescaled, hessian, factor, delta)
+    levels = done.outer.values / done.outer_scale, (done.inner.values / done.inner_scale[:, None]).t()
+    levels_u, levels_v = reversed(levels) if transposed else levels
+    notes = tuple(dict.fromkeys((*done.inner.notes, *done.outer.notes)))
+    return levels_u, done.sigma.double().cpu().numpy(), levels_v, notes
 
 
 @dataclass(frozen=True)
-class _Side:
-    """U or V, (length, r), with its mask (r, length) or None, its width codes (r,) and its scales (r,) or None."""
+class Side:
+    """U or V, (length, r), with its mask (r, length) or None, its width codes (r,) and its scales (r,) or None.
+
+    Those of a stack of matrices have one more axis in front.
+    """
 
     part: torch.Tensor
     mask: torch.Tensor | None
     widths: np.ndarray
     scale: torch.Tensor | None
 
-    def fitted(self) -> torch.Tensor:
-        return fit_levels(self.part.t(), self.mask, self.widths).scale if self.scale is None else self.scale
+    @property
+    def ranks(self) -> torch.Tensor | None:
+        """Of a stack with absent components, how many each matrix has, (matrices,)."""
+        return None
+
+    def fitted(self, start: torch.Tensor | None = None) -> torch.Tensor:
+        """Return scales that fit the part, looked for near `start` if that is given."""
+        return fit_levels(self.part.t(), self.mask, self.widths, start).scale
+
+
+@dataclass(frozen=True)
+class QuantisedSides:
+    """U and V quantised: that of the layer's outputs, `outer` (m, r), and that of its inputs, `inner` (r, n).
+
+    Attributes:
+        outer_scale, inner_scale: (r,), the scales of their levels.
+        sigma: (r,), singular values times both scales, for U and V in levels.
+    """
+
+    outer: Quantised
+    outer_scale: torch.Tensor
+    inner: Quantised
+    inner_scale: torch.Tensor
+    sigma: torch.Tensor
 
 
 def plane_mask(mask_seed: int, side: int, thresholds: np.ndarray, part: torch.Tensor) -> torch.Tensor | None:
@@ -83,26 +111,36 @@ def plane_mask(mask_seed: int, side: int, thresholds: np.ndarray, part: torch.Te
     return keep_mask(mask_seed, side, thresholds, len(part), part.device)
 
 
-def _quantised(
-    u: _Side, v: _Side, sigma: torch.Tensor, hessian: torch.Tensor | None, delta: torch.Tensor | None
-) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, tuple[str, ...]]:
-    """Quantise V, to which the layer's inputs belong, and then U; as `quantised`."""
-    scale_v = v.fitted()
-    factor = None if hessian is None else shared_factor(hessian)
-    quant_v = quantise(v.part.t(), v.mask, hessian, Grid(scale_v[:, None], v.widths), factor)
+def quantise_sides(
+    u: Side,
+    v: Side,
+    sigma: torch.Tensor,
+    hessian: torch.Tensor | None,
+    factor: Factor | None,
+    delta: torch.Tensor | None,
+) -> QuantisedSides:
+    """Quantise V, to which the layer's inputs belong, and then U, or those of a stack of matrices; as `quantised`.
+
+    Args:
+        sigma: (r,), singular values times the 1/q^2 of both masks.
+        factor: `inverse_factor` of the Hessian.
+    """
+    scale_v = v.fitted() if v.scale is None else v.scale
+    quant_v = quantise(v.part.mT, v.mask, hessian, Grid(scale_v[..., None], v.widths), factor)
     image = quant_v.values if hessian is None else quant_v.values @ hessian
-    gram = None if hessian is None and delta is None else image @ quant_v.values.t()
-    sigma = sigma * bias_correction(v.part.t(), quant_v.values, v.mask, hessian)
+    gram = None if hessian is None and delta is None else image @ quant_v.values.mT
+    sigma = sigma * bias_correction(v.part.mT, quant_v.values, v.mask, hessian)
     if delta is not None and gram is not None:
-        best = _best_u(delta, u.part, image, gram)
-        u = replace(u, part=best, scale=fit_levels(best.t(), u.mask, u.widths, u.scale).scale)
-    scale_u = u.fitted()
+        u = replace(u, part=_best_u(delta, u.part, image, gram, u.ranks))
+        u = replace(u, scale=u.fitted(u.scale))
+    scale_u = u.fitted() if u.scale is None else u.scale
     # U's inputs are the outputs of the quantised V, each times its sigma.
-    hessian_u = None if hessian is None or gram is None else gram * sigma[:, None] * sigma
-    quant_u = quantise(u.part, None if u.mask is None else u.mask.t(), hessian_u, Grid(scale_u[None], u.widths))
-    sigma = sigma * bias_correction(u.part.t(), quant_u.values.t(), u.mask) * scale_u * scale_v
-    notes = tuple(dict.fromkeys((*quant_v.notes, *quant_u.notes)))
-    return quant_u.values / scale_u, sigma.double().cpu().numpy(), (quant_v.values / scale_v[:, None]).t(), notes
+    hessian_u = None if hessian is None or gram is None else gram * sigma[..., None] * sigma[..., None, :]
+    factor_u = None if hessian_u is None else inverse_factor(hessian_u, ranks=u.ranks)
+    mask_u = None if u.mask is None else u.mask.mT
+    quant_u = quantise(u.part, mask_u, hessian_u, Grid(scale_u[..., None, :], u.widths), factor_u)
+    sigma = sigma * bias_correction(u.part.mT, quant_u.values.mT, u.mask) * scale_u * scale_v
+    return QuantisedSides(quant_u, scale_u, quant_v, scale_v, sigma)
 
 
 def bias_correction(
@@ -122,8 +160,9 @@ def bias_correction(
     image = kept
     if hessian is not None:
         # Damped as in GPTQ: a row may respond to inputs that are rare in the calibration text.
-        image = kept @ hessian + (DAMPING * hessian.diagonal().mean() + torch.finfo(plane.dtype).tiny) * kept
-    factors = (image * kept).sum(1) / (image * quantised).sum(1).clamp_min(torch.finfo(plane.dtype).tiny)
+        damping = DAMPING * mean_diagonal(hessian) + torch.finfo(plane.dtype).tiny
+        image = kept @ hessian + damping[..., None, None] * kept
+    factors = (image * kept).sum(-1) / (image * quantised).sum(-1).clamp_min(torch.finfo(plane.dtype).tiny)
     return factors.clamp(1 / _MOST_CORRECTION, _MOST_CORRECTION)
 
 
@@ -141,16 +180,22 @@ def least_squares(
     return _solved(image @ rows.t(), image @ delta.t(), damping)
 
 
-def _solved(gram: torch.Tensor, right: torch.Tensor, damping: float) -> torch.Tensor:
+def _solved(gram: torch.Tensor, right: torch.Tensor, damping: float, ranks: torch.Tensor | None = None) -> torch.Tensor:
     """Return the X, (r, m), for which (gram + damping) X is `right`; damping is in units of the mean diagonal."""
     damped = gram.clone()
-    damped.diagonal().add_(damping * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+    unit = mean_diagonal(gram, ranks)
+    damped.diagonal(dim1=-2, dim2=-1).add_((damping * unit + torch.finfo(gram.dtype).tiny)[..., None])
     lower, failed = torch.linalg.cholesky_ex(damped)
-    # Rounding can make the Gram matrix of rows that are nearly dependent indefinite.
-    return torch.linalg.solve(damped, right) if bool(failed) else torch.cholesky_solve(right, lower)
+    if bool(failed.any()):  # rounding can make the Gram matrix of rows that are nearly dependent indefinite
+        if gram.dim() == 3:
+            raise StackError("a Gram matrix is not positive definite")
+        return torch.linalg.solve(damped, right)
+    return torch.cholesky_solve(right, lower)
 
 
-def _best_u(delta: torch.Tensor, u: torch.Tensor, image: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+def _best_u(
+    delta: torch.Tensor, u: torch.Tensor, image: torch.Tensor, gram: torch.Tensor, ranks: torch.Tensor | None
+) -> torch.Tensor:
     """Return the U for which U diag(...) times the quantised V^T (r, n) is nearest to delta, in the output.
 
     Least squares shrinks U by as much as V's error. Each column is therefore scaled so that its component along the
@@ -160,7 +205,7 @@ def _best_u(delta: torch.Tensor, u: torch.Tensor, image: torch.Tensor, gram: tor
         image: (r, n), the quantised V^T times the Hessian, if there is one.
         gram: (r, r), `image` times the quantised V.
     """
-    fitted = _solved(gram, image @ delta.t(), DAMPING).t()
-    along = (fitted * u).sum(0)
+    fitted = _solved(gram, image @ delta.mT, DAMPING, ranks).mT
+    along = (fitted * u).sum(-2, keepdim=True)
     # A column without a positive component along the exact one is useless: take the exact one.
     return torch.where(along > 0, fitted / along, u)

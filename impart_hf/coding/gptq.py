@@ -9,6 +9,9 @@ A weight of shape (rows, columns) acts as `y = weight @ x`; its Hessian, (column
 calibration inputs. All have one dtype, float32 or float64, which is also that of the computation. Masks are bool, true
 where an entry is kept; None keeps all. Rows do not influence each other. scripts/benchmark_gptq.py measures time and
 error.
+
+On an accelerator, everything may be a stack of matrices, one more axis in front of all that is said here. Those of a
+lower rank than others have absent components: rows or columns of zeros at the end, with a mask that drops them.
 """
 
 from collections.abc import Callable
@@ -23,6 +26,7 @@ from ..common.last_result import LastResult
 from ..modeling.codebook import Levels, level_codebook
 from ..modeling.width_codes import NORMAL_LEVELS
 from .records import runs
+from .stacked_levels import StackRounder, stacked_codes, stacked_values
 from .torch_gptq import TorchRounder
 from .triton_gptq import BLOCK, BlockRounder, rounds_on
 
@@ -44,10 +48,12 @@ class Grid:
 
     @property
     def by_row(self) -> bool:
-        return self.scale.shape[1] == 1
+        return self.scale.shape[-1] == 1
 
     def codes(self, values: Tensor) -> Tensor:
         """Return the codes, uint8, of the levels nearest to values (rows, columns)."""
+        if values.dim() == 3:
+            return stacked_codes(values / self.scale, self.widths, self.by_row)
         units, codes = values / self.scale, torch.empty_like(values, dtype=torch.uint8)
         for book, part in self.parts():
             codes[part] = book.nearest(units[part])
@@ -55,6 +61,8 @@ class Grid:
 
     def values(self, codes: Tensor) -> Tensor:
         """Return the levels of codes (rows, columns), in the scale's dtype."""
+        if codes.dim() == 3:
+            return stacked_values(codes, self.widths, self.by_row).mul_(self.scale)
         values = torch.empty_like(codes, dtype=self.scale.dtype)
         for book, part in self.parts():
             values[part] = book.values(codes[part], values.dtype)
@@ -90,7 +98,22 @@ class Quantised:
     notes: tuple[str, ...] = ()
 
 
-def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
+class StackError(ValueError):
+    """A stack has a matrix that needs more damping than others: they must be encoded one by one."""
+
+
+def reordered(matrix: Tensor, order: Tensor) -> Tensor:
+    """Return the rows of a matrix (..., rows, columns) in an order, int64 (..., rows)."""
+    return matrix[order] if order.dim() == 1 else matrix.gather(1, order[..., None].expand(-1, -1, matrix.shape[2]))
+
+
+def mean_diagonal(matrix: Tensor, ranks: Tensor | None = None) -> Tensor:
+    """Return the mean of the diagonal (...,); of those of a stack with absent rows, over the first `ranks`."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    return diagonal.mean(-1) if ranks is None else diagonal.sum(-1) / ranks
+
+
+def inverse_factor(hessian: Tensor, damping: float = DAMPING, ranks: Tensor | None = None) -> Factor:
     """Order the columns and factor the inverse of the damped Hessian H without forming the inverse.
 
     With H = R R^T for an upper triangular R, H^-1 = R^-T R^-1, so U is R^-1. R is the reversed Cholesky factor of H
@@ -99,10 +122,14 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     Args:
         hessian: (columns, columns), symmetric, positive semidefinite.
         damping: added to the diagonal, in units of its mean; raised up to a hundredfold if that is too little.
+        ranks: of a stack with absent rows and columns, how many there are of each matrix.
 
     Raises:
         ValueError: if the Hessian has entries that are not finite, or is far from positive semidefinite.
+        StackError: if that, or more damping, is so with one of a stack.
     """
+    if hessian.dim() == 3:
+        return _stacked_factor(hessian, damping, ranks)
     finite = torch.isfinite(torch.linalg.vector_norm(hessian, torch.inf))
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     damped = hessian[order.flip(0)[:, None], order.flip(0)]
@@ -120,13 +147,26 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     raise ValueError(f"the Hessian is not positive semidefinite, even with damping {times * damping:g}")
 
 
+def _stacked_factor(hessians: Tensor, damping: float, ranks: Tensor | None) -> Factor:
+    order = torch.argsort(hessians.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
+    damped = reordered(reordered(hessians, order.flip(1)).mT, order.flip(1))
+    unit = mean_diagonal(hessians.double(), ranks)
+    unit = torch.where(unit == 0, 1.0, unit)
+    damped.diagonal(dim1=1, dim2=2).add_((damping * unit)[:, None])
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not bool((torch.isfinite(unit) & (failed == 0)).all()):
+        raise StackError("a Hessian is not positive definite")
+    return Factor(_inverse_of_lower(lower).flip(1, 2), order)
+
+
 def _inverse_of_lower(lower: Tensor, step: int = 512) -> Tensor:
     """Return the inverse of a lower triangular matrix; skipping its zeros saves two thirds of the work."""
     inverse = torch.zeros(lower.shape, dtype=lower.dtype, device=lower.device)  # one row after the other
-    for start in range(0, len(lower), step):
-        rest = lower[start:, start:]
-        identity = torch.eye(len(rest), min(step, len(rest)), dtype=lower.dtype, device=lower.device)
-        inverse[start:, start : start + step] = torch.linalg.solve_triangular(rest, identity, upper=False)
+    for start in range(0, lower.shape[-1], step):
+        rest = lower[..., start:, start:]
+        side = rest.shape[-1]
+        identity = torch.eye(side, min(step, side), dtype=lower.dtype, device=lower.device)
+        inverse[..., start:, start : start + step] = torch.linalg.solve_triangular(rest, identity, upper=False)
     return inverse
 
 
@@ -142,28 +182,33 @@ def sparse_gptq(weight: Tensor, mask: Tensor | None, factor: Factor, grid: Grid,
         block: columns, at most 128, whose errors are compensated for in all later columns by one matrix product.
     """
     order, upper = factor.order, factor.upper.to(weight.dtype)
-    left, unit = (part[order] if part.stride(0) else part for part in _in_positions(weight, grid))
-    share = 1 / (upper.diagonal()[:, None] * unit)  # the later columns compensate for a column's error times this
-    kept = None if mask is None else mask.t().contiguous()[order]
+    left, unit = (reordered(part, order) if part.stride(-2) else part for part in _in_positions(weight, grid))
+    # The later columns compensate for a column's error times this.
+    share = 1 / (upper.diagonal(dim1=-2, dim2=-1)[..., None] * unit)
+    kept = None if mask is None else reordered(mask.mT.contiguous(), order)
     codes = torch.empty_like(left, dtype=torch.uint8)
     round_block = _rounder(codes, order, grid, kept, weight)
-    for start in range(0, len(left), block):
+    for start in range(0, left.shape[-2], block):
         here = slice(start, start + block)
-        ahead = upper[here, start:] if grid.by_row else upper[here, start:] * unit[start:, 0]
-        errors = round_block(left[here], here, share[here, 0], ahead)
-        left[start + block :].addmm_(ahead[:, block:].t(), errors, alpha=-1)
-    return codes.t().contiguous()
+        ahead = upper[..., here, start:] if grid.by_row else upper[..., here, start:] * unit[..., None, start:, 0]
+        errors = round_block(left[..., here, :], here, share[..., here, 0], ahead)
+        rest, factors = left[..., start + block :, :], ahead[..., block:].mT
+        (rest.addmm_ if rest.dim() == 2 else rest.baddbmm_)(factors, errors, alpha=-1)
+    return codes.mT.contiguous()
 
 
 def _rounder(codes: Tensor, order: Tensor, grid: Grid, kept: Tensor | None, like: Tensor) -> Callable[..., Tensor]:
     """Return what rounds a block of columns (`BlockRounder.round`): a kernel, or torch."""
-    widths = np.broadcast_to(grid.widths, codes.shape[1]) if grid.by_row else grid.widths
-    if not rounds_on(like.device, like.dtype):
+    shape = (*grid.widths.shape[:-1], codes.shape[-1])
+    widths = np.broadcast_to(grid.widths, shape) if grid.by_row else grid.widths
+    by_kernel = rounds_on(like.device, like.dtype)
+    if not by_kernel and codes.dim() == 2:
         in_order = widths if grid.by_row else widths[order.cpu().numpy()]
         return TorchRounder(codes, order, in_order, grid.by_row, kept, like).round
     there = torch.from_numpy(widths.astype(np.int32)).to(like.device)
+    there = there if grid.by_row else reordered(there[..., None], order)[..., 0]
     uneven = bool(np.isin(widths, list(NORMAL_LEVELS)).any())
-    return BlockRounder(codes, order, there if grid.by_row else there[order], grid.by_row, uneven, kept).round
+    return (BlockRounder if by_kernel else StackRounder)(codes, order, there, grid.by_row, uneven, kept).round
 
 
 def _in_positions(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -171,15 +216,15 @@ def _in_positions(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
     The unit of a row cancels in all equations, so only columns have one.
     """
-    books = [level_codebook(width) for width in grid.widths.tolist()]
+    books = [level_codebook(width) for width in grid.widths.ravel().tolist()]
     density, zero = (
         torch.tensor(numbers, dtype=weight.dtype, device=weight.device).view(grid.scale.shape)
         for numbers in ([book.density for book in books], [book.zero for book in books])
     )
     density = density / grid.scale
-    left = (weight * density).add_(zero).t().contiguous()
-    unit = left.new_ones(1, 1) if grid.by_row else density.t()
-    return left, unit.expand(len(left), 1)
+    left = (weight * density).add_(zero).mT.contiguous()
+    unit = left.new_ones(1, 1) if grid.by_row else density.mT
+    return left, unit.expand(*left.shape[:-1], 1)
 
 
 def quantise(
@@ -205,6 +250,6 @@ def quantise(
     gptq_codes = sparse_gptq(weight, mask, factor, grid)
     rounded, gptq, exact = values(codes), values(gptq_codes), weight if mask is None else weight * mask
     # e H e^T - f H f^T as one product: (e - f) H (e + f)^T, with e the error of rounding and f that of GPTQ.
-    gain = ((rounded - gptq) @ hessian).mul_(rounded.add_(gptq).sub_(exact, alpha=2)).sum(1, keepdim=True)
+    gain = ((rounded - gptq) @ hessian).mul_(rounded.add_(gptq).sub_(exact, alpha=2)).sum(-1, keepdim=True)
     codes = torch.where(gain > 0, gptq_codes, codes)
     return Quantised(codes, values(codes), factor.notes)

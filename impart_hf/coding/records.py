@@ -24,11 +24,24 @@ from .record_sizes import runs, thresholds_of
 
 def kept_counts(
     mask_seed: int, thresholds: np.ndarray, shape: tuple[int, int], device: torch.device
-) -> list[np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Return for U and for V of a matrix (m, n) the number of kept entries of each component, int64 (r,)."""
-    return [
-        keep_mask(mask_seed, side, thresholds, length, device).sum(1).cpu().numpy() for side, length in enumerate(shape)
+    return kept_counts_of_all([mask_seed], [thresholds], shape, device)[0]
+
+
+def kept_counts_of_all(
+    seeds: list[int], thresholds: list[np.ndarray], shape: tuple[int, int], device: torch.device
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return `kept_counts` of several matrices of one shape, by their mask seeds and thresholds."""
+    ranks = [len(own) for own in thresholds]
+    ends = np.cumsum(ranks)[:-1]
+    numbers = np.concatenate([np.arange(rank) for rank in ranks])
+    sides = [
+        keep_mask(np.repeat(seeds, ranks), side, np.concatenate(thresholds), length, device, numbers).sum(1)
+        for side, length in enumerate(shape)
     ]
+    of_u, of_v = (np.split(counts, ends) for counts in torch.stack(sides).cpu().numpy())
+    return list(zip(of_u, of_v, strict=True))
 
 
 def _keep_mode(thresholds: np.ndarray) -> int:
@@ -76,6 +89,19 @@ def factored_record(
         mask_seed: the record's 32-bit mask seed.
         widths_v: width codes of V's values, if they differ from U's.
     """
+    return pack_measured(factored(u, sigma, v, thresholds, widths, mask_seed, widths_v), delta)
+
+
+def factored(
+    u: torch.Tensor,
+    sigma: np.ndarray,
+    v: torch.Tensor,
+    thresholds: np.ndarray,
+    widths: np.ndarray,
+    mask_seed: int,
+    widths_v: np.ndarray | None = None,
+) -> Record:
+    """Build the record that `factored_record` packs, without its relative error."""
     both = np.stack([widths, widths if widths_v is None else widths_v], 1)
     segments = [
         Segment(
@@ -84,7 +110,7 @@ def factored_record(
         for _, part in runs(both[:, 0] << 8 | both[:, 1])
     ]
     scale = float(sigma.max(initial=0.0))
-    record = Record(
+    return Record(
         layout=FACTORED,
         rows=u.shape[0],
         columns=v.shape[0],
@@ -98,7 +124,6 @@ def factored_record(
         column_scales=[None] * len(segments),
         codes=_planes_codes([u.t(), v.t()], thresholds, segments, mask_seed),
     )
-    return pack_measured(record, delta)
 
 
 def direct_record(

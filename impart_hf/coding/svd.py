@@ -6,7 +6,8 @@ space. The whole Gram matrix is decomposed only if it is small, or if so many co
 longer (scripts/benchmark_compress.py prints times and accuracy).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch
 from ..modeling.precision import full_float32
 
 RankRule = Callable[[np.ndarray], int]
+SvdStack = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Svd = Callable[[torch.Tensor, RankRule], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 _SMALL = 1024  # with a shorter side below this, the whole decomposition is faster than any iteration
@@ -56,6 +58,61 @@ def leading_svd(matrix: torch.Tensor, rank: int | RankRule) -> tuple[torch.Tenso
     return u, sigma, v
 
 
+@full_float32()
+def leading_svds(matrices: torch.Tensor, rules: Sequence[RankRule]) -> tuple[SvdStack, list[int]]:
+    """Return `leading_svd` of each matrix of a stack (b, m, n), together where they are small.
+
+    Returns:
+        U (b, m, r), sigma (b, r), V (b, n, r), with zeros behind a matrix's own components; and how many it has.
+    """
+    count, side = len(matrices), min(matrices.shape[1:])
+    found: dict[int, SvdStack] = {}
+    counts = [side + 1] * count
+    whole = None
+    if side < _SMALL:
+        tall = matrices if matrices.shape[1] == max(matrices.shape[1:]) else matrices.mT
+        values, vectors = eigh(lower_gram(tall))
+        spectra = roots(values.flip(-1))
+        counts = [max(1, min(side, rule(spectrum))) for rule, spectrum in zip(rules, spectra, strict=True)]
+        u, sigma, v = components(tall, vectors.flip(-1)[..., : max(counts)])
+        whole = (u, sigma, v) if tall is matrices else (v, sigma, u)
+        clear = (sigma >= TRUSTED * sigma[:, :1]).cpu().numpy()
+        # Squares leave the range of float32, or components are too small to be exact: see `_tall_svd`.
+        in_range = (spectra[:, 0] >= 1e-8 * sum(matrices.shape[1:])) & (spectra[:, 0] <= 1e8)
+        sound = [in_range[i] and (clear[i, :own].all() or own > side // 2) for i, own in enumerate(counts)]
+    else:
+        sound = [False] * count
+    for i in (i for i in range(count) if not sound[i]):
+        u, sigma, v = leading_svd(matrices[i], rules[i])
+        found[i] = u[None], sigma[None], v[None]
+        counts[i] = len(sigma)
+    parts = [] if whole is None else [(list(range(count)), whole)]
+    return filled(matrices, [*parts, *(([i], part) for i, part in found.items())], counts), counts
+
+
+def filled(matrices: torch.Tensor, parts: list[tuple[list[int], SvdStack]], counts: list[int]) -> SvdStack:
+    """Return the components of a stack (b, m, n), with zeros behind each matrix's own.
+
+    Args:
+        parts: components of some of the matrices, by their numbers, at least as many as their counts; later ones
+            replace those before.
+        counts: how many components each matrix has.
+    """
+    (count, rows, columns), most = matrices.shape, max(counts)
+    present = torch.from_numpy(np.arange(most) < np.array(counts)[:, None]).to(matrices.device)
+    filled = (
+        matrices.new_zeros(count, rows, most),
+        matrices.new_zeros(count, most),
+        matrices.new_zeros(count, columns, most),
+    )
+    for numbers, part in parts:
+        where: Any = slice(None) if len(numbers) == count else numbers
+        for into, some in zip(filled, part, strict=True):
+            into[where, ..., : some.shape[-1]] = some[..., :most]
+    u, sigma, v = (torch.where(present if part.dim() == 2 else present[:, None], part, 0.0) for part in filled)
+    return u, sigma, v
+
+
 def _tall_svd(
     matrix: torch.Tensor, rank_rule: RankRule, above: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,13 +139,18 @@ def _tall_svd(
 def components(
     matrix: torch.Tensor, v: torch.Tensor, rank: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the leading singular components, all or `rank`, in the space of the orthonormal columns of `v`."""
+    """Return the leading singular components, all or `rank`, in the space of the orthonormal columns of `v`.
+
+    Args:
+        matrix: (m, n), or a stack (b, m, n).
+        v: (n, r), or (b, n, r).
+    """
     projected = matrix @ v
-    if rank is not None or v.shape[1] <= max(matrix.shape[1] // 2, _SMALL):
+    if rank is not None or v.shape[-1] <= max(matrix.shape[-1] // 2, _SMALL):
         # A rotation makes U's columns orthogonal too, which is more exact. With most vectors of a large matrix it would
         # take too long.
-        _, rotation = eigh((projected.t() @ projected).double())
-        rotation = rotation.flip(1)[:, :rank].to(v.dtype)
+        _, rotation = eigh((projected.mT @ projected).double())
+        rotation = rotation.flip(-1)[..., :rank].to(v.dtype)
         projected, v = projected @ rotation, v @ rotation
     return _of_projections(projected, v)
 
@@ -99,11 +161,16 @@ def of_vectors(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def _of_projections(projected: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    sigma = projected.norm(dim=0)
+    sigma = projected.norm(dim=-2)
     # Rounding can put neighbours of nearly equal size in the wrong order.
-    order = torch.argsort(sigma, descending=True, stable=True)
-    sigma, v, projected = sigma[order], v[:, order], projected[:, order]
-    return projected / sigma.clamp_min(torch.finfo(sigma.dtype).tiny), sigma, v
+    order = torch.argsort(sigma, dim=-1, descending=True, stable=True)
+    sigma, v, projected = sigma.gather(-1, order), _columns(v, order), _columns(projected, order)
+    return projected / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[..., None, :], sigma, v
+
+
+def _columns(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return the columns of a matrix, or of each of a stack, in an order, int64 (..., columns)."""
+    return matrix[:, order] if order.dim() == 1 else matrix.gather(2, order[:, None].expand_as(matrix))
 
 
 def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,31 +9,29 @@ from __future__ import annotations  # the annotations below name `tl`, which may
 import functools
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..modeling.codebook import level_codebook
-from ..modeling.packed_tables import kernels_wanted, normal_levels
+from ..modeling.packed_tables import kernels_wanted
 from ..modeling.triton_planes import available, constexpr, jit, launching, on_device, tl
-from ..modeling.width_codes import BITS, FLOAT16, NORMAL_LEVELS
+from .stacked_levels import LAST_EVEN, MOST_LEVELS, width_tables
 
 logger = logging.get_logger(__name__)
 
 BLOCK = 128  # columns
-_EVEN = FLOAT16 - 1  # width codes up to here are evenly spaced levels
-_MOST = 16  # levels of a width code that is not evenly spaced
-_LAST_EVEN, _TABLE = constexpr(_EVEN), constexpr(_MOST)
+_LAST_EVEN, _TABLE = constexpr(LAST_EVEN), constexpr(MOST_LEVELS)
 # Added and subtracted again, it rounds float32 of at most 255 to whole numbers, halves to even ones, as torch does.
 _ROUNDER = constexpr(12582912.0)
 
 
-@jit(do_not_specialize=["columns", "rows"])
+@jit(do_not_specialize=["columns", "rows", "all_columns"])
 def round_kernel(
-    left, codes, errors, order, ahead, share, kept, widths, tops, edges, levels, columns, rows,
+    left, codes, errors, order, ahead, share, kept, widths, tops, edges, levels, columns, rows, all_columns,
     BY_ROW: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Round `columns` columns of `ROWS` rows; everything has one column after the other in memory.
+
+    The second axis of the grid is that of the matrices of a stack, which follow each other in memory.
 
     Args:
         left: float32 (columns, rows), positions (`Levels.density`).
@@ -44,9 +42,19 @@ def round_kernel(
         share: float32 (columns,).
         kept: uint8 (columns, rows), 0 for dropped entries; not read unless MASKED.
         widths: int32, a width code for each row (BY_ROW) or each column.
-        tops, edges, levels: `_tables`.
+        tops, edges, levels: `width_tables`.
+        all_columns: of a matrix of `codes`.
         NORMAL: False if all levels are evenly spaced.
     """
+    matrix = tl.program_id(1).to(tl.int64)
+    left += matrix * columns * rows
+    errors += matrix * columns * rows
+    kept += matrix * columns * rows
+    codes += matrix * all_columns * rows
+    order += matrix * columns
+    share += matrix * columns
+    ahead += matrix * columns * columns
+    widths += matrix * (rows if BY_ROW else columns)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     here = row < rows
@@ -84,26 +92,11 @@ def round_kernel(
         x = x - tl.load(ahead + j * columns + column, mask=later, other=0.0)[:, None] * error[None, :]
 
 
-@functools.lru_cache
-def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return, by width code, the largest code (codes,), and the edges and levels (codes, 16) of uneven levels."""
-    count = max(NORMAL_LEVELS) + 1
-    tops, levels = np.zeros(count, np.float32), np.zeros((count, _MOST), np.float32)
-    edges = np.full((count, _MOST), np.inf, np.float32)
-    for width, bits in BITS.items():
-        if width <= _EVEN:
-            tops[width] = (1 << bits) - 1
-        elif width in NORMAL_LEVELS:
-            levels[width] = normal_levels()[bits]
-            own = level_codebook(width).edges().numpy()
-            edges[width, : len(own)] = own
-    tops_on, edges_on, levels_on = (torch.from_numpy(table).to(device) for table in (tops, edges, levels))
-    return tops_on, edges_on, levels_on
-
-
 @dataclass(frozen=True)
 class BlockRounder:
     """Rounds blocks of a matrix (rows, columns), of which everything here has one column after the other in memory.
+
+    Of a stack of matrices, everything has one more axis in front.
 
     Attributes:
         codes: uint8 (columns, rows), written.
@@ -128,17 +121,19 @@ class BlockRounder:
             share: float32 (columns,), contiguous.
             ahead: float32 (columns, at least as many): row j times column j's error is subtracted from later columns.
         """
-        columns, rows = left.shape
+        columns, rows = left.shape[-2:]
+        left = left.contiguous()  # a block of one matrix is; of a stack, the blocks of all come together
         errors = torch.empty_like(left)
         # The interpreter takes as long for many rows as for few; in a warp, no step waits for other warps.
         tile = 256 if left.device.type == "cpu" else 8
-        kept = left if self.kept is None else self.kept[here].view(torch.uint8)
-        widths = self.widths if self.by_row else self.widths[here]
+        kept = left if self.kept is None else self.kept[..., here, :].contiguous().view(torch.uint8)
+        widths = self.widths if self.by_row else self.widths[..., here].contiguous()
         with launching, on_device(left.device):
-            round_kernel[(-(-rows // tile),)](
-                left, self.codes, errors, self.order[here], ahead[:, :columns].contiguous(), share, kept, widths,
-                *_tables(left.device), columns, rows, BY_ROW=self.by_row, MASKED=self.kept is not None,
-                NORMAL=self.uneven, COLUMNS=BLOCK, ROWS=tile, num_warps=1,
+            round_kernel[(-(-rows // tile), left[..., 0, 0].numel())](
+                left, self.codes, errors, self.order[..., here].contiguous(), ahead[..., :columns].contiguous(),
+                share.contiguous(), kept, widths, *width_tables(left.device), columns, rows, self.codes.shape[-2],
+                BY_ROW=self.by_row, MASKED=self.kept is not None, NORMAL=self.uneven, COLUMNS=BLOCK, ROWS=tile,
+                num_warps=1,
             )  # fmt: skip
         return errors
 

@@ -14,6 +14,7 @@ from ..modeling.checkpoints import all_finite
 from ..modeling.tensors import Model
 from ..modeling.transfer import to_device
 from ..storage.workspace import Workspace
+from .batches import Batches
 from .pair import ModelPair
 from .scan import TensorPlan, order_to_take
 
@@ -74,23 +75,43 @@ def find_spectra(tensors: list[TensorPlan], pair: ModelPair, method: MethodConfi
     A tensor whose spectra are stored, or that another process takes, is skipped.
     """
     tensors = order_to_take(sharing(tensors, method))
+    rows: dict[str, list[np.ndarray]] = {}  # by tensor, the properties of its matrices so far
+
+    def decompose(batch: list[tuple[TensorPlan, torch.Tensor, bool]]) -> None:
+        for (tensor, *_), row in zip(batch, _properties(batch, pair), strict=True):
+            rows[tensor.name].append(row)
+            if len(rows[tensor.name]) == tensor.matrices:
+                workspace.put_spectra(tensor.name, np.stack(rows.pop(tensor.name)))
+
+    batches = Batches(pair.device, decompose)
     with pair.progress.bar(sum(tensor.dense_bytes for tensor in tensors), "Decomposing", "B") as bar:
         for tensor in tensors:
             bar.set_postfix_str(tensor.name)
             if not workspace.has_spectra(tensor.name) and workspace.take("spectra", tensor.name):
-                deltas = deltas_of(tensor, pair.base, pair.finetuned, pair.device)
-                rows = [_properties(tensor, pair, delta) for delta in deltas]
-                workspace.put_spectra(tensor.name, np.stack(rows))
+                rows[tensor.name] = []
+                for delta in deltas_of(tensor, pair.base, pair.finetuned, pair.device):
+                    # Of the delta there are two copies, of the shorter side's Gram matrix three with the solver's.
+                    shape = delta.matrix.shape
+                    size = 4 * (2 * delta.matrix.numel() + 3 * min(shape) ** 2)
+                    batches.add(shape, (tensor, delta.matrix, delta.is_nonzero), size)
             bar.update(tensor.dense_bytes)
+        batches.finish()
 
 
-def _properties(tensor: TensorPlan, pair: ModelPair, delta: Delta) -> np.ndarray:
-    """Return energy, weight and singular values of a delta, float64 (_PROPERTIES + min(m, n),)."""
-    matrix = delta.matrix
-    if not delta.is_nonzero:
-        return np.append([0.0, 1.0], np.zeros(min(matrix.shape)))
-    weight = embedding_weight(pair.base.tensor(tensor.name), matrix) if tensor.vocabulary else 1.0
-    return np.append([float(torch.linalg.vector_norm(matrix)) ** 2, weight], singular_values(matrix))
+def _properties(batch: list[tuple[TensorPlan, torch.Tensor, bool]], pair: ModelPair) -> np.ndarray:
+    """Return energy, weight and singular values of deltas of one shape, float64 (b, _PROPERTIES + min(m, n))."""
+    nonzero = np.array([is_nonzero for *_, is_nonzero in batch])
+    properties = np.zeros((len(batch), _PROPERTIES + min(batch[0][1].shape)))
+    properties[:, 1] = 1.0
+    if nonzero.any():
+        chosen = [delta for _, delta, is_nonzero in batch if is_nonzero]
+        deltas = chosen[0] if len(chosen) == 1 else torch.stack(chosen)
+        properties[nonzero, 0] = torch.linalg.vector_norm(deltas, dim=(-2, -1)).double().cpu().numpy() ** 2
+        properties[nonzero, _PROPERTIES:] = singular_values(deltas)
+    for row, (tensor, delta, is_nonzero) in zip(properties, batch, strict=True):
+        if tensor.vocabulary and is_nonzero:
+            row[1] = embedding_weight(pair.base.tensor(tensor.name), delta)
+    return properties
 
 
 def spectra_of(tensor: TensorPlan, workspace: Workspace) -> list[Spectrum]:

@@ -1,7 +1,8 @@
 """Encoding of planned tensors into records in a workspace."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -13,11 +14,12 @@ from ..calibration.streamed_model import StreamedModel
 from ..coding.records import empty_record
 from ..coding.svd_cache import SvdOf, uncached_svd
 from ..common import processes
-from ..methods import Encoded, MethodConfig, Spectrum, method_for
+from ..methods import Encoded, EncodingTask, MethodConfig, Spectrum, method_for
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.delta_decode import add_delta
 from ..modeling.tensors import Model
 from ..storage.workspace import Workspace
+from .batches import Batches
 from .budgets import deltas_of, spectra_of
 from .pair import ModelPair
 from .scan import TensorPlan, order_to_take
@@ -62,28 +64,52 @@ class Encoding:
         Args:
             moments: second moments of the inputs of some or all, by name.
         """
+        batches = Batches(self._device, self._encode_batch)
         for tensor in order_to_take(tensors):
-            self.encode(tensor, moments.get(tensor.name))
+            self._begin(tensor, moments.get(tensor.name), batches)
+        batches.finish()
 
     def prepare(self, moments: Mapping[str, Moments]) -> None:
         """Encode tensors with these second moments of their inputs, shared out among the processes of a job."""
         tensors = [self._by_name[name] for name in moments if name in self._by_name]
         processes.each(lambda: self.encode_all(tensors, moments))
 
-    def encode(self, tensor: TensorPlan, hessian: Moments = None) -> None:
-        """Encode a tensor and write its records, unless that has been done or another process does it."""
+    def _begin(self, tensor: TensorPlan, hessian: Moments, batches: "Batches[_Matrix]") -> None:
+        """Put a tensor's matrices into batches, unless that has been done or another process does it."""
         if self._waiting.pop(tensor.name, None) is None:
             return
         self.bar.set_postfix_str(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
-        if not self._workspace.has_record(tensor.name) and self._workspace.take("records", tensor.name):
-            budgets = self._budgets.get(tensor.name)
-            data, notes = encode_tensor(
-                tensor, self._base, self._finetuned, self._method, self._device, hessian, self._svd_of, budgets,
-                None if budgets is None else spectra_of(tensor, self._workspace), tensor.name in self._transposed,
-            )  # fmt: skip
-            if hessian is None and tensor.name in self._matrices:
-                notes.append("not calibrated: too few tokens of the text reach it")
-            self._workspace.put_record(tensor.name, data, notes)
+        if self._workspace.has_record(tensor.name) or not self._workspace.take("records", tensor.name):
+            self._count(tensor)
+            return
+        budgets = self._budgets.get(tensor.name)
+        tasks = tasks_of(
+            tensor, self._base, self._finetuned, self._method, self._device, hessian, self._svd_of, budgets,
+            None if budgets is None else spectra_of(tensor, self._workspace), tensor.name in self._transposed,
+        )  # fmt: skip
+        records = _Records(tensor, hessian is None and tensor.name in self._matrices)
+        for number, task in enumerate(tasks):
+            if isinstance(task, Encoded):
+                self._put(records, number, task)
+                continue
+            if task.hessian is None and hessian is not None:
+                records.notes[number].append(f"matrix {number} not calibrated: too few tokens of the text reach it")
+            kind = task.delta.shape, task.vocabulary, task.hessian is None, task.transposed
+            batches.add(kind, _Matrix(task, records, number), bytes_for(task))
+
+    def _encode_batch(self, batch: "list[_Matrix]") -> None:
+        encoder = method_for(self._method, batch[0].task.vocabulary)
+        for matrix, encoded in zip(batch, encoder.encode_all([matrix.task for matrix in batch]), strict=True):
+            self._put(matrix.records, matrix.number, encoded)
+
+    def _put(self, records: "_Records", number: int, encoded: Encoded) -> None:
+        """Add a matrix's record to those of its tensor, and write them if it is the last."""
+        records.encoded[number] = encoded
+        if len(records.encoded) == records.tensor.matrices:
+            self._workspace.put_record(records.tensor.name, *records.joined())
+            self._count(records.tensor)
+
+    def _count(self, tensor: TensorPlan) -> None:
         if self._workspace.has_record(tensor.name):
             self._done += tensor.dense_bytes
             self._written += len(self._workspace.record(tensor.name))
@@ -100,7 +126,39 @@ class Encoding:
         return torch.cat([shared, dense[tensor.shape[0] :].to(shared.device)]) if tensor.added_rows else shared
 
 
-def encode_tensor(
+class _Records:
+    """The records of a tensor, some of whose matrices may wait to be encoded."""
+
+    def __init__(self, tensor: TensorPlan, uncalibrated: bool):
+        self.tensor, self._uncalibrated = tensor, uncalibrated
+        self.encoded: dict[int, Encoded] = {}
+        self.notes: list[list[str]] = [[] for _ in range(tensor.matrices)]  # of each matrix, beside the method's
+
+    def joined(self) -> tuple[bytes, list[str]]:
+        """Return the records of all matrices in their order, and the notes on them."""
+        ordered = [self.encoded[number] for number in range(self.tensor.matrices)]
+        notes = [note for own, encoded in zip(self.notes, ordered, strict=True) for note in (*own, *encoded.notes)]
+        if self._uncalibrated:
+            notes.append("not calibrated: too few tokens of the text reach it")
+        return b"".join(encoded.data for encoded in ordered), list(dict.fromkeys(notes))
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix to encode: which one of the tensor that has these records."""
+
+    task: EncodingTask
+    records: _Records
+    number: int
+
+
+def bytes_for(task: EncodingTask) -> int:
+    """Return about how much memory a matrix takes while it is encoded: copies of itself, and of its inputs' moments."""
+    inputs = task.delta.shape[0 if task.transposed else 1]
+    return 4 * (4 * task.delta.numel() + 5 * inputs**2)
+
+
+def tasks_of(
     tensor: TensorPlan,
     base: BaseTensors,
     finetuned: Model,
@@ -111,34 +169,30 @@ def encode_tensor(
     budgets: list[int] | None = None,
     spectra: list[Spectrum] | None = None,
     transposed: bool = False,
-) -> tuple[bytes, list[str]]:
-    """Return the records of one tensor, one per matrix of a stack, and the method's notes on it.
+) -> Iterator[EncodingTask | Encoded]:
+    """Yield what is to be encoded for each matrix of a tensor, or its record if the delta is zero.
 
     Args:
         budgets: byte budget of each matrix; None for equal shares of the tensor's.
         spectra: the spectrum of each matrix's delta, if it is known.
         transposed: whether the layer's inputs belong to the rows.
     """
-    encoder = method_for(method, tensor.vocabulary)
-    records, notes = [], []
     for number, delta in enumerate(deltas_of(tensor, base, finetuned, device)):
-        seed = mask_seed(method.seed, tensor.name, number)
-        if delta.is_nonzero:
-            svd = svd_of(tensor.name, number)
-            budget = tensor.max_bytes // tensor.matrices if budgets is None else budgets[number]
-            own = hessian if hessian is None or isinstance(hessian, torch.Tensor) else hessian[number]
-            if own is None and hessian is not None:
-                notes.append(f"matrix {number} not calibrated: too few tokens of the text reach it")
-            encoded = encoder.encode(
-                delta.matrix, budget, seed,
-                hessian=own, svd=svd, sigma=None if spectra is None else spectra[number].sigma,
-                relative_norm=delta.relative_norm, vocabulary=tensor.vocabulary, transposed=transposed,
-            )  # fmt: skip
-        else:
-            encoded = Encoded(empty_record(delta.matrix.shape[0], delta.matrix.shape[1], float(delta.matrix.any())))
-        records.append(encoded.data)
-        notes += [note for note in encoded.notes if note not in notes]
-    return b"".join(records), notes
+        if not delta.is_nonzero:
+            yield Encoded(empty_record(delta.matrix.shape[0], delta.matrix.shape[1], float(delta.matrix.any())))
+            continue
+        own = hessian if hessian is None or isinstance(hessian, torch.Tensor) else hessian[number]
+        yield EncodingTask(
+            delta.matrix,
+            tensor.max_bytes // tensor.matrices if budgets is None else budgets[number],
+            mask_seed(method.seed, tensor.name, number),
+            own,
+            svd_of(tensor.name, number),
+            None if spectra is None else spectra[number].sigma,
+            delta.relative_norm,
+            tensor.vocabulary,
+            transposed and own is not None,
+        )
 
 
 def mask_seed(seed: int, name: str, number: int) -> int:

@@ -10,7 +10,7 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base import Encoded, MethodConfig, Spectrum, method_class, method_names
+from .base import Encoded, EncodingTask, MethodConfig, Spectrum, method_class, method_names
 from .delta_come import DeltaComeConfig
 from .settings import Setting, setting, settings_of
 
@@ -39,6 +39,7 @@ globals().update(PUBLIC)
 
 __all__ = [  # noqa: PLE0604
     "Encoded",
+    "EncodingTask",
     "MethodConfig",
     "Setting",
     "Spectrum",

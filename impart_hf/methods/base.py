@@ -33,7 +33,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodingTask:
-    """The arguments of `MethodConfig.encode`; `transposed` is False without a Hessian."""
+    """What is to be encoded: the arguments of `MethodConfig.encode`; `transposed` is False without a Hessian."""
 
     delta: torch.Tensor
     max_bytes: int
@@ -154,18 +154,41 @@ class MethodConfig(abc.ABC):
                 Hessian this has no effect.
         """
         from ..coding.svd import leading_svd
-        from ..modeling.precision import full_float32
 
         transposed = transposed and hessian is not None
         task = EncodingTask(
             delta, max_bytes, mask_seed, hessian, svd or leading_svd, sigma, relative_norm, vocabulary, transposed
         )
+        return self.encode_all([task])[0]
+
+    def encode_all(self, tasks: list[EncodingTask]) -> list[Encoded]:
+        """Encode matrices, on an accelerator together if the method can; see `encode`.
+
+        Args:
+            tasks: of one shape, on one device; either all with a Hessian, and all transposed or none, or all without.
+        """
+        from ..coding.gptq import StackError
+        from ..modeling.precision import full_float32
+
         with full_float32():
-            return self._encode(task)
+            if len(tasks) > 1 and tasks[0].delta.device.type != "cpu":
+                try:
+                    return self._encode_stack(tasks)
+                except StackError:
+                    pass  # one of them needs what only `_encode` can do
+            return [self._encode(task) for task in tasks]
 
     @abc.abstractmethod
     def _encode(self, task: EncodingTask) -> Encoded:
         """Implement `encode`."""
+
+    def _encode_stack(self, tasks: list[EncodingTask]) -> list[Encoded]:
+        """Implement `encode_all` for several matrices on an accelerator, where launches should not grow with them.
+
+        Raises:
+            coding.gptq.StackError: if they have to be encoded one by one.
+        """
+        return [self._encode(task) for task in tasks]
 
     @abc.abstractmethod
     def least_bytes(self, rows: int, columns: int) -> int:

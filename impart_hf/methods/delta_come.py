@@ -45,3 +45,8 @@ class DeltaComeConfig(MixedPrecision):
             u, sigma, v, keep_all, widths, task.mask_seed, task.hessian, transposed=task.transposed
         )
         return Encoded(factored_record(task.delta, u, scaled_sigma, v, keep_all, widths, task.mask_seed), notes)
+
+    def _stack_thresholds(
+        self, spectra: list[np.ndarray], tasks: list[EncodingTask]
+    ) -> list[tuple[np.ndarray, tuple[str, ...]]]:
+        return [(np.full(len(spectrum), MAX_THRESHOLD, np.uint16), ()) for spectrum in spectra]

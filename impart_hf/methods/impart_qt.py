@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from .base import Encoded, EncodingTask
 from .importance_allocation import ImportanceAllocation
 from .mixed_precision import MixedPrecision
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass
@@ -31,3 +34,10 @@ class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
             *factors, thresholds, widths, task.mask_seed, task.hessian, transposed=task.transposed
         )
         return Encoded(factored_record(task.delta, u, sigma, v, thresholds, widths, task.mask_seed), notes + more)
+
+    def _stack_thresholds(
+        self, spectra: list[np.ndarray], tasks: list[EncodingTask]
+    ) -> list[tuple[np.ndarray, tuple[str, ...]]]:
+        budgets, seeds = [task.max_bytes for task in tasks], [task.mask_seed for task in tasks]
+        rows, columns = tasks[0].delta.shape
+        return self.thresholds_for(spectra, budgets, seeds, (rows, columns), tasks[0].delta.device)

@@ -6,6 +6,7 @@ Vectors are rounded by sparse GPTQ; without calibration text, for inputs that ar
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -75,18 +76,17 @@ class ImPartRdConfig(MethodConfig):
         return Matrix(spectrum.sigma, spectrum.rows, spectrum.columns, _error_weights(spectrum, self.drop_weight))
 
     def _encode(self, task: EncodingTask) -> Encoded:
+        import torch
+
         from ..coding.factor_quantisation import plane_mask, quantised
-        from ..coding.records import empty_record, factored_record
+        from ..coding.records import factored_record
         from ..coding.spectrum import leading_components, singular_values
 
-        rows, columns = task.delta.shape
         spectrum = singular_values(task.delta) if task.sigma is None else task.sigma
-        choice = self._fitted(spectrum, task)
+        (choice,) = self._fitted([spectrum], [task], [float(torch.linalg.vector_norm(task.delta))])
         count = choice.count
         if count == 0:
-            return Encoded(
-                empty_record(rows, columns, 1.0), ("dropped: its bytes reduce the error more in other matrices",)
-            )
+            return _dropped(task)
         factors = leading_components(task.delta, count, spectrum)
         bits, thresholds = choice.bits[:count], choice.thresholds[:count]
         (widths_u, scale_u), (widths_v, scale_v) = (
@@ -109,29 +109,97 @@ class ImPartRdConfig(MethodConfig):
         )
         return Encoded(data, notes)
 
-    def _fitted(self, sigma: np.ndarray, task: EncodingTask) -> Choice:
-        """Choose components so that the record, with the entries that the masks really keep, fits its budget."""
+    def _encode_stack(self, tasks: list[EncodingTask]) -> list[Encoded]:
         import torch
 
-        from ..coding.records import kept_counts
+        from ..coding.spectrum import leading_components_of_all, singular_values
+        from ..coding.stacked_factors import FactorStack, stacked_moments
 
-        rows, columns = task.delta.shape
-        budget = float(task.max_bytes - OVERHEAD_BYTES)
-        energy = float(torch.linalg.vector_norm(task.delta)) ** 2
+        if any(task.vocabulary for task in tasks):
+            return super()._encode_stack(tasks)
+        guessed = [task.hessian is None and not _is_light(task) for task in tasks]
+        if any(guessed) and tasks[0].hessian is None and not all(guessed):
+            kinds = {
+                kind: iter(self.encode_all([t for t, own in zip(tasks, guessed, strict=True) if own == kind]))
+                for kind in (False, True)
+            }
+            return [next(kinds[own]) for own in guessed]
+        deltas = torch.stack([task.delta for task in tasks])
+        known = [task.sigma for task in tasks if task.sigma is not None]
+        spectra = known if len(known) == len(tasks) else list(singular_values(deltas))
+        choices = self._fitted(spectra, tasks, torch.linalg.vector_norm(deltas, dim=(1, 2)).tolist())
+        encoded = [_dropped(task) for task in tasks]
+        stored = [number for number, choice in enumerate(choices) if choice.count]
+        if not stored:
+            return encoded
+        if len(stored) < len(tasks):
+            deltas = deltas[stored]
+        tasks, choices = [tasks[number] for number in stored], [choices[number] for number in stored]
+        factors = leading_components_of_all(deltas, [c.count for c in choices], [spectra[number] for number in stored])
+        stack = FactorStack(
+            deltas, factors, [c.thresholds[: c.count] for c in choices], [task.mask_seed for task in tasks]
+        )
+        bits = np.concatenate([choice.bits[: choice.count] for choice in choices])
+        fits = [
+            best_widths(*stack.rows(side), bits[:, side], np.repeat(np.arange(len(choices)), stack.ranks))
+            for side in (0, 1)
+        ]
+        hessians = [task.hessian for task in tasks if task.hessian is not None]
+        known_inputs = bool(hessians) or guessed[0]
+        moments = stacked_moments(hessians or deltas, _moments) if known_inputs else (None, None)
+        records = stack.records(fits, *moments, compensated=True, transposed=tasks[0].transposed)
+        for number, data in zip(stored, records, strict=True):
+            encoded[number] = Encoded(data)
+        return encoded
+
+    def _fitted(self, spectra: Sequence[np.ndarray], tasks: list[EncodingTask], norms: list[float]) -> list[Choice]:
+        """Choose components so that each record, with the entries that its masks really keep, fits its budget.
+
+        Args:
+            norms: the Frobenius norms of the deltas.
+        """
+        from ..coding.records import kept_counts_of_all
+
+        rows, columns = tasks[0].delta.shape
         # Bits are chosen for the outputs' factor and the inputs': U and V, unless the matrix is transposed.
-        order = -1 if task.transposed else 1
+        order = -1 if tasks[0].transposed else 1
         outputs, inputs = (rows, columns)[::order]
-        components = Components([self.matrix(Spectrum(sigma, outputs, inputs, energy, task.vocabulary))])
+        components = [
+            Components([self.matrix(Spectrum(sigma, outputs, inputs, norm**2, task.vocabulary))])
+            for sigma, norm, task in zip(spectra, norms, tasks, strict=True)
+        ]
+        budgets = [float(task.max_bytes - OVERHEAD_BYTES) for task in tasks]
+        choices: dict[int, Choice] = {}
+        waiting = list(range(len(tasks)))
         for _ in range(_MAX_FITS):
-            choice = components.choose(components.price_for(budget))
-            choice = replace(choice, bits=choice.bits[:, ::order])
-            count = choice.count
-            kept = kept_counts(task.mask_seed, choice.thresholds[:count], (rows, columns), task.delta.device)
-            excess = factored_bytes(choice.bits[:count], *kept) - task.max_bytes
-            if excess <= 0:
-                return choice
-            budget = choice.bytes.sum() - excess
-        return Choice(choice.bits * 0, choice.thresholds, choice.bytes * 0)
+            for i in waiting:
+                choice = components[i].choose(components[i].price_for(budgets[i]))
+                choices[i] = replace(choice, bits=choice.bits[:, ::order])
+            kept = kept_counts_of_all(
+                [tasks[i].mask_seed for i in waiting],
+                [choices[i].thresholds[: choices[i].count] for i in waiting],
+                (rows, columns),
+                tasks[0].delta.device,
+            )
+            too_large = []
+            for i, counts in zip(waiting, kept, strict=True):
+                excess = factored_bytes(choices[i].bits[: choices[i].count], *counts) - tasks[i].max_bytes
+                if excess > 0:
+                    budgets[i] = choices[i].bytes.sum() - excess
+                    too_large.append(i)
+            waiting = too_large
+            if not waiting:
+                break
+        for i in waiting:
+            choices[i] = replace(choices[i], bits=choices[i].bits * 0, bytes=choices[i].bytes * 0)
+        return [choices[i] for i in range(len(tasks))]
+
+
+def _dropped(task: EncodingTask) -> Encoded:
+    from ..coding.records import empty_record
+
+    rows, columns = task.delta.shape
+    return Encoded(empty_record(rows, columns, 1.0), ("dropped: its bytes reduce the error more in other matrices",))
 
 
 def _error_weights(spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
@@ -152,16 +220,20 @@ def input_moments(task: EncodingTask) -> torch.Tensor | None:
     rows are combinations of inputs. The result is then None if rows are tokens, or if the delta is small: it is rounded
     with the weights, and an early step of Adam is nearly a sign, so that it says little of the inputs.
     """
-    is_light = task.relative_norm is not None and task.relative_norm < _LIGHT
-    if task.hessian is None and (task.vocabulary or is_light):
+    if task.hessian is None and (task.vocabulary or _is_light(task)):
         return None
     return _moments(task.delta.t() @ task.delta) if task.hessian is None else _shared_moments()(task.hessian)
 
 
+def _is_light(task: EncodingTask) -> bool:
+    return task.relative_norm is not None and task.relative_norm < _LIGHT
+
+
 def _moments(known: torch.Tensor) -> torch.Tensor:
-    mean = known.diagonal().mean()
-    moments = known / mean.where(mean != 0, 1.0)  # 0 if all inputs are zero
-    moments.diagonal().add_(_UNKNOWN_INPUTS)
+    """Return second moments (..., n, n) in units of their mean, with those of unknown inputs."""
+    mean = known.diagonal(dim1=-2, dim2=-1).mean(-1)
+    moments = known / mean.where(mean != 0, 1.0)[..., None, None]  # 0 if all inputs are zero
+    moments.diagonal(dim1=-2, dim2=-1).add_(_UNKNOWN_INPUTS)
     return moments
 
 
@@ -173,12 +245,15 @@ def _shared_moments() -> LastResult[torch.Tensor]:
     return LastResult(_moments)
 
 
-def best_widths(plane: torch.Tensor, mask: torch.Tensor | None, bits: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+def best_widths(
+    plane: torch.Tensor, mask: torch.Tensor | None, bits: np.ndarray, owners: np.ndarray | None = None
+) -> tuple[np.ndarray, torch.Tensor]:
     """Return the width codes, (r,), that round a plane (r, length) best among levels of the given bits.
 
     Args:
         mask: bool (r, length), true where an entry is kept; None keeps all.
         bits: (r,), the bits of each component's values; a run of equal bits gets one width code, by a few of its rows.
+        owners: (r,), which matrix a component belongs to, if there are several.
 
     Returns:
         The width codes, and the scales, (r,), that suit them.
@@ -186,8 +261,8 @@ def best_widths(plane: torch.Tensor, mask: torch.Tensor | None, bits: np.ndarray
     from ..coding.level_scales import fit_levels
 
     widths, tried = bits.copy(), []
-    for width, part in runs(bits):
-        kinds = level_widths(width)  # at most two
+    for _, part in runs(bits if owners is None else np.stack([owners, bits], 1)):
+        kinds = level_widths(int(bits[part.start]))  # at most two
         widths[part] = kinds[0]
         if len(kinds) > 1:
             tried.append((part, kinds, np.unique(np.linspace(part.start, part.stop - 1, _TRIED_ROWS, dtype=int))))

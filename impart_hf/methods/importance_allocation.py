@@ -66,28 +66,58 @@ class ImportanceAllocation(MethodConfig):
         Returns:
             U (m, r), sigma (r,), V (n, r); thresholds, uint16 (r,); notes.
         """
-        from ..coding.records import kept_counts
-
         rows, columns = delta.shape
-        full_rank = min(rows, columns)
         u, sigma, v = svd(delta, partial(self.rank_for, rows=rows, columns=columns, max_bytes=max_bytes))
         spectrum = sigma.double().cpu().numpy()
-        budget = float(max_bytes)
-        for _ in range(_MAX_FITS):
-            sparsity = self._sparsity_for(spectrum, rows, columns, budget)
-            thresholds = thresholds_of(keep_ratios(spectrum, full_rank, sparsity, self.beta, self.c))
-            kept = kept_counts(mask_seed, thresholds, (rows, columns), delta.device)
-            excess = factored_bytes(self.widths(len(thresholds)), *kept) - max_bytes
-            if excess <= 0:
-                break
-            # The masks kept more entries than expected: lower the budget by the excess.
-            budget = self._expected_bytes(kept_ratios(thresholds), rows, columns) - excess
-        else:
-            thresholds = thresholds[:1]
+        ((thresholds, notes),) = self.thresholds_for(
+            [spectrum], [max_bytes], [mask_seed], (rows, columns), delta.device
+        )
         rank = len(thresholds)
-        lowered = min(self.beta, sparsity)
-        notes = (f"beta lowered from {self.beta} to {lowered:.3f}",) if lowered < self.beta else ()
         return (u[:, :rank], sigma[:rank], v[:, :rank]), thresholds, notes
+
+    def thresholds_for(
+        self,
+        spectra: list[np.ndarray],
+        max_bytes: list[int],
+        seeds: list[int],
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> list[tuple[np.ndarray, tuple[str, ...]]]:
+        """Choose components and thresholds of several matrices of one shape; see `sparsify`.
+
+        Args:
+            spectra: the leading singular values of each, float64, more of them than are kept.
+            max_bytes, seeds: byte budget and mask seed of each.
+
+        Returns:
+            Thresholds and notes of each.
+        """
+        from ..coding.records import kept_counts_of_all
+
+        budgets = [float(most) for most in max_bytes]
+        thresholds: list[np.ndarray] = [np.empty(0, np.uint16)] * len(spectra)
+        sparsity = [0.0] * len(spectra)
+        waiting = list(range(len(spectra)))
+        for _ in range(_MAX_FITS):
+            for i in waiting:
+                sparsity[i] = self._sparsity_for(spectra[i], *shape, budgets[i])
+                thresholds[i] = thresholds_of(keep_ratios(spectra[i], min(shape), sparsity[i], self.beta, self.c))
+            kept = kept_counts_of_all([seeds[i] for i in waiting], [thresholds[i] for i in waiting], shape, device)
+            too_large = []
+            for i, counts in zip(waiting, kept, strict=True):
+                excess = factored_bytes(self.widths(len(thresholds[i])), *counts) - max_bytes[i]
+                if excess > 0:
+                    # The masks kept more entries than expected: lower the budget by the excess.
+                    budgets[i] = self._expected_bytes(kept_ratios(thresholds[i]), *shape) - excess
+                    too_large.append(i)
+            waiting = too_large
+            if not waiting:
+                break
+        for i in waiting:
+            thresholds[i] = thresholds[i][:1]
+        lowered = [min(self.beta, own) for own in sparsity]
+        notes = [(f"beta lowered from {self.beta} to {own:.3f}",) if own < self.beta else () for own in lowered]
+        return list(zip(thresholds, notes, strict=True))
 
     def _sparsity_for(self, spectrum: np.ndarray, rows: int, columns: int, budget: float) -> float:
         """Return the least alpha_uv whose expected record fits the budget, by bisection (algorithm 3).

@@ -5,12 +5,14 @@ They are quantised by ImPart's algorithm 2 (arXiv 2504.13237), see `coding.facto
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from ..coding.record_sizes import COMPONENT_BYTES, OVERHEAD_BYTES
-from .base import MethodConfig
+from .base import Encoded, EncodingTask, MethodConfig
 from .settings import setting
 
 _LEAST_BITS, _MOST_BITS = 2, 8
@@ -57,6 +59,38 @@ class MixedPrecision(MethodConfig):
     def least_bytes(self, rows: int, columns: int) -> int:
         # All entries of the first component are kept: in ImPart, because its importance is 1.
         return OVERHEAD_BYTES + COMPONENT_BYTES + 2 + self.bits[0] * (rows + columns) // 8
+
+    def _encode_stack(self, tasks: list[EncodingTask]) -> list[Encoded]:
+        import torch
+
+        from ..coding.stacked_factors import FactorStack, stacked_moments
+        from ..coding.svd import leading_svd, leading_svds
+
+        if any(task.svd is not leading_svd for task in tasks):
+            return super()._encode_stack(tasks)
+        deltas = torch.stack([task.delta for task in tasks])
+        rows, columns = deltas.shape[1:]
+        rules = [partial(self.rank_for, rows=rows, columns=columns, max_bytes=task.max_bytes) for task in tasks]
+        factors, counts = leading_svds(deltas, rules)
+        sigma = factors[1].double().cpu().numpy()
+        chosen = self._stack_thresholds([row[:count] for row, count in zip(sigma, counts, strict=True)], tasks)
+        thresholds = [own for own, _ in chosen]
+        stack = FactorStack(deltas, factors, thresholds, [task.mask_seed for task in tasks])
+        widths = np.concatenate([self.widths(len(own)) for own in thresholds])
+        known = [task.hessian for task in tasks if task.hessian is not None]
+        moments = stacked_moments(known, lambda hessians: hessians) if known else (None, None)
+        records = stack.records([(widths, None)] * 2, *moments, transposed=tasks[0].transposed)
+        return [Encoded(data, notes) for data, (_, notes) in zip(records, chosen, strict=True)]
+
+    @abc.abstractmethod
+    def _stack_thresholds(
+        self, spectra: list[np.ndarray], tasks: list[EncodingTask]
+    ) -> list[tuple[np.ndarray, tuple[str, ...]]]:
+        """Return the thresholds of the components that are stored of each matrix, and notes.
+
+        Args:
+            spectra: the leading singular values of each, float64, as many as `rank_for` asks for.
+        """
 
     def widths(self, count: int) -> np.ndarray:
         """Return the bits of the first `count` components' values, shape (count,)."""

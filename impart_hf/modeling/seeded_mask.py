@@ -29,20 +29,21 @@ def mix32(values: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint32(16))
 
 
-def column_keys(seed: int, side: int, columns: np.ndarray) -> np.ndarray:
+def column_keys(seed: int | np.ndarray, side: int, columns: np.ndarray) -> np.ndarray:
     """Return one uint32 key per column: `mix32(seed + GOLDEN * (2 * column + side + 1))`.
 
     Args:
-        seed: the record's 32-bit mask seed.
+        seed: the record's 32-bit mask seed, or one for each column.
         side: 0 for U and for direct planes, 1 for V.
         columns: column numbers, any integer dtype.
     """
-    counters = (2 * columns.astype(np.uint64) + np.uint64(side + 1)) * np.uint64(_GOLDEN) + np.uint64(seed)
+    counters = (2 * columns.astype(np.uint64) + np.uint64(side + 1)) * np.uint64(_GOLDEN)
+    counters = counters + np.asarray(seed, np.uint64)
     return mix32((counters & np.uint64(0xFFFFFFFF)).astype(np.uint32))
 
 
 def keep_mask(
-    seed: int,
+    seed: int | np.ndarray,
     side: int,
     thresholds: np.ndarray,
     rows: int,
@@ -55,7 +56,7 @@ def keep_mask(
     is kept if that 16-bit number is at most the column's threshold T, that is with probability (T + 1) / 65536.
 
     Args:
-        seed: the record's 32-bit mask seed.
+        seed: the record's 32-bit mask seed, or one for each column, where they belong to several records.
         side: 0 for U and for direct planes, 1 for V.
         thresholds: uint16 of shape (columns,).
         rows: entries per column.

@@ -71,6 +71,25 @@ def test_rounds_as_torch_does(axis: str, density: float | None, rows: int, colum
     assert errors[1] == pytest.approx(errors[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("way", ["never", "always"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_stack_is_rounded_as_its_matrices_are(axis: str, way: str, masked: bool) -> None:
+    rng, (count, rows, columns) = torch.Generator().manual_seed(0), (3, 21, 40)
+    weights = torch.randn(count, rows, columns, generator=rng)
+    masks = torch.rand(count, rows, columns, generator=rng) < 0.6 if masked else None
+    hessians = torch.stack([make_hessian(columns, seed) for seed in range(count)])
+    widths = np.random.default_rng(1).choice(KINDS, (count, rows if axis == "rows" else columns))
+    scales = torch.rand(count, widths.shape[1], generator=rng) + 0.5
+    scales = scales[..., None] if axis == "rows" else scales[:, None]
+    together = sweep(way, weights, masks, hessians, Grid(scales, widths))
+    same = [
+        together[i] == sweep(way, weights[i], None if masks is None else masks[i], hessians[i], Grid(scales[i], own))
+        for i, own in enumerate(widths)
+    ]
+    assert torch.stack(same).double().mean() >= 0.999
+
+
 def test_halves_are_rounded_to_even_codes() -> None:
     """As torch does: a weight of 0 lies between two levels."""
     weight, grid = torch.zeros(4, 6), Grid(torch.ones(4, 1), np.array([1, 2, 3, 34]))

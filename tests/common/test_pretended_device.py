@@ -79,6 +79,13 @@ def test_kernels(run: dict[str, Any]) -> None:
     assert wide["launches"][1] - narrow["launches"][1] <= 250, (narrow, wide)
 
 
+def test_stacks(run: dict[str, Any]) -> None:
+    """32 matrices encoded together take at most some more launches than one, and no more waits."""
+    for name, (one, together) in run.items():
+        assert together["launches"][0] == 0 and together["launches"][1] <= 2.5 * one["launches"][1], (name, run[name])
+        assert together["waits"] <= one["waits"], (name, run[name])
+
+
 def test_faults(run: dict[str, Any]) -> None:
     """The pretended device finds what it is for."""
     for name in ("cpu_tensor", "other_index", "generator"):
@@ -90,6 +97,7 @@ def test_faults(run: dict[str, Any]) -> None:
 def test_compression(run: dict[str, Any]) -> None:
     for name in ("rounded", "calibrated"):
         assert run[name] == [], f"{name}: these entries are not the CPU's"
+        assert run[f"{name} errors"] < 1e-3
         assert run[f"{name} on cpu"] == 0 and run[f"{name} on pretended"] > 10_000
         assert run[f"{name} decodes on {SECOND}"] == [SECOND] and run[f"{name} decodes on cpu"] == ["cpu"]
 

@@ -186,7 +186,7 @@ def test_disk_that_fills_up_during_the_work(
 ) -> None:
     """Another program takes the space meanwhile; when it is given back, the run goes on."""
     pipeline = importlib.import_module("impart_hf.compression.encoding")
-    encode, encoded = pipeline.encode_tensor, []
+    encode, encoded = pipeline.tasks_of, []
     ballast = small_disk / "ballast"
 
     def fill(tensor: Any, *args: Any) -> Any:
@@ -197,7 +197,7 @@ def test_disk_that_fills_up_during_the_work(
                     file.write(bytes(4096))
         return encode(tensor, *args)
 
-    monkeypatch.setattr(pipeline, "encode_tensor", fill)
+    monkeypatch.setattr(pipeline, "tasks_of", fill)
     with pytest.raises(OutputError, match=naming("disk", small_disk, "full")) as caught:
         run(pair, small_disk / "delta")
     assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC

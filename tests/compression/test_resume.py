@@ -90,8 +90,8 @@ def test_a_killed_run_goes_on_where_it_stopped(
     assert kept
 
     pipeline = importlib.import_module("impart_hf.compression.encoding")
-    encode, redone = pipeline.encode_tensor, []
-    monkeypatch.setattr(pipeline, "encode_tensor", lambda t, *args: redone.append(t.name) or encode(t, *args))
+    encode, redone = pipeline.tasks_of, []
+    monkeypatch.setattr(pipeline, "tasks_of", lambda t, *args: redone.append(t.name) or encode(t, *args))
     finish(slow_pair, output)
     assert not set(map(file_name, redone)) & set(kept)
     assert len(redone) + len(kept) == 16 * 7 + 2

@@ -78,8 +78,7 @@ def test_compressed_calibrated_and_distilled_by_blocks(
     assert (matrices != language) == (name in NESTED)
     wanted = {tensor for tensor in language if not UNCALIBRATED.search(tensor)}
     assert len(wanted) >= 8 and reached(report) == len(wanted)
-    noted = {tensor.name for tensor in report.tensors if any("too few tokens" in note for note in tensor.notes)}
-    assert all("experts" in tensor for tensor in noted)
+    assert all("experts" in tensor for tensor in hardly_reached(report))
     assert report.distilled is not None
     assert wanted.isdisjoint(report.distilled.untrained) and matrices - language <= set(report.distilled.untrained)
     if name in EXPERTS:
@@ -102,7 +101,12 @@ def test_every_method_is_calibrated(pair_of: Callable[[str], Pair], tmp_path: Pa
     ]  # fmt: skip
     wanted = {n for n in encoded(reports[1]) if not UNCALIBRATED.search(n) and not IMAGES.search(n)}
     assert reached(reports[1]) == len(wanted)
-    assert all(differing_records(tmp_path, name) for name in wanted)
+    assert all(differing_records(tmp_path, name) for name in wanted - hardly_reached(reports[1]))
+
+
+def hardly_reached(report: CompressionReport) -> set[str]:
+    """The tensors of which the report says that too few tokens reach them."""
+    return {tensor.name for tensor in report.tensors if any("too few tokens" in note for note in tensor.notes)}
 
 
 def differing_records(folder: Path, name: str) -> bool:

@@ -311,7 +311,7 @@ def test_a_resumed_run_has_the_budgets_of_the_first(
     tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoding = importlib.import_module("impart_hf.compression.encoding")
-    real = encoding.encode_tensor
+    real = encoding.tasks_of
 
     def interrupts(tensor: Any, *others: Any) -> Any:
         if "layers.1" in tensor.name:
@@ -321,7 +321,7 @@ def test_a_resumed_run_has_the_budgets_of_the_first(
     models = str(tiny_pair.base), str(tiny_pair.finetuned)
     compress(*models, tmp_path / "unbroken", ImPartRdConfig(8.0))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encoding, "encode_tensor", interrupts)
+        patch.setattr(encoding, "tasks_of", interrupts)
         compress(*models, tmp_path / "delta", ImPartRdConfig(8.0))
     monkeypatch.setattr("impart_hf.compression.pipeline.shared_budgets", None)
     compress(*models, tmp_path / "delta", ImPartRdConfig(8.0))
@@ -363,12 +363,12 @@ def test_nearer_than_impart_qt_at_equal_bytes(tiny_pair: Pair, tmp_path: Path) -
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("stopped_in", ["encode", "singular_values"])
+@pytest.mark.parametrize("stopped_in", ["encode_all", "singular_values"])
 def test_a_stopped_run_goes_on_with_what_was_decomposed(
     stopped_in: str, tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = str(tiny_pair.base), str(tiny_pair.finetuned)
-    owner = ImPartRdConfig if stopped_in == "encode" else importlib.import_module("impart_hf.compression.budgets")
+    owner = ImPartRdConfig if stopped_in == "encode_all" else importlib.import_module("impart_hf.compression.budgets")
     work, calls = getattr(owner, stopped_in), []
 
     def counting(*rest: object, **more: object) -> object:
@@ -383,7 +383,7 @@ def test_a_stopped_run_goes_on_with_what_was_decomposed(
     whole, stops_at = len(calls), len(calls) + 3
     with pytest.raises(KeyboardInterrupt):
         compress(*arguments, tmp_path / "delta", ImPartRdConfig(8.0))
-    if stopped_in == "encode":  # all values are known
+    if stopped_in == "encode_all":  # all values are known
         monkeypatch.setattr("impart_hf.compression.budgets.singular_values", None)
     compress(*arguments, tmp_path / "delta", ImPartRdConfig(8.0))
     assert len(calls) == 2 * whole + 1  # only what was stopped was begun again

@@ -50,6 +50,7 @@ def test_every_section_succeeds(tmp_path: Path) -> None:
     assert all(row["error"] <= 1e-5 for row in tables["checks"]["errors against float64"])
     assert all(row["share of weights that differ"] == 0 for row in tables["checks"]["loading"])
     assert {row["by"] for row in tables["encode"]["encode"]} >= {"torch.linalg.svd", "impart-rd", "dare-qt"}
+    assert [row["matrices"] for row in tables["encode"]["experts"]] == ["4 of 32x48"]
     assert {row["tenants"] for row in tables["apply"]["apply"]} == {1, 4, 16}
     assert all(row["error"] <= 1e-5 for row in tables["apply"]["apply"])
     if find_spec("triton"):

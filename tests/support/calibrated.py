@@ -45,9 +45,9 @@ def divergence(repository: Path, finetuned: Path) -> float:
 def take_up(pair: Pair, output: Path, method: MethodConfig, **kwargs: Any) -> list[str]:
     """Run to the end; the tensors that were encoded."""
     pipeline = importlib.import_module("impart_hf.compression.encoding")
-    encode, redone = pipeline.encode_tensor, []
+    encode, redone = pipeline.tasks_of, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "encode_tensor", lambda t, *args: redone.append(t.name) or encode(t, *args))
+        patch.setattr(pipeline, "tasks_of", lambda t, *args: redone.append(t.name) or encode(t, *args))
         run(pair, output, method, **kwargs)
     assert not hidden(output).exists()
     return redone

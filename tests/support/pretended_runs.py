@@ -11,7 +11,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from impart_hf import ImPartConfig, ImPartRdConfig, compress
+from impart_hf.coding.spectrum import singular_values
 from impart_hf.compression.tune import tune
 from impart_hf.distillation import DistillSettings
 from impart_hf.distillation.distillation import distill
@@ -43,7 +44,7 @@ from support import pretended_device
 from support.distilled import TOKENS, checkpoints, encode, spoiled
 from support.merge_family import config, make_family
 from support.pretended_device import NAME, MixedDevices, counted, with_kernels
-from support.random_deltas import make_delta, make_hessian
+from support.random_deltas import make_delta, make_deltas, make_hessian, make_tasks
 from support.tiny_models import Pair, load_tensors, save_pair, tiny_config
 
 ROWS, COLUMNS, RATIO = 192, 256, 8
@@ -127,19 +128,50 @@ def kernels() -> dict[str, Any]:
     return found
 
 
+def stacks() -> dict[str, Any]:
+    """Encode one matrix, and 32 together, by the methods that can; by GPTQ's kernel too, if there is Triton."""
+    found: dict[str, Any] = {}
+    shape = 64, 128
+    deltas = [delta.to(SECOND) for delta in make_deltas(*shape, 32)]
+    hessian = make_hessian(shape[1]).to(SECOND)
+    tasks = make_tasks(deltas, RATIO, [hessian] * len(deltas))
+    for name in ("delta-come", "impart-qt", "impart-rd"):
+        method = method_class(name)(compression_ratio=RATIO)
+        for kernel in (False, True) if find_spec("triton") and name == "impart-rd" else (False,):
+            counts = []
+            with with_kernels() if kernel else nullcontext():
+                method.encode_all(tasks[:2])  # tables are made once
+                for several in (tasks[:1], tasks):
+                    with counted() as counting:
+                        method.encode_all(several)
+                    counts.append(asdict(counting))
+            found[f"{name} by the kernel" if kernel else name] = counts
+    counts = []
+    for matrices in (deltas[0], torch.stack(deltas)):
+        with counted() as counting:
+            singular_values(matrices)
+        counts.append(asdict(counting))
+    return found | {"singular values": counts}
+
+
 def compression(folder: Path, pair: Pair) -> dict[str, Any]:
     """Compress on the CPU and on a device, without and with calibration text; use the repositories there."""
     found: dict[str, Any] = {}
+    errors: dict[str, dict[str, float]] = {}
     for name, more in {"rounded": {}, "calibrated": {"calibration": [TEXT], **SIZE}}.items():
         for device in ("cpu", SECOND):
             out = folder / f"{name}-{kind_of(device)}"
             # A device that has no attention of its own computes it by formula; the CPU's differs in the last bits.
             with counted() as counts, sdpa_kernel(SDPBackend.MATH), decoded_on(found, f"{name} decodes on {device}"):
-                compress(
+                report = compress(
                     str(pair.base), str(pair.finetuned), out, ImPartRdConfig(compression_ratio=4), device=device, **more
                 )
+            errors[device] = {t.name: t.relative_error for t in report.tensors if t.kind == "encoded"}
             found[f"{name} on {kind_of(device)}"] = sum(counts.launches)
-        found[name] = differing_entries(folder / f"{name}-cpu", folder / f"{name}-{NAME}")
+        # Matrices of one shape are encoded together, so that a few codes differ.
+        differing = differing_entries(folder / f"{name}-cpu", folder / f"{name}-{NAME}")
+        found[name] = [entry for entry in differing if entry != "crc32" and not entry.endswith(".delta")]
+        found[f"{name} errors"] = max(abs(errors[SECOND][n] / error - 1) for n, error in errors["cpu"].items())
     return found
 
 
@@ -362,6 +394,7 @@ def main() -> None:
     runs: dict[str, Callable[[], Any]] = {
         "methods": methods,
         "kernels": kernels,
+        "stacks": stacks,
         "faults": faults,
         "compression": lambda: compression(folder, pair),
         "use": lambda: use(folder),

@@ -49,7 +49,7 @@ class Stop(BaseException):
 
 def break_off(compression: Callable[[], object], output: Path, after: int) -> dict[str, int]:
     """Leave the workspace as a compression to `output` leaves it that stops after some tensors."""
-    encode, count = encoding.encode_tensor, iter(range(after))
+    encode, count = encoding.tasks_of, iter(range(after))
 
     def stopping(*args: Any) -> Any:
         if next(count, None) is None:
@@ -57,7 +57,7 @@ def break_off(compression: Callable[[], object], output: Path, after: int) -> di
         return encode(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(encoding, "encode_tensor", stopping)
+        patch.setattr(encoding, "tasks_of", stopping)
         compression()
     assert len(finished(output)) == after and not output.exists()
     return finished(output)
