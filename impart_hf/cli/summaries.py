@@ -5,8 +5,12 @@ from ..merging.merge import MergeReport
 from ..repository.report import CompressionReport, human_bytes
 
 
-def compression_summary(report: CompressionReport, output: str) -> str:
-    """Return the summary of a compression."""
+def compression_summary(report: CompressionReport, output: str, *, takes_text: bool = True) -> str:
+    """Return the summary of a compression.
+
+    Args:
+        takes_text: whether the command has --calibration, so that the summary may name it.
+    """
     lines = [
         f"{output}: {human_bytes(report.repository_bytes)} instead of {human_bytes(report.checkpoint_bytes)}, "
         f"ratio {report.ratio:.2f} (requested {report.requested_ratio:g}), in {report.seconds:.0f} s",
@@ -19,10 +23,9 @@ def compression_summary(report: CompressionReport, output: str) -> str:
         lines.append("the fine-tuned model equals the base: check BASE and FINETUNED")
     calibration, _, instead = report.method.get("calibration", "").partition(": ")
     if calibration == "none":
-        lines.append(
-            f"no calibration text was given: {instead}; with --calibration TEXT, levels are chosen for the inputs that "
-            "each layer really has"
-        )
+        advice = "with --calibration TEXT, levels are chosen for the inputs that each layer really has"
+        given = f"no calibration text was given: {instead}; {advice}"
+        lines.append(given if takes_text else f"without calibration: {instead}")
     elif " of " in calibration:
         lines.append(f"calibrated on {calibration}; the others without it")
     if report.distilled:
@@ -57,5 +60,5 @@ def merge_summary(report: MergeReport, output: str) -> str:
         lines.append(f"{report.added_tokens} more tokens than the base")
     lines += report.notes
     if report.compression is not None:
-        lines.append(compression_summary(report.compression, output))
+        lines.append(compression_summary(report.compression, output, takes_text=False))
     return "\n".join(lines)

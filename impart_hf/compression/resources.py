@@ -111,9 +111,10 @@ class Forecast:
         if self.shortfall:
             lines.append(f"ratio missed: {self.shortfall}")
         lines.append(
-            f"Certain is that the result takes at most {max(self.allowed_bytes, self.repository_bytes)} bytes if the "
-            f"{self.changed_tensors} of {self.changed_tensors + self.equal_tensors} tensors changed that differ in a "
-            "sample of up to 64 KiB each; times and memory are estimated from a few matrices, timed now."
+            f"{self.changed_tensors} of {self.changed_tensors + self.equal_tensors} tensors differ in a sample of up "
+            "to 64 KiB each. If no other has changed, the result takes at most "
+            f"{max(self.allowed_bytes, self.repository_bytes):,} bytes. Times and memory are estimates, from a few "
+            "matrices timed now."
         )
         return "\n".join(lines)
 
