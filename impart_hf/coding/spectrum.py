@@ -87,8 +87,9 @@ def leading_components(
 
     A random block of somewhat more vectors than are wanted is multiplied by a Chebyshev polynomial of the Gram matrix
     that is small for all values below the block's last (Zhou, Saad, Tiago and Chelikowsky, Phys. Rev. E 74, 2006). Its
-    squared error is at most 2 % above that of the best approximation (0.3 % on real deltas), or 1e-6 of the matrix's squared norm. The
-    vectors are the best ones within the block: where values are nearly equal, they need not be near the exact ones.
+    squared error is at most 2 % above that of the best approximation (0.3 % on real deltas), or 1e-6 of the matrix's
+    squared norm. The vectors are the best ones within the block: where values are nearly equal, they need not be near
+    the exact ones.
 
     Args:
         matrix: float32 (m, n), finite, on any device.
