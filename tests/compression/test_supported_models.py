@@ -91,8 +91,11 @@ def test_compressed_calibrated_and_distilled_by_blocks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["impart-rd", "delta-come", "dare-qt"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, "impart-rd") for name in ARCHITECTURES]
+    + [(name, method) for name in ("llama", "gpt2", "mixtral", "gpt-oss") for method in ("delta-come", "dare-qt")],
+)
 def test_every_method_is_calibrated(pair_of: Callable[[str], Pair], tmp_path: Path, name: str, method: str) -> None:
     reports = [
         run(pair_of(name), tmp_path / str(bool(text)), method_class(method)(compression_ratio=4.0),
