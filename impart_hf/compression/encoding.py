@@ -112,7 +112,7 @@ class Encoding:
     def _count(self, tensor: TensorPlan) -> None:
         if self._workspace.has_record(tensor.name):
             self._done += tensor.dense_bytes
-            self._written += len(self._workspace.record(tensor.name))
+            self._written += self._workspace.record_bytes(tensor.name)
         self.bar.update(tensor.dense_bytes)
 
     def is_kept(self, name: str) -> bool:

@@ -169,7 +169,7 @@ def write_repository(
 
 
 def _write_deltas(finetuned: Model, workspace: Workspace, tensors: list[TensorPlan], max_shard_size: int) -> list[Path]:
-    sizes = {t.name: len(workspace.record(t.name)) for t in tensors if t.kind == "encoded"}
+    sizes = {t.name: workspace.record_bytes(t.name) for t in tensors if t.kind == "encoded"}
     entries = _entries(tensors, sizes, workspace.record, partial(_rows, finetuned))
     files, index = shard_entries(entries, DELTA_FILE, max_shard_size)
     paths = []

@@ -28,3 +28,8 @@ def read_checked(path: Path) -> bytes | None:
         return None
     checksum, data = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
     return data if zlib.crc32(data).to_bytes(_CHECKSUM_BYTES, "little") == checksum else None
+
+
+def checked_bytes(path: Path) -> int:
+    """Return the size of what `read_checked` returns for a whole file, in bytes."""
+    return path.stat().st_size - _CHECKSUM_BYTES

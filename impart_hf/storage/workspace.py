@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import struct
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 
 from ..common import processes
 from ..common.files import OutputError, sync_path, write_json
-from .checked_files import read_checked, write_checked
+from .checked_files import checked_bytes, read_checked, write_checked
 from .folder_lock import LOCK_FILE, FolderLock
 from .output import check_output, check_visible, existing_parent, named_errors
 
@@ -80,7 +79,7 @@ class Workspace:
         self.folder = output.parent / f".{output.name}.partial"
         self.repository = self.folder / "repository"
         self._replaced = self.folder / "replaced"
-        self._whole: set[Path] = set()  # files that were found to be
+        self._whole: set[Path] = set()  # files that this process has written, or found to be whole
         self._scratch: Path | None = None
         # The lock is in the workspace, which is never renamed: only folders in it are.
         self._lock = FolderLock(self.folder)
@@ -157,7 +156,7 @@ class Workspace:
             self._check_room(needed)
             write_json(plan, {"fingerprint": fingerprint})
         shutil.rmtree(self.folder / _TAKEN, ignore_errors=True)
-        for folder in ("records", "spectra", _TAKEN):
+        for folder in ("records", "notes", "spectra", _TAKEN):
             (self.folder / folder).mkdir(exist_ok=True)
         # Distillation starts again from the stored records.
         for path in (self.folder / _DISTILLED, self.repository):
@@ -218,7 +217,7 @@ class Workspace:
         """Store what is known of the singular values of a tensor's matrices, float64 of two dimensions."""
         data = io.BytesIO()
         np.save(data, spectra)
-        write_checked(self._file("spectra", name), data.getvalue())
+        self._put("spectra", name, data.getvalue())
 
     def spectra(self, name: str) -> np.ndarray:
         """Return what `put_spectra` stored."""
@@ -262,6 +261,11 @@ class Workspace:
         """Return a tensor's file in a folder, named by a hash because tensor names may be too long for files."""
         return self.folder / folder / hashlib.sha256(name.encode()).hexdigest()[:32]
 
+    def _put(self, folder: str, name: str, data: bytes) -> None:
+        path = self._file(folder, name)
+        write_checked(path, data)
+        self._whole.add(path)
+
     def _stored(self, folder: str, name: str) -> bytes:
         data = read_checked(self._file(folder, name))
         if data is None:
@@ -269,30 +273,29 @@ class Workspace:
         return data
 
     def _is_stored(self, folder: str, name: str) -> bool:
-        """Return whether a tensor's file is there and whole; it is read only once."""
+        """Return whether a tensor's file is there and whole; it is read at most once."""
         path = self._file(folder, name)
         if path not in self._whole and read_checked(path) is not None:
             self._whole.add(path)
         return path in self._whole
 
     def has_record(self, name: str) -> bool:
-        return self._is_stored("records", name)
+        return self._is_stored("notes", name) and self._is_stored("records", name)
 
     def put_record(self, name: str, data: bytes, notes: list[str]) -> None:
         """Store a tensor's records and the method's notes on it."""
-        text = json.dumps(notes).encode()
-        write_checked(self._file("records", name), struct.pack("<I", len(text)) + text + data)
-
-    def _parts(self, name: str) -> tuple[bytes, bytes]:
-        """Return a tensor's notes, as JSON, and its records."""
-        content = self._stored("records", name)
-        end = 4 + struct.unpack_from("<I", content)[0]
-        return content[4:end], content[end:]
+        self._put("notes", name, json.dumps(notes).encode())
+        self._put("records", name, data)
 
     def record(self, name: str) -> bytes:
         """Return a tensor's records: the distilled ones if there are any."""
         distilled = self._file(_DISTILLED, name)
-        return distilled.read_bytes() if distilled.exists() else self._parts(name)[1]
+        return distilled.read_bytes() if distilled.exists() else self._stored("records", name)
+
+    def record_bytes(self, name: str) -> int:
+        """Return the size of what `record` returns, in bytes, without reading it."""
+        distilled = self._file(_DISTILLED, name)
+        return distilled.stat().st_size if distilled.exists() else checked_bytes(self._file("records", name))
 
     def put_distilled(self, name: str, data: bytes) -> None:
         """Store distilled records, which replace a tensor's records in this run only."""
@@ -300,7 +303,7 @@ class Workspace:
 
     def notes(self, name: str) -> list[str]:
         """Return the method's notes on a tensor."""
-        return json.loads(self._parts(name)[0])
+        return json.loads(self._stored("notes", name))
 
     def publish(self) -> None:
         """Rename the repository to the output folder, replacing an older one, and remove the workspace.
