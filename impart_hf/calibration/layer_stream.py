@@ -21,6 +21,7 @@ from .hidden_states import HiddenStates, Write
 from .shared_sums import Sums, own_batches, shared_sums
 from .streamed_model import LayerArguments, LinearLayer, StreamedModel
 
+BATCH_SIZE = 4  # sequences run at a time, unless a caller asks for others
 # The second moments of this many bytes of experts are computed in one run of their layer.
 _MOMENT_BYTES = 1 << 30
 # An expert's inputs are not trusted if there are fewer than this share of their size.
@@ -39,7 +40,7 @@ def stream_layers(
     *,
     prepare: Callable[[Mapping[str, Moments]], None] = lambda moments: None,
     is_kept: Callable[[str], bool] = lambda name: True,
-    batch_size: int = 4,
+    batch_size: int = BATCH_SIZE,
     progress: Progress,
 ) -> set[str]:
     """Run a fine-tuned model over calibration text, layer by layer, and compress its tensors on the way.

@@ -44,8 +44,9 @@ class Delta:
         matrix = whole - to_device(before, device).float()
         if vocabulary and not all_finite(matrix):
             matrix = matrix.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
-        norm, of_whole = torch.stack([torch.linalg.vector_norm(part) for part in (matrix, whole)]).tolist()
-        return cls(matrix, bool(matrix.abs().max() > _ZERO_DELTA), norm / of_whole if of_whole else math.inf)
+        norms = [torch.linalg.vector_norm(part) for part in (matrix, whole)]
+        norm, of_whole, largest = torch.stack([*norms, matrix.abs().max()]).tolist()  # a device is waited for once
+        return cls(matrix, largest > _ZERO_DELTA, norm / of_whole if of_whole else math.inf)
 
 
 def deltas_of(tensor: TensorPlan, base: BaseTensors, finetuned: Model, device: torch.device) -> Iterator[Delta]:

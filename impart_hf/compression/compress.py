@@ -1,6 +1,5 @@
 """The public function `compress`."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -89,20 +88,12 @@ def compress(
     device = usable_device(device)
     # The workspace comes first, so that an output that cannot be written fails before anything is downloaded.
     with Workspace(Path(output_dir)) as workspace:
-        pair, texts = open_pair(
-            base, finetuned, HubOptions(base_revision, token, cache_dir),
-            HubOptions(finetuned_revision, token, cache_dir), base_name, device,
-            Progress(progress and processes.is_first()),
-            {"calibration": calibration, "distillation": distill}, calibration_samples, calibration_length,
+        pair, request = open_pair(
+            base, finetuned, method, wanted_bytes, calibration, distill, calibration_samples, calibration_length,
+            distill_settings, shard_size, base_options=HubOptions(base_revision, token, cache_dir),
+            finetuned_options=HubOptions(finetuned_revision, token, cache_dir), base_name=base_name, device=device,
+            progress=Progress(progress and processes.is_first()),
         )  # fmt: skip
-        request = CompressionRequest(
-            method,
-            wanted_bytes,
-            texts.get("calibration"),
-            texts.get("distillation"),
-            distill_settings or DistillSettings(),
-            shard_size,
-        )
         return compress_pair(pair, workspace, request)
 
 
@@ -131,28 +122,35 @@ def checked_method(
 def open_pair(
     base: str,
     finetuned: str,
+    method: MethodConfig,
+    max_bytes: int | None,
+    calibration: CalibrationSource | None,
+    distill: CalibrationSource | None,
+    samples: int,
+    length: int,
+    distill_settings: DistillSettings | None,
+    max_shard_size: int,
+    *,
     base_options: HubOptions,
     finetuned_options: HubOptions,
     base_name: str | None,
     device: torch.device,
     progress: Progress,
-    sources: Mapping[str, CalibrationSource | None],
-    samples: int,
-    length: int,
-) -> tuple[ModelPair, dict[str, torch.Tensor]]:
+) -> tuple[ModelPair, CompressionRequest]:
     """Open a pair in every process, and read the texts.
 
-    Args:
-        sources: texts by purpose, None for those that are not given.
-        samples, length: the most sequences of a text, and tokens of each.
+    The arguments are those of `compress`, checked; `samples` and `length` are those of the texts.
 
     Returns:
-        The pair, and the tokens by purpose, int64 (sequences, length).
+        The pair, and what is asked for, with the texts' tokens.
     """
     pair = processes.each(
         lambda: ModelPair(
             base, finetuned, base_options, finetuned_options, base_name=base_name, device=device, progress=progress
         )
     )
-    given = {purpose: source for purpose, source in sources.items() if source is not None}
-    return pair, processes.each(lambda: {p: pair.tokens(source, samples, length) for p, source in given.items()})
+    tokens, distill_tokens = processes.each(
+        lambda: [None if text is None else pair.tokens(text, samples, length) for text in (calibration, distill)]
+    )
+    settings = distill_settings or DistillSettings()
+    return pair, CompressionRequest(method, max_bytes, tokens, distill_tokens, settings, max_shard_size)

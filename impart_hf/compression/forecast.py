@@ -77,19 +77,12 @@ def forecast(
     check_whole_number(1, process_count=processes.count() if process_count is None else process_count)
     device = usable_device(device)
     output = None if output_dir is None else check_output(output_dir, replaces_delta=True)
-    pair, texts = open_pair(
-        base, finetuned, HubOptions(base_revision, token, cache_dir), HubOptions(finetuned_revision, token, cache_dir),
-        base_name, device, Progress(False), {"calibration": calibration, "distillation": distill},
-        calibration_samples, calibration_length,
+    pair, request = open_pair(
+        base, finetuned, method, wanted_bytes, calibration, distill, calibration_samples, calibration_length,
+        distill_settings, shard_size, base_options=HubOptions(base_revision, token, cache_dir),
+        finetuned_options=HubOptions(finetuned_revision, token, cache_dir), base_name=base_name, device=device,
+        progress=Progress(False),
     )  # fmt: skip
-    request = CompressionRequest(
-        method,
-        wanted_bytes,
-        texts.get("calibration"),
-        texts.get("distillation"),
-        distill_settings or DistillSettings(),
-        shard_size,
-    )
     free = None if output is None else shutil.disk_usage(existing_parent(output)).free
     count = process_count or processes.count()
 

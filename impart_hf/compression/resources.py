@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..calibration.layer_stream import BATCH_SIZE
 from ..repository.report import human_bytes
 from ..storage.workspace import needed_bytes
 from .budgets import sharing
@@ -17,8 +18,7 @@ _WRITTEN_PER_SECOND = 400e6
 _TENSORS_PER_SECOND, _WRITING = 3000.0, 0.05
 _FLOAT = 4  # bytes of a float32
 _PRICE_BYTES = 200  # memory for the price, for each component
-# Sequences that calibration runs at a time, and the activations of a layer alive at a time, in units of its widest.
-_BATCH, _ALIVE = 4, 3
+_ALIVE = 3  # activations of a layer that are alive at a time in calibration, in units of its widest
 
 
 @dataclass(frozen=True)
@@ -269,6 +269,6 @@ def _peak(
         others = [t for t in plan.tensors if len(t.shape) >= 2 and not t.vocabulary]
         layer = sum(t.dense_bytes for t in others) // int(text.get("num_hidden_layers") or 1)
         inputs = max((max(t.shape[-2:]) for t in others), default=0)
-        active = _ALIVE * _FLOAT * min(_BATCH, sequences) * length * inputs
+        active = _ALIVE * _FLOAT * min(BATCH_SIZE, sequences) * length * inputs
         most = max(most, vocabulary, layer + _FLOAT * inputs**2 + max(active, encoding))
     return int(max(most, training_bytes))
