@@ -1,0 +1,93 @@
+"""Records of a prompt and an answer, for training and judging models on answers alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GSM8K = "openai/gsm8k"
+_PROMPTS = re.compile(r"(?m)^(?=Question:|Instruction:)")
+_ANSWERS = re.compile(r"\n(?:Answer|Response):")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A prompt and what should follow it; `prompt + answer` is the whole text."""
+
+    prompt: str
+    answer: str
+
+
+def read_records(source: str | Path) -> list[Record]:
+    """Read records of questions and answers.
+
+    Args:
+        source: a .jsonl file of objects with "question" and "answer", as GSM8K is published; any other file as text
+            with "Question:" and "Answer:", or "Instruction:" and "Response:", at the beginning of lines; or
+            `openai/gsm8k@train` and `openai/gsm8k@test`, which are read from the Hub.
+
+    Raises:
+        ValueError: if there are no records.
+    """
+    text = str(source)
+    if text.startswith(f"{GSM8K}@"):
+        from datasets import load_dataset
+
+        rows: Any = load_dataset(GSM8K, "main", split=text.partition("@")[2])
+        records = [_of_fields(row) for row in rows]
+    elif Path(source).suffix == ".jsonl":
+        lines = Path(source).read_text("utf-8").splitlines()
+        records = [_of_fields(json.loads(line)) for line in lines if line.strip()]
+    else:
+        pieces = [piece.strip() for piece in _PROMPTS.split(Path(source).read_text("utf-8"))]
+        found = [(piece, match) for piece in pieces if (match := _ANSWERS.search(piece))]
+        records = [Record(piece[: match.end()], piece[match.end() :]) for piece, match in found]
+    if not records:
+        raise ValueError(f"{source} has no records: give a .jsonl file or text with Question: and Answer: lines")
+    return records
+
+
+def _of_fields(row: dict[str, str]) -> Record:
+    return Record(f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A record's tokens.
+
+    Attributes:
+        ids: int64 (length,): prompt with the begin-of-text token in front, answer, end-of-text token.
+        prompt: how many of them are the prompt's.
+    """
+
+    ids: torch.Tensor
+    prompt: int
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """int64 (length,): the tokens of the answer, and -100 in place of the prompt's."""
+        return torch.where(torch.arange(len(self.ids)) < self.prompt, -100, self.ids)
+
+
+def tokens_of(record: Record, tokenizer: Any) -> Tokens:
+    """Return a record's tokens. Prompt and answer are tokenised apart, as they are when an answer is generated."""
+    prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (record.prompt, record.answer))
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return Tokens(torch.tensor([*first, *prompt, *answer, tokenizer.eos_token_id]), len(first) + len(prompt))
+
+
+def padded(records: list[Tokens], padding: int) -> dict[str, torch.Tensor]:
+    """Return a batch of records, padded on the right: input_ids, attention_mask and labels, int64 (records, length)."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = [record.ids for record in records]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding),
+        "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+        "labels": pad_sequence([record.targets for record in records], batch_first=True, padding_value=-100),
+    }
