@@ -1,8 +1,8 @@
 """Byte budgets of all matrices, for methods that share one budget among them according to their components."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from .scan import TensorPlan, order_to_take
 
 # The squares of smaller numbers underflow in float32: such a delta has norm 0 and changes no model.
 _ZERO_DELTA = 1e-15
+_MOST = 1000.0  # and its inverse: bounds of a weight, because a sensitivity is measured on little text
 _PROPERTIES = 2  # numbers that are stored before a matrix's singular values: energy and weight of its errors
 
 
@@ -124,7 +125,9 @@ def spectra_of(tensor: TensorPlan, workspace: Workspace) -> list[Spectrum]:
     ]
 
 
-def shared_budgets(tensors: list[TensorPlan], method: MethodConfig, workspace: Workspace) -> dict[str, list[int]]:
+def shared_budgets(
+    tensors: list[TensorPlan], method: MethodConfig, workspace: Workspace, sensitivities: Mapping[str, float]
+) -> dict[str, list[int]]:
     """Allocate a byte budget to every matrix according to its spectrum.
 
     Args:
@@ -132,6 +135,7 @@ def shared_budgets(tensors: list[TensorPlan], method: MethodConfig, workspace: W
         method: the user's method. Without `shares_budget`, or for tensors that another method encodes, these budgets
             are kept.
         workspace: has the spectra of all that share.
+        sensitivities: what a squared error costs in some of the tensors, by name, in any unit.
 
     Returns:
         By tensor name, the byte budget of each of its matrices, of those that share.
@@ -139,9 +143,26 @@ def shared_budgets(tensors: list[TensorPlan], method: MethodConfig, workspace: W
     tensors = sharing(tensors, method)
     if not tensors:
         return {}
-    spectra = [spectra_of(tensor, workspace) for tensor in tensors]
+    weights = error_weights(tensors, sensitivities)
+    spectra = [
+        [replace(one, weight=one.weight * weights.get(tensor.name, 1.0)) for one in spectra_of(tensor, workspace)]
+        for tensor in tensors
+    ]
     shares = iter(method.allocate([one for several in spectra for one in several], sum(t.max_bytes for t in tensors)))
     return {tensor.name: [next(shares) for _ in several] for tensor, several in zip(tensors, spectra, strict=True)}
+
+
+def error_weights(tensors: list[TensorPlan], sensitivities: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights of squared errors in tensors whose sensitivity is known: 1 in the geometric mean of entries.
+
+    So the other tensors, and the vocabulary's, whose sensitivity follows from other rules, get as much as without.
+    """
+    known = {t.name: t for t in tensors if sensitivities.get(t.name, 0.0) > 0 and not t.vocabulary}
+    if not known:
+        return {}
+    sizes = [math.prod(tensor.shape) for tensor in known.values()]
+    mean = float(np.average(np.log([sensitivities[name] for name in known]), weights=sizes))
+    return {name: float(np.clip(sensitivities[name] / math.exp(mean), 1 / _MOST, _MOST)) for name in known}
 
 
 def embedding_weight(base: torch.Tensor, delta: torch.Tensor) -> float:

@@ -9,6 +9,7 @@ import torch
 
 from ..calibration.hidden_states import HiddenStates
 from ..calibration.layer_stream import stream_layers
+from ..calibration.sensitivity import sensitivities
 from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..coding.svd_cache import SvdOf, uncached_svd
 from ..common import processes
@@ -188,7 +189,14 @@ def _encode(
 ) -> None:
     """Write the records of every tensor to encode into the workspace."""
     processes.each(lambda: find_spectra(plan.encoded, pair, method, workspace))
-    budgets = processes.in_first(lambda: workspace.budgets(lambda: shared_budgets(plan.encoded, method, workspace)))
+
+    def allocate() -> dict[str, list[int]]:
+        known = {}
+        if method.shares_budget and calibration is not None:
+            known = sensitivities(pair.finetuned, calibration, pair.device, pair.progress)
+        return shared_budgets(plan.encoded, method, workspace, known)
+
+    budgets = processes.in_first(lambda: workspace.budgets(allocate))
     encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream)
     with pair.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as encoding.bar:
         if stream is not None and calibration is not None:

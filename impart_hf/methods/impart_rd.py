@@ -210,7 +210,10 @@ def _error_weights(spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
     # The inputs' variance along v, relative to its mean over all directions, is about `along` squared, because training
     # changes a weight in the directions of its inputs, most along the strongest. Its root gives the best results.
     along = spectrum.sigma * np.sqrt(min(spectrum.rows, spectrum.columns) / (spectrum.energy or 1.0))
-    return ErrorWeights(drop_weight * along, along, _V_NOISE, np.minimum(_BOTH_NOISE, along))
+    weight = spectrum.weight
+    return ErrorWeights(
+        weight * drop_weight * along, weight * along, weight * _V_NOISE, weight * np.minimum(_BOTH_NOISE, along)
+    )
 
 
 def input_moments(task: EncodingTask) -> torch.Tensor | None:
