@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PRECISION = 0.02  # a ratio is known well enough if a ratio higher by this share breaks the target
+# The result is known well enough if a ratio higher by this share, or a repository smaller by it, breaks the target.
+PRECISION = 0.02
 MOST_POINTS = 12
 _STEP = 8.0  # the most by which a ratio is changed beyond what has been measured
 _USUAL_SLOPE = 1.5  # of log harm against log ratio, from KL of real fine-tunes between ratios 32 and 400
@@ -85,8 +86,9 @@ def _lower(points: Sequence[Point], lowest: float) -> float | None:
 def _higher_or_between(points: Sequence[Point], kept: Point, highest: float) -> float | None:
     """Return a ratio above the best one."""
     above = min((point for point in points if point.ratio > kept.ratio), key=lambda p: p.ratio, default=None)
-    limit = highest if above is None else above.ratio
-    if limit <= kept.ratio * (1 + PRECISION) and above is not None or kept.ratio >= _digits(highest):
+    if kept.ratio >= _digits(highest):
+        return None
+    if above is not None and min(above.ratio / kept.ratio, kept.bytes / above.bytes) <= 1 + PRECISION:
         return None
     root = _root(kept, points, trusted=True)
     if root is not None and kept.ratio <= root <= kept.ratio * (1 + PRECISION):

@@ -10,9 +10,9 @@ from ..common import processes
 from ..common.partial_logits import Logits, LogitsOf
 from .metrics import batch_sums
 
-# What is kept of the reference, in bytes: its hidden states, or logits if they are small. Of 64 x 512 tokens, states of
-# 8192 numbers of 2 bytes are half of it.
-_MOST_KEPT = 1 << 30
+# Bytes of hidden states, or of logits if they are small. Of 64 x 512 tokens, states of 8192 numbers of 2 bytes are half
+# of it.
+MOST_KEPT = 1 << 30
 
 
 class Reference:
@@ -25,17 +25,19 @@ class Reference:
         tokens: number of tokens that are predicted: all except each sequence's first.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: torch.Tensor, batch_size: int):
+    def __init__(self, model: PreTrainedModel, blocks: torch.Tensor, batch_size: int, most_kept: int = MOST_KEPT):
         """Run the reference over the text.
 
         Args:
             model: the reference.
             blocks: int64 (sequences, length).
             batch_size: sequences at a time.
+            most_kept: bytes that are kept of its logits, or of what they are computed from; the rest is computed again
+                for each model.
         """
         self._of, self._batches = LogitsOf(model), blocks.split(batch_size)
         self._kept: dict[int, Logits] = {}  # by number of the batch, on the CPU
-        self._room = _MOST_KEPT
+        self._room = most_kept
         self.tokens = blocks[:, 1:].numel()
         self.loss = self._mean(lambda n: batch_sums(self._logits(n, model), None, self._targets(n, model)))[0]
 
