@@ -13,7 +13,7 @@ from support.calibrated import TEXT
 from support.tiny_models import Pair, save_pair, tiny_config
 from support.workspaces import differing, finished
 
-from impart_hf import ImPartConfig, ImPartRdConfig, compress
+from impart_hf import ImPartConfig, ImPartRdConfig, QualityTarget, compress
 from impart_hf.common.files import OutputError
 from impart_hf.merging.merge import merge
 from impart_hf.storage.output import check_visible

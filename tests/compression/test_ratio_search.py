@@ -60,10 +60,10 @@ def test_power_laws_take_few_points(root: float, slope: float) -> None:
 @pytest.mark.parametrize("kl", [0.0003, 0.001, 0.003, 0.01, 0.03])
 def test_a_curve_that_was_measured(kl: float) -> None:
     """Of impart-rd and a light fine-tune of Gemma 3 270M."""
-    curve = measured((8, 0.00012), (32, 0.00073), (128, 0.0056), (400, 0.0325))
+    curve = measured((32, 0.00073), (128, 0.0056), (400, 0.0325))
     points = search(lambda ratio: curve(ratio) / kl)
     found = ratio_of(points)
-    assert curve(found * 1.025) > kl and len(points) <= 6
+    assert curve(found * 1.02) > kl and len(points) <= 5
 
 
 @pytest.mark.parametrize("share", [0.02, 0.05])
