@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "CompressionReport":
         """Return the report, without a target, that `to_dict` gave these fields."""
-        own = {name: value for name, value in fields.items() if name not in ("ratio", "requested_ratio", "target")}
+        own = {field.name: fields[field.name] for field in dataclass_fields(cls)} | {"target": None}
         own["tensors"] = [TensorReport.from_dict(tensor) for tensor in fields["tensors"]]
         if (distilled := fields["distilled"]) is not None:
             own["distilled"] = DistillReport(**distilled | {"untrained": tuple(distilled["untrained"])})
