@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # names for the type checker
     from .compression.compress import compress as compress
     from .compression.forecast import forecast as forecast
     from .compression.resources import Forecast as Forecast
+    from .compression.target import QualityTarget as QualityTarget
     from .compression.tune import tune as tune
     from .distillation import DistillSettings as DistillSettings
     from .merging.config import MergeConfig as MergeConfig
@@ -41,6 +42,7 @@ _MODULES = {
     "compress": "compression.compress",
     "forecast": "compression.forecast",
     "Forecast": "compression.resources",
+    "QualityTarget": "compression.target",
     "tune": "compression.tune",
     "DistillSettings": "distillation",
     "MergeConfig": "merging.config",

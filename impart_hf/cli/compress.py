@@ -4,13 +4,15 @@ import argparse
 import json
 from typing import Any
 
+from ..compression.target import QualityTarget
 from ..distillation import OPTIMIZERS, TRAINED, DistillSettings
 from ..methods import MethodConfig, method_names
-from .method_options import add_pair, check_pair, method_config, pair_arguments
+from .method_options import add_pair, check_pair, given_settings, method_config, pair_arguments
 from .options import (
     add_device,
     add_flag,
     add_result,
+    add_text_size,
     add_training_file,
     check_text_field,
     given,
@@ -18,6 +20,7 @@ from .options import (
     push_if_asked,
     refuse,
     training_fields,
+    with_text_field,
 )
 
 _DISTILLATION = (
@@ -31,6 +34,8 @@ _DISTILLATION = (
     "training",
 )
 _TEXT_SIZE = ("calibration_samples", "calibration_length")
+_LIMITS = ("max_kl", "max_loss_increase")
+_VALIDATION = ("validation", "samples", "length", "batch_size")
 # What has no effect on a forecast.
 _WRITTEN = ("push", "private", "quiet")
 
@@ -52,6 +57,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --dry-run: number of processes of the job that is forecast (default: those of this one)",
     )
+    group = parser.add_argument_group("a target instead of a ratio")
+    group.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="write the smallest repository whose KL(fine-tune || delta) on the --validation text, nats/token, is at "
+        "most this; about five ratios are tried",
+    )
+    group.add_argument(
+        "--max-loss-increase",
+        metavar="LIMIT",
+        help="the same for the text's cross-entropy: nats/token above the fine-tune's, or percent of it, such as 0.5%%",
+    )
+    group.add_argument("--validation", metavar="TEXT", help="text on which the target is kept")
+    add_text_size(group, "the validation text")
     group = parser.add_argument_group("distillation")
     group.add_argument(
         "--distill", metavar="TEXT", help="text on which the stored values are trained towards the fine-tune's logits"
@@ -103,12 +123,34 @@ def check(options: argparse.Namespace) -> None:
         refuse(options, _WRITTEN, "has no effect on a forecast; leave out --dry-run")
     else:
         refuse(options, ["processes"], "is for forecasts; add --dry-run")
-    check_text_field(options, options.calibration, options.distill)
+    _check_target(options)
+    check_text_field(options, options.calibration, options.distill, options.validation)
     if options.distill is None:
         refuse(options, _DISTILLATION, "for distillation, which needs a text; add --distill TEXT")
         if options.calibration is None:
             refuse(options, _TEXT_SIZE, "needs a text; add --calibration TEXT or --distill TEXT")
     _distill_settings(options, {})
+
+
+def _check_target(options: argparse.Namespace) -> None:
+    """Refuse a target that is incomplete, or that something else replaces."""
+    if not given(options, *_LIMITS):
+        refuse(options, _VALIDATION, "is for a target; add --max-kl or --max-loss-increase")
+        return
+    if "ratio" in given_settings(options):
+        raise ValueError("give --ratio or a target (--max-kl, --max-loss-increase), not both")
+    refuse(options, ["max_bytes"], "a target (--max-kl, --max-loss-increase) decides the size; leave out the target")
+    if options.dry_run:
+        refuse(options, _LIMITS, "a search tries several ratios, about five; forecast one of them with --ratio")
+    if options.validation is None:
+        refuse(options, _LIMITS, "is kept on a text; add --validation TEXT")
+    _target(options, options.validation)
+
+
+def _target(options: argparse.Namespace, validation: Any) -> QualityTarget:
+    """Return the target that the options ask for, on a text."""
+    sizes = given(options, "samples", "length", "batch_size")
+    return QualityTarget(validation, options.max_kl, options.max_loss_increase, **sizes)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -123,7 +165,8 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _print_forecast(options, method, arguments)
         return
-    report = compress(options.base, options.finetuned, options.output, method, **arguments)
+    target = None if options.validation is None else _target(options, with_text_field(options, options.validation))
+    report = compress(options.base, options.finetuned, options.output, method, target=target, **arguments)
     if is_first():
         print(json.dumps(report.to_dict(), indent=2) if options.json else compression_summary(report, options.output))
         push_if_asked(options)

@@ -3,6 +3,7 @@
 from ..distillation import DistillReport
 from ..merging.merge import MergeReport
 from ..repository.report import CompressionReport, human_bytes
+from ..repository.target_report import TargetReport
 
 
 def compression_summary(report: CompressionReport, output: str, *, takes_text: bool = True) -> str:
@@ -38,12 +39,20 @@ def compression_summary(report: CompressionReport, output: str, *, takes_text: b
             lines.append(
                 f"distillation trained {encoded - untrained} of {encoded} tensors, not {report.distilled.untrained[0]}"
             )
+    if report.target is not None:
+        lines += target_lines(report.target)
     if report.shortfall:
         lines.append(f"ratio missed: {report.shortfall}")
     notes = [(t.name, note) for t in report.tensors for note in t.notes]
     if notes:
         lines.append(f"notes on {len(notes)} tensors (--json has all), the first: {notes[0][0]}: {notes[0][1]}")
     return "\n".join(lines)
+
+
+def target_lines(target: TargetReport) -> list[str]:
+    """Return the summary of a search for a target."""
+    remark = [target.remark] if target.remark else []
+    return [f"target kept: {target.summary()}", *remark, *target.table().splitlines()]
 
 
 def _best_step(distilled: DistillReport) -> str:

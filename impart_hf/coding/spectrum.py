@@ -15,6 +15,7 @@ from ..modeling.precision import full_float32
 from .svd import (
     ROUNDING,
     TRUSTED,
+    RankRule,
     SvdStack,
     components,
     eigh,
@@ -112,6 +113,13 @@ def leading_components(
     else:
         u, found, v = _decomposed(matrix, rank)
     return u, found, v
+
+
+def decomposed(
+    matrix: torch.Tensor, rank: int | RankRule, sigma: np.ndarray | None = None, /
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `leading_svd`, or, with all singular values and the number of components, `leading_components`."""
+    return leading_svd(matrix, rank) if sigma is None or callable(rank) else leading_components(matrix, rank, sigma)
 
 
 def _is_steep(rank: int, sigma: np.ndarray) -> bool:

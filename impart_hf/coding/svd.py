@@ -7,7 +7,7 @@ longer (scripts/benchmark_compress.py prints times and accuracy).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,15 @@ from ..modeling.precision import full_float32
 
 RankRule = Callable[[np.ndarray], int]
 SvdStack = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Svd = Callable[[torch.Tensor, RankRule], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+class Svd(Protocol):
+    """A function that returns leading singular components as `spectrum.decomposed` does, with its arguments."""
+
+    def __call__(
+        self, matrix: torch.Tensor, rank: int | RankRule, sigma: np.ndarray | None = None, /
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
 
 _SMALL = 1024  # with a shorter side below this, the whole decomposition is faster than any iteration
 _BLOCK = 64  # vectors multiplied at a time: fewer need a smaller space, more use the processor better

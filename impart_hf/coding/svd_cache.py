@@ -4,22 +4,24 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from ..common.files import atomic_write
-from .svd import RankRule, Svd, leading_svd
+from .spectrum import decomposed
+from .svd import RankRule, Svd
 
 SvdOf = Callable[[str, int], Svd]
 
 
 def uncached_svd(name: str, number: int) -> Svd:
-    """Return `leading_svd`, for matrices that are decomposed once."""
-    return leading_svd
+    """Return `decomposed`, for matrices that are decomposed once."""
+    return decomposed
 
 
 class SvdCache:
-    """Computes singular components as `leading_svd` does, and stores them.
+    """Computes singular components as `decomposed` does, and stores them.
 
     A matrix is decomposed again only if more components are needed than are stored.
     """
@@ -39,13 +41,16 @@ class SvdCache:
         key = hashlib.sha256(f"{name}:{number}".encode()).hexdigest()[:32]
         path = self._folder / f"{key}.safetensors"
 
-        def svd(matrix: torch.Tensor, rank_rule: RankRule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def svd(
+            matrix: torch.Tensor, rank: int | RankRule, known: np.ndarray | None = None, /
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             if path.exists():
                 stored = {part: tensor.to(matrix.device) for part, tensor in load_file(path).items()}
-                rank, stored_rank = rank_rule(stored["sigma"].double().cpu().numpy()), len(stored["sigma"])
-                if rank <= stored_rank or stored_rank == min(matrix.shape):
-                    return stored["u"][:, :rank], stored["sigma"][:rank], stored["v"][:, :rank]
-            u, sigma, v = leading_svd(matrix, rank_rule)
+                stored_rank = len(stored["sigma"])
+                count = rank(stored["sigma"].double().cpu().numpy()) if callable(rank) else rank
+                if count <= stored_rank or stored_rank == min(matrix.shape):
+                    return stored["u"][:, :count], stored["sigma"][:count], stored["v"][:, :count]
+            u, sigma, v = decomposed(matrix, rank, known)
             with atomic_write(path) as new:
                 save_file({"u": u.contiguous(), "sigma": sigma.contiguous(), "v": v.contiguous()}, new)
             return u, sigma, v

@@ -1,5 +1,6 @@
 """Progress bars that can be switched off."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -21,6 +22,11 @@ class Progress:
                 bar.set_postfix_str(str(getattr(item, "name", item)), refresh=False)
                 yield item
                 bar.update()
+
+    def note(self, text: str) -> None:
+        """Print a line above the bars."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stderr)
 
     def bar(self, total: int, title: str, unit: str = "it") -> tqdm:
         """Return a bar that the caller advances; the unit "B" counts bytes."""

@@ -16,6 +16,8 @@ from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
 from .pair import ModelPair
 from .pipeline import CompressionRequest, compress_pair
+from .target import QualityTarget
+from .targeted import compress_to_target
 
 
 def compress(
@@ -25,6 +27,7 @@ def compress(
     method: MethodConfig | None = None,
     *,
     max_bytes: int | str | None = None,
+    target: QualityTarget | None = None,
     calibration: CalibrationSource | None = None,
     distill: CalibrationSource | None = None,
     calibration_samples: int = 128,
@@ -56,6 +59,9 @@ def compress(
         method: a method's configuration; `ImPartRdConfig` at ratio 32 if None.
         max_bytes: the most that the repository may take, as a number of bytes or a string such as "500MB", instead of
             the method's ratio. The same files are counted; a ratio may be missed, but this limit is kept.
+        target: the quality to keep on a validation text, instead of a ratio: a few ratios are tried, the method's
+            first, and the smallest repository is written that was measured to keep the target. Fine-tune and delta are
+            then in memory as a whole. A killed search goes on with what it has measured.
         calibration: calibration text for the methods that quantise, as for `calibration.text.calibration_tokens`.
             Without it they round to the nearest level. With it, one decoder layer at a time is run over the text, on
             the outputs of the compressed layers before it.
@@ -79,10 +85,13 @@ def compress(
     Raises:
         CheckpointError: if one of the models cannot be read, or an adapter cannot be merged.
         IncompatibleModelsError: if they are not a pair, or hold NaN or infinity.
-        ValueError: if the method's ratio cannot be reached, a device or size is invalid, or a text is too short.
+        ValueError: if the method's ratio cannot be reached, no ratio keeps the target, a device or size is invalid, or
+            a text is too short.
         OutputError: if `output_dir` holds something else, is being written by another process, or the disk is full.
     """
     method = checked_method(method, calibration, distill, distill_settings)
+    if target is not None and max_bytes is not None:
+        raise ValueError("both target and max_bytes decide the size: give one of them")
     shard_size, wanted_bytes = shard_bytes(max_shard_size), byte_budget(max_bytes)
     processes.connect(str(device).startswith("cpu"))  # before a GPU is used: it assigns one to each process
     device = usable_device(device)
@@ -94,6 +103,8 @@ def compress(
             finetuned_options=HubOptions(finetuned_revision, token, cache_dir), base_name=base_name, device=device,
             progress=Progress(progress and processes.is_first()),
         )  # fmt: skip
+        if target is not None:
+            return compress_to_target(pair, workspace, request, target)
         return compress_pair(pair, workspace, request)
 
 

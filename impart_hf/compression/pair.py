@@ -131,8 +131,8 @@ class ModelPair:
         """
         if is_classifier(loading_class(self.finetuned)):
             raise ValueError(
-                f"'{self.finetuned.source}' is a sequence classifier: calibration, distillation and tuning are for "
-                "language models; compress it without a text"
+                f"'{self.finetuned.source}' is a sequence classifier: calibration, distillation, tuning and targets "
+                "are for language models; compress it without a text"
             )
         length = within_positions(length, self.finetuned.config)
         return calibration_tokens(source, self.tokenizer(), samples=samples, length=length)

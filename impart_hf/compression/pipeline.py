@@ -44,6 +44,7 @@ class CompressionRequest:
         card_data: additional entries for the model card's metadata.
         counted_card_data: entries whose length counts instead of theirs, so that repositories that state other
             numbers get the same budgets; None if `card_data` counts.
+        counted_method_data: entries of config.json on the method whose length is set aside, for what is known later.
         origin: where the fine-tune comes from, as for `delta_card`.
     """
 
@@ -55,6 +56,7 @@ class CompressionRequest:
     max_shard_size: int = 5 * 10**9
     card_data: dict[str, Any] = field(default_factory=dict)
     counted_card_data: dict[str, Any] | None = None
+    counted_method_data: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
 
     def recorded_method(self, method: MethodConfig, reach: "Reach", encoded: Iterable[TensorPlan]) -> dict[str, Any]:
@@ -130,11 +132,9 @@ def compress_pair(
     stream, trained = processes.each(lambda: models_for_texts(pair, request))
     reach = Reach(frozenset() if stream is None else stream.matrices, trained)
     state = processes.in_first(pair.state)
-    if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
-        pair.tensors = list(map(TensorPlan.from_dict, stored))
-    tensors = pair.tensors
+    tensors = scanned(pair, workspace, state)
     method, config, plan = processes.each(lambda: planned(pair, tensors, request, reach))
-    inputs = [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
+    inputs = run_inputs(pair, request)
     expected_bytes = plan.allowed_bytes + plan.fixed_bytes
     kept = kept_bytes(pair, plan, method, request, stream)
     workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept)
@@ -151,6 +151,13 @@ def compress_pair(
     return processes.in_first(publish)
 
 
+def scanned(pair: ModelPair, workspace: Workspace, state: Any) -> list[TensorPlan]:
+    """Return the scan of a pair, from the workspace if an earlier run stored it there for models in this state."""
+    if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
+        pair.tensors = list(map(TensorPlan.from_dict, stored))
+    return pair.tensors
+
+
 def models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[StreamedModel | None, frozenset[str]]:
     """Return the model for calibration, if asked for, and the names of the tensors that distillation can train."""
     stream = None if request.calibration is None else streamed_model(pair.finetuned, request.calibration, pair.device)
@@ -161,6 +168,11 @@ def models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[Stre
     )
 
 
+def run_inputs(pair: ModelPair, request: CompressionRequest) -> list[Any]:
+    """Return what the bytes of a run depend on besides the tensors and the method, in types that JSON can hold."""
+    return [*request.fingerprint_inputs(), str(pair.device), torch.__version__, __version__]
+
+
 def planned(
     pair: ModelPair, tensors: list[TensorPlan], request: CompressionRequest, reach: Reach
 ) -> tuple[MethodConfig, dict[str, Any], CompressionPlan]:
@@ -168,8 +180,9 @@ def planned(
     method = with_ratio_for(request.method, request.max_bytes, pair.finetuned.weight_bytes)
     encoded = [tensor for tensor in tensors if tensor.kind == "encoded"]
     config = repository_config(pair, request.recorded_method(method, reach, encoded))
-    card = card_bytes(pair, config, request.counted_card_data or request.card_data, request.origin)
-    weight_bytes, config_bytes = pair.finetuned.weight_bytes, json_bytes(config)
+    counted = config | {"method": config["method"] | request.counted_method_data}
+    card = card_bytes(pair, counted, request.counted_card_data or request.card_data, request.origin)
+    weight_bytes, config_bytes = pair.finetuned.weight_bytes, json_bytes(counted)
     plan = make_plan(tensors, method, weight_bytes, config_bytes, card, request.max_shard_size)
     if request.max_bytes is not None:
         plan.check_size()

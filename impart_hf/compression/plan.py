@@ -17,6 +17,10 @@ _ENTRY_BYTES = 96
 _MOST_COMPENSATION = 1.5
 
 
+class UnreachableRatioError(ValueError):
+    """A compression ratio, or size, that a repository of this pair cannot have."""
+
+
 @dataclass
 class CompressionPlan:
     """The plan of a whole repository.
@@ -45,11 +49,11 @@ class CompressionPlan:
         """Check that the repository will fit its allowed bytes.
 
         Raises:
-            ValueError: if the fixed bytes leave too little for the matrices.
+            UnreachableRatioError: if the fixed bytes leave too little for the matrices.
         """
         if self.fixed_bytes + sum(t.max_bytes for t in self.encoded) > self.allowed_bytes:
             dense = sum(t.dense_bytes for t in self.encoded)
-            raise ValueError(
+            raise UnreachableRatioError(
                 f"a repository of {self.allowed_bytes} bytes cannot be made: {self.fixed_bytes} are fixed (norms, "
                 f"added vocabulary rows, headers, config.json and model card), and the matrices need the rest; "
                 f"{_reachable(_met_ratio(self.checkpoint_bytes, self.fixed_bytes, dense), self.checkpoint_bytes)}"
@@ -105,8 +109,9 @@ def make_plan(
         max_shard_size: a delta file larger than this, in bytes, will be split.
 
     Raises:
-        ValueError: if the ratio leaves a matrix too few bytes for the smallest record, naming a ratio that can be met;
-            or if the method's settings do not fit the matrices.
+        UnreachableRatioError: if the ratio leaves a matrix too few bytes for the smallest record, naming a ratio that
+            can be met.
+        ValueError: if the method's settings do not fit the matrices.
     """
     tensors = [dataclasses.replace(t) for t in tensors]
     method.check_shapes([(t.shape[-2], t.shape[-1]) for t in tensors if t.kind == "encoded"])
@@ -132,7 +137,7 @@ def make_plan(
         if share < 1 and sum(t.dense_bytes for t in unreachable) > 0.1 * allowed:
             worst = min(unreachable, key=lambda t: _certain_ratio(t, method))
             reachable = min(_certain_ratio(t, method) for t in encoded)
-            raise ValueError(
+            raise UnreachableRatioError(
                 f"a compression ratio of {method.compression_ratio:g} cannot be reached: {worst.name} "
                 f"({'x'.join(map(str, worst.shape))}) would get {worst.max_bytes} bytes, and the smallest record of "
                 f"'{method.name}' takes {_least_bytes(worst, method)} bytes; "

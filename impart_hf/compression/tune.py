@@ -16,7 +16,7 @@ from ..coding.svd_cache import SvdCache
 from ..common.devices import usable_device
 from ..common.progress import Progress
 from ..common.validation import byte_budget, shard_bytes
-from ..evaluation.metrics import evaluate
+from ..evaluation.reference import Reference
 from ..evaluation.tasks import TaskEvaluation
 from ..methods import ImPartConfig, MethodConfig
 from ..methods.importance_allocation import BETAS, CS, ImportanceAllocation
@@ -212,12 +212,11 @@ class _TextScorer:
     metric, higher_is_better = "KL, nats/token", False
 
     def __init__(self, pair: ModelPair, source: CalibrationSource, samples: int, length: int, batch_size: int):
-        self._sequences = pair.tokens(source, samples, length)
-        self._batch_size = batch_size
-        self._reference = pair.load()
+        sequences = pair.tokens(source, samples, length)
+        self._reference = Reference(pair.load(), sequences, batch_size)
 
     def score(self, model: PreTrainedModel) -> float:
-        return evaluate(model, self._reference, self._sequences, self._batch_size)[1]
+        return self._reference.compare(model)[1]
 
 
 class _TaskScorer:

@@ -25,7 +25,7 @@ from ..modeling.delta_repository import (
     entry_crc,
     names_checksum,
 )
-from ..modeling.model_files import fetch_file
+from ..modeling.model_files import fetch_file, read_json
 from ..modeling.tensors import Model
 from ..repository.cards import delta_card, inherited_card_data
 from ..repository.reader_files import reader_files
@@ -163,9 +163,36 @@ def write_repository(
         seconds=seconds,
         distilled=distilled,
     )
+    _write_card(pair, folder, config, card_data, origin, report)
+    return report
+
+
+def describe_again(
+    pair: ModelPair, folder: Path, method: dict[str, Any], card_data: dict[str, Any], origin: str,
+    report: CompressionReport,
+) -> None:  # fmt: skip
+    """Replace what a repository says of its method, in config.json, the model card and the report.
+
+    Args:
+        folder: the repository, from `write_repository`.
+        method: the method's name and settings for config.json.
+        card_data, origin: as for `write_repository`.
+        report: the report on the repository.
+    """
+    config = read_json(folder / "config.json")
+    report.repository_bytes -= json_bytes(config)
+    config["method"] = report.method = method
+    report.repository_bytes += json_bytes(config)
+    write_json(folder / "config.json", config)
+    _write_card(pair, folder, config, card_data, origin, report)
+
+
+def _write_card(
+    pair: ModelPair, folder: Path, config: dict[str, Any], card_data: dict[str, Any], origin: str,
+    report: CompressionReport,
+) -> None:  # fmt: skip
     card = _card(pair, config, card_data, origin, _sizes(report), report.shortfall)
     (folder / "README.md").write_text(card, "utf-8")
-    return report
 
 
 def _write_deltas(finetuned: Model, workspace: Workspace, tensors: list[TensorPlan], max_shard_size: int) -> list[Path]:

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.utils import is_accelerate_available
 
 from ..common.meta_model import takes_images
-from ..common.partial_logits import LogitsOf
+from ..common.partial_logits import Logits, LogitsOf
 from ..common.token_losses import cross_entropy, kl_divergence
 from ..modeling.modeling_delta_compressed import inner_class
 
@@ -72,15 +72,27 @@ def evaluate(
         expected = None
         if of_reference is not None:
             expected = candidate if of_reference is of_model else of_reference(rows).without_last()
-        # Whole logits are taken in parts too, so that those of two vocabularies are compared part by part.
-        size = candidate.chunk if expected is None else min(candidate.chunk, expected.chunk)
-        for start in range(0, len(targets), size):
-            logits = candidate.part(start, size)
-            loss += cross_entropy(logits, targets[start : start + size]).item()
-            if expected is not None:
-                wanted = logits if expected is candidate else expected.part(start, size)
-                divergence += kl_divergence(wanted, logits).item() if wanted.shape == logits.shape else math.nan
-        tokens += len(targets)
+        sums = batch_sums(candidate, expected, targets)
+        loss, divergence, tokens = loss + sums[0], divergence + sums[1], tokens + len(targets)
     # torch gives infinity where the perplexity of a broken model exceeds the range of a float; math.exp would raise.
-    mean_divergence = math.nan if reference is None else divergence / tokens
-    return torch.tensor(loss / tokens, dtype=torch.float64).exp().item(), mean_divergence
+    return torch.tensor(loss / tokens, dtype=torch.float64).exp().item(), divergence / tokens
+
+
+def batch_sums(candidate: Logits, expected: Logits | None, targets: torch.Tensor) -> tuple[float, float]:
+    """Return the sums over a batch's tokens of the cross-entropy and of KL(expected || candidate), in nats.
+
+    Args:
+        candidate, expected: logits of the same tokens. The KL is NaN without the latter, or if the vocabularies differ
+            in size.
+        targets: the tokens that follow them, int64 (tokens,).
+    """
+    loss, divergence = 0.0, math.nan if expected is None else 0.0
+    # Whole logits are taken in parts too, so that those of two vocabularies are compared part by part.
+    size = candidate.chunk if expected is None else min(candidate.chunk, expected.chunk)
+    for start in range(0, len(targets), size):
+        logits = candidate.part(start, size)
+        loss += cross_entropy(logits, targets[start : start + size]).item()
+        if expected is not None:
+            wanted = logits if expected is candidate else expected.part(start, size)
+            divergence += kl_divergence(wanted, logits).item() if wanted.shape == logits.shape else math.nan
+    return loss, divergence

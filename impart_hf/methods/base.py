@@ -145,7 +145,7 @@ class MethodConfig(abc.ABC):
             mask_seed: the record's 32-bit mask seed.
             hessian: float32 (n, n), or (m, m) if `transposed`: the second moments X X^T / tokens of the layer's
                 inputs, or None; ignored by methods that do not quantise.
-            svd: returns the delta's leading singular components; `leading_svd` if None.
+            svd: returns the delta's leading singular components; `coding.spectrum.decomposed` if None.
             sigma: float64 (min(m, n),), all singular values of the delta, if they are known; for methods with
                 `shares_budget`.
             relative_norm: the delta's Frobenius norm over the fine-tuned matrix's, if it is known.
@@ -153,11 +153,11 @@ class MethodConfig(abc.ABC):
             transposed: whether the layer has an input for each row, not for each column, as GPT-2's Conv1D. Without a
                 Hessian this has no effect.
         """
-        from ..coding.svd import leading_svd
+        from ..coding.spectrum import decomposed
 
         transposed = transposed and hessian is not None
         task = EncodingTask(
-            delta, max_bytes, mask_seed, hessian, svd or leading_svd, sigma, relative_norm, vocabulary, transposed
+            delta, max_bytes, mask_seed, hessian, svd or decomposed, sigma, relative_norm, vocabulary, transposed
         )
         return self.encode_all([task])[0]
 

@@ -80,14 +80,14 @@ class ImPartRdConfig(MethodConfig):
 
         from ..coding.factor_quantisation import plane_mask, quantised
         from ..coding.records import factored_record
-        from ..coding.spectrum import leading_components, singular_values
+        from ..coding.spectrum import singular_values
 
         spectrum = singular_values(task.delta) if task.sigma is None else task.sigma
         (choice,) = self._fitted([spectrum], [task], [float(torch.linalg.vector_norm(task.delta))])
         count = choice.count
         if count == 0:
             return _dropped(task)
-        factors = leading_components(task.delta, count, spectrum)
+        factors = task.svd(task.delta, count, spectrum)
         bits, thresholds = choice.bits[:count], choice.thresholds[:count]
         (widths_u, scale_u), (widths_v, scale_v) = (
             best_widths(part.t(), plane_mask(task.mask_seed, side, thresholds, part), bits[:, side])

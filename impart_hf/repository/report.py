@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..distillation import DistillReport
 from ..modeling.delta_record import FACTORED, parse_stack
 from ..modeling.delta_repository import BASE_CHECKSUMS, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
 from ..modeling.width_codes import bits_of
+from .target_report import TargetReport
 
 
 def human_bytes(count: float) -> str:
@@ -59,6 +61,11 @@ class TensorReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TensorReport":
+        """Return the report that `to_dict` gave these fields."""
+        return cls(**fields | {"shape": tuple(fields["shape"]), "bits": tuple(map(tuple, fields["bits"]))})
+
 
 @dataclass
 class CompressionReport:
@@ -76,6 +83,7 @@ class CompressionReport:
         equal_tensors: number of tensors that are equal to the base's.
         seconds: duration of the run; of the last one if it was resumed.
         distilled: the report of distillation, or None.
+        target: the report of the search for a target, or None.
     """
 
     method: dict[str, Any]
@@ -89,6 +97,7 @@ class CompressionReport:
     equal_tensors: int
     seconds: float
     distilled: DistillReport | None = None
+    target: TargetReport | None = None
 
     @property
     def requested_ratio(self) -> float:
@@ -105,7 +114,17 @@ class CompressionReport:
         return self.checkpoint_bytes / self.repository_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ratio": self.ratio, "requested_ratio": self.requested_ratio}
+        target = None if self.target is None else self.target.to_dict()
+        return {**asdict(self), "target": target, "ratio": self.ratio, "requested_ratio": self.requested_ratio}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "CompressionReport":
+        """Return the report, without a target, that `to_dict` gave these fields."""
+        own = {field.name: fields[field.name] for field in dataclass_fields(cls)} | {"target": None}
+        own["tensors"] = [TensorReport.from_dict(tensor) for tensor in fields["tensors"]]
+        if (distilled := fields["distilled"]) is not None:
+            own["distilled"] = DistillReport(**distilled | {"untrained": tuple(distilled["untrained"])})
+        return cls(**own)
 
 
 def tensor_report(name: str, data: Any) -> TensorReport:

@@ -20,7 +20,7 @@ from .checked_files import checked_bytes, read_checked, write_checked
 from .folder_lock import LOCK_FILE, FolderLock
 from .output import check_output, check_visible, existing_parent, named_errors
 
-_PLAN, _SCRATCH, _BUDGETS, _SCAN = "plan.json", "scratch", "budgets.json", "scan.json"
+_PLAN, _SCRATCH, _BUDGETS, _SCAN, _SPECTRA = "plan.json", "scratch", "budgets.json", "scan.json", "spectra"
 _TAKEN, _DISTILLED = "taken", "distilled"
 # Free space required in addition to the records and the file that is made of them.
 _SPARE_BYTES = 16 << 20
@@ -68,8 +68,12 @@ class Workspace:
         repository: the folder that `publish` renames to the output folder.
     """
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, parent: "Workspace | None" = None):
         """Check the output folder without making anything.
+
+        Args:
+            output: the output folder.
+            parent: the workspace that this one is a part of: its spectra, of the same pair, are used and added to.
 
         Raises:
             OutputError: if it or the workspace's folder holds something else than work of impart-hf, or is in use.
@@ -79,6 +83,7 @@ class Workspace:
         self.folder = output.parent / f".{output.name}.partial"
         self.repository = self.folder / "repository"
         self._replaced = self.folder / "replaced"
+        self._spectra = (self if parent is None else parent).folder / _SPECTRA
         self._whole: set[Path] = set()  # files that this process has written, or found to be whole
         self._scratch: Path | None = None
         # The lock is in the workspace, which is never renamed: only folders in it are.
@@ -156,8 +161,9 @@ class Workspace:
             self._check_room(needed)
             write_json(plan, {"fingerprint": fingerprint})
         shutil.rmtree(self.folder / _TAKEN, ignore_errors=True)
-        for folder in ("records", "notes", "spectra", _TAKEN):
+        for folder in ("records", "notes", _TAKEN):
             (self.folder / folder).mkdir(exist_ok=True)
+        self._spectra.mkdir(exist_ok=True)
         # Distillation starts again from the stored records.
         for path in (self.folder / _DISTILLED, self.repository):
             shutil.rmtree(path, ignore_errors=True)
@@ -211,17 +217,17 @@ class Workspace:
         write_checked(self.folder / _SCAN, json.dumps({"state": state, "tensors": tensors}).encode())
 
     def has_spectra(self, name: str) -> bool:
-        return self._is_stored("spectra", name)
+        return self._is_stored(_SPECTRA, name)
 
     def put_spectra(self, name: str, spectra: np.ndarray) -> None:
         """Store what is known of the singular values of a tensor's matrices, float64 of two dimensions."""
         data = io.BytesIO()
         np.save(data, spectra)
-        self._put("spectra", name, data.getvalue())
+        self._put(_SPECTRA, name, data.getvalue())
 
     def spectra(self, name: str) -> np.ndarray:
         """Return what `put_spectra` stored."""
-        return np.load(io.BytesIO(self._stored("spectra", name)), allow_pickle=False)
+        return np.load(io.BytesIO(self._stored(_SPECTRA, name)), allow_pickle=False)
 
     def budgets(self, make: Callable[[], dict[str, list[int]]]) -> dict[str, list[int]]:
         """Return the byte budgets of every tensor's matrices, made by `make` unless an earlier run stored them."""
@@ -239,6 +245,19 @@ class Workspace:
     def checkpoints(self) -> Path:
         """Return the folder for the state of training, kept until the workspace is published; a resumed run uses it."""
         return self.folder / "checkpoints"
+
+    def components(self) -> Path:
+        """Return the folder for singular components, kept until the workspace is published; a resumed run uses it."""
+        return self.folder / "components"
+
+    def candidates(self) -> Path:
+        """Return the folder for repositories to choose from, kept until the workspace is published."""
+        return self.folder / "candidates"
+
+    def adopt(self, repository: Path) -> None:
+        """Make a finished repository, in a folder of this workspace, the one that `publish` renames."""
+        self.repository.rmdir()
+        os.rename(repository, self.repository)
 
     def _make(self) -> None:
         with named_errors(self.output):
@@ -259,7 +278,8 @@ class Workspace:
 
     def _file(self, folder: str, name: str) -> Path:
         """Return a tensor's file in a folder, named by a hash because tensor names may be too long for files."""
-        return self.folder / folder / hashlib.sha256(name.encode()).hexdigest()[:32]
+        place = self._spectra if folder == _SPECTRA else self.folder / folder
+        return place / hashlib.sha256(name.encode()).hexdigest()[:32]
 
     def _put(self, folder: str, name: str, data: bytes) -> None:
         path = self._file(folder, name)

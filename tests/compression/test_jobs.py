@@ -13,7 +13,7 @@ from support.calibrated import TEXT
 from support.tiny_models import Pair, save_pair, tiny_config
 from support.workspaces import differing, finished
 
-from impart_hf import ImPartConfig, ImPartRdConfig, compress
+from impart_hf import ImPartConfig, ImPartRdConfig, QualityTarget, compress
 from impart_hf.common.files import OutputError
 from impart_hf.merging.merge import merge
 from impart_hf.storage.output import check_visible
@@ -25,7 +25,7 @@ MERGE = "merge_method: ties\nbase_model: {base}\nmodels:\n- {{model: {finetuned}
 JOB = """
 import os, sys
 from pathlib import Path
-from impart_hf import ImPartConfig, ImPartRdConfig, compress, forecast
+from impart_hf import ImPartConfig, ImPartRdConfig, QualityTarget, compress, forecast
 from impart_hf.merging.merge import merge
 
 base, finetuned, out = sys.argv[1:4]
@@ -34,6 +34,8 @@ compress(base, finetuned, out + "/impart", ImPartConfig(compression_ratio=8))
 text = dict(calibration=out + "/text.txt", calibration_samples=24, calibration_length=32)  # six batches
 compress(base, finetuned, out + "/calibrated", ImPartRdConfig(compression_ratio=8), **text)
 compress(*sys.argv[4:6], out + "/experts", ImPartRdConfig(compression_ratio=8), **text)
+target = QualityTarget(out + "/text.txt", max_kl=0.001, samples=6, length=32, batch_size=2)
+compress(base, finetuned, out + "/target", ImPartRdConfig(), target=target)
 found = forecast(base, finetuned, ImPartRdConfig(compression_ratio=8), **text)  # one process measures for all
 if os.environ.get("WORLD_SIZE", "1") != str(found.process_count):
     sys.exit(f"a job of {found.process_count} processes is forecast")
@@ -90,6 +92,8 @@ def alone(tiny_pair: Pair, pair_of: Callable[[str], Pair], tmp_path_factory: pyt
             str(pair.base), str(pair.finetuned), folder / name, METHODS["impart-rd"],
             calibration=str(folder / "text.txt"), calibration_samples=24, calibration_length=32,
         )  # fmt: skip
+    target = QualityTarget(str(folder / "text.txt"), max_kl=0.001, samples=6, length=32, batch_size=2)
+    compress(str(tiny_pair.base), str(tiny_pair.finetuned), folder / "target", ImPartRdConfig(), target=target)
     config = write_merge(tiny_pair, folder)
     merge(config, folder / "merged", max_shard_size="100KB")
     merge(config, folder / "compressed", compression=METHODS["impart"])
@@ -107,7 +111,7 @@ def test_a_job_makes_the_bytes_of_one_process(
     experts = pair_of("mixtral")
     job = run_job(tmp_path, count, JOB, tiny_pair.base, tiny_pair.finetuned, tmp_path, experts.base, experts.finetuned)
     assert job.returncode == 0, job.stderr[-3000:]
-    for name in (*METHODS, "calibrated", "experts", "merged", "compressed"):
+    for name in (*METHODS, "calibrated", "experts", "target", "merged", "compressed"):
         assert differing(tmp_path / name, alone / name) == [], name
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     assert list(tmp_path.glob(".*")) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import re
 import shlex
@@ -33,11 +32,12 @@ from impart_hf import compress
 from impart_hf.calibration.text import calibration_tokens
 from impart_hf.cli.main import main
 from impart_hf.coding import svd_cache
-from impart_hf.coding.svd import leading_svd
+from impart_hf.coding.spectrum import decomposed
 from impart_hf.common.files import OutputError
 from impart_hf.compression.pair import ModelPair
 from impart_hf.compression.tune import TuningReport, tune
 from impart_hf.evaluation.metrics import evaluate, load
+from impart_hf.evaluation.reference import Reference
 from impart_hf.methods import BitDeltaConfig, DareConfig, ImPartConfig, ImPartQtConfig, LowRankConfig, MethodConfig
 from impart_hf.modeling.model_files import CheckpointError, HubOptions
 from impart_hf.repository.inspection import Inspection
@@ -61,16 +61,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.fixture(scope="module")
 def searched(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningReport, Path, list[tuple]]:
     """A search on text: its report, its repository, and the matrices that were decomposed meanwhile."""
-    output, decomposed = tmp_path_factory.mktemp("searched") / "delta", []
+    output, matrices = tmp_path_factory.mktemp("searched") / "delta", []
 
-    def counting(matrix: torch.Tensor, wanted: Any) -> Any:
-        decomposed.append((tuple(matrix.shape), float(matrix.double().square().sum())))
-        return leading_svd(matrix, wanted)
+    def counting(matrix: torch.Tensor, *wanted: Any) -> Any:
+        matrices.append((tuple(matrix.shape), float(matrix.double().square().sum())))
+        return decomposed(matrix, *wanted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(svd_cache, "leading_svd", counting)
+        patch.setattr(svd_cache, "decomposed", counting)
         found = run(pair, output, betas=(0.8, 0.0, 0.6), cs=(0.5, 1.0), **VALIDATION)
-    return found, output, decomposed
+    return found, output, matrices
 
 
 def run(pair: Pair, output: Path, method: MethodConfig | None = METHOD, **kwargs: Any) -> TuningReport:
@@ -340,13 +340,15 @@ def test_a_failure_in_the_middle_leaves_nothing(
     """While the second candidate is judged: the first one, and all components, are on disk."""
     seen: list[list[str]] = []
 
+    compare = Reference.compare
+
     def failing(*args: Any) -> Any:
         seen.append(sorted(p.name for p in tmp_path.iterdir()))
         if len(seen) == 2:
             raise error("stopped")
-        return evaluate(*args)
+        return compare(*args)
 
-    monkeypatch.setattr(importlib.import_module("impart_hf.compression.tune"), "evaluate", failing)
+    monkeypatch.setattr(Reference, "compare", failing)
     with pytest.raises(error, match="stopped"):
         run(tiny_pair, tmp_path / "delta", **VALIDATION)
     assert len(seen) == 2 and seen[1] == [".delta.partial"]

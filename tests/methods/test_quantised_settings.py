@@ -73,7 +73,9 @@ def test_without_masks_a_transposed_matrix_is_encoded_like_the_other(shape: tupl
     delta, hessian, method = make_delta(*shape), make_hessian(shape[0]), DeltaComeConfig()
     mirrored = decode_record(encode_transposed(method, delta, 3000, hessian), "delta").T
 
-    def swapped_svd(matrix: torch.Tensor, wanted: RankRule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def swapped_svd(
+        matrix: torch.Tensor, wanted: int | RankRule, known: np.ndarray | None = None, /
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         u, sigma, v = exact_svd(matrix.T.contiguous(), wanted)
         return v, sigma, u
 
