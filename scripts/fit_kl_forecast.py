@@ -5,21 +5,25 @@
 
 The first form compresses each pair by every method and ratio, measures the KL, and adds a line per run to FILE.jsonl:
 what `compress` knows of the errors, and the KL. Runs that FILE.jsonl has are skipped. Both forms then fit the constants
-of `impart_hf/compression/kl_forecast.py` to all lines, and print them with the errors of forecasts for each pair by
-constants that were fitted to the other pairs.
+of `impart_hf/repository/kl_forecast.py` to all lines, each pair weighted alike. They print the constants, and how far
+off forecasts for each pair are, by constants that were fitted to the other pairs. lora and full Gemma 3 270M are one
+base, and count as one pair there if their names begin alike, before the first "-".
 
-TEXT is measured on sequences of `--length` tokens; of a .jsonl file with questions and answers, the answers are.
+TEXT is measured on in sequences of `--length` tokens; of a .jsonl file with questions and answers, the answers are.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
+import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +37,18 @@ from transformers.utils import logging
 
 from impart_hf import compress
 from impart_hf.common.token_losses import kl_divergence
+from impart_hf.compression.compatibility import vocabulary_size
 from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.methods import method_class
 from impart_hf.modeling.checkpoints import Checkpoint
 from impart_hf.modeling.delta_decode import decode_record
-from impart_hf.modeling.delta_record import parse_stack
+from impart_hf.modeling.delta_record import DIRECT, parse_stack
 from impart_hf.modeling.delta_repository import RECORD_SUFFIX, DeltaFile
 from impart_hf.modeling.model_files import HubOptions
+from impart_hf.repository.kl_forecast import CONSTANTS, Constants, Losses, TensorErrors
 
 _BATCH = 8
+_BASE = "base"  # stands for a method where the base itself was measured
 
 
 @dataclass(frozen=True)
@@ -93,30 +100,25 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, answers: int) -> torch.Te
     return model(input_ids=ids[None], logits_to_keep=answers + 1).logits[0, :-1].float()
 
 
-def kind_of(name: str, vocabulary: bool) -> str:
-    if vocabulary:
-        return "vocabulary"
-    return "attention" if "attn" in name or "attention" in name else "mlp"
-
-
-def errors_of(pair: Pair, repository: Path) -> Iterator[dict[str, Any]]:
-    """Yield what is known of the error of each matrix of a repository."""
+def errors_of(pair: Pair, repository: Path) -> Iterator[TensorErrors]:
+    """Yield the errors of every encoded tensor of a repository, as `compress` measures them."""
     base, finetuned = (Checkpoint(source, HubOptions()) for source in (pair.base, pair.finetuned))
+    tokens = vocabulary_size(finetuned)
     file = DeltaFile(sorted(repository.glob("*.safetensors")))
-    names = [entry.removesuffix(RECORD_SUFFIX) for entry in file.names() if entry.endswith(RECORD_SUFFIX)]
-    for name in names:
+    for name in (entry.removesuffix(RECORD_SUFFIX) for entry in file.names() if entry.endswith(RECORD_SUFFIX)):
         after = finetuned.tensor(name).float()
         delta = after - base.tensor(name).float()
         records = parse_stack(file.read_records(name), name)
         decoded = torch.stack([decode_record(record, name) for record in records]).reshape(delta.shape)
-        energy, whole = (float(part.double().square().sum()) for part in (delta, after))
-        error = float((decoded - delta).double().square().sum())
-        inner = float((decoded.double() * delta.double()).sum())
-        size = float(decoded.double().square().sum())
-        yield {
-            "name": name, "shape": list(delta.shape), "relative_delta": energy / whole, "error": error / energy,
-            "inner": inner / energy, "size": size / energy,
-        }  # fmt: skip
+        norm, error = delta.norm(), decoded - delta
+        yield TensorErrors(
+            relative_norm=float(norm / after.norm()),
+            dropped=float(-(error * delta).sum() / norm**2),
+            relative_error=float(error.norm() / norm),
+            direct=records[0].layout == DIRECT,
+            vocabulary=len(after) == tokens,
+            matrices=len(records),
+        )
 
 
 def measured(pair: Pair, judge: Judge, method: str, ratio: float, work: Path) -> dict[str, Any] | None:
@@ -128,9 +130,86 @@ def measured(pair: Pair, judge: Judge, method: str, ratio: float, work: Path) ->
         except ValueError as error:
             print(f"{pair.name}, {method} at {ratio:g}: {error}", file=sys.stderr)
             return None
-    errors = list(errors_of(pair, repository))
-    (work / f"{repository.name}.errors.json").write_text(json.dumps(errors))
-    return {"pair": pair.name, "method": method, "asked": ratio, "kl": judge.kl(str(repository))}
+    run = {"pair": pair.name, "method": method, "asked": ratio, "kl": judge.kl(str(repository))}
+    return run | asdict(Losses.of(errors_of(pair, repository)))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A line of the results: a pair's errors, and the measured share of the base's KL."""
+
+    pair: str
+    name: str
+    losses: Losses
+    share: float
+
+    def off(self, constants: Constants) -> float:
+        """Return the logarithm of the forecast share over the measured one."""
+        return math.log(self.losses.share(constants) / self.share)
+
+
+def runs_of(lines: Sequence[dict[str, Any]]) -> list[Run]:
+    base = {line["pair"]: line["kl"] for line in lines if line["method"] == _BASE}
+    fields = [field.name for field in dataclasses.fields(Losses)]
+    return [
+        Run(
+            line["pair"],
+            f"{line['method']} at {line['asked']:g}",
+            Losses(*(line[field] for field in fields)),
+            line["kl"] / base[line["pair"]],
+        )
+        for line in lines
+        if line["method"] != _BASE
+    ]
+
+
+def fitted(runs: Sequence[Run]) -> Constants:
+    """Return the constants with the least mean square of logarithms, by a search along the axes."""
+    counts = Counter(run.pair for run in runs)
+
+    def loss(logs: list[float]) -> float:
+        constants = Constants(*map(math.exp, logs))
+        return sum(run.off(constants) ** 2 / counts[run.pair] for run in runs) / len(counts)
+
+    logs, step = [math.log(value) for value in astuple(CONSTANTS)], 0.5
+    least = loss(logs)
+    while step > 1e-3:
+        tried = [[*logs[:i], logs[i] + sign * step, *logs[i + 1 :]] for i in range(len(logs)) for sign in (1, -1)]
+        best = min(tried, key=loss)
+        if (found := loss(best)) < least:
+            logs, least = best, found
+        else:
+            step /= 2
+    return Constants(*(float(f"{math.exp(value):.2g}") for value in logs))
+
+
+def report(lines: Sequence[dict[str, Any]]) -> None:
+    """Print the constants, and how far off forecasts of pairs are that the constants were not fitted to."""
+    runs = runs_of(lines)
+    print(f"{len(runs)} runs; fitted to all: {fitted(runs)}\n")
+    rows, everything = [], []
+    for base in dict.fromkeys(_base(run.pair) for run in runs):
+        constants = fitted([run for run in runs if _base(run.pair) != base])
+        own = [run for run in runs if _base(run.pair) == base]
+        factors = sorted(math.exp(abs(run.off(constants))) for run in own)
+        worst = max(own, key=lambda run: abs(run.off(constants)))
+        mean = math.exp(statistics.fmean(run.off(constants) for run in own))
+        rows.append(
+            {
+                "left out": base, "runs": len(own), "forecast / measured, mean": mean,
+                "off by, median": statistics.median(factors), "off by, most": factors[-1],
+                "where": f"{worst.pair} {worst.name}",
+            }
+        )  # fmt: skip
+        everything += factors
+    print(measure.table(rows))
+    everything.sort()
+    parts = ", ".join(f"{share:.0%} {everything[math.ceil(share * len(everything)) - 1]:.2f}" for share in (0.5, 0.8, 0.9, 1.0))
+    print(f"\nOff by at most this factor, of all runs: {parts}")
+
+
+def _base(pair: str) -> str:
+    return pair.partition("-")[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,15 +228,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = {(line["pair"], line["method"], line.get("asked")) for line in lines}
     for pair in arguments.pair:
         wanted = [(m, r) for r in arguments.ratios for m in arguments.methods if (pair.name, m, r) not in done]
-        base = (pair.name, "base", None) not in done
+        base = (pair.name, _BASE, None) not in done
         if not wanted and not base:
             continue
         judge = Judge(pair, arguments.records, arguments.tokens, arguments.length)
         if base:
-            put(arguments.results, {"pair": pair.name, "method": "base", "asked": None, "kl": judge.kl(pair.base)})
+            put(arguments.results, {"pair": pair.name, "method": _BASE, "asked": None, "kl": judge.kl(pair.base)})
         for method, ratio in wanted:
             if line := measured(pair, judge, method, ratio, arguments.work):
                 put(arguments.results, line)
+    report([json.loads(line) for line in arguments.results.read_text("utf-8").splitlines()])
     return 0
 
 

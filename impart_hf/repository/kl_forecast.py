@@ -1,8 +1,8 @@
 """A forecast of a delta's quality without any text, from its errors: what share of the fine-tune's effect it loses.
 
-The share is KL(fine-tune || delta) over KL(fine-tune || base). Two kinds of errors count, each as a mean over matrices.
-What is missing of the deltas harms all inputs in the same way; noise averages out, and its harm grows with the size of
-the deltas relative to the weights. The constants were fitted to the lines of docs/methods/kl-forecast.jsonl by
+The share is KL(fine-tune || delta) over KL(fine-tune || base). What counts are means over matrices of what is missing of
+the deltas, and of noise. Noise averages out; its harm is in proportion to the norm of the deltas relative to the
+weights. docs/methods/kl-forecast.md has the measurements. The constants were fitted to them by
 
     python scripts/fit_kl_forecast.py --results docs/methods/kl-forecast.jsonl
 """
@@ -15,9 +15,23 @@ from dataclasses import dataclass
 
 FORECAST = "kl_forecast"  # its name in config.json, in the method's entry
 
-# share = (dropped + TOKENS * dropped of embeddings) ** POWER + NOISE * noise: what the script prints.
-POWER, TOKENS = 2.896, 1.51
-FACTORED_NOISE, DIRECT_NOISE = 0.111, 0.046
+
+@dataclass(frozen=True)
+class Constants:
+    """What errors count for; see `Losses.share`.
+
+    Attributes:
+        tokens: weight of what is missing of embeddings and output projections.
+        shrunken: weight of the square of what is missing in all entries alike.
+        noise: weight of noise.
+    """
+
+    tokens: float
+    shrunken: float
+    noise: float
+
+
+CONSTANTS = Constants(tokens=1.5, shrunken=0.57, noise=0.17)
 # A measured share is between the forecast over this factor and the forecast times it, for nine of ten runs of pairs to
 # which the constants were not fitted.
 SPREAD = 3.0
@@ -52,22 +66,54 @@ class TensorErrors:
 
     @property
     def noise(self) -> float:
-        """The squared relative error beyond what is missing, relative to the weights; as the layout weights it."""
-        beyond = max(0.0, self.relative_error**2 - self.missing)
-        return (DIRECT_NOISE if self.direct else FACTORED_NOISE) * beyond * min(1.0, self.relative_norm)
+        """The squared relative error beyond what is missing, times the relative norm of the delta.
+
+        Noise in singular vectors does more harm than noise of single entries, which counts a third.
+        """
+        beyond = max(0.0, self.relative_error**2 - self.missing) * min(1.0, self.relative_norm)
+        return beyond / 3 if self.direct else beyond
 
 
-def lost_share(errors: Iterable[TensorErrors]) -> float:
-    """Return the forecast of KL(fine-tune || delta) / KL(fine-tune || base), 0 to 1."""
-    errors = list(errors)
-    layers, tokens = ([e for e in errors if e.vocabulary == kind] for kind in (False, True))
-    missing = _mean(layers, [e.missing for e in layers]) + TOKENS * _mean(tokens, [e.missing for e in tokens])
-    return min(1.0, missing**POWER + _mean(layers, [e.noise for e in layers]))
+@dataclass(frozen=True)
+class Losses:
+    """The errors of a repository, as means over matrices.
+
+    Attributes:
+        missing, missing_tokens: missing parts of the deltas that are stored as singular components: of layers, and of
+            embeddings and output projections.
+        shrunken: missing parts of the deltas of layers that are stored entry by entry.
+        noise: noise of layers.
+    """
+
+    missing: float
+    missing_tokens: float
+    shrunken: float
+    noise: float
+
+    @classmethod
+    def of(cls, errors: Iterable[TensorErrors]) -> Losses:
+        """Return the means of tensors' errors."""
+        errors = list(errors)
+        layers, tokens = ([e for e in errors if e.vocabulary == kind] for kind in (False, True))
+        return cls(
+            _mean(layers, [0.0 if e.direct else e.missing for e in layers]),
+            _mean(tokens, [e.missing for e in tokens]),
+            _mean(layers, [e.missing if e.direct else 0.0 for e in layers]),
+            _mean(layers, [e.noise for e in layers]),
+        )
+
+    def share(self, constants: Constants = CONSTANTS) -> float:
+        """Return the forecast of KL(fine-tune || delta) / KL(fine-tune || base), 0 to 1.
+
+        Of singular components the smallest are dropped first, which do least harm: hence the third power.
+        """
+        missing = (self.missing + constants.tokens * self.missing_tokens) ** 3
+        return min(1.0, missing + constants.shrunken * self.shrunken**2 + constants.noise * self.noise)
 
 
 def kl_forecast(errors: Iterable[TensorErrors]) -> list[float] | None:
     """Return the least share that is to be expected, the forecast and the largest, rounded; None if nothing is lost."""
-    share = lost_share(errors)
+    share = Losses.of(errors).share()
     if not share:
         return None
     return [_rounded(value) for value in (share / SPREAD, share, min(1.0, share * SPREAD))]
