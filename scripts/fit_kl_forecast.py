@@ -6,8 +6,8 @@
 The first form compresses each pair by every method and ratio, measures the KL, and adds a line per run to FILE.jsonl:
 what `compress` knows of the errors, and the KL. Runs that FILE.jsonl has are skipped. Both forms then fit the constants
 of `impart_hf/repository/kl_forecast.py` to all lines, each pair weighted alike. They print the constants, and how far
-off forecasts for each pair are, by constants that were fitted to the other pairs. lora and full Gemma 3 270M are one
-base, and count as one pair there if their names begin alike, before the first "-".
+off forecasts are for the pairs of each base, by constants that were fitted to the pairs of the others. Pairs whose
+names are alike before the first "-" have one base.
 
 TEXT is measured on in sequences of `--length` tokens; of a .jsonl file with questions and answers, the answers are.
 """
@@ -204,7 +204,9 @@ def report(lines: Sequence[dict[str, Any]]) -> None:
         everything += factors
     print(measure.table(rows))
     everything.sort()
-    parts = ", ".join(f"{share:.0%} {everything[math.ceil(share * len(everything)) - 1]:.2f}" for share in (0.5, 0.8, 0.9, 1.0))
+    parts = ", ".join(
+        f"{share:.0%} {everything[math.ceil(share * len(everything)) - 1]:.2f}" for share in (0.5, 0.8, 0.9, 1.0)
+    )
     print(f"\nOff by at most this factor, of all runs: {parts}")
 
 
@@ -224,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence of a text (default: 128)")
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()
-    lines = [json.loads(line) for line in arguments.results.read_text().splitlines()] if arguments.results.exists() else []
+    lines = (
+        [json.loads(line) for line in arguments.results.read_text().splitlines()] if arguments.results.exists() else []
+    )
     done = {(line["pair"], line["method"], line.get("asked")) for line in lines}
     for pair in arguments.pair:
         wanted = [(m, r) for r in arguments.ratios for m in arguments.methods if (pair.name, m, r) not in done]

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from impart_hf import LowRankConfig, compress
-from impart_hf.compression.encoding import mask_seed
 from impart_hf.coding.records import MeasuredRecord
+from impart_hf.compression.encoding import mask_seed
 from impart_hf.methods import Encoded
 from impart_hf.methods.base import EncodingTask
 from impart_hf.modeling import triton_decode

@@ -149,7 +149,8 @@ def write_repository(
     tensors, _ = read_reports(p for p in counted if p.suffix == ".safetensors")
     repository_bytes = plan.card_bytes + sum(p.stat().st_size for p in counted) + json_bytes(config)
     about = {t.name: workspace.about(t.name) for t in tensors if t.kind == "encoded"}
-    if distilled is None:  # which measures
+    # Distillation measures, and no calibrated run is among those that the forecast was fitted to.
+    if distilled is None and config["method"].get("calibration", "none").startswith("none"):
         config = with_forecast(config, kl_forecast(_errors(tensors, plan, about)))
     write_json(folder / "config.json", config)
     sidecar_bytes = copy_files(pair.companions.files, folder)
