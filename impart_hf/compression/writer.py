@@ -92,9 +92,18 @@ def json_bytes(content: dict[str, Any]) -> int:
 def card_bytes(pair: ModelPair, config: dict[str, Any], card_data: dict[str, Any], origin: str) -> int:
     """Return the bytes that card and forecast count as; arguments as for `write_repository`."""
     sizes = dict.fromkeys(("distilled", "ratio", "repository", "checkpoint", "error", "tensors"), _LONGEST * "0")
-    sizes["forecast"] = forecast_text(_LONGEST_FORECAST)
-    entry = json_bytes(with_forecast(config, _LONGEST_FORECAST)) - json_bytes(config)
+    forecast = _LONGEST_FORECAST if _is_forecast(config) else None
+    sizes["forecast"] = "" if forecast is None else forecast_text(forecast)
+    if "distillation" not in config["method"]:
+        sizes["distilled"] = ""
+    entry = json_bytes(with_forecast(config, forecast)) - json_bytes(config)
     return max(CARD_BYTES, len(_card(pair, config, card_data, origin, sizes, "").encode()) + entry)
+
+
+def _is_forecast(config: dict[str, Any]) -> bool:
+    """Return whether the KL is forecast. Distillation measures, and no calibrated run was among those fitted to."""
+    method = config["method"]
+    return "distillation" not in method and method.get("calibration", "none").startswith("none")
 
 
 def with_forecast(config: dict[str, Any], forecast: list[float] | None) -> dict[str, Any]:
@@ -149,8 +158,7 @@ def write_repository(
     tensors, _ = read_reports(p for p in counted if p.suffix == ".safetensors")
     repository_bytes = plan.card_bytes + sum(p.stat().st_size for p in counted) + json_bytes(config)
     about = {t.name: workspace.about(t.name) for t in tensors if t.kind == "encoded"}
-    # Distillation measures, and no calibrated run is among those that the forecast was fitted to.
-    if distilled is None and config["method"].get("calibration", "none").startswith("none"):
+    if _is_forecast(config):
         config = with_forecast(config, kl_forecast(_errors(tensors, plan, about)))
     write_json(folder / "config.json", config)
     sidecar_bytes = copy_files(pair.companions.files, folder)
