@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from impart_hf import LowRankConfig, compress
+from impart_hf.coding.records import MeasuredRecord
 from impart_hf.compression.encoding import mask_seed
 from impart_hf.methods import Encoded
 from impart_hf.methods.base import EncodingTask
@@ -193,7 +194,7 @@ class _Prepared(LowRankConfig):  # without a name of its own it is not among the
         self.records = records
 
     def _encode(self, task: EncodingTask) -> Encoded:
-        return Encoded(self.records[task.mask_seed])
+        return Encoded(MeasuredRecord(self.records[task.mask_seed], 0.0))
 
 
 def write_delta(folder: Path, config: LlamaConfig, device: torch.device, ratio: float) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from ..distillation import DistillReport
 from ..merging.merge import MergeReport
+from ..repository.kl_forecast import FORECAST, forecast_text
 from ..repository.report import CompressionReport, human_bytes
 from ..repository.target_report import TargetReport
 
@@ -29,6 +30,8 @@ def compression_summary(report: CompressionReport, output: str, *, takes_text: b
         lines.append(given if takes_text else f"without calibration: {instead}")
     elif " of " in calibration:
         lines.append(f"calibrated on {calibration}; the others without it")
+    if (forecast := report.method.get(FORECAST)) is not None:
+        lines.append(f"forecast, not measured: KL to the fine-tune about {forecast_text(forecast)}")
     if report.distilled:
         encoded = sum(tensor.kind == "encoded" for tensor in report.tensors)
         lines.append(

@@ -1,6 +1,7 @@
 """Building records from planes."""
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,19 @@ from ..modeling.delta_record import (
 )
 from ..modeling.seeded_mask import keep_mask
 from .record_sizes import runs, thresholds_of
+
+
+@dataclass(frozen=True)
+class MeasuredRecord:
+    """A record's bytes, and how much of the delta is missing in it.
+
+    Attributes:
+        dropped: 1 - <decoded, delta> / <delta, delta>: 0 for noise alone, 1 if nothing is stored. What the squared
+            relative error has beyond it is noise.
+    """
+
+    data: bytes
+    dropped: float
 
 
 def kept_counts(
@@ -76,7 +90,7 @@ def factored_record(
     widths: np.ndarray,
     mask_seed: int,
     widths_v: np.ndarray | None = None,
-) -> bytes:
+) -> MeasuredRecord:
     """Build the record of the sum of sigma_k u_k v_k^T over components k, dropping entries of u_k and v_k by masks.
 
     Args:
@@ -134,7 +148,7 @@ def direct_record(
     width: int,
     mask_seed: int,
     column_scales: np.ndarray | None = None,
-) -> bytes:
+) -> MeasuredRecord:
     """Build the direct record of a matrix, dropping entries by a mask with one threshold.
 
     Args:
@@ -178,15 +192,18 @@ def fit_threshold(rows: int, columns: int, most_values: int, mask_seed: int, dev
     return max(0, threshold)
 
 
-def pack_measured(record: Record, delta: torch.Tensor) -> bytes:
-    """Return the record's bytes, with its relative error measured by decoding it."""
+def pack_measured(record: Record, delta: torch.Tensor) -> MeasuredRecord:
+    """Return the record, with its errors measured by decoding it."""
     record.scale = float(np.float32(record.scale))
     decoded = decode_record(record, "encoded matrix", delta.device)
-    record.relative_error = float((decoded - delta).norm() / delta.norm())
-    return pack_record(record)
+    error, norm = decoded - delta, delta.norm()
+    missing = -torch.dot(error.flatten(), delta.flatten()) / norm**2
+    record.relative_error, dropped = torch.stack([error.norm() / norm, missing]).tolist()
+    return MeasuredRecord(pack_record(record), dropped)
 
 
-def empty_record(rows: int, columns: int, relative_error: float = 0.0) -> bytes:
+def empty_record(rows: int, columns: int, relative_error: float = 0.0) -> MeasuredRecord:
     """Return the record of a zero delta: of an unchanged matrix in a stack, or one for which nothing is stored."""
     sigma, thresholds, codes = (np.empty(0, dtype) for dtype in (np.float16, np.uint16, np.uint8))
-    return pack_record(Record(FACTORED, rows, columns, 0, 0, 0.0, relative_error, [], sigma, thresholds, [], codes))
+    record = Record(FACTORED, rows, columns, 0, 0, 0.0, relative_error, [], sigma, thresholds, [], codes)
+    return MeasuredRecord(pack_record(record), relative_error)

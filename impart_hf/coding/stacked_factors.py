@@ -17,7 +17,7 @@ from .factor_quantisation import Side, quantise_sides
 from .gptq import Factor, Grid, inverse_factor
 from .level_scales import fit_levels
 from .record_sizes import kept_ratios
-from .records import factored
+from .records import MeasuredRecord, factored
 from .svd import SvdStack
 
 # The width codes of one side of all components, and their scales if they are known.
@@ -125,7 +125,7 @@ class FactorStack:
         *,
         compensated: bool = False,
         transposed: bool = False,
-    ) -> list[bytes]:
+    ) -> list[MeasuredRecord]:
         """Mask and quantise U and V as `factor_quantisation.quantised` does, and pack the records.
 
         Args:
@@ -171,10 +171,12 @@ class FactorStack:
             row[: record.rank] = record.sigma.astype(np.float64) * record.scale
         scaled = torch.from_numpy(stored).to(deltas) / (done.outer_scale * done.inner_scale)
         left = torch.baddbmm(deltas, done.outer.values * scaled[:, None], done.inner.values, beta=-1)
-        errors = torch.linalg.vector_norm(left, dim=(1, 2)) / torch.linalg.vector_norm(deltas, dim=(1, 2))
-        for record, error in zip(records, errors.tolist(), strict=True):
+        norms = torch.linalg.vector_norm(deltas, dim=(1, 2))
+        missing = torch.linalg.vecdot(left.flatten(1), deltas.flatten(1)) / norms**2
+        measured = torch.stack([torch.linalg.vector_norm(left, dim=(1, 2)) / norms, -missing]).tolist()
+        for record, error in zip(records, measured[0], strict=True):
             record.relative_error = error
-        return [pack_record(record) for record in records]
+        return [MeasuredRecord(pack_record(record), part) for record, part in zip(records, measured[1], strict=True)]
 
 
 @dataclass(frozen=True)

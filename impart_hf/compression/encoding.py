@@ -92,6 +92,7 @@ class Encoding:
             if isinstance(task, Encoded):
                 self._put(records, number, task)
                 continue
+            records.relative_norms[number] = min(1.0, task.relative_norm or 0.0)
             if task.hessian is None and hessian is not None:
                 records.notes[number].append(f"matrix {number} not calibrated: too few tokens of the text reach it")
             kind = task.delta.shape, task.vocabulary, task.hessian is None, task.transposed
@@ -137,14 +138,20 @@ class _Records:
         self.tensor, self._uncalibrated = tensor, uncalibrated
         self.encoded: dict[int, Encoded] = {}
         self.notes: list[list[str]] = [[] for _ in range(tensor.matrices)]  # of each matrix, beside the method's
+        self.relative_norms = [0.0] * tensor.matrices  # of the deltas: 0 where the delta is
 
-    def joined(self) -> tuple[bytes, list[str]]:
-        """Return the records of all matrices in their order, and the notes on them."""
+    def joined(self) -> tuple[bytes, dict[str, Any]]:
+        """Return the records of all matrices in their order; the notes on them, and means of what was measured."""
         ordered = [self.encoded[number] for number in range(self.tensor.matrices)]
         notes = [note for own, encoded in zip(self.notes, ordered, strict=True) for note in (*own, *encoded.notes)]
         if self._uncalibrated:
             notes.append("not calibrated: too few tokens of the text reach it")
-        return b"".join(encoded.data for encoded in ordered), list(dict.fromkeys(notes))
+        about = {
+            "notes": list(dict.fromkeys(notes)),
+            "relative_norm": sum(self.relative_norms) / len(ordered),
+            "dropped": sum(encoded.record.dropped for encoded in ordered) / len(ordered),
+        }
+        return b"".join(encoded.data for encoded in ordered), about
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from ..modeling.delta_repository import (
 from ..modeling.model_files import fetch_file, read_json
 from ..modeling.tensors import Model
 from ..repository.cards import delta_card, inherited_card_data
+from ..repository.kl_forecast import FORECAST, TensorErrors, forecast_text, kl_forecast
 from ..repository.reader_files import reader_files
-from ..repository.report import CompressionReport, human_bytes, read_reports
+from ..repository.report import CompressionReport, TensorReport, human_bytes, read_reports
 from ..repository.sidecar_files import copy_files
 from ..storage.safetensors_writer import Entry, header_bytes, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
@@ -38,10 +39,12 @@ from .pair import ModelPair
 from .plan import CompressionPlan
 from .scan import TensorPlan
 
-# The model card states sizes that include its own. It therefore counts as this many bytes, or, if it is longer (the
-# configuration of a merge, many languages), as many as it would have with numbers of `_LONGEST` characters.
+# The model card states sizes that include its own, and config.json a forecast that is known last. Together they count
+# as this many bytes, or, if they are longer (the configuration of a merge, many languages), as many as they would have
+# with numbers of `_LONGEST` characters.
 CARD_BYTES = 1536
 _LONGEST = 16
+_LONGEST_FORECAST = [0.00011] * 3
 _METADATA = {"format": "pt", "impart_hf_format": str(FORMAT_VERSION)}
 
 
@@ -87,9 +90,28 @@ def json_bytes(content: dict[str, Any]) -> int:
 
 
 def card_bytes(pair: ModelPair, config: dict[str, Any], card_data: dict[str, Any], origin: str) -> int:
-    """Return the bytes that the model card counts as; arguments as for `write_repository`."""
+    """Return the bytes that card and forecast count as; arguments as for `write_repository`."""
     sizes = dict.fromkeys(("distilled", "ratio", "repository", "checkpoint", "error", "tensors"), _LONGEST * "0")
-    return max(CARD_BYTES, len(_card(pair, config, card_data, origin, sizes, "").encode()))
+    forecast = _LONGEST_FORECAST if _is_forecast(config) else None
+    sizes["forecast"] = "" if forecast is None else forecast_text(forecast)
+    if "distillation" not in config["method"]:
+        sizes["distilled"] = ""
+    entry = json_bytes(with_forecast(config, forecast)) - json_bytes(config)
+    return max(CARD_BYTES, len(_card(pair, config, card_data, origin, sizes, "").encode()) + entry)
+
+
+def _is_forecast(config: dict[str, Any]) -> bool:
+    """Return whether the KL is forecast.
+
+    Distillation and a search for a target measure it, and no calibrated run was among those fitted to.
+    """
+    method = config["method"]
+    return not {"distillation", "target"} & method.keys() and method.get("calibration", "none").startswith("none")
+
+
+def with_forecast(config: dict[str, Any], forecast: list[float] | None) -> dict[str, Any]:
+    """Return the content of config.json with the forecast of `kl_forecast` in the method's entry, if there is one."""
+    return config if forecast is None else config | {"method": config["method"] | {FORECAST: forecast}}
 
 
 def _card(
@@ -128,7 +150,7 @@ def write_repository(
     """Write every file of a repository into the workspace, and return a report read back from the files.
 
     Args:
-        config: the content of config.json.
+        config: the content of config.json, without a forecast.
         card_data: additional entries for the model card's metadata.
         origin: where the fine-tune comes from, as for `delta_card`.
         seconds: time taken so far.
@@ -136,16 +158,17 @@ def write_repository(
     """
     folder, finetuned = workspace.repository, pair.finetuned
     counted = _write_deltas(finetuned, workspace, plan.tensors, plan.max_shard_size)
+    tensors, _ = read_reports(p for p in counted if p.suffix == ".safetensors")
+    repository_bytes = plan.card_bytes + sum(p.stat().st_size for p in counted) + json_bytes(config)
+    about = {t.name: workspace.about(t.name) for t in tensors if t.kind == "encoded"}
+    if _is_forecast(config):
+        config = with_forecast(config, kl_forecast(_errors(tensors, plan, about)))
     write_json(folder / "config.json", config)
-    counted.append(folder / "config.json")
     sidecar_bytes = copy_files(pair.companions.files, folder)
     for path in reader_files():
         shutil.copyfile(path, folder / path.name)
-    tensors, _ = read_reports(p for p in counted if p.suffix == ".safetensors")
     for tensor in tensors:
-        if tensor.kind == "encoded":
-            tensor.notes = workspace.notes(tensor.name)
-    repository_bytes = plan.card_bytes + sum(p.stat().st_size for p in counted)
+        tensor.notes = about.get(tensor.name, {}).get("notes", []) if tensor.kind == "encoded" else []
     report = CompressionReport(
         method=config["method"],
         checkpoint_bytes=plan.checkpoint_bytes,
@@ -193,6 +216,20 @@ def _write_card(
 ) -> None:  # fmt: skip
     card = _card(pair, config, card_data, origin, _sizes(report), report.shortfall)
     (folder / "README.md").write_text(card, "utf-8")
+
+
+def _errors(
+    tensors: list[TensorReport], plan: CompressionPlan, about: dict[str, dict[str, Any]]
+) -> Iterator[TensorErrors]:
+    """Yield the errors of all encoded tensors: of their records, and what the workspace knows about them."""
+    plans = {t.name: t for t in plan.encoded}
+    for tensor in tensors:
+        if tensor.kind == "encoded":
+            known, planned = about[tensor.name], plans[tensor.name]
+            yield TensorErrors(
+                known["relative_norm"], known["dropped"], tensor.relative_error or 0.0, tensor.rank is None,
+                planned.vocabulary, planned.matrices,
+            )  # fmt: skip
 
 
 def _write_deltas(finetuned: Model, workspace: Workspace, tensors: list[TensorPlan], max_shard_size: int) -> list[Path]:
@@ -268,6 +305,7 @@ def _dtype_bits(dtype: str) -> int:
 def _sizes(report: CompressionReport) -> dict[str, str]:
     errors = [t.relative_error for t in report.tensors if t.relative_error is not None]
     return {
+        "forecast": forecast_text(report.method[FORECAST]) if FORECAST in report.method else "",
         "distilled": f"{report.distilled.before:.4f}, {report.distilled.after:.4f}" if report.distilled else "",
         "ratio": f"{report.ratio:.2f}",
         "repository": human_bytes(report.repository_bytes),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ..coding.records import MeasuredRecord
     from ..coding.svd import Svd
 
 _METHODS: dict[str, type[MethodConfig]] = {}
@@ -25,10 +26,15 @@ _METHODS: dict[str, type[MethodConfig]] = {}
 
 @dataclass(frozen=True)
 class Encoded:
-    """A record's bytes, and notes for the user on how it was made."""
+    """A record with its errors, and notes for the user on how it was made."""
 
-    data: bytes
+    record: MeasuredRecord
     notes: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> bytes:
+        """The record's bytes."""
+        return self.record.data
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..common.model_names import split_adapter
 from ..common.names import is_on_hub, public_name
+from .kl_forecast import FORECAST
 from .report import settings_text
 
 # Entries of the fine-tune's card that apply to its delta as well.
@@ -94,7 +95,7 @@ def delta_card(
         finetuned: the fine-tuned model as the user gave it.
         method: the method's name and settings.
         metadata: additional entries of the card's metadata, such as from `inherited_card_data`.
-        sizes: the measured numbers as text: ratio, repository, checkpoint, error, tensors, distilled.
+        sizes: the measured numbers as text: ratio, repository, checkpoint, error, tensors, distilled, forecast.
         shortfall: why the requested ratio was missed, or "".
         origin: Markdown that says how the fine-tuned model was made, if it is a merge; otherwise "".
         auto_class: the name of transformers' Auto class that loads it.
@@ -117,7 +118,7 @@ def delta_card(
         finetuned=public_name(finetuned),
         method=method["name"],
         requested=f"{method['compression_ratio']:g}",
-        settings=settings_text({k: v for k, v in method.items() if k not in ("name", "compression_ratio")}),
+        settings=settings_text({k: v for k, v in method.items() if k not in ("name", "compression_ratio", FORECAST)}),
         shortfall=shortfall,
         origin=origin,
         auto_class=auto_class,

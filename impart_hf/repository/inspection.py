@@ -7,6 +7,7 @@ from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
 from ..modeling.delta_record import Record, parse_stack
 from ..modeling.delta_repository import RECORD_SUFFIX, DeltaFile, find_delta_files
 from ..modeling.model_files import HubOptions
+from .kl_forecast import FORECAST, forecast_text
 from .open import read_config, warn_of_adapter_beside
 from .report import TensorReport, human_bytes, read_reports, settings_text
 
@@ -63,6 +64,7 @@ class Inspection:
         lines.insert(1, "-" * len(lines[0]))
         method = dict(self.config.method or {})
         name = method.pop("name", "unknown")
+        forecast = method.pop(FORECAST, None)
         revision = self.config.base_model_revision
         lines += [
             "",
@@ -72,6 +74,8 @@ class Inspection:
             f"delta file  {human_bytes(self.delta_bytes)}: values {human_bytes(sum(t.bytes for t in self.tensors))}, "
             "headers and checksums the rest",
         ]
+        if forecast is not None:
+            lines.append(f"forecast    not measured: KL to the fine-tune about {forecast_text(forecast)}")
         return "\n".join(lines)
 
     def records(self) -> dict[str, list[Record]]:

@@ -302,9 +302,9 @@ class Workspace:
     def has_record(self, name: str) -> bool:
         return self._is_stored("notes", name) and self._is_stored("records", name)
 
-    def put_record(self, name: str, data: bytes, notes: list[str]) -> None:
-        """Store a tensor's records and the method's notes on it."""
-        self._put("notes", name, json.dumps(notes).encode())
+    def put_record(self, name: str, data: bytes, about: dict[str, Any]) -> None:
+        """Store a tensor's records, and what is known of them beside their bytes, in types that JSON can hold."""
+        self._put("notes", name, json.dumps(about).encode())
         self._put("records", name, data)
 
     def record(self, name: str) -> bytes:
@@ -321,8 +321,8 @@ class Workspace:
         """Store distilled records, which replace a tensor's records in this run only."""
         self._file(_DISTILLED, name).write_bytes(data)
 
-    def notes(self, name: str) -> list[str]:
-        """Return the method's notes on a tensor."""
+    def about(self, name: str) -> dict[str, Any]:
+        """Return what `put_record` stored beside a tensor's records."""
         return json.loads(self._stored("notes", name))
 
     def publish(self) -> None:

@@ -51,11 +51,11 @@ from impart_hf.storage.workspace import Workspace
 
 stored, put_record = [], Workspace.put_record
 
-def put_on_full_disk(self, name, data, notes):
+def put_on_full_disk(self, name, data, about):
     stored.append(name)
     if processes.number() == 1 and len(stored) == 3:
         raise OSError(errno.ENOSPC, "No space left on device")
-    put_record(self, name, data, notes)
+    put_record(self, name, data, about)
 
 Workspace.put_record = put_on_full_disk
 sys.exit(main(["compress", *sys.argv[1:4], "--method", "impart", "--ratio", "8", "--quiet"]))

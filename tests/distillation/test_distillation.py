@@ -187,7 +187,7 @@ def test_empty_records_in_a_stack_and_records_that_cannot_be_trained(tmp_path: P
     pair = save_pair(tmp_path, tiny_config("gpt-oss"))
     name = "model.layers.0.mlp.experts.down_proj"
     stack = parsed(spoiled(encode(pair, LowRankConfig(), 8)))[name]
-    empty = empty_record(stack[0].rows, stack[0].columns)
+    empty = empty_record(stack[0].rows, stack[0].columns).data
     data = empty + b"".join(map(pack_record, stack[1:]))
     result, report = distill(pair, {name: data})
     assert report.after < report.before and len(result[name]) == len(data)
