@@ -6,7 +6,7 @@ from typing import Any
 
 from ..distillation import OPTIMIZERS, TRAINED, DistillSettings
 from ..methods import MethodConfig, method_names
-from .method_options import add_pair, check_pair, method_config, pair_arguments
+from .method_options import add_pair, check_pair, commands_after, method_config, pair_arguments
 from .options import (
     add_device,
     add_flag,
@@ -125,7 +125,11 @@ def run(options: argparse.Namespace) -> None:
         return
     report = compress(options.base, options.finetuned, options.output, method, **arguments)
     if is_first():
-        print(json.dumps(report.to_dict(), indent=2) if options.json else compression_summary(report, options.output))
+        commands = commands_after(options)
+        if options.json:
+            print(json.dumps({**report.to_dict(), "next": commands}, indent=2))
+        else:
+            print(compression_summary(report, options.output, commands=commands))
         push_if_asked(options)
 
 

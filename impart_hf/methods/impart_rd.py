@@ -16,7 +16,7 @@ from ..coding.rate_distortion import Choice, Components, ErrorWeights, Matrix, a
 from ..coding.record_sizes import OVERHEAD_BYTES, factored_bytes, runs
 from ..common.validation import check_number
 from ..modeling.width_codes import level_widths
-from .base import Encoded, EncodingTask, MethodConfig, Spectrum
+from .base import GUESSED, Encoded, EncodingTask, MethodConfig, Spectrum
 from .settings import setting
 
 if TYPE_CHECKING:
@@ -93,12 +93,13 @@ class ImPartRdConfig(MethodConfig):
             best_widths(part.t(), plane_mask(task.mask_seed, side, thresholds, part), bits[:, side])
             for side, part in enumerate((factors[0], factors[2]))
         )
+        moments = input_moments(task)
         levels_u, scaled_sigma, levels_v, notes = quantised(
             *factors,
             thresholds,
             widths_u,
             task.mask_seed,
-            input_moments(task),
+            moments,
             widths_v=widths_v,
             scales=(scale_u, scale_v),
             delta=task.delta,
@@ -107,7 +108,7 @@ class ImPartRdConfig(MethodConfig):
         data = factored_record(
             task.delta, levels_u, scaled_sigma, levels_v, thresholds, widths_u, task.mask_seed, widths_v
         )
-        return Encoded(data, notes)
+        return Encoded(data, (*notes, GUESSED) if task.hessian is None and moments is not None else notes)
 
     def _encode_stack(self, tasks: list[EncodingTask]) -> list[Encoded]:
         import torch
@@ -149,7 +150,7 @@ class ImPartRdConfig(MethodConfig):
         moments = stacked_moments(hessians or deltas, _moments) if known_inputs else (None, None)
         records = stack.records(fits, *moments, compensated=True, transposed=tasks[0].transposed)
         for number, data in zip(stored, records, strict=True):
-            encoded[number] = Encoded(data)
+            encoded[number] = Encoded(data, () if hessians or not known_inputs else (GUESSED,))
         return encoded
 
     def _fitted(self, spectra: Sequence[np.ndarray], tasks: list[EncodingTask], norms: list[float]) -> list[Choice]:
