@@ -124,6 +124,7 @@ class Bar:
 
     def update(self, work: float = 1) -> None:
         """Advance by this much work."""
+        work = min(work, self._total - self._at)  # of fractions, the sum may be rounded up
         self._at += work
         if self._shown is not None:
             self._shown.update(work)

@@ -26,8 +26,9 @@ from .stages import ALLOCATING, COMPRESSING, DECOMPOSING, DISTILLING, WRITING
 
 # A run of less work than this, in m n min(m, n) of its matrices and operations on texts, ends before it matters.
 _LEAST_WORK = 2e10
-_SIDE = 512  # the most of a matrix that is timed, in both directions
-_WARM = 64
+# Parts of a matrix that are timed: their shorter sides, and the most that the other one is longer. The first is to do
+# what is done once in a process.
+_SIDES, _ASPECT = (64, 384), 4
 _PRODUCTS, _PRICED = 3, 2048
 _PASSES = 3  # times that calibration runs a layer, about: to each group of its matrices, and to the end
 
@@ -116,7 +117,7 @@ def _calibration(
 
 
 def _costs(pair: ModelPair, plan: CompressionPlan, method: MethodConfig, kinds: dict[str, MatrixKind]) -> MatrixCosts:
-    """Time a part of a matrix of the kind that takes longest, and the same of those whose rows are tokens."""
+    """Time parts of a matrix of the kind that takes longest, and the same of those whose rows are tokens."""
     dense = sum(t.dense_bytes for t in plan.encoded)
     timer = MatrixTimer(
         pair_source(pair, kinds, method.seed), method, sum(t.max_bytes for t in plan.encoded) / max(1, dense),
@@ -128,7 +129,7 @@ def _costs(pair: ModelPair, plan: CompressionPlan, method: MethodConfig, kinds: 
         own = [kind for kind in counts if kind.vocabulary == vocabulary]
         if own:
             kind = max(own, key=lambda kind: kind.work * counts[kind])
-            rows, columns = min(kind.rows, _SIDE), min(kind.columns, _SIDE)
-            timer(kind, min(rows, _WARM), min(columns, _WARM), 0)  # what is done once in a process is not counted
-            samples[kind] = [Sample(rows, columns, timer(kind, rows, columns, 0))]
+            for side in _SIDES:
+                rows, columns = (min(_ASPECT * side, length) for length in kind.crop(side))
+                samples[kind] = [Sample(rows, columns, timer(kind, rows, columns, 0))]
     return MatrixCosts(samples)
