@@ -28,7 +28,7 @@ from .stages import ALLOCATING, COMPRESSING, DECOMPOSING, DISTILLING, WRITING
 _LEAST_WORK = 2e10
 # Parts of a matrix that are timed: their shorter sides, and the most that the other one is longer. The first is to do
 # what is done once in a process.
-_SIDES, _ASPECT = (64, 384), 4
+_SIDES, _ASPECT = (128, 384), 4
 _PRODUCTS, _PRICED = 3, 2048
 _PASSES = 3  # times that calibration runs a layer, about: to each group of its matrices, and to the end
 
@@ -76,7 +76,7 @@ def stage_times(
     if sum(t.work for t in encoded) + sum(on_text.values()) + 8 * weights * steps < least_work:
         return StageTimes()
     transposed = frozenset[str]() if stream is None else stream.transposed
-    kinds = {t.name: kind_of(t, t.name in on_text, t.name in transposed) for t in encoded}
+    kinds = {t.name: kind_of(t, t.name in on_text, t.name in transposed) for t in plan.encoded}
     costs = _costs(pair, plan, method, kinds)
     speed = training_speed(pair.device, products=_PRODUCTS) if on_text or steps else 1.0
     count = processes.count()
@@ -96,7 +96,7 @@ def stage_times(
     elif method.shares_budget:
         stages |= {DECOMPOSING: 0.0, ALLOCATING: 0.0}
     if distillation is not None:
-        cost = {t.name: costs.of(kind_of(t)) for t in plan.encoded}
+        cost = {name: costs.of(kind) for name, kind in kinds.items()}
         stages[DISTILLING] = training_operations(plan, distillation, settings, config, cost) / speed / count
     return StageTimes(stages, tensors)
 

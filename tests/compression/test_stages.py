@@ -39,7 +39,7 @@ def shown(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
         ("dare", {}, ["Scanning", "Compressing", "Writing"]),
         ("impart-rd", {}, ["Scanning", "Decomposing", "Allocating", "Compressing", "Writing"]),
         ("impart-qt", {"calibration": [TEXT]}, ["Scanning", "Compressing", "Writing"]),
-        ("bitdelta", DISTILL, ["Scanning", "Compressing", "Distilling", "Writing"]),
+        pytest.param("bitdelta", DISTILL, ["Scanning", "Compressing", "Distilling", "Writing"], marks=pytest.mark.slow),
         (
             "impart-rd",
             {"calibration": [TEXT], **DISTILL},
@@ -60,6 +60,7 @@ def test_the_stages_of_a_run(
     assert begun == ended == [f"{number}/{len(titles)} {title}" for number, title in enumerate(titles, 1)]
 
 
+@pytest.mark.slow
 def test_parts_of_a_stage(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny_pair, tmp_path / "delta", method_class("bitdelta")(compression_ratio=4.0), progress=True, **BY_BLOCKS)
     begun, ended = shown(capsys)
@@ -92,7 +93,9 @@ def times(pair: Pair, name: str, text: bool, done: frozenset[str] = frozenset(),
 
 @pytest.mark.parametrize("text", [False, True])
 def test_all_that_follows_has_a_time(tiny_pair: Pair, text: bool) -> None:
+    numbers = torch.get_rng_state()
     found = times(tiny_pair, "impart-rd", text)
+    assert torch.equal(torch.get_rng_state(), numbers)  # the run that follows is the same
     wanted = {"Decomposing", "Allocating", "Compressing", "Writing", *(["Distilling"] if text else [])}
     assert found.stages.keys() == wanted
     assert all(found.stages[stage] > 0 for stage in wanted - {"Writing"})
@@ -105,6 +108,8 @@ def test_what_is_encoded_takes_no_time(tiny_pair: Pair) -> None:
     names = frozenset(times(tiny_pair, "dare", False).tensors)
     rest = times(tiny_pair, "dare", False, names - {"model.layers.0.mlp.down_proj.weight"})
     assert len(names) > 1 and rest.tensors.keys() == {"model.layers.0.mlp.down_proj.weight"}
+    left = times(tiny_pair, "impart-rd", True, frozenset(times(tiny_pair, "impart-rd", False).tensors)).stages
+    assert left["Distilling"] > 0 and left["Decomposing"] == left["Allocating"] == left["Compressing"] == 0
 
 
 def test_a_short_run_is_not_timed(tiny_pair: Pair) -> None:
