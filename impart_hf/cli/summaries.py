@@ -45,8 +45,8 @@ def _quality(report: CompressionReport) -> list[str]:
             best = f"step {distilled.best_step} of {distilled.steps} was the best"
             lines.append(f"quality: {after}, before distillation {distilled.before:.4f}; {best}")
         else:
-            nothing = f"none of {distilled.steps} distillation steps lowered it, so that they changed nothing"
-            lines.append(f"quality: {after}; {nothing}")
+            nothing = f"none of {distilled.steps} steps did better, nothing was changed"
+            lines.append(f"quality: {after}; distillation: {nothing}")
         if untrained := len(distilled.untrained):
             encoded = len(report.encoded_tensors)
             lines.append(
