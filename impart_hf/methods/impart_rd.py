@@ -93,13 +93,12 @@ class ImPartRdConfig(MethodConfig):
             best_widths(part.t(), plane_mask(task.mask_seed, side, thresholds, part), bits[:, side])
             for side, part in enumerate((factors[0], factors[2]))
         )
-        moments = input_moments(task)
         levels_u, scaled_sigma, levels_v, notes = quantised(
             *factors,
             thresholds,
             widths_u,
             task.mask_seed,
-            moments,
+            input_moments(task),
             widths_v=widths_v,
             scales=(scale_u, scale_v),
             delta=task.delta,
@@ -108,7 +107,7 @@ class ImPartRdConfig(MethodConfig):
         data = factored_record(
             task.delta, levels_u, scaled_sigma, levels_v, thresholds, widths_u, task.mask_seed, widths_v
         )
-        return Encoded(data, (*notes, GUESSED) if task.hessian is None and moments is not None else notes)
+        return Encoded(data, (*notes, GUESSED) if _guesses(task) else notes)
 
     def _encode_stack(self, tasks: list[EncodingTask]) -> list[Encoded]:
         import torch
@@ -221,9 +220,13 @@ def input_moments(task: EncodingTask) -> torch.Tensor | None:
     rows are combinations of inputs. The result is then None if rows are tokens, or if the delta is small: it is rounded
     with the weights, and an early step of Adam is nearly a sign, so that it says little of the inputs.
     """
-    if task.hessian is None and (task.vocabulary or _is_light(task)):
-        return None
-    return _moments(task.delta.t() @ task.delta) if task.hessian is None else _shared_moments()(task.hessian)
+    if task.hessian is not None:
+        return _shared_moments()(task.hessian)
+    return _moments(task.delta.t() @ task.delta) if _guesses(task) else None
+
+
+def _guesses(task: EncodingTask) -> bool:
+    return task.hessian is None and not task.vocabulary and not _is_light(task)
 
 
 def _is_light(task: EncodingTask) -> bool:
