@@ -22,8 +22,8 @@ import measure
 import torch
 
 from impart_hf.compression.budgets import spectra_bytes
-from impart_hf.compression.forecast import kind_of, matrix_costs, price_of
-from impart_hf.compression.matrix_timing import MatrixKind, resident_bytes
+from impart_hf.compression.forecast import matrix_costs, price_of
+from impart_hf.compression.matrix_timing import MatrixKind, kind_of, resident_bytes
 from impart_hf.compression.pipeline import CompressionRequest
 from impart_hf.compression.plan import make_plan
 from impart_hf.compression.resources import RunTimes, duration, forecast_of

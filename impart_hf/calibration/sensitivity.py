@@ -16,6 +16,8 @@ from .streamed_model import StreamedModel, streamed_model
 
 logger = logging.get_logger(__name__)
 
+STAGE = "Measuring sensitivity"  # title of the progress bar
+
 _LENGTH, _TOKENS = 256, 1024  # tokens of a sequence, and of all, that are enough
 
 
@@ -36,7 +38,7 @@ def sensitivities(
         finetuned: the fine-tuned model.
         tokens: int64 (sequences, length), without padding; the first few sequences are used.
         device: where the model is to run, in float32.
-        progress: shows a bar over the layers, twice.
+        progress: shows a bar over the layers.
 
     Returns:
         By tensor name, nats per token and unit of squared Frobenius norm; only of layers that the tokens reach. Empty
@@ -68,18 +70,19 @@ class _Backward:
         # By layer and sequence, what the layer gets; a sequence at a time keeps few logits.
         inputs: list[list[Tensor | None]] = [[None] * len(self._tokens)]
         model.load(self._outside)
-        for number, layer in enumerate(progress.track(layers, "Measuring sensitivity, forward")):
-            if number + 1 == len(layers):
-                break
-            with self._loaded(layer), torch.no_grad():
-                inputs.append([self._output(number, i, states) for i, states in enumerate(inputs[number])])
         gradients: list[Tensor | None] = [None] * len(self._tokens)
         generator = torch.Generator().manual_seed(0)
-        for layer in progress.track(layers[::-1], "Measuring sensitivity, backward"):
-            number = len(inputs) - 1
-            with self._loaded(layer), self._watched(layer), torch.enable_grad():
-                for i, states in enumerate(inputs.pop()):
-                    gradients[i] = self._gradient(number, i, states, gradients[i], generator)
+        with progress.bar(4 * len(layers) - 1, STAGE) as bar:
+            for number, layer in enumerate(layers[:-1]):
+                with self._loaded(layer), torch.no_grad():
+                    inputs.append([self._output(number, i, states) for i, states in enumerate(inputs[number])])
+                bar.update()
+            for layer in layers[::-1]:
+                number = len(inputs) - 1
+                with self._loaded(layer), self._watched(layer), torch.enable_grad():
+                    for i, states in enumerate(inputs.pop()):
+                        gradients[i] = self._gradient(number, i, states, gradients[i], generator)
+                bar.update(3)  # forward again, and backward, which takes as long as two of these
         model.release(self._outside)
         scale = 0.5 / self._tokens.numel()
         return {

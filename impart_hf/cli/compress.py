@@ -7,7 +7,7 @@ from typing import Any
 from ..compression.target import QualityTarget
 from ..distillation import OPTIMIZERS, TRAINED, DistillSettings
 from ..methods import MethodConfig, method_names
-from .method_options import add_pair, check_pair, given_settings, method_config, pair_arguments
+from .method_options import add_pair, check_pair, commands_after, given_settings, method_config, pair_arguments
 from .options import (
     add_device,
     add_flag,
@@ -168,7 +168,11 @@ def run(options: argparse.Namespace) -> None:
     target = None if options.validation is None else _target(options, with_text_field(options, options.validation))
     report = compress(options.base, options.finetuned, options.output, method, target=target, **arguments)
     if is_first():
-        print(json.dumps(report.to_dict(), indent=2) if options.json else compression_summary(report, options.output))
+        commands = commands_after(options)
+        if options.json:
+            print(json.dumps({**report.to_dict(), "next": commands}, indent=2))
+        else:
+            print(compression_summary(report, options.output, commands=commands))
         push_if_asked(options)
 
 

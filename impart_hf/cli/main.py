@@ -127,5 +127,7 @@ def load_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would show one for every model that is loaded
+    # It warns that checkpoints of training follow within a second.
+    getLogger("transformers.trainer_utils").setLevel(ERROR)
     # PEFT imports bitsandbytes, which warns about kernels that are not used here.
     getLogger("bitsandbytes").setLevel(ERROR)

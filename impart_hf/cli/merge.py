@@ -41,15 +41,23 @@ def run(options: argparse.Namespace) -> None:
     """Merge, and print the report."""
     from ..common.processes import is_first
     from ..merging.merge import merge
+    from .next_commands import next_commands
     from .summaries import merge_summary
 
+    config = MergeConfig.from_yaml(options.config)
     report = merge(
-        MergeConfig.from_yaml(options.config),
+        config,
         options.output,
         compression=method_config(options) if options.method else None,
         progress=not options.quiet,
         **given(options, "max_bytes", "base_name", "device", "max_shard_size"),
     )
     if is_first():
-        print(json.dumps(report.to_dict(), indent=2) if options.json else merge_summary(report, options.output))
+        commands = []
+        if report.compression is not None:
+            commands = next_commands(options.output, config.base_model, pushed=options.push)
+        if options.json:
+            print(json.dumps({**report.to_dict(), "next": commands}, indent=2))
+        else:
+            print(merge_summary(report, options.output, commands))
         push_if_asked(options)

@@ -153,6 +153,20 @@ def check_pair(options: argparse.Namespace) -> MethodConfig:
     return method
 
 
+def commands_after(options: argparse.Namespace) -> list[str]:
+    """Return what the user may do with the repository that `compress` or `tune` has made."""
+    from .next_commands import next_commands
+
+    return next_commands(
+        options.output,
+        options.base,
+        options.finetuned,
+        base_revision=options.base_revision,
+        finetuned_revision=options.revision,
+        pushed=options.push,
+    )
+
+
 def pair_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that `compress` and `tune` share."""
     return {

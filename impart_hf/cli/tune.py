@@ -5,7 +5,7 @@ import json
 
 from ..methods import method_class, method_names
 from ..methods.importance_allocation import BETAS, CS, ImportanceAllocation
-from .method_options import add_pair, check_pair, method_config, pair_arguments
+from .method_options import add_pair, check_pair, commands_after, method_config, pair_arguments
 from .options import (
     add_device,
     add_result,
@@ -68,7 +68,9 @@ def run(options: argparse.Namespace) -> None:
         **given(options, "task", "task_limit", "betas", "cs", "seeds", "samples", "length", "batch_size"),
         **pair_arguments(options),
     )
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
-    if not options.json:
-        print("\n" + compression_summary(found.report, options.output))
+    commands = commands_after(options)
+    if options.json:
+        print(json.dumps({**found.to_dict(), "next": commands}, indent=2))
+    else:
+        print(f"{found.table()}\n\n{compression_summary(found.report, options.output, commands=commands)}")
     push_if_asked(options)

@@ -183,7 +183,7 @@ class LogitsOf:
             self._is_said = True
             logger.warning(
                 f"{type(self._model).__name__}: logits are computed for all tokens at once, which takes more memory: "
-                f"{self._why_whole}"
+                f"{self._why_whole}. If memory runs out, give shorter sequences"
             )
         return self._why_whole is None
 

@@ -17,6 +17,7 @@ from ..storage.workspace import Workspace
 from .batches import Batches
 from .pair import ModelPair
 from .scan import TensorPlan, order_to_take
+from .stages import DECOMPOSING
 
 # The squares of smaller numbers underflow in float32: such a delta has norm 0 and changes no model.
 _ZERO_DELTA = 1e-15
@@ -77,6 +78,7 @@ def find_spectra(tensors: list[TensorPlan], pair: ModelPair, method: MethodConfi
     A tensor whose spectra are stored, or that another process takes, is skipped.
     """
     tensors = order_to_take(sharing(tensors, method))
+    stored = {tensor.name for tensor in tensors if workspace.has_spectra(tensor.name)}
     rows: dict[str, list[np.ndarray]] = {}  # by tensor, the properties of its matrices so far
 
     def decompose(batch: list[tuple[TensorPlan, torch.Tensor, bool]]) -> None:
@@ -86,9 +88,12 @@ def find_spectra(tensors: list[TensorPlan], pair: ModelPair, method: MethodConfi
                 workspace.put_spectra(tensor.name, np.stack(rows.pop(tensor.name)))
 
     batches = Batches(pair.device, decompose)
-    with pair.progress.bar(sum(tensor.dense_bytes for tensor in tensors), "Decomposing", "B") as bar:
+    done = sum(tensor.work for tensor in tensors if tensor.name in stored)
+    with pair.progress.bar(sum(tensor.work for tensor in tensors), DECOMPOSING, done) as bar:
         for tensor in tensors:
-            bar.set_postfix_str(tensor.name)
+            if tensor.name in stored:
+                continue
+            bar.show(tensor.name)
             if not workspace.has_spectra(tensor.name) and workspace.take("spectra", tensor.name):
                 rows[tensor.name] = []
                 for delta in deltas_of(tensor, pair.base, pair.finetuned, pair.device):
@@ -96,7 +101,7 @@ def find_spectra(tensors: list[TensorPlan], pair: ModelPair, method: MethodConfi
                     shape = delta.matrix.shape
                     size = 4 * (2 * delta.matrix.numel() + 3 * min(shape) ** 2)
                     batches.add(shape, (tensor, delta.matrix, delta.is_nonzero), size)
-            bar.update(tensor.dense_bytes)
+            bar.update(tensor.work)
         batches.finish()
 
 

@@ -101,7 +101,7 @@ def compress(
             base, finetuned, method, wanted_bytes, calibration, distill, calibration_samples, calibration_length,
             distill_settings, shard_size, base_options=HubOptions(base_revision, token, cache_dir),
             finetuned_options=HubOptions(finetuned_revision, token, cache_dir), base_name=base_name, device=device,
-            progress=Progress(progress and processes.is_first()),
+            progress=Progress(progress),
         )  # fmt: skip
         if target is not None:
             return compress_to_target(pair, workspace, request, target)

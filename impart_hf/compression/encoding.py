@@ -23,13 +23,17 @@ from .batches import Batches
 from .budgets import deltas_of, spectra_of
 from .pair import ModelPair
 from .scan import TensorPlan, order_to_take
+from .stages import COMPRESSING
+
+# The note on a tensor that the text was to calibrate, and that hardly any of its tokens reach.
+NOT_REACHED = "not calibrated: too few tokens of the text reach it"
 
 
 class Encoding:
     """Encodes a pair's tensors into a workspace, each once, in any order.
 
     Attributes:
-        bar: progress bar over the dense bytes.
+        bar: the progress, in units of the tensors' work; the caller begins it.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Encoding:
         svd_of: SvdOf,
         budgets: dict[str, list[int]],
         stream: StreamedModel | None = None,
+        work: Mapping[str, float] = MappingProxyType({}),
     ):
         """Set up the encoding.
 
@@ -48,15 +53,19 @@ class Encoding:
             budgets: byte budget of each matrix, by tensor, for the tensors whose spectra the workspace has; the others
                 have equal shares.
             stream: the model whose layers' inputs are known on calibration text.
+            work: what each tensor takes, by name, if more is known of it than its `TensorPlan.work`.
         """
         self._matrices = frozenset[str]() if stream is None else stream.matrices
         self._transposed = frozenset[str]() if stream is None else stream.transposed
         self._base, self._finetuned, self._device = pair.base, pair.finetuned, pair.device
         self._method, self._workspace, self._svd_of, self._budgets = method, workspace, svd_of, budgets
-        self.bar: Any = None
         self._waiting = {t.name: t for t in encoded}
+        self._work = {t.name: t.work for t in encoded} if not work else {t.name: work.get(t.name, 0.0) for t in encoded}
         self._by_name = dict(self._waiting)
         self._done = self._written = 0
+        self._earlier = {tensor.name for tensor in encoded if workspace.has_record(tensor.name)}
+        done = sum(self._work[name] for name in self._earlier)
+        self.bar = pair.progress.bar(sum(self._work.values()), COMPRESSING, done)
 
     def encode_all(self, tensors: list[TensorPlan], moments: Mapping[str, Moments] = MappingProxyType({})) -> None:
         """Encode the tensors that no other process takes and that have not been encoded.
@@ -78,7 +87,7 @@ class Encoding:
         """Put a tensor's matrices into batches, unless that has been done or another process does it."""
         if self._waiting.pop(tensor.name, None) is None:
             return
-        self.bar.set_postfix_str(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
+        self.bar.show(f"{tensor.name} {self._done / self._written:.1f}x" if self._written else tensor.name)
         if self._workspace.has_record(tensor.name) or not self._workspace.take("records", tensor.name):
             self._count(tensor)
             return
@@ -114,7 +123,8 @@ class Encoding:
         if self._workspace.has_record(tensor.name):
             self._done += tensor.dense_bytes
             self._written += self._workspace.record_bytes(tensor.name)
-        self.bar.update(tensor.dense_bytes)
+        if tensor.name not in self._earlier:
+            self.bar.update(self._work[tensor.name])
 
     def is_kept(self, name: str) -> bool:
         """Return whether a tensor needs no records, or has them."""
@@ -145,7 +155,7 @@ class _Records:
         ordered = [self.encoded[number] for number in range(self.tensor.matrices)]
         notes = [note for own, encoded in zip(self.notes, ordered, strict=True) for note in (*own, *encoded.notes)]
         if self._uncalibrated:
-            notes.append("not calibrated: too few tokens of the text reach it")
+            notes.append(NOT_REACHED)
         about = {
             "notes": list(dict.fromkeys(notes)),
             "relative_norm": sum(self.relative_norms) / len(ordered),

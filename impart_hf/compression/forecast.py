@@ -19,8 +19,16 @@ from ..modeling.model_files import HubOptions
 from ..storage.output import check_output, existing_parent
 from .budgets import sharing
 from .compress import checked_method, open_pair
-from .encoding import mask_seed
-from .matrix_timing import MatrixCosts, MatrixKind, MatrixTimer, Source, resident_bytes, time_matrices
+from .matrix_timing import (
+    MatrixCosts,
+    MatrixKind,
+    MatrixTimer,
+    Source,
+    kind_of,
+    pair_source,
+    resident_bytes,
+    time_matrices,
+)
 from .pair import ModelPair
 from .pipeline import CompressionRequest, Reach, kept_bytes, models_for_texts, planned
 from .plan import CompressionPlan
@@ -131,12 +139,6 @@ def _forecast_pair(
     )  # fmt: skip
 
 
-def kind_of(tensor: TensorPlan, calibrated: bool = False, transposed: bool = False) -> MatrixKind:
-    """Return the kind of a tensor's matrices."""
-    rows, columns = tensor.shape[-2:]
-    return MatrixKind(rows, columns, tensor.vocabulary, calibrated, calibrated and transposed)
-
-
 def matrix_costs(
     plan: CompressionPlan,
     kinds: dict[str, MatrixKind],
@@ -171,24 +173,3 @@ def _counts(tensors: list[TensorPlan], kinds: dict[str, MatrixKind]) -> dict[Mat
     for tensor in tensors:
         counts[kinds[tensor.name]] += tensor.matrices
     return dict(counts)
-
-
-def pair_source(pair: ModelPair, kinds: dict[str, MatrixKind], seed: int) -> Source:
-    """Return a function that gives parts of a pair's matrices: rows that are evenly spaced, and the first columns.
-
-    Args:
-        kinds: the kind of each tensor to encode.
-        seed: the method's seed.
-    """
-
-    def part(kind: MatrixKind, rows: int, columns: int, number: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        names = [name for name, other in kinds.items() if other == kind]
-        # From the middle of the model outwards.
-        name = names[(len(names) // 2 + number * max(1, len(names) // 4)) % len(names)]
-        before = pair.base.tensor(name)
-        after = pair.finetuned.tensor(name)[: before.shape[0]]
-        parts = (t.reshape(-1, kind.rows, kind.columns)[0, :: kind.rows // rows] for t in (before, after))
-        one, other = (t[:rows, :columns] for t in parts)
-        return one, other, mask_seed(seed, name, 0)
-
-    return part

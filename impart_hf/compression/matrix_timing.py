@@ -17,6 +17,9 @@ from ..methods import MethodConfig, method_for
 from ..modeling.delta_decode import add_delta
 from ..modeling.delta_record import FACTORED, parse_stack
 from .budgets import Delta
+from .encoding import mask_seed
+from .pair import ModelPair
+from .scan import TensorPlan
 
 # The shorter side of a first crop, and the most that a side grows from there: a matrix up to it is timed whole.
 _FIRST, _WHOLE = 512, 1024
@@ -55,6 +58,12 @@ class MatrixKind:
         """Return the shape of a part with a shorter side of this length, and the same aspect."""
         share = min(1.0, shorter / min(self.rows, self.columns))
         return max(1, round(self.rows * share)), max(1, round(self.columns * share))
+
+
+def kind_of(tensor: TensorPlan, calibrated: bool = False, transposed: bool = False) -> MatrixKind:
+    """Return the kind of a tensor's matrices."""
+    rows, columns = tensor.shape[-2:]
+    return MatrixKind(rows, columns, tensor.vocabulary, calibrated, calibrated and transposed)
 
 
 @dataclass(frozen=True)
@@ -261,6 +270,27 @@ class MatrixTimer:
         # Of rows that did not change, others tell more.
         other = torch.randn(delta.matrix.shape, generator=torch.Generator().manual_seed(0)).to(self._device)
         return replace(delta, matrix=other)
+
+
+def pair_source(pair: ModelPair, kinds: dict[str, MatrixKind], seed: int) -> Source:
+    """Return a function that gives parts of a pair's matrices: rows that are evenly spaced, and the first columns.
+
+    Args:
+        kinds: the kind of each tensor to encode.
+        seed: the method's seed.
+    """
+
+    def part(kind: MatrixKind, rows: int, columns: int, number: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        names = [name for name, other in kinds.items() if other == kind]
+        # From the middle of the model outwards.
+        name = names[(len(names) // 2 + number * max(1, len(names) // 4)) % len(names)]
+        before = pair.base.tensor(name)
+        after = pair.finetuned.tensor(name)[: before.shape[0]]
+        parts = (t.reshape(-1, kind.rows, kind.columns)[0, :: kind.rows // rows] for t in (before, after))
+        one, other = (t[:rows, :columns] for t in parts)
+        return one, other, mask_seed(seed, name, 0)
+
+    return part
 
 
 def resident_bytes() -> int | None:

@@ -82,6 +82,11 @@ class ModelPair:
         files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
         return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
+    @property
+    def is_scanned(self) -> bool:
+        """Whether `tensors` is known."""
+        return "tensors" in vars(self)
+
     @cached_property
     def tensors(self) -> list[TensorPlan]:
         """The kind of every tensor, before a method sets budgets; both checkpoints are read on first access.

@@ -25,6 +25,8 @@ from .encoding import Encoding
 from .pair import ModelPair
 from .plan import CompressionPlan, make_plan
 from .scan import TensorPlan
+from .stage_times import StageTimes, stage_times
+from .stages import ALLOCATING, WRITING, stage_titles
 from .writer import card_bytes, json_bytes, repository_config, write_repository
 
 Method = TypeVar("Method", bound=MethodConfig)
@@ -133,19 +135,30 @@ def compress_pair(
     reach = Reach(frozenset() if stream is None else stream.matrices, trained)
     state = processes.in_first(pair.state)
     tensors = scanned(pair, workspace, state)
+    pair.progress.plan(stages_of(request, pair.is_scanned))
     method, config, plan = processes.each(lambda: planned(pair, tensors, request, reach))
     inputs = run_inputs(pair, request)
     expected_bytes = plan.allowed_bytes + plan.fixed_bytes
     kept = kept_bytes(pair, plan, method, request, stream)
     workspace.begin(plan.fingerprint(method, inputs), expected_bytes, kept)
     processes.in_first(lambda: workspace.put_scan(state, [tensor.to_dict() for tensor in tensors]))
-    _encode(pair, workspace, plan, method, svd_of, stream, request.calibration)
+    times = StageTimes()
+    if pair.progress.tells_time:
+        times = stage_times(
+            pair, plan, method, stream, request.calibration, request.distillation, request.distill_settings,
+            workspace.has_record,
+        )  # fmt: skip
+    pair.progress.expect(times.stages)
+    _encode(pair, workspace, plan, method, svd_of, stream, request.calibration, times.tensors)
     distilled = _distil(pair, workspace, plan, request)
 
     def publish() -> CompressionReport:
         seconds = time.perf_counter() - started
-        report = write_repository(pair, workspace, plan, config, request.card_data, request.origin, seconds, distilled)
-        workspace.publish()
+        with pair.progress.bar(1, WRITING):
+            report = write_repository(
+                pair, workspace, plan, config, request.card_data, request.origin, seconds, distilled, reach.calibrated
+            )
+            workspace.publish()
         return report
 
     return processes.in_first(publish)
@@ -156,6 +169,11 @@ def scanned(pair: ModelPair, workspace: Workspace, state: Any) -> list[TensorPla
     if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
         pair.tensors = list(map(TensorPlan.from_dict, stored))
     return pair.tensors
+
+
+def stages_of(request: CompressionRequest, scanned: bool = False) -> list[str]:
+    """Return the stages of what is asked for, by the titles of their bars; without the scan if that is known."""
+    return stage_titles(request.method, request.calibration is not None, request.distillation is not None, scanned)
 
 
 def models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[StreamedModel | None, frozenset[str]]:
@@ -199,19 +217,29 @@ def _encode(
     svd_of: SvdOf,
     stream: StreamedModel | None,
     calibration: torch.Tensor | None,
+    seconds: dict[str, float],
 ) -> None:
-    """Write the records of every tensor to encode into the workspace."""
-    processes.each(lambda: find_spectra(plan.encoded, pair, method, workspace))
+    """Write the records of every tensor to encode into the workspace.
 
-    def allocate() -> dict[str, list[int]]:
-        known = {}
-        if method.shares_budget and calibration is not None:
-            known = sensitivities(pair.finetuned, calibration, pair.device, pair.progress)
-        return shared_budgets(plan.encoded, method, workspace, known)
+    Args:
+        seconds: about what each takes; empty if it is not known.
+    """
+    budgets: dict[str, list[int]] = {}
+    if method.shares_budget:
+        processes.each(lambda: find_spectra(plan.encoded, pair, method, workspace))
 
-    budgets = processes.in_first(lambda: workspace.budgets(allocate))
-    encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream)
-    with pair.progress.bar(sum(t.dense_bytes for t in plan.encoded), "Compressing", "B") as encoding.bar:
+        def allocate() -> dict[str, list[int]]:
+            known = {}
+            if calibration is not None:
+                known = workspace.sensitivities(
+                    lambda: sensitivities(pair.finetuned, calibration, pair.device, pair.progress)
+                )
+            with pair.progress.bar(1, ALLOCATING):
+                return shared_budgets(plan.encoded, method, workspace, known)
+
+        budgets = processes.in_first(lambda: workspace.budgets(allocate))
+    encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream, seconds)
+    with encoding.bar:
         if stream is not None and calibration is not None:
             stream_layers(
                 stream, calibration, encoding.compressed, workspace.states(),

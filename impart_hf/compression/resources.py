@@ -11,6 +11,7 @@ from .budgets import sharing
 from .matrix_timing import MatrixCosts, MatrixKind
 from .pipeline import CompressionRequest
 from .plan import CompressionPlan
+from .run_timing import training_operations
 from .writer import delta_file_bytes, json_bytes
 
 # Finished files are written and flushed; no forecast writes any, so that this is assumed.
@@ -178,7 +179,8 @@ def forecast_of(
         decoding = sum(t.matrices * cost[t.name].decoding for t in encoded)
         stages.append(Stage("calibration", times.calibration / process_count + decoding, True))
     if request.distillation is not None:
-        seconds = training_operations(plan, request, model_config, cost) / times.training_speed
+        operations = training_operations(plan, request.distillation, request.distill_settings, model_config, cost)
+        seconds = operations / times.training_speed
         stages.append(Stage("distillation", seconds / process_count, True))
     writing = _WRITING + len(plan.tensors) / _TENSORS_PER_SECOND + 2 * repository_bytes / _WRITTEN_PER_SECOND
     stages.append(Stage("writing", writing, False))
@@ -208,46 +210,6 @@ def forecast_of(
             for kind in dict.fromkeys(kinds[t.name] for t in encoded)
         ],
     )
-
-
-def training_operations(
-    plan: CompressionPlan, request: CompressionRequest, model_config: Mapping[str, Any], cost: Mapping[str, Any]
-) -> float:
-    """Return about how many operations distillation takes: of products of matrices, except attention's.
-
-    A step runs the fine-tune and the compressed model forward, the latter backward for inputs and for weights, and
-    makes the deltas out of their factors. Held-out sequences are run forward by both, before the first step and at
-    every check.
-    """
-    assert request.distillation is not None
-    settings, (sequences, length) = request.distill_settings, request.distillation.shape
-    weights = sum(t.dense_bytes / t.dtype.itemsize * _used(t.name, model_config) for t in _matrices(plan))
-    decoded = sum(2.0 * t.matrices * kind_work(t.shape) * cost[t.name].rank for t in plan.encoded)
-    held_out = max(1, round(sequences * settings.validation_share))
-    step = 8 * weights * settings.batch_size * length + 3 * decoded
-    check = 4 * weights * held_out * length + decoded
-    return settings.steps * step + (settings.checks + 1) * check
-
-
-def kind_work(shape: tuple[int, ...]) -> float:
-    """Return m n min(m, n) of a matrix's shape, of which leading dimensions are ignored."""
-    rows, columns = shape[-2:]
-    return float(rows) * columns * min(rows, columns)
-
-
-def _matrices(plan: CompressionPlan) -> list[Any]:
-    """Return the tensors that multiply: all matrices, but of those with a row for every token only one."""
-    matrices = [t for t in plan.tensors if len(t.shape) >= 2]
-    vocabulary = [t for t in matrices if t.vocabulary]
-    return [t for t in matrices if not t.vocabulary] + vocabulary[:1]
-
-
-def _used(name: str, model_config: Mapping[str, Any]) -> float:
-    """Return the share of a tensor that a token uses: of experts, those that it is sent to."""
-    text = model_config.get("text_config") or model_config
-    experts = text.get("num_experts") or text.get("num_local_experts") or text.get("n_routed_experts")
-    used = text.get("num_experts_per_tok")
-    return used / experts if experts and used and ".experts." in name else 1.0
 
 
 def _peak(

@@ -3,8 +3,9 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,13 @@ import torch
 from ..calibration.layer_stream import Moments, stream_layers
 from ..calibration.streamed_model import StreamedModel
 from ..common.progress import Progress
+from ..distillation import DistillSettings
 from ..methods import MethodConfig, Spectrum
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.tensors import Model
 from .compatibility import vocabulary_size
-from .matrix_timing import MatrixKind
+from .matrix_timing import Cost, MatrixKind
+from .plan import CompressionPlan
 from .scan import TensorPlan, scan_tensor
 
 Clock = Callable[[], float]
@@ -47,13 +50,18 @@ def scan_rate(
 
 
 def price_seconds(
-    method: MethodConfig, kinds: Iterable[tuple[MatrixKind, int]], share: float, clock: Clock = time.perf_counter
+    method: MethodConfig,
+    kinds: Iterable[tuple[MatrixKind, int]],
+    share: float,
+    clock: Clock = time.perf_counter,
+    most: int = _PRICED,
 ) -> float:
     """Return the time in which a method with `shares_budget` finds the bytes of all matrices, from a part of them.
 
     Args:
         kinds: the kinds of all matrices that share, and how many there are of each.
         share: bytes of the records, relative to the entries of the dense matrices.
+        most: the most components whose price is found, except that a whole matrix is taken.
     """
     spectra: list[Spectrum] = []
     total = taken = entries = 0
@@ -61,7 +69,7 @@ def price_seconds(
         rank = min(kind.rows, kind.columns)
         total += count * rank
         for _ in range(count):
-            if taken and taken + rank > _PRICED:
+            if taken and taken + rank > most:
                 break
             # As most fine-tunes' singular values fall, and no two matrices alike.
             sigma = (1 + 0.37 * (len(spectra) % 97)) * np.arange(1, rank + 1) ** -0.5
@@ -118,12 +126,53 @@ def layer_seconds(
     return least + per_token * (tokens.numel() - fewer.numel())
 
 
-def training_speed(device: torch.device, clock: Clock = time.perf_counter) -> float:
-    """Return how many operations a second training makes, about: from products of float32 matrices."""
-    matrix = torch.randn(_SIDE, _SIDE, device=device)
+def training_speed(device: torch.device, clock: Clock = time.perf_counter, products: int = _PRODUCTS) -> float:
+    """Return how many operations a second training makes, about: from some products of float32 matrices."""
+    matrix = torch.randn(_SIDE, _SIDE, generator=torch.Generator().manual_seed(0)).to(device)
     float((matrix @ matrix)[0, 0])
     started = clock()
-    for _ in range(_PRODUCTS):
+    for _ in range(products):
         product = matrix @ matrix
     float(product[0, 0])  # waits for a GPU
-    return _TRAINING_SPEED * _PRODUCTS * 2 * _SIDE**3 / max(clock() - started, 1e-9)
+    return _TRAINING_SPEED * products * 2 * _SIDE**3 / max(clock() - started, 1e-9)
+
+
+def training_operations(
+    plan: CompressionPlan,
+    tokens: torch.Tensor,
+    settings: DistillSettings,
+    model_config: Mapping[str, Any],
+    cost: Mapping[str, Cost],
+) -> float:
+    """Return about how many operations distillation takes: of products of matrices, except attention's.
+
+    A step runs the fine-tune and the compressed model forward, the latter backward for inputs and for weights, and
+    makes the deltas out of their factors. Held-out sequences are run forward by both, before the first step and at
+    every check.
+
+    Args:
+        tokens: those to distil on, (sequences, length).
+        cost: what a matrix of each tensor to encode costs.
+    """
+    sequences, length = tokens.shape
+    weights = sum(t.dense_bytes / t.dtype.itemsize * used_share(t.name, model_config) for t in _matrices(plan))
+    decoded = sum(2.0 * t.work * cost[t.name].rank for t in plan.encoded)
+    held_out = max(1, round(sequences * settings.validation_share))
+    step = 8 * weights * settings.batch_size * length + 3 * decoded
+    check = 4 * weights * held_out * length + decoded
+    return settings.steps * step + (settings.checks + 1) * check
+
+
+def _matrices(plan: CompressionPlan) -> list[TensorPlan]:
+    """Return the tensors that multiply: all matrices, but of those with a row for every token only one."""
+    matrices = [t for t in plan.tensors if len(t.shape) >= 2]
+    vocabulary = [t for t in matrices if t.vocabulary]
+    return [t for t in matrices if not t.vocabulary] + vocabulary[:1]
+
+
+def used_share(name: str, model_config: Mapping[str, Any]) -> float:
+    """Return the share of a tensor that a token uses: of experts, those that it is sent to."""
+    text = model_config.get("text_config") or model_config
+    experts = text.get("num_experts") or text.get("num_local_experts") or text.get("n_routed_experts")
+    used = text.get("num_experts_per_tok")
+    return used / experts if experts and used and ".experts." in name else 1.0

@@ -14,6 +14,7 @@ from ..modeling.checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, all_finite, 
 from ..modeling.checksums import tensor_checksum
 from ..modeling.tensors import Model
 from .compatibility import IncompatibleModelsError, is_matrix_shape, vocabulary_size
+from .stages import SCANNING
 
 # The squares of larger numbers, summed over a column, overflow in float32.
 _LARGEST = 1e15
@@ -70,6 +71,11 @@ class TensorPlan:
         """Number of matrices in the stack; 1 for a plain matrix."""
         return element_count(self.shape[:-2])
 
+    @property
+    def work(self) -> float:
+        """What decomposing its matrices takes, relative to other tensors: m n min(m, n) each."""
+        return float(element_count(self.shape)) * min(self.shape[-2:])
+
 
 def element_count(shape: tuple[int, ...]) -> int:
     """Return how many elements a tensor of this shape has."""
@@ -91,10 +97,14 @@ def scan(base: BaseTensors, finetuned: Model, progress: Progress) -> list[Tensor
     Raises:
         IncompatibleModelsError: if a tensor holds NaN or infinity where base and fine-tune differ.
     """
-    own = processes.share(finetuned.names(), lambda name: element_count(finetuned.shape(name)))
+
+    def size(name: str) -> int:
+        return element_count(finetuned.shape(name))
+
+    own = processes.share(finetuned.names(), size)
     tokens = vocabulary_size(finetuned)
     scanned = processes.together(
-        lambda: [scan_tensor(name, base, finetuned, tokens) for name in progress.track(own, "Scanning")]
+        lambda: [scan_tensor(name, base, finetuned, tokens) for name in progress.track(own, SCANNING, size)]
     )
     return sorted(itertools.chain(*scanned), key=lambda plan: plan.name)
 

@@ -13,6 +13,7 @@ import torch
 from ..calibration.text import check_vocabulary, text_name
 from ..coding.svd_cache import SvdCache
 from ..common import processes
+from ..common.progress import Progress
 from ..evaluation.reference import Reference
 from ..modeling.checkpoints import text_config
 from ..repository.report import CompressionReport, human_bytes
@@ -212,6 +213,7 @@ class _Search:
         if data is not None:
             return _Candidate(folder, CompressionReport.from_dict(json.loads(data)))
         method = replace(self._request.method, compression_ratio=ratio)
+        self._pair.progress = Progress(self._pair.progress.enabled)  # each ratio has the same stages
         with Workspace(folder, self._workspace) as own:
             report = compress_pair(self._pair, own, replace(self._request, method=method), self._svds.of)
         processes.in_first(lambda: write_checked(stored, json.dumps(report.to_dict()).encode()))

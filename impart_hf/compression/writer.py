@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from ..common.files import write_json
 from ..distillation import DistillReport
+from ..methods.base import GUESSED
 from ..modeling.checkpoints import DTYPE_NAMES
 from ..modeling.checksums import tensor_bytes
 from ..modeling.configuration_delta_compressed import FORMAT_VERSION
@@ -34,6 +35,7 @@ from ..repository.report import CompressionReport, TensorReport, human_bytes, re
 from ..repository.sidecar_files import copy_files
 from ..storage.safetensors_writer import Entry, header_bytes, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
+from .encoding import NOT_REACHED
 from .loading_class import auto_classes
 from .pair import ModelPair
 from .plan import CompressionPlan
@@ -146,6 +148,7 @@ def write_repository(
     origin: str,
     seconds: float,
     distilled: DistillReport | None,
+    calibrated: Set[str] = frozenset(),
 ) -> CompressionReport:
     """Write every file of a repository into the workspace, and return a report read back from the files.
 
@@ -155,6 +158,7 @@ def write_repository(
         origin: where the fine-tune comes from, as for `delta_card`.
         seconds: time taken so far.
         distilled: the report of distillation, or None.
+        calibrated: names of the weights whose inputs calibration has computed.
     """
     folder, finetuned = workspace.repository, pair.finetuned
     counted = _write_deltas(finetuned, workspace, plan.tensors, plan.max_shard_size)
@@ -168,7 +172,13 @@ def write_repository(
     for path in reader_files():
         shutil.copyfile(path, folder / path.name)
     for tensor in tensors:
-        tensor.notes = about.get(tensor.name, {}).get("notes", []) if tensor.kind == "encoded" else []
+        if tensor.kind == "encoded":
+            notes = about.get(tensor.name, {}).get("notes", [])
+            tensor.notes = [note for note in notes if note != GUESSED]
+            if tensor.name in calibrated and NOT_REACHED not in notes:
+                tensor.inputs = "calibrated"
+            elif GUESSED in notes:
+                tensor.inputs = "guessed"
     report = CompressionReport(
         method=config["method"],
         checkpoint_bytes=plan.checkpoint_bytes,

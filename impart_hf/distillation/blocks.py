@@ -65,7 +65,7 @@ def distill_blocks(
     progress: Progress,
 ) -> tuple[dict[str, bytes], DistillReport]:
     """Distil as `distill` does, in groups of `settings.blocks` layers."""
-    models = _BlockModels(base, finetuned, records, tokens, settings, arguments, progress)
+    models = _BlockModels(base, finetuned, records, tokens, settings, arguments)
     folder, count = Path(str(arguments.output_dir)), len(models.teacher.layers)
     current, trained, steps, best_steps = dict(records), set[str](), 0, 0
     # Input hidden states of the next group: the teacher's, the student's, and a student's with the original records.
@@ -88,7 +88,9 @@ def distill_blocks(
             outcome = _load(path)
         else:
             arguments.output_dir = str(folder / f"layers-{start}")
-            outcome = models.train(group, current, own, partial(loss, student_input))
+            layers = f"layers {start + 1} to {group.layers.stop} of {count}"
+            part = progress.part(layers, -(-(count - group.layers.stop) // settings.blocks))
+            outcome = models.train(group, current, own, partial(loss, student_input), part)
             outcome = processes.from_first(outcome)
             if processes.is_first():
                 _save(outcome, path)
@@ -174,7 +176,6 @@ class _BlockModels:
         tokens: Tensor,
         settings: DistillSettings,
         arguments: TrainingArguments,
-        progress: Progress,
     ):
         self._base, self._finetuned, self._tokens = base, finetuned, tokens
         self._arguments = arguments
@@ -189,7 +190,7 @@ class _BlockModels:
             sizes.setdefault(self.teacher.parameters[name], []).extend(own)
         self._fit = fit(self.teacher.model.config, sizes, settings, arguments, (len(tokens), tokens.shape[1]))
         self.record_trainer = RecordTrainer(
-            base, finetuned, len(tokens), settings, arguments, progress, self._fit.micro_batch_size
+            base, finetuned, len(tokens), settings, arguments, self._fit.micro_batch_size
         )
         self.teacher.load(self.teacher.embedding_names)
         # The tensors before the first layer are not trained, so that all students share them.
@@ -288,7 +289,12 @@ class _BlockModels:
         return relative_error(target, student_output)
 
     def train(
-        self, group: _Group, records: _Records, names: list[str], loss: Callable[[StreamedModel, Tensor], Tensor]
+        self,
+        group: _Group,
+        records: _Records,
+        names: list[str],
+        loss: Callable[[StreamedModel, Tensor], Tensor],
+        progress: Progress,
     ) -> Outcome:
         """Train the records of a group of layers."""
         student = self.student(records, group, frozenset(names))
@@ -296,5 +302,4 @@ class _BlockModels:
         deltas = self.record_trainer.attach(student.model, names, records, places)
         if self._fit.recomputes:
             recompute_layers(student.model)
-        title = f"Distilling layers {group.layers.start + 1} to {group.layers.stop} of {group.count}"
-        return self.record_trainer.train(deltas, partial(loss, student), title, "outputs")
+        return self.record_trainer.train(deltas, partial(loss, student), "outputs", progress)

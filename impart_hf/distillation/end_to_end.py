@@ -43,7 +43,7 @@ def distill_end_to_end(
     names = [name for name in records if name in places]
     student = load_model(finetuned, student_tensors(base, finetuned, records, names), dtype, arguments.device)
 
-    record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, progress, how.micro_batch_size)
+    record_trainer = RecordTrainer(base, finetuned, len(tokens), settings, arguments, how.micro_batch_size)
     deltas = record_trainer.attach(student, names, records, places)
     if how.recomputes:
         recompute_layers(student)
@@ -52,7 +52,7 @@ def distill_end_to_end(
     def loss(rows: Tensor) -> Tensor:
         return of_batch(tokens[rows.cpu()].to(arguments.device))
 
-    outcome = record_trainer.train(deltas, loss, "Distilling", "logits")
+    outcome = record_trainer.train(deltas, loss, "logits", progress)
     untrained = tuple(sorted(records.keys() - deltas.keys()))
     report = DistillReport(outcome.steps, outcome.best_step, outcome.before, outcome.after, untrained)
     return {name: record.tobytes() for name, record in {**records, **outcome.records}.items()}, report

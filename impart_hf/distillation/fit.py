@@ -62,7 +62,10 @@ def fit(
             try:
                 least = memory.forecast(size, recomputes)
             except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-                logger.warning(f"distillation: its memory cannot be forecast for this model ({error})")
+                logger.warning(
+                    f"distillation: its memory cannot be forecast for this model ({error}): if it runs out, give "
+                    "micro_batch_size=1, shorter sequences, or fewer layers at a time with blocks"
+                )
                 return Fit(batch, choices[-1])
             if least.device <= _USABLE * free:
                 return Fit(size, recomputes)

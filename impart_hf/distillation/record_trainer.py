@@ -53,12 +53,11 @@ class RecordTrainer:
         sequences: int,
         settings: DistillSettings,
         arguments: TrainingArguments,
-        progress: Progress,
         micro_batch_size: int,
     ):
         self.micro_batch_size = micro_batch_size
         self._base, self._finetuned = base, finetuned
-        self._settings, self._arguments, self._progress = settings, arguments, progress
+        self._settings, self._arguments = settings, arguments
         self._training, self.validation = split(sequences, settings.validation_share)
 
     def attach(
@@ -122,15 +121,15 @@ class RecordTrainer:
             ) from error
 
     def train(
-        self, deltas: Mapping[str, TrainedDelta], loss: Callable[[Tensor], Tensor], title: str, outputs: str
+        self, deltas: Mapping[str, TrainedDelta], loss: Callable[[Tensor], Tensor], outputs: str, progress: Progress
     ) -> Outcome:
         """Train deltas, and keep them if the numbers as stored in their records lower the held-out loss.
 
         Args:
             deltas: by tensor name, from `attach`.
             loss: gives the mean loss of the sequences with these indices, int64 (batch,).
-            title: title of the bar.
             outputs: the outputs that the loss compares, for messages.
+            progress: shows a bar over the steps.
 
         Raises:
             ValueError: if a loss is not finite.
@@ -147,7 +146,7 @@ class RecordTrainer:
             return Outcome({}, 0, 0, before, before)
         trainable = TrainableDeltas(deltas.values(), loss, self.micro_batch_size)
         settings, arguments = self._settings, self._arguments
-        steps, best_step = train(trainable, self._training, self.validation, settings, arguments, self._progress, title)
+        steps, best_step = train(trainable, self._training, self.validation, settings, arguments, progress)
         stored = {name: delta.fold() for name, delta in deltas.items()}
         after = self.mean(loss)
         if not after < before:

@@ -168,7 +168,6 @@ def train(
     settings: DistillSettings,
     arguments: TrainingArguments,
     progress: Progress,
-    title: str,
 ) -> tuple[int, int]:
     """Train, restore the numbers of the best check, and return the number of steps and the best step.
 
@@ -177,7 +176,7 @@ def train(
     Args:
         training, validation: indices of the sequences.
         arguments: from `arguments_for`.
-        title: title of the bar.
+        progress: shows a bar over the steps.
 
     Raises:
         ValueError: if a loss is not finite.
@@ -207,7 +206,7 @@ def train(
         _examples(training),
         arguments,
         [_Stopping(settings)],
-        title,
+        "Distilling",
         progress,
         None if checkpoint is None else str(checkpoint),
         eval_dataset=_examples(validation),

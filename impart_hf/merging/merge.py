@@ -18,7 +18,7 @@ from ..common.validation import byte_budget, shard_bytes
 from ..compression.compatibility import IncompatibleModelsError
 from ..compression.encoding import mask_seed
 from ..compression.pair import ModelPair
-from ..compression.pipeline import CompressionRequest, compress_pair, with_ratio_for
+from ..compression.pipeline import CompressionRequest, compress_pair, stages_of, with_ratio_for
 from ..methods import MethodConfig
 from ..modeling.checkpoints import all_finite
 from ..modeling.model_files import HubOptions
@@ -104,7 +104,7 @@ def merge(
     require_peft()
     processes.connect(str(device).startswith("cpu"))
     shard_size, device = shard_bytes(max_shard_size), usable_device(device)
-    bars = Progress(progress and processes.is_first())
+    bars = Progress(progress)
     wanted_bytes = byte_budget(max_bytes)
     if wanted_bytes is not None and compression is None:
         raise ValueError(
@@ -153,6 +153,9 @@ def compress_merge(
     """
     # Checks the budget before any work; the header of the file is not counted yet.
     with_ratio_for(method, max_bytes, merged.weight_bytes())
+    origin = merge_origin(merged.config.to_dict())
+    request = CompressionRequest(method, max_bytes, max_shard_size=max_shard_size, origin=origin)
+    progress.plan(["Merging", *stages_of(request)])
     with Workspace(output) as workspace:
         dense = workspace.scratch() / output.name
         processes.in_first(dense.mkdir)
@@ -166,8 +169,6 @@ def compress_merge(
             )
         )  # fmt: skip
         report = merged.report()
-        origin = merge_origin(merged.config.to_dict())
-        request = CompressionRequest(method, max_bytes, max_shard_size=max_shard_size, origin=origin)
         report.compression = compress_pair(pair, workspace, request)
         return report
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _METHODS: dict[str, type[MethodConfig]] = {}
 
+# The note on a matrix whose vectors were rounded for inputs that are estimated from its delta.
+GUESSED = "inputs guessed from the delta"
+
 
 @dataclass(frozen=True)
 class Encoded:

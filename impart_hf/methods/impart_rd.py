@@ -16,7 +16,7 @@ from ..coding.rate_distortion import Choice, Components, ErrorWeights, Matrix, a
 from ..coding.record_sizes import OVERHEAD_BYTES, factored_bytes, runs
 from ..common.validation import check_number
 from ..modeling.width_codes import level_widths
-from .base import Encoded, EncodingTask, MethodConfig, Spectrum
+from .base import GUESSED, Encoded, EncodingTask, MethodConfig, Spectrum
 from .settings import setting
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class ImPartRdConfig(MethodConfig):
         data = factored_record(
             task.delta, levels_u, scaled_sigma, levels_v, thresholds, widths_u, task.mask_seed, widths_v
         )
-        return Encoded(data, notes)
+        return Encoded(data, (*notes, GUESSED) if _guesses(task) else notes)
 
     def _encode_stack(self, tasks: list[EncodingTask]) -> list[Encoded]:
         import torch
@@ -149,7 +149,7 @@ class ImPartRdConfig(MethodConfig):
         moments = stacked_moments(hessians or deltas, _moments) if known_inputs else (None, None)
         records = stack.records(fits, *moments, compensated=True, transposed=tasks[0].transposed)
         for number, data in zip(stored, records, strict=True):
-            encoded[number] = Encoded(data)
+            encoded[number] = Encoded(data, () if hessians or not known_inputs else (GUESSED,))
         return encoded
 
     def _fitted(self, spectra: Sequence[np.ndarray], tasks: list[EncodingTask], norms: list[float]) -> list[Choice]:
@@ -223,9 +223,13 @@ def input_moments(task: EncodingTask) -> torch.Tensor | None:
     rows are combinations of inputs. The result is then None if rows are tokens, or if the delta is small: it is rounded
     with the weights, and an early step of Adam is nearly a sign, so that it says little of the inputs.
     """
-    if task.hessian is None and (task.vocabulary or _is_light(task)):
-        return None
-    return _moments(task.delta.t() @ task.delta) if task.hessian is None else _shared_moments()(task.hessian)
+    if task.hessian is not None:
+        return _shared_moments()(task.hessian)
+    return _moments(task.delta.t() @ task.delta) if _guesses(task) else None
+
+
+def _guesses(task: EncodingTask) -> bool:
+    return task.hessian is None and not task.vocabulary and not _is_light(task)
 
 
 def _is_light(task: EncodingTask) -> bool:

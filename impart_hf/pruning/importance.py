@@ -122,7 +122,7 @@ def compute_importance(
             on_cuda = arguments.device.type == "cuda"
             lora = add_lora(load_model(checkpoint, torch.bfloat16 if on_cuda else torch.float32), rank, alpha, seed)
             gradients = _Gradients(lora, shape, keep=masks and is_first)
-            losses = train(lora, tokens, arguments, gradients, title="Importance", progress=Progress(progress))
+            losses = train(lora, tokens, arguments, gradients, title="Scoring", progress=Progress(progress))
             if folder is not None:
                 settings = {
                     "data": text_name(data),

@@ -159,12 +159,13 @@ def recover(
             trained = load_model(checkpoint, _training_dtype(checkpoint, lora, arguments.device))
             before = _perplexity(trained, held_out, arguments)
             bar = Progress(progress)
+            bar.plan(["Training", "Writing"])
             if lora:
                 adapted = add_lora(trained, rank, alpha, seed)
-                losses = train(adapted, tokens, arguments, title="Recovery", progress=bar)
+                losses = train(adapted, tokens, arguments, title="Training", progress=bar)
                 trained = adapted.merge_and_unload()
             else:
-                losses = train(trained, tokens, arguments, title="Recovery", progress=bar)
+                losses = train(trained, tokens, arguments, title="Training", progress=bar)
             _round(trained, checkpoint)
             after = _perplexity(trained, held_out, arguments)
             if folder is not None:

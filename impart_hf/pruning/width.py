@@ -160,6 +160,7 @@ def prune_width(
     with LockedFolder(output.parent, f".{output.name}.work-") as scratch:
         corrected: dict[str, Path] = {}
         if calibration is not None:
+            bars.plan(["Calibrating", "Writing"])
             columns = _columns(kept, shape.head_dim)
             corrected = corrected_weights(
                 checkpoint, columns, calibration, calibration_samples, calibration_length, device, scratch, bars

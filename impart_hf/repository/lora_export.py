@@ -23,7 +23,7 @@ from ..common.checkpoint_layout import CheckpointLayout
 from ..common.devices import usable_device
 from ..common.meta_model import meta_model
 from ..common.names import is_on_hub, public_name
-from ..common.progress import Progress
+from ..common.progress import Bar, Progress
 from ..modeling.checkpoints import DTYPE_NAMES
 from ..modeling.checksums import tensor_bytes
 from ..modeling.delta_repository import DeltaRepository
@@ -142,7 +142,8 @@ def export_lora(
         entries = [entry for target in targets for entry in _entries(repository, target, rank, device, report)]
         report.adapter_bytes = sum(entry.size for entry in entries)
         config.save_pretrained(folder)
-        write_safetensors(folder / ADAPTER_FILE, list(_tracked(entries, progress)), {"format": "pt"})
+        with progress.bar(len(entries), "Decomposing") as bar:
+            write_safetensors(folder / ADAPTER_FILE, [_tracked(entry, bar) for entry in entries], {"format": "pt"})
         for name in changed:
             if name not in linear:
                 report.left_out[name] = _norm_of_delta(repository, name, device)
@@ -255,17 +256,16 @@ def _entries(
         yield Entry(entry, DTYPE_NAMES[dtype], shape, size, partial(factor, which))
 
 
-def _tracked(entries: list[Entry], progress: Progress) -> Iterator[Entry]:
-    """Yield the entries, advancing a bar as their data is written."""
-    bar = progress.bar(len(entries) // 2, "Decomposing")
+def _tracked(entry: Entry, bar: Bar) -> Entry:
+    """Return the entry; the bar advances when its data is written."""
 
-    def data(entry: Entry) -> bytes:
+    def data() -> bytes:
+        bar.show(entry.name)
         written = entry.data()
-        bar.update(0.5)
+        bar.update()
         return written
 
-    for entry in entries:
-        yield Entry(entry.name, entry.dtype, entry.shape, entry.size, partial(data, entry))
+    return Entry(entry.name, entry.dtype, entry.shape, entry.size, data)
 
 
 def _delta(repository: DeltaRepository, name: str, device: torch.device) -> torch.Tensor:

@@ -11,6 +11,7 @@ from ..distillation import DistillReport
 from ..modeling.delta_record import FACTORED, parse_stack
 from ..modeling.delta_repository import BASE_CHECKSUMS, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
 from ..modeling.width_codes import bits_of
+from .parts import Part, parts_of
 from .target_report import TargetReport
 
 
@@ -44,6 +45,8 @@ class TensorReport:
             those of its first matrix.
         keep_ratio: share of entries kept in the stored columns, the mean over a stack.
         relative_error: ||delta - decoded|| / ||delta||, the root mean square over a stack.
+        inputs: how the layer's inputs are known for which values were rounded: "calibrated" on a text, "guessed" from
+            the delta, None if they are not. Not known of a repository that was made before.
         notes: the method's notes.
     """
 
@@ -56,6 +59,7 @@ class TensorReport:
     bits: tuple[tuple[int, ...], ...] = ()
     keep_ratio: float | None = None
     relative_error: float | None = None
+    inputs: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,9 +117,40 @@ class CompressionReport:
         """The compression ratio reached: bytes of the checkpoint over bytes of the repository."""
         return self.checkpoint_bytes / self.repository_bytes
 
+    @property
+    def parts(self) -> list[Part]:
+        """Where the repository's bytes are."""
+        return parts_of(self.tensors, self.repository_bytes)
+
+    @property
+    def encoded_tensors(self) -> list[TensorReport]:
+        """The tensors that are stored as records."""
+        return [tensor for tensor in self.tensors if tensor.kind == "encoded"]
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """How many encoded tensors have `TensorReport.inputs` "calibrated", "guessed" and, as "unknown", None."""
+        found = [tensor.inputs or "unknown" for tensor in self.encoded_tensors]
+        return {kind: found.count(kind) for kind in ("calibrated", "guessed", "unknown")}
+
+    @property
+    def stored_whole(self) -> dict[str, int]:
+        """How many tensors are stored whole, by the reason."""
+        whole = [tensor for tensor in self.tensors if tensor.kind != "encoded"]
+        reasons = ["rows of added tokens" if t.kind == "added rows" else _reason(t.shape) for t in whole]
+        return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+
     def to_dict(self) -> dict[str, Any]:
         target = None if self.target is None else self.target.to_dict()
-        return {**asdict(self), "target": target, "ratio": self.ratio, "requested_ratio": self.requested_ratio}
+        return {
+            **asdict(self),
+            "target": target,
+            "ratio": self.ratio,
+            "requested_ratio": self.requested_ratio,
+            "parts": [asdict(part) for part in self.parts],
+            "inputs": self.inputs,
+            "stored_whole": self.stored_whole,
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "CompressionReport":
@@ -125,6 +160,10 @@ class CompressionReport:
         if (distilled := fields["distilled"]) is not None:
             own["distilled"] = DistillReport(**distilled | {"untrained": tuple(distilled["untrained"])})
         return cls(**own)
+
+
+def _reason(shape: tuple[int, ...]) -> str:
+    return "norms and biases" if len(shape) < 2 else "too small for a record"
 
 
 def tensor_report(name: str, data: Any) -> TensorReport:

@@ -73,7 +73,10 @@ def sidecar_files(source: str, options: HubOptions) -> dict[str, Path]:
         if not _is_sidecar_file(PurePosixPath(name), has_code, vocabulary) or is_reader_file(name, listed):
             continue
         if size > _LARGEST:
-            logger.warning(f"'{source}' has the file {name} of {size} bytes, which is not copied: it is too large")
+            logger.warning(
+                f"'{source}' has the file {name} of {size} bytes, which is too large to be copied: copy it into the "
+                "result if the model needs it"
+            )
             continue
         if path := fetch_file(source, name, options):
             files[name] = path

@@ -131,10 +131,10 @@ def write_weights(
     needed = sum(tensor.size for tensor in tensors)
     first, each = (processes.in_first, processes.each) if together else (_alone, _alone)
     first(lambda: check_room(folder, needed))
-    with progress.bar(needed, title, "B") as bar:
+    with progress.bar(needed, title) as bar:
 
         def data(tensor: DenseTensor) -> bytes:
-            bar.set_postfix_str(tensor.name)
+            bar.show(tensor.name)
             made = tensor.make()
             if tuple(made.shape) != tensor.shape or made.dtype != tensor.dtype:
                 raise ValueError(

@@ -21,9 +21,19 @@ from .folder_lock import LOCK_FILE, FolderLock
 from .output import check_output, check_visible, existing_parent, named_errors
 
 _PLAN, _SCRATCH, _BUDGETS, _SCAN, _SPECTRA = "plan.json", "scratch", "budgets.json", "scan.json", "spectra"
-_TAKEN, _DISTILLED = "taken", "distilled"
+_TAKEN, _DISTILLED, _SENSITIVITIES = "taken", "distilled", "sensitivities.json"
 # Free space required in addition to the records and the file that is made of them.
 _SPARE_BYTES = 16 << 20
+
+
+def _json_of(path: Path, make: Callable[[], Any]) -> Any:
+    """Return the content of a file, which is made by `make` unless it is there and whole."""
+    data = read_checked(path)
+    if data is None:
+        data = json.dumps(make()).encode()
+        path.parent.mkdir(exist_ok=True)
+        write_checked(path, data)
+    return json.loads(data)
 
 
 def _fingerprint(plan: Path) -> str | None:
@@ -231,12 +241,11 @@ class Workspace:
 
     def budgets(self, make: Callable[[], dict[str, list[int]]]) -> dict[str, list[int]]:
         """Return the byte budgets of every tensor's matrices, made by `make` unless an earlier run stored them."""
-        path = self.folder / _BUDGETS
-        data = read_checked(path)
-        if data is None:
-            data = json.dumps(make()).encode()
-            write_checked(path, data)
-        return json.loads(data)
+        return _json_of(self.folder / _BUDGETS, make)
+
+    def sensitivities(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Return what errors in each tensor count for, made by `make` unless it is stored beside the spectra."""
+        return _json_of(self._spectra / _SENSITIVITIES, make)
 
     def states(self) -> Path:
         """Return the folder for hidden states, kept until the workspace is published; a resumed run uses it."""

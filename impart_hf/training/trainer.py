@@ -160,7 +160,7 @@ def train(
         arguments: from `training_arguments`.
         callback: an additional callback.
         title: title of the bar.
-        progress: shows a bar over the steps, in the first process.
+        progress: shows a bar over the steps.
 
     Returns:
         The loss of every step, in nats per token, the mean over all processes.
@@ -197,7 +197,7 @@ def run_trainer(
         arguments: from `training_arguments`.
         callbacks: called before the bar moves.
         title: title of the bar.
-        progress: shows the bar, in the first process.
+        progress: shows the bar.
         checkpoint: folder of the checkpoint to resume from.
         more: additional arguments of the Trainer.
 
@@ -207,7 +207,7 @@ def run_trainer(
     # An epoch's last batch is dropped if it is smaller, because its gradient is noisier; a text that does not fill one
     # batch is used as a small batch.
     arguments.dataloader_drop_last = len(examples) >= arguments.per_device_train_batch_size * arguments.world_size
-    watch = StepWatch(title, Progress(progress.enabled and arguments.process_index == 0))
+    watch = StepWatch(title, progress)
     try:
         trainer = kind(model=model, args=arguments, train_dataset=examples, callbacks=[*callbacks, watch], **more)
         trainer.remove_callback(PrinterCallback)
@@ -246,8 +246,11 @@ class StepWatch(TrainerCallback):
         self._held_out = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._bar = self._progress.bar(state.max_steps, self._title)
-        self._bar.update(state.global_step)  # above 0 if the run is resumed
+        # Steps were taken before if the run is resumed.
+        self._bar = self._progress.bar(state.max_steps, self._title, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.finish()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs:  # the summary at the end of training has none
@@ -258,12 +261,12 @@ class StepWatch(TrainerCallback):
                 f"the loss of step {state.global_step} is {loss}: check the model's weights, or lower the learning rate"
             )
         self.losses.append(loss)
-        self._bar.set_postfix_str(f"loss {loss:.4f}{self._held_out}", refresh=False)
+        self._bar.show(f"loss {loss:.4f}{self._held_out}")
         self._bar.update()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         self._held_out = f", held out {metrics['eval_loss']:.4f}"
-        self._bar.set_postfix_str(f"loss {self.losses[-1]:.4f}{self._held_out}")
+        self._bar.show(f"loss {self.losses[-1]:.4f}{self._held_out}")
 
     def close(self) -> None:
         """Close the bar."""

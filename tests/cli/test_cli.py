@@ -38,8 +38,12 @@ def test_compress_prints_what_is_on_disk(tiny_pair: Pair, tmp_path: Path, capsys
     assert report["checkpoint_bytes"] == (tiny_pair.finetuned / "model.safetensors").stat().st_size
     assert report["ratio"] == pytest.approx(report["checkpoint_bytes"] / counted)
     assert report["method"]["seed"] == 7 and report["method"]["value_dtype"] == "bfloat16"
-    # the progress bar names the tensor at work
-    assert "model.layers.0" in printed.err and "100%" in printed.err
+    assert printed.err.splitlines()[0] == "1/3 Scanning"  # without a terminal there are no bars
+    parts = {part["kind"]: part for part in report["parts"]}
+    assert sum(part["bytes"] for part in parts.values()) == counted
+    assert sum(part["share"] for part in parts.values()) == pytest.approx(1)
+    assert report["inputs"] == {"calibrated": 0, "guessed": 0, "unknown": parts["attention"]["tensors"] + 8}
+    assert report["next"][0] == f"impart-hf inspect {out}"
 
 
 def test_inspect_table_and_json(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,9 @@ def test_compressed_calibrated_and_distilled_by_blocks(
     assert wanted.isdisjoint(report.distilled.untrained) and matrices - language <= set(report.distilled.untrained)
     if name in EXPERTS:
         assert any("experts" in tensor for tensor in wanted)
+    kinds = {part.kind for part in report.parts}
+    assert {"attention", "embeddings and output"} < kinds and "others" not in kinds
+    assert ("images" in kinds) == (name in NESTED) and ("experts" in kinds) == (name in EXPERTS)
     auto_class: Any = AutoModelForImageTextToText if name in NESTED else AutoModelForCausalLM
     loaded, info = auto_class.from_pretrained(tmp_path / "delta", output_loading_info=True)
     whole = AutoConfig.from_pretrained(pair.finetuned).architectures[0]

@@ -18,7 +18,6 @@ from impart_hf import DareConfig, ImPartConfig, ImPartQtConfig, ImPartRdConfig, 
 from impart_hf.common import partial_logits, token_losses
 from impart_hf.common.live_bytes import LiveBytes
 from impart_hf.common.partial_logits import LogitsOf
-from impart_hf.common.progress import Progress
 from impart_hf.distillation import DistillSettings, fit, text
 from impart_hf.distillation.distillation import distill as distill_records
 from impart_hf.distillation.memory import DeltaSize, DistillationMemory, Forecast, checkpoint_bytes_for
@@ -225,7 +224,7 @@ def test_settings_of_memory_out_of_range(field: str, value: Any) -> None:
 
 
 def record_trainer(pair: Pair, arguments: Any, settings: DistillSettings) -> RecordTrainer:
-    return RecordTrainer(*checkpoints(pair), len(TOKENS), settings, arguments, Progress(False), 8)
+    return RecordTrainer(*checkpoints(pair), len(TOKENS), settings, arguments, 8)
 
 
 def test_a_micro_batch_that_runs_out_of_memory_is_halved(tiny_pair: Pair) -> None:

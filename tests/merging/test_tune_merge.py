@@ -228,7 +228,7 @@ def test_merge_as_a_command(family, tmp_path, capsys):
     ]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert "without calibration" in text and "--calibration" not in text  # an option that `merge` has not
+    assert "no calibration" in text and "--calibration" not in text  # an option that `merge` has not
     for option, value in (("--ratio", "4"), ("--beta", "0.5"), ("--push", "user/x"), ("--base-name", "user/base")):
         assert main(["merge", str(family / "ties.yaml"), str(tmp_path / "no"), option, value]) == 1
         assert re.search(naming(option, "--method"), capsys.readouterr().err)
