@@ -68,9 +68,9 @@ def _text_config(source: str) -> Any:
 
 
 def timed_load(source: str, device: str) -> dict[str, float]:
-    """Return what `load_timed` measures, and the seconds in which a delta's model compares its weights with those loaded.
+    """Return what `load_timed` measures, and the seconds it takes a delta's model to compare its weights.
 
-    The comparison reads what loading read to take its checksums.
+    The comparison with those loaded reads what loading read to take its checksums.
     """
     model, found = load_timed(source, device)
     started = time.perf_counter()

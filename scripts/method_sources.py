@@ -36,20 +36,23 @@ def code_digest(name: str) -> str:
     found = {Path(inspect.getfile(method_class(method))), ROOT / "compression" / "budgets.py"}
     for step in steps:
         found.update((ROOT / _STEPS[step]).glob("*.py"))
+    trees: dict[Path, ast.Module] = {}
     waiting = list(found)
     while waiting:
-        new = set(_imported(waiting.pop())) - found
+        path = waiting.pop()
+        trees[path] = ast.parse(path.read_text("utf-8"))
+        new = set(_imported(path, trees[path])) - found
         found |= new
         waiting += new
     digest = hashlib.sha256(__version__.encode())
-    for path in sorted(found):
-        digest.update(path.name.encode() + _code(path).encode())
+    for path in sorted(trees):
+        digest.update(path.name.encode() + _code(trees[path]).encode())
     return digest.hexdigest()[:12]
 
 
-def _imported(path: Path) -> Iterator[Path]:
+def _imported(path: Path, tree: ast.Module) -> Iterator[Path]:
     """Yield the modules of the followed packages that a module imports relatively."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             for file in (folder.with_suffix(".py"), *(folder / f"{name.name}.py" for name in node.names)):
@@ -57,8 +60,7 @@ def _imported(path: Path) -> Iterator[Path]:
                     yield file
 
 
-def _code(path: Path) -> str:
-    tree = ast.parse(path.read_text("utf-8"))
+def _code(tree: ast.Module) -> str:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]

@@ -125,9 +125,8 @@ def headline(results: Results, pair: str) -> str:
         f"calibration text. The base itself is at {about['base']['kl']:.2f}. {_dashes(results)}",
         measure.table([line(method, found) for method, found in rows.items()]),
     ]
-    verdict = _verdict(results, pair, "without text")
-    if verdict:
-        parts.append(f"At equal bytes, `{OURS}` has this share of the best other method's KL: {verdict}.")
+    if shares := verdict(results, pair, "without text"):
+        parts.append(f"At equal bytes, `{OURS}` has this share of the best other method's KL: {shares}.")
     return "\n\n".join([*parts, _machine(results)])
 
 
@@ -135,9 +134,9 @@ def document(results: Results, pairs: Sequence[str]) -> str:
     """Return the results page's part."""
     settings = results.settings
     parts = [
-        f"Measured on {_measured_on(results.pairs[pairs[0]], results)}. Calibrated and distilled on {settings['samples']} "
-        f"sequences of {settings['length']} tokens, distilled for {settings['steps']} steps. KL is KL(fine-tune ‖ "
-        f"compressed), nats per token. {_dashes(results)} {_machine(results)}",
+        f"Measured on {_measured_on(results.pairs[pairs[0]], results)}. Calibrated and distilled on "
+        f"{settings['samples']} sequences of {settings['length']} tokens, distilled for {settings['steps']} steps. KL "
+        f"is KL(fine-tune ‖ compressed), nats per token. {_dashes(results)} {_machine(results)}",
         _pairs(results, pairs),
     ]
     if results.stale:
@@ -156,7 +155,7 @@ def document(results: Results, pairs: Sequence[str]) -> str:
     ]
     for pair in pairs:
         parts += [f"### The pair {pair}", f"![KL against bytes on disk, {pair}]({_picture(pair)})"]
-        parts += [_goals(results, pair)]
+        parts += [goals(results, pair)]
         for title, text, cell in tables:
             parts.append(f"**{title}.** {text}".strip() + f"\n\n{_table(results, pair, cell)}")
         if cost := _cost(results, pair):
@@ -274,12 +273,12 @@ def _compared(results: Results, pair: str, effort: str) -> dict[float, tuple[Row
     return found
 
 
-def _verdict(results: Results, pair: str, effort: str) -> str:
+def verdict(results: Results, pair: str, effort: str) -> str:
     compared = {ratio: ours["kl"] / best for ratio, (ours, best, _) in _compared(results, pair, effort).items()}
     return ", ".join(f"{share:.2f} at {ratio:g}" for ratio, share in compared.items() if not math.isnan(share))
 
 
-def _goals(results: Results, pair: str) -> str:
+def goals(results: Results, pair: str) -> str:
     """Compare impart-rd with the best other method at equal bytes, and with the goal."""
     lines, told = [], []
     for effort, goal in _GOALS.items():
@@ -323,11 +322,13 @@ def _others(results: Results, pair: str) -> Iterable[str]:
             {"model": line["generated"], "records": line["count"], "exact match": _per_cent(line, "exact_match")}
             for line in generated
         ]
-        yield f"**Generated answers.** Right numbers of greedy answers, per cent ± standard error.\n\n{measure.table(rows)}"
-    titles = {
-        "load": f"**Loading at {_COST_AT:g}**, against the dense fine-tune (`scripts/benchmark_load.py --pair`).",
-        "serving": f"**vLLM's start at {_COST_AT:g}** (`scripts/benchmark_serving.py --pair`).",
+        title = "**Generated answers.** Right numbers of greedy answers, per cent ± standard error."
+        yield f"{title}\n\n{measure.table(rows)}"
+    benchmarks = {
+        "load": ("loads", f"**Loading at {_COST_AT:g}**, against the dense fine-tune"),
+        "serving": ("starts", f"**vLLM's start at {_COST_AT:g}**"),
     }
     for line in (line for line in own if "benchmark" in line):
-        found = line["found"]
-        yield f"{titles[line['benchmark']]}\n\n{measure.table(found['loads' if line['benchmark'] == 'load' else 'starts'])}"
+        rows, title = benchmarks[line["benchmark"]]
+        script = f"`scripts/benchmark_{line['benchmark']}.py --pair`"
+        yield f"{title} ({script}).\n\n{measure.table(line['found'][rows])}"

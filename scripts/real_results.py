@@ -53,8 +53,8 @@ WITH_TEXT = (
 FIRST = (32.0, 128.0)  # the ratios that are run first, and the only ones of distilled runs
 RATIOS = (8.0, 16.0, 32.0, 64.0, 128.0, 400.0)
 PAIRS = ("lora", "full", "embeddings")
-_SERVED = "impart-rd"  # the method whose delta vLLM starts with
-_LOADED = "impart-rd,impart-qt,bitdelta"
+SERVED = "impart-rd"  # the method whose delta vLLM starts with
+LOADED = "impart-rd,impart-qt,bitdelta"  # the methods whose deltas are loaded beside the dense fine-tune
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Benchmark:
 
     @property
     def made_by(self) -> str:
-        return _SERVED
+        return SERVED
 
 
 Job = Run | Generation | Benchmark
@@ -157,9 +157,11 @@ def jobs(pairs: Sequence[Pair], arguments: argparse.Namespace) -> list[Job]:
 
 
 def _runs(pairs: Sequence[Pair], arguments: argparse.Namespace) -> Iterator[tuple[int, str, float, Pair]]:
+    """Yield seed, method, ratio and pair; distilled runs take too long for more than one seed."""
     for method in arguments.methods:
-        random = method_class(method.partition("+")[0]).drops_entries
-        for seed in arguments.seeds if random else arguments.seeds[:1]:
+        name, *steps = method.split("+")
+        several = method_class(name).drops_entries and "distill" not in steps
+        for seed in arguments.seeds if several else arguments.seeds[:1]:
             yield from ((seed, method, ratio, pair) for ratio in arguments.ratios for pair in pairs)
 
 
@@ -244,7 +246,7 @@ class Study:
     def _benchmark(self, job: Benchmark, folder: Path) -> dict[str, Any]:
         script = Path(__file__).with_name(f"benchmark_{job.name}.py")
         file = folder / "found.json"
-        own = ["--methods", _LOADED] if job.name == "load" else ["--method", _SERVED]
+        own = ["--methods", LOADED] if job.name == "load" else ["--method", SERVED]
         command = [sys.executable, script, "--pair", job.pair.base, job.pair.finetuned, *own, "--repeats", "3"]
         done = subprocess.run(
             [*map(str, command), "--ratio", f"{FIRST[0]:g}", "--work", str(folder), "--json", str(file)],
