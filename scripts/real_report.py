@@ -16,6 +16,7 @@ from impart_hf.methods import method_names
 
 MARKERS = "real results"
 OURS = "impart-rd"
+_HEADLINE = (16.0, 32.0, 128.0, 400.0)  # the ratios in README
 _COST_AT = 32.0  # the ratio of the columns and tables of cost
 # The goal: KL of impart-rd, of that of the best other method at equal bytes, from the lowest ratio on
 _GOALS = {"without text": 0.67, "with text": 0.5}
@@ -54,10 +55,7 @@ class Results:
         self.failed = {(line["pair"], line["method"], line["asked"]) for line in newest.values() if _failed_run(line)}
         self.others = [line for line in newest.values() if "method" not in line]
         self.ratios = sorted({line["asked"] for line in newest.values() if "asked" in line})
-        machines = [line["machine"] for line in lines]
-        self.machines = sorted(
-            {", ".join(f"{k} {v}" for k, v in own.items() if k != "load average") for own in machines}
-        )
+        self.machines = sorted({_machine(line["machine"]) for line in lines})
         self.stale = sorted(" ".join(map(str, self._key(line))) for line in newest.values() if _is_stale(line))
 
     @staticmethod
@@ -109,25 +107,27 @@ def _picture(pair: str) -> str:
 
 def headline(results: Results, pair: str) -> str:
     """Return README's table: every method without text on one pair."""
-    about, rows = results.pairs[pair], _without_text(results.rows[pair])
+    about = results.pairs[pair]
+    ratios = [ratio for ratio in results.ratios if ratio in _HEADLINE] or results.ratios
+    rows = {method: found for method, found in results.rows[pair].items() if "+" not in method}
 
     def line(method: str, found: Mapping[float, Row]) -> dict[str, str]:
-        values = {f"{ratio:g}": _cell(results, pair, method, ratio, _kl) for ratio in results.ratios}
+        values = {f"{ratio:g}": _cell(results, pair, method, ratio, _mean_kl) for ratio in ratios}
         cost = found.get(_COST_AT)
         return {"method": f"`{method}`"} | values | {
             f"MB at {_COST_AT:g}": _megabytes(cost["bytes"]) if cost else "–",
-            f"encoded in, at {_COST_AT:g}": f"{cost['seconds']:.0f} s" if cost else "–",
+            f"encoding at {_COST_AT:g}, s": f"{cost['seconds']:.0f}" if cost else "–",
         }  # fmt: skip
 
     parts = [
-        f"KL divergence of the compressed model from the fine-tune, nats per token (lower is better), at "
-        f"{len(results.ratios)} compression ratios: {_described(pair, about)}, on {_measured_on(about, results)}; no "
-        f"calibration text. The base itself is at {about['base']['kl']:.2f}. {_dashes(results)}",
+        "KL divergence from the fine-tune, nats per token (lower is better), by compression ratio, without "
+        f"calibration text. Gemma 3 270M's fine-tune `{pair}`, {_measured_on(about, results)}; the base is at "
+        f"{about['base']['kl']:.2f}. {_dashes(results)}",
         measure.table([line(method, found) for method, found in rows.items()]),
     ]
-    if shares := verdict(results, pair, "without text"):
-        parts.append(f"At equal bytes, `{OURS}` has this share of the best other method's KL: {shares}.")
-    return "\n\n".join([*parts, _machine(results)])
+    if shares := verdict(results, pair, "without text", ratios):
+        parts.append(f"`{OURS}`'s KL, of the best other method's at equal bytes: {shares}.")
+    return "\n\n".join([*parts, _machines(results)])
 
 
 def document(results: Results, pairs: Sequence[str]) -> str:
@@ -136,7 +136,7 @@ def document(results: Results, pairs: Sequence[str]) -> str:
     parts = [
         f"Measured on {_measured_on(results.pairs[pairs[0]], results)}. Calibrated and distilled on "
         f"{settings['samples']} sequences of {settings['length']} tokens, distilled for {settings['steps']} steps. KL "
-        f"is KL(fine-tune ‖ compressed), nats per token. {_dashes(results)} {_machine(results)}",
+        f"is KL(fine-tune ‖ compressed), nats per token. {_dashes(results)} {_machines(results)}",
         _pairs(results, pairs),
     ]
     if results.stale:
@@ -156,6 +156,8 @@ def document(results: Results, pairs: Sequence[str]) -> str:
     for pair in pairs:
         parts += [f"### The pair {pair}", f"![KL against bytes on disk, {pair}]({_picture(pair)})"]
         parts += [goals(results, pair)]
+        errors = [run["kl_error"] / run["kl"] for run in results.runs[pair]]
+        parts.append(f"The standard error of a KL over records is {min(errors):.0%} to {max(errors):.0%} of it.")
         for title, text, cell in tables:
             parts.append(f"**{title}.** {text}".strip() + f"\n\n{_table(results, pair, cell)}")
         if cost := _cost(results, pair):
@@ -167,14 +169,6 @@ def document(results: Results, pairs: Sequence[str]) -> str:
     return "\n\n".join(parts)
 
 
-def _without_text(rows: Rows) -> Rows:
-    return {method: found for method, found in rows.items() if "+" not in method}
-
-
-def _described(pair: str, about: Row) -> str:
-    return f"the fine-tune `{pair}` of {about['parameters'] / 1e6:.0f} M parameters"
-
-
 def _measured_on(about: Row, results: Results) -> str:
     found = about["finetuned"]
     return f"{found['tokens']:,} answer tokens of {found['records']} records of {results.settings['text']}"
@@ -184,12 +178,22 @@ def _dashes(results: Results) -> str:
     return "–: not run." + (" ×: out of the method's reach." if results.failed else "")
 
 
-def _machine(results: Results) -> str:
+def _machines(results: Results) -> str:
     return f"Machine: {'; '.join(results.machines)}."
+
+
+def _machine(own: Row) -> str:
+    """Describe a machine, without what changes from run to run."""
+    name = own.get("gpu", f"{own['cpu']}, {own['threads']} of {own['cores']} cores")
+    return f"{name}, torch {own['torch']}"
 
 
 def _kl(row: Row) -> str:
     return in_digits(row, "kl")
+
+
+def _mean_kl(row: Row) -> str:
+    return in_digits({**row, "seeds": 1}, "kl")
 
 
 def _agreement(row: Row) -> str:
@@ -273,9 +277,11 @@ def _compared(results: Results, pair: str, effort: str) -> dict[float, tuple[Row
     return found
 
 
-def verdict(results: Results, pair: str, effort: str) -> str:
-    compared = {ratio: ours["kl"] / best for ratio, (ours, best, _) in _compared(results, pair, effort).items()}
-    return ", ".join(f"{share:.2f} at {ratio:g}" for ratio, share in compared.items() if not math.isnan(share))
+def verdict(results: Results, pair: str, effort: str, ratios: Sequence[float]) -> str:
+    """Return impart-rd's share of the best other method's KL at equal bytes, for each of these ratios."""
+    compared = _compared(results, pair, effort)
+    shares = {ratio: ours["kl"] / best for ratio, (ours, best, _) in compared.items() if ratio in ratios}
+    return ", ".join(f"{share:.2f} at {ratio:g}" for ratio, share in shares.items() if not math.isnan(share))
 
 
 def goals(results: Results, pair: str) -> str:

@@ -294,7 +294,8 @@ def test_report(study: Path, checkout: Path) -> None:
 
 def test_verdict() -> None:
     """At equal bytes; with text, the better of our runs against the best of all others."""
-    about = {"pair": "p", "about": {}, "settings": {}, "machine": {}}
+    machine = {"cpu": "one", "cores": 2, "threads": 1, "torch": "2"}
+    about = {"pair": "p", "about": {}, "settings": {}, "machine": machine}
     rest = dict.fromkeys((*report._NUMBERS, "seed"), 0) | {"pair": "p", "made_by": "", "code": ""} | about
     del rest["about"]
 
@@ -306,8 +307,9 @@ def test_verdict() -> None:
     lines += [line("impart-rd+calibration", 16, 100, 0.05), line("impart-rd+distill", 16, 100, 0.01)]
     lines += [line("dare+distill", 16, 100, 0.02), line("impart-rd", 128, 10, 1.0)]
     results = report.Results(lines)
-    assert report.verdict(results, "p", "without text") == "5.00 at 8, 0.50 at 16, 1.25 at 32"
+    assert report.verdict(results, "p", "without text", [16, 32, 128]) == "0.50 at 16, 1.25 at 32"
     text = report.goals(results, "p")
+    assert "| without text | 5.00 (0.1 of 0.02, dare) |" in text and results.machines == ["one, 1 of 2 cores, torch 2"]
     assert "| with text | – | 0.50 (distill 0.01 of 0.02, dare+distill) | – | – |" in text
     assert "without text, at most 0.67 from 16 on: met at 16; missed at 32 by 0.58\n" in text
     assert "with text, at most 0.5 from 16 on: met at 16" in text
