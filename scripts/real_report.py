@@ -17,7 +17,7 @@ from impart_hf.methods import method_names
 MARKERS = "real results"
 OURS = "impart-rd"
 _HEADLINE = (16.0, 32.0, 128.0, 400.0)  # the ratios in README
-_COST_AT = 32.0  # the ratio of the columns and tables of cost
+COST_AT = 32.0  # the ratio of the columns and tables of cost
 # The goal: KL of impart-rd, of that of the best other method at equal bytes, from the lowest ratio on
 _GOALS = {"without text": 0.67, "with text": 0.5}
 _GOAL_FROM = 16.0
@@ -113,10 +113,10 @@ def headline(results: Results, pair: str) -> str:
 
     def line(method: str, found: Mapping[float, Row]) -> dict[str, str]:
         values = {f"{ratio:g}": _cell(results, pair, method, ratio, _mean_kl) for ratio in ratios}
-        cost = found.get(_COST_AT)
+        cost = found.get(COST_AT)
         return {"method": f"`{method}`"} | values | {
-            f"MB at {_COST_AT:g}": _megabytes(cost["bytes"]) if cost else "–",
-            f"encoding at {_COST_AT:g}, s": f"{cost['seconds']:.0f}" if cost else "–",
+            f"MB at {COST_AT:g}": _megabytes(cost["bytes"]) if cost else "–",
+            f"encoding at {COST_AT:g}, s": f"{cost['seconds']:.0f}" if cost else "–",
         }  # fmt: skip
 
     parts = [
@@ -162,7 +162,7 @@ def document(results: Results, pairs: Sequence[str]) -> str:
             parts.append(f"**{title}.** {text}".strip() + f"\n\n{_table(results, pair, cell)}")
         if cost := _cost(results, pair):
             parts.append(
-                f"**Cost at {_COST_AT:g}.** The tokenizer's bytes, and the loading code's, come on top. Memory is the "
+                f"**Cost at {COST_AT:g}.** The tokenizer's bytes, and the loading code's, come on top. Memory is the "
                 "peak of anonymous memory, of loading beyond the model itself; files are in the page cache.\n\n" + cost
             )
         parts += _others(results, pair)
@@ -245,7 +245,7 @@ def _pairs(results: Results, pairs: Sequence[str]) -> str:
 
 
 def _cost(results: Results, pair: str) -> str:
-    found = {method: rows[_COST_AT] for method, rows in results.rows[pair].items() if _COST_AT in rows}
+    found = {method: rows[COST_AT] for method, rows in results.rows[pair].items() if COST_AT in rows}
     lines = [
         {
             "method": method,
@@ -331,8 +331,8 @@ def _others(results: Results, pair: str) -> Iterable[str]:
         title = "**Generated answers.** Right numbers of greedy answers, per cent ± standard error."
         yield f"{title}\n\n{measure.table(rows)}"
     benchmarks = {
-        "load": ("loads", f"**Loading at {_COST_AT:g}**, against the dense fine-tune"),
-        "serving": ("starts", f"**vLLM's start at {_COST_AT:g}**"),
+        "load": ("loads", f"**Loading at {COST_AT:g}**, against the dense fine-tune"),
+        "serving": ("starts", f"**vLLM's start at {COST_AT:g}**"),
     }
     for line in (line for line in own if "benchmark" in line):
         rows, title = benchmarks[line["benchmark"]]

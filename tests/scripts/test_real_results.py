@@ -25,8 +25,8 @@ pytest.importorskip("matplotlib")
 from impart_hf import BitDeltaConfig, compress
 
 script = load_script("real_results")
-report, quality, sources, answers = (
-    load_script(name) for name in ("real_report", "answer_quality", "method_sources", "question_answers")
+jobs, report, quality, sources, answers = (
+    load_script(name) for name in ("real_jobs", "real_report", "answer_quality", "method_sources", "question_answers")
 )
 
 pytestmark = [
@@ -59,7 +59,7 @@ def patched() -> Iterator[None]:
     """Tiny pairs cannot be compressed 32 times, and a process for every run would take minutes."""
     with pytest.MonkeyPatch.context() as patch:
         avoid_processes(patch)
-        patch.setattr(script, "FIRST", (4.0,))
+        patch.setattr(jobs, "FIRST", (4.0,))
         yield
 
 
