@@ -253,9 +253,9 @@ def _cost(results: Results, pair: str) -> str:
             "tokenizer's MB": _megabytes(row["sidecar_bytes"]),
             "loading code's MB": _megabytes(row["reader_bytes"]),
             "encoding, s": f"{row['seconds']:.0f}",
-            "its memory, GB": f"{row['peak'] / 1e9:.2f}",
+            "its memory, MB": f"{row['peak'] / 1e6:.0f}",
             "loading, s": f"{row['load_seconds']:.2f}",
-            "its peak, GB": f"{row['load_peak'] / 1e9:.2f}",
+            "its peak, MB": f"{row['load_peak'] / 1e6:.0f}",
         }
         for method, row in found.items()
     ]
