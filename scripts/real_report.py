@@ -41,6 +41,7 @@ class Results:
         others: lines of generated answers and of benchmarks.
         ratios: all requested ratios.
         machines: descriptions of the machines.
+        load: the largest load average at the end of a run, which tells whether other programs ran.
         stale: names of what was measured with earlier code.
     """
 
@@ -56,6 +57,7 @@ class Results:
         self.others = [line for line in newest.values() if "method" not in line]
         self.ratios = sorted({line["asked"] for line in newest.values() if "asked" in line})
         self.machines = sorted({_machine(line["machine"]) for line in lines})
+        self.load = max((line["machine"]["load average"] for line in lines), default=0.0)
         self.stale = sorted(" ".join(map(str, self._key(line))) for line in newest.values() if _is_stale(line))
 
     @staticmethod
@@ -136,7 +138,8 @@ def document(results: Results, pairs: Sequence[str]) -> str:
     parts = [
         f"Measured on {_measured_on(results.pairs[pairs[0]], results)}. Calibrated and distilled on "
         f"{settings['samples']} sequences of {settings['length']} tokens, distilled for {settings['steps']} steps. KL "
-        f"is KL(fine-tune ‖ compressed), nats per token. {_dashes(results)} {_machines(results)}",
+        f"is KL(fine-tune ‖ compressed), nats per token. {_dashes(results)} {_machines(results)} Load average after a run: at most "
+        f"{results.load:.1f}.",
         _pairs(results, pairs),
     ]
     if results.stale:
@@ -281,7 +284,7 @@ def verdict(results: Results, pair: str, effort: str, ratios: Sequence[float]) -
     """Return impart-rd's share of the best other method's KL at equal bytes, for each of these ratios."""
     compared = _compared(results, pair, effort)
     shares = {ratio: ours["kl"] / best for ratio, (ours, best, _) in compared.items() if ratio in ratios}
-    return ", ".join(f"{share:.2f} at {ratio:g}" for ratio, share in shares.items() if not math.isnan(share))
+    return ", ".join(f"{_share(share)} at {ratio:g}" for ratio, share in shares.items() if not math.isnan(share))
 
 
 def goals(results: Results, pair: str) -> str:
@@ -290,7 +293,7 @@ def goals(results: Results, pair: str) -> str:
     for effort, goal in _GOALS.items():
         compared = _compared(results, pair, effort)
         cells = {
-            ratio: f"{ours['kl'] / best:.2f} ({_of(ours, best, name)})"
+            ratio: f"{_share(ours['kl'] / best)} ({_of(ours, best, name)})"
             for ratio, (ours, best, name) in compared.items()
         }
         lines.append({"": effort} | {f"{ratio:g}": cells.get(ratio, "–") for ratio in results.ratios})
@@ -299,6 +302,10 @@ def goals(results: Results, pair: str) -> str:
         f"**`{OURS}` against the best other method at equal bytes**: its share of that method's KL. With text, either "
         f"may be calibrated or distilled.\n\n{measure.table(lines)}\n\nThe goals:\n\n" + "\n".join(told)
     )
+
+
+def _share(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
 def _of(ours: Row, best: float, name: str) -> str:
