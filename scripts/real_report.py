@@ -138,8 +138,8 @@ def document(results: Results, pairs: Sequence[str]) -> str:
     parts = [
         f"Measured on {_measured_on(results.pairs[pairs[0]], results)}. Calibrated and distilled on "
         f"{settings['samples']} sequences of {settings['length']} tokens, distilled for {settings['steps']} steps. KL "
-        f"is KL(fine-tune ‖ compressed), nats per token. {_dashes(results)} {_machines(results)} Load average after a run: at most "
-        f"{results.load:.1f}.",
+        f"is KL(fine-tune ‖ compressed), nats per token. {_dashes(results)} {_machines(results)} Load average "
+        f"after a run: at most {results.load:.1f}.",
         _pairs(results, pairs),
     ]
     if results.stale:
