@@ -24,6 +24,7 @@ import torch
 from impart_hf import compress
 from impart_hf.coding.spectrum import leading_components, singular_values
 from impart_hf.coding.svd import leading_svd
+from impart_hf.distillation import DistillSettings
 from impart_hf.evaluation.memory import PeakMemory
 from impart_hf.methods import method_class, method_names
 
@@ -96,13 +97,37 @@ def encodings(shape: tuple[int, int], ratio: float, device: str, repeats: int) -
 
 
 def whole_compression(task: dict[str, Any]) -> dict[str, Any]:
-    """Compress a pair on disk in this process, and return the seconds and the peak of anonymous memory."""
-    method = method_class(task["method"])(compression_ratio=task["ratio"])
+    """Compress a pair on disk in this process.
+
+    Args:
+        task: base, finetuned, output, device, the method's name and its `settings`; optionally `training`, additional
+            arguments of `compress`, and `distill_settings`.
+
+    Returns:
+        The seconds, the peak of anonymous memory, and the repository's bytes; or {"failed": why} if the method cannot
+        do what is asked.
+    """
     # Memory that is allocated once, when a device or library is first used, is not counted
     leading_svd(torch.from_numpy(np.eye(8, dtype=np.float32)).to(task["device"]), 1)
-    with PeakMemory() as memory:
-        report = compress(task["base"], task["finetuned"], task["output"], method, device=task["device"])
-    return {"seconds": report.seconds, "peak": memory.bytes, "ratio": report.ratio}
+    training = dict(task.get("training", {}))
+    if "distill_settings" in task:
+        training["distill_settings"] = DistillSettings(**task["distill_settings"])
+    try:
+        method = method_class(task["method"])(**task["settings"])
+        with PeakMemory() as memory:
+            report = compress(
+                task["base"], task["finetuned"], task["output"], method, device=task["device"], **training
+            )
+    except ValueError as error:
+        return {"failed": str(error)}
+    sizes = {"bytes": report.repository_bytes, "sidecar_bytes": report.sidecar_bytes}
+    sizes |= {"reader_bytes": report.reader_bytes, "checkpoint_bytes": report.checkpoint_bytes}
+    return {
+        "seconds": report.seconds,
+        "peak": memory.bytes,
+        "ratio": report.ratio,
+        "shortfall": report.shortfall,
+    } | sizes
 
 
 def memory_of_compression(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -113,8 +138,10 @@ def memory_of_compression(arguments: argparse.Namespace) -> list[dict[str, Any]]
         base, finetuned, largest = measure.write_synthetic_pair(folder, config)
         for method in arguments.methods:
             task = {"base": str(base), "finetuned": str(finetuned), "output": str(folder / method), "method": method}
-            task |= {"ratio": arguments.ratios[-1], "device": arguments.device}
+            task |= {"settings": {"compression_ratio": arguments.ratios[-1]}, "device": arguments.device}
             result = measure.in_fresh_process(__file__, task)
+            if "failed" in result:
+                raise ValueError(f"{method}: {result['failed']}")
             row = {"method": method, "layers": arguments.layers, "seconds": result["seconds"], "ratio": result["ratio"]}
             row["peak bytes"] = result["peak"]
             row["of the largest tensor in float32"] = result["peak"] / (4 * largest)

@@ -23,7 +23,7 @@ import measure
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from impart_hf import DeltaCompressedForCausalLM, compress
 from impart_hf.evaluation.memory import PeakMemory
@@ -32,22 +32,21 @@ from impart_hf.modeling import compact_planes, delta_decode
 from impart_hf.modeling.checksums import tensor_checksum
 from impart_hf.modeling.configuration_delta_compressed import DeltaCompressedConfig
 from impart_hf.modeling.delta_record import FACTORED, MAX_THRESHOLD, parse_record
-from impart_hf.modeling.delta_repository import DeltaRepository
+from impart_hf.modeling.delta_repository import RECORD_SUFFIX, DeltaRepository
 from impart_hf.modeling.model_files import HubOptions
+from impart_hf.modeling.modeling_delta_compressed import inner_class
 from impart_hf.modeling.seeded_mask import kept_positions
 
 _PAGE = 4096
 
 
-def timed_load(source: str, device: str) -> dict[str, float]:
-    """Load a model and touch all of it.
+def load_timed(source: str, device: str) -> tuple[Any, dict[str, float]]:
+    """Load a model in bfloat16 and touch all of it.
 
     Returns:
-        The seconds; the peak of anonymous memory beyond the model itself; the seconds it takes a delta's model to
-        compare all its weights with those loaded, which reads what loading read to take their checksums.
+        The model; the seconds; the peak of anonymous memory beyond the model itself.
     """
-    from transformers import LlamaForCausalLM  # noqa: F401  (imported lazily otherwise, which would be timed)
-
+    inner_class(_text_config(source))  # the class is imported lazily otherwise, which would be timed
     options = {} if device == "cpu" else {"device_map": device}
     with PeakMemory() as memory:
         started = time.perf_counter()
@@ -59,15 +58,24 @@ def timed_load(source: str, device: str) -> dict[str, float]:
         seconds = time.perf_counter() - started
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type == "cpu")
     # A dense model's parameters are mapped files, which are not anonymous memory; a decoded model's are.
+    peak = memory.bytes - min(size, max(0, memory.grown))
+    return model, {"seconds": seconds, "peak": peak, "checksum": total}
+
+
+def _text_config(source: str) -> Any:
+    config = AutoConfig.from_pretrained(source)
+    return config.text_config if isinstance(config, DeltaCompressedConfig) else config
+
+
+def timed_load(source: str, device: str) -> dict[str, float]:
+    """Return what `load_timed` measures, and the seconds it takes a delta's model to compare its weights.
+
+    The comparison with those loaded reads what loading read to take its checksums.
+    """
+    model, found = load_timed(source, device)
     started = time.perf_counter()
     changed = isinstance(model, DeltaCompressedForCausalLM) and model.weights_changed()
-    compared = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "peak": memory.bytes - min(size, max(0, memory.grown)),
-        "compared": compared,
-        "checksum": total + changed,
-    }
+    return found | {"compared": time.perf_counter() - started, "checksum": found["checksum"] + changed}
 
 
 def compare_loads(sources: dict[str, list[Path]], device: str, repeats: int) -> list[dict[str, Any]]:
@@ -107,6 +115,8 @@ def breakdown(repository: Path, names: Sequence[str], device: str, repeats: int)
     delta = DeltaRepository(str(repository), DeltaCompressedConfig.from_pretrained(repository), HubOptions())
     rows = []
     for name in names:
+        if f"{name}{RECORD_SUFFIX}" not in delta.file:  # equal to the base's, or the model has none
+            continue
         on_disk = delta.base.tensor(name)
         base = on_disk.to(device)
         data = delta.file.read_records(name)
@@ -219,7 +229,11 @@ def multiply_add_costs(size: int, repeats: int) -> list[dict[str, float]]:
 
 def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     config = measure.llama_config(arguments.layers, tiny=arguments.tiny)
-    base, finetuned, largest = measure.write_synthetic_pair(folder, config)
+    if arguments.pair:
+        base, finetuned = arguments.pair
+        largest = measure.largest_tensor(base)
+    else:
+        base, finetuned, largest = measure.write_synthetic_pair(folder, config)
     sources = {"dense fine-tune": [finetuned]}
     for method in arguments.methods:
         output = folder / method
@@ -235,7 +249,7 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "machine": measure.machine(arguments.device),
         "ratio": arguments.ratio,
-        "layers": arguments.layers,
+        "model": str(finetuned) if arguments.pair else f"LLaMA-7B shapes, {arguments.layers} layers",
         "loads": loads,
         "decoding": {m: breakdown(folder / m, names, arguments.device, arguments.repeats) for m in arguments.methods},
         "products": product_times(
@@ -248,6 +262,10 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_load.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--pair", nargs=2, type=Path, metavar=("BASE", "FINETUNED"),
+        help="local folders of a real pair, in place of the synthetic one",
+    )  # fmt: skip
     parser.add_argument("--layers", type=int, default=2, help="decoder layers of the synthetic model (default: 2)")
     parser.add_argument("--ratio", type=float, default=32.0, help="compression ratio (default: 32)")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["impart", "lowrank", "dare"])
@@ -267,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         results = benchmark(Path(folder), arguments)
     print(measure.machine_line(arguments.device))
-    print(f"\nLoading, LLaMA-7B shapes, {arguments.layers} layers, ratio {arguments.ratio:g}\n")
+    print(f"\nLoading, {results['model']}, ratio {arguments.ratio:g}\n")
     print(measure.table(results["loads"]))
     for method, rows in results["decoding"].items():
         print(f"\nDecoding, {method}, milliseconds\n")

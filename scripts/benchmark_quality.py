@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
-import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import measure
 import torch
 from measure import comma_separated
+from quality_curves import over_seeds, picture
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -27,7 +26,27 @@ from impart_hf import compress
 from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.methods import MethodConfig, method_class, method_names, settings_of
 
-_TRAINING = ("calibration", "distill")
+STEPS = ("calibration", "distill")
+
+
+def parts_of(name: str, texts: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the method and the steps of a name such as "impart-rd+calibration+distill".
+
+    Args:
+        texts: the text of each kind of step, or None.
+
+    Raises:
+        ValueError: if there is no such method or step, the method has no use for it, or its text is None.
+    """
+    method, *steps = name.split("+")
+    if method not in method_names():
+        raise ValueError(f"unknown method {method}; choose one of {', '.join(method_names())}")
+    for kind in steps:
+        if kind not in STEPS or texts[kind] is None:
+            raise ValueError(f"{name}: only {' or '.join(STEPS)} may follow +, and --{kind} must name a text")
+        if kind == "calibration" and not method_class(method).quantises:
+            raise ValueError(f"{name}: {method} does not quantise, so it has no use for calibration text")
+    return method, steps
 
 
 def configured(method: str, ratio: float, seed: int, options: dict[str, str]) -> MethodConfig:
@@ -110,37 +129,6 @@ def markdown(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def picture(results: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw KL against bytes, both on logarithmic axes, with one line per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9.5, 4.8), layout="constrained")
-    # 10 colors and 11 markers have no common divisor, so their pairs suffice for all methods
-    styles = zip(itertools.cycle(pyplot.get_cmap("tab10").colors), itertools.cycle("osD^vP*Xhp<"))
-    for method in dict.fromkeys(row["method"] for row in rows):
-        color, marker = next(styles)
-        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bytes"])
-        sizes, values = [row["bytes"] for row in own], [max(row["kl"], 1e-9) for row in own]
-        axes.plot(sizes, values, color=color, marker=marker, markersize=5, label=method)
-        seeds = [r for r in results["runs"] if r["method"] == method]
-        if len({r["seed"] for r in seeds}) > 1:  # each seed is a faint point
-            axes.plot([r["bytes"] for r in seeds], [max(r["kl"], 1e-9) for r in seeds], ".", color=color, alpha=0.4)
-    if math.isfinite(results["base"]["kl"]):
-        axes.axhline(results["base"]["kl"], color="0.35", linestyle="--", linewidth=1, label="base (no delta)")
-    measure.bytes_axes(
-        axes, [row["bytes"] for row in rows], [row["asked"] for row in rows], results["runs"][0]["checkpoint_bytes"]
-    )
-    axes.set_xlabel("bytes on disk of the delta repository")
-    axes.set_ylabel("KL(fine-tuned || compressed), nats per token")
-    axes.grid(True, which="major", color="0.9")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_quality.py", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="local folder or Hub id")
@@ -176,15 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a setting, for the methods that have it",
     )
     arguments = parser.parse_args(argv)
-    for method in arguments.methods:
-        name, *training = method.split("+")
-        if name not in method_names():
-            parser.error(f"unknown method {name}; choose one of {', '.join(method_names())}")
-        for kind in training:
-            if kind not in _TRAINING or getattr(arguments, kind) is None:
-                parser.error(f"{method}: only {' or '.join(_TRAINING)} may follow +, and --{kind} must name a text")
-            if kind == "calibration" and not method_class(name).quantises:
-                parser.error(f"{method}: {name} does not quantise, so it has no use for calibration text")
+    try:
+        for name in arguments.methods:
+            parts_of(name, vars(arguments))
+    except ValueError as error:
+        parser.error(str(error))
     options = dict(option.partition("=")[::2] for option in arguments.method_option)
     classes = [method_class(method.split("+")[0]) for method in arguments.methods]
     known = {field.name for config in classes for field in dataclasses.fields(config)}
@@ -195,12 +179,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"benchmark_quality.py: error: {error}", file=sys.stderr)
         return 1
-    rows = measure.over_seeds(results["runs"])
+    rows = over_seeds(results["runs"])
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "quality.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (arguments.output / "quality.md").write_text(markdown(results, rows), encoding="utf-8")
     if rows:
-        picture(results, rows, arguments.output / "quality.png")
+        picture(results["runs"], results["base"]["kl"], arguments.output / "quality.png")
     print(markdown(results, rows))
     print(f"Written: quality.md, quality.json and quality.png in {arguments.output}", file=sys.stderr)
     return 0

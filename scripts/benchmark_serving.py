@@ -113,11 +113,17 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.tiny:
         # vLLM's attention on CPUs needs a head size of at least 32.
         config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 2, 32
-    base, finetuned, largest = measure.write_synthetic_pair(folder, config)
+    if arguments.pair:
+        base, finetuned = arguments.pair
+        largest = measure.largest_tensor(base)
+    else:
+        base, finetuned, largest = measure.write_synthetic_pair(folder, config)
     settings = method_class(arguments.method)
     deltas = [str(folder / f"delta-{seed}") for seed in (0, 1)]
     for seed, delta in enumerate(deltas):
-        compress(base, finetuned, delta, settings(compression_ratio=arguments.ratio, seed=seed), progress=False)
+        compress(
+            str(base), str(finetuned), delta, settings(compression_ratio=arguments.ratio, seed=seed), progress=False
+        )
     rows: list[dict[str, Any]] = []
     with mock.patch.dict("os.environ", _ENVIRONMENT):
         for name, model in (("dense fine-tune", str(finetuned)), ("delta repository", deltas[0])):
@@ -143,7 +149,7 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     restart = rows[1]["restart, seconds"]
     return {
         "machine": measure.machine(),
-        "layers": arguments.layers,
+        "model": str(finetuned) if arguments.pair else f"LLaMA-7B shapes, {arguments.layers} layers",
         "method": arguments.method,
         "ratio": arguments.ratio,
         "base bytes": sum(path.stat().st_size for path in base.glob("*.safetensors")),
@@ -163,6 +169,10 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark_serving.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--pair", nargs=2, type=Path, metavar=("BASE", "FINETUNED"),
+        help="local folders of a real pair, in place of the synthetic one",
+    )  # fmt: skip
     parser.add_argument("--layers", type=int, default=2, help="decoder layers of the synthetic model (default: 2)")
     parser.add_argument("--ratio", type=float, default=32.0, help="compression ratio (default: 32)")
     parser.add_argument(
@@ -182,9 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = benchmark(Path(folder), arguments)
     print(measure.machine_line())
     size = results["base bytes"] / 1e9
-    print(
-        f"\nLLaMA-7B shapes, {arguments.layers} layers, {size:.2f} GB; {arguments.method}, ratio {arguments.ratio:g}\n"
-    )
+    print(f"\n{results['model']}, {size:.2f} GB; {arguments.method}, ratio {arguments.ratio:g}\n")
     print(measure.table(results["starts"]))
     print("\nSwaps, medians\n")
     print(measure.table(results["swaps"]))

@@ -21,7 +21,7 @@ from impart_hf.evaluation.metrics import evaluate
 
 RATIO = "16"
 PROMPT = "The statement"
-SEQUENCES, LENGTH = 64, 128  # as in the tables of README.md and docs/results.md
+SEQUENCES, LENGTH = 64, 128  # as in the tables of docs/results-toys.md
 
 
 def step(title: str, command: list[str]) -> None:

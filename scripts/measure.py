@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -18,12 +17,13 @@ from typing import Any
 # timings several times longer.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from impart_hf.calibration.text import calibration_tokens
+from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.model_files import HubOptions
 
 _RESULT = "RESULT "  # marks the line of a worker's output that holds its result
 _SPIKES = 512  # components of a synthetic delta that rise above its noise
@@ -77,57 +77,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def over_seeds(
-    runs: Iterable[Mapping[str, Any]], names: Sequence[str] = ("bytes", "ratio", "perplexity", "kl")
-) -> list:
-    """Return one row per method and requested ratio: for each number the mean over seeds, and half the range."""
-    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
-    for run in runs:
-        groups.setdefault((run["method"], run["asked"]), []).append(run)
-    rows = []
-    for (method, asked), group in groups.items():
-        row: dict[str, Any] = {"method": method, "asked": asked, "seeds": len(group)}
-        for name in names:
-            values = [run[name] for run in group]
-            row[name], row[f"{name}_spread"] = statistics.fmean(values), (max(values) - min(values)) / 2
-        rows.append(row)
-    return rows
-
-
-def bytes_axes(axes: Any, sizes: Sequence[float], asked: Iterable[float], checkpoint_bytes: int) -> None:
-    """Make both matplotlib axes logarithmic, with bytes on the lower axis and compression ratios on the upper one.
-
-    Args:
-        sizes: all bytes that are drawn.
-        asked: the ratios to mark.
-        checkpoint_bytes: the bytes at ratio 1.
-    """
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    low, high = (round(math.log2(size)) for size in (min(sizes), max(sizes)))
-    axes.set_xticks([2.0**tick for tick in range(low - 1, high + 2)])
-    axes.set_xlim(min(sizes) / 1.2, max(sizes) * 1.2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _human(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-    def inverse(value: Any) -> Any:
-        return checkpoint_bytes / np.maximum(value, 1e-9)  # matplotlib also evaluates it at zero
-
-    top = axes.secondary_xaxis("top", functions=(inverse, inverse))
-    top.set_xticks(sorted(set(asked)), [f"{value:g}x" for value in sorted(set(asked))])
-    top.minorticks_off()
-    top.set_xlabel("compression ratio")
-
-
-def _human(size: float) -> str:
-    power = min(3, int(math.log(size, 1024)))
-    return f"{size / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def synchronize(device: str | torch.device) -> None:
@@ -236,6 +185,12 @@ def write_synthetic_pair(folder: Path, config: LlamaConfig, seed: int = 0) -> tu
         index = {"metadata": {}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index))
     return *folders, max(math.prod(shape) for shard in shards for shape in shard.values())
+
+
+def largest_tensor(folder: Path) -> int:
+    """Return the number of entries of the largest tensor of a local checkpoint."""
+    checkpoint = Checkpoint(str(folder), HubOptions())
+    return max(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
 
 
 def llama_config(layers: int, *, tiny: bool = False) -> LlamaConfig:

@@ -85,7 +85,7 @@ class MethodConfig(abc.ABC):
         embeddings: how changed embeddings and output projection are compressed, to the same ratio: "lowrank" by their
             leading singular components at 8 to 2 bits, "method" by the method itself. The papers leave them
             uncompressed. Masks on them affect single tokens instead of averaging out, and multiply the loss of quality
-            (docs/results.md).
+            (docs/results-toys.md).
     """
 
     name: ClassVar[str]

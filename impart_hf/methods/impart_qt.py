@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
     """ImPart-Qt's settings: those of ImPart's allocation and of mixed precision.
 
-    The default of C is lower than ImPart's, because values of few bits do better in more components (docs/results.md).
+    The default of C is lower than ImPart's, because values of few bits do better in more components
+    (docs/results-toys.md).
     """
 
     name: ClassVar[str] = "impart-qt"

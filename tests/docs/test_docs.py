@@ -121,7 +121,10 @@ def test_the_example_of_a_method_works(tmp_path: Path) -> None:
 
 
 def test_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text("utf-8").split()) < 1000
+    words = [
+        word for word in (ROOT / "README.md").read_text("utf-8").split() if word != "|"
+    ]  # tables' borders are none
+    assert len(words) < 1000
 
 
 def test_troubleshooting_quotes_messages_of_the_code() -> None:

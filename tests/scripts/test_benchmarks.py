@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,27 +21,6 @@ pytestmark = pytest.mark.scripts
 
 measure = load_script("measure")
 linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
-
-
-@pytest.fixture
-def few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script's first task is done in a process of its own, as always, others here: a process costs 5 s.
-
-    mergekit always has its own: it changes libraries that it imports.
-    """
-    in_fresh_process, started = measure.in_fresh_process, []
-
-    def run(script: str, task: dict[str, Any]) -> dict[str, Any]:
-        if not started or task.get("tool") == "mergekit":
-            started.append(script)
-            return in_fresh_process(script, task)
-        results: list[dict[str, Any]] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(measure, "report_result", results.append)
-            assert load_script(Path(script).stem).main(["--worker", json.dumps(task)]) == 0
-        return json.loads(json.dumps(results[0]))
-
-    monkeypatch.setattr(measure, "in_fresh_process", run)
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text * 40, encoding="utf-8")
     (folder / "docs").mkdir()
     (folder / "docs" / report.DOCUMENT).write_text(
-        f"By hand.\n\n{report.BEGIN}\nof yesterday\n{report.END}\nAlso.\n", "utf-8"
+        "By hand.\n\n<!-- study: begin -->\nof yesterday\n<!-- study: end -->\nAlso.\n", "utf-8"
     )
     assert script.main(arguments(folder)) == 0
     return folder
@@ -110,7 +110,9 @@ def test_numbers_are_those_of_the_method(config: Any, study: Path, tmp_path: Pat
 
 def test_report(study: Path) -> None:
     text = (study / "docs" / report.DOCUMENT).read_text("utf-8")
-    assert text.startswith("By hand.\n\n") and text.endswith(f"{report.END}\nAlso.\n") and "of yesterday" not in text
+    assert (
+        text.startswith("By hand.\n\n") and text.endswith("<!-- study: end -->\nAlso.\n") and "of yesterday" not in text
+    )
     runs = {(line["method"], line["asked"]): line for line in lines_in(study) if line.get("seed") == 0}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     (own,) = (

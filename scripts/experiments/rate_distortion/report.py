@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import measure
-import numpy as np
+from quality_curves import bytes_axes, curve_at, in_digits, over_seeds
+from results_log import write_between
 from variants import CALIBRATION, CODES, DEFAULT, LONG, LONGER, OURS, PARTS, PEERS, SCALES, Variant
 
-BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+MARKERS = "study"
 DOCUMENT, PICTURE = "rate-distortion.md", "rate-distortion.png"
 # The effort that is spent on a row, by the last step of its variant
 _EFFORTS = {
@@ -23,7 +24,6 @@ _EFFORTS = {
 }
 _GOAL = f"impart-qt+{CALIBRATION}", 32.0  # the quality that impart-rd should reach with fewer bytes
 _NUMBERS = ("bytes", "ratio", "perplexity", "kl", "seconds")
-_SLACK = 1.02  # sizes that differ by a smaller factor count as equal
 
 Row = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ class Results:
         for pair in self.pairs:
             done = [line for line in lines if line["pair"] == pair and "kl" in line]
             names = _NUMBERS + (("other_kl",) if "other_kl" in self.pairs[pair]["base"] else ())
-            found = {(row["method"], row["asked"]): row for row in measure.over_seeds(done, names)}
+            found = {(row["method"], row["asked"]): row for row in over_seeds(done, names)}
             order = sorted({name for name, _ in found}, key=_place)
             self.rows[pair] = {name: {r: row for (n, r), row in found.items() if n == name} for name in order}
         self.ratios = sorted({line["asked"] for line in lines if "asked" in line})
@@ -76,12 +76,9 @@ def write_report(lines: Sequence[Row], folder: Path) -> None:
         raise ValueError("there are no results yet")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / DOCUMENT
-    text = path.read_text("utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} lacks the markers {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n\n{markdown(results)}\n\n{END}{after}", encoding="utf-8")
+    if not path.exists():
+        path.write_text(f"<!-- {MARKERS}: begin --><!-- {MARKERS}: end -->\n", encoding="utf-8")
+    write_between(path, MARKERS, markdown(results))
     _picture(results, folder / PICTURE)
 
 
@@ -126,8 +123,7 @@ def _numbers(results: Results, pair: str, number: str) -> str:
     def cell(row: Row | None) -> str:
         if row is None:
             return "–"
-        digits = max(2, 2 - math.floor(math.log10(max(row[number], 1e-9))))
-        return f"{row[number]:.{digits}f}" + (f" ± {row[f'{number}_spread']:.{digits}f}" if row["seeds"] > 1 else "")
+        return in_digits(row, number)
 
     return measure.table(
         [
@@ -159,15 +155,6 @@ def _parts(results: Results, pair: str) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.3g}"
-
-
-def curve_at(rows: Iterable[Row], size: float) -> float | None:
-    """Return the KL at a size in bytes, interpolated logarithmically between rows; None below the smallest."""
-    points = sorted((row["bytes"], row["kl"]) for row in rows)
-    if not points or size * _SLACK < points[0][0]:
-        return None
-    sizes, values = np.log(np.array(points)).T
-    return math.exp(np.interp(math.log(size), sizes, values))
 
 
 def reached(rows: Iterable[Row], target: float) -> float | None:
@@ -300,7 +287,7 @@ def _picture(results: Results, path: Path) -> None:
                     color=colors[variant.method], linewidth=2.6 if ours else 1.2, marker="o", zorder=3 if ours else 2,
                     markersize=4, label=name,
                 )  # fmt: skip
-            measure.bytes_axes(axes, [r["bytes"] for r in everything], results.ratios, whole)
+            bytes_axes(axes, [r["bytes"] for r in everything], results.ratios, whole)
             axes.set_ylim(min(r["kl"] for r in everything) / 1.3, max(r["kl"] for r in everything) * 1.3)
             axes.grid(True, which="major", color="0.9")
         panels[0, column].set_title(pair, fontweight="bold")

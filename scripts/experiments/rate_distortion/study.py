@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ import torch
 from measure import comma_separated
 from pairs import TRAINED, Pair, trained
 from report import write_report
+from results_log import Log, read_lines
 from transformers import AutoTokenizer
 from transformers.utils import logging
 from variants import DEFAULT, SEEDS, Effort, Variant
@@ -36,43 +36,6 @@ from variants import DEFAULT, SEEDS, Effort, Variant
 from impart_hf.evaluation.metrics import evaluate, load
 
 _BATCH = 8  # sequences evaluated at a time
-
-
-class Log:
-    """The results file, whose lines describe pairs and runs.
-
-    Attributes:
-        lines: all lines; all must have been made with the same settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        """Read the file, if it exists.
-
-        Raises:
-            ValueError: if it was made with other settings.
-        """
-        self._path, self._settings = path, settings
-        self.lines: list[dict[str, Any]] = []
-        if path.exists():
-            data = path.read_bytes()
-            if not data.endswith(b"\n"):  # a killed run left an incomplete last line
-                path.write_bytes(data[: data.rfind(b"\n") + 1])
-            self.lines = read_lines(path)
-        for line in self.lines:
-            if line["settings"] != settings:
-                raise ValueError(f"{path} was made with {line['settings']}, not {settings}: give another --work")
-
-    def append(self, line: dict[str, Any]) -> None:
-        line = {**line, "settings": self._settings}
-        self.lines.append(line)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def has(self, run: Run) -> bool:
-        return any(run.key.items() <= line.items() for line in self.lines)
-
-    def about(self, pair: str) -> dict[str, Any] | None:
-        return next((line["about"] for line in self.lines if line["pair"] == pair and "about" in line), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +48,6 @@ class Run:
     @property
     def key(self) -> dict[str, Any]:
         return {"pair": self.pair.name, "method": self.variant.name, "asked": self.ratio, "seed": self.seed}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def runs(
@@ -228,7 +187,7 @@ def _run(arguments: argparse.Namespace, path: Path) -> None:
         )
     work.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(arguments, name) for name in ("steps", "tokens", "samples", "length")}
-    results = Log(path, settings)
+    results = Log(path, settings, "--work")
     selected = [name for name in names if name in (arguments.only or names)]
     # These are trained first, because a given pair may use their text
     own = {name: trained(name, work) for name in TRAINED if name in selected}
@@ -237,7 +196,7 @@ def _run(arguments: argparse.Namespace, path: Path) -> None:
     study = Study(results, effort, arguments.tokens, arguments.device)
     for pair in pairs:
         study.introduce(pair)
-    todo = [run for run in runs(pairs, variants, arguments.ratios, arguments.seeds) if not results.has(run)]
+    todo = [run for run in runs(pairs, variants, arguments.ratios, arguments.seeds) if not results.has(run.key)]
     for number, run in enumerate(todo, 1):
         print(f"{number} of {len(todo)}: {' '.join(map(str, run.key.values()))}: ", file=sys.stderr, end="", flush=True)
         print(study.do(run), file=sys.stderr, flush=True)
