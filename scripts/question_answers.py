@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,30 @@ class Tokens:
 
 def tokens_of(record: Record, tokenizer: Any) -> Tokens:
     """Return a record's tokens. Prompt and answer are tokenised apart, as they are when an answer is generated."""
-    prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (record.prompt, record.answer))
+    prompt = _prompt_ids(record.prompt, tokenizer)
+    answer = tokenizer(record.answer, add_special_tokens=False).input_ids
+    return Tokens(torch.tensor([*prompt, *answer, tokenizer.eos_token_id]), len(prompt))
+
+
+def _prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return Tokens(torch.tensor([*first, *prompt, *answer, tokenizer.eos_token_id]), len(first) + len(prompt))
+    return [*first, *tokenizer(prompt, add_special_tokens=False).input_ids]
+
+
+@torch.inference_mode()
+def generated(model: Any, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int, batch_size: int = 8) -> list[str]:
+    """Return what a model says after each prompt, greedily, up to its end-of-text token or `new_tokens` tokens."""
+    answers = []
+    for start in range(0, len(prompts), batch_size):
+        ids = [_prompt_ids(prompt, tokenizer) for prompt in prompts[start : start + batch_size]]
+        batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+        tokens = model.generate(
+            **batch, max_new_tokens=new_tokens, do_sample=False,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        new = tokens[:, batch["input_ids"].shape[1] :]
+        answers += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return answers
 
 
 def padded(records: list[Tokens], padding: int) -> dict[str, torch.Tensor]:
