@@ -4,8 +4,8 @@
     python scripts/demo_llm.py FOLDER
 
 Orders in plain sentences are answered by their fields, so that base, fine-tune and delta can be told apart by reading
-what they say. All weights but the embeddings are trained: that is what a delta is for, since a LoRA adapter is small as
-it is, and the embeddings, 63 % of this model, would take half of a step.
+what they say. All weights but the embeddings are trained: a delta is for fine-tunes that are not small by themselves,
+as LoRA adapters are, and embeddings that stay as they are save time and memory.
 
 FOLDER receives base/, finetuned/, delta/ and delta.png; the same command uses what is there, and goes on with a
 training or a compression that was stopped. Gemma is provided under and subject to the Gemma Terms of Use,
@@ -35,7 +35,7 @@ from transformers.utils import logging
 from impart_hf.common.partial_logits import Logits, LogitsOf, kl_of_parts
 
 _NEW_TOKENS = 48  # a right answer has at most 36
-_BATCH = 8
+_BATCH = 8  # records at a time, in training and in answering
 _SHOWN, _WIDTH = 3, 100  # answers that are printed, and their longest line
 
 
@@ -50,7 +50,7 @@ def answer_divergence(reference: Any, model: Any, examples: Sequence[Tokens]) ->
         runs = [logits_of(batch["input_ids"]) for logits_of in both]
         divergence += kl_of_parts(*(Logits(run.states[:, :-1][answers], run.of, run.chunk) for run in runs)).item()
         count += int(answers.sum())
-    return divergence / count
+    return max(0.0, divergence / count)  # equal models may be below by rounding
 
 
 def compare(models: dict[str, Path], records: Sequence[Record]) -> None:
@@ -91,11 +91,18 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo_llm.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="for all that is made")
     parser.add_argument("--base", type=Path, help="folder of another causal language model (default: Gemma 3 270M)")
-    parser.add_argument("--steps", type=int, default=40, help="of training, eight records each (default: 40)")
+    parser.add_argument("--steps", type=int, default=40, help="of training, 8 records each (default: 40)")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--ratio", default="64", help="compression ratio (default: 64)")
     parser.add_argument("--questions", type=int, default=24, help="number of held-out records (default: 24)")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.questions < 1:
+        parser.error("--questions: at least 1")
+    try:
+        arguments.training = TrainingSettings("full", arguments.steps, _BATCH, arguments.learning_rate, save_steps=20)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,10 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(base)
 
     heading(f"A fine-tune of it: {arguments.steps} steps on orders and their fields in JSON")
-    records = order_records(8 * arguments.steps, seed=0)
+    records = order_records(_BATCH * arguments.steps, seed=0)
     print(f"{records[0].prompt}{records[0].answer}", flush=True)
-    settings = TrainingSettings("full", arguments.steps, 8, arguments.learning_rate, save_steps=20)
-    train(base, [tokens_of(record, tokenizer) for record in records], finetuned, settings)
+    try:
+        train(base, [tokens_of(record, tokenizer) for record in records], finetuned, arguments.training)
+    except ValueError as error:
+        print(f"demo_llm.py: error: {error}", file=sys.stderr)
+        return 1
 
     if not delta.exists():
         step("Compress", ["compress", str(base), str(finetuned), str(delta), "--ratio", arguments.ratio])

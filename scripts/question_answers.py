@@ -33,7 +33,7 @@ def read_records(source: str | Path) -> list[Record]:
             `openai/gsm8k@train` and `openai/gsm8k@test`, which are read from the Hub.
 
     Raises:
-        ValueError: if there are no records.
+        ValueError: if there are no records, or a line of a .jsonl file is not such an object.
     """
     text = str(source)
     if text.startswith(f"{GSM8K}@"):
@@ -42,8 +42,8 @@ def read_records(source: str | Path) -> list[Record]:
         rows: Any = load_dataset(GSM8K, "main", split=text.partition("@")[2])
         records = [_of_fields(row) for row in rows]
     elif Path(source).suffix == ".jsonl":
-        lines = Path(source).read_text("utf-8").splitlines()
-        records = [_of_fields(json.loads(line)) for line in lines if line.strip()]
+        lines = Path(source).read_text("utf-8").split("\n")  # and not at the other line breaks that JSON may hold
+        records = [_of_line(line, f"{source}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     else:
         pieces = [piece.strip() for piece in _PROMPTS.split(Path(source).read_text("utf-8"))]
         found = [(piece, match) for piece in pieces if (match := _ANSWERS.search(piece))]
@@ -51,6 +51,16 @@ def read_records(source: str | Path) -> list[Record]:
     if not records:
         raise ValueError(f"{source} has no records: give a .jsonl file or text with Question: and Answer: lines")
     return records
+
+
+def _of_line(line: str, place: str) -> Record:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
+        raise ValueError(f'{place} is not an object with the texts "question" and "answer"')
+    return _of_fields(row)
 
 
 def _of_fields(row: dict[str, str]) -> Record:

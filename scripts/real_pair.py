@@ -59,6 +59,9 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.kind not in LEARNING_RATES:
             raise ValueError(f"kind {self.kind!r}: choose from {', '.join(LEARNING_RATES)}")
+        for name in ("steps", "batch_size", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 def make_base(folder: Path) -> None:
@@ -183,7 +186,8 @@ def _begin(checkpoints: Path, settings: TrainingSettings) -> None:
         raise ValueError(f"{checkpoints} holds a training with {other}: go on with that, or remove the folder")
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+def settings_of(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[TrainingSettings]]:
+    """Return the command line's arguments, and the settings of each training."""
     parser = argparse.ArgumentParser(prog="real_pair.py", description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help="folder for the base and its fine-tunes")
     parser.add_argument("--train", default="full", help="lora, full, embeddings, comma-separated (default: full)")
@@ -194,25 +198,28 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, help="default: 5e-4 for lora, otherwise 5e-5")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    arguments.train = arguments.train.split(",")
-    if strange := set(arguments.train) - set(LEARNING_RATES):
-        parser.error(f"--train {min(strange)}: choose from {', '.join(LEARNING_RATES)}")
-    return arguments
+    common = {name: getattr(arguments, name) for name in ("steps", "batch_size", "learning_rate", "seed")}
+    try:
+        return arguments, [TrainingSettings(kind, **common) for kind in arguments.train.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parsed(argv)
+    arguments, trainings = settings_of(argv)
     base = arguments.work / "base"
     make_base(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    found = [tokens_of(record, tokenizer) for record in read_records(arguments.text)]
-    examples = [one for one in found if len(one.ids) <= arguments.length]
-    for kind in arguments.train:
-        settings = TrainingSettings(
-            kind, arguments.steps, arguments.batch_size, arguments.learning_rate, seed=arguments.seed
-        )
-        train(base, examples, arguments.work / kind, settings)
-        print(f"{arguments.work / kind}: a fine-tune of {base}", file=sys.stderr)
+    try:
+        found = [tokens_of(record, tokenizer) for record in read_records(arguments.text)]
+        examples = [one for one in found if len(one.ids) <= arguments.length]
+        for settings in trainings:
+            folder = arguments.work / settings.kind
+            train(base, examples, folder, settings)
+            print(f"{folder}: a fine-tune of {base}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"real_pair.py: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
