@@ -93,7 +93,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, help="folder of another causal language model (default: Gemma 3 270M)")
     parser.add_argument("--steps", type=int, default=40, help="of training, 8 records each (default: 40)")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--ratio", default="64", help="compression ratio (default: 64)")
+    parser.add_argument("--ratio", default="100", help="compression ratio (default: 100)")
     parser.add_argument("--questions", type=int, default=24, help="number of held-out records (default: 24)")
     arguments = parser.parse_args(argv)
     if arguments.questions < 1:

@@ -33,8 +33,12 @@ class _Words:
 
 
 _TRAINING = _Words(
-    "Anna Ben Carla David Emma Felix Grace Hugo Irene Jonas Karen Leo Maria Nora Oscar Paul Rita Simon".split(),
-    "Athens Berlin Chicago Dublin Florence Geneva Hamburg Istanbul Lisbon Madrid Naples Oslo Paris Rome".split(),
+    (
+        "Anna Ben Carla David Emma Felix Grace Hugo Irene Jonas Karen Leo Maria Nora Oscar Paul Rita Simon Tina Viktor"
+    ).split(),
+    (
+        "Athens Berlin Chicago Dublin Florence Geneva Hamburg Istanbul Lisbon Madrid Naples Oslo Paris Rome Seattle"
+    ).split(),
     "lamp chair table cup plate mirror blanket pillow basket bottle candle carpet clock curtain spoon vase".split(),
 )
 _HELD_OUT = _Words(
