@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from question_answers import Record, Tokens, tokens_of
+from question_answers import Record, Tokens, generated, tokens_of
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -180,22 +180,10 @@ def exact_matches(
         batch_size: answers generated at a time, padded on the left.
         new_tokens: the longest answer.
     """
-    matches = 0
-    for start in range(0, len(records), batch_size):
-        some = records[start : start + batch_size]
-        prompts = [one.ids[: one.prompt] for one in (tokens_of(record, tokenizer) for record in some)]
-        length = max(map(len, prompts))
-        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        ids = torch.stack([functional.pad(one, (length - len(one), 0), value=padding) for one in prompts])
-        mask = torch.stack([functional.pad(torch.ones_like(one), (length - len(one), 0)) for one in prompts])
-        found = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=new_tokens,
-            do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding,
-        )  # fmt: skip
-        answers = tokenizer.batch_decode(found[:, length:], skip_special_tokens=True)
-        wanted = [_number(record.answer) for record in some]
-        matches += sum(one is not None and _number(answer) == one for answer, one in zip(answers, wanted, strict=True))
-    return matches
+    prompts = [record.prompt for record in records]
+    answers = generated(model, tokenizer, prompts, new_tokens=new_tokens, batch_size=batch_size)
+    numbers = zip(map(_number, answers), (_number(record.answer) for record in records), strict=True)
+    return sum(wanted is not None and found == wanted for found, wanted in numbers)
 
 
 def _number(answer: str) -> str | None:

@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
+from demo_steps import heading, print_table, step
+from question_answers import generated
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from impart_hf.calibration.text import calibration_tokens
-from impart_hf.cli.main import main as impart_hf
 from impart_hf.evaluation.metrics import evaluate
 
 RATIO = "16"
@@ -24,26 +25,20 @@ PROMPT = "The statement"
 SEQUENCES, LENGTH = 64, 128  # as in the tables of docs/results-toys.md
 
 
-def step(title: str, command: list[str]) -> None:
-    """Run one impart-hf command, and print it as a user would type it."""
-    print(f"\n== {title}\n$ impart-hf {' '.join(command)}", flush=True)
-    if impart_hf(command) != 0:
-        sys.exit(1)
-
-
 def compare(models: dict[str, PreTrainedModel], sequences: torch.Tensor) -> None:
     """Print every model's perplexity on held-out text and its divergence from the fine-tune."""
-    print(f"{'model':<24}{'perplexity':>12}{'KL(fine-tune || model), nats/token':>38}")
+    rows = [("model", "perplexity", "KL(fine-tune || model), nats/token")]
     for name, model in models.items():
         perplexity, divergence = evaluate(model, models["fine-tune"], sequences, batch_size=8)
-        print(f"{name:<24}{perplexity:>12.1f}{divergence:>38.4f}")
+        rows.append((name, f"{perplexity:.1f}", f"{divergence:.4f}"))
+    print_table(rows)
 
 
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
     logging.disable_progress_bar()
     pair, delta, picture = folder / "pair", folder / "delta", folder / "delta.png"
-    print("== A tiny base and a fine-tune of it, trained on text that comes with Python", flush=True)
+    heading("A tiny base and a fine-tune of it, trained on text that comes with Python")
     subprocess.run([sys.executable, Path(__file__).with_name("train_pair.py"), pair, "--preset", "demo"], check=True)
     base, finetuned = str(pair / "base"), str(pair / "finetuned")
 
@@ -51,7 +46,7 @@ def main() -> int:
     step("Inspect", ["inspect", str(delta), "--plot", str(picture)])
     step("Verify", ["verify", str(delta), "--quiet"])
 
-    print("\n== Load it like any other model, and compare it with the fine-tune on text that neither was trained on")
+    heading("Load it like any other model, and compare it with the fine-tune on text that neither was trained on")
     tokenizer = AutoTokenizer.from_pretrained(delta)
     models = {
         "base": AutoModelForCausalLM.from_pretrained(base),
@@ -61,11 +56,10 @@ def main() -> int:
     heldout = str(pair / "finetune_heldout.txt")
     compare(models, calibration_tokens(heldout, tokenizer, samples=SEQUENCES, length=LENGTH))
 
-    print(f"\n== Generate, greedily, from {json.dumps(PROMPT)}")
-    prompt = tokenizer(PROMPT, return_tensors="pt")
+    heading(f"Generate, greedily, from {json.dumps(PROMPT)}")
     for name, model in models.items():
-        tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        print(f"{name:<24}{json.dumps(tokenizer.decode(tokens[0], skip_special_tokens=True))}")
+        (text,) = generated(model, tokenizer, [PROMPT], new_tokens=24)
+        print(f"{name:<24}{json.dumps(PROMPT + text)}")
     print(f"\nThe repository is {delta}, its chart is {picture}.")
     return 0
 
