@@ -39,6 +39,10 @@ class TextField:
 
 CalibrationSource = str | os.PathLike | Sequence[str | Mapping[str, Any]] | TextField
 
+# The name of the text that comes with this package: prose, source code, mathematics, chats and several languages.
+BUILT_IN = "built-in"
+_BUILT_IN_LENGTH = 128  # the longest of its sequences, so that there are several
+
 # The sequences are drawn from the first _POOL * samples of a source; no more of it is read.
 _POOL = 4
 PIECE_CHARACTERS = 1 << 20
@@ -67,6 +71,7 @@ def calibration_tokens(
             - a .jsonl or .json file of records: a record a line, or one array; or a .parquet file;
             - records, in a list or another sequence;
             - a folder of data files that `datasets.load_dataset` reads;
+            - `BUILT_IN`, a short text of many kinds, cut into sequences of at most 128 tokens;
             - the name of a data set on the Hub as `owner/name`, `owner/name:configuration` or
               `owner/name:configuration@split`, such as `allenai/c4:en@validation`; the split is "train" if not given,
               and its rows are the records.
@@ -106,6 +111,8 @@ def calibration_tokens(
     """
     if samples < 1 or length < 2:
         raise ValueError(f"a text needs at least one sequence of two tokens, got {samples} of {length}: ask for more")
+    if source == BUILT_IN:
+        source, length = [_built_in()], min(length, _BUILT_IN_LENGTH)
     sequences = list(itertools.islice(_sequences(source, tokenizer, length), _POOL * samples))
     if len(sequences[-1]) < length:
         rest = sequences.pop()
@@ -117,6 +124,10 @@ def calibration_tokens(
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(sequences), generator=generator)[:samples].sort().values
     return torch.stack([sequences[index] for index in drawn.tolist()])
+
+
+def _built_in() -> str:
+    return Path(__file__).with_name("built_in.txt").read_text("utf-8")
 
 
 def text_name(source: CalibrationSource) -> str:

@@ -133,8 +133,8 @@ def add_pair(
     add_calibration(
         parser,
         "calibration text for the methods that quantise: a .txt, .json, .jsonl or .parquet file, a folder of such "
-        "files or the name of a data set on the Hub; without it values are only rounded, and impart-rd uses inputs "
-        "estimated from the delta",
+        "files, the name of a data set on the Hub, or 'built-in' for a short text of many kinds; without it values are "
+        "only rounded, and impart-rd uses inputs estimated from the delta",
         of_what,
     )
     add_text_field(parser)

@@ -134,8 +134,7 @@ def compress_pair(
     stream, trained = processes.each(lambda: models_for_texts(pair, request))
     reach = Reach(frozenset() if stream is None else stream.matrices, trained)
     state = processes.in_first(pair.state)
-    tensors = scanned(pair, workspace, state)
-    pair.progress.plan(stages_of(request, pair.is_scanned))
+    tensors = scanned(pair, workspace, state, request)
     method, config, plan = processes.each(lambda: planned(pair, tensors, request, reach))
     inputs = run_inputs(pair, request)
     expected_bytes = plan.allowed_bytes + plan.fixed_bytes
@@ -164,10 +163,14 @@ def compress_pair(
     return processes.in_first(publish)
 
 
-def scanned(pair: ModelPair, workspace: Workspace, state: Any) -> list[TensorPlan]:
-    """Return the scan of a pair, from the workspace if an earlier run stored it there for models in this state."""
+def scanned(pair: ModelPair, workspace: Workspace, state: Any, request: CompressionRequest) -> list[TensorPlan]:
+    """Return the scan of a pair, from the workspace if an earlier run stored it there for models in this state.
+
+    It is the first of the stages that the request has.
+    """
     if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
         pair.tensors = list(map(TensorPlan.from_dict, stored))
+    pair.progress.plan(stages_of(request, pair.is_scanned))
     return pair.tensors
 
 
@@ -228,16 +231,17 @@ def _encode(
     if method.shares_budget:
         processes.each(lambda: find_spectra(plan.encoded, pair, method, workspace))
 
-        def allocate() -> dict[str, list[int]]:
-            known = {}
-            if calibration is not None:
-                known = workspace.sensitivities(
+        known: dict[str, float] = {}
+        if calibration is not None:
+            known = processes.in_first(
+                lambda: workspace.sensitivities(
                     lambda: sensitivities(pair.finetuned, calibration, pair.device, pair.progress)
                 )
-            with pair.progress.bar(1, ALLOCATING):
-                return shared_budgets(plan.encoded, method, workspace, known)
-
-        budgets = processes.in_first(lambda: workspace.budgets(allocate))
+            )
+        with pair.progress.bar(1, ALLOCATING):
+            budgets = processes.in_first(
+                lambda: workspace.budgets(lambda: shared_budgets(plan.encoded, method, workspace, known))
+            )
     encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream, seconds)
     with encoding.bar:
         if stream is not None and calibration is not None:

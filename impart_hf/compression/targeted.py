@@ -73,7 +73,7 @@ def compress_to_target(
         request, counted_card_data=request.card_data | widest.card_data(), counted_method_data=_method_data(widest)
     )
     state = processes.in_first(pair.state)
-    tensors = scanned(pair, workspace, state)
+    tensors = scanned(pair, workspace, state, request)
     lowest, highest, plan = processes.each(lambda: _range(pair, tensors, request))
     inputs = [*run_inputs(pair, request), str(target), text, sequences.tolist()]
     first = replace(request.method, compression_ratio=LOWEST_RATIO)

@@ -31,8 +31,9 @@ _V_NOISE, _BOTH_NOISE = 0.25, 0.06
 _TOKEN_V_NOISE, _TOKEN_BOTH_NOISE, _TOKEN_WEIGHT = 0.02, 0.1, 6.0
 # Added to the inputs' variance in each direction, in units of its mean, because inputs other than those of the
 # calibration text or the fine-tune will occur. GPTQ alone does best with hardly any. But U, which compensates for V,
-# would then respond to directions that hardly occur in the inputs.
-_UNKNOWN_INPUTS = 1.0
+# would then respond to directions that hardly occur in the inputs. The inputs of a real model are strong in a few,
+# which make most of the mean.
+_UNKNOWN_IN_TEXT, _UNKNOWN_IN_DELTA = 10.0, 1.0
 # Deltas below this share of their weight are light: rounding them without guessed inputs is better.
 _LIGHT = 0.05
 _MAX_FITS = 16
@@ -146,7 +147,9 @@ class ImPartRdConfig(MethodConfig):
         ]
         hessians = [task.hessian for task in tasks if task.hessian is not None]
         known_inputs = bool(hessians) or guessed[0]
-        moments = stacked_moments(hessians or deltas, _moments) if known_inputs else (None, None)
+        moments: tuple[torch.Tensor | None, list[int] | None] = (None, None)
+        if known_inputs:
+            moments = stacked_moments(hessians or deltas, _text_moments if hessians else _guessed_moments)
         records = stack.records(fits, *moments, compensated=True, transposed=tasks[0].transposed)
         for number, data in zip(stored, records, strict=True):
             encoded[number] = Encoded(data, () if hessians or not known_inputs else (GUESSED,))
@@ -225,7 +228,7 @@ def input_moments(task: EncodingTask) -> torch.Tensor | None:
     """
     if task.hessian is not None:
         return _shared_moments()(task.hessian)
-    return _moments(task.delta.t() @ task.delta) if _guesses(task) else None
+    return _guessed_moments(task.delta.t() @ task.delta) if _guesses(task) else None
 
 
 def _guesses(task: EncodingTask) -> bool:
@@ -236,20 +239,28 @@ def _is_light(task: EncodingTask) -> bool:
     return task.relative_norm is not None and task.relative_norm < _LIGHT
 
 
-def _moments(known: torch.Tensor) -> torch.Tensor:
-    """Return second moments (..., n, n) in units of their mean, with those of unknown inputs."""
+def _text_moments(known: torch.Tensor) -> torch.Tensor:
+    return _with_unknown(known, _UNKNOWN_IN_TEXT)
+
+
+def _guessed_moments(known: torch.Tensor) -> torch.Tensor:
+    return _with_unknown(known, _UNKNOWN_IN_DELTA)
+
+
+def _with_unknown(known: torch.Tensor, unknown: float) -> torch.Tensor:
+    """Return second moments (..., n, n) in units of their mean, with as much more in every direction as `unknown`."""
     mean = known.diagonal(dim1=-2, dim2=-1).mean(-1)
     moments = known / mean.where(mean != 0, 1.0)[..., None, None]  # 0 if all inputs are zero
-    moments.diagonal(dim1=-2, dim2=-1).add_(_UNKNOWN_INPUTS)
+    moments.diagonal(dim1=-2, dim2=-1).add_(unknown)
     return moments
 
 
 @functools.cache
 def _shared_moments() -> LastResult[torch.Tensor]:
-    """Return `_moments` of the last Hessian, for the matrices that share their inputs."""
+    """Return `_text_moments` of the last Hessian, for the matrices that share their inputs."""
     from ..common.last_result import LastResult
 
-    return LastResult(_moments)
+    return LastResult(_text_moments)
 
 
 def best_widths(

@@ -63,10 +63,11 @@ class MixedPrecision(MethodConfig):
     def _encode_stack(self, tasks: list[EncodingTask]) -> list[Encoded]:
         import torch
 
+        from ..coding.spectrum import decomposed
         from ..coding.stacked_factors import FactorStack, stacked_moments
-        from ..coding.svd import leading_svd, leading_svds
+        from ..coding.svd import leading_svds
 
-        if any(task.svd is not leading_svd for task in tasks):
+        if any(task.svd is not decomposed for task in tasks):
             return super()._encode_stack(tasks)
         deltas = torch.stack([task.delta for task in tasks])
         rows, columns = deltas.shape[1:]

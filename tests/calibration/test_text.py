@@ -14,7 +14,7 @@ from support.messages import naming
 from support.tiny_models import tiny_tokenizer
 
 from impart_hf.calibration import text as calibration_text
-from impart_hf.calibration.text import TextField, calibration_tokens, text_name, within_positions
+from impart_hf.calibration.text import BUILT_IN, TextField, calibration_tokens, text_name, within_positions
 
 CHAT = [{"role": "user", "content": "Is it small?"}, {"role": "assistant", "content": "It is."}]
 TEXTS = ["The first text is a short one.", "Ünïcode in the second.", "A third,\nof two lines."]
@@ -385,3 +385,10 @@ def test_too_little_text_says_how_much_there_is() -> None:
 def test_settings_that_make_no_sequence(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=naming("sequence", *settings.values())):
         calibration_tokens(TEXTS, tiny_tokenizer(), **settings)
+
+
+def test_the_built_in_text_is_enough_for_several_sequences() -> None:
+    tokens = calibration_tokens(BUILT_IN, tiny_tokenizer(), samples=128, length=2048)
+    assert tokens.shape[1] == 128 and len(tokens) >= 4
+    assert calibration_tokens(BUILT_IN, tiny_tokenizer(), samples=2, length=16).shape == (2, 16)
+    assert text_name(BUILT_IN) == "built-in"

@@ -82,7 +82,7 @@ def test_the_command_tells_what_distillation_did(
     command += ["--method", "bitdelta", "--ratio", "8", "--distill", str(tmp_path / "text.txt"), "--steps", "5"]
     command += ["--calibration-samples", "16", "--calibration-length", "32"]
     assert main(command) == 0
-    assert re.search(r"distilled: .*\b0\.\d{4}.*\b0\.\d{4}", capsys.readouterr().out)
+    assert re.search(r"quality: KL .*\b0\.\d{4}.*\b0\.\d{4}", capsys.readouterr().out)
     assert main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["distilled"]["steps"] == 5 and report["distilled"]["after"] <= report["distilled"]["before"]
@@ -180,7 +180,7 @@ def test_two_processes_distil_together(tiny_pair: Pair, distilled: Path, tmp_pat
     command += ["--calibration-samples", "24", "--calibration-length", "32", "--quiet"]
     launched = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert launched.returncode == 0, launched.stderr[-3000:]
-    assert launched.stdout.count("distilled: ") == 1
+    assert launched.stdout.count("quality: KL ") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "text.txt"]
     found = [divergence(folder, tiny_pair.finetuned) for folder in (tmp_path / "delta", distilled)]
     assert found[0] == pytest.approx(found[1], rel=0.2)

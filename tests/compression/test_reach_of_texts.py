@@ -134,7 +134,7 @@ def test_the_command_says_how_much_was_reached(
     text = str(tmp_path / "text.txt")
     assert main([*command, "--calibration", text, "--distill", text, "--steps", "2", "--distill-blocks", "1"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(naming("calibrated", "8 of 9 matrices"), shown)
+    assert re.search(naming("8 of them calibrated"), shown)
     assert re.search(naming("trained", "8 of 10 tensors"), shown)
     method = method_of(tmp_path / "delta")
     assert method["calibration"] == "8 x 32 tokens, 8 of 9 matrices"

@@ -43,7 +43,15 @@ def shown(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
         (
             "impart-rd",
             {"calibration": [TEXT], **DISTILL},
-            ["Scanning", "Decomposing", "Allocating", "Compressing", "Distilling", "Writing"],
+            [
+                "Scanning",
+                "Decomposing",
+                "Measuring sensitivity",
+                "Allocating",
+                "Compressing",
+                "Distilling",
+                "Writing",
+            ],  # fmt: skip
         ),
     ],
 )

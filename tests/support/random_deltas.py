@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from impart_hf.coding.svd import leading_svd
+from impart_hf.coding.spectrum import decomposed
 from impart_hf.methods import EncodingTask
 
 
@@ -35,7 +35,7 @@ def make_tasks(
     """What encodes deltas into a share of their bytes in bfloat16."""
     known = hessians or [None] * len(deltas)
     return [
-        EncodingTask(delta, int(2 * delta.numel() / ratio), seed, hessian, leading_svd, None, None, False, transposed)
+        EncodingTask(delta, int(2 * delta.numel() / ratio), seed, hessian, decomposed, None, None, False, transposed)
         for seed, (delta, hessian) in enumerate(zip(deltas, known, strict=True))
     ]
 
