@@ -44,8 +44,7 @@ def sensitivities(
         By tensor name, nats per token and unit of squared Frobenius norm; only of layers that the tokens reach. Empty
         if the model's layers cannot be run one after the other within it, which is logged.
     """
-    tokens = tokens[:, :_LENGTH]
-    tokens = tokens[: max(1, _TOKENS // tokens.shape[1])]
+    tokens = enough_of(tokens)
     try:
         model = streamed_model(finetuned, tokens, device, dtype=torch.float32)
         with torch.no_grad():
@@ -55,6 +54,12 @@ def sensitivities(
         return {}
     with full_float32():
         return _Backward(model, tokens.to(device)).run(progress or Progress(False))
+
+
+def enough_of(tokens: Tensor) -> Tensor:
+    """Return the part of a text, int64 (sequences, length), on which sensitivity is measured."""
+    tokens = tokens[:, :_LENGTH]
+    return tokens[: max(1, _TOKENS // tokens.shape[1])]
 
 
 class _Backward:

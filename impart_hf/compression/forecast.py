@@ -121,12 +121,13 @@ def _forecast_pair(
     layer = layers = 0.0
     if stream is not None and request.calibration is not None:
         layer, layers = layer_seconds(stream, pair.finetuned, request.calibration), len(stream.layers)
+    measures = request.calibration is not None and method.shares_budget
     times = RunTimes(
         opening=opening,
         scan_rate=scan_rate(plan.tensors, pair.base, pair.finetuned),
         price=price_of(plan, kinds, method),
         calibration=layer * layers,
-        training_speed=0.0 if request.distillation is None else training_speed(pair.device),
+        training_speed=training_speed(pair.device) if measures or request.distillation is not None else 0.0,
     )
     training = 0
     if request.distillation is not None:

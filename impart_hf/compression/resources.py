@@ -1,10 +1,14 @@
 """The resources that a run takes, added up from what single matrices and layers cost."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from ..calibration.layer_stream import BATCH_SIZE
+from ..calibration.sensitivity import enough_of
 from ..repository.report import human_bytes
 from ..storage.workspace import needed_bytes
 from .budgets import sharing
@@ -31,7 +35,7 @@ class RunTimes:
         scan_rate: bytes of both models that are scanned in a second.
         price: seconds in which one budget is shared out among all matrices.
         calibration: seconds in which all layers are run over the calibration text.
-        training_speed: operations per second of training; 0 without distillation.
+        training_speed: operations per second of training; 0 where nothing is trained and no sensitivity measured.
     """
 
     opening: float
@@ -173,7 +177,10 @@ def forecast_of(
     stages = [Stage("open and check", times.opening, False)]
     stages.append(Stage("scan", max(sum(read) / process_count, max(read, default=0.0)), True))
     if sharing(encoded, method):
-        stages += [Stage("singular values", shared("spectrum"), True), Stage("price", times.price, False)]
+        stages.append(Stage("singular values", shared("spectrum"), True))
+        if request.calibration is not None:
+            stages.append(Stage("sensitivity", _sensitivity(plan, request.calibration) / times.training_speed, False))
+        stages.append(Stage("price", times.price, False))
     stages.append(Stage("vectors and encoding", shared("encoding"), True))
     if request.calibration is not None:
         decoding = sum(t.matrices * cost[t.name].decoding for t in encoded)
@@ -212,6 +219,22 @@ def forecast_of(
     )
 
 
+def _sensitivity(plan: CompressionPlan, calibration: torch.Tensor) -> float:
+    """Return the operations in which sensitivity is measured: two passes forward, and one backward, of two."""
+    parameters = sum(t.dense_bytes // t.dtype.itemsize for t in plan.tensors if len(t.shape) >= 2)
+    return 4 * 2.0 * parameters * enough_of(calibration).numel()
+
+
+def _sensitivity_bytes(plan: CompressionPlan, calibration: torch.Tensor, text_config: Mapping[str, Any]) -> int:
+    """Return the memory for it: embeddings, output projection, a layer, all layers' hidden states and some logits."""
+    tokens, layers = enough_of(calibration), int(text_config.get("num_hidden_layers") or 1)
+    vocabulary = [t.shape for t in plan.tensors if t.vocabulary]
+    others = sum(math.prod(t.shape) for t in plan.tensors if len(t.shape) >= 2 and not t.vocabulary)
+    rows, size = (max((shape[axis] for shape in vocabulary), default=0) for axis in (0, -1))
+    held = sum(map(math.prod, vocabulary)) + others // layers + tokens.numel() * size * layers
+    return _FLOAT * (held + _ALIVE * tokens.shape[1] * rows)
+
+
 def _peak(
     plan: CompressionPlan,
     request: CompressionRequest,
@@ -233,4 +256,6 @@ def _peak(
         inputs = max((max(t.shape[-2:]) for t in others), default=0)
         active = _ALIVE * _FLOAT * min(BATCH_SIZE, sequences) * length * inputs
         most = max(most, vocabulary, layer + _FLOAT * inputs**2 + max(active, encoding))
+        if sharing(plan.encoded, request.method):
+            most = max(most, _sensitivity_bytes(plan, request.calibration, text))
     return int(max(most, training_bytes))

@@ -126,7 +126,7 @@ def test_a_calibrated_run_has_its_stage(tiny_pair: Pair) -> None:
     found = ask(tiny_pair, ImPartRdConfig(compression_ratio=3), calibration=TEXT, calibration_length=32)
     seconds = {stage.name: stage.seconds for stage in found.stages}
     assert list(seconds) == [
-        "open and check", "scan", "singular values", "price", "vectors and encoding", "calibration", "writing",
+        "open and check", "scan", "singular values", "sensitivity", "price", "vectors and encoding", "calibration", "writing",
     ]  # fmt: skip
     assert all(value > 0 for value in seconds.values())
     assert "tokens" in found.method["calibration"]
@@ -248,6 +248,9 @@ def test_stages_of_methods_and_texts() -> None:
     seconds = {stage.name: stage.seconds for stage in found.stages}
     assert list(seconds)[-3:] == ["calibration", "distillation", "writing"]
     assert seconds["calibration"] == 7.0
+    fewer = added_up(ImPartRdConfig(compression_ratio=3), request=request | {"calibration": tokens[:4]})
+    measuring = {stage.name: stage.seconds for stage in fewer.stages}["sensitivity"]
+    assert measuring == pytest.approx(seconds["sensitivity"] / 2) and measuring > 0
     request["distillation"] = tokens[:, :8]
     shorter = added_up(ImPartRdConfig(compression_ratio=3), request=request)
     assert shorter.stages[-2].seconds == pytest.approx(seconds["distillation"] / 2)
