@@ -93,10 +93,11 @@ def _tensors(report: CompressionReport, takes_text: bool) -> list[str]:
     calibration = report.method.get("calibration", "")
     if inputs["guessed"]:
         guessed = "inputs of 1 tensor were" if inputs["guessed"] == 1 else f"inputs of {inputs['guessed']} tensors were"
-        better = "; --calibration TEXT would measure them" if takes_text and calibration.startswith("none") else ""
+        takes_text = takes_text and calibration.startswith("none")
+        better = "; --calibration TEXT, or built-in, would measure them" if takes_text else ""
         lines.append(f"{guessed} guessed from the deltas{better}")
     elif calibration.startswith("none") and encoded:
-        better = "; --calibration TEXT would choose them for each layer's real inputs" if takes_text else ""
+        better = "; --calibration TEXT, or built-in, would choose them for the layers' inputs" if takes_text else ""
         lines.append(f"no calibration: values were rounded to the nearest level{better}")
     return lines
 
