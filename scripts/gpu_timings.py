@@ -34,7 +34,7 @@ from gpu_material import (
     write_delta,
 )
 
-from impart_hf.coding.svd import leading_svd
+from impart_hf.coding.spectrum import decomposed
 from impart_hf.compression.batches import Batches
 from impart_hf.compression.encoding import bytes_for
 from impart_hf.methods import EncodingTask, ImPartRdConfig, method_class
@@ -127,7 +127,7 @@ def _time_experts(notes: Notes) -> None:
     budget = max(2 * m * n // RATIO, config.least_bytes(m, n))
     deltas = [measure.synthetic_delta(m, n, seed=seed, device=notes.device) for seed in range(count)]
     tasks = [
-        EncodingTask(delta, budget, seed, None, leading_svd, None, None, False, False)
+        EncodingTask(delta, budget, seed, None, decomposed, None, None, False, False)
         for seed, delta in enumerate(deltas)
     ]
 

@@ -133,14 +133,15 @@ class _Backward:
         """Within this context, add up the squares of inputs and gradients of the layer's linear layers."""
 
         def hook(name: str) -> Any:
-            def after(_: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            def after(_: Any, arguments: tuple[Tensor, ...], output: Any) -> None:
                 sizes = arguments[0].detach().square().sum(-1)
+                if not isinstance(output, Tensor) or output.shape[:-1] != sizes.shape or not output.requires_grad:
+                    return  # a router that is a linear layer, and gives something made of its product
 
                 def add(gradient: Tensor) -> None:
                     self._sums[name] += float((sizes * gradient.square().sum(-1)).sum())
 
-                if output.requires_grad:
-                    output.register_hook(add)
+                output.register_hook(add)
 
             return after
 
