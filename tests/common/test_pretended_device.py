@@ -33,7 +33,7 @@ CEILINGS = {
     "impart-rd calibrated": ((4840, 140), (126, 4)),
     "lowrank": ((146, 34), (42, 6)),
 }
-SECOND = "pretended:1"
+FIRST, SECOND = "pretended:0", "pretended:1"
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +95,11 @@ def test_faults(run: dict[str, Any]) -> None:
 
 
 def test_compression(run: dict[str, Any]) -> None:
-    for name in ("rounded", "calibrated"):
+    for name, device in {"rounded": SECOND, "calibrated": FIRST}.items():
         assert run[name] == [], f"{name}: these entries are not the CPU's"
         assert run[f"{name} errors"] < 1e-3
         assert run[f"{name} on cpu"] == 0 and run[f"{name} on pretended"] > 10_000
-        assert run[f"{name} decodes on {SECOND}"] == [SECOND] and run[f"{name} decodes on cpu"] == ["cpu"]
+        assert run[f"{name} decodes on {device}"] == [device] and run[f"{name} decodes on cpu"] == ["cpu"]
 
 
 def test_use(run: dict[str, Any]) -> None:

@@ -126,7 +126,8 @@ def test_a_calibrated_run_has_its_stage(tiny_pair: Pair) -> None:
     found = ask(tiny_pair, ImPartRdConfig(compression_ratio=3), calibration=TEXT, calibration_length=32)
     seconds = {stage.name: stage.seconds for stage in found.stages}
     assert list(seconds) == [
-        "open and check", "scan", "singular values", "sensitivity", "price", "vectors and encoding", "calibration", "writing",
+        "open and check", "scan", "singular values", "sensitivity", "price", "vectors and encoding", "calibration",
+        "writing",
     ]  # fmt: skip
     assert all(value > 0 for value in seconds.values())
     assert "tokens" in found.method["calibration"]

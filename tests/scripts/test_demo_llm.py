@@ -26,11 +26,8 @@ def test_from_end_to_end_and_again(tmp_path: Path, capsys: pytest.CaptureFixture
     assert sorted(path.name for path in folder.iterdir()) == ["delta", "delta.png", "finetuned"]
     commands = re.findall(r"^\$ impart-hf (\w+)", said, re.MULTILINE)
     assert commands == ["compress", "inspect", "verify"]
-    rows = {
-        name: cells
-        for name, *cells in (re.split(r" {2,}", line) for line in said.partition("== Load")[2].splitlines())
-        if len(cells) == 3
-    }
+    compared = [re.split(r" {2,}", line) for line in said.partition("== Load")[2].splitlines()]
+    rows = {name: cells for name, *cells in compared if len(cells) == 3}
     assert set(rows) == {"model", "base", "fine-tune", "delta repository"}
     divergences = {name: float(cells[0]) for name, cells in rows.items() if name != "model"}
     assert divergences["fine-tune"] == 0 < divergences["delta repository"] < divergences["base"]
