@@ -51,7 +51,7 @@ def quantised(
             for its outputs.
 
     Returns:
-        U's levels (m, r), sigma as `factored_record` takes it, V's levels (n, r), notes.
+        U's levels (m, r), sigma as `records.factored` takes it, V's levels (n, r), notes.
     """
     widths_v = widths if widths_v is None else widths_v
     u_side, v_side = (

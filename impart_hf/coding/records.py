@@ -81,31 +81,6 @@ def columns_of(segments: list[Segment]) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
-def factored_record(
-    delta: torch.Tensor,
-    u: torch.Tensor,
-    sigma: np.ndarray,
-    v: torch.Tensor,
-    thresholds: np.ndarray,
-    widths: np.ndarray,
-    mask_seed: int,
-    widths_v: np.ndarray | None = None,
-) -> MeasuredRecord:
-    """Build the record of the sum of sigma_k u_k v_k^T over components k, dropping entries of u_k and v_k by masks.
-
-    Args:
-        delta: float32 (m, n), the exact delta, to measure the record's error.
-        u, v: float32 of shapes (m, r), (n, r): values to be stored as floats, or levels.
-        sigma: float64 (r,), not negative: singular values times the 1/q^2 of both masks (eq. 4 and 5) and times the
-            scales of both planes' levels, so that decoding does not depend on the method.
-        thresholds: uint16 of shape (r,), the same for U and V.
-        widths: width codes of the components, shape (r,).
-        mask_seed: the record's 32-bit mask seed.
-        widths_v: width codes of V's values, if they differ from U's.
-    """
-    return pack_measured(factored(u, sigma, v, thresholds, widths, mask_seed, widths_v), delta)
-
-
 def factored(
     u: torch.Tensor,
     sigma: np.ndarray,
@@ -115,7 +90,19 @@ def factored(
     mask_seed: int,
     widths_v: np.ndarray | None = None,
 ) -> Record:
-    """Build the record that `factored_record` packs, without its relative error."""
+    """Return the record of the sum of sigma_k u_k v_k^T over components k, dropping entries of u_k and v_k by masks.
+
+    `pack_measured` makes its bytes.
+
+    Args:
+        u, v: float32 of shapes (m, r), (n, r): values to be stored as floats, or levels.
+        sigma: float64 (r,), not negative: singular values times the 1/q^2 of both masks (eq. 4 and 5) and times the
+            scales of both planes' levels, so that decoding does not depend on the method.
+        thresholds: uint16 of shape (r,), the same for U and V.
+        widths: width codes of the components, shape (r,).
+        mask_seed: the record's 32-bit mask seed.
+        widths_v: width codes of V's values, if they differ from U's.
+    """
     both = np.stack([widths, widths if widths_v is None else widths_v], 1)
     segments = [
         Segment(
@@ -193,7 +180,11 @@ def fit_threshold(rows: int, columns: int, most_values: int, mask_seed: int, dev
 
 
 def pack_measured(record: Record, delta: torch.Tensor) -> MeasuredRecord:
-    """Return the record, with its errors measured by decoding it."""
+    """Return a record's bytes, with its errors measured by decoding it.
+
+    Args:
+        delta: float32 (m, n), the exact delta.
+    """
     record.scale = float(np.float32(record.scale))
     decoded = decode_record(record, "encoded matrix", delta.device)
     error, norm = decoded - delta, delta.norm()

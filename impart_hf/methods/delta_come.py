@@ -34,7 +34,7 @@ class DeltaComeConfig(MixedPrecision):
 
     def _encode(self, task: EncodingTask) -> Encoded:
         from ..coding.factor_quantisation import quantised
-        from ..coding.records import factored_record
+        from ..coding.records import factored, pack_measured
 
         rows, columns = task.delta.shape
         rank = self.rank_for(np.empty(0), rows, columns, task.max_bytes)
@@ -44,7 +44,7 @@ class DeltaComeConfig(MixedPrecision):
         u, scaled_sigma, v, notes = quantised(
             u, sigma, v, keep_all, widths, task.mask_seed, task.hessian, transposed=task.transposed
         )
-        return Encoded(factored_record(task.delta, u, scaled_sigma, v, keep_all, widths, task.mask_seed), notes)
+        return Encoded(pack_measured(factored(u, scaled_sigma, v, keep_all, widths, task.mask_seed), task.delta), notes)
 
     def _stack_thresholds(
         self, spectra: list[np.ndarray], tasks: list[EncodingTask]

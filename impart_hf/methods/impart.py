@@ -44,9 +44,9 @@ class ImPartConfig(ImportanceAllocation):
         return OVERHEAD_BYTES + COMPONENT_BYTES + VALUE_BYTES * (rows + columns)
 
     def _encode(self, task: EncodingTask) -> Encoded:
-        from ..coding.records import factored_record
+        from ..coding.records import factored, pack_measured
 
         (u, sigma, v), thresholds, notes = self.sparsify(task.delta, task.max_bytes, task.mask_seed, task.svd)
         rescaled = sigma.double().cpu().numpy() / kept_ratios(thresholds) ** 2
         widths = self.widths(len(thresholds))
-        return Encoded(factored_record(task.delta, u, rescaled, v, thresholds, widths, task.mask_seed), notes)
+        return Encoded(pack_measured(factored(u, rescaled, v, thresholds, widths, task.mask_seed), task.delta), notes)

@@ -27,14 +27,16 @@ class ImPartQtConfig(MixedPrecision, ImportanceAllocation):
 
     def _encode(self, task: EncodingTask) -> Encoded:
         from ..coding.factor_quantisation import quantised
-        from ..coding.records import factored_record
+        from ..coding.records import factored, pack_measured
 
         factors, thresholds, notes = self.sparsify(task.delta, task.max_bytes, task.mask_seed, task.svd)
         widths = self.widths(len(thresholds))
         u, sigma, v, more = quantised(
             *factors, thresholds, widths, task.mask_seed, task.hessian, transposed=task.transposed
         )
-        return Encoded(factored_record(task.delta, u, sigma, v, thresholds, widths, task.mask_seed), notes + more)
+        return Encoded(
+            pack_measured(factored(u, sigma, v, thresholds, widths, task.mask_seed), task.delta), notes + more
+        )
 
     def _stack_thresholds(
         self, spectra: list[np.ndarray], tasks: list[EncodingTask]

@@ -80,7 +80,7 @@ class ImPartRdConfig(MethodConfig):
         import torch
 
         from ..coding.factor_quantisation import plane_mask, quantised
-        from ..coding.records import factored_record
+        from ..coding.records import factored, pack_measured
         from ..coding.spectrum import singular_values
 
         spectrum = singular_values(task.delta) if task.sigma is None else task.sigma
@@ -105,8 +105,8 @@ class ImPartRdConfig(MethodConfig):
             delta=task.delta,
             transposed=task.transposed,
         )
-        data = factored_record(
-            task.delta, levels_u, scaled_sigma, levels_v, thresholds, widths_u, task.mask_seed, widths_v
+        data = pack_measured(
+            factored(levels_u, scaled_sigma, levels_v, thresholds, widths_u, task.mask_seed, widths_v), task.delta
         )
         return Encoded(data, (*notes, GUESSED) if _guesses(task) else notes)
 

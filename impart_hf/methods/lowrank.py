@@ -40,12 +40,12 @@ class LowRankConfig(MethodConfig):
         return min(rows, columns, (max_bytes - OVERHEAD_BYTES) // component)
 
     def _encode(self, task: EncodingTask) -> Encoded:
-        from ..coding.records import factored_record
+        from ..coding.records import factored, pack_measured
 
         rows, columns = task.delta.shape
         rank = self.rank_for(np.empty(0), rows, columns, task.max_bytes)
         u, sigma, v = (part[..., :rank] for part in task.svd(task.delta, lambda _: rank))
         keep_all, widths = np.full(rank, MAX_THRESHOLD, np.uint16), np.full(rank, VALUE_WIDTHS[self.value_dtype])
         return Encoded(
-            factored_record(task.delta, u, sigma.double().cpu().numpy(), v, keep_all, widths, task.mask_seed)
+            pack_measured(factored(u, sigma.double().cpu().numpy(), v, keep_all, widths, task.mask_seed), task.delta)
         )
