@@ -14,12 +14,13 @@ price. The price is the same for all matrices of a model: the lowest at which th
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from ..modeling.delta_record import HEADER_BYTES, SEGMENT_BYTES
-from .record_sizes import COMPONENT_BYTES, OVERHEAD_BYTES, kept_ratios, thresholds_of
+from .record_sizes import COMPONENT_BYTES, kept_ratios, thresholds_of
 
 # By bits, D / (1 - D) for the relative squared error D of normally distributed values stored as signs, as Lloyd-Max
 # levels of 2 to 4 bits, or as 256 evenly spaced levels.
@@ -32,9 +33,10 @@ _EXACT, _ABOUT = 1e-4, 0.03  # relative errors of a price: of the returned one, 
 _STEP, _WIDE_STEP = 0.01, 0.3  # width of a bin, as a logarithm of squared singular values; that of a wide one
 _MOST_BINS = 100_000  # if there would be more, bins are wider
 FEW = 200  # components whose price is found without wide bins
-_GROUP = 1 << 20  # components that are binned at a time, to save memory
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # mixes numbers into a hash
 _CHUNK = 4096  # components processed together, so that their numbers stay in the processor's cache
+
+Room = Callable[[float], float]
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,15 @@ class Matrix:
     Attributes:
         sigma: float64 (r,), its leading singular values, at least as many as the budget could store.
         rows, columns: m and n.
+        entry_energy: its squared Frobenius norm times the weight of noise in single entries; infinite if entries must
+            not be stored themselves.
     """
 
     sigma: np.ndarray
     rows: int
     columns: int
     error_weights: ErrorWeights
+    entry_energy: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,13 @@ class Choice:
         bits: int64 (r, 2), bits of a value of u and of v; 0 for a dropped component.
         thresholds: uint16 (r,), thresholds of the masks.
         bytes: float64 (r,), expected sizes in bytes.
+        errors: float64 (r,), expected weighted squared errors.
     """
 
     bits: np.ndarray
     thresholds: np.ndarray
     bytes: np.ndarray
+    errors: np.ndarray
 
     @property
     def count(self) -> int:
@@ -88,7 +95,7 @@ class Choice:
         return int((self.bits[:, 0] > 0).sum())
 
 
-class _Table:
+class Table:
     """Sizes and weighted energies of components; a row of the table may stand for several that are nearly alike."""
 
     def __init__(self, numbers: np.ndarray, counts: np.ndarray | None = None):
@@ -105,14 +112,14 @@ class _Table:
         self.bit_pairs = np.array(list(itertools.product(NOISE, NOISE)))
         self._noise = np.array([[1 + NOISE[bits] for bits in pair] for pair in self.bit_pairs.tolist()]).T[:, :, None]
 
-    def choose(self, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return each component's pair in `bit_pairs`, -1 if it is dropped; its threshold; and its bytes."""
+    def choose(self, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return each component's pair in `bit_pairs`, -1 if it is dropped; its threshold; its bytes; its error."""
         starts = range(0, max(1, self.numbers.shape[1]), _CHUNK)
         parts = [self._chosen(self.numbers[:, start : start + _CHUNK], price) for start in starts]
-        pairs, thresholds, sizes = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return pairs, thresholds, sizes
+        pairs, thresholds, sizes, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return pairs, thresholds, sizes, errors
 
-    def _chosen(self, numbers: np.ndarray, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _chosen(self, numbers: np.ndarray, price: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         rows, columns, dropped, u, v, both = numbers
         noise_u, noise_v = self._noise
         # With z = 1 / q, the error is square * z^2 + linear * z plus a constant. All have shape (pairs, r); `bits` is
@@ -124,12 +131,13 @@ class _Table:
         costs = square * z**2 + linear * z + bit_price / z
         best = costs.argmin(0)
         least, kept, whole = (np.take_along_axis(values, best[None], 0)[0] for values in (costs, 1 / z, bits))
-        stored = least + both - u - v + 8 * price * COMPONENT_BYTES < dropped
+        costs = least + both - u - v + 8 * price * COMPONENT_BYTES
+        stored = costs < dropped
         thresholds = thresholds_of(np.where(stored, kept, 1.0))
-        sizes = whole * kept_ratios(thresholds) / 8 + COMPONENT_BYTES
-        return np.where(stored, best, -1), thresholds, np.where(stored, sizes, 0.0)
+        sizes = np.where(stored, whole * kept_ratios(thresholds) / 8 + COMPONENT_BYTES, 0.0)
+        return np.where(stored, best, -1), thresholds, sizes, np.where(stored, costs - 8 * price * sizes, dropped)
 
-    def binned(self) -> tuple[_Table, np.ndarray]:
+    def binned(self) -> tuple[Table, np.ndarray]:
         """Return a table in which components that are nearly alike share a row, and each component's row in it."""
         found, where, step = *self._grouped(_STEP), _STEP
         while found.numbers.shape[1] > _MOST_BINS:
@@ -138,7 +146,7 @@ class _Table:
             where = again[where]
         return found, where
 
-    def _grouped(self, step: float) -> tuple[_Table, np.ndarray]:
+    def _grouped(self, step: float) -> tuple[Table, np.ndarray]:
         """Bin components whose largest energies differ by about a factor of 1 + `step`."""
         rows, columns, dropped, *noise = self.numbers
         size = np.log(np.maximum(dropped, _TINY))
@@ -150,43 +158,45 @@ class _Table:
         _, first, where = np.unique(key, return_index=True, return_inverse=True)
         counts = np.bincount(where, self.counts)
         means = [np.bincount(where, self.counts * part) / counts for part in (dropped, *noise)]
-        return _Table(np.stack([rows[first], columns[first], *means]), counts), where
+        return Table(np.stack([rows[first], columns[first], *means]), counts), where
 
-    def price_for(self, max_bytes: float, near: float | None = None) -> float:
-        """Return nearly the lowest price of a bit at which the chosen components take at most `max_bytes`.
+    def price_for(self, room: Room, near: float | None = None) -> float:
+        """Return nearly the lowest price of a bit at which the chosen components take at most what there is room for.
 
         Args:
+            room: the bytes that they may take at a price of a bit; no less at a higher price.
             near: a price not far from it, if one is known.
         """
         least, most = np.log((float(self.numbers[2].max(initial=0.0)) or 1.0) * np.array(_PRICES))
         if self.numbers.shape[1] <= FEW:
-            return float(np.exp(self._bisected(max_bytes, least, most)))
+            return float(np.exp(self._bisected(room, least, most)))
         if near is None:  # wide bins give an estimate in a fraction of the time
-            about = self._grouped(_WIDE_STEP)[0]._bisected(max_bytes, least, most)
+            about = self._grouped(_WIDE_STEP)[0]._bisected(room, least, most)
         else:
             about = float(np.clip(np.log(near), least, most))
         low, high, width = about, about, _ABOUT
-        while low > least and self._fits(max_bytes, low):
+        while low > least and self._fits(room, low):
             low, high, width = max(least, low - width), low, 4 * width
-        while high < most and not self._fits(max_bytes, high):
+        while high < most and not self._fits(room, high):
             low, high, width = high, min(most, high + width), 4 * width
         # A component that is dropped at the lower price is dropped at all higher ones.
-        return float(np.exp(self._stored(low)._bisected(max_bytes, low, high)))
+        return float(np.exp(self._stored(low)._bisected(room, low, high)))
 
-    def _bisected(self, max_bytes: float, low: float, high: float) -> float:
+    def _bisected(self, room: Room, low: float, high: float) -> float:
         """Return the logarithm of nearly the lowest price between two others at which the components fit."""
         while high - low > _EXACT:
             middle = (low + high) / 2
-            low, high = (low, middle) if self._fits(max_bytes, middle) else (middle, high)
+            low, high = (low, middle) if self._fits(room, middle) else (middle, high)
         return high
 
-    def _stored(self, log_price: float) -> _Table:
+    def _stored(self, log_price: float) -> Table:
         """Return the rows that are stored at a price."""
         stored = self.choose(np.exp(log_price))[0] >= 0
-        return _Table(self.numbers[:, stored], self.counts[stored])
+        return Table(self.numbers[:, stored], self.counts[stored])
 
-    def _fits(self, max_bytes: float, log_price: float) -> bool:
-        return float(self.choose(np.exp(log_price))[2] @ self.counts) <= max_bytes
+    def _fits(self, room: Room, log_price: float) -> bool:
+        price = float(np.exp(log_price))
+        return float(self.choose(price)[2] @ self.counts) <= room(price)
 
 
 class Components:
@@ -200,7 +210,7 @@ class Components:
             np.concatenate([np.full(count, part, float) for count, part in zip(counts, values, strict=True)])
             for values in parts
         )
-        self.table = _Table(np.stack([rows, columns, *(energy * weight for weight in weights)]))
+        self.table = Table(np.stack([rows, columns, *(energy * weight for weight in weights)]))
 
     def choose(self, price: float) -> Choice:
         """Return each component's choice of least cost.
@@ -208,12 +218,12 @@ class Components:
         Args:
             price: price of a bit, in units of weighted squared error.
         """
-        pairs, thresholds, sizes = self.table.choose(price)
-        return Choice(self.table.bit_pairs[pairs] * (pairs >= 0)[:, None], thresholds, sizes)
+        pairs, *others = self.table.choose(price)
+        return Choice(self.table.bit_pairs[pairs] * (pairs >= 0)[:, None], *others)
 
     def price_for(self, max_bytes: float) -> float:
         """Return nearly the lowest price of a bit at which the chosen components take at most `max_bytes`."""
-        return self.table.price_for(max_bytes)
+        return self.table.price_for(lambda _: max_bytes)
 
 
 def _best_inverse(square: np.ndarray, linear: np.ndarray, bit_price: np.ndarray) -> np.ndarray:
@@ -231,42 +241,3 @@ def _best_inverse(square: np.ndarray, linear: np.ndarray, bit_price: np.ndarray)
         np.clip(best, 1.0, 1 / _LEAST_KEPT, best)
     z[above] = best
     return z
-
-
-def _binned(matrices: list[Matrix]) -> tuple[_Table, np.ndarray]:
-    """Return the components of all matrices in one table of bins, and each component's row in it."""
-    tables, places, count, group = [], [], 0, []
-    for number, matrix in enumerate(matrices, 1):
-        group.append(matrix)
-        if number == len(matrices) or sum(len(one.sigma) for one in group) > _GROUP:
-            table, where = Components(group).table.binned()
-            tables.append(table)
-            places.append(where + count)
-            count, group = count + len(table.counts), []
-    joined = _Table(
-        np.concatenate([table.numbers for table in tables], 1), np.concatenate([table.counts for table in tables])
-    )
-    table, again = joined.binned()
-    return table, again[np.concatenate(places)]
-
-
-def allocate(matrices: list[Matrix], max_bytes: int) -> list[int]:
-    """Return the bytes of every matrix's record, in total at most `max_bytes`, with one price of a bit for all.
-
-    Components that are nearly alike are counted instead of examined one by one.
-    """
-    table, where = _binned(matrices)
-    owner = np.repeat(np.arange(len(matrices)), [len(matrix.sigma) for matrix in matrices])
-    headers, price = OVERHEAD_BYTES * len(matrices), None
-    while True:
-        price = table.price_for(max_bytes - headers, price)
-        pairs, _, bin_bytes = table.choose(price)
-        used = np.zeros((len(matrices), len(table.bit_pairs) + 1), bool)
-        used[owner, pairs[where]] = True  # the last column is that of dropped components
-        segments = np.maximum(1, used[:, :-1].sum(1))
-        parts = np.bincount(owner, bin_bytes[where], len(matrices))
-        sizes = HEADER_BYTES + SEGMENT_BYTES * segments + np.ceil(parts).astype(int)
-        excess = int(sizes.sum()) - max_bytes
-        if excess <= 0 or not (pairs >= 0).any():
-            return sizes.tolist()
-        headers += excess  # the number of segments is known only after the price

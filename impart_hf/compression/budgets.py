@@ -22,7 +22,7 @@ from .stages import DECOMPOSING
 # The squares of smaller numbers underflow in float32: such a delta has norm 0 and changes no model.
 _ZERO_DELTA = 1e-15
 _MOST = 1000.0  # and its inverse: bounds of a weight, because a sensitivity is measured on little text
-_PROPERTIES = 2  # numbers that are stored before a matrix's singular values: energy and weight of its errors
+_PROPERTIES = 3  # numbers that are stored before a matrix's singular values: energy, weight of errors, relative norm
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def find_spectra(tensors: list[TensorPlan], pair: ModelPair, method: MethodConfi
     stored = {tensor.name for tensor in tensors if workspace.has_spectra(tensor.name)}
     rows: dict[str, list[np.ndarray]] = {}  # by tensor, the properties of its matrices so far
 
-    def decompose(batch: list[tuple[TensorPlan, torch.Tensor, bool]]) -> None:
+    def decompose(batch: list[tuple[TensorPlan, Delta]]) -> None:
         for (tensor, *_), row in zip(batch, _properties(batch, pair), strict=True):
             rows[tensor.name].append(row)
             if len(rows[tensor.name]) == tensor.matrices:
@@ -100,24 +100,24 @@ def find_spectra(tensors: list[TensorPlan], pair: ModelPair, method: MethodConfi
                     # Of the delta there are two copies, of the shorter side's Gram matrix three with the solver's.
                     shape = delta.matrix.shape
                     size = 4 * (2 * delta.matrix.numel() + 3 * min(shape) ** 2)
-                    batches.add(shape, (tensor, delta.matrix, delta.is_nonzero), size)
+                    batches.add(shape, (tensor, delta), size)
             bar.update(tensor.work)
         batches.finish()
 
 
-def _properties(batch: list[tuple[TensorPlan, torch.Tensor, bool]], pair: ModelPair) -> np.ndarray:
-    """Return energy, weight and singular values of deltas of one shape, float64 (b, _PROPERTIES + min(m, n))."""
-    nonzero = np.array([is_nonzero for *_, is_nonzero in batch])
-    properties = np.zeros((len(batch), _PROPERTIES + min(batch[0][1].shape)))
-    properties[:, 1] = 1.0
+def _properties(batch: list[tuple[TensorPlan, Delta]], pair: ModelPair) -> np.ndarray:
+    """Return what is stored of deltas of one shape, float64 (b, _PROPERTIES + min(m, n))."""
+    nonzero = np.array([delta.is_nonzero for _, delta in batch])
+    properties = np.zeros((len(batch), _PROPERTIES + min(batch[0][1].matrix.shape)))
+    properties[:, 1], properties[:, 2] = 1.0, [delta.relative_norm for _, delta in batch]
     if nonzero.any():
-        chosen = [delta for _, delta, is_nonzero in batch if is_nonzero]
+        chosen = [delta.matrix for _, delta in batch if delta.is_nonzero]
         deltas = chosen[0] if len(chosen) == 1 else torch.stack(chosen)
         properties[nonzero, 0] = torch.linalg.vector_norm(deltas, dim=(-2, -1)).double().cpu().numpy() ** 2
         properties[nonzero, _PROPERTIES:] = singular_values(deltas)
-    for row, (tensor, delta, is_nonzero) in zip(properties, batch, strict=True):
-        if tensor.vocabulary and is_nonzero:
-            row[1] = embedding_weight(pair.base.tensor(tensor.name), delta)
+    for row, (tensor, delta) in zip(properties, batch, strict=True):
+        if tensor.vocabulary and delta.is_nonzero:
+            row[1] = embedding_weight(pair.base.tensor(tensor.name), delta.matrix)
     return properties
 
 
@@ -125,8 +125,8 @@ def spectra_of(tensor: TensorPlan, workspace: Workspace) -> list[Spectrum]:
     """Return the stored spectra of a tensor's matrices."""
     rows, columns = tensor.shape[-2:]
     return [
-        Spectrum(sigma, rows, columns, float(energy), tensor.vocabulary, float(weight))
-        for energy, weight, sigma in ((row[0], row[1], row[_PROPERTIES:]) for row in workspace.spectra(tensor.name))
+        Spectrum(row[_PROPERTIES:], rows, columns, float(row[0]), tensor.vocabulary, float(row[1]), float(row[2]))
+        for row in workspace.spectra(tensor.name)
     ]
 
 

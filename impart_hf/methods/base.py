@@ -65,6 +65,7 @@ class Spectrum:
         energy: the squared Frobenius norm of the delta.
         vocabulary: whether it has a row for every token.
         weight: weight of its squared errors, relative to other matrices of its kind.
+        relative_norm: the delta's Frobenius norm over the fine-tuned matrix's, if it is known.
     """
 
     sigma: np.ndarray
@@ -73,6 +74,7 @@ class Spectrum:
     energy: float
     vocabulary: bool = False
     weight: float = 1.0
+    relative_norm: float | None = None
 
 
 @dataclass

@@ -6,14 +6,17 @@ Vectors are rounded by sparse GPTQ; without calibration text, for inputs that ar
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ..coding.rate_distortion import Choice, Components, ErrorWeights, Matrix, allocate
-from ..coding.record_sizes import OVERHEAD_BYTES, factored_bytes, runs
+from ..coding.allocation import allocate
+from ..coding.entry_codes import EntryCode, entry_code, of_components
+from ..coding.rate_distortion import Choice, Components, ErrorWeights, Matrix
+from ..coding.record_sizes import OVERHEAD_BYTES, factored_bytes, kept_ratios, runs
 from ..common.validation import check_number
 from ..modeling.width_codes import level_widths
 from .base import GUESSED, Encoded, EncodingTask, MethodConfig, Spectrum
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 
 # Weights of noise in v, and in both vectors, relative to noise in u (docs/methods/impart-rd.md has the measurements).
 _V_NOISE, _BOTH_NOISE = 0.25, 0.06
+# The same for noise in single entries of a whole matrix.
+_ENTRY_NOISE = 0.06
+# Scale of the levels of entries, in units of their root mean square: above 1, so that the largest lose less.
+_ENTRY_SCALE = 1.15
 # The same for matrices whose rows are tokens, and the weight of all errors there relative to other matrices. Noise in u
 # moves a token towards other tokens, as a dropped component does.
 _TOKEN_V_NOISE, _TOKEN_BOTH_NOISE, _TOKEN_WEIGHT = 0.02, 0.1, 6.0
@@ -34,7 +41,8 @@ _TOKEN_V_NOISE, _TOKEN_BOTH_NOISE, _TOKEN_WEIGHT = 0.02, 0.1, 6.0
 # would then respond to directions that hardly occur in the inputs. The inputs of a real model are strong in a few,
 # which make most of the mean.
 _UNKNOWN_IN_TEXT, _UNKNOWN_IN_DELTA = 10.0, 1.0
-# Deltas below this share of their weight are light: rounding them without guessed inputs is better.
+# Deltas below this share of their weight are light: rounding them without guessed inputs is better, and noise of many
+# times their size is still small beside the weight.
 _LIGHT = 0.05
 _MAX_FITS = 16
 _TRIED_ROWS = 8  # of each run of components, to choose the kind of their levels
@@ -74,7 +82,13 @@ class ImPartRdConfig(MethodConfig):
 
     def matrix(self, spectrum: Spectrum) -> Matrix:
         """A matrix as bits are shared out among components: its spectrum, and what errors in it count for."""
-        return Matrix(spectrum.sigma, spectrum.rows, spectrum.columns, _error_weights(spectrum, self.drop_weight))
+        # Entries of an embedding that are dropped are missing in single tokens, which does not average out. And noise
+        # that is many times a delta must still be small beside the weight.
+        by_entries = _is_light(spectrum.relative_norm) and not spectrum.vocabulary
+        noise = spectrum.weight * _ENTRY_NOISE * spectrum.energy if by_entries else math.inf
+        return Matrix(
+            spectrum.sigma, spectrum.rows, spectrum.columns, _error_weights(spectrum, self.drop_weight), noise
+        )
 
     def _encode(self, task: EncodingTask) -> Encoded:
         import torch
@@ -84,7 +98,10 @@ class ImPartRdConfig(MethodConfig):
         from ..coding.spectrum import singular_values
 
         spectrum = singular_values(task.delta) if task.sigma is None else task.sigma
-        (choice,) = self._fitted([spectrum], [task], [float(torch.linalg.vector_norm(task.delta))])
+        norm = float(torch.linalg.vector_norm(task.delta))
+        (choice,) = self._fitted([spectrum], [task], [norm])
+        if (entries := self._better_entries(choice, spectrum, task, norm)) is not None:
+            return _entries_encoded(task, entries)
         count = choice.count
         if count == 0:
             return _dropped(task)
@@ -118,7 +135,7 @@ class ImPartRdConfig(MethodConfig):
 
         if any(task.vocabulary for task in tasks):
             return super()._encode_stack(tasks)
-        guessed = [task.hessian is None and not _is_light(task) for task in tasks]
+        guessed = [task.hessian is None and not _is_light(task.relative_norm) for task in tasks]
         if any(guessed) and tasks[0].hessian is None and not all(guessed):
             kinds = {
                 kind: iter(self.encode_all([t for t, own in zip(tasks, guessed, strict=True) if own == kind]))
@@ -128,9 +145,15 @@ class ImPartRdConfig(MethodConfig):
         deltas = torch.stack([task.delta for task in tasks])
         known = [task.sigma for task in tasks if task.sigma is not None]
         spectra = known if len(known) == len(tasks) else list(singular_values(deltas))
-        choices = self._fitted(spectra, tasks, torch.linalg.vector_norm(deltas, dim=(1, 2)).tolist())
+        norms = torch.linalg.vector_norm(deltas, dim=(1, 2)).tolist()
+        choices = self._fitted(spectra, tasks, norms)
         encoded = [_dropped(task) for task in tasks]
-        stored = [number for number, choice in enumerate(choices) if choice.count]
+        stored = []
+        for number, (task, choice) in enumerate(zip(tasks, choices, strict=True)):
+            if (entries := self._better_entries(choice, spectra[number], task, norms[number])) is not None:
+                encoded[number] = _entries_encoded(task, entries)
+            elif choice.count:
+                stored.append(number)
         if not stored:
             return encoded
         if len(stored) < len(tasks):
@@ -154,6 +177,16 @@ class ImPartRdConfig(MethodConfig):
         for number, data in zip(stored, records, strict=True):
             encoded[number] = Encoded(data, () if hessians or not known_inputs else (GUESSED,))
         return encoded
+
+    def _better_entries(
+        self, choice: Choice, sigma: np.ndarray, task: EncodingTask, norm: float
+    ) -> EntryCode | None:
+        """Return the code of a matrix's entries if it is better than a choice of components."""
+        rows, columns = task.delta.shape
+        spectrum = Spectrum(sigma, rows, columns, norm**2, task.vocabulary, relative_norm=task.relative_norm)
+        matrix = self.matrix(spectrum)
+        code = entry_code(matrix, task.max_bytes)
+        return code if code.error < of_components(float(choice.errors.sum()), matrix.entry_energy) else None
 
     def _fitted(self, spectra: Sequence[np.ndarray], tasks: list[EncodingTask], norms: list[float]) -> list[Choice]:
         """Choose components so that each record, with the entries that its masks really keep, fits its budget.
@@ -194,7 +227,8 @@ class ImPartRdConfig(MethodConfig):
             if not waiting:
                 break
         for i in waiting:
-            choices[i] = replace(choices[i], bits=choices[i].bits * 0, bytes=choices[i].bytes * 0)
+            choice, dropped = choices[i], components[i].table.numbers[2]
+            choices[i] = replace(choice, bits=choice.bits * 0, bytes=choice.bytes * 0, errors=dropped)
         return [choices[i] for i in range(len(tasks))]
 
 
@@ -203,6 +237,28 @@ def _dropped(task: EncodingTask) -> Encoded:
 
     rows, columns = task.delta.shape
     return Encoded(empty_record(rows, columns, 1.0), ("dropped: its bytes reduce the error more in other matrices",))
+
+
+def _entries_encoded(task: EncodingTask, code: EntryCode) -> Encoded:
+    """Round a part of the entries, drawn at random, and scale them so that nothing of the delta is lost on average."""
+    import torch
+
+    from ..coding.gptq import Grid
+    from ..coding.records import direct_record, fit_threshold
+
+    delta, (rows, columns) = task.delta, task.delta.shape
+    threshold = fit_threshold(rows, columns, code.values, task.mask_seed, delta.device)
+    width = level_widths(code.bits)[-1]  # levels for normally distributed numbers
+    size = torch.linalg.vector_norm(delta)
+    grid = Grid((_ENTRY_SCALE * size / math.sqrt(delta.numel())).reshape(1, 1), np.array([width]))
+    entries = delta.reshape(1, -1)
+    levels = (grid.values(grid.codes(entries)) / grid.scale).reshape(rows, columns)
+    scale = float(size**2 / torch.dot(levels.flatten(), delta.flatten()))
+    scale /= float(kept_ratios(np.array([threshold]))[0])
+    return Encoded(
+        direct_record(delta, levels, scale, threshold, width, task.mask_seed),
+        ("entries instead of components: few bytes reduce its error more there",),
+    )
 
 
 def _error_weights(spectrum: Spectrum, drop_weight: float) -> ErrorWeights:
@@ -232,11 +288,11 @@ def input_moments(task: EncodingTask) -> torch.Tensor | None:
 
 
 def _guesses(task: EncodingTask) -> bool:
-    return task.hessian is None and not task.vocabulary and not _is_light(task)
+    return task.hessian is None and not task.vocabulary and not _is_light(task.relative_norm)
 
 
-def _is_light(task: EncodingTask) -> bool:
-    return task.relative_norm is not None and task.relative_norm < _LIGHT
+def _is_light(relative_norm: float | None) -> bool:
+    return relative_norm is not None and relative_norm < _LIGHT
 
 
 def _text_moments(known: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,71 @@
+"""Sharing out a byte budget among matrices, each stored by components or by entries, at one price of a bit."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..modeling.delta_record import HEADER_BYTES, SEGMENT_BYTES
+from .entry_codes import EntryCodes, of_components
+from .rate_distortion import Components, Matrix, Table
+from .record_sizes import OVERHEAD_BYTES
+
+_GROUP = 1 << 20  # components that are binned at a time, to save memory
+_ROUNDS = 4  # at most, in which it is decided which matrices are stored by entries
+
+
+def allocate(matrices: list[Matrix], max_bytes: int) -> list[int]:
+    """Return the bytes of every matrix's record, in total at most `max_bytes`, with one price of a bit for all.
+
+    Components that are nearly alike are counted instead of examined one by one.
+    """
+    table, where = _binned(matrices)
+    owner = np.repeat(np.arange(len(matrices)), [len(matrix.sigma) for matrix in matrices])
+    entries = EntryCodes(matrices)
+    by_entries = np.zeros(len(matrices), bool)
+    headers, price, rounds = 0, None, 0
+    while True:
+        # Bins of components that no matrix stores count for nothing.
+        counts = np.bincount(where[~by_entries[owner]], minlength=len(table.counts))
+        fixed = max_bytes - headers - OVERHEAD_BYTES * int((~by_entries).sum())
+
+        def room(price: float, fixed: int = fixed, chosen: np.ndarray = by_entries) -> float:
+            return fixed - float(entries.choose(price)[0][chosen].sum())
+
+        price = Table(table.numbers[:, counts > 0], counts[counts > 0]).price_for(room, price)
+        pairs, _, bin_bytes, bin_errors = table.choose(price)
+        components = np.bincount(owner, bin_bytes[where], len(matrices))
+        of_entries, errors = entries.choose(price)
+        harm = of_components(np.bincount(owner, bin_errors[where], len(matrices)), entries.energies)
+        better = errors + 8 * price * of_entries < harm + 8 * price * (components + OVERHEAD_BYTES)
+        if rounds >= _ROUNDS:  # so that this ends
+            better &= by_entries
+        rounds += 1
+        if (better != by_entries).any():
+            by_entries = better
+            continue
+        used = np.zeros((len(matrices), len(table.bit_pairs) + 1), bool)
+        used[owner, pairs[where]] = True  # the last column is that of dropped components
+        segments = np.maximum(1, used[:, :-1].sum(1))
+        sizes = np.where(by_entries, of_entries, HEADER_BYTES + SEGMENT_BYTES * segments + components)
+        sizes = np.ceil(sizes).astype(int)
+        excess = int(sizes.sum()) - max_bytes
+        if excess <= 0 or not ((pairs >= 0).any() or by_entries.any()):
+            return sizes.tolist()
+        headers += excess  # the number of segments is known only after the price
+
+
+def _binned(matrices: list[Matrix]) -> tuple[Table, np.ndarray]:
+    """Return the components of all matrices in one table of bins, and each component's row in it."""
+    tables, places, count, group = [], [], 0, []
+    for number, matrix in enumerate(matrices, 1):
+        group.append(matrix)
+        if number == len(matrices) or sum(len(one.sigma) for one in group) > _GROUP:
+            table, where = Components(group).table.binned()
+            tables.append(table)
+            places.append(where + count)
+            count, group = count + len(table.counts), []
+    joined = Table(
+        np.concatenate([table.numbers for table in tables], 1), np.concatenate([table.counts for table in tables])
+    )
+    table, again = joined.binned()
+    return table, again[np.concatenate(places)]
