@@ -75,6 +75,9 @@ class _Backward:
         # By layer and sequence, what the layer gets; a sequence at a time keeps few logits.
         inputs: list[list[Tensor | None]] = [[None] * len(self._tokens)]
         model.load(self._outside)
+        for parameter in model.model.parameters():
+            if not parameter.is_meta:
+                parameter.data.nan_to_num_(0, 0, 0)  # rows of padding tokens, which may hold anything
         gradients: list[Tensor | None] = [None] * len(self._tokens)
         generator = torch.Generator().manual_seed(0)
         with progress.bar(4 * len(layers) - 1, STAGE) as bar:

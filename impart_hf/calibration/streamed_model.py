@@ -63,8 +63,6 @@ class StreamedModel:
         config = model_config(finetuned.config)
         try:
             self.model: Any = meta_model(config, real_buffers=True, dtype=dtype, experts_implementation="eager").eval()
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{purpose} needs accelerate: pip install 'impart-hf[calibration]'") from error
         except ValueError as error:
             raise self.unsupported(str(error)) from error
         for module in self.model.modules():
@@ -390,7 +388,6 @@ def streamed_model(
 
     Raises:
         ValueError: if the architecture cannot be run layer by layer, or a token is not in the vocabulary.
-        ModuleNotFoundError: if accelerate is not installed.
     """
     model = StreamedModel(finetuned, torch.device(device), purpose, dtype or _own_dtype(finetuned))
     if tokens.dim() != 2 or tokens.numel() == 0:

@@ -41,6 +41,7 @@ CalibrationSource = str | os.PathLike | Sequence[str | Mapping[str, Any]] | Text
 
 # The name of the text that comes with this package: prose, source code, mathematics, chats and several languages.
 BUILT_IN = "built-in"
+AUTOMATIC = "auto"
 _BUILT_IN_LENGTH = 128  # the longest of its sequences, so that there are several
 
 # The sequences are drawn from the first _POOL * samples of a source; no more of it is read.

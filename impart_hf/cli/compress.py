@@ -127,7 +127,7 @@ def check(options: argparse.Namespace) -> None:
     check_text_field(options, options.calibration, options.distill, options.validation)
     if options.distill is None:
         refuse(options, _DISTILLATION, "for distillation, which needs a text; add --distill TEXT")
-        if options.calibration is None:
+        if options.calibration in (None, "none"):
             refuse(options, _TEXT_SIZE, "needs a text; add --calibration TEXT or --distill TEXT")
     _distill_settings(options, {})
 

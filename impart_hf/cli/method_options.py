@@ -133,8 +133,8 @@ def add_pair(
     add_calibration(
         parser,
         "calibration text for the methods that quantise: a .txt, .json, .jsonl or .parquet file, a folder of such "
-        "files, the name of a data set on the Hub, or 'built-in' for a short text of many kinds; without it values are "
-        "only rounded, and impart-rd uses inputs estimated from the delta",
+        "files, the name of a data set on the Hub, 'built-in' for a short text of many kinds, or 'none' (default: "
+        "built-in for impart-rd, none for the others, whose values are then only rounded)",
         of_what,
     )
     add_text_field(parser)
@@ -170,7 +170,7 @@ def commands_after(options: argparse.Namespace) -> list[str]:
 def pair_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that `compress` and `tune` share."""
     return {
-        **given_texts(options, "calibration"),
+        **({"calibration": None} if options.calibration == "none" else given_texts(options, "calibration")),
         **given(options, "max_bytes", "calibration_samples", "calibration_length", "device"),
         **given(options, "base_revision", "base_name", "max_shard_size"),
         "finetuned_revision": options.revision,

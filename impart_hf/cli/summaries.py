@@ -87,7 +87,8 @@ def _tensors(report: CompressionReport, takes_text: bool) -> list[str]:
     encoded, inputs = len(report.encoded_tensors), report.inputs
     stored = [f"{encoded} encoded"]
     if inputs["calibrated"]:
-        stored[0] += f" ({inputs['calibrated']} of them calibrated on the text)"
+        text = "built-in text" if report.method.get("calibration", "").startswith("built-in") else "text"
+        stored[0] += f" ({inputs['calibrated']} of them calibrated on the {text})"
     stored += [f"{count} stored whole ({reason})" for reason, count in report.stored_whole.items()]
     lines = [f"{counted(report.changed_tensors, 'tensor')} changed: {', '.join(stored)}; {report.equal_tensors} equal"]
     calibration = report.method.get("calibration", "")

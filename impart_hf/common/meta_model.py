@@ -16,18 +16,17 @@ def meta_model(config: PreTrainedConfig, *, real_buffers: bool = False, **option
 
     Args:
         config: the model's configuration, or that of a delta repository.
-        real_buffers: compute buffers, such as the frequencies of RoPE, on the CPU; needs accelerate.
+        real_buffers: compute buffers, such as the frequencies of RoPE, on the CPU.
         options: further arguments of the class's `_from_config`, such as dtype.
 
     Raises:
         ValueError: if transformers has no model that generates text for this configuration.
-        ModuleNotFoundError: if accelerate is needed and missing.
     """
     inner: Any = config.text_config if config.model_type == DeltaCompressedConfig.model_type else config
     model_class = inner_class(inner)
     own = config_for(model_class, inner)
     if real_buffers:
-        from accelerate import init_empty_weights
+        from accelerate import init_empty_weights  # takes a second
 
         with init_empty_weights(include_buffers=False):
             return model_class._from_config(own, **options)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ..calibration.text import CalibrationSource
+from ..calibration.text import AUTOMATIC, BUILT_IN, CalibrationSource
 from ..common import processes
 from ..common.devices import usable_device
 from ..common.progress import Progress
@@ -28,7 +29,7 @@ def compress(
     *,
     max_bytes: int | str | None = None,
     target: QualityTarget | None = None,
-    calibration: CalibrationSource | None = None,
+    calibration: CalibrationSource | None = AUTOMATIC,
     distill: CalibrationSource | None = None,
     calibration_samples: int = 128,
     calibration_length: int = 2048,
@@ -63,8 +64,10 @@ def compress(
             first, and the smallest repository is written that was measured to keep the target. Fine-tune and delta are
             then in memory as a whole. A killed search goes on with what it has measured.
         calibration: calibration text for the methods that quantise, as for `calibration.text.calibration_tokens`.
-            Without it they round to the nearest level. With it, one decoder layer at a time is run over the text, on
-            the outputs of the compressed layers before it.
+            With it, one decoder layer at a time is run over the text, on the outputs of the compressed layers before
+            it. "auto" is the built-in text for the methods that measure with it what errors in each matrix cost
+            (impart-rd), unless the model has no tokenizer or cannot be run layer by layer, which is logged; for other
+            methods it is None: they round to the nearest level.
         distill: text, of the same kinds, on which the numbers in the finished records are trained towards the
             fine-tune's logits; see `distillation.distillation.distill`. Needs memory for both models, or with
             `DistillSettings(blocks=1)` for one decoder layer.
@@ -123,7 +126,7 @@ def checked_method(
     method = method if method is not None else ImPartRdConfig()
     if not isinstance(method, MethodConfig):
         raise TypeError(f"method must be a method's configuration such as ImPartRdConfig(), got {method!r}")
-    if calibration is not None and not method.quantises:
+    if calibration is not None and calibration != AUTOMATIC and not method.quantises:
         raise ValueError(f"calibration is for the methods that quantise, and '{method.name}' does not: leave it out")
     if distill_settings is not None and distill is None:
         raise ValueError("distill_settings are for distillation, which needs a text, but distill is None: give a text")
@@ -160,8 +163,16 @@ def open_pair(
             base, finetuned, base_options, finetuned_options, base_name=base_name, device=device, progress=progress
         )
     )
-    tokens, distill_tokens = processes.each(
-        lambda: [None if text is None else pair.tokens(text, samples, length) for text in (calibration, distill)]
-    )
-    settings = distill_settings or DistillSettings()
-    return pair, CompressionRequest(method, max_bytes, tokens, distill_tokens, settings, max_shard_size)
+    if calibration == AUTOMATIC and not method.shares_budget:
+        calibration = None
+
+    def read(text: CalibrationSource | None) -> Tensor | None:
+        if text == AUTOMATIC:
+            return pair.automatic_tokens(samples, length)
+        return None if text is None else pair.tokens(text, samples, length)
+
+    tokens, distill_tokens = processes.each(lambda: [read(text) for text in (calibration, distill)])
+    return pair, CompressionRequest(
+        method, max_bytes, tokens, distill_tokens, distill_settings or DistillSettings(), max_shard_size,
+        is_built_in=tokens is not None and calibration in (AUTOMATIC, BUILT_IN),
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..calibration.text import CalibrationSource
+from ..calibration.text import AUTOMATIC, CalibrationSource
 from ..common import processes
 from ..common.devices import usable_device
 from ..common.progress import Progress
@@ -49,7 +49,7 @@ def forecast(
     output_dir: str | Path | None = None,
     process_count: int | None = None,
     max_bytes: int | str | None = None,
-    calibration: CalibrationSource | None = None,
+    calibration: CalibrationSource | None = AUTOMATIC,
     distill: CalibrationSource | None = None,
     calibration_samples: int = 128,
     calibration_length: int = 2048,

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..adapters.adapter_files import refuse_adapter
 from ..adapters.companions import companions_of
 from ..adapters.open import open_finetune
-from ..calibration.text import CalibrationSource, calibration_tokens, load_tokenizer, within_positions
+from ..calibration.streamed_model import streamed_model
+from ..calibration.text import BUILT_IN, CalibrationSource, calibration_tokens, load_tokenizer, within_positions
 from ..common.configs import model_config
 from ..common.names import recorded_base
 from ..common.progress import Progress
@@ -27,6 +29,8 @@ from ..repository.reader_files import refuse_reader_names
 from .base_layout import ReadModel, match
 from .loading_class import check_class, check_loads, loading_class
 from .scan import TensorPlan, scan
+
+logger = logging.get_logger(__name__)
 
 
 class ModelPair:
@@ -141,3 +145,13 @@ class ModelPair:
             )
         length = within_positions(length, self.finetuned.config)
         return calibration_tokens(source, self.tokenizer(), samples=samples, length=length)
+
+    def automatic_tokens(self, samples: int, length: int) -> torch.Tensor | None:
+        """Return `tokens` of the built-in text; None, which is logged, if this model cannot be run over it."""
+        try:
+            tokens = self.tokens(BUILT_IN, samples, length)
+            streamed_model(self.finetuned, tokens, self.device)
+        except ValueError as error:
+            logger.warning(f"compressing without a calibration text: {error}")
+            return None
+        return tokens

@@ -48,6 +48,7 @@ class CompressionRequest:
             numbers get the same budgets; None if `card_data` counts.
         counted_method_data: entries of config.json on the method whose length is set aside, for what is known later.
         origin: where the fine-tune comes from, as for `delta_card`.
+        is_built_in: whether the calibration text is the built-in one, which may reach nothing.
     """
 
     method: MethodConfig
@@ -60,6 +61,7 @@ class CompressionRequest:
     counted_card_data: dict[str, Any] | None = None
     counted_method_data: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
+    is_built_in: bool = False
 
     def recorded_method(self, method: MethodConfig, reach: "Reach", encoded: Iterable[TensorPlan]) -> dict[str, Any]:
         """Return config.json's entry on the method: its name and settings, the sizes of the texts, and what they reach.
@@ -73,8 +75,12 @@ class CompressionRequest:
         recorded, encoded = method.to_dict(), list(encoded)
         if self.calibration is not None:
             matrices = {t.name for t in encoded if not t.vocabulary}
-            part = _part("calibration reaches", matrices, reach.calibrated, "matrices that changed")
-            recorded["calibration"] = _text_size(self.calibration) + part
+            if self.is_built_in and not matrices & reach.calibrated:
+                recorded["calibration"] = method.uncalibrated
+            else:
+                part = _part("calibration reaches", matrices, reach.calibrated, "matrices that changed")
+                name = "built-in text, " if self.is_built_in else ""
+                recorded["calibration"] = name + _text_size(self.calibration) + part
         elif method.quantises:
             recorded["calibration"] = method.uncalibrated
         if self.distillation is not None:
@@ -227,6 +233,8 @@ def _encode(
     Args:
         seconds: about what each takes; empty if it is not known.
     """
+    if stream is None or not any(tensor.name in stream.matrices for tensor in plan.encoded):
+        calibration = None  # there is nothing to calibrate
     budgets: dict[str, list[int]] = {}
     if method.shares_budget:
         processes.each(lambda: find_spectra(plan.encoded, pair, method, workspace))
@@ -292,15 +300,7 @@ def kept_bytes(
 
 
 def _distillation() -> Any:
-    """Import the distillation module late: it loads the Trainer, which takes seconds and which nothing else needs.
-
-    Raises:
-        ModuleNotFoundError: if accelerate is not installed.
-    """
-    try:
-        import accelerate  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("distillation needs accelerate: pip install 'impart-hf[distill]'") from error
+    """Import the distillation module late: it loads the Trainer, which takes seconds and which nothing else needs."""
     from ..distillation import distillation
 
     return distillation

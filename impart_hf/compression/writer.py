@@ -103,12 +103,8 @@ def card_bytes(pair: ModelPair, config: dict[str, Any], card_data: dict[str, Any
 
 
 def _is_forecast(config: dict[str, Any]) -> bool:
-    """Return whether the KL is forecast.
-
-    Distillation and a search for a target measure it, and no calibrated run was among those fitted to.
-    """
-    method = config["method"]
-    return not {"distillation", "target"} & method.keys() and method.get("calibration", "none").startswith("none")
+    """Return whether the KL is forecast: unless distillation or a search for a target measures it."""
+    return not {"distillation", "target"} & config["method"].keys()
 
 
 def with_forecast(config: dict[str, Any], forecast: list[float] | None) -> dict[str, Any]:
@@ -166,7 +162,7 @@ def write_repository(
     repository_bytes = plan.card_bytes + sum(p.stat().st_size for p in counted) + json_bytes(config)
     about = {t.name: workspace.about(t.name) for t in tensors if t.kind == "encoded"}
     if _is_forecast(config):
-        config = with_forecast(config, kl_forecast(_errors(tensors, plan, about)))
+        config = with_forecast(config, kl_forecast(_errors(tensors, plan, about), bool(calibrated)))
     write_json(folder / "config.json", config)
     sidecar_bytes = copy_files(pair.companions.files, folder)
     for path in reader_files():

@@ -178,9 +178,7 @@ class ImPartRdConfig(MethodConfig):
             encoded[number] = Encoded(data, () if hessians or not known_inputs else (GUESSED,))
         return encoded
 
-    def _better_entries(
-        self, choice: Choice, sigma: np.ndarray, task: EncodingTask, norm: float
-    ) -> EntryCode | None:
+    def _better_entries(self, choice: Choice, sigma: np.ndarray, task: EncodingTask, norm: float) -> EntryCode | None:
         """Return the code of a matrix's entries if it is better than a choice of components."""
         rows, columns = task.delta.shape
         spectrum = Spectrum(sigma, rows, columns, norm**2, task.vocabulary, relative_norm=task.relative_norm)

@@ -48,7 +48,6 @@ def corrected_weights(
 
     Raises:
         ValueError: if the text is empty, or the model's activations on it are not finite.
-        ModuleNotFoundError: if accelerate is missing.
     """
     tokens = model_tokens(checkpoint, calibration, samples, length)
     model = streamed_model(checkpoint, tokens, device)

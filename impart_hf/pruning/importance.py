@@ -95,7 +95,7 @@ def compute_importance(
         CheckpointError: if the model cannot be read.
         FileNotFoundError: if the text does not exist.
         OutputError: if the output folder is not free.
-        ModuleNotFoundError: if peft or accelerate is not installed.
+        ModuleNotFoundError: if peft is not installed.
     """
     require_training()
     check_whole_number(2, steps=steps)  # in the first step LoRA's B is zero, and so is the gradient of A

@@ -19,10 +19,9 @@ def require_training() -> None:
         ModuleNotFoundError: if one is missing; the message says how to install it.
     """
     try:
-        import accelerate  # noqa: F401
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("training needs peft and accelerate: pip install 'impart-hf[pruning]'") from error
+        raise ModuleNotFoundError("training needs PEFT: pip install 'impart-hf[pruning]'") from error
 
 
 def training_tokens(

@@ -120,7 +120,7 @@ def recover(
         CheckpointError: if the model cannot be read.
         FileNotFoundError: if the text does not exist.
         OutputError: if the output folder is not free.
-        ModuleNotFoundError: if peft or accelerate is not installed.
+        ModuleNotFoundError: if peft is not installed.
     """
     started = time.perf_counter()
     require_training()

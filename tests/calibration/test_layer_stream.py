@@ -411,14 +411,6 @@ def test_tokens_that_cannot_be_run(folders: Callable[[str], Path], tokens: Tenso
     assert calls.order == []
 
 
-def test_the_library_accelerate_is_named_where_it_is_missing(
-    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ModuleNotFoundError, match=naming("accelerate", "impart-hf[calibration]")):
-        Calls(folders("llama")).run()
-
-
 def test_the_bar_goes_over_the_layers(folders: Callable[[str], Path]) -> None:
     seen: list[object] = []
 

@@ -37,7 +37,7 @@ def shown(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
     ("name", "texts", "titles"),
     [
         ("dare", {}, ["Scanning", "Compressing", "Writing"]),
-        ("impart-rd", {}, ["Scanning", "Decomposing", "Allocating", "Compressing", "Writing"]),
+        ("impart-rd", {"calibration": None}, ["Scanning", "Decomposing", "Allocating", "Compressing", "Writing"]),
         ("impart-qt", {"calibration": [TEXT]}, ["Scanning", "Compressing", "Writing"]),
         pytest.param("bitdelta", DISTILL, ["Scanning", "Compressing", "Distilling", "Writing"], marks=pytest.mark.slow),
         (
@@ -83,7 +83,8 @@ def test_a_resumed_run_has_no_scan(tiny_pair: Pair, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err == ""  # no bars were asked for
     run(tiny_pair, tmp_path / "delta", method, progress=True)
     begun, ended = shown(capsys)
-    assert begun == ended == ["1/4 Decomposing", "2/4 Allocating", "3/4 Compressing", "4/4 Writing"]
+    # What the sensitivity is has been stored.
+    assert begun == ended == ["1/5 Decomposing", "3/5 Allocating", "4/5 Compressing", "5/5 Writing"]
 
 
 def times(pair: Pair, name: str, text: bool, done: frozenset[str] = frozenset(), least: float = 0.0) -> StageTimes:

@@ -334,7 +334,7 @@ def test_what_cannot_be_written_is_found_before_training(
     assert not any(tmp_path.iterdir())
 
 
-def test_without_accelerate(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ModuleNotFoundError, match=naming("accelerate", "impart-hf[pruning]")):
+def test_without_peft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModuleNotFoundError, match=naming("PEFT", "impart-hf[pruning]")):
         recover(str(model), tmp_path / "out", TEXTS, **SETTINGS)

@@ -14,7 +14,7 @@ from support.random_deltas import make_delta
 from support.tiny_models import Pair, load_tensors
 from support.workspaces import break_off, differing
 
-from impart_hf import BitDeltaConfig, ImPartQtConfig, ImPartRdConfig, LowRankConfig, compress
+from impart_hf import BitDeltaConfig, ImPartRdConfig, LowRankConfig, compress
 from impart_hf.coding.records import empty_record
 from impart_hf.methods import MethodConfig, method_class, method_names
 from impart_hf.modeling.delta_decode import decode_record
@@ -91,7 +91,10 @@ def test_it_is_of_what_was_written_and_shown_everywhere(tiny_pair: Pair, tmp_pat
     out = tmp_path / "delta"
     report = compress(str(tiny_pair.base), str(tiny_pair.finetuned), out, method)
     stored = json.loads((out / "config.json").read_text("utf-8"))["method"]["kl_forecast"]
-    assert stored == report.method["kl_forecast"] == pytest.approx(kl_forecast(errors_of(tiny_pair, out)), rel=0.06)
+    calibrated = report.inputs["calibrated"] > 0
+    assert calibrated == isinstance(method, ImPartRdConfig)
+    expected = kl_forecast(errors_of(tiny_pair, out), calibrated)
+    assert stored == report.method["kl_forecast"] == pytest.approx(expected, rel=0.06)
     inspection = Inspection(str(out), HubOptions())
     assert inspection.to_dict()["method"]["kl_forecast"] == stored
     text = forecast_text(stored)
@@ -110,12 +113,6 @@ def test_it_is_that_of_an_unbroken_run_after_a_resumed_one(tiny_pair: Pair, tmp_
     assert differing(tmp_path / "unbroken", tmp_path / "resumed") == []
 
 
-def test_none_with_calibration(tiny_pair: Pair, tmp_path: Path) -> None:
-    report = compress(
-        str(tiny_pair.base),
-        str(tiny_pair.finetuned),
-        tmp_path / "d",
-        ImPartQtConfig(8),
-        calibration=["To be, or not to be, that is the question. " * 200],
-    )
-    assert "kl_forecast" not in report.method and "forecast" not in (tmp_path / "d" / "README.md").read_text("utf-8")
+def test_half_with_calibration() -> None:
+    (_, without, _), (_, with_text, _) = kl_forecast([USUAL]) or (), kl_forecast([USUAL], calibrated=True) or ()
+    assert with_text == pytest.approx(without / 2, rel=0.06)
