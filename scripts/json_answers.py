@@ -34,12 +34,23 @@ class _Words:
 
 _TRAINING = _Words(
     (
-        "Anna Ben Carla David Emma Felix Grace Hugo Irene Jonas Karen Leo Maria Nora Oscar Paul Rita Simon Tina Viktor"
+        "Adam Anna Arthur Barbara Ben Carla Caroline Daniel David Dora Edward Emma Eric Eva Felix Fiona George Grace "
+        "Hannah Henry Hugo Igor Irene Jacob Jane Jonas Karen Kevin Laura Leo Linda Lucas Maria Max Michael Monica Nick "
+        "Nora Oliver Oscar Patricia Paul Philip Rachel Rita Robert Ruth Samuel Sarah Simon Stella Teresa Tina Victoria "
+        "Viktor Walter William Yvonne"
     ).split(),
     (
-        "Athens Berlin Chicago Dublin Florence Geneva Hamburg Istanbul Lisbon Madrid Naples Oslo Paris Rome Seattle"
+        "Ankara Athens Atlanta Barcelona Beijing Berlin Bonn Brussels Budapest Chicago Copenhagen Dallas Delhi Dresden "
+        "Dublin Edinburgh Florence Frankfurt Geneva Hamburg Hanoi Istanbul Jakarta Kyoto Leipzig Lima Lisbon Liverpool "
+        "Lyon Madrid Manchester Miami Montreal Moscow Mumbai Munich Nairobi Naples Oslo Oxford Paris Phoenix Porto "
+        "Riga Rome Rotterdam Seattle Seoul Shanghai Singapore Sydney Toronto Turin Valencia Venice Vilnius"
     ).split(),
-    "lamp chair table cup plate mirror blanket pillow basket bottle candle carpet clock curtain spoon vase".split(),
+    (
+        "anchor apple bag basket bell blanket book bottle bowl box bucket camera candle carpet chair clock coat comb "
+        "cup curtain desk drum fork helmet lamp lantern mirror mug needle oven pan pencil piano pillow pipe "
+        "plate pot printer radio ring rope ruler saddle shirt shovel sofa spoon stool table tent towel "
+        "tray vase violin wheel"
+    ).split(),
 )
 _HELD_OUT = _Words(
     "Alice Bruno Clara Dennis Elena Frank Helen Ivan Julia Martin Olga Peter Sofia Thomas".split(),

@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM
 from impart_hf import ImPartQtConfig, ImPartRdConfig, compress
 from impart_hf.cli.main import main
 from impart_hf.coding import rate_distortion
+from impart_hf.coding.allocation import allocate
 from impart_hf.coding.factor_quantisation import quantised
 from impart_hf.coding.gptq import Grid
-from impart_hf.coding.allocation import allocate
 from impart_hf.coding.rate_distortion import NOISE, Components, ErrorWeights, Matrix
 from impart_hf.coding.record_sizes import kept_ratios
 from impart_hf.compression.budgets import embedding_weight
