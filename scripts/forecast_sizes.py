@@ -22,12 +22,12 @@ import measure
 import torch
 
 from impart_hf.compression.budgets import spectra_bytes
-from impart_hf.compression.forecast import matrix_costs, price_of
+from impart_hf.compression.forecast import matrix_costs
 from impart_hf.compression.matrix_timing import MatrixKind, kind_of, resident_bytes
 from impart_hf.compression.pipeline import CompressionRequest
 from impart_hf.compression.plan import make_plan
 from impart_hf.compression.resources import RunTimes, duration, forecast_of
-from impart_hf.compression.run_timing import training_speed
+from impart_hf.compression.run_timing import allocation_seconds, training_speed
 from impart_hf.compression.scan import TensorPlan
 from impart_hf.compression.writer import CARD_BYTES
 from impart_hf.methods import MethodConfig, method_class, method_names
@@ -153,7 +153,7 @@ def row_of(
     found = forecast_of(
         plan, request, {"method": method.to_dict()}, kinds, costs,
         RunTimes(
-            times.opening, times.scan_rate, price_of(plan, kinds, method),
+            times.opening, times.scan_rate, allocation_seconds(plan.encoded, kinds, method),
             calibration_seconds(shapes, tensors, tokens, times.training_speed) if arguments.texts else 0.0,
             times.training_speed,
         ),

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from ..distillation import DistillSettings
 from ..methods import MethodConfig
 from ..modeling.model_files import HubOptions
 from ..storage.output import check_output, existing_parent
-from .budgets import sharing
 from .compress import checked_method, open_pair
 from .matrix_timing import (
     MatrixCosts,
@@ -33,8 +31,8 @@ from .pair import ModelPair
 from .pipeline import CompressionRequest, Reach, kept_bytes, models_for_texts, planned
 from .plan import CompressionPlan
 from .resources import Forecast, RunTimes, forecast_of
-from .run_timing import layer_seconds, price_seconds, scan_rate, training_speed
-from .scan import TensorPlan, sampled_scan
+from .run_timing import allocation_seconds, counts_of, layer_seconds, scan_rate, training_speed
+from .scan import sampled_scan
 from .training_memory import training_bytes
 
 # Seconds in which matrices are timed; the rest of a forecast takes about as long again.
@@ -125,7 +123,7 @@ def _forecast_pair(
     times = RunTimes(
         opening=opening,
         scan_rate=scan_rate(plan.tensors, pair.base, pair.finetuned),
-        price=price_of(plan, kinds, method),
+        price=allocation_seconds(plan.encoded, kinds, method),
         calibration=layer * layers,
         training_speed=training_speed(pair.device) if measures or request.distillation is not None else 0.0,
     )
@@ -155,22 +153,8 @@ def matrix_costs(
         source: gives parts of them, see `matrix_timing.Source`.
     """
     timer = MatrixTimer(source, method, _share(plan), device)
-    return time_matrices(_counts(plan.encoded, kinds), timer, seconds)
-
-
-def price_of(plan: CompressionPlan, kinds: dict[str, MatrixKind], method: MethodConfig) -> float:
-    """Return the time in which the budget of a plan is shared out among its matrices."""
-    shared = sharing(plan.encoded, method)
-    bytes_of_entries = sum(t.max_bytes for t in shared) / max(1, sum(t.dense_bytes // t.dtype.itemsize for t in shared))
-    return price_seconds(method, _counts(shared, kinds).items(), bytes_of_entries)
+    return time_matrices(counts_of(plan.encoded, kinds), timer, seconds)
 
 
 def _share(plan: CompressionPlan) -> float:
     return sum(t.max_bytes for t in plan.encoded) / max(1, sum(t.dense_bytes for t in plan.encoded))
-
-
-def _counts(tensors: list[TensorPlan], kinds: dict[str, MatrixKind]) -> dict[MatrixKind, int]:
-    counts: Counter[MatrixKind] = Counter()
-    for tensor in tensors:
-        counts[kinds[tensor.name]] += tensor.matrices
-    return dict(counts)

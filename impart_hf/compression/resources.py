@@ -15,7 +15,7 @@ from .budgets import sharing
 from .matrix_timing import MatrixCosts, MatrixKind
 from .pipeline import CompressionRequest
 from .plan import CompressionPlan
-from .run_timing import training_operations
+from .run_timing import sensitivity_operations, training_operations
 from .writer import delta_file_bytes, json_bytes
 
 # Finished files are written and flushed; no forecast writes any, so that this is assumed.
@@ -179,7 +179,8 @@ def forecast_of(
     if sharing(encoded, method):
         stages.append(Stage("singular values", shared("spectrum"), True))
         if request.calibration is not None:
-            stages.append(Stage("sensitivity", _sensitivity(plan, request.calibration) / times.training_speed, False))
+            operations = sensitivity_operations(plan, request.calibration)
+            stages.append(Stage("sensitivity", operations / times.training_speed, False))
         stages.append(Stage("price", times.price, False))
     stages.append(Stage("vectors and encoding", shared("encoding"), True))
     if request.calibration is not None:
@@ -217,12 +218,6 @@ def forecast_of(
             for kind in dict.fromkeys(kinds[t.name] for t in encoded)
         ],
     )
-
-
-def _sensitivity(plan: CompressionPlan, calibration: torch.Tensor) -> float:
-    """Return the operations in which sensitivity is measured: two passes forward, and one backward, of two."""
-    parameters = sum(t.dense_bytes // t.dtype.itemsize for t in plan.tensors if len(t.shape) >= 2)
-    return 4 * 2.0 * parameters * enough_of(calibration).numel()
 
 
 def _sensitivity_bytes(plan: CompressionPlan, calibration: torch.Tensor, text_config: Mapping[str, Any]) -> int:

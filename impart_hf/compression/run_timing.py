@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 
 from ..calibration.layer_stream import Moments, stream_layers
+from ..calibration.sensitivity import enough_of
 from ..calibration.streamed_model import StreamedModel
 from ..common.progress import Progress
 from ..distillation import DistillSettings
 from ..methods import MethodConfig, Spectrum
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.tensors import Model
+from .budgets import sharing
 from .compatibility import vocabulary_size
 from .matrix_timing import Cost, MatrixKind
 from .plan import CompressionPlan
@@ -47,6 +50,33 @@ def scan_rate(
             seconds += clock() - started
             scanned_bytes += size
     return scanned_bytes / max(seconds, 1e-9)
+
+
+def counts_of(tensors: Iterable[TensorPlan], kinds: Mapping[str, MatrixKind]) -> dict[MatrixKind, int]:
+    """Return the number of matrices of each kind in tensors.
+
+    Args:
+        kinds: the kind of each tensor.
+    """
+    counts: Counter[MatrixKind] = Counter()
+    for tensor in tensors:
+        counts[kinds[tensor.name]] += tensor.matrices
+    return dict(counts)
+
+
+def allocation_seconds(
+    tensors: list[TensorPlan], kinds: Mapping[str, MatrixKind], method: MethodConfig, most: int = _PRICED
+) -> float:
+    """Return the time in which the budget of those of the tensors that share it is shared out among their matrices.
+
+    Args:
+        kinds: the kind of each tensor.
+        most: as for `price_seconds`.
+    """
+    shared = sharing(tensors, method)
+    entries = sum(t.dense_bytes // t.dtype.itemsize for t in shared)
+    share = sum(t.max_bytes for t in shared) / max(1, entries)
+    return price_seconds(method, counts_of(shared, kinds).items(), share, most=most)
 
 
 def price_seconds(
@@ -161,6 +191,12 @@ def training_operations(
     step = 8 * weights * settings.batch_size * length + 3 * decoded
     check = 4 * weights * held_out * length + decoded
     return settings.steps * step + (settings.checks + 1) * check
+
+
+def sensitivity_operations(plan: CompressionPlan, calibration: torch.Tensor) -> float:
+    """Return the operations in which sensitivity is measured: two passes forward, and one backward, of two."""
+    parameters = sum(t.dense_bytes // t.dtype.itemsize for t in plan.tensors if len(t.shape) >= 2)
+    return 4 * 2.0 * parameters * enough_of(calibration).numel()
 
 
 def _matrices(plan: CompressionPlan) -> list[TensorPlan]:

@@ -20,9 +20,9 @@ from .budgets import sharing
 from .matrix_timing import MatrixCosts, MatrixKind, MatrixTimer, Sample, kind_of, pair_source
 from .pair import ModelPair
 from .plan import CompressionPlan
-from .run_timing import price_seconds, training_operations, training_speed, used_share
+from .run_timing import allocation_seconds, sensitivity_operations, training_operations, training_speed, used_share
 from .scan import TensorPlan
-from .stages import ALLOCATING, COMPRESSING, DECOMPOSING, DISTILLING, WRITING
+from .stages import ALLOCATING, COMPRESSING, DECOMPOSING, DISTILLING, MEASURING, WRITING
 
 # A run of less work than this, in m n min(m, n) of its matrices and operations on texts, ends before it matters.
 _LEAST_WORK = 2e10
@@ -88,13 +88,11 @@ def stage_times(
     stages = {COMPRESSING: sum(tensors.values()) / count, WRITING: 0.0}
     if shared := sharing(encoded, method):
         stages[DECOMPOSING] = sum(t.matrices * costs.of(kinds[t.name]).spectrum for t in shared) / count
-        matrices = Counter[MatrixKind]()
-        for tensor in shared:
-            matrices[kinds[tensor.name]] += tensor.matrices
-        share = sum(t.max_bytes for t in shared) / sum(t.dense_bytes // t.dtype.itemsize for t in shared)
-        stages[ALLOCATING] = price_seconds(method, matrices.items(), share, most=_PRICED)
+        stages[ALLOCATING] = allocation_seconds(encoded, kinds, method, most=_PRICED)
+        if calibration is not None:
+            stages[MEASURING] = sensitivity_operations(plan, calibration) / speed
     elif method.shares_budget:
-        stages |= {DECOMPOSING: 0.0, ALLOCATING: 0.0}
+        stages |= {DECOMPOSING: 0.0, MEASURING: 0.0, ALLOCATING: 0.0}
     if distillation is not None:
         cost = {name: costs.of(kind) for name, kind in kinds.items()}
         stages[DISTILLING] = training_operations(plan, distillation, settings, config, cost) / speed / count
