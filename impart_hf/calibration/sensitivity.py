@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..common.progress import Progress
+from ..modeling.checkpoints import all_finite
 from ..modeling.precision import full_float32
 from ..modeling.tensors import Model
 from .streamed_model import StreamedModel, streamed_model
@@ -52,8 +53,12 @@ def sensitivities(
     except ValueError as error:
         logger.warning(f"all matrices count alike, because their sensitivity cannot be measured: {error}")
         return {}
-    with full_float32():
-        return _Backward(model, tokens.to(device)).run(progress or Progress(False))
+    try:
+        with full_float32():
+            return _Backward(model, tokens.to(device)).run(progress or Progress(False))
+    except RuntimeError as error:  # of layers that autograd cannot go back through
+        logger.warning(f"all matrices count alike, because their sensitivity cannot be measured: {error}")
+        return {}
 
 
 def enough_of(tokens: Tensor) -> Tensor:
@@ -76,8 +81,8 @@ class _Backward:
         inputs: list[list[Tensor | None]] = [[None] * len(self._tokens)]
         model.load(self._outside)
         for parameter in model.model.parameters():
-            if not parameter.is_meta:
-                parameter.data.nan_to_num_(0, 0, 0)  # rows of padding tokens, which may hold anything
+            if not parameter.is_meta and not all_finite(parameter):
+                parameter.data = parameter.nan_to_num(0, 0, 0)  # rows of padding tokens, which may hold anything
         gradients: list[Tensor | None] = [None] * len(self._tokens)
         generator = torch.Generator().manual_seed(0)
         with progress.bar(4 * len(layers) - 1, STAGE) as bar:
@@ -152,7 +157,7 @@ class _Backward:
         handles = [model.linear[n].register_forward_hook(hook(n)) for n in model.names_in(layer) if n in model.linear]
         # The first layer's gradients need something before it that takes one.
         embeddings = model.model.get_input_embeddings()
-        handles.append(embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_()))
+        handles.append(embeddings.register_forward_hook(lambda _, __, output: output.detach().requires_grad_().clone()))
         try:
             yield
         finally:

@@ -118,16 +118,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Refuse options that cannot be combined."""
-    check_pair(options)
+    method = check_pair(options)
     if options.dry_run:
         refuse(options, _WRITTEN, "has no effect on a forecast; leave out --dry-run")
     else:
         refuse(options, ["processes"], "is for forecasts; add --dry-run")
     _check_target(options)
-    check_text_field(options, options.calibration, options.distill, options.validation)
+    calibration = None if options.calibration == "none" else options.calibration
+    check_text_field(options, calibration, options.distill, options.validation)
     if options.distill is None:
         refuse(options, _DISTILLATION, "for distillation, which needs a text; add --distill TEXT")
-        if options.calibration in (None, "none"):
+        if options.calibration == "none" or (options.calibration is None and not method.shares_budget):
             refuse(options, _TEXT_SIZE, "needs a text; add --calibration TEXT or --distill TEXT")
     _distill_settings(options, {})
 

@@ -144,7 +144,7 @@ def check_pair(options: argparse.Namespace) -> MethodConfig:
     """Check the options of `add_pair`, and return the method."""
     check_models(options)
     method = method_config(options)
-    if not method.quantises:
+    if not method.quantises and options.calibration != "none":
         refuse(
             options,
             ["calibration"],

@@ -49,8 +49,9 @@ def check(options: argparse.Namespace) -> None:
     if len(options.validation or []) + (options.task is not None) != 1:
         raise ValueError("give one --validation text or one --task to judge by")
     check_text_and_task(options, "validation")
-    check_text_field(options, options.calibration, *(options.validation or []))
-    if options.calibration is None:
+    calibration = None if options.calibration == "none" else options.calibration
+    check_text_field(options, calibration, *(options.validation or []))
+    if calibration is None:
         refuse(options, ["calibration_samples", "calibration_length"], "needs a text; add --calibration TEXT")
 
 

@@ -10,7 +10,7 @@ from .rate_distortion import Components, Matrix, Table
 from .record_sizes import OVERHEAD_BYTES
 
 _GROUP = 1 << 20  # components that are binned at a time, to save memory
-_ROUNDS = 4  # at most, in which it is decided which matrices are stored by entries
+_ROUNDS, _LAST_ROUND = 6, 16  # in which it is decided which matrices are stored by entries: at most; then none is
 
 
 def allocate(matrices: list[Matrix], max_bytes: int) -> list[int]:
@@ -22,6 +22,8 @@ def allocate(matrices: list[Matrix], max_bytes: int) -> list[int]:
     owner = np.repeat(np.arange(len(matrices)), [len(matrix.sigma) for matrix in matrices])
     entries = EntryCodes(matrices)
     by_entries = np.zeros(len(matrices), bool)
+    known = entries.energies[np.isfinite(entries.energies)]
+    largest = max(float(table.numbers[2].max(initial=0.0)), float(known.max(initial=0.0)))
     headers, price, rounds = 0, None, 0
     while True:
         # Bins of components that no matrix stores count for nothing.
@@ -31,17 +33,22 @@ def allocate(matrices: list[Matrix], max_bytes: int) -> list[int]:
         def room(price: float, fixed: int = fixed, chosen: np.ndarray = by_entries) -> float:
             return fixed - float(entries.choose(price)[0][chosen].sum())
 
-        price = Table(table.numbers[:, counts > 0], counts[counts > 0]).price_for(room, price)
+        price = Table(table.numbers[:, counts > 0], counts[counts > 0]).price_for(room, price, largest)
         pairs, _, bin_bytes, bin_errors = table.choose(price)
         components = np.bincount(owner, bin_bytes[where], len(matrices))
         of_entries, errors = entries.choose(price)
         harm = of_components(np.bincount(owner, bin_errors[where], len(matrices)), entries.energies)
-        better = errors + 8 * price * of_entries < harm + 8 * price * (components + OVERHEAD_BYTES)
+        gains = harm - errors + 8 * price * (components + OVERHEAD_BYTES - of_entries)
+        changing = np.flatnonzero((gains > 0) != by_entries)
         if rounds >= _ROUNDS:  # so that this ends
-            better &= by_entries
+            changing = np.flatnonzero(by_entries) if rounds == _LAST_ROUND else changing[:0]
+        # Fewer each time, those that gain most: what they change is the price, at which the others may stay.
+        most = -(-len(changing) // 2**rounds) if rounds < _ROUNDS else len(changing)
+        changing = changing[np.argsort(-np.abs(gains[changing]), kind="stable")[:most]]
         rounds += 1
-        if (better != by_entries).any():
-            by_entries = better
+        if len(changing):
+            by_entries = by_entries.copy()
+            by_entries[changing] = ~by_entries[changing]
             continue
         used = np.zeros((len(matrices), len(table.bit_pairs) + 1), bool)
         used[owner, pairs[where]] = True  # the last column is that of dropped components

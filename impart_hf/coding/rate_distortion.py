@@ -160,14 +160,15 @@ class Table:
         means = [np.bincount(where, self.counts * part) / counts for part in (dropped, *noise)]
         return Table(np.stack([rows[first], columns[first], *means]), counts), where
 
-    def price_for(self, room: Room, near: float | None = None) -> float:
+    def price_for(self, room: Room, near: float | None = None, largest: float = 0.0) -> float:
         """Return nearly the lowest price of a bit at which the chosen components take at most what there is room for.
 
         Args:
             room: the bytes that they may take at a price of a bit; no less at a higher price.
             near: a price not far from it, if one is known.
+            largest: the largest error of what else has this price, in units of the components' errors.
         """
-        least, most = np.log((float(self.numbers[2].max(initial=0.0)) or 1.0) * np.array(_PRICES))
+        least, most = np.log((float(self.numbers[2].max(initial=largest)) or 1.0) * np.array(_PRICES))
         if self.numbers.shape[1] <= FEW:
             return float(np.exp(self._bisected(room, least, most)))
         if near is None:  # wide bins give an estimate in a fraction of the time

@@ -167,11 +167,13 @@ def open_pair(
         calibration = None
 
     def read(text: CalibrationSource | None) -> Tensor | None:
-        if text == AUTOMATIC:
-            return pair.automatic_tokens(samples, length)
-        return None if text is None else pair.tokens(text, samples, length)
+        return None if text is None else processes.each(lambda: pair.tokens(text, samples, length))
 
-    tokens, distill_tokens = processes.each(lambda: [read(text) for text in (calibration, distill)])
+    if calibration == AUTOMATIC:  # one process decides, for all
+        tokens = processes.in_first(lambda: pair.automatic_tokens(samples, length))
+    else:
+        tokens = read(calibration)
+    distill_tokens = read(distill)
     return pair, CompressionRequest(
         method, max_bytes, tokens, distill_tokens, distill_settings or DistillSettings(), max_shard_size,
         is_built_in=tokens is not None and calibration in (AUTOMATIC, BUILT_IN),

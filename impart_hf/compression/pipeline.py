@@ -76,7 +76,7 @@ class CompressionRequest:
         if self.calibration is not None:
             matrices = {t.name for t in encoded if not t.vocabulary}
             if self.is_built_in and not matrices & reach.calibrated:
-                recorded["calibration"] = method.uncalibrated
+                recorded["calibration"] = "none: nothing reached"
             else:
                 part = _part("calibration reaches", matrices, reach.calibrated, "matrices that changed")
                 name = "built-in text, " if self.is_built_in else ""

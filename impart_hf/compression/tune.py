@@ -124,7 +124,7 @@ def tune(
         task: a task of lm-eval, or the path of a task's YAML file; candidates are compared by the task's first metric.
             Exactly one of `validation` and `task` must be given.
         betas, cs, seeds: the values to try; only the method's own seed if `seeds` is None.
-        calibration, calibration_samples, calibration_length: as for `compress`.
+        calibration, calibration_samples, calibration_length: as for `compress`, but without a text by default.
         samples, length: the most sequences of the validation text, and tokens per sequence.
         task_limit: the most examples of the task; None for all.
         batch_size: sequences evaluated at a time.

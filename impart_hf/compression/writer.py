@@ -162,7 +162,7 @@ def write_repository(
     repository_bytes = plan.card_bytes + sum(p.stat().st_size for p in counted) + json_bytes(config)
     about = {t.name: workspace.about(t.name) for t in tensors if t.kind == "encoded"}
     if _is_forecast(config):
-        config = with_forecast(config, kl_forecast(_errors(tensors, plan, about), bool(calibrated)))
+        config = with_forecast(config, kl_forecast(_errors(tensors, plan, about), bool(calibrated & about.keys())))
     write_json(folder / "config.json", config)
     sidecar_bytes = copy_files(pair.companions.files, folder)
     for path in reader_files():

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..coding.allocation import allocate
 from ..coding.entry_codes import EntryCode, entry_code, of_components
-from ..coding.rate_distortion import Choice, Components, ErrorWeights, Matrix
+from ..coding.rate_distortion import NOISE, Choice, Components, ErrorWeights, Matrix
 from ..coding.record_sizes import OVERHEAD_BYTES, factored_bytes, kept_ratios, runs
 from ..common.validation import check_number
 from ..modeling.width_codes import level_widths
@@ -100,8 +100,8 @@ class ImPartRdConfig(MethodConfig):
         spectrum = singular_values(task.delta) if task.sigma is None else task.sigma
         norm = float(torch.linalg.vector_norm(task.delta))
         (choice,) = self._fitted([spectrum], [task], [norm])
-        if (entries := self._better_entries(choice, spectrum, task, norm)) is not None:
-            return _entries_encoded(task, entries)
+        if (entries := self._by_entries(choice, spectrum, task, norm)) is not None:
+            return entries
         count = choice.count
         if count == 0:
             return _dropped(task)
@@ -150,8 +150,8 @@ class ImPartRdConfig(MethodConfig):
         encoded = [_dropped(task) for task in tasks]
         stored = []
         for number, (task, choice) in enumerate(zip(tasks, choices, strict=True)):
-            if (entries := self._better_entries(choice, spectra[number], task, norms[number])) is not None:
-                encoded[number] = _entries_encoded(task, entries)
+            if (entries := self._by_entries(choice, spectra[number], task, norms[number])) is not None:
+                encoded[number] = entries
             elif choice.count:
                 stored.append(number)
         if not stored:
@@ -178,13 +178,14 @@ class ImPartRdConfig(MethodConfig):
             encoded[number] = Encoded(data, () if hessians or not known_inputs else (GUESSED,))
         return encoded
 
-    def _better_entries(self, choice: Choice, sigma: np.ndarray, task: EncodingTask, norm: float) -> EntryCode | None:
-        """Return the code of a matrix's entries if it is better than a choice of components."""
+    def _by_entries(self, choice: Choice, sigma: np.ndarray, task: EncodingTask, norm: float) -> Encoded | None:
+        """Store a matrix by entries, if that is better than a choice of components."""
         rows, columns = task.delta.shape
         spectrum = Spectrum(sigma, rows, columns, norm**2, task.vocabulary, relative_norm=task.relative_norm)
         matrix = self.matrix(spectrum)
         code = entry_code(matrix, task.max_bytes)
-        return code if code.error < of_components(float(choice.errors.sum()), matrix.entry_energy) else None
+        harm = float(of_components(float(choice.errors.sum()), matrix.entry_energy))
+        return _entries_encoded(task, code, harm) if code.error < harm else None
 
     def _fitted(self, spectra: Sequence[np.ndarray], tasks: list[EncodingTask], norms: list[float]) -> list[Choice]:
         """Choose components so that each record, with the entries that its masks really keep, fits its budget.
@@ -237,22 +238,29 @@ def _dropped(task: EncodingTask) -> Encoded:
     return Encoded(empty_record(rows, columns, 1.0), ("dropped: its bytes reduce the error more in other matrices",))
 
 
-def _entries_encoded(task: EncodingTask, code: EntryCode) -> Encoded:
-    """Round a part of the entries, drawn at random, and scale them so that nothing of the delta is lost on average."""
+def _entries_encoded(task: EncodingTask, code: EntryCode, most_error: float) -> Encoded | None:
+    """Round a part of the entries, drawn at random, and scale them so that nothing of the delta is lost on average.
+
+    Returns:
+        None if the error is more than `most_error`, because the entries are not like normally distributed numbers.
+    """
     import torch
 
     from ..coding.gptq import Grid
     from ..coding.records import direct_record, fit_threshold
 
     delta, (rows, columns) = task.delta, task.delta.shape
-    threshold = fit_threshold(rows, columns, code.values, task.mask_seed, delta.device)
     width = level_widths(code.bits)[-1]  # levels for normally distributed numbers
     size = torch.linalg.vector_norm(delta)
     grid = Grid((_ENTRY_SCALE * size / math.sqrt(delta.numel())).reshape(1, 1), np.array([width]))
     entries = delta.reshape(1, -1)
     levels = (grid.values(grid.codes(entries)) / grid.scale).reshape(rows, columns)
-    scale = float(size**2 / torch.dot(levels.flatten(), delta.flatten()))
-    scale /= float(kept_ratios(np.array([threshold]))[0])
+    sizes = torch.stack([size**2, torch.dot(levels.flatten(), delta.flatten()), levels.square().sum()])
+    energy, along, stored = sizes.tolist()
+    if code.error * (stored * energy / along**2) / (1 + NOISE[code.bits]) > most_error:
+        return None
+    threshold = fit_threshold(rows, columns, code.values, task.mask_seed, delta.device)
+    scale = energy / along / float(kept_ratios(np.array([threshold]))[0])
     return Encoded(
         direct_record(delta, levels, scale, threshold, width, task.mask_seed),
         ("entries instead of components: few bytes reduce its error more there",),

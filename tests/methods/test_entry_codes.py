@@ -106,3 +106,23 @@ def test_a_budget_for_hardly_more_than_headers(budget: int) -> None:
     spectra = [Spectrum(sigma, 96, 128, float(np.square(sigma).sum()), relative_norm=LIGHT) for _ in range(12)]
     sizes = ImPartRdConfig().allocate(spectra, budget)
     assert sum(sizes) <= max(budget, 12 * 40)
+
+
+@pytest.mark.parametrize(
+    ("side", "energy", "weight", "ratio"), [(768, 23.0, 1000.0, 400), (1024, 42.0, 1000.0, 400), (256, 1e6, 1.0, 400)]
+)
+def test_errors_that_count_for_much_are_shared_out_as_well(side: int, energy: float, weight: float, ratio: int) -> None:
+    """The price is found whatever the unit of errors, where no components are left."""
+    sigma = np.linspace(1, 0.9, side)
+    sigma *= (energy / np.square(sigma).sum()) ** 0.5
+    spectra = [Spectrum(sigma, side, side, energy, weight=weight, relative_norm=0.04) for _ in range(3)]
+    budget = 3 * 2 * side**2 // ratio
+    sizes = ImPartRdConfig().allocate(spectra, budget)
+    assert 0.9 * budget < sum(sizes) <= budget
+
+
+def test_entries_that_levels_do_not_fit_are_not_stored() -> None:
+    """Of a delta that is mostly zero, levels without a zero make noise of many times the rest."""
+    delta = flat(300, 400)
+    sparse = delta * (torch.rand(delta.shape, generator=torch.Generator().manual_seed(0)) < 0.01)
+    assert encode(delta, 1500).layout == DIRECT and encode(sparse, 1500).layout == FACTORED
