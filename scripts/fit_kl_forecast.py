@@ -126,7 +126,9 @@ def measured(pair: Pair, judge: Judge, method: str, ratio: float, work: Path) ->
     repository = work / f"{pair.name}-{method}-{ratio:g}"
     if not (repository / "config.json").exists():
         try:
-            compress(pair.base, pair.finetuned, repository, method_class(method)(compression_ratio=ratio))
+            compress(
+                pair.base, pair.finetuned, repository, method_class(method)(compression_ratio=ratio), calibration=None
+            )
         except ValueError as error:
             print(f"{pair.name}, {method} at {ratio:g}: {error}", file=sys.stderr)
             return None

@@ -108,7 +108,7 @@ def repository_cases(folder: Path) -> Iterator[tuple[str, str]]:
         for name in method_names():
             settings = {"groups": (2, 8)} if name in ("impart-qt", "delta-come") else {}
             method = method_class(name)(compression_ratio=6.0, **settings)
-            variants: dict[str, dict] = {"plain": {}}
+            variants: dict[str, dict] = {"plain": {"calibration": None}}
             if method.quantises and kind == "llama":
                 variants["calibrated"] = {"calibration": TEXT, **text}
             if kind == "llama":

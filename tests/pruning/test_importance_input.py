@@ -125,5 +125,5 @@ def test_an_output_folder_that_is_not_free(model: Path, tmp_path: Path) -> None:
 
 def test_without_peft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ModuleNotFoundError, match=naming("peft", "impart-hf[pruning]")):
+    with pytest.raises(ModuleNotFoundError, match=naming("PEFT", "impart-hf[pruning]")):
         compute_importance(str(model), tmp_path / "out", TEXTS, **SETTINGS)

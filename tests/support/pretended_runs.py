@@ -158,9 +158,9 @@ def compression(folder: Path, pair: Pair) -> dict[str, Any]:
     """Compress on the CPU and on a device, without and with calibration text; use the repositories there."""
     found: dict[str, Any] = {}
     errors: dict[str, dict[str, float]] = {}
-    texts: dict[str, dict[str, Any]] = {"rounded": {}, "calibrated": {"calibration": [TEXT], **SIZE}}
+    texts: dict[str, dict[str, Any]] = {"rounded": {"calibration": None}, "calibrated": {"calibration": [TEXT], **SIZE}}
     for name, more in texts.items():
-        pretended = FIRST if more else SECOND  # sensitivity needs autograd
+        pretended = FIRST if name == "calibrated" else SECOND  # sensitivity needs autograd
         for device in ("cpu", pretended):
             out = folder / f"{name}-{kind_of(device)}"
             # A device that has no attention of its own computes it by formula; the CPU's differs in the last bits.

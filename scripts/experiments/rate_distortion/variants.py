@@ -232,7 +232,7 @@ class Variant:
             ValueError: if the method cannot reach the ratio.
         """
         make = PARTS[self.part] if self.part else method_class(self.method)
-        training: dict[str, Any] = {}
+        training: dict[str, Any] = {"calibration": None}
         if CALIBRATION in self.steps:
             training["calibration"] = pair.train
         if self.distilled:
