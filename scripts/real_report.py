@@ -122,9 +122,9 @@ def headline(results: Results, pair: str) -> str:
         }  # fmt: skip
 
     parts = [
-        "KL divergence from the fine-tune, nats per token (lower is better), by compression ratio, with the "
-        f"methods' own defaults: `{OURS}` takes its built-in text, the others none. Gemma 3 270M's fine-tune `{pair}`, {_measured_on(about, results)}; the base is at "
-        f"{about['base']['kl']:.2f}. {_dashes(results)}",
+        "KL divergence from the fine-tune, nats per token (lower is better), by compression ratio, with the methods' "
+        f"own defaults: `{OURS}` takes its built-in text, the others none. Gemma 3 270M's fine-tune `{pair}`, "
+        f"{_measured_on(about, results)}; the base is at {about['base']['kl']:.2f}. {_dashes(results)}",
         measure.table([line(method, found) for method, found in rows.items()]),
     ]
     if shares := verdict(results, pair, "without text", ratios):
