@@ -97,7 +97,7 @@ def test_bad_input_is_one_line(
     assert "compression_ratio" in failure(capsys, "compress", base, finetuned, out, "--ratio", "1")
     for options, names in (
         (("--method", "dare", "--beta", "0.5"), ("--beta", "impart", "dare")),
-        (("--calibration-samples", "5"), ("--calibration-samples", "--calibration")),
+        (("--calibration", "none", "--calibration-samples", "5"), ("--calibration-samples", "--calibration")),
         (("--steps", "5", "--distill-blocks", "1"), ("--steps", "--distill-blocks", "--distill")),
         (("--base-name", "not a name"), ("base_name", "'not a name'")),
         (("--push", "user/delta"), ("--push", "--base-name")),
