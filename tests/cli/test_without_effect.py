@@ -33,8 +33,11 @@ def places(tmp_path: Path) -> dict[str, str]:
         (("compress", *PAIR, "--steps", "300"), ["--steps", "--distill TEXT"]),
         (("compress", *PAIR, "--trains", "codes", "--distill-batch-size", "8"), ["--trains, --distill-batch-size"]),
         (("compress", *PAIR, "--training", "training.json"), ["--training"]),
-        (("compress", *PAIR, "--calibration-samples", "128"), ["--calibration-samples", "--distill"]),
-        (("compress", *PAIR, "--calibration-length", "2048"), ["--calibration-length"]),
+        (
+            ("compress", *PAIR, "--method", "impart-qt", "--calibration-samples", "128"),
+            ["--calibration-samples", "--distill"],
+        ),
+        (("compress", *PAIR, "--calibration", "none", "--calibration-length", "2048"), ["--calibration-length"]),
         (("compress", *PAIR, "--method", "dare", "--calibration", "text.txt"), ["--calibration", "dare"]),
         (("compress", *PAIR, "--method", "dare", "--beta", "0.6"), ["--beta", "impart", "dare"]),
         (("compress", *PAIR, "--method", "lowrank", "--seed", "0"), ["--seed", "lowrank"]),
