@@ -50,13 +50,9 @@ def sensitivities(
         model = streamed_model(finetuned, tokens, device, dtype=torch.float32)
         with torch.no_grad():
             model.check_run(tokens[:1, :2].to(device))
-    except ValueError as error:
-        logger.warning(f"all matrices count alike, because their sensitivity cannot be measured: {error}")
-        return {}
-    try:
         with full_float32():
             return _Backward(model, tokens.to(device)).run(progress or Progress(False))
-    except RuntimeError as error:  # of layers that autograd cannot go back through
+    except (ValueError, RuntimeError) as error:  # the latter of layers that autograd cannot go back through
         logger.warning(f"all matrices count alike, because their sensitivity cannot be measured: {error}")
         return {}
 

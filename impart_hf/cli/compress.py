@@ -7,7 +7,15 @@ from typing import Any
 from ..compression.target import QualityTarget
 from ..distillation import OPTIMIZERS, TRAINED, DistillSettings
 from ..methods import MethodConfig, method_names
-from .method_options import add_pair, check_pair, commands_after, given_settings, method_config, pair_arguments
+from .method_options import (
+    add_pair,
+    calibration_text,
+    check_pair,
+    commands_after,
+    given_settings,
+    method_config,
+    pair_arguments,
+)
 from .options import (
     add_device,
     add_flag,
@@ -124,8 +132,7 @@ def check(options: argparse.Namespace) -> None:
     else:
         refuse(options, ["processes"], "is for forecasts; add --dry-run")
     _check_target(options)
-    calibration = None if options.calibration == "none" else options.calibration
-    check_text_field(options, calibration, options.distill, options.validation)
+    check_text_field(options, calibration_text(options), options.distill, options.validation)
     if options.distill is None:
         refuse(options, _DISTILLATION, "for distillation, which needs a text; add --distill TEXT")
         if options.calibration == "none" or (options.calibration is None and not method.shares_budget):

@@ -144,13 +144,18 @@ def check_pair(options: argparse.Namespace) -> MethodConfig:
     """Check the options of `add_pair`, and return the method."""
     check_models(options)
     method = method_config(options)
-    if not method.quantises and options.calibration != "none":
+    if not method.quantises and calibration_text(options) is not None:
         refuse(
             options,
             ["calibration"],
             f"is for the methods that quantise, not for {method.name}; choose another --method",
         )
     return method
+
+
+def calibration_text(options: argparse.Namespace) -> str | None:
+    """Return the calibration text that is given; None also if it is left out by name."""
+    return None if options.calibration == "none" else options.calibration
 
 
 def commands_after(options: argparse.Namespace) -> list[str]:

@@ -5,7 +5,7 @@ import json
 
 from ..methods import method_class, method_names
 from ..methods.importance_allocation import BETAS, CS, ImportanceAllocation
-from .method_options import add_pair, check_pair, commands_after, method_config, pair_arguments
+from .method_options import add_pair, calibration_text, check_pair, commands_after, method_config, pair_arguments
 from .options import (
     add_device,
     add_result,
@@ -49,9 +49,8 @@ def check(options: argparse.Namespace) -> None:
     if len(options.validation or []) + (options.task is not None) != 1:
         raise ValueError("give one --validation text or one --task to judge by")
     check_text_and_task(options, "validation")
-    calibration = None if options.calibration == "none" else options.calibration
-    check_text_field(options, calibration, *(options.validation or []))
-    if calibration is None:
+    check_text_field(options, calibration_text(options), *(options.validation or []))
+    if calibration_text(options) is None:
         refuse(options, ["calibration_samples", "calibration_length"], "needs a text; add --calibration TEXT")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .rate_distortion import NOISE, Matrix
+from .rate_distortion import LEAST_KEPT, NOISE, Matrix
 from .record_sizes import OVERHEAD_BYTES
 
 # Levels of 1 bit are no choice: rounding to signs does not average out (docs/methods/impart-rd.md).
@@ -21,7 +21,6 @@ _NOISE = np.array([NOISE[bits] for bits in _BITS[:, 0].tolist()])[:, None]
 # Weight of the error of rounding, relative to noise of the same size: it is the same for equal entries, so that part of
 # it does not average out.
 _ROUNDING = 13.0
-_LEAST_KEPT = 1e-3
 # What components leave out adds up instead of averaging out, so that it counts with its square: this times the square
 # over the entry energy, in units of noise in entries.
 _ADDED_UP = 0.04
@@ -48,7 +47,7 @@ def entry_code(matrix: Matrix, max_bytes: int) -> EntryCode:
     """Return the code with the least error that takes at most so many bytes; its error may be infinite."""
     entries = matrix.rows * matrix.columns
     values = np.minimum(entries, (max_bytes - _FIXED_BYTES) * 8 // _BITS)
-    enough = values >= _LEAST_KEPT * entries
+    enough = values >= LEAST_KEPT * entries
     kept = np.where(enough, values / entries, 1.0)
     errors = np.where(enough, matrix.entry_energy * _relative_errors(kept), np.inf)[:, 0]
     best = int(errors.argmin())
@@ -66,7 +65,7 @@ class EntryCodes:
         """Return the bytes and the error of the code with the least cost, which is error plus price: (k,) each."""
         energies = np.where(np.isfinite(self.energies), self.energies, 0.0)
         kept = np.sqrt(energies * (1 + _NOISE) / (price * _BITS * self._entries))
-        kept = np.clip(kept, _LEAST_KEPT, 1.0)
+        kept = np.clip(kept, LEAST_KEPT, 1.0)
         sizes = _BITS * kept * self._entries / 8 + _FIXED_BYTES
         errors = np.where(np.isfinite(self.energies), energies * _relative_errors(kept), np.inf)
         best = (errors + 8 * price * sizes).argmin(0)[None]

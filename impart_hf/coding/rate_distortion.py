@@ -26,7 +26,7 @@ from .record_sizes import COMPONENT_BYTES, kept_ratios, thresholds_of
 # levels of 2 to 4 bits, or as 256 evenly spaced levels.
 NOISE = {1: 0.5708, 2: 0.1331, 3: 0.0358, 4: 0.0096, 8: 5e-5}
 _NEWTON_STEPS = 4
-_LEAST_KEPT = 1e-3  # the smallest q
+LEAST_KEPT = 1e-3  # the smallest q
 _TINY = 1e-200
 _PRICES = 1e-60, 1.0  # range of a bit's price, in units of the largest error; at the upper end nothing is stored
 _EXACT, _ABOUT = 1e-4, 0.03  # relative errors of a price: of the returned one, and of an estimate from wide bins
@@ -235,10 +235,10 @@ def _best_inverse(square: np.ndarray, linear: np.ndarray, bit_price: np.ndarray)
     above = 2 * square + linear < bit_price
     square, linear, bit_price = square[above], linear[above], bit_price[above]
     best = np.minimum(np.cbrt(bit_price / (2 * square + _TINY)), np.sqrt(bit_price / (linear + _TINY)))
-    best = np.clip(best, 1.0, 1 / _LEAST_KEPT)
+    best = np.clip(best, 1.0, 1 / LEAST_KEPT)
     for _ in range(_NEWTON_STEPS):
         slope = (6 * square * best + 2 * linear) * best + _TINY
         best -= ((2 * square * best + linear) * best**2 - bit_price) / slope
-        np.clip(best, 1.0, 1 / _LEAST_KEPT, best)
+        np.clip(best, 1.0, 1 / LEAST_KEPT, best)
     z[above] = best
     return z
