@@ -148,8 +148,9 @@ def load_tokenizer(source: str, options: HubOptions) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(
-            source, revision=options.revision, token=options.token, cache_dir=options.cache_dir
-        )
+            source, revision=options.revision, token=options.token, cache_dir=options.cache_dir,
+            trust_remote_code=False,  # otherwise a tokenizer with code of its own has transformers ask on the terminal
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the tokenizer of '{source}' cannot be read: {reason}") from error

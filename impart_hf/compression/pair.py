@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..adapters.adapter_files import refuse_adapter
 from ..adapters.companions import companions_of
 from ..adapters.open import open_finetune
-from ..calibration.streamed_model import streamed_model
+from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..calibration.text import BUILT_IN, CalibrationSource, calibration_tokens, load_tokenizer, within_positions
 from ..common.configs import model_config
 from ..common.names import recorded_base
@@ -79,6 +79,7 @@ class ModelPair:
         self.finetuned: Model = matched.finetuned
         check_loads(self.finetuned)
         self.recorded_base = recorded_base(base, base_options.revision, base_name)
+        self._streamed: tuple[torch.Tensor, StreamedModel] | None = None
 
     def state(self) -> list[list[Any]]:
         """Return what changes if a file of the models does: path, size and time of every file in their folders."""
@@ -146,11 +147,20 @@ class ModelPair:
         length = within_positions(length, self.finetuned.config)
         return calibration_tokens(source, self.tokenizer(), samples=samples, length=length)
 
+    def streamed(self, tokens: torch.Tensor) -> StreamedModel:
+        """Return the fine-tune as a model that runs over these tokens layer by layer; errors as for `streamed_model`.
+
+        It is made once for all runs over the same tokens.
+        """
+        if self._streamed is None or self._streamed[0] is not tokens:
+            self._streamed = tokens, streamed_model(self.finetuned, tokens, self.device)
+        return self._streamed[1]
+
     def automatic_tokens(self, samples: int, length: int) -> torch.Tensor | None:
         """Return `tokens` of the built-in text; None, which is logged, if this model cannot be run over it."""
         try:
             tokens = self.tokens(BUILT_IN, samples, length)
-            streamed_model(self.finetuned, tokens, self.device)
+            self.streamed(tokens)
         except Exception as error:  # tokenizers and models raise all kinds, and nobody has asked for a text
             logger.warning(f"compressing without a calibration text: {error}")
             return None

@@ -10,7 +10,7 @@ import torch
 from ..calibration.hidden_states import HiddenStates
 from ..calibration.layer_stream import stream_layers
 from ..calibration.sensitivity import sensitivities
-from ..calibration.streamed_model import StreamedModel, streamed_model
+from ..calibration.streamed_model import StreamedModel
 from ..coding.svd_cache import SvdOf, uncached_svd
 from ..common import processes
 from ..common.progress import Progress
@@ -187,7 +187,7 @@ def stages_of(request: CompressionRequest, scanned: bool = False) -> list[str]:
 
 def models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[StreamedModel | None, frozenset[str]]:
     """Return the model for calibration, if asked for, and the names of the tensors that distillation can train."""
-    stream = None if request.calibration is None else streamed_model(pair.finetuned, request.calibration, pair.device)
+    stream = None if request.calibration is None else pair.streamed(request.calibration)
     if request.distillation is None:
         return stream, frozenset()
     return stream, _distillation().check_distillation(
