@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # names for the type checker
     from .compression.resources import Forecast as Forecast
     from .compression.target import QualityTarget as QualityTarget
     from .compression.tune import tune as tune
+    from .delta_adapters.model import DeltaModel as DeltaModel
+    from .delta_adapters.model import load_delta as load_delta
     from .distillation import DistillSettings as DistillSettings
     from .merging.config import MergeConfig as MergeConfig
     from .merging.config import MergeModel as MergeModel
@@ -44,6 +46,8 @@ _MODULES = {
     "Forecast": "compression.resources",
     "QualityTarget": "compression.target",
     "tune": "compression.tune",
+    "DeltaModel": "delta_adapters.model",
+    "load_delta": "delta_adapters.model",
     "DistillSettings": "distillation",
     "MergeConfig": "merging.config",
     "MergeModel": "merging.config",

@@ -216,7 +216,8 @@ class DeltaRepository:
             where = f" at commit {revision}" if revision else ""
             raise CheckpointError(
                 f"the base model of '{self.source}' ('{base_model or recorded}'{where}) cannot be opened: {error}. "
-                "A local copy can be given with base_model= (--base-model; for vLLM IMPART_HF_BASE_MODEL)"
+                "A local copy can be given with base_model= (load_delta: base_files=; commands: --base-model; vLLM: "
+                "IMPART_HF_BASE_MODEL)"
             ) from error
         others = self.config.base_tensors or {}
         if missing := sorted(set(others.values()) - set(base.stored_names())):

@@ -1,0 +1,351 @@
+"""Deltas beside their base: the model says what the one says that the delta repository stands for."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.delta_tenants import (
+    IDS,
+    MIXED,
+    Tenants,
+    generates,
+    largest_difference,
+    load_dense,
+    make_tenants,
+    says,
+)
+from support.messages import naming
+from support.tiny_models import (
+    VOCABULARY,
+    fine_tune,
+    make_model,
+    same_files,
+    save_model,
+    tiny_config,
+)
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+
+from impart_hf import (
+    BitDeltaConfig,
+    DareConfig,
+    DareQtConfig,
+    DeltaComeConfig,
+    DeltaModel,
+    ImPartConfig,
+    ImPartQtConfig,
+    ImPartRdConfig,
+    LowRankConfig,
+    compress,
+    load_delta,
+)
+from impart_hf.modeling.delta_repository import WrongBaseError
+from impart_hf.modeling.model_files import CheckpointError
+
+CLOSE = 1e-4
+ROWS_APART = [
+    "llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mixtral", "gpt-neox", "phi",
+    "gpt2", "biogpt", "qwen2-moe", "gemma3-vision",
+]  # fmt: skip
+# Sinks in the attention, convolutions and states: layers that read several parameters at once
+ROWS_TOGETHER = ["gpt-oss", "mamba", "mamba2", "bloom"]
+OFTEN = ["llama-tied", "gpt2", "mixtral"]
+METHODS = [
+    BitDeltaConfig(compression_ratio=8), DareConfig(compression_ratio=4), DareQtConfig(compression_ratio=8),
+    DeltaComeConfig(compression_ratio=4), ImPartConfig(compression_ratio=4), ImPartRdConfig(compression_ratio=4),
+    LowRankConfig(compression_ratio=4),
+]  # fmt: skip
+FACTORS = ["dense", "packed"]
+
+
+@pytest.fixture(scope="module")
+def tenants_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tenants]:
+    @functools.cache
+    def tenants(kind: str) -> Tenants:
+        return make_tenants(tmp_path_factory.mktemp(kind), tiny_config(kind))
+
+    return tenants
+
+
+@pytest.fixture(scope="module")
+def tenants(tenants_of: Callable[[str], Tenants]) -> Tenants:
+    return tenants_of("llama")
+
+
+def both(tenants: Tenants, factors: str | None = None) -> DeltaModel:
+    model = load_delta(tenants.load_base(), tenants.deltas["one"], "one", factors=factors)
+    model.load_adapter(tenants.deltas["two"], "two", factors=factors)
+    return model
+
+
+def check_each(model: DeltaModel, tenants: Tenants) -> None:
+    """Every delta, active, and the base."""
+    for name in ("one", "two", "one"):
+        model.set_adapter(name)
+        merged = load_dense(tenants.deltas[name])
+        assert largest_difference(says(model), says(merged)) <= CLOSE
+        assert torch.equal(generates(model), generates(merged))
+    base = load_dense(tenants.base)
+    with model.disable_adapter():
+        assert torch.equal(says(model), says(base))
+    assert largest_difference(says(model)[..., :VOCABULARY], says(base)) > 100 * CLOSE
+    assert torch.equal(says(model.get_base_model()), says(base)), "the base itself is without deltas"
+
+
+def check_rows(model: DeltaModel, tenants: Tenants) -> None:
+    """A batch of several deltas says what its rows say alone."""
+    for number, name in enumerate(MIXED):
+        dense = load_dense(tenants.folder(name))
+        row = IDS[number : number + 1]
+        assert largest_difference(says(model, adapter_names=MIXED)[number], says(dense, row)[0]) <= CLOSE
+        assert torch.equal(generates(model, adapter_names=MIXED)[number], generates(dense, row)[0])
+
+
+def kinds(names: list[str]) -> list:
+    return [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("kind", kinds(ROWS_APART))
+def test_architectures(tenants_of: Callable[[str], Tenants], kind: str, factors: str) -> None:
+    tenants = tenants_of(kind)
+    model = both(tenants, factors)
+    check_each(model, tenants)
+    check_rows(model, tenants)
+    model.set_adapter("two")
+    assert torch.equal(says(model.merge_and_unload()), says(load_dense(tenants.deltas["two"])))
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("kind", kinds(ROWS_TOGETHER))
+def test_architectures_of_one_delta_a_batch(tenants_of: Callable[[str], Tenants], kind: str, factors: str) -> None:
+    tenants = tenants_of(kind)
+    model = both(tenants, factors)
+    check_each(model, tenants)
+    with pytest.raises(ValueError, match=naming("set_adapter")):
+        model(input_ids=IDS, adapter_names=MIXED)
+    check_each(model, tenants)
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_methods(tmp_path: Path, method: object, factors: str) -> None:
+    tenants = make_tenants(tmp_path, tiny_config("llama", num_hidden_layers=1), method)  # type: ignore[arg-type]
+    model = both(tenants, factors)
+    check_each(model, tenants)
+    check_rows(model, tenants)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factors", FACTORS)
+def test_base_in_another_dtype(tenants: Tenants, dtype: torch.dtype, factors: str) -> None:
+    """The base's check goes by its values in that dtype; the sum is not rounded, so it is not the merged model's."""
+    model = load_delta(tenants.load_base(dtype=dtype), tenants.deltas["one"], factors=factors)
+    exact = says(load_dense(tenants.deltas["one"]))
+    error = (says(model).float() - exact).norm() / exact.norm()
+    rounded = (says(load_dense(tenants.deltas["one"], dtype=dtype)).float() - exact).norm() / exact.norm()
+    assert error < 2 * rounded
+
+
+def test_moved_later(tenants: Tenants) -> None:
+    model = load_delta(tenants.load_base(dtype=torch.bfloat16), tenants.deltas["one"])
+    moved = model.to(torch.float32)
+    assert moved is model and says(model).dtype == torch.float32
+    exact = says(load_dense(tenants.deltas["one"]))
+    assert (says(model) - exact).norm() < 0.05 * exact.norm()  # the base was rounded
+
+
+@pytest.fixture(scope="module")
+def with_tokens(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, bool], Tenants]:
+    """A base, tied or not, a delta that adds tokens and one of the same vocabulary."""
+
+    @functools.cache
+    def made(tied: bool, tied_after: bool) -> Tenants:
+        folder = tmp_path_factory.mktemp("tokens")
+        base = make_model(tiny_config("llama", tie_word_embeddings=tied), dtype=torch.float32)
+        save_model(base, folder / "base")
+        deltas = {}
+        for seed, name in enumerate(("one", "two"), 1):
+            tuned = fine_tune(base, seed)
+            if tied and not tied_after:
+                untied = torch.nn.Parameter(tuned.lm_head.weight.detach() * 1.1)
+                tuned.lm_head.weight, tuned.config.tie_word_embeddings = untied, False
+                tuned = LlamaForCausalLM(tuned.config).eval().requires_grad_(False)
+                source = fine_tune(base, seed).state_dict()
+                tuned.load_state_dict(source | {"lm_head.weight": untied.detach()})
+            if name == "one":
+                tuned.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+            tuned_folder = save_model(tuned, folder / f"{name}-dense")
+            deltas[name] = folder / name
+            compress(str(folder / "base"), str(tuned_folder), deltas[name], ImPartQtConfig(compression_ratio=4))
+        return Tenants(folder / "base", deltas)
+
+    return made
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("tied, tied_after", [(True, True), (True, False), (False, False)])
+def test_added_tokens_and_own_output_projection(
+    with_tokens: Callable[[bool, bool], Tenants], tied: bool, tied_after: bool, factors: str
+) -> None:
+    tenants = with_tokens(tied, tied_after)
+    model = both(tenants, factors)
+    check_each(model, tenants)
+    new = IDS.clone()
+    new[0, 3] = new[3, 5] = VOCABULARY + 7
+    mixed = says(model, new, adapter_names=MIXED)
+    assert mixed.shape[-1] == VOCABULARY + 8
+    for number, name in enumerate(MIXED):
+        alone = says(load_dense(tenants.folder(name)), new[number : number + 1])[0]
+        assert largest_difference(mixed[number, :, : alone.shape[-1]], alone) <= CLOSE
+        assert (mixed[number, :, alone.shape[-1] :] == float("-inf")).all(), "no token of another's vocabulary"
+    model.set_adapter("one")
+    merged = model.merge_and_unload()
+    assert merged.config.vocab_size == VOCABULARY + 8
+    assert torch.equal(says(merged, new[:1]), says(load_dense(tenants.deltas["one"]), new[:1]))
+
+
+def test_beams(tenants: Tenants) -> None:
+    """Each row of a beam search is repeated."""
+    model = both(tenants)
+    found = generates(model, adapter_names=MIXED, num_beams=3)
+    for number, name in enumerate(MIXED):
+        alone = generates(load_dense(tenants.folder(name)), IDS[number : number + 1], num_beams=3)
+        assert torch.equal(found[number], alone[0])
+
+
+def test_generation_config_of_the_delta(tenants: Tenants, tmp_path: Path) -> None:
+    model = load_delta(tenants.load_base(), tenants.deltas["one"])
+    GenerationConfig(max_new_tokens=3, eos_token_id=2, pad_token_id=3).save_pretrained(tenants.deltas["one"])
+    again = load_delta(tenants.load_base(), tenants.deltas["one"])
+    assert model.generate(IDS[:1], max_new_tokens=9, min_new_tokens=9).shape[1] == 21
+    assert again.generate(IDS[:1], min_new_tokens=1, eos_token_id=-1).shape[1] == 15
+
+
+def test_names(tenants: Tenants) -> None:
+    model = both(tenants)
+    assert model.active_adapter == "one" and model.active_adapters == ["one"] and model.adapter_names == ["one", "two"]
+    with pytest.raises(ValueError, match=naming("three", "one, two")):
+        model.set_adapter("three")
+    with pytest.raises(ValueError, match=naming("three")):
+        model(input_ids=IDS, adapter_names=["one", "two", "three", "one"])
+    with pytest.raises(ValueError, match=naming("adapter_names", 3, 4)):
+        model(input_ids=IDS, adapter_names=["one"] * 3)
+    with pytest.raises(ValueError, match=naming("one")):
+        model.load_adapter(tenants.deltas["two"], "one")
+    with pytest.raises(ValueError, match=naming("adapter_names")):
+        model.set_adapter(["one", "two"])  # type: ignore[arg-type]
+    for name in ("", "__base__", "a/b", "..", "a\\b"):
+        with pytest.raises(ValueError, match=naming("name")):
+            model.load_adapter(tenants.deltas["two"], name)
+    with pytest.raises(ValueError, match=naming("factors", "loose")):
+        model.load_adapter(tenants.deltas["two"], "three", factors="loose")
+    model.delete_adapter("one")
+    assert model.active_adapter == "two"
+    model.delete_adapter("two")
+    assert model.active_adapters == []
+    assert torch.equal(says(model), says(load_dense(tenants.base)))
+    with pytest.raises(ValueError, match=naming("none")):
+        model.set_adapter("two")
+    model.load_adapter(tenants.deltas["two"], "one")
+    assert largest_difference(says(model), says(load_dense(tenants.deltas["two"]))) <= CLOSE
+
+
+def test_inference_only(tenants: Tenants) -> None:
+    model = both(tenants)
+    with pytest.raises(ValueError, match=naming("inference", "merge_and_unload")):
+        model.train()
+    assert model.eval() is model and not model.training
+    loss = model(input_ids=IDS, labels=IDS).loss
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+def test_attributes_of_the_base(tenants: Tenants) -> None:
+    model = both(tenants)
+    assert model.config.model_type == "llama" and model.dtype == torch.float32 and model.device.type == "cpu"
+    assert model.can_generate()
+    with pytest.raises(AttributeError):
+        _ = model.no_such_thing
+
+
+def test_unload(tenants: Tenants) -> None:
+    model = both(tenants)
+    base = model.unload()
+    assert isinstance(base, LlamaForCausalLM) and torch.equal(says(base), says(load_dense(tenants.base)))
+    assert not any("forward" in vars(module) for module in base.modules())
+    check_each(_again(base, tenants), tenants)
+
+
+def _again(base: LlamaForCausalLM, tenants: Tenants) -> DeltaModel:
+    model = load_delta(base, tenants.deltas["one"], "one")
+    model.load_adapter(tenants.deltas["two"], "two")
+    return model
+
+
+def test_saved_byte_for_byte(tenants: Tenants, tmp_path: Path) -> None:
+    model = load_delta(tenants.load_base(), tenants.deltas["one"])
+    model.load_adapter(tenants.deltas["two"], "two")
+    model.save_pretrained(tmp_path / "saved")
+    assert same_files(tmp_path / "saved" / "two", tenants.deltas["two"])
+    saved = sorted(path.name for path in (tmp_path / "saved").iterdir() if path.is_file())
+    assert saved == sorted(path.name for path in tenants.deltas["one"].iterdir())
+    model.save_pretrained(tmp_path / "only", selected_adapters=["two"])
+    assert [path.name for path in (tmp_path / "only").iterdir()] == ["two"]
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "only" / "two"), LlamaForCausalLM)
+    with pytest.raises(ValueError, match=naming("three")):
+        model.save_pretrained(tmp_path / "none", selected_adapters=["three"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_base(tenants: Tenants, tmp_path: Path) -> None:
+    other = save_model(make_model(tiny_config("llama"), 7, torch.float32), tmp_path / "other")
+    with pytest.raises(WrongBaseError):
+        load_delta(load_dense(other), tenants.deltas["one"])
+    changed = tenants.load_base()
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(WrongBaseError, match=naming("model.layers.1.mlp.up_proj.weight")):
+        load_delta(changed, tenants.deltas["one"])
+    assert not any("forward" in vars(module) for module in changed.modules()), "nothing is left behind"
+
+
+def test_files_of_the_base_are_found(tenants: Tenants, tmp_path: Path) -> None:
+    """Where the model was loaded from, or where the call says; otherwise the error tells what to do."""
+    moved = tmp_path / "moved"
+    tenants.base.rename(moved)
+    try:
+        assert load_delta(load_dense(moved), tenants.deltas["one"]).active_adapter == "default"
+        base = load_dense(moved)
+        base.name_or_path = ""
+        with pytest.raises(CheckpointError, match=naming("base_files")):
+            load_delta(base, tenants.deltas["one"])
+        load_delta(base, tenants.deltas["one"], base_files=str(moved))
+    finally:
+        moved.rename(tenants.base)
+
+
+def test_no_base(tenants: Tenants) -> None:
+    model = both(tenants)
+    for wrong, named in ((model, "load_adapter"), (load_dense(tenants.deltas["one"]), "base"), ("base", "str")):
+        with pytest.raises(TypeError, match=naming(named)):
+            load_delta(wrong, tenants.deltas["one"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=naming("unload")):
+        load_delta(model.base_model, tenants.deltas["one"])
+
+
+def test_damaged_delta(tenants: Tenants, tmp_path: Path) -> None:
+    broken = shutil.copytree(tenants.deltas["one"], tmp_path / "broken")
+    file = broken / "delta_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(bytes(data))
+    model = both(tenants)
+    with pytest.raises(ValueError, match=naming("damaged")):
+        model.load_adapter(broken, "broken")
+    assert model.adapter_names == ["one", "two"]
+    check_rows(model, tenants)

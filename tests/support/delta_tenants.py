@@ -1,0 +1,67 @@
+"""A base with two deltas of it, and what the models that these stand for say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from impart_hf import ImPartQtConfig, compress
+from impart_hf.methods import MethodConfig
+
+from .tiny_models import fine_tune, make_model, save_model
+
+IDS = torch.randint(4, 300, (4, 12), generator=torch.Generator().manual_seed(0))
+NEW_TOKENS = 6
+MIXED = ["one", "__base__", "two", "one"]  # of the rows of IDS
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """Folders of a base, and of its deltas by name."""
+
+    base: Path
+    deltas: dict[str, Path]
+
+    def load_base(self, **options: object) -> PreTrainedModel:
+        return load_dense(self.base, **options)
+
+    def folder(self, name: str) -> Path:
+        return self.base if name == "__base__" else self.deltas[name]
+
+
+def make_tenants(
+    folder: Path, config: PreTrainedConfig, method: MethodConfig | None = None, dtype: torch.dtype = torch.float32
+) -> Tenants:
+    base = make_model(config, dtype=dtype)
+    save_model(base, folder / "base")
+    deltas = {}
+    for seed, name in enumerate(("one", "two"), 1):
+        tuned = save_model(fine_tune(base, seed), folder / f"{name}-dense")
+        deltas[name] = folder / name
+        compress(str(folder / "base"), str(tuned), deltas[name], method or ImPartQtConfig(compression_ratio=4))
+    return Tenants(folder / "base", deltas)
+
+
+def load_dense(folder: Path, **options: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options}).eval()
+
+
+def says(model: torch.nn.Module, ids: torch.Tensor = IDS, **options: object) -> torch.Tensor:
+    """Logits."""
+    with torch.no_grad():
+        return model(input_ids=ids, **options).logits
+
+
+def generates(model: torch.nn.Module, ids: torch.Tensor = IDS, **options: object) -> torch.Tensor:
+    """Greedy tokens; with a fixed number of them, so that rows of a batch compare with rows alone."""
+    return model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS, **options,
+    )  # fmt: skip
+
+
+def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
