@@ -202,8 +202,9 @@ class Placement:
         if parts.added_rows or repository.base.stored_name(tensor) != tensor:
             return None
         # It may be below the module, or another's that the fine-tune ties it to.
-        base: Any = getattr(module, name, None)
-        if base is None or base is not self._state.get(group.key) or tuple(base.shape) != repository.shape(tensor):
+        base: Any = self._state.get(group.key)
+        is_own = any(held is base for held in (*module._parameters.values(), *module._buffers.values()))
+        if base is None or not is_own or tuple(base.shape) != repository.shape(tensor):
             return None
         return functools.partial(add_delta, base.detach(), repository.file.read_records(tensor), tensor, dtype)
 
