@@ -56,8 +56,8 @@ class Results:
         self.failed = {(line["pair"], line["method"], line["asked"]) for line in newest.values() if _failed_run(line)}
         self.others = [line for line in newest.values() if "method" not in line]
         self.ratios = sorted({line["asked"] for line in newest.values() if "asked" in line})
-        self.machines = sorted({_machine(line["machine"]) for line in lines})
-        self.load = max((line["machine"]["load average"] for line in lines), default=0.0)
+        self.machines = sorted({_machine(line["machine"]) for line in newest.values()})
+        self.load = max((line["machine"]["load average"] for line in newest.values()), default=0.0)
         self.stale = sorted(" ".join(map(str, self._key(line))) for line in newest.values() if _is_stale(line))
 
     @staticmethod
@@ -70,7 +70,12 @@ class Results:
         found: Rows = {}
         for row in over_seeds(runs, _NUMBERS):
             found.setdefault(row["method"], {})[row["asked"]] = row
-        return dict(sorted(found.items(), key=lambda item: (len(item[0].split("+")), "distill" in item[0])))
+
+        def rank(item: tuple[str, Any]) -> tuple[int, bool, bool]:
+            method, *steps = item[0].split("+")
+            return len(steps), "distill" in steps, method != OURS
+
+        return dict(sorted(found.items(), key=rank))
 
 
 def _failed_run(line: Row) -> bool:
@@ -121,11 +126,12 @@ def headline(results: Results, pair: str) -> str:
             f"encoding at {COST_AT:g}, s": f"{cost['seconds']:.0f}" if cost else "–",
         }  # fmt: skip
 
+    table = measure.table([line(method, found) for method, found in rows.items()])
     parts = [
-        "KL divergence from the fine-tune, nats per token (lower is better), by compression ratio, with the methods' "
-        f"own defaults: `{OURS}` takes its built-in text, the others none. Gemma 3 270M's fine-tune `{pair}`, "
-        f"{_measured_on(about, results)}; the base is at {about['base']['kl']:.2f}. {_dashes(results)}",
-        measure.table([line(method, found) for method, found in rows.items()]),
+        f"KL divergence from the fine-tune, nats per token, by compression ratio, with defaults: `{OURS}` takes its "
+        f"built-in text, the others none. Gemma 3 270M's fine-tune `{pair}`, {_measured_on(about, results)}; the base "
+        f"is at {about['base']['kl']:.2f}. {_dashes(results) if {'–', '×'} & set(table) else ''}".strip(),
+        table,
     ]
     if shares := verdict(results, pair, "without text", ratios):
         parts.append(f"`{OURS}`'s KL, of the best other method's at equal bytes: {shares}.")
