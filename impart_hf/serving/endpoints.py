@@ -1,7 +1,10 @@
-"""Swapping deltas over HTTP: routes that vLLM's API server has with `VLLM_PLUGINS=impart_hf`.
+"""Deltas over HTTP: what vLLM's API server has with `VLLM_PLUGINS=impart_hf`.
+
+A request's `model` chooses its delta; swaps happen by themselves. Besides, there are two routes:
 
 GET /v1/deltas        lists the deltas that can be loaded, and the one that is
-POST /v1/deltas/load  {"delta": NAME}; NAME "base" for the base's own weights
+POST /v1/deltas/load  {"delta": NAME}; NAME "base" for the base's own weights: loads a delta at once, and from then on
+                      requests that name the server's own model are for it
 
 The routes require the server's own API key. Errors have the same form as the server's own.
 """
@@ -11,24 +14,29 @@ import json
 import os
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
-from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from ..modeling.delta_record import DeltaFormatError
 from ..modeling.delta_repository import WrongBaseError
 from ..modeling.model_files import CheckpointError
+from . import metrics
 from .catalogue import BASE, DELTAS_VARIABLE, Catalogue, NamedDelta
-from .deltas import DeltaRefusedError
+from .deltas import CheckedDelta, DeltaRefusedError
 from .gate import Gate
-from .swap import AsyncDeltaSwitch, EngineUnsoundError, SwapError, SwapInProgressError
+from .named_requests import RefusedRequestError, RequestsByDelta
+from .offered_models import offer_by_name
+from .swap import AsyncDeltaSwitch, EngineUnsoundError, SwapError
+from .turns import MAX_WAIT_VARIABLE, MIN_RESIDENCE_VARIABLE, Turns, seconds_from
 
 logger = init_logger("vllm.impart_hf")  # a child of vLLM's logger, because vLLM shows no others
 router = APIRouter()
@@ -43,54 +51,39 @@ class DeltaEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
-        app.add_middleware(HoldRequests)
+        app.add_middleware(
+            RequestsByDelta,
+            server=lambda scope: scope["app"].state.impart_hf,
+            # A swap must not wait for the request that starts it. Its path may begin with a --root-path.
+            passes=lambda path: path.endswith(LOAD_PATH),
+        )
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Prepare the server for swaps.
 
         Raises:
-            ValueError: if the list of deltas in the environment is not valid.
+            ValueError: if a variable of the environment is not valid, or a delta has the name of the server's model.
         """
         assert engine_client is not None  # there is always one if text is generated
-        state.impart_hf = _Server(engine_client, args)
-
-
-class HoldRequests:
-    """ASGI middleware that admits no request during a swap, and makes a swap wait for the admitted ones.
-
-    The engine's own gate is not enough, because several prompts, or the steps of a beam search, are several requests to
-    the engine.
-    """
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A swap must not wait for the request that starts it. Its path may begin with a --root-path.
-        waits = scope["type"] == "http" and scope["method"] == "POST" and not scope["path"].endswith(LOAD_PATH)
-        if waits:
-            server: _Server = scope["app"].state.impart_hf
-            async with server.requests.request():
-                await self._app(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+        state.impart_hf = _Server(engine_client, args, state.openai_serving_models)
 
 
 class _Server:
     """The state that the routes share.
 
     Attributes:
-        requests: the gate for all requests that may generate text.
-        loaded: name of the delta that is served; None if a failed swap left the engine without weights.
+        turns: which delta is loaded, and what waits for others.
+        default: name of the delta for requests that name no delta: the one that the engine was started on, or that a
+            client has loaded since.
         refusal: why this server cannot swap; None if it can.
     """
 
-    def __init__(self, engine: EngineClient, args: Namespace):
-        self._engine = engine
-        self.requests = Gate()
+    def __init__(self, engine: EngineClient, args: Namespace, models: OpenAIServingModels):
+        self._engine, self._models = engine, models
         self.refusal: str | None = None
-        started_on = None
-        self.loaded: str | None = BASE
+        started_on, requests = None, Gate()
+        self.default = BASE
+        self._own_names = [model.name for model in models.base_model_paths]
         try:
             if (args.api_server_count or 1) > 1:
                 raise DeltaRefusedError("with --api-server-count above 1 no server knows of the others' requests")
@@ -99,57 +92,136 @@ class _Server:
             if files.is_delta:
                 name = (args.served_model_name or [Path(files.model).name])[0]
                 name = files.model if name == BASE else name
-                started_on, self.loaded = NamedDelta(name, files.model, files.options.revision), name
-            self.requests = self._switch.requests
+                started_on, self.default = NamedDelta(name, files.model, files.options.revision), name
+            requests = self._switch.requests
         except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
             self.refusal = str(error)
         self._catalogue = Catalogue(os.environ.get(DELTAS_VARIABLE, ""), started_on)
+        if clashing := sorted((self._catalogue.offered().keys() - {self.default, BASE}) & set(self._own_names)):
+            raise ValueError(
+                f"{DELTAS_VARIABLE}: '{clashing[0]}' is the name of the server's own model: give the delta another one"
+            )
+        self.turns = Turns(
+            requests,
+            self._swap,
+            self.default,
+            max_wait=seconds_from(MAX_WAIT_VARIABLE, 10.0),
+            min_residence=seconds_from(MIN_RESIDENCE_VARIABLE, 0.5),
+        )
+        self._loaded_at = time.monotonic()
+        self._swapping, self._asked_for = asyncio.Lock(), False
+        if not self.refusal:
+            offer_by_name(models, self._offered_models)
+
+    def _offered_models(self) -> dict[str, str]:
+        """Return the deltas that requests may name, with their folders or Hub ids."""
+        offered = self._catalogue.offered().values()
+        return {delta.name: delta.repo for delta in offered if delta.repo and delta.name not in self._own_names}
 
     def listing(self) -> dict[str, Any]:
+        loaded = self.turns.loaded
         entries = [
-            {"id": d.name, "object": "delta", "repo": d.repo, "revision": d.revision, "loaded": d.name == self.loaded}
+            {"id": d.name, "object": "delta", "repo": d.repo, "revision": d.revision, "loaded": d.name == loaded}
             for d in self._catalogue.offered().values()
         ]
-        return {"object": "list", "loaded": self.loaded, "data": entries}
+        return {"object": "list", "loaded": loaded, "data": entries}
 
-    async def load(self, name: str) -> tuple[int, dict[str, Any]]:
-        """Return HTTP status and body of the answer; a swap that has begun is finished even if the client is gone."""
-        return await asyncio.shield(asyncio.ensure_future(self._load(name)))
+    def delta_of(self, model: str | None) -> Callable[[], str]:
+        """Return what returns the delta that a model's name in a request stands for now.
 
-    async def _load(self, name: str) -> tuple[int, dict[str, Any]]:
+        Raises:
+            RefusedRequestError: if it is neither the server's own nor that of a delta.
+        """
+        if self.refusal or model is None or model in self._own_names:  # without swaps, vLLM knows what it serves
+            return lambda: self.default
+        if model in (offered := self._catalogue.offered()):
+            return lambda: model
+        names = [*self._own_names, *offered]
+        # As ASCII, because a name may hold characters that cannot be encoded in an answer.
+        raise _refused(404, f"there is no model {model!a:.200}; choose one of {', '.join(names)}", deltas=list(offered))
+
+    def count(self, delta: str) -> None:
+        """Count a request, and what waits behind it."""
+        metrics.requests.labels(delta).inc()
+        metrics.waiting.clear()
+        for name, number in self.turns.waiting().items():
+            metrics.waiting.labels(name).set(number)
+
+    async def load(self, name: str) -> dict[str, Any]:
+        """Swap because a client wants it, and return the body of the answer; one that has begun is finished.
+
+        Raises:
+            RefusedRequestError: if it cannot be loaded.
+        """
+        if self._asked_for:
+            raise _refused(409, "another swap is in progress")
+        self._asked_for = True
+        swap = asyncio.ensure_future(self._load(name))
+        swap.add_done_callback(lambda done: done.cancelled() or done.exception())  # the client may be gone
+        return await asyncio.shield(swap)
+
+    async def _load(self, name: str) -> dict[str, Any]:
+        try:
+            started = time.perf_counter()
+            checked = await self._swap(name)
+            self.default = name
+            return {
+                "loaded": name, "repo": checked.repo, "revision": checked.revision,
+                "seconds": time.perf_counter() - started, "notes": list(checked.notes),
+            }  # fmt: skip
+        finally:
+            self._asked_for = False
+
+    async def _swap(self, name: str) -> CheckedDelta:
+        """Load a delta.
+
+        Raises:
+            RefusedRequestError: if it cannot be.
+        """
+        try:
+            async with self._swapping:
+                started = time.perf_counter()
+                checked = await self._exchanged(name)
+                seconds = time.perf_counter() - started
+        except RefusedRequestError:
+            metrics.failed_swaps.labels(name[:200].encode("ascii", "replace").decode()).inc()
+            raise
+        logger.info("Swapped to delta %s in %.2f s", name, seconds)
+        metrics.swaps.labels(name).inc()
+        metrics.swap_seconds.observe(seconds)
+        return checked
+
+    async def _exchanged(self, name: str) -> CheckedDelta:
         if self.refusal:
-            return _error(501, f"this server cannot swap deltas: {self.refusal}")
+            raise _refused(501, f"this server cannot swap deltas: {self.refusal}")
         offered = self._catalogue.offered()
         if name not in offered:
-            # As ASCII, because a name may hold characters that cannot be encoded in an answer.
-            return _error(
+            raise _refused(
                 404, f"there is no delta {name!a:.200}; choose one of {', '.join(offered)}", deltas=list(offered)
             )
         if self._engine.errored:
-            return _error(503, "the engine has stopped: restart the server")
-        delta, started = offered[name], time.perf_counter()
+            raise _refused(503, "the engine has stopped: restart the server")
+        delta = offered[name]
         try:
-            checked = await self._switch.load(delta.repo, delta.revision)
-        except SwapInProgressError as error:
-            return _error(409, str(error))
+            return await self._switch.load(delta.repo, delta.revision, lambda: self._now_loaded(name))
         except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
-            return _error(422, str(error))
+            raise _refused(422, str(error)) from error
         except (SwapError, EngineUnsoundError) as error:
             if isinstance(error, EngineUnsoundError):
-                self.loaded = None
+                self.turns.now_loaded(None)
             logger.error("Swap to delta %s: %s", name, error)
-            return _error(500, str(error))
-        except (EngineDeadError, RuntimeError):
+            raise _refused(500, str(error)) from error
+        except (EngineDeadError, RuntimeError) as error:
             if not self._engine.errored:
                 raise
-            return _error(503, "the engine has stopped: restart the server")
-        self.loaded = name
-        seconds = time.perf_counter() - started
-        logger.info("Swapped to delta %s in %.2f s", name, seconds)
-        notes = list(checked.notes)
-        return 200, {
-            "loaded": name, "repo": checked.repo, "revision": checked.revision, "seconds": seconds, "notes": notes,
-        }  # fmt: skip
+            raise _refused(503, "the engine has stopped: restart the server") from error
+
+    def _now_loaded(self, name: str) -> None:
+        now, before = time.monotonic(), self.turns.loaded
+        if before is not None:
+            metrics.residence_seconds.labels(before).inc(now - self._loaded_at)
+        self._loaded_at = now
+        self.turns.now_loaded(name)
 
 
 @router.get("/v1/deltas")
@@ -167,18 +239,18 @@ async def load_delta(request: Request) -> JSONResponse:
         body = json.loads(await request.body())
         if not isinstance(body, dict) or set(body) != {"delta"} or not isinstance(body["delta"], str):
             raise ValueError("not an object with the single key 'delta'")
+        return JSONResponse(await server.load(body["delta"]))
     except (ValueError, RecursionError) as error:
-        return _response(*_error(400, f'the body must be {{"delta": NAME}}: {error}'))
-    return _response(*await server.load(body["delta"]))
-
-
-def _response(status: int, body: dict[str, Any]) -> JSONResponse:
-    return JSONResponse(body, status)
+        refused = _refused(400, f'the body must be {{"delta": NAME}}: {error}')
+    except RefusedRequestError as error:
+        refused = error
+    return JSONResponse(refused.body, refused.status)
 
 
 _KINDS = {400: "BadRequestError", 404: "NotFoundError", 409: "ConflictError", 422: "UnprocessableEntityError"}
 
 
-def _error(status: int, message: str, **more: Any) -> tuple[int, dict[str, Any]]:
+def _refused(status: int, message: str, **more: Any) -> RefusedRequestError:
     kind = _KINDS.get(status, "InternalServerError")
-    return status, {"error": {"message": message, "type": kind, "param": None, "code": status, **more}}
+    body = {"error": {"message": message, "type": kind, "param": None, "code": status, **more}}
+    return RefusedRequestError(status, body)

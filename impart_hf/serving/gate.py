@@ -15,6 +15,11 @@ class Gate:
         self._empty.set()
         self._inside = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no request is running."""
+        return not self._inside
+
     @asynccontextmanager
     async def request(self) -> AsyncIterator[None]:
         """Wait until the gate is open, and count as a running request until the context ends."""

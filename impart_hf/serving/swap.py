@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .deltas import CheckedDelta, DeltaChecker
@@ -118,11 +118,17 @@ class AsyncDeltaSwitch:
         """Whether a swap is in progress."""
         return self._swap is not None and not self._swap.done()
 
-    async def load(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
+    async def load(
+        self, repo: str | None, revision: str | None = None, loaded: Callable[[], None] | None = None
+    ) -> CheckedDelta:
         """Load the weights of a delta repository on the engine's base; as `DeltaSwitch.load`.
 
         A swap that has begun is finished even if the caller is cancelled. After an `EngineUnsoundError` requests wait
         until a later swap succeeds.
+
+        Args:
+            repo, revision: as for `DeltaSwitch.load`.
+            loaded: called when the weights are in place and no request has been admitted yet.
 
         Raises:
             SwapInProgressError: if another swap is in progress.
@@ -130,20 +136,22 @@ class AsyncDeltaSwitch:
         """
         if self.swapping:
             raise SwapInProgressError("another swap is in progress")
-        self._swap = asyncio.ensure_future(self._check_and_load(repo, revision))
+        self._swap = asyncio.ensure_future(self._check_and_load(repo, revision, loaded))
         # The caller may be gone, so the error is read here.
         self._swap.add_done_callback(lambda swap: swap.cancelled() or swap.exception())
         return await asyncio.shield(self._swap)
 
-    async def _check_and_load(self, repo: str | None, revision: str | None) -> CheckedDelta:
+    async def _check_and_load(
+        self, repo: str | None, revision: str | None, loaded: Callable[[], None] | None
+    ) -> CheckedDelta:
         try:
             checked = await asyncio.to_thread(self.checker.check, repo, revision)
-            await self._load(checked)
+            await self._load(checked, loaded)
             return checked
         finally:
             self.checker.scratch.clear()
 
-    async def _load(self, checked: CheckedDelta) -> None:
+    async def _load(self, checked: CheckedDelta, loaded: Callable[[], None] | None) -> None:
         resume = True
         try:
             for gate in (self.requests, self._calls):
@@ -154,6 +162,8 @@ class AsyncDeltaSwitch:
             connector = _has_connector(self._engine.vllm_config)
             await self._unless_dead(self._engine.reset_prefix_cache(reset_connector=connector))
             _raise_on_failure(answers, checked)
+            if loaded is not None:
+                loaded()
         except EngineUnsoundError:
             resume = False
             raise
