@@ -134,7 +134,7 @@ def headline(results: Results, pair: str) -> str:
         table,
     ]
     if shares := verdict(results, pair, "without text", ratios):
-        parts.append(f"`{OURS}`'s KL, of the best other method's at equal bytes: {shares}.")
+        parts.append(f"KL of `{OURS}` over that of the best other at equal bytes: {shares}.")
     return "\n\n".join([*parts, _machines(results)])
 
 

@@ -1,12 +1,21 @@
 """Contents of config.json: as a configuration of transformers, and changed."""
 
 import copy
+import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..modeling.checkpoints import config_fields
+
+# Fields of a configuration that say nothing about what is computed with the weights, as those of dropout do not.
+_IGNORED_FIELDS = {
+    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "pruning", "return_dict", "transformers_version", "use_cache",
+}  # fmt: skip
 
 
 def model_config(content: Mapping[str, Any]) -> PreTrainedConfig:
@@ -21,3 +30,19 @@ def untied(content: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in content.items()
     }
     return {**changed, "tie_word_embeddings": False}
+
+
+def fields_of_weights(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the fields that decide what a model computes with its weights, as JSON values; none that trainers add."""
+    known = {field.name for field in fields(config)} | {"model_type", "per_layer_config"}
+    values = json.loads(config.to_json_string(use_diff=False))
+    return _of_weights({name: value for name, value in values.items() if name in known})
+
+
+def _of_weights(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what says nothing, in nested configurations, which have a model type, as well."""
+    return {
+        name: _of_weights(value) if isinstance(value, dict) and "model_type" in value else value
+        for name, value in values.items()
+        if name not in _IGNORED_FIELDS and "drop" not in name and not name.startswith("_")
+    }

@@ -5,6 +5,7 @@ deleted meanwhile lives as long as the calls that use it.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .effects import Addition, Effect, Replacement, linear_input
+
+_ONE_A_BATCH = "so that a batch cannot have several deltas; use set_adapter"
+_MANY_IN_A_LAYER = re.compile(r"\.\d+\..*\.\d+\.")
+_NO_TEXT = re.compile("pixel|image|video|audio|input_features|input_values")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Choice:
 
 
 @dataclass
-class _Forward:
+class _Pass:
     """One forward pass: a choice, and the batch's shape.
 
     Attributes:
@@ -56,10 +61,11 @@ class _Forward:
         """
         owners = self.choice.owners
         assert owners is not None
-        if count not in (self.batch, self.batch * self.length) or count % len(owners):
+        known = count in (self.batch, self.batch * self.length) and not count % len(owners)
+        if not known or calls_some_tokens(module):
             raise ValueError(
                 f"{module} gets {count} rows of a batch of {self.batch} x {self.length} tokens: this model's layers do "
-                "not keep rows apart, so that a batch cannot have several deltas; use set_adapter"
+                f"not keep rows apart, {_ONE_A_BATCH}"
             )
         if (count, device) not in self.divided:
             whose = torch.tensor(owners, device=device).repeat_interleave(count // len(owners))
@@ -68,9 +74,19 @@ class _Forward:
             ]
         return self.divided[count, device]
 
+    @contextmanager
+    def of_one(self, owner: int) -> Iterator[Mapping[str, Effect]]:
+        """Within this context, modules that are called get the rows of one owner; its effects are returned."""
+        effects: Mapping[str, Effect] = self.choice.effects[owner] if owner >= 0 else {}
+        token = _pass.set(_Pass(Choice(self.choice.model, (effects,)), self.batch, self.length))
+        try:
+            yield effects
+        finally:
+            _pass.reset(token)
+
 
 _choice: ContextVar[Choice | None] = ContextVar("choice", default=None)
-_forward: ContextVar[_Forward | None] = ContextVar("forward", default=None)
+_pass: ContextVar[_Pass | None] = ContextVar("pass", default=None)
 
 
 @contextmanager
@@ -83,67 +99,95 @@ def chosen(choice: Choice | None) -> Iterator[None]:
         _choice.reset(token)
 
 
-def watch_model(model: nn.Module) -> None:
-    """Let a model's forward method note the shape of its batch."""
-    original: Any = model.forward
+def batch_inputs(arguments: Sequence[Any], options: Mapping[str, Any]) -> Tensor | None:
+    """Return the tokens or embeddings that a model's call or its `generate` gets, (batch, length, …); None if none."""
+    given = (*arguments[:1], *(options.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
+    return next((value for value in given if isinstance(value, Tensor)), None)
 
-    @functools.wraps(original)
-    def forward(*arguments: Any, **options: Any) -> Any:
+
+def calls_some_tokens(module: str) -> bool:
+    """Return whether a module, by its name, is one of several in a layer, of which each gets some tokens: an expert."""
+    return _MANY_IN_A_LAYER.search(f"{module}.") is not None
+
+
+class _Watcher:
+    """In the place of a forward method; a copy of the module gets one of its own."""
+
+    def __init__(self, root: nn.Module, module: nn.Module):
+        watcher: Any = self
+        functools.update_wrapper(watcher, module.forward, updated=())  # transformers reads the signature
+        self.root, self.original = root, module.forward
+
+
+class _ModelWatcher(_Watcher):
+    """Notes the shape of a model's batch."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         choice = _choice.get()
-        if choice is None or choice.model is not model:
-            return original(*arguments, **options)
-        inputs = next(
-            (
-                value
-                for value in (*arguments[:1], options.get("input_ids"), options.get("inputs_embeds"))
-                if isinstance(value, Tensor)
-            ),
-            None,
-        )
+        if choice is None or choice.model is not self.root:
+            return self.original(*arguments, **options)
+        inputs = batch_inputs(arguments, options)
         if inputs is None or inputs.dim() < 2:
             raise ValueError("a model with deltas takes input_ids or inputs_embeds of shape (batch, length, …)")
-        token = _forward.set(_Forward(choice, *inputs.shape[:2]))
+        if choice.owners is not None:
+            for name, value in options.items():
+                if value is not None and _NO_TEXT.search(name):  # a row may have several images, or none
+                    raise ValueError(f"{name} cannot be divided by rows, {_ONE_A_BATCH}")
+        token = _pass.set(_Pass(choice, *inputs.shape[:2]))
         try:
-            return original(*arguments, **options)
+            return self.original(*arguments, **options)
         finally:
-            _forward.reset(token)
-
-    model.forward = forward
+            _pass.reset(token)
 
 
-def watch_module(model: nn.Module, name: str) -> None:
-    """Let a module's forward method apply what the deltas of a call do to it."""
-    module = model.get_submodule(name)
-    original: Any = module.forward
+class _ModuleWatcher(_Watcher):
+    """Applies what the deltas of a call do to a module."""
 
-    @functools.wraps(original)
-    def forward(*arguments: Any, **options: Any) -> Any:
-        current = _forward.get()
-        if current is None or current.choice.model is not model:
-            return original(*arguments, **options)
-        effects = [delta.get(name) for delta in current.choice.effects]
+    def __init__(self, root: nn.Module, module: nn.Module, name: str):
+        super().__init__(root, module)
+        self.name = name
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        current = _pass.get()
+        if current is None or current.choice.model is not self.root:
+            return self.original(*arguments, **options)
+        effects = [delta.get(self.name) for delta in current.choice.effects]
         if not any(effects):
-            return original(*arguments, **options)
+            return self.original(*arguments, **options)
         if current.choice.owners is None:
-            return _of_all(effects[0], original, arguments, options)
-        return _of_rows(current, name, effects, original, arguments, options)
+            return _of_all(effects[0], self.original, arguments, options)
+        return _of_rows(current, self.name, effects, self.original, arguments, options)
 
-    module.forward = forward
+
+def watch(root: nn.Module, names: Sequence[str]) -> None:
+    """Let a model, and modules in it, apply the deltas of a call.
+
+    Args:
+        names: of modules below the model; those that are watched already are left alone.
+    """
+    if not watched(root):
+        root.forward = _ModelWatcher(root, root)
+    for name in names:
+        module = root.get_submodule(name)
+        if not watched(module):
+            module.forward = _ModuleWatcher(root, module, name)
 
 
 def watched(module: nn.Module) -> bool:
-    """Return whether a module has been given to one of these functions."""
-    return "forward" in vars(module) and hasattr(module.forward, "__wrapped__")
+    """Return whether a module applies deltas."""
+    return isinstance(vars(module).get("forward"), _Watcher)
 
 
-def unwatch(module: nn.Module) -> None:
-    """Give a module its own forward method again."""
-    watching: Any = module.forward
-    original = watching.__wrapped__
-    if getattr(original, "__func__", None) is type(module).forward:
+def unwatch(root: nn.Module) -> None:
+    """Give a model and the modules in it their own forward methods again."""
+    for module in root.modules():
+        if not watched(module):
+            continue
+        watcher: Any = module.forward
+        original = watcher.original
         del module.forward
-    else:
-        module.forward = original
+        if getattr(original, "__func__", None) is not type(module).forward:  # another library's, as accelerate's
+            module.forward = original
 
 
 def _of_all(
@@ -152,12 +196,12 @@ def _of_all(
     if effect is None:
         return original(*arguments, **options)
     if isinstance(effect, Replacement):
-        return effect.run(original, arguments, options)
+        return effect.run(arguments, options)
     return effect.added(original(*arguments, **options), linear_input(arguments, options))
 
 
 def _of_rows(
-    current: _Forward,
+    current: _Pass,
     name: str,
     effects: Sequence[Effect | None],
     original: Callable[..., Any],
@@ -166,7 +210,7 @@ def _of_rows(
 ) -> Any:
     first = next((value for value in (*arguments, *options.values()) if isinstance(value, Tensor)), None)
     if first is None:
-        raise ValueError(f"{name} gets no tensor: a batch cannot have several deltas here; use set_adapter")
+        raise ValueError(f"{name} gets no tensor, {_ONE_A_BATCH}")
     count = len(first)
     if count == 1 < current.batch and first.dim() > 1:  # positions, which all rows share
         count = current.batch
@@ -184,8 +228,8 @@ def _of_rows(
     for owner, rows in divided:
         own_arguments = [_selected(value, rows, count, name) for value in arguments]
         own_options = {key: _selected(value, rows, count, name) for key, value in options.items()}
-        effect = effects[owner] if owner >= 0 else None
-        parts.append((rows, _of_all(effect, original, own_arguments, own_options)))
+        with current.of_one(owner) as own:
+            parts.append((rows, _of_all(own.get(name), original, own_arguments, own_options)))
     return _joined(parts, count, name)
 
 
@@ -201,10 +245,7 @@ def _selected(value: Any, rows: Tensor, count: int, module: str) -> Any:
         return type(value)(_selected(part, rows, count, module) for part in value)
     if value is None or isinstance(value, bool | int | float | str | torch.Size | torch.dtype):
         return value
-    raise ValueError(
-        f"{module} gets a {type(value).__name__}, which cannot be divided by rows, so that a batch cannot have several "
-        "deltas; use set_adapter"
-    )
+    raise ValueError(f"{module} gets a {type(value).__name__}, which cannot be divided by rows, {_ONE_A_BATCH}")
 
 
 def _joined(parts: Sequence[tuple[Tensor, Any]], count: int, module: str) -> Any:
@@ -217,7 +258,7 @@ def _joined(parts: Sequence[tuple[Tensor, Any]], count: int, module: str) -> Any
             _joined([(rows, values[i]) for rows, values in parts], count, module) for i in range(len(some))
         )
     if not isinstance(some, Tensor):
-        raise ValueError(f"{module} returns a {type(some).__name__}: a batch cannot have several deltas here")
+        raise ValueError(f"{module} returns a {type(some).__name__}, {_ONE_A_BATCH}")
     width = max(value.shape[-1] for _, value in parts)
     joined = some.new_full((count, *some.shape[1:-1], width), float("-inf") if some.is_floating_point() else 0)
     for rows, value in parts:

@@ -49,8 +49,8 @@ class Replacement:
     module: nn.Module
     made: Mapping[str, Callable[[], Tensor]]
 
-    def run(self, original: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Do what the module's own forward method, `original`, does."""
+    def run(self, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        """Do what the module's own forward method does, with the other values."""
         module = with_values(self.module, {name: make() for name, make in self.made.items()})
         return type(module).forward(module, *arguments, **options)
 

@@ -1,11 +1,13 @@
 """A base model with deltas beside it, used as PEFT's models are."""
 
+import copy
 import os
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,19 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from ..common.meta_model import reads_text
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
 from ..modeling.model_files import CheckpointError, HubOptions, fetch_file, pinned
 from ..modeling.modeling_delta_compressed import DeltaCompressedForCausalLM
 from ..modeling.packed_tables import kernels_wanted
 from ..modeling.repository_files import delta_digest, holds_delta, push_folder, repository_folder, save_repository
 from ..repository.open import open_repository, refuse_adapter_beside
-from .calls import Choice, chosen, unwatch, watch_model, watch_module, watched
+from .calls import Choice, batch_inputs, calls_some_tokens, chosen, unwatch, watch
 from .effects import Effect
 from .placement import Placement
 
 BASE_NAME = "__base__"  # in adapter_names, as in PEFT: a row without any delta
+_users = weakref.WeakKeyDictionary[PreTrainedModel, "weakref.WeakSet[DeltaModel]"]()  # of each base
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class _Loaded:
     digest: str
     packed: bool
     effects: Mapping[str, Effect]
-    generation_config: GenerationConfig | None
+    generation_config: GenerationConfig
 
 
 class DeltaModel(nn.Module):
@@ -73,7 +77,9 @@ class DeltaModel(nn.Module):
         self.base_model = base_model.eval()
         self.active_adapter = ""
         self._deltas: dict[str, _Loaded] = {}
-        self._lock, self._disabled = threading.RLock(), 0
+        self._lock, self._disabled, self._running = threading.RLock(), 0, 0
+        self._reached: set[str] = set()  # modules that a forward pass is known to call
+        _users.setdefault(self.base_model, weakref.WeakSet()).add(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -81,7 +87,12 @@ class DeltaModel(nn.Module):
         except AttributeError:
             if name == "base_model":  # before __init__ is through
                 raise
-            return getattr(self.base_model, name)
+            value = getattr(self.base_model, name)
+            if isinstance(value, nn.Module):
+                raise AttributeError(
+                    f"'{name}' is a part of the base, which would run without deltas: get_base_model().{name}"
+                ) from None
+            return value
 
     @property
     def active_adapters(self) -> list[str]:
@@ -145,7 +156,7 @@ class DeltaModel(nn.Module):
         with self._lock:
             if adapter_name in self._deltas:
                 raise ValueError(f"a delta '{adapter_name}' was loaded meanwhile: choose another name")
-            self._watch(loaded.effects)
+            watch(self.base_model, list(loaded.effects))
             self._deltas[adapter_name] = loaded
             self.active_adapter = self.active_adapter or adapter_name
 
@@ -155,15 +166,15 @@ class DeltaModel(nn.Module):
         return folder if os.path.isdir(folder) else None
 
     def _read(self, repository: DeltaRepository, packed: bool) -> _Loaded:
-        placement = Placement(self.base_model, repository, packed, self._is_quantised)
+        placement = self._placement(repository, packed)
         if self._is_quantised:
             self._check_name_of_base(repository)
         else:
             placement.check_base()
-        found = fetch_file(repository.source, GENERATION_CONFIG_NAME, repository.options)
-        generation = None if found is None else GenerationConfig.from_pretrained(found.parent)
+        effects = placement.effects()
+        self._check_reached(effects)
         digest = delta_digest(repository.file, repository.config)
-        return _Loaded(repository, digest, packed, placement.effects(), generation)
+        return _Loaded(repository, digest, packed, effects, _generation_config(repository))
 
     def _check_name_of_base(self, repository: DeltaRepository) -> None:
         own, recorded = getattr(self.base_model, "name_or_path", ""), repository.config.base_model_name_or_path
@@ -173,12 +184,33 @@ class DeltaModel(nn.Module):
                 f"'{recorded}': of a quantised model, only the name can be compared"
             )
 
-    def _watch(self, effects: Mapping[str, Effect]) -> None:
-        if not watched(self.base_model):
-            watch_model(self.base_model)
-        for name in effects:
-            if not watched(self.base_model.get_submodule(name)):
-                watch_module(self.base_model, name)
+    def _check_reached(self, effects: Mapping[str, Effect]) -> None:
+        """Check, by a forward pass of two tokens, that the modules with effects are called, and not read otherwise.
+
+        Raises:
+            ValueError: if one is not.
+        """
+        reads = reads_text(self.base_model)
+        # Of experts, a token reaches some.
+        wanted = {name for name in effects if reads(f"{name}.") and not calls_some_tokens(name)} - self._reached
+        called: set[str] = set()
+        handles = [
+            self.base_model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+            for name in wanted
+        ]
+        try:
+            with chosen(None), torch.no_grad():
+                if handles:
+                    self.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.base_model.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if missed := sorted(wanted - called):
+            raise ValueError(
+                f"{type(self.base_model).__name__} reads the weights of {missed[0]} without calling it: it cannot have "
+                "deltas beside it"
+            )
+        self._reached |= called
 
     def set_adapter(self, adapter_name: str) -> None:
         """Make a delta the active one; calls that are running keep theirs.
@@ -186,8 +218,6 @@ class DeltaModel(nn.Module):
         Raises:
             ValueError: if there is none of this name. Several at once cannot be active, as deltas do not add up.
         """
-        if isinstance(adapter_name, list | tuple) and len(adapter_name) == 1:
-            (adapter_name,) = adapter_name
         if not isinstance(adapter_name, str):
             raise ValueError("one delta is active at a time; adapter_names chooses one for each row of a batch")
         with self._lock:
@@ -219,8 +249,10 @@ class DeltaModel(nn.Module):
 
     def _delta(self, name: str) -> _Loaded:
         if name not in self._deltas:
-            known = ", ".join(self._deltas) or "none"
-            raise ValueError(f"there is no delta '{name}': {known} of them are loaded; load_adapter loads one")
+            loaded = f"loaded: {', '.join(self._deltas)}" if self._deltas else "none is loaded"
+            raise ValueError(
+                f"there is no delta '{name}'; {loaded}; load_adapter loads one, disable_adapter is the base"
+            )
         return self._deltas[name]
 
     def _choice(self, adapter_names: Sequence[str] | None) -> tuple[Choice | None, list[_Loaded | None]]:
@@ -241,7 +273,23 @@ class DeltaModel(nn.Module):
             choice = Choice(self.base_model, effects, owners)
         return choice, of_rows
 
-    @torch.no_grad()
+    @contextmanager
+    def _call(
+        self, adapter_names: Sequence[str] | None, arguments: Sequence[Any], options: Mapping[str, Any]
+    ) -> Iterator[list[_Loaded | None]]:
+        """Within this context, the base is called with what is chosen; yields the rows' deltas, None for the base."""
+        if adapter_names is not None:
+            _check_count(adapter_names, arguments, options)
+        with self._lock:
+            choice, of_rows = self._choice(adapter_names)
+            self._running += 1
+        try:
+            with chosen(choice), torch.no_grad():
+                yield of_rows
+        finally:
+            with self._lock:
+                self._running -= 1
+
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the base with a delta.
 
@@ -252,24 +300,23 @@ class DeltaModel(nn.Module):
         Raises:
             ValueError: if a name is unknown, there are not as many as rows, or the model's layers mix rows.
         """
-        choice, of_rows = self._choice(adapter_names)
-        _check_count(adapter_names, of_rows, args, kwargs)
-        with chosen(choice):
+        with self._call(adapter_names, args, kwargs):
             return self.base_model(*args, **kwargs)
 
-    @torch.no_grad()
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate with a delta; arguments and errors as for `forward`.
 
-        If the rows' deltas have one generation_config.json among them, it holds for what the call does not say;
-        otherwise the base's does.
+        What the call does not say of generation is the fine-tune's setting, if it is the same for all rows, otherwise
+        the base's.
         """
-        choice, of_rows = self._choice(adapter_names)
-        _check_count(adapter_names, of_rows, args, kwargs)
-        configs = [None if loaded is None else loaded.generation_config for loaded in of_rows]
-        if configs[0] is not None and all(config == configs[0] for config in configs):
-            kwargs.setdefault("generation_config", configs[0])
-        with chosen(choice):
+        with self._call(adapter_names, args, kwargs) as of_rows:
+            configs = [None if loaded is None else loaded.generation_config for loaded in of_rows]
+            is_given = len(args) > 1 or kwargs.get("generation_config") is not None
+            if not is_given and configs[0] is not None and all(config == configs[0] for config in configs):
+                kwargs.pop("generation_config", None)
+                settings = copy.deepcopy(configs[0])
+                kwargs = settings.update(**kwargs)  # transformers is to stop taking both; what is none of them remains
+                kwargs["generation_config"] = settings
             return self.base_model.generate(*args, **kwargs)
 
     def get_base_model(self) -> PreTrainedModel:
@@ -288,48 +335,71 @@ class DeltaModel(nn.Module):
             )
         return super().train(False)
 
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+        """Raise an error: the vocabulary is the deltas'.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a model with deltas has their vocabularies: merge_and_unload gives one that can be resized")
+
     def _apply(self, fn: Any, recurse: bool = True) -> "DeltaModel":
         """Move or convert the base, as `to` and `half` do, and read the deltas again for it."""
         super()._apply(fn, recurse)
         with self._lock:
-            for name, loaded in self._deltas.items():
-                placement = Placement(self.base_model, loaded.repository, loaded.packed, self._is_quantised)
-                self._deltas[name] = _Loaded(
-                    loaded.repository, loaded.digest, loaded.packed, placement.effects(), loaded.generation_config
-                )
+            self._deltas = {
+                name: replace(loaded, effects=self._placement(loaded.repository, loaded.packed).effects())
+                for name, loaded in self._deltas.items()
+            }
         return self
 
+    def _placement(self, repository: DeltaRepository, packed: bool) -> Placement:
+        return Placement(self.base_model, repository, packed, self._is_quantised)
+
     def unload(self) -> PreTrainedModel:
-        """Forget all deltas and return the base."""
+        """Forget all deltas and return the base.
+
+        Raises:
+            RuntimeError: if a call is running.
+        """
         with self._lock:
+            self._check_idle()
             self._deltas.clear()
             self.active_adapter = ""
-            for module in self.base_model.modules():
-                if watched(module):
-                    unwatch(module)
+            users = _users[self.base_model]
+            users.discard(self)
+            if not users:
+                unwatch(self.base_model)
         return self.base_model
 
     def merge_and_unload(self) -> PreTrainedModel:
         """Put the active delta's values into the base's parameters, forget all deltas, and return the base.
 
-        The model then has the fine-tune's parameters, rounded to its own dtype, and its configuration and vocabulary.
+        The model then has the fine-tune's parameters, rounded to its own dtype, and its vocabulary.
 
         Raises:
-            ValueError: if no delta is active, or the base is quantised.
+            ValueError: if no delta is active, the base is quantised, or it has another object's deltas as well.
+            RuntimeError: if a call is running.
+            DeltaFormatError, WrongBaseError: if the files have been damaged meanwhile; the base is as it was.
         """
         if self._is_quantised:
             raise ValueError("a delta cannot be merged into a quantised base: merge into the full-precision base")
         with self._lock:
+            self._check_idle()
             loaded = self._delta(self.active_adapter)
-            placement = Placement(self.base_model, loaded.repository, False, False)
+            if len(_users[self.base_model]) > 1:
+                raise ValueError("the base has deltas of another object as well: unload that first")
+            self._placement(loaded.repository, False).write_into_base()
             model = self.unload()
-            placement.write_into_base()
-        if loaded.generation_config is not None:
-            model.generation_config = loaded.generation_config
+        model.generation_config = copy.deepcopy(loaded.generation_config)
         return model
 
+    def _check_idle(self) -> None:
+        if self._running:
+            raise RuntimeError(f"{self._running} calls are running: wait for them before deltas are unloaded")
+
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None, **_: Any
+        self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
     ) -> None:
         """Write delta repositories, byte for byte those that were loaded.
 
@@ -341,9 +411,12 @@ class DeltaModel(nn.Module):
             ValueError: if there is none of a name.
             CheckpointError: if the files that a delta was loaded from are no longer there.
         """
-        for name in self._deltas if selected_adapters is None else selected_adapters:
+        _check_list("selected_adapters", selected_adapters)
+        with self._lock:
+            chosen_ones = {name: self._delta(name) for name in selected_adapters or self._deltas}
+        for name, loaded in chosen_ones.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            save_repository(self._folder_of(self._delta(name)), folder, {})
+            save_repository(self._folder_of(loaded), folder, {})
 
     def push_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: Any) -> str:
         """Upload a delta repository.
@@ -406,31 +479,44 @@ def _check_base_class(model: Any) -> None:
         raise TypeError(f"the base must be a model of transformers, not a {type(model).__name__}")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise TypeError("the base has adapters of PEFT: load it without")
-    if watched(model):
-        raise TypeError("the base has deltas already: use that object's load_adapter, or its unload first")
 
 
-def _check_name(name: str) -> None:
+def _generation_config(repository: DeltaRepository) -> GenerationConfig:
+    """Return the settings of generation that loading the fine-tune gives, with nothing left to the base's."""
+    found = fetch_file(repository.source, GENERATION_CONFIG_NAME, repository.options)
+    if found is None:
+        config = GenerationConfig.from_model_config(repository.text_config)
+    else:
+        config = GenerationConfig.from_pretrained(found.parent)
+    for name, value in GenerationConfig._get_default_generation_params().items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    return config
+
+
+def _check_name(name: Any) -> None:
     """Check a delta's name, which may become a folder's.
 
     Raises:
         ValueError: if it cannot be one.
     """
-    if not name or name == BASE_NAME or name.startswith(".") or {"/", "\\", "\0"} & set(name):
+    if not isinstance(name, str) or name in ("", BASE_NAME) or name.startswith(".") or {"/", "\\", "\0"} & set(name):
         raise ValueError(f"a delta cannot have the name {name!r}: choose one without slashes that begins with no dot")
 
 
-def _check_count(
-    names: Sequence[str] | None, of_rows: Sequence[Any], arguments: Sequence[Any], options: Mapping[str, Any]
-) -> None:
+def _check_list(what: str, names: Any) -> None:
+    if isinstance(names, str):
+        raise ValueError(f"{what} is a list of names: [{names!r}]")
+
+
+def _check_count(names: Sequence[str], arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
     """Check that there is a name for each row.
 
     Raises:
         ValueError: if there are more or fewer.
     """
-    if names is None:
-        return
-    candidates = (*arguments[:1], *(options.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
-    inputs = next((value for value in candidates if isinstance(value, torch.Tensor)), None)
-    if inputs is not None and len(inputs) != len(of_rows):
-        raise ValueError(f"adapter_names has {len(of_rows)} names for {len(inputs)} inputs: give one for each")
+    _check_list("adapter_names", names)
+    inputs = batch_inputs(arguments, options)
+    if inputs is None or len(inputs) != len(names) or not len(names):
+        found = "no" if inputs is None else len(inputs)
+        raise ValueError(f"adapter_names has {len(names)} names for {found} inputs: give one for each")

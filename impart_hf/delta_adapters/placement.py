@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup, class_layout
+from ..common.configs import fields_of_weights
 from ..modeling.delta_decode import add_delta
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
 from ..modeling.modeling_delta_compressed import inner_class
@@ -22,7 +23,10 @@ from ..modeling.transfer import to_device
 from .effects import Addition, Effect, Replacement, plain_linear, with_values
 from .linear_deltas import linear_delta
 
-_NOT_FORWARD = re.compile(r"__init__|_init|tie|get_|set_|reset|resize|reorder|load|save|_load|_save")
+# Methods that no forward pass calls, although they name weights.
+_NOT_FORWARD = re.compile(r"__init__|_?init_.*|_?tie_.*|[gs]et_(in|out)put_embeddings|resize_.*|_?(load|save)_.*")
+_VOCABULARY = {"vocab_size", "tie_word_embeddings"}  # fields by which a fine-tune may differ from the base
+_LINEAR = {nn.Linear.forward, Conv1D.forward}
 
 
 @dataclass
@@ -53,9 +57,15 @@ class Placement:
             is_quantised: whether the base is; its weights cannot be read then.
 
         Raises:
-            ValueError: if the base has not the modules that the delta changes.
+            ValueError: if the fine-tune computes something else with its weights than the base.
         """
         self._model, self._repository = model, repository
+        own, wanted = (fields_of_weights(config) for config in (model.config, repository.text_config))
+        if differing := sorted(n for n in (own.keys() | wanted.keys()) - _VOCABULARY if own.get(n) != wanted.get(n)):
+            raise ValueError(
+                f"'{repository.source}' differs from the base in more than weights: its config.json has other "
+                f"{', '.join(differing[:5])}; load it by AutoModelForCausalLM"
+            )
         self._packed, self._is_quantised = packed, is_quantised
         self.layout: CheckpointLayout = class_layout(
             repository, inner_class(repository.text_config), repository.text_config
@@ -106,7 +116,12 @@ class Placement:
                     f"'{self._repository.source}' changes {parameter}, but the base model has no module {owner}: load "
                     "the base that the delta was made against, with the class that its config.json names"
                 )
-            places[owner] = min(places.get(owner, owner), self._reader_of(parameter), key=len)
+            outermost = min(places.get(owner, owner), self._reader_of(parameter), key=len)
+            if not outermost:
+                raise ValueError(
+                    f"{type(self._model).__name__} reads {parameter} itself: it cannot have deltas beside it"
+                )
+            places[owner] = outermost
         # A module on the way from a place to what it reads is copied there, so that it can have no effect of its own.
         for place, read in sorted((place, owner) for owner, place in places.items()):
             between = [
@@ -132,15 +147,15 @@ class Placement:
         return owner
 
     def _effect(self, place: str, unit: _Unit) -> Effect:
-        module, groups = unit.module, dict(unit.groups)
+        module, groups = unit.module, unit.groups
+        if not _is_linear(module) or not groups.keys() <= {"weight", "bias"}:
+            return self._replacement(place, unit)
         device, dtype = self._device_of(module), self._dtype_of(module)
-        if not _is_linear(module) or not {*groups} <= {"weight", "bias"}:
-            return self._replacement(module, groups, device, dtype)
         weight = None
         if (group := groups.get("weight")) is not None:
             name = group.members[0].name
             if not self._is_added(f"{place}.weight", group):
-                return self._linear(module, groups, device, dtype)
+                return self._plain_linear(unit, device, dtype) if self._is_quantised else self._replacement(place, unit)
             shape: Any = self._repository.shape(name)
             weight = linear_delta(
                 self._repository.file.read_records(name), shape, name,
@@ -167,29 +182,24 @@ class Placement:
         source = group.key if rests_on == name else (self.layout.parameters(rests_on) or ("",))[0]
         return self._state[parameter] is self._state.get(source)
 
-    def _linear(
-        self, module: nn.Module, groups: dict[str, TensorGroup], device: torch.device, dtype: torch.dtype
-    ) -> Replacement:
-        """Return a linear layer that is replaced."""
-        if type(module) in (nn.Linear, Conv1D):
-            return self._replacement(module, groups, device, dtype)
-        weight = self._value(groups["weight"], "weight").to(device, dtype)
-        bias: Any = getattr(module, "bias", None)
-        if "bias" in groups:
-            bias = self._value(groups["bias"], "bias").to(device, dtype)
-        return Replacement(plain_linear(weight, bias), {})
+    def _plain_linear(self, unit: _Unit, device: torch.device, dtype: torch.dtype) -> Replacement:
+        """Return what stands for a quantised layer whose weight is replaced."""
+        bias: Any = getattr(unit.module, "bias", None)
+        if "bias" in unit.groups:
+            bias = self._value(unit.groups["bias"], "bias").to(device, dtype)
+        return Replacement(plain_linear(self._value(unit.groups["weight"], "weight").to(device, dtype), bias), {})
 
-    def _replacement(
-        self, module: nn.Module, groups: dict[str, TensorGroup], device: torch.device, dtype: torch.dtype
-    ) -> Replacement:
+    def _replacement(self, place: str, unit: _Unit) -> Replacement:
         held: dict[str, Tensor] = {}
         made: dict[str, Callable[[], Tensor]] = {}
-        for name, group in groups.items():
-            if (decoder := self._decoder(module, name, group, dtype)) is not None:
+        for name, group in unit.groups.items():
+            before = self._state.get(f"{place}.{name}")
+            dtype = self._dtype_of(unit.module) if before is None or self._is_quantised else before.dtype
+            if (decoder := self._decoder(unit.module, name, group, dtype)) is not None:
                 made[name] = decoder
             else:
-                held[name] = self._value(group, name).to(device, dtype)
-        return Replacement(with_values(module, held), made)
+                held[name] = self._value(group, name).to(self._device_of(unit.module), dtype)
+        return Replacement(with_values(unit.module, held), made)
 
     def _decoder(
         self, module: nn.Module, name: str, group: TensorGroup, dtype: torch.dtype
@@ -235,25 +245,32 @@ class Placement:
         return self._model.dtype
 
     def write_into_base(self) -> None:
-        """Give the base's parameters, vocabulary and special tokens the fine-tune's values; errors as for `effects`."""
-        written: dict[int, nn.Parameter] = {}  # by group, for parameters that are tied
-        for parameter, group in self.changed().items():
+        """Give the base's parameters, vocabulary and special tokens the fine-tune's values; errors as for `effects`.
+
+        All are read before the first is written.
+        """
+        changed = self.changed()
+        values: dict[str, nn.Parameter] = {}
+        of_group: dict[int, nn.Parameter] = {}  # for parameters that are tied
+        for parameter, group in changed.items():
+            before = self._state[parameter]
+            if len(group.parameters) > 1 or id(group) not in of_group:
+                value = self._value(group, parameter).to(before.device, before.dtype)
+                of_group[id(group)] = nn.Parameter(value, requires_grad=before.requires_grad)
+            values[parameter] = of_group[id(group)]
+        for parameter, value in values.items():
             owner, _, attribute = parameter.rpartition(".")
             module: Any = self._modules[owner]
-            before = getattr(module, attribute)
-            if len(group.parameters) > 1 or id(group) not in written:
-                value = self._value(group, parameter).to(before.device, before.dtype)
-                written[id(group)] = nn.Parameter(value, requires_grad=before.requires_grad)
-            if isinstance(before, nn.Parameter):
-                setattr(module, attribute, written[id(group)])
+            if isinstance(self._state[parameter], nn.Parameter):
+                setattr(module, attribute, value)
             else:
-                before.copy_(written[id(group)])
+                self._state[parameter].copy_(value)
             if attribute == "weight" and isinstance(module, nn.Embedding):
                 module.num_embeddings = len(module.weight)
             elif attribute == "weight" and isinstance(module, nn.Linear):
                 module.out_features = len(module.weight)
         own, wanted = self._model.config, self._repository.text_config
-        for name in ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in (*sorted(_VOCABULARY), "bos_token_id", "eos_token_id", "pad_token_id"):
             if hasattr(wanted, name) and hasattr(own, name):
                 setattr(own, name, getattr(wanted, name))
 
@@ -261,34 +278,51 @@ class Placement:
         """Check that the base in memory is the one that the delta was made against, in whatever dtype it is.
 
         Raises:
-            WrongBaseError: if it is not.
+            ValueError: if the base lacks a part.
+            WrongBaseError: if it is another.
         """
+        repository = self._repository
         for group in self.layout.groups.values():
-            tensors = {member.name: self._repository.base_tensor(member.name) for member in group.members}
-            if any(self._repository.base.stored_name(name) != name for name in tensors):
+            names = [member.name for member in group.members]
+            if any(repository.base.stored_name(name) != name for name in names):
                 continue  # an output projection of the fine-tune's own, where the base has none
-            for parameter, value in group.to_parameters(tensors).items():
+            fewer_rows = any(name in repository.base.row_counts for name in names)
+            for parameter, value in group.to_parameters({n: repository.base_tensor(n) for n in names}).items():
                 own = self._state.get(parameter)
-                if own is None or not _same(own, value):
+                if own is None:
+                    raise ValueError(
+                        f"the base model in memory has no {parameter}: load it with the class that config.json of "
+                        f"'{repository.source}' names"
+                    )
+                if not _same(own, value, fewer_rows):
                     raise WrongBaseError(
-                        f"the base model in memory is not the base of '{self._repository.source}': its {parameter} "
-                        f"differs from that of '{self._repository.base.source}'. Load the base anew, without changes"
+                        f"the base model in memory is not the base of '{repository.source}': its {parameter} "
+                        f"differs from that of '{repository.base.source}'. Load the base anew, without changes"
                     )
 
 
-def _same(own: Tensor, stored: Tensor) -> bool:
-    """Return whether a parameter is a stored tensor, or its first rows, in the parameter's dtype."""
-    if own.shape[1:] != stored.shape[1:] or own.dim() != stored.dim() or (own.dim() and len(own) < len(stored)):
+def _same(own: Tensor, stored: Tensor, fewer_rows: bool) -> bool:
+    """Return whether a parameter is a stored tensor in the parameter's dtype, whatever dtype it has been in before.
+
+    Args:
+        fewer_rows: whether the stored one may be its first rows.
+    """
+    mine = own.detach()[: len(stored)] if fewer_rows else own.detach()
+    if mine.shape != stored.shape:
         return False
-    mine, cast = own.detach()[: len(stored)] if own.dim() else own.detach(), to_device(stored, own.device).to(own.dtype)
-    as_bytes = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (mine, cast)]  # NaN equals itself so
-    return torch.equal(*as_bytes)
+    stored = to_device(stored, own.device)
+    as_bytes = mine.contiguous().view(-1).view(torch.uint8)  # NaN equals itself so
+    return any(
+        torch.equal(as_bytes, stored.to(dtype).to(own.dtype).contiguous().view(-1).view(torch.uint8))
+        for dtype in dict.fromkeys((own.dtype, torch.bfloat16, torch.float16))
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer; those of GPTQ's quantised models are of classes of their own."""
-    if isinstance(module, nn.Linear | Conv1D):
+    """Return whether a module multiplies its input by its weight and adds its bias, whatever form these have."""
+    if type(module).forward in _LINEAR or type(module).__module__.startswith("bitsandbytes."):
         return True
+    # GPTQ's layers have packed weights under other names.
     return all(hasattr(module, name) for name in ("in_features", "out_features")) and not hasattr(module, "weight")
 
 
@@ -313,5 +347,5 @@ def _sources(owner: type) -> Iterator[str]:
         except (OSError, TypeError, SyntaxError):
             continue
         for node in tree.body[0].body:  # type: ignore[attr-defined]
-            if isinstance(node, ast.FunctionDef) and not _NOT_FORWARD.match(node.name):
+            if isinstance(node, ast.FunctionDef) and not _NOT_FORWARD.fullmatch(node.name):
                 yield ast.unparse(node)

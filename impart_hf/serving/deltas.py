@@ -1,13 +1,13 @@
 """Checks of the deltas that an engine may load: everything that can be checked before the engine is touched."""
 
-import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..common.configs import fields_of_weights
 from ..modeling.checksums import tensor_checksum
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
 from ..modeling.model_files import CheckpointError, HubOptions, fetch_file, pinned, read_json
@@ -19,12 +19,6 @@ from .scratch import Scratch
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Fields of a configuration that do not change the model that vLLM has built; all kinds of dropout do not either.
-_IGNORED_FIELDS = {
-    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "pad_token_id",
-    "pretraining_tp", "problem_type", "pruning", "return_dict", "transformers_version", "use_cache",
-}  # fmt: skip
 # For these files the engine continues to use those that it was started with.
 _KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -131,7 +125,7 @@ class DeltaChecker:
             check_complete(weights, config)
 
     def _check_config(self, config: PreTrainedConfig, repo: str) -> None:
-        engine, delta = _fields(self._config), _fields(config)
+        engine, delta = fields_of_weights(self._config), fields_of_weights(config)
         differing = sorted(name for name in engine | delta if engine.get(name) != delta.get(name))
         if differing:
             changes = ", ".join(f"{name} ({delta.get(name)} instead of {engine.get(name)})" for name in differing[:3])
@@ -188,13 +182,6 @@ def _base_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # bad fields can raise any type
         raise CheckpointError(f"config.json of '{folder}' cannot be used: {str(error)[:400]}") from error
-
-
-def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the fields from which a model is built, as JSON values, without fields that trainers add to files."""
-    known = {field.name for field in fields(config)} - _IGNORED_FIELDS | {"model_type", "per_layer_config"}
-    values = json.loads(config.to_json_string(use_diff=False))
-    return {name: value for name, value in values.items() if name in known and "drop" not in name}
 
 
 def _content(path: Path | None) -> Any:

@@ -103,7 +103,7 @@ class _Server:
             )
         self.turns = Turns(
             requests,
-            self._swap,
+            self._take_turn,
             self.default,
             max_wait=seconds_from(MAX_WAIT_VARIABLE, 10.0),
             min_residence=seconds_from(MIN_RESIDENCE_VARIABLE, 0.5),
@@ -163,8 +163,8 @@ class _Server:
     async def _load(self, name: str) -> dict[str, Any]:
         try:
             started = time.perf_counter()
-            checked = await self._swap(name)
-            self.default = name
+            checked = await self._swap(name, by_client=True)
+            assert checked is not None
             return {
                 "loaded": name, "repo": checked.repo, "revision": checked.revision,
                 "seconds": time.perf_counter() - started, "notes": list(checked.notes),
@@ -172,16 +172,28 @@ class _Server:
         finally:
             self._asked_for = False
 
-    async def _swap(self, name: str) -> CheckedDelta:
+    async def _take_turn(self, name: str) -> None:
+        """Load a delta if it is not loaded yet; errors as for `_swap`."""
+        await self._swap(name, by_client=False)
+
+    async def _swap(self, name: str, by_client: bool) -> CheckedDelta | None:
         """Load a delta.
+
+        Args:
+            by_client: whether a client asked for it, so that it is loaded again if it is loaded, and the default.
+
+        Returns:
+            The delta; None if it was loaded, and no client asked.
 
         Raises:
             RefusedRequestError: if it cannot be.
         """
         try:
             async with self._swapping:
+                if not by_client and self.turns.loaded == name:
+                    return None
                 started = time.perf_counter()
-                checked = await self._exchanged(name)
+                checked = await self._exchanged(name, by_client)
                 seconds = time.perf_counter() - started
         except RefusedRequestError:
             metrics.failed_swaps.labels(name[:200].encode("ascii", "replace").decode()).inc()
@@ -191,7 +203,7 @@ class _Server:
         metrics.swap_seconds.observe(seconds)
         return checked
 
-    async def _exchanged(self, name: str) -> CheckedDelta:
+    async def _exchanged(self, name: str, is_default: bool) -> CheckedDelta:
         if self.refusal:
             raise _refused(501, f"this server cannot swap deltas: {self.refusal}")
         offered = self._catalogue.offered()
@@ -203,7 +215,7 @@ class _Server:
             raise _refused(503, "the engine has stopped: restart the server")
         delta = offered[name]
         try:
-            return await self._switch.load(delta.repo, delta.revision, lambda: self._now_loaded(name))
+            return await self._switch.load(delta.repo, delta.revision, lambda: self._now_loaded(name, is_default))
         except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
             raise _refused(422, str(error)) from error
         except (SwapError, EngineUnsoundError) as error:
@@ -216,7 +228,10 @@ class _Server:
                 raise
             raise _refused(503, "the engine has stopped: restart the server") from error
 
-    def _now_loaded(self, name: str) -> None:
+    def _now_loaded(self, name: str, is_default: bool) -> None:
+        """Note what is loaded, before a request is admitted."""
+        if is_default:
+            self.default = name
         now, before = time.monotonic(), self.turns.loaded
         if before is not None:
             metrics.residence_seconds.labels(before).inc(now - self._loaded_at)

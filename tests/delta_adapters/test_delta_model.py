@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import gc
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +25,14 @@ from support.delta_tenants import (
 from support.messages import naming
 from support.tiny_models import (
     VOCABULARY,
+    edit_json,
     fine_tune,
     make_model,
     same_files,
     save_model,
     tiny_config,
 )
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from impart_hf import (
     BitDeltaConfig,
@@ -157,6 +161,7 @@ def test_moved_later(tenants: Tenants) -> None:
     assert moved is model and says(model).dtype == torch.float32
     exact = says(load_dense(tenants.deltas["one"]))
     assert (says(model) - exact).norm() < 0.05 * exact.norm()  # the base was rounded
+    model.load_adapter(tenants.deltas["two"], "two")
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +224,147 @@ def test_beams(tenants: Tenants) -> None:
 
 
 def test_generation_config_of_the_delta(tenants: Tenants, tmp_path: Path) -> None:
-    model = load_delta(tenants.load_base(), tenants.deltas["one"])
-    GenerationConfig(max_new_tokens=3, eos_token_id=2, pad_token_id=3).save_pretrained(tenants.deltas["one"])
-    again = load_delta(tenants.load_base(), tenants.deltas["one"])
-    assert model.generate(IDS[:1], max_new_tokens=9, min_new_tokens=9).shape[1] == 21
-    assert again.generate(IDS[:1], min_new_tokens=1, eos_token_id=-1).shape[1] == 15
+    """Nothing is left to the base's; without a file, the model's configuration tells what ends a text."""
+    folder = Path(shutil.copytree(tenants.deltas["one"], tmp_path / "delta"))
+    base = tenants.load_base()
+    base.generation_config = GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=2, eos_token_id=9)
+    GenerationConfig(max_new_tokens=7, min_new_tokens=7, eos_token_id=2, pad_token_id=3).save_pretrained(folder)
+    model = load_delta(base, folder)
+    merged = load_dense(folder)
+    assert torch.equal(model.generate(IDS), merged.generate(IDS)) and model.generate(IDS).shape[1] == 19
+    assert model.generate(IDS, max_new_tokens=9, min_new_tokens=9).shape[1] == 21
+    assert model.generate(IDS, GenerationConfig(max_new_tokens=1)).shape[1] == 13
+    assert model.generate(IDS, adapter_names=["default", "__base__"] * 2).shape[1] <= 14, "the base's, if they differ"
+    (folder / "generation_config.json").unlink()
+    again = load_delta(tenants.load_base(), folder)
+    assert torch.equal(again.generate(IDS, max_new_tokens=9), load_dense(folder).generate(IDS, max_new_tokens=9))
+
+
+def test_another_configuration_than_the_base(tenants: Tenants, tmp_path: Path) -> None:
+    """What a forward pass reads of it is the base's, so that it must not differ."""
+    folder = Path(shutil.copytree(tenants.deltas["one"], tmp_path / "delta"))
+    content = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", text_config=content["text_config"] | {"rms_norm_eps": 1e-2})
+    with pytest.raises(ValueError, match=naming("rms_norm_eps", "AutoModelForCausalLM")):
+        load_delta(tenants.load_base(), folder)
+
+
+def test_forward_methods_of_other_libraries(tenants: Tenants) -> None:
+    """As accelerate's hooks have: they stay below, and are back after `unload`."""
+    base = tenants.load_base()
+    calls = []
+    for module in (base, base.lm_head, base.model.layers[0].mlp.down_proj):
+        original = module.forward
+
+        @functools.wraps(original)
+        def wrapped(*arguments, original=original, **options):
+            calls.append(1)
+            return original(*arguments, **options)
+
+        module.forward = wrapped
+    model = load_delta(base, tenants.deltas["one"], "one")
+    assert largest_difference(says(model), says(load_dense(tenants.deltas["one"]))) <= CLOSE
+    before = len(calls)
+    says(model.unload())
+    assert len(calls) == before + 3
+
+
+class _ReadsItself(torch.nn.Module):
+    """An MLP that takes a child's weight in a way that the source does not show."""
+
+    def __init__(self, mlp: torch.nn.Module):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down = self.down_proj
+        inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return torch.nn.functional.linear(inner, down.weight)
+
+
+def test_a_weight_that_is_read_without_a_call(tenants: Tenants) -> None:
+    base = tenants.load_base()
+    base.model.layers[1].mlp = _ReadsItself(base.model.layers[1].mlp)
+    with pytest.raises(ValueError, match=naming("model.layers.1.mlp.down_proj")):
+        load_delta(base, tenants.deltas["one"])
+
+
+class _NormHead(torch.nn.Linear):
+    """An output projection that normalises its weight, as Baichuan's."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, torch.nn.functional.normalize(self.weight))
+
+
+def test_linear_layers_of_their_own_kind(tenants: Tenants) -> None:
+    base, merged = tenants.load_base(), load_dense(tenants.deltas["one"])
+    for model in (base, merged):
+        model.lm_head.__class__ = _NormHead
+    assert largest_difference(says(load_delta(base, tenants.deltas["one"])), says(merged)) <= CLOSE
+
+
+def test_copies_are_without_deltas(tenants: Tenants) -> None:
+    model = both(tenants)
+    twin = copy.deepcopy(model.base_model)
+    assert torch.equal(says(twin), says(load_dense(tenants.base)))
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert not says(twin).any()
+    check_rows(model, tenants)
+
+
+def test_two_objects_on_one_base(tenants: Tenants) -> None:
+    base = tenants.load_base()
+    model = load_delta(base, tenants.deltas["one"], "one")
+    other = load_delta(base, tenants.deltas["two"], "two")
+    with pytest.raises(ValueError, match=naming("unload")):
+        other.merge_and_unload()
+    other.unload()
+    assert largest_difference(says(model), says(load_dense(tenants.deltas["one"]))) <= CLOSE
+    del other, model
+    gc.collect()
+    check_each(_again(base, tenants), tenants)
+
+
+def test_merging_a_damaged_delta_changes_nothing(tenants: Tenants, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tenants.deltas["one"], tmp_path / "delta"))
+    model = load_delta(tenants.load_base(), folder)
+    file = folder / "delta_model.safetensors"
+    with file.open("r+b") as opened:  # in place, as the file is mapped
+        opened.seek(file.stat().st_size // 2)
+        byte = opened.read(1)
+        opened.seek(-1, 1)
+        opened.write(bytes([byte[0] ^ 255]))
+    with pytest.raises(ValueError, match=naming("damaged")):
+        model.merge_and_unload()
+    assert torch.equal(says(model.get_base_model()), says(load_dense(tenants.base)))
+    assert largest_difference(says(model), says(load_dense(tenants.deltas["one"]))) <= CLOSE
+
+
+def test_images_in_a_batch_of_several_deltas(tenants_of: Callable[[str], Tenants]) -> None:
+    model = both(tenants_of("gemma3-vision"))
+    with pytest.raises(ValueError, match=naming("pixel_values", "set_adapter")):
+        model(input_ids=IDS, pixel_values=torch.zeros(4, 3, 32, 32), adapter_names=MIXED)
+
+
+def test_without_a_cache_rows_can_be_divided_further(tenants_of: Callable[[str], Tenants]) -> None:
+    """Layers with parameters of their own then run once for each delta."""
+    tenants = tenants_of("gpt-oss")
+    model = both(tenants)
+    mixed = says(model, use_cache=False, adapter_names=MIXED)
+    for number, name in enumerate(MIXED):
+        alone = says(load_dense(tenants.folder(name)), IDS[number : number + 1])
+        assert largest_difference(mixed[number], alone[0]) <= CLOSE
+
+
+def test_parts_of_the_base(tenants: Tenants) -> None:
+    model = both(tenants)
+    with pytest.raises(AttributeError, match=naming("get_base_model")):
+        _ = model.model
+    with pytest.raises(ValueError, match=naming("merge_and_unload")):
+        model.resize_token_embeddings(400)
 
 
 def test_names(tenants: Tenants) -> None:
@@ -239,7 +380,10 @@ def test_names(tenants: Tenants) -> None:
         model.load_adapter(tenants.deltas["two"], "one")
     with pytest.raises(ValueError, match=naming("adapter_names")):
         model.set_adapter(["one", "two"])  # type: ignore[arg-type]
-    for name in ("", "__base__", "a/b", "..", "a\\b"):
+    for names in ("one", [], ["one"] * 3):
+        with pytest.raises(ValueError, match=naming("adapter_names")):
+            model.generate(IDS, adapter_names=names)
+    for name in ("", "__base__", "a/b", "..", "a\\b", 5):
         with pytest.raises(ValueError, match=naming("name")):
             model.load_adapter(tenants.deltas["two"], name)
     with pytest.raises(ValueError, match=naming("factors", "loose")):
@@ -312,6 +456,10 @@ def test_another_base(tenants: Tenants, tmp_path: Path) -> None:
     with pytest.raises(WrongBaseError, match=naming("model.layers.1.mlp.up_proj.weight")):
         load_delta(changed, tenants.deltas["one"])
     assert not any("forward" in vars(module) for module in changed.modules()), "nothing is left behind"
+    longer = tenants.load_base()
+    longer.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    with pytest.raises(ValueError):
+        load_delta(longer, tenants.deltas["one"])
 
 
 def test_files_of_the_base_are_found(tenants: Tenants, tmp_path: Path) -> None:
@@ -334,8 +482,9 @@ def test_no_base(tenants: Tenants) -> None:
     for wrong, named in ((model, "load_adapter"), (load_dense(tenants.deltas["one"]), "base"), ("base", "str")):
         with pytest.raises(TypeError, match=naming(named)):
             load_delta(wrong, tenants.deltas["one"])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=naming("unload")):
-        load_delta(model.base_model, tenants.deltas["one"])
+    headless = AutoModel.from_pretrained(tenants.base, dtype=torch.float32)
+    with pytest.raises(ValueError, match=naming("config.json", "class")):
+        load_delta(headless, tenants.deltas["one"])
 
 
 def test_damaged_delta(tenants: Tenants, tmp_path: Path) -> None:
