@@ -136,9 +136,7 @@ class _Server:
             return lambda: self.default
         if model in (offered := self._catalogue.offered()):
             return lambda: model
-        names = [*self._own_names, *offered]
-        # As ASCII, because a name may hold characters that cannot be encoded in an answer.
-        raise _refused(404, f"there is no model {model!a:.200}; choose one of {', '.join(names)}", deltas=list(offered))
+        raise _unknown("model", model, [*self._own_names, *offered])
 
     def count(self, delta: str) -> None:
         """Count a request, and what waits behind it."""
@@ -208,9 +206,7 @@ class _Server:
             raise _refused(501, f"this server cannot swap deltas: {self.refusal}")
         offered = self._catalogue.offered()
         if name not in offered:
-            raise _refused(
-                404, f"there is no delta {name!a:.200}; choose one of {', '.join(offered)}", deltas=list(offered)
-            )
+            raise _unknown("delta", name, list(offered))
         if self._engine.errored:
             raise _refused(503, "the engine has stopped: restart the server")
         delta = offered[name]
@@ -219,9 +215,11 @@ class _Server:
         except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
             raise _refused(422, str(error)) from error
         except (SwapError, EngineUnsoundError) as error:
+            logger.error("Swap to delta %s: %s", name, error)
             if isinstance(error, EngineUnsoundError):
                 self.turns.now_loaded(None)
-            logger.error("Swap to delta %s: %s", name, error)
+            elif name not in (offered := self._catalogue.offered()):  # removed while it was loaded
+                raise _unknown("delta", name, list(offered)) from error
             raise _refused(500, str(error)) from error
         except (EngineDeadError, RuntimeError) as error:
             if not self._engine.errored:
@@ -263,6 +261,11 @@ async def load_delta(request: Request) -> JSONResponse:
 
 
 _KINDS = {400: "BadRequestError", 404: "NotFoundError", 409: "ConflictError", 422: "UnprocessableEntityError"}
+
+
+def _unknown(what: str, name: str, known: list[str]) -> RefusedRequestError:
+    # As ASCII, because a name may hold characters that cannot be encoded in an answer.
+    return _refused(404, f"there is no {what} {name!a:.200}; choose one of {', '.join(known)}", deltas=known)
 
 
 def _refused(status: int, message: str, **more: Any) -> RefusedRequestError:

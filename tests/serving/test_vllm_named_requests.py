@@ -82,7 +82,7 @@ def test_chat_stream_and_tokens(server: Server, family: Path) -> None:
 
 def test_unknown_model(server: Server) -> None:
     status, answer = ask(server, "four", PROMPTS[0])
-    assert status == 404 and answer["error"]["deltas"] == ["base", "one", "three", "two"]
+    assert status == 404 and answer["error"]["deltas"] == ["family", "base", "one", "three", "two"]
     assert "'four'" in answer["error"]["message"] and answer["error"]["type"] == "NotFoundError"
 
 
