@@ -298,10 +298,7 @@ def goals(results: Results, pair: str) -> str:
     lines, told = [], []
     for effort, goal in _GOALS.items():
         compared = _compared(results, pair, effort)
-        cells = {
-            ratio: f"{_share(ours['kl'] / best)} ({_of(ours, best, name)})"
-            for ratio, (ours, best, name) in compared.items()
-        }
+        cells = {ratio: _cell_of_goal(*found) for ratio, found in compared.items()}
         lines.append({"": effort} | {f"{ratio:g}": cells.get(ratio, "–") for ratio in results.ratios})
         told.append(f"* {effort}, at most {goal} from {_GOAL_FROM:g} on: {_reached(compared, goal)}")
     return (
@@ -314,9 +311,11 @@ def _share(value: float) -> str:
     return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
-def _of(ours: Row, best: float, name: str) -> str:
+def _cell_of_goal(ours: Row, best: float, name: str) -> str:
     own = "" if ours["method"] == OURS else f"{ours['method'].partition('+')[2]} "
-    return f"{own}{ours['kl']:.3g} of {best:.3g}, {name}"
+    if math.isnan(best):
+        return f"{own}{ours['kl']:.3g}; no other measured at so few bytes"
+    return f"{_share(ours['kl'] / best)} ({own}{ours['kl']:.3g} of {best:.3g}, {name})"
 
 
 def _reached(compared: Mapping[float, tuple[Row, float, str]], goal: float) -> str:
