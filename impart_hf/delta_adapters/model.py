@@ -7,39 +7,23 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import PreTrainedModel
 
-from ..common.meta_model import reads_text
-from ..modeling.delta_repository import DeltaRepository, WrongBaseError
-from ..modeling.model_files import CheckpointError, HubOptions, fetch_file, pinned
+from ..modeling.model_files import CheckpointError, HubOptions, pinned
 from ..modeling.modeling_delta_compressed import DeltaCompressedForCausalLM
 from ..modeling.packed_tables import kernels_wanted
-from ..modeling.repository_files import delta_digest, holds_delta, push_folder, repository_folder, save_repository
+from ..modeling.repository_files import holds_delta, push_folder, repository_folder, save_repository
 from ..repository.open import open_repository, refuse_adapter_beside
-from .calls import Choice, batch_inputs, calls_some_tokens, chosen, unwatch, watch
-from .effects import Effect
-from .placement import Placement
+from .calls import Choice, batch_inputs, chosen, unwatch, watch
+from .loading import DeltaReader, LoadedDelta
 
 BASE_NAME = "__base__"  # in adapter_names, as in PEFT: a row without any delta
 _users = weakref.WeakKeyDictionary[PreTrainedModel, "weakref.WeakSet[DeltaModel]"]()  # of each base
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A delta that is in memory."""
-
-    repository: DeltaRepository
-    digest: str
-    packed: bool
-    effects: Mapping[str, Effect]
-    generation_config: GenerationConfig
 
 
 class DeltaModel(nn.Module):
@@ -68,17 +52,16 @@ class DeltaModel(nn.Module):
         """
         super().__init__()
         _check_base_class(base_model)
-        self._is_quantised = getattr(base_model, "hf_quantizer", None) is not None
-        if self._is_quantised and not allow_quantized_base:
+        self._reader = DeltaReader(base_model)
+        if self._reader.is_quantised and not allow_quantized_base:
             raise ValueError(
                 "the base is quantised: its weights cannot be compared with those that the delta was made against, and "
                 "the delta does not contain the quantisation's error; allow_quantized_base=True applies it all the same"
             )
         self.base_model = base_model.eval()
         self.active_adapter = ""
-        self._deltas: dict[str, _Loaded] = {}
+        self._deltas: dict[str, LoadedDelta] = {}
         self._lock, self._disabled, self._running = threading.RLock(), 0, 0
-        self._reached: set[str] = set()  # modules that a forward pass is known to call
         _users.setdefault(self.base_model, weakref.WeakSet()).add(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -152,7 +135,7 @@ class DeltaModel(nn.Module):
         repository = open_repository(source, options, base_files or self._files_of_base())
         refuse_adapter_beside(source, options)
         packed = factors == "packed" or (factors is None and kernels_wanted(self.base_model.device))
-        loaded = self._read(repository, packed)
+        loaded = self._reader.read(repository, packed)
         with self._lock:
             if adapter_name in self._deltas:
                 raise ValueError(f"a delta '{adapter_name}' was loaded meanwhile: choose another name")
@@ -164,53 +147,6 @@ class DeltaModel(nn.Module):
         """Return the folder that the base was loaded from; None for what the repository names, or on the Hub."""
         folder = getattr(self.base_model, "name_or_path", "")
         return folder if os.path.isdir(folder) else None
-
-    def _read(self, repository: DeltaRepository, packed: bool) -> _Loaded:
-        placement = self._placement(repository, packed)
-        if self._is_quantised:
-            self._check_name_of_base(repository)
-        else:
-            placement.check_base()
-        effects = placement.effects()
-        self._check_reached(effects)
-        digest = delta_digest(repository.file, repository.config)
-        return _Loaded(repository, digest, packed, effects, _generation_config(repository))
-
-    def _check_name_of_base(self, repository: DeltaRepository) -> None:
-        own, recorded = getattr(self.base_model, "name_or_path", ""), repository.config.base_model_name_or_path
-        if own not in (recorded, repository.base.source):
-            raise WrongBaseError(
-                f"the quantised base was loaded from '{own}', the delta '{repository.source}' was made against "
-                f"'{recorded}': of a quantised model, only the name can be compared"
-            )
-
-    def _check_reached(self, effects: Mapping[str, Effect]) -> None:
-        """Check, by a forward pass of two tokens, that the modules with effects are called, and not read otherwise.
-
-        Raises:
-            ValueError: if one is not.
-        """
-        reads = reads_text(self.base_model)
-        # Of experts, a token reaches some.
-        wanted = {name for name in effects if reads(f"{name}.") and not calls_some_tokens(name)} - self._reached
-        called: set[str] = set()
-        handles = [
-            self.base_model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
-            for name in wanted
-        ]
-        try:
-            with chosen(None), torch.no_grad():
-                if handles:
-                    self.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.base_model.device))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if missed := sorted(wanted - called):
-            raise ValueError(
-                f"{type(self.base_model).__name__} reads the weights of {missed[0]} without calling it: it cannot have "
-                "deltas beside it"
-            )
-        self._reached |= called
 
     def set_adapter(self, adapter_name: str) -> None:
         """Make a delta the active one; calls that are running keep theirs.
@@ -247,7 +183,7 @@ class DeltaModel(nn.Module):
             with self._lock:
                 self._disabled -= 1
 
-    def _delta(self, name: str) -> _Loaded:
+    def _delta(self, name: str) -> LoadedDelta:
         if name not in self._deltas:
             loaded = f"loaded: {', '.join(self._deltas)}" if self._deltas else "none is loaded"
             raise ValueError(
@@ -255,7 +191,7 @@ class DeltaModel(nn.Module):
             )
         return self._deltas[name]
 
-    def _choice(self, adapter_names: Sequence[str] | None) -> tuple[Choice | None, list[_Loaded | None]]:
+    def _choice(self, adapter_names: Sequence[str] | None) -> tuple[Choice | None, list[LoadedDelta | None]]:
         """Return what applies to a call, and the deltas of its rows, None for the base."""
         with self._lock:
             if adapter_names is None:
@@ -276,7 +212,7 @@ class DeltaModel(nn.Module):
     @contextmanager
     def _call(
         self, adapter_names: Sequence[str] | None, arguments: Sequence[Any], options: Mapping[str, Any]
-    ) -> Iterator[list[_Loaded | None]]:
+    ) -> Iterator[list[LoadedDelta | None]]:
         """Within this context, the base is called with what is chosen; yields the rows' deltas, None for the base."""
         if adapter_names is not None:
             _check_count(adapter_names, arguments, options)
@@ -347,14 +283,8 @@ class DeltaModel(nn.Module):
         """Move or convert the base, as `to` and `half` do, and read the deltas again for it."""
         super()._apply(fn, recurse)
         with self._lock:
-            self._deltas = {
-                name: replace(loaded, effects=self._placement(loaded.repository, loaded.packed).effects())
-                for name, loaded in self._deltas.items()
-            }
+            self._deltas = {name: self._reader.again(loaded) for name, loaded in self._deltas.items()}
         return self
-
-    def _placement(self, repository: DeltaRepository, packed: bool) -> Placement:
-        return Placement(self.base_model, repository, packed, self._is_quantised)
 
     def unload(self) -> PreTrainedModel:
         """Forget all deltas and return the base.
@@ -382,14 +312,14 @@ class DeltaModel(nn.Module):
             RuntimeError: if a call is running.
             DeltaFormatError, WrongBaseError: if the files have been damaged meanwhile; the base is as it was.
         """
-        if self._is_quantised:
+        if self._reader.is_quantised:
             raise ValueError("a delta cannot be merged into a quantised base: merge into the full-precision base")
         with self._lock:
             self._check_idle()
             loaded = self._delta(self.active_adapter)
             if len(_users[self.base_model]) > 1:
                 raise ValueError("the base has deltas of another object as well: unload that first")
-            self._placement(loaded.repository, False).write_into_base()
+            self._reader.placement(loaded.repository, False).write_into_base()
             model = self.unload()
         model.generation_config = copy.deepcopy(loaded.generation_config)
         return model
@@ -436,7 +366,7 @@ class DeltaModel(nn.Module):
             save_repository(self._folder_of(loaded), Path(folder), {})
             return push_folder(Path(folder), repo_id, replaces_all=False, **kwargs)
 
-    def _folder_of(self, loaded: _Loaded) -> Path:
+    def _folder_of(self, loaded: LoadedDelta) -> Path:
         folder = repository_folder(loaded.repository.source, loaded.repository.options)
         if not holds_delta(folder, loaded.digest):
             raise CheckpointError(f"'{folder}' holds another model now than when the delta was loaded from it")
@@ -479,19 +409,6 @@ def _check_base_class(model: Any) -> None:
         raise TypeError(f"the base must be a model of transformers, not a {type(model).__name__}")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise TypeError("the base has adapters of PEFT: load it without")
-
-
-def _generation_config(repository: DeltaRepository) -> GenerationConfig:
-    """Return the settings of generation that loading the fine-tune gives, with nothing left to the base's."""
-    found = fetch_file(repository.source, GENERATION_CONFIG_NAME, repository.options)
-    if found is None:
-        config = GenerationConfig.from_model_config(repository.text_config)
-    else:
-        config = GenerationConfig.from_pretrained(found.parent)
-    for name, value in GenerationConfig._get_default_generation_params().items():
-        if getattr(config, name, None) is None:
-            setattr(config, name, value)
-    return config
 
 
 def _check_name(name: Any) -> None:
