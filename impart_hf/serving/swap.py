@@ -1,6 +1,7 @@
 """Swapping the delta of a running engine, from Python."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -80,6 +81,40 @@ class DeltaSwitch:
         finally:
             self._checker.scratch.clear()
             self._busy.release()
+
+    def generate(
+        self, prompts: Sequence[Any], deltas: Sequence[str | None], sampling_params: Any = None, **options: Any
+    ) -> list[Any]:
+        """Generate with a delta for each prompt: those of one delta together, those of the loaded one first.
+
+        Args:
+            prompts: as for `LLM.generate`.
+            deltas: for each prompt, folder or Hub id of a delta repository; None for the base.
+            sampling_params: as for `LLM.generate`: for all prompts, or a list with those of each.
+            options: further arguments of `LLM.generate`.
+
+        Returns:
+            The outputs, in the prompts' order.
+
+        Raises:
+            ValueError: if there are not as many deltas, or lists of parameters, as prompts.
+            Exception: as for `load`. Nothing is returned then; the engine serves what it had loaded last.
+        """
+        each = isinstance(sampling_params, list)
+        if len(deltas) != len(prompts) or (each and len(sampling_params) != len(prompts)):
+            raise ValueError(
+                f"give a delta, and one of a list of sampling parameters, for each of {len(prompts)} prompts"
+            )
+        outputs: dict[int, Any] = {}
+        places = [os.path.abspath(delta) if delta and os.path.isdir(delta) else delta for delta in deltas]
+        for place in sorted(dict.fromkeys(places), key=lambda place: place != self.loaded):
+            if place != self.loaded:
+                self.load(place)
+            numbers = [number for number, own in enumerate(places) if own == place]
+            parameters = [sampling_params[number] for number in numbers] if each else sampling_params
+            found = self._llm.generate([prompts[number] for number in numbers], parameters, **options)
+            outputs |= dict(zip(numbers, found, strict=True))
+        return [outputs[number] for number in range(len(prompts))]
 
     def _load(self, repo: str | None, revision: str | None) -> CheckedDelta:
         engine = self._llm.llm_engine

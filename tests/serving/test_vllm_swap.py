@@ -26,7 +26,17 @@ from support.tiny_models import (
     save_pair,
     tiny_config,
 )
-from support.vllm_engines import HEADS, LONG, PROMPTS, EngineError, EngineProcess, delta_of, swap_to, tokens_of
+from support.vllm_engines import (
+    HEADS,
+    LONG,
+    PROMPTS,
+    EngineError,
+    EngineProcess,
+    delta_of,
+    generate_by_delta,
+    swap_to,
+    tokens_of,
+)
 
 from impart_hf import PrunedLlamaConfig
 
@@ -47,6 +57,18 @@ def engine(process: EngineProcess, family: Path) -> EngineProcess:
 
 def says(engine: EngineProcess, tokens: list[list[int]]) -> bool:
     return engine.tokens([*PROMPTS, LONG]) == tokens
+
+
+def test_a_delta_for_each_prompt(
+    engine: EngineProcess, family: Path, family_tokens: dict[str, list[list[int]]]
+) -> None:
+    names = ["two", "base", "one", "two", "base", "one"]
+    numbers = [0, 0, 1, 2, 1, 0]
+    deltas = [None if name == "base" else str(family / name) for name in names]
+    found = engine.run(generate_by_delta, [PROMPTS[number] for number in numbers], deltas)
+    assert found == [family_tokens[name][number] for name, number in zip(names, numbers, strict=True)]
+    with pytest.raises(EngineError, match=naming("prompts")):
+        engine.run(generate_by_delta, PROMPTS, deltas[:2])
 
 
 @pytest.mark.parametrize("start", ["base", "one"])

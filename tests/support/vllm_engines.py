@@ -163,3 +163,17 @@ def swap_to(
     checked = holder.deltas.load(repo if repo is None else str(repo), revision)
     assert holder.deltas.loaded == checked.repo
     return checked.repo, checked.revision, checked.notes
+
+
+def generate_by_delta(holder: Any, prompts: list[list[int]], deltas: list[str | None]) -> list[list[int]]:
+    """What each prompt's delta says, by one call."""
+    from vllm import SamplingParams
+
+    from impart_hf.serving import DeltaSwitch
+
+    if holder.deltas is None:
+        holder.deltas = DeltaSwitch(holder.llm)
+    parameters = [SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True) for _ in prompts]
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = holder.deltas.generate(given, deltas, parameters, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
