@@ -79,7 +79,7 @@ class _Server:
     """
 
     def __init__(self, engine: EngineClient, args: Namespace, models: OpenAIServingModels):
-        self._engine, self._models = engine, models
+        self._engine = engine
         self.refusal: str | None = None
         started_on, requests = None, Gate()
         self.default = BASE
@@ -134,7 +134,11 @@ class _Server:
         """
         if self.refusal or model is None or model in self._own_names:  # without swaps, vLLM knows what it serves
             return lambda: self.default
-        if model in (offered := self._catalogue.offered()):
+        # Folders of deltas need not be read for what is loaded already.
+        if model == self.turns.loaded:
+            return lambda: model
+        offered = self._catalogue.offered()
+        if model in offered:
             return lambda: model
         raise _unknown("model", model, [*self._own_names, *offered])
 
@@ -193,8 +197,9 @@ class _Server:
                 started = time.perf_counter()
                 checked = await self._exchanged(name, by_client)
                 seconds = time.perf_counter() - started
-        except RefusedRequestError:
-            metrics.failed_swaps.labels(name[:200].encode("ascii", "replace").decode()).inc()
+        except RefusedRequestError as refused:
+            if refused.status != 404:  # any name may be asked for
+                metrics.failed_swaps.labels(name).inc()
             raise
         logger.info("Swapped to delta %s in %.2f s", name, seconds)
         metrics.swaps.labels(name).inc()
@@ -212,14 +217,16 @@ class _Server:
         delta = offered[name]
         try:
             return await self._switch.load(delta.repo, delta.revision, lambda: self._now_loaded(name, is_default))
-        except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
-            raise _refused(422, str(error)) from error
-        except (SwapError, EngineUnsoundError) as error:
+        except EngineUnsoundError as error:
+            self.turns.now_loaded(None)
             logger.error("Swap to delta %s: %s", name, error)
-            if isinstance(error, EngineUnsoundError):
-                self.turns.now_loaded(None)
-            elif name not in (offered := self._catalogue.offered()):  # removed while it was loaded
+            raise _refused(500, str(error)) from error
+        except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError, SwapError) as error:
+            if name not in (offered := self._catalogue.offered()):  # removed meanwhile
                 raise _unknown("delta", name, list(offered)) from error
+            if not isinstance(error, SwapError):
+                raise _refused(422, str(error)) from error
+            logger.error("Swap to delta %s: %s", name, error)
             raise _refused(500, str(error)) from error
         except (EngineDeadError, RuntimeError) as error:
             if not self._engine.errored:
