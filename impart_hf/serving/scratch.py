@@ -1,17 +1,25 @@
-"""Scratch space for a dense copy of the delta that is loaded next, so that the engine need not wait for decoding."""
+"""Scratch space for dense copies of deltas, so that the engine need not wait for decoding.
+
+Without a limit the copy of the delta that is loaded next is all there is, and it goes after the swap. With
+`IMPART_HF_SCRATCH_LIMIT`, copies stay for further swaps; the least recently used go when they would exceed it.
+"""
 
 import os
 import shutil
 from logging import getLogger
 from pathlib import Path
 
+import torch
+
+from ..common.validation import size_bytes
 from ..modeling.delta_repository import DeltaRepository
 from ..modeling.model_files import CheckpointError
+from ..modeling.repository_files import delta_digest
 from ..repository.reconstruct import reconstruct
 from ..storage.locked_folder import LockedFolder
 
-SCRATCH_VARIABLE = "IMPART_HF_SCRATCH"
-_PREFIX, _COPY = "impart-hf-", "copy"
+SCRATCH_VARIABLE, LIMIT_VARIABLE = "IMPART_HF_SCRATCH", "IMPART_HF_SCRATCH_LIMIT"
+_PREFIX = "impart-hf-"
 
 
 class Scratch:
@@ -21,25 +29,32 @@ class Scratch:
         """Make the folder, and remove the folders of servers that were killed.
 
         Raises:
-            ValueError: if the variable does not name a folder that can be written to.
+            ValueError: if a variable does not name a folder that can be written to, or a number of bytes.
         """
-        place = os.environ.get(SCRATCH_VARIABLE)
+        place, limit = os.environ.get(SCRATCH_VARIABLE), os.environ.get(LIMIT_VARIABLE)
         self._folder: LockedFolder | None = None  # locked as long as this process lives
+        self._limit = size_bytes(limit, LIMIT_VARIABLE) if limit else 0
+        self._sizes: dict[Path, int] = {}  # bytes of each copy, the least recently used first
         if place:
             if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
                 raise ValueError(f"{SCRATCH_VARIABLE}: '{place}' is not a folder that can be written to")
             self._folder = LockedFolder(Path(place), _PREFIX)
 
     def prepare(self, repository: DeltaRepository) -> str | None:
-        """Decode a whole repository, and return the folder of its dense copy; None if there is no space for it.
+        """Return the folder of a repository's dense copy, decoded now if there is none; None if there is no space.
 
         Raises:
             CheckpointError, DeltaFormatError, WrongBaseError: if delta or base is missing, damaged or changed.
         """
         if self._folder is None:
             return None
-        self.clear()
-        copy = self._folder.path / _COPY
+        # The digest is of the delta and of its base, so that a copy of other files is never taken.
+        copy = self._folder.path / delta_digest(repository.file, repository.config)[:32]
+        if copy in self._sizes:
+            self._sizes[copy] = self._sizes.pop(copy)
+            return str(copy)
+        size = _dense_bytes(repository)
+        self._remove_oldest(self._limit - size)
         try:
             reconstruct(repository, copy)
         except CheckpointError:
@@ -49,9 +64,21 @@ class Scratch:
                 "%s cannot hold a dense copy, so the engine decodes the delta itself: %s", copy.parent, error
             )
             return None
+        self._sizes[copy] = size
         return str(copy)
 
     def clear(self) -> None:
-        """Remove the dense copy, which is not needed after the engine has loaded it."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder.path / _COPY, ignore_errors=True)
+        """Remove the copies that the limit does not allow, after the engine has loaded one."""
+        self._remove_oldest(self._limit)
+
+    def _remove_oldest(self, most: int) -> None:
+        """Remove copies, the least recently used first, until the others have at most so many bytes."""
+        while self._sizes and sum(self._sizes.values()) > most:
+            oldest = next(iter(self._sizes))
+            shutil.rmtree(oldest, ignore_errors=True)
+            del self._sizes[oldest]
+
+
+def _dense_bytes(repository: DeltaRepository) -> int:
+    """Return the bytes of all fine-tuned tensors."""
+    return sum(torch.Size(repository.shape(n)).numel() * repository.dtype(n).itemsize for n in repository.names())
