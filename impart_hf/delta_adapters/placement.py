@@ -132,7 +132,7 @@ class Placement:
         for parameter, group in changed.items():
             place = places[parameter.rpartition(".")[0]]
             unit = units.setdefault(place, _Unit(self._modules[place]))
-            unit.groups[parameter[len(place) + 1 if place else 0 :]] = group
+            unit.groups[parameter.removeprefix(f"{place}.")] = group
         return units
 
     def _reader_of(self, parameter: str) -> str:
