@@ -32,7 +32,8 @@ class DeltaModel(nn.Module):
     It has the methods of PEFT's `PeftModel`, but is none: a delta also changes embeddings, norms, biases and experts,
     and may stay packed, for which PEFT's layers have no place. The base's weights stay as they are, and the base
     itself, called without this object, is without any delta. It is for inference: calls run without gradients. Calls
-    and changes may come from several threads; a call keeps the deltas that it began with.
+    and changes may come from several threads; a call keeps the deltas that it began with, also for what it calls in
+    turn on the base, as a logits processor may.
 
     Attributes:
         base_model: the base.
@@ -192,13 +193,12 @@ class DeltaModel(nn.Module):
         return self._deltas[name]
 
     def _choice(self, adapter_names: Sequence[str] | None) -> tuple[Choice | None, list[LoadedDelta | None]]:
-        """Return what applies to a call, and the deltas of its rows, None for the base."""
-        with self._lock:
-            if adapter_names is None:
-                loaded = None if self._disabled or not self.active_adapter else self._delta(self.active_adapter)
-                choice = None if loaded is None else Choice(self.base_model, (loaded.effects,))
-                return choice, [loaded]
-            of_rows = [None if name == BASE_NAME else self._delta(name) for name in adapter_names]
+        """Return what applies to a call, and the deltas of its rows, None for the base; for who holds the lock."""
+        if adapter_names is None:
+            loaded = None if self._disabled or not self.active_adapter else self._delta(self.active_adapter)
+            choice = None if loaded is None else Choice(self.base_model, (loaded.effects,))
+            return choice, [loaded]
+        of_rows = [None if name == BASE_NAME else self._delta(name) for name in adapter_names]
         used = {id(loaded): loaded for loaded in of_rows if loaded is not None}
         numbers = {key: number for number, key in enumerate(used)}
         owners = tuple(-1 if loaded is None else numbers[id(loaded)] for loaded in of_rows)

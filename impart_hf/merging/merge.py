@@ -15,6 +15,7 @@ from ..common.files import OutputError, write_json
 from ..common.model_names import split_adapter
 from ..common.progress import Progress
 from ..common.validation import byte_budget, shard_bytes
+from ..common.weight_bytes import weight_bytes
 from ..compression.compatibility import IncompatibleModelsError
 from ..compression.encoding import mask_seed
 from ..compression.pair import ModelPair
@@ -252,7 +253,7 @@ class Merge:
 
     def weight_bytes(self) -> int:
         """Return the bytes of the merged model's weights."""
-        return sum(torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize for name in self.names())
+        return weight_bytes(self)
 
     def delta(self, name: str) -> torch.Tensor:
         """Return the combined delta of one tensor: float32, of the base's shape, before the factor lambda.

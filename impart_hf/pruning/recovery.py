@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from ..calibration.text import CalibrationSource, text_name
 from ..common.files import write_json
 from ..common.progress import Progress
 from ..common.validation import check_positive, check_seed, check_whole_number
+from ..common.weight_bytes import weight_bytes
 from ..evaluation.metrics import perplexity
 from ..modeling.checkpoints import Checkpoint, all_finite
 from ..modeling.model_files import fetch_file
@@ -152,8 +152,7 @@ def recover(
         with new_folder(output_dir) if is_first else contextlib.nullcontext() as folder:
             card_data: dict[str, Any] = {}
             if folder is not None:  # before training, which a file that cannot be read or a full disk must not cost
-                sizes = (math.prod(checkpoint.shape(n)) * checkpoint.dtype(n).itemsize for n in checkpoint.names())
-                check_room(folder, sum(sizes))
+                check_room(folder, weight_bytes(checkpoint))
                 copy_sidecar_files(checkpoint.source, checkpoint.options, folder)
                 card_data = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
             trained = load_model(checkpoint, _training_dtype(checkpoint, lora, arguments.device))

@@ -9,9 +9,8 @@ import shutil
 from logging import getLogger
 from pathlib import Path
 
-import torch
-
 from ..common.validation import size_bytes
+from ..common.weight_bytes import weight_bytes
 from ..modeling.delta_repository import DeltaRepository
 from ..modeling.model_files import CheckpointError
 from ..modeling.repository_files import delta_digest
@@ -53,7 +52,7 @@ class Scratch:
         if copy in self._sizes:
             self._sizes[copy] = self._sizes.pop(copy)
             return str(copy)
-        size = _dense_bytes(repository)
+        size = weight_bytes(repository)
         self._remove_oldest(self._limit - size)
         try:
             reconstruct(repository, copy)
@@ -77,8 +76,3 @@ class Scratch:
             oldest = next(iter(self._sizes))
             shutil.rmtree(oldest, ignore_errors=True)
             del self._sizes[oldest]
-
-
-def _dense_bytes(repository: DeltaRepository) -> int:
-    """Return the bytes of all fine-tuned tensors."""
-    return sum(torch.Size(repository.shape(n)).numel() * repository.dtype(n).itemsize for n in repository.names())
