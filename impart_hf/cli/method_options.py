@@ -69,6 +69,8 @@ def _defaults(settings: Sequence[Setting]) -> str:
 
 def _text(value: Any) -> str:
     """Return a value as an option takes it."""
+    if value is None:
+        return "none"
     if isinstance(value, float):
         return f"{value:g}"
     return listed(value) if isinstance(value, tuple) else str(value)

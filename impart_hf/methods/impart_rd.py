@@ -17,7 +17,7 @@ from ..coding.allocation import allocate
 from ..coding.entry_codes import EntryCode, entry_code, of_components
 from ..coding.rate_distortion import NOISE, Choice, Components, ErrorWeights, Matrix
 from ..coding.record_sizes import OVERHEAD_BYTES, factored_bytes, kept_ratios, runs
-from ..common.validation import check_number
+from ..common.validation import check_number, check_whole_number
 from ..modeling.width_codes import level_widths
 from .base import GUESSED, Encoded, EncodingTask, MethodConfig, Spectrum
 from .settings import setting
@@ -48,6 +48,12 @@ _MAX_FITS = 16
 _TRIED_ROWS = 8  # of each run of components, to choose the kind of their levels
 
 
+def _rank(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"max_rank must be a whole number, got {text!r}")
+    return int(text)
+
+
 @dataclass
 class ImPartRdConfig(MethodConfig):
     """Settings of ImPart by rate and distortion.
@@ -57,6 +63,8 @@ class ImPartRdConfig(MethodConfig):
     Attributes:
         drop_weight: weight of a dropped component, relative to noise of the same size; at least 1. A dropped component
             is missing in the same direction everywhere, while noise averages out.
+        max_rank: the most components of a matrix, so that a LoRA adapter of this rank holds the delta as a whole; None
+            for no bound. With a bound no matrix is stored by entries.
     """
 
     name: ClassVar[str] = "impart-rd"
@@ -67,12 +75,17 @@ class ImPartRdConfig(MethodConfig):
 
     embeddings: str = "method"
     drop_weight: float = setting(3.0, "weight of a dropped component, relative to noise of the same size, at least 1")
+    max_rank: int | None = setting(
+        None, "most components of a matrix, so that an adapter of this rank is the whole delta", parse=_rank
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("drop_weight", self.drop_weight)
         if not 1 <= self.drop_weight < float("inf"):
             raise ValueError(f"drop_weight must be at least 1, got {self.drop_weight}")
+        if self.max_rank is not None:
+            check_whole_number(1, max_rank=self.max_rank)
 
     def least_bytes(self, rows: int, columns: int) -> int:
         return factored_bytes(np.ones(1, int), np.array([rows]), np.array([columns]))
@@ -84,7 +97,8 @@ class ImPartRdConfig(MethodConfig):
         """A matrix as bits are shared out among components: its spectrum, and what errors in it count for."""
         # Entries of an embedding that are dropped are missing in single tokens, which does not average out. And noise
         # that is many times a delta must still be small beside the weight.
-        by_entries = _is_light(spectrum.relative_norm) and not spectrum.vocabulary
+        by_entries = _is_light(spectrum.relative_norm) and not spectrum.vocabulary and self.max_rank is None
+        spectrum = replace(spectrum, sigma=spectrum.sigma[: self.max_rank])
         noise = spectrum.weight * _ENTRY_NOISE * spectrum.energy if by_entries else math.inf
         return Matrix(
             spectrum.sigma, spectrum.rows, spectrum.columns, _error_weights(spectrum, self.drop_weight), noise

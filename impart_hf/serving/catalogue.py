@@ -2,13 +2,17 @@
 
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from logging import getLogger
 from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..modeling.model_files import CheckpointError, HubOptions, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 
-DELTAS_VARIABLE = "IMPART_HF_DELTAS"
+DELTAS_VARIABLE, ALLOW_VARIABLE = "IMPART_HF_DELTAS", "IMPART_HF_ALLOW"
 BASE = "base"  # the name of the base's own weights
 
 
@@ -30,18 +34,28 @@ class Catalogue:
 
     An entry is NAME=REPO[@REVISION], or a folder whose delta repositories are offered under the names of their own
     folders. Such a folder is read again every time, so that deltas can be added and removed while the server runs.
+
+    A second setting permits repositories that have no name: patterns of Hub ids and of folders, such as
+    `user/*,/srv/deltas/*`.
     """
 
-    def __init__(self, setting: str, started_on: NamedDelta | None = None):
-        """Parse the setting.
+    @classmethod
+    def of_environment(cls, started_on: NamedDelta | None = None) -> "Catalogue":
+        """Return the catalogue that the environment's variables describe; arguments and errors as for the class."""
+        return cls(os.environ.get(DELTAS_VARIABLE, ""), started_on, os.environ.get(ALLOW_VARIABLE, ""))
+
+    def __init__(self, setting: str, started_on: NamedDelta | None = None, allowed: str = ""):
+        """Parse the settings.
 
         Args:
             setting: entries, separated by commas; may be empty.
             started_on: the delta that the engine was started on, which is offered too.
+            allowed: patterns, separated by commas; may be empty.
 
         Raises:
             ValueError: if an entry has neither form, or a name is given twice.
         """
+        self._allowed = [pattern for part in allowed.split(",") if (pattern := part.strip())]
         self._named = [started_on] if started_on else []
         self._folders: list[Path] = []
         for entry in filter(None, (part.strip() for part in setting.split(","))):
@@ -66,6 +80,49 @@ class Catalogue:
             getLogger("vllm.impart_hf").warning("%s: the second is not offered", problem)
         return offered
 
+    def check_names(self, taken: set[str]) -> None:
+        """Check that no delta on offer has a name that is taken.
+
+        Raises:
+            ValueError: if one has.
+        """
+        if clashing := sorted(self.offered().keys() & taken):
+            raise ValueError(
+                f"{DELTAS_VARIABLE}: '{clashing[0]}' is the name of another model of this server: give the delta "
+                "another one"
+            )
+
+    def find(self, name: str) -> NamedDelta | None:
+        """Return the delta that a name, a folder or a Hub id stands for; None if there is none that is permitted.
+
+        The folders of tenants are not read as a whole.
+        """
+        named = [NamedDelta(BASE, None), *self._named]
+        known = next((delta for delta in named if name in (delta.name, delta.repo)), None)
+        if known is not None:
+            return known
+        if not os.path.isabs(name):
+            if "/" not in name:
+                return next(filter(None, (_in_folder(folder / name) for folder in self._folders)), None)
+            return NamedDelta(name, name) if _is_hub_id(name) and self._allows(name) else None
+        place = os.path.realpath(name)  # so that a link or .. leads nowhere else
+        for delta in self._named:
+            if delta.repo and os.path.realpath(delta.repo) == place:
+                return delta
+        for folder in self._folders:
+            if os.path.realpath(folder) == os.path.dirname(place):
+                return _in_folder(folder / os.path.basename(place))
+        return NamedDelta(place, place) if os.path.isdir(place) and self._allows(place) else None
+
+    def _allows(self, place: str) -> bool:
+        patterns = [
+            os.path.join(os.path.realpath(os.path.dirname(pattern)), os.path.basename(pattern))
+            if os.path.isabs(pattern)
+            else pattern
+            for pattern in self._allowed
+        ]
+        return any(fnmatchcase(place, pattern) for pattern in patterns)
+
     def _look(self) -> tuple[dict[str, NamedDelta], list[str]]:
         """Return deltas by name, and a message for each name that two deltas have."""
         offered, problems = {BASE: NamedDelta(BASE, None)}, []
@@ -77,13 +134,25 @@ class Catalogue:
         return offered, problems
 
     def _in_folders(self) -> list[NamedDelta]:
-        found = []
-        for folder in self._folders:
-            for place in sorted(path.parent for path in folder.glob("*/config.json")):
-                try:
-                    kind = repository_kind(str(place), HubOptions())
-                except CheckpointError:  # not complete yet, or not a model
-                    continue
-                if kind is RepositoryKind.DELTA and not place.name.startswith("."):
-                    found.append(NamedDelta(place.name, str(place)))
-        return found
+        places = (place.parent for folder in self._folders for place in sorted(folder.glob("*/config.json")))
+        return [delta for place in places if (delta := _in_folder(place)) is not None]
+
+
+def _in_folder(place: Path) -> NamedDelta | None:
+    """Return the delta in a folder; None if there is none, or it is not complete yet."""
+    if place.name.startswith("."):
+        return None
+    try:
+        is_delta = repository_kind(str(place), HubOptions()) is RepositoryKind.DELTA
+    except CheckpointError:
+        return None
+    return NamedDelta(place.name, str(place)) if is_delta else None
+
+
+def _is_hub_id(name: str) -> bool:
+    """Return whether a name can only be an id on the Hub; a folder of the same relative path would be read instead."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not os.path.exists(name)

@@ -43,6 +43,76 @@ class CheckedDelta:
     notes: tuple[str, ...] = ()
 
 
+class FittingDeltas:
+    """Opens deltas that an engine's model can have: of its base, and different from it in nothing but weights.
+
+    Attributes:
+        files: files of the model that the engine was started on.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig"):
+        """Read the engine's own files.
+
+        Raises:
+            CheckpointError, DeltaFormatError, WrongBaseError: if its files are missing, damaged or changed.
+        """
+        self.files = EngineFiles(vllm_config)
+        # Checksums of the base's tensors, by their names there, as far as they are known.
+        self._base_checksums: dict[str, int] = {}
+        if self.files.is_delta:
+            started_on = self.files.open_model()
+            self._config, self._base_checksums = started_on.text_config, _base_checksums(started_on)
+        else:
+            self._config = _base_config(self.files.base)
+
+    def open(self, repo: str, options: HubOptions) -> DeltaRepository:
+        """Open a delta, and check it and its base; errors as for `DeltaChecker.check`."""
+        repository = self.files.open_delta(repo, options.revision)
+        self.check_config(repository.text_config, repo)
+        self._check_base(repository)
+        for entry in repository.file.names():
+            repository.file.read_finite(entry)  # this also checks its CRC
+        return repository
+
+    def check_config(self, config: PreTrainedConfig, repo: str) -> None:
+        """Check that a model differs from the engine's in nothing but weights.
+
+        Raises:
+            DeltaRefusedError: if it does.
+        """
+        engine, delta = fields_of_weights(self._config), fields_of_weights(config)
+        differing = sorted(name for name in engine | delta if engine.get(name) != delta.get(name))
+        if differing:
+            changes = ", ".join(f"{name} ({delta.get(name)} instead of {engine.get(name)})" for name in differing[:3])
+            raise DeltaRefusedError(
+                f"'{repo}' differs from the model that the engine was built for in {changes}: serve it with an engine "
+                "of its own"
+            )
+
+    def _check_base(self, repository: DeltaRepository) -> None:
+        for name in repository.names():
+            if repository.base.stored_name(name) not in self._base_checksums:
+                repository.base_tensor(name)
+        self.compare_base(
+            _base_checksums(repository),
+            f"'{repository.source}' was made against '{repository.config.base_model_name_or_path}', which is not the "
+            f"engine's base '{self.files.base}'",
+        )
+
+    def compare_base(self, checksums: dict[str, int], problem: str) -> None:
+        """Check that checksums, by name in the base, are those of the engine's base as far as these are known.
+
+        Deltas may rest on different tensors of one base; those that are new are known from now on.
+
+        Raises:
+            WrongBaseError: if not; the message begins with `problem`.
+        """
+        known = self._base_checksums
+        if differing := sorted(name for name in checksums.keys() & known.keys() if checksums[name] != known[name]):
+            raise WrongBaseError(f"{problem}: their tensors {differing[0]} differ")
+        self._base_checksums = known | checksums
+
+
 class DeltaChecker:
     """Checks deltas for one engine, and decodes them if there is scratch space; does not touch the engine.
 
@@ -73,14 +143,8 @@ class DeltaChecker:
                 "with --data-parallel-size above 1 only the first engine reports whether it swapped"
             )
         self._vllm_config = vllm_config
-        self.files, self.scratch = EngineFiles(vllm_config), Scratch()
-        # Checksums of the base's tensors, by their names there, as far as they are known.
-        self._base_checksums: dict[str, int] = {}
-        if self.files.is_delta:
-            started_on = self.files.open_model()
-            self._config, self._base_checksums = started_on.text_config, _base_checksums(started_on)
-        else:
-            self._config = _base_config(self.files.base)
+        self._fitting, self.scratch = FittingDeltas(vllm_config), Scratch()
+        self.files = self._fitting.files
 
     def check(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
         """Check that the engine can load a delta: its files are complete, and its base and model are the engine's.
@@ -101,20 +165,16 @@ class DeltaChecker:
 
     def _check_base_itself(self) -> CheckedDelta:
         base, config = self.files.open_base(), _base_config(self.files.base)
-        self._check_config(config, base.source)
+        self._fitting.check_config(config, base.source)
         self._check_complete(base, config)
         checksums = {name: tensor_checksum(base.tensor(name)) for name in base.names()}
-        self._compare_base(checksums, f"'{base.source}' has changed since the engine was started")
+        self._fitting.compare_base(checksums, f"'{base.source}' has changed since the engine was started")
         return CheckedDelta(None, None)
 
     def _check_delta(self, repo: str, revision: str | None) -> CheckedDelta:
         options = pinned(repo, self.files.hub_options(revision))
-        repository = self.files.open_delta(repo, options.revision)
-        self._check_config(repository.text_config, repo)
-        self._check_base(repository)
+        repository = self._fitting.open(repo, options)
         self._check_complete(repository, repository.text_config)
-        for entry in repository.file.names():
-            repository.file.read_finite(entry)  # this also checks its CRC
         notes = tuple(self._notes(repo, options))
         return CheckedDelta(repo, options.revision, self.scratch.prepare(repository), notes)
 
@@ -123,39 +183,6 @@ class DeltaChecker:
 
         with set_current_vllm_config(self._vllm_config):  # vLLM replaces some of transformers' classes; these read it
             check_complete(weights, config)
-
-    def _check_config(self, config: PreTrainedConfig, repo: str) -> None:
-        engine, delta = fields_of_weights(self._config), fields_of_weights(config)
-        differing = sorted(name for name in engine | delta if engine.get(name) != delta.get(name))
-        if differing:
-            changes = ", ".join(f"{name} ({delta.get(name)} instead of {engine.get(name)})" for name in differing[:3])
-            raise DeltaRefusedError(
-                f"'{repo}' differs from the model that the engine was built for in {changes}: serve it with an engine "
-                "of its own"
-            )
-
-    def _check_base(self, repository: DeltaRepository) -> None:
-        for name in repository.names():
-            if repository.base.stored_name(name) not in self._base_checksums:
-                repository.base_tensor(name)
-        self._compare_base(
-            _base_checksums(repository),
-            f"'{repository.source}' was made against '{repository.config.base_model_name_or_path}', which is not the "
-            f"engine's base '{self.files.base}'",
-        )
-
-    def _compare_base(self, checksums: dict[str, int], problem: str) -> None:
-        """Check that checksums, by name in the base, are those of the engine's base as far as these are known.
-
-        Deltas may rest on different tensors of one base; those that are new are known from now on.
-
-        Raises:
-            WrongBaseError: if not; the message begins with `problem`.
-        """
-        known = self._base_checksums
-        if differing := sorted(name for name in checksums.keys() & known.keys() if checksums[name] != known[name]):
-            raise WrongBaseError(f"{problem}: their tensors {differing[0]} differ")
-        self._base_checksums = known | checksums
 
     def _notes(self, repo: str, options: HubOptions) -> list[str]:
         notes = []

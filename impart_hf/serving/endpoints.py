@@ -9,36 +9,19 @@ POST /v1/deltas/load  {"delta": NAME}; NAME "base" for the base's own weights: l
 The routes require the server's own API key. Errors have the same form as the server's own.
 """
 
-import asyncio
 import json
-import os
-import time
 from argparse import Namespace
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.logger import init_logger
-from vllm.v1.engine.exceptions import EngineDeadError
 
-from ..modeling.delta_record import DeltaFormatError
-from ..modeling.delta_repository import WrongBaseError
-from ..modeling.model_files import CheckpointError
-from . import metrics
-from .catalogue import BASE, DELTAS_VARIABLE, Catalogue, NamedDelta
-from .deltas import CheckedDelta, DeltaRefusedError
-from .gate import Gate
-from .named_requests import RefusedRequestError, RequestsByDelta
-from .offered_models import offer_by_name
-from .swap import AsyncDeltaSwitch, EngineUnsoundError, SwapError
-from .turns import MAX_WAIT_VARIABLE, MIN_RESIDENCE_VARIABLE, Turns, seconds_from
+from .adapter_server import AdapterServer
+from .named_requests import RequestsByDelta
+from .refusals import RefusedRequestError, refused
+from .swap_server import SwapServer
 
-logger = init_logger("vllm.impart_hf")  # a child of vLLM's logger, because vLLM shows no others
 router = APIRouter()
 LOAD_PATH = "/v1/deltas/load"
 
@@ -59,223 +42,36 @@ class DeltaEndpoints:
         )
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Prepare the server for swaps.
+        """Prepare the server: for adapters if the engine has them, otherwise for swaps.
 
         Raises:
             ValueError: if a variable of the environment is not valid, or a delta has the name of the server's model.
         """
         assert engine_client is not None  # there is always one if text is generated
-        state.impart_hf = _Server(engine_client, args, state.openai_serving_models)
-
-
-class _Server:
-    """The state that the routes share.
-
-    Attributes:
-        turns: which delta is loaded, and what waits for others.
-        default: name of the delta for requests that name no delta: the one that the engine was started on, or that a
-            client has loaded since.
-        refusal: why this server cannot swap; None if it can.
-    """
-
-    def __init__(self, engine: EngineClient, args: Namespace, models: OpenAIServingModels):
-        self._engine = engine
-        self.refusal: str | None = None
-        started_on, requests = None, Gate()
-        self.default = BASE
-        self._own_names = [model.name for model in models.base_model_paths]
-        try:
-            if (args.api_server_count or 1) > 1:
-                raise DeltaRefusedError("with --api-server-count above 1 no server knows of the others' requests")
-            self._switch = AsyncDeltaSwitch(engine)
-            files = self._switch.checker.files
-            if files.is_delta:
-                name = (args.served_model_name or [Path(files.model).name])[0]
-                name = files.model if name == BASE else name
-                started_on, self.default = NamedDelta(name, files.model, files.options.revision), name
-            requests = self._switch.requests
-        except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError) as error:
-            self.refusal = str(error)
-        self._catalogue = Catalogue(os.environ.get(DELTAS_VARIABLE, ""), started_on)
-        if clashing := sorted((self._catalogue.offered().keys() - {self.default, BASE}) & set(self._own_names)):
-            raise ValueError(
-                f"{DELTAS_VARIABLE}: '{clashing[0]}' is the name of the server's own model: give the delta another one"
-            )
-        self.turns = Turns(
-            requests,
-            self._take_turn,
-            self.default,
-            max_wait=seconds_from(MAX_WAIT_VARIABLE, 10.0),
-            min_residence=seconds_from(MIN_RESIDENCE_VARIABLE, 0.5),
+        by_adapters = engine_client.vllm_config.lora_config is not None
+        state.impart_hf = (AdapterServer if by_adapters else SwapServer)(
+            engine_client, args, state.openai_serving_models
         )
-        self._loaded_at = time.monotonic()
-        self._swapping, self._asked_for = asyncio.Lock(), False
-        if not self.refusal:
-            offer_by_name(models, self._offered_models)
-
-    def _offered_models(self) -> dict[str, str]:
-        """Return the deltas that requests may name, with their folders or Hub ids."""
-        offered = self._catalogue.offered().values()
-        return {delta.name: delta.repo for delta in offered if delta.repo and delta.name not in self._own_names}
-
-    def listing(self) -> dict[str, Any]:
-        loaded = self.turns.loaded
-        entries = [
-            {"id": d.name, "object": "delta", "repo": d.repo, "revision": d.revision, "loaded": d.name == loaded}
-            for d in self._catalogue.offered().values()
-        ]
-        return {"object": "list", "loaded": loaded, "data": entries}
-
-    def delta_of(self, model: str | None) -> Callable[[], str]:
-        """Return what returns the delta that a model's name in a request stands for now.
-
-        Raises:
-            RefusedRequestError: if it is neither the server's own nor that of a delta.
-        """
-        if self.refusal or model is None or model in self._own_names:  # without swaps, vLLM knows what it serves
-            return lambda: self.default
-        # Folders of deltas need not be read for what is loaded already.
-        if model == self.turns.loaded:
-            return lambda: model
-        offered = self._catalogue.offered()
-        if model in offered:
-            return lambda: model
-        raise _unknown("model", model, [*self._own_names, *offered])
-
-    def count(self, delta: str) -> None:
-        """Count a request, and what waits behind it."""
-        metrics.requests.labels(delta).inc()
-        metrics.waiting.clear()
-        for name, number in self.turns.waiting().items():
-            metrics.waiting.labels(name).set(number)
-
-    async def load(self, name: str) -> dict[str, Any]:
-        """Swap because a client wants it, and return the body of the answer; one that has begun is finished.
-
-        Raises:
-            RefusedRequestError: if it cannot be loaded.
-        """
-        if self._asked_for:
-            raise _refused(409, "another swap is in progress")
-        self._asked_for = True
-        swap = asyncio.ensure_future(self._load(name))
-        swap.add_done_callback(lambda done: done.cancelled() or done.exception())  # the client may be gone
-        return await asyncio.shield(swap)
-
-    async def _load(self, name: str) -> dict[str, Any]:
-        try:
-            started = time.perf_counter()
-            checked = await self._swap(name, by_client=True)
-            assert checked is not None
-            return {
-                "loaded": name, "repo": checked.repo, "revision": checked.revision,
-                "seconds": time.perf_counter() - started, "notes": list(checked.notes),
-            }  # fmt: skip
-        finally:
-            self._asked_for = False
-
-    async def _take_turn(self, name: str) -> None:
-        """Load a delta if it is not loaded yet; errors as for `_swap`."""
-        await self._swap(name, by_client=False)
-
-    async def _swap(self, name: str, by_client: bool) -> CheckedDelta | None:
-        """Load a delta.
-
-        Args:
-            by_client: whether a client asked for it, so that it is loaded again if it is loaded, and the default.
-
-        Returns:
-            The delta; None if it was loaded, and no client asked.
-
-        Raises:
-            RefusedRequestError: if it cannot be.
-        """
-        try:
-            async with self._swapping:
-                if not by_client and self.turns.loaded == name:
-                    return None
-                started = time.perf_counter()
-                checked = await self._exchanged(name, by_client)
-                seconds = time.perf_counter() - started
-        except RefusedRequestError as refused:
-            if refused.status != 404:  # any name may be asked for
-                metrics.failed_swaps.labels(name).inc()
-            raise
-        logger.info("Swapped to delta %s in %.2f s", name, seconds)
-        metrics.swaps.labels(name).inc()
-        metrics.swap_seconds.observe(seconds)
-        return checked
-
-    async def _exchanged(self, name: str, is_default: bool) -> CheckedDelta:
-        if self.refusal:
-            raise _refused(501, f"this server cannot swap deltas: {self.refusal}")
-        offered = self._catalogue.offered()
-        if name not in offered:
-            raise _unknown("delta", name, list(offered))
-        if self._engine.errored:
-            raise _refused(503, "the engine has stopped: restart the server")
-        delta = offered[name]
-        try:
-            return await self._switch.load(delta.repo, delta.revision, lambda: self._now_loaded(name, is_default))
-        except EngineUnsoundError as error:
-            self.turns.now_loaded(None)
-            logger.error("Swap to delta %s: %s", name, error)
-            raise _refused(500, str(error)) from error
-        except (CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError, SwapError) as error:
-            if name not in (offered := self._catalogue.offered()):  # removed meanwhile
-                raise _unknown("delta", name, list(offered)) from error
-            if not isinstance(error, SwapError):
-                raise _refused(422, str(error)) from error
-            logger.error("Swap to delta %s: %s", name, error)
-            raise _refused(500, str(error)) from error
-        except (EngineDeadError, RuntimeError) as error:
-            if not self._engine.errored:
-                raise
-            raise _refused(503, "the engine has stopped: restart the server") from error
-
-    def _now_loaded(self, name: str, is_default: bool) -> None:
-        """Note what is loaded, before a request is admitted."""
-        if is_default:
-            self.default = name
-        now, before = time.monotonic(), self.turns.loaded
-        if before is not None:
-            metrics.residence_seconds.labels(before).inc(now - self._loaded_at)
-        self._loaded_at = now
-        self.turns.now_loaded(name)
 
 
 @router.get("/v1/deltas")
 async def list_deltas(request: Request) -> JSONResponse:
     """List the deltas that can be loaded, and the one that is."""
-    server: _Server = request.app.state.impart_hf
+    server: SwapServer | AdapterServer = request.app.state.impart_hf
     return JSONResponse(server.listing())
 
 
 @router.post(LOAD_PATH)
 async def load_delta(request: Request) -> JSONResponse:
     """Swap to a delta: running requests finish on the old one, new requests wait."""
-    server: _Server = request.app.state.impart_hf
+    server: SwapServer | AdapterServer = request.app.state.impart_hf
     try:
         body = json.loads(await request.body())
         if not isinstance(body, dict) or set(body) != {"delta"} or not isinstance(body["delta"], str):
             raise ValueError("not an object with the single key 'delta'")
         return JSONResponse(await server.load(body["delta"]))
     except (ValueError, RecursionError) as error:
-        refused = _refused(400, f'the body must be {{"delta": NAME}}: {error}')
+        refusal = refused(400, f'the body must be {{"delta": NAME}}: {error}')
     except RefusedRequestError as error:
-        refused = error
-    return JSONResponse(refused.body, refused.status)
-
-
-_KINDS = {400: "BadRequestError", 404: "NotFoundError", 409: "ConflictError", 422: "UnprocessableEntityError"}
-
-
-def _unknown(what: str, name: str, known: list[str]) -> RefusedRequestError:
-    # As ASCII, because a name may hold characters that cannot be encoded in an answer.
-    return _refused(404, f"there is no {what} {name!a:.200}; choose one of {', '.join(known)}", deltas=known)
-
-
-def _refused(status: int, message: str, **more: Any) -> RefusedRequestError:
-    kind = _KINDS.get(status, "InternalServerError")
-    body = {"error": {"message": message, "type": kind, "param": None, "code": status, **more}}
-    return RefusedRequestError(status, body)
+        refusal = error
+    return JSONResponse(refusal.body, refusal.status)

@@ -3,39 +3,27 @@
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .turns import Turns
+from .refusals import RefusedRequestError
 
 # The name that answers to the current request have as their model; None for the server's own.
 answering_as: ContextVar[str | None] = ContextVar("answering_as", default=None)
 
 
-class RefusedRequestError(Exception):
-    """A request that gets an answer of ours.
-
-    Attributes:
-        status, body: of the answer; the body as JSON values.
-    """
-
-    def __init__(self, status: int, body: dict[str, Any]):
-        super().__init__(body)
-        self.status, self.body = status, body
-
-
 class DeltaServer(Protocol):
     """What the middleware needs of the server's state."""
 
-    turns: Turns
+    def admitted(self, model: str | None) -> AbstractAsyncContextManager[None]:
+        """Wait until a request with this model can be answered; that stays so until the context ends.
 
-    def delta_of(self, model: str | None) -> Callable[[], str]:
-        """Return what returns the delta that a model's name stands for now; raise `RefusedRequestError` if none."""
-
-    def count(self, delta: str) -> None:
-        """Count a request."""
+        Raises:
+            RefusedRequestError: if it cannot.
+        """
 
 
 class RequestsByDelta:
@@ -66,14 +54,12 @@ class RequestsByDelta:
             model = _model_in(body)
         arriving = _Arriving(messages, receive)
         try:
-            wanted = server.delta_of(model)
-            admitted = server.turns.request(wanted)
+            admitted = server.admitted(model)
             if not await arriving.unless_gone(admitted.__aenter__()):
                 return
         except RefusedRequestError as refused:
             await _answer(send, refused)
             return
-        server.count(wanted())
         token = answering_as.set(model)
         error: BaseException | None = None
         try:

@@ -8,12 +8,13 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 from .named_requests import answering_as
 
 
-def offer_by_name(models: Any, offered: Callable[[], dict[str, str]]) -> None:
+def offer_by_name(models: Any, offered: Callable[[], dict[str, str]], is_served: Callable[[str], bool]) -> None:
     """Let a server's models include deltas.
 
     Args:
         models: vLLM's `OpenAIServingModels`.
-        offered: returns the deltas on offer now: by name, their folders or Hub ids.
+        offered: returns the deltas on offer now that vLLM does not know: by name, their folders or Hub ids.
+        is_served: whether the engine's own weights answer requests with a name, besides the server's own ones.
     """
     listed, named, known = models.show_available_models, models.model_name, models.registry.is_base_model
 
@@ -32,8 +33,7 @@ def offer_by_name(models: Any, offered: Callable[[], dict[str, str]]) -> None:
         return answering_as.get() or named(*arguments, **options)
 
     def is_base_model(name: str) -> bool:
-        # The middleware has seen to it that the request's delta is loaded.
-        return known(name) or name == answering_as.get() or name in offered()
+        return known(name) or is_served(name)
 
     models.show_available_models, models.model_name = show_available_models, model_name
     models.registry.is_base_model = is_base_model

@@ -24,6 +24,7 @@ def _register() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.platforms import current_platform
     from vllm.transformers_utils import config as vllm_config
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -51,3 +52,7 @@ def _register() -> None:
         MODELS_CONFIG_MAP[model_classes.DELTA_PREFIX + name] = delta_settings(MODELS_CONFIG_MAP.get(name))
 
     WorkerBase.impart_hf_load_delta = load_delta
+    if current_platform.is_cpu():
+        from .cpu_adapters import leave_rows_without_adapter
+
+        leave_rows_without_adapter()

@@ -25,8 +25,8 @@ from transformers import (
 
 from impart_hf import DeltaCompressedForSequenceClassification, LowRankConfig
 from impart_hf.compression.compatibility import IncompatibleModelsError
+from impart_hf.lora.export import export_lora
 from impart_hf.modeling.model_files import HubOptions
-from impart_hf.repository.lora_export import export_lora
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reconstruct import reconstruct
 from impart_hf.repository.verify import verify

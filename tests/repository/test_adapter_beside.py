@@ -10,9 +10,9 @@ from support.loaded_models import captured_log
 from support.messages import naming
 from support.tiny_models import Pair
 
+from impart_hf.lora.export import export_lora
 from impart_hf.modeling.model_files import CheckpointError, HubOptions
 from impart_hf.repository.inspection import Inspection
-from impart_hf.repository.lora_export import export_lora
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reconstruct import reconstruct
 from impart_hf.repository.verify import verify

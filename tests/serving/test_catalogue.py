@@ -82,3 +82,47 @@ def test_two_folders_with_one_name(tiny_repository: Path, tmp_path: Path) -> Non
         shutil.copytree(tiny_repository, tmp_path / folder / "same")
     with pytest.raises(ValueError, match=naming("'same'", tmp_path / "x" / "same", tmp_path / "y" / "same")):
         Catalogue(f"{tmp_path / 'x'},{tmp_path / 'y'}")
+
+
+class TestFind:
+    def test_by_name_folder_and_id(self, tiny_repository: Path, tmp_path: Path) -> None:
+        tenants = tmp_path / "tenants"
+        tenants.mkdir()
+        shutil.copytree(tiny_repository, tenants / "one")
+        catalogue = Catalogue(f"{tenants},math=user/math@v1,mine={tiny_repository}")
+        one, mine = NamedDelta("one", str(tenants / "one")), NamedDelta("mine", str(tiny_repository))
+        assert catalogue.find(BASE) == NamedDelta(BASE, None)
+        for name in ("one", str(tenants / "one"), f"{tenants}/x/../one"):
+            assert catalogue.find(name) == one
+        assert catalogue.find("mine") == catalogue.find(str(tiny_repository)) == mine
+        assert catalogue.find("math") == catalogue.find("user/math") == NamedDelta("math", "user/math", "v1")
+
+    def test_nothing_else(self, tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tenants = tmp_path / "tenants"
+        shutil.copytree(tiny_repository, tenants / "sub" / "one")
+        shutil.copytree(tiny_repository, tenants / ".hidden")
+        shutil.copytree(tiny_repository, tmp_path / "outside")
+        (tenants / "link").symlink_to(tmp_path / "outside")
+        monkeypatch.chdir(tmp_path)
+        catalogue = Catalogue(str(tenants))
+        names = ["user/x", "../outside", "sub/one", ".hidden", "..", "", "tenants/sub/one", "x" * 5000, "a\0b"]
+        for name in [*names, str(tmp_path / "outside"), str(tenants / ".hidden"), str(tenants / "sub" / "one")]:
+            assert catalogue.find(name) is None, name
+
+    def test_what_is_allowed(self, tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("tenants/one", "others/one", "user/here"):
+            shutil.copytree(tiny_repository, tmp_path / name)
+        (tmp_path / "tenants" / "out").symlink_to(tmp_path / "others" / "one")
+        monkeypatch.chdir(tmp_path)
+        catalogue = Catalogue("", allowed=f"user/*, {tmp_path}/tenants/*")
+        assert catalogue.find("user/math") == NamedDelta("user/math", "user/math")
+        place = str(tmp_path / "tenants" / "one")
+        assert catalogue.find(place) == NamedDelta(place, place)
+        others = ["users/math", "user", "user/here", "user/../x", "user/a/b", str(tmp_path / "others" / "one")]
+        for name in [*others, str(tmp_path / "tenants" / "out"), f"{tmp_path}/tenants/../others/one"]:
+            assert catalogue.find(name) is None, name
+        assert Catalogue("").find("user/math") is None
+
+    def test_name_of_another_model(self) -> None:
+        with pytest.raises(ValueError, match=naming("'math'", "another")):
+            Catalogue("math=user/math").check_names({"math", "x"})

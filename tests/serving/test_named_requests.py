@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,48 +11,36 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from impart_hf.serving.named_requests import RefusedRequestError, RequestsByDelta, answering_as
-
-
-class FakeTurns:
-    def __init__(self) -> None:
-        self.open, self.inside, self.left = asyncio.Event(), [], []
-
-    @asynccontextmanager
-    async def request(self, wanted: Callable[[], str]):
-        name = wanted()
-        if name == "broken":
-            raise RefusedRequestError(422, {"error": "broken"})
-        await self.open.wait()
-        self.inside.append(name)
-        try:
-            yield
-        finally:
-            self.left.append(name)
+from impart_hf.serving.named_requests import RequestsByDelta, answering_as
+from impart_hf.serving.refusals import RefusedRequestError
 
 
 class Stage:
     """A server of ours around an application that notes what it gets."""
 
     def __init__(self) -> None:
-        self.turns, self.counted, self.seen, self.sent = FakeTurns(), [], [], []
+        self.open, self.inside, self.left = asyncio.Event(), [], []
+        self.seen, self.sent = [], []
         self.fails = False
         self.application = RequestsByDelta(self.app, lambda scope: self, lambda path: path == "/passes")
 
-    def delta_of(self, model: str | None) -> Callable[[], str]:
-        if model == "unknown":
-            raise RefusedRequestError(404, {"error": "unknown"})
-        return lambda: model or "default"
-
-    def count(self, delta: str) -> None:
-        self.counted.append(delta)
+    @asynccontextmanager
+    async def admitted(self, model: str | None):
+        if model in ("unknown", "broken"):
+            raise RefusedRequestError(404 if model == "unknown" else 422, {"error": model})
+        await self.open.wait()
+        self.inside.append(model or "default")
+        try:
+            yield
+        finally:
+            self.left.append(model or "default")
 
     async def app(self, scope: dict, receive: Any, send: Any) -> None:
         body, more = b"", scope["type"] == "http"
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
-        self.seen.append((scope.get("path"), body, answering_as.get(), list(self.turns.inside)))
+        self.seen.append((scope.get("path"), body, answering_as.get(), list(self.inside)))
         if self.fails:
             raise LookupError("app")
         await send({"type": "http.response.start", "status": 200})
@@ -91,19 +78,19 @@ def run(story: Any) -> Stage:
 
 def test_the_body_arrives_as_it_was_sent() -> None:
     async def story(stage: Stage) -> None:
-        stage.turns.open.set()
+        stage.open.set()
         data = body_of("math")
         await stage.post([data[:10], data[10:40], data[40:]])
 
     stage = run(story)
     assert stage.seen == [("/v1/completions", body_of("math"), "math", ["math"])]
-    assert stage.turns.left == ["math"] and stage.counted == ["math"] and answering_as.get() is None
+    assert stage.left == ["math"] and answering_as.get() is None
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"[" * 100_000, b'{"model": 3}', b'{"model": ""}', b'{"x": 1}'])
 def test_bodies_without_a_model_are_for_the_default(body: bytes) -> None:
     async def story(stage: Stage) -> None:
-        stage.turns.open.set()
+        stage.open.set()
         await stage.post([body])
 
     stage = run(story)
@@ -112,7 +99,7 @@ def test_bodies_without_a_model_are_for_the_default(body: bytes) -> None:
 
 def test_other_content_is_not_read_first() -> None:
     async def story(stage: Stage) -> None:
-        stage.turns.open.set()
+        stage.open.set()
         await stage.post([b"a", b"b"], kind="multipart/form-data; boundary=x")
 
     assert run(story).seen[0][1:] == (b"ab", None, ["default"])
@@ -120,12 +107,12 @@ def test_other_content_is_not_read_first() -> None:
 
 def test_refusals() -> None:
     async def story(stage: Stage) -> None:
-        stage.turns.open.set()
+        stage.open.set()
         await stage.post([body_of("unknown")])
         await stage.post([body_of("broken")])
 
     stage = run(story)
-    assert stage.seen == [] and stage.counted == []
+    assert stage.seen == [] and stage.inside == []
     starts = [message for message in stage.sent if message["type"] == "http.response.start"]
     assert [message["status"] for message in starts] == [404, 422]
     assert [json.loads(m["body"]) for m in stage.sent if "body" in m] == [{"error": "unknown"}, {"error": "broken"}]
@@ -137,22 +124,22 @@ def test_a_client_that_leaves_while_it_waits() -> None:
         await asyncio.sleep(0.02)
         stage.gone.set()
         await waiting
-        stage.turns.open.set()
+        stage.open.set()
         await asyncio.sleep(0.02)
 
     stage = run(story)
-    assert stage.seen == [] and stage.turns.inside == [] and stage.sent == []
+    assert stage.seen == [] and stage.inside == [] and stage.sent == []
 
 
 def test_an_error_of_the_application_leaves_the_turn() -> None:
     async def story(stage: Stage) -> None:
-        stage.turns.open.set()
+        stage.open.set()
         stage.fails = True
         with pytest.raises(LookupError):
             await stage.post([body_of("math")])
 
     stage = run(story)
-    assert stage.turns.left == ["math"] and answering_as.get() is None
+    assert stage.left == ["math"] and answering_as.get() is None
 
 
 def test_what_passes() -> None:

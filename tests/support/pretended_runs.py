@@ -29,6 +29,7 @@ from impart_hf.distillation import DistillSettings
 from impart_hf.distillation.distillation import distill
 from impart_hf.evaluation.metrics import load as load_dense
 from impart_hf.evaluation.metrics import perplexity
+from impart_hf.lora.export import export_lora
 from impart_hf.merging.merge import merge
 from impart_hf.methods import method_class, method_names
 from impart_hf.modeling.delta_decode import add_delta, add_delta_part, decode_record
@@ -36,7 +37,6 @@ from impart_hf.modeling.delta_record import parse_record
 from impart_hf.modeling.delta_repository import DeltaRepository
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.modeling.planes import Run, StoredRun
-from impart_hf.repository.lora_export import export_lora
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.reconstruct import reconstruct
 from impart_hf.repository.verify import verify

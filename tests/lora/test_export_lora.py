@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -25,12 +27,16 @@ from support.vllm_engines import HEADS, PROMPTS, EngineProcess, delta_of, greedy
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from impart_hf import ImPartConfig
+from impart_hf import ImPartConfig, ImPartRdConfig
+from impart_hf.calibration.text import calibration_tokens, load_tokenizer
 from impart_hf.cli.main import main
 from impart_hf.common.files import OutputError
+from impart_hf.evaluation.metrics import evaluate
+from impart_hf.lora.export import ADAPTER_FILE, export_lora
+from impart_hf.lora.factors import ranks_for
+from impart_hf.lora.report import LoraReport
 from impart_hf.modeling.delta_repository import WrongBaseError
 from impart_hf.modeling.model_files import HubOptions
-from impart_hf.repository.lora_export import ADAPTER_FILE, LoraReport, export_lora
 from impart_hf.repository.open import open_repository
 
 IDS = torch.arange(5, 45).view(2, 20)
@@ -42,9 +48,16 @@ def is_linear(name: str) -> bool:
     return "_proj" in name
 
 
-def save_repository(folder: Path, only: Any = lambda name: True, method: Any = None, added: int = 0) -> Path:
-    """A float32 LLaMA's delta on the parameters that `only` names."""
-    base = make_model(tiny_config("llama", **HEADS), dtype=torch.float32)
+def save_repository(
+    folder: Path,
+    only: Any = lambda name: True,
+    method: Any = None,
+    added: int = 0,
+    kind: str = "llama",
+    **changes: Any,
+) -> Path:
+    """A float32 model's delta on the parameters that `only` names."""
+    base = make_model(tiny_config(kind, **({**HEADS, **changes} if kind == "llama" else changes)), dtype=torch.float32)
     tuned = fine_tune(base, only=only)
     if added:
         tuned.resize_token_embeddings(VOCABULARY + added)
@@ -52,8 +65,13 @@ def save_repository(folder: Path, only: Any = lambda name: True, method: Any = N
     return delta_of(pair, folder / "delta", method)
 
 
-def export(repository: Path, output: Path, rank: int) -> LoraReport:
-    return export_lora(open_repository(str(repository), HubOptions()), output, rank)
+def export(repository: Path, output: Path, rank: int, **options: Any) -> LoraReport:
+    return export_lora(open_repository(str(repository), HubOptions()), output, rank, **options)
+
+
+def is_adaptable_by_name(name: str) -> bool:
+    """Whether a parameter is a matrix of linear layers, experts, embeddings or output projection, but no router."""
+    return "bias" not in name and ("_proj" in name or "embed_tokens" in name or "lm_head" in name)
 
 
 def with_adapter(repository: Path, adapter: Path) -> Any:
@@ -70,7 +88,6 @@ def logits(model: Any) -> torch.Tensor:
 def test_whole_rank_is_the_fine_tune(method: Any, tmp_path: Path) -> None:
     repository = save_repository(tmp_path, is_linear, method)
     report = export(repository, tmp_path / "adapter", 128)
-
     adapted, tuned = (
         logits(with_adapter(repository, tmp_path / "adapter")),
         logits(AutoModelForCausalLM.from_pretrained(repository)),
@@ -132,13 +149,16 @@ def test_says_what_is_left_out(tmp_path: Path) -> None:
     report = export(repository, tmp_path / "adapter", 8)
     opened = open_repository(str(repository), HubOptions())
     assert report.left_out.keys() == {name for name in opened.names() if not is_linear(name)}
-    squares = {}
+    changed, added = {}, {}
     for name in opened.names():
         base, tuned = opened.base_tensor(name).double(), opened.tensor(name).double()
-        squares[name] = float((tuned[: len(base)] - base).square().sum() + tuned[len(base) :].square().sum())
+        changed[name] = float((tuned[: len(base)] - base).square().sum())
+        added[name] = float(tuned[len(base) :].square().sum())
+    assert any(added.values())
+    lacking = {name: added[name] + (0 if is_adaptable_by_name(name) else changed[name]) for name in report.left_out}
     for name, norm in report.left_out.items():
-        assert norm == pytest.approx(squares[name] ** 0.5, rel=1e-4)
-    share = sum(squares[name] for name in report.left_out) / sum(squares.values())
+        assert norm == pytest.approx(lacking[name] ** 0.5, rel=1e-4)
+    share = sum(lacking.values()) / (sum(changed.values()) + sum(added.values()))
     assert report.left_out_share == pytest.approx(share, rel=1e-4)
 
 
@@ -156,11 +176,131 @@ def test_configuration_and_card(tmp_path: Path) -> None:
     repository = save_repository(tmp_path)
     export(repository, tmp_path / "adapter", 16)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"}
     assert set(config["target_modules"]) == kinds
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (16, 16, "CAUSAL_LM")
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert "library_name: peft" in card and "16 singular components" in card
+    assert "library_name: peft" in card and "| rank | 16 |" in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": False}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("gemma3", {}),  # scales what its embeddings give
+        ("mixtral", {}),  # experts one by one in the files
+        ("qwen2-moe", {}),
+        ("gpt-oss", {}),  # experts transposed
+    ],
+    ids=["untied", "tied", "scaled", "mixtral", "qwen2-moe", "gpt-oss"],
+)
+def test_embeddings_and_experts(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    repository = save_repository(tmp_path, is_adaptable_by_name, kind=kind, **changes)
+    report = export(repository, tmp_path / "adapter", 128)
+    assert report.left_out == {} and report.relative_error < 1e-5
+    names = " ".join(matrix.name for matrix in report.matrices)
+    assert "embed_tokens" in names and ("experts" in names) == (kind not in ("llama", "gemma3"))
+    tuned = logits(AutoModelForCausalLM.from_pretrained(repository))
+    assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")), tuned, atol=0.1)
+    adapted = with_adapter(repository, tmp_path / "adapter")
+    assert torch.allclose(logits(adapted), tuned, atol=2e-4)
+    if not changes.get("tie_word_embeddings") and kind != "gemma3":  # PEFT would add to a tied weight twice
+        assert torch.allclose(logits(adapted.merge_and_unload()), tuned, atol=2e-4)
+
+
+def test_parts(tmp_path: Path) -> None:
+    repository = save_repository(tmp_path)
+    report = export(repository, tmp_path / "adapter", 8, parts=["linear"])
+    assert len(report.matrices) == LINEAR and {"model.embed_tokens.weight", "lm_head.weight"} < report.left_out.keys()
+
+
+class TestBudget:
+    def test_each_matrix_has_the_rank_that_it_is_worth(self, tmp_path: Path) -> None:
+        repository = save_repository(tmp_path, is_adaptable_by_name)
+        even = export(repository, tmp_path / "even", 8)
+        budget = export(repository, tmp_path / "budget", 64, max_bytes=even.adapter_bytes)
+        assert budget.adapter_bytes <= even.adapter_bytes
+        ranks = {matrix.name: matrix.rank for matrix in budget.matrices}
+        assert len(set(ranks.values())) > 1 and budget.rank == max(ranks.values())
+        config = json.loads((tmp_path / "budget" / "adapter_config.json").read_text())
+        assert (
+            config["rank_pattern"]
+            == config["alpha_pattern"]
+            == {n.removesuffix(".weight"): r for n, r in ranks.items()}
+        )
+        stored = load_tensors(tmp_path / "budget")
+        for name, rank in ranks.items():
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            a = stored[f"{module}.lora_embedding_A" if "embed_tokens" in name else f"{module}.lora_A.weight"]
+            assert len(a) == rank
+        adapted, low = (with_adapter(repository, tmp_path / name) for name in ("budget", "even"))
+        assert torch.isfinite(logits(adapted)).all() and not torch.equal(logits(adapted), logits(low))
+        assert not list((tmp_path / "budget").glob(".*"))
+
+    def test_kept_components_are_worth_more_than_dropped_ones(self) -> None:
+        choose = np.random.default_rng(0)
+        worth = [np.sort(choose.exponential(size=count) * scale)[::-1] for count, scale in ((9, 1), (4, 50), (30, 0.1))]
+        worth.append(np.zeros(3))
+        sizes = [10, 300, 7, 5]
+        for most in (0, 9, 100, 700, 10**6):
+            ranks = ranks_for(worth, sizes, most)
+            used = sum(rank * size for rank, size in zip(ranks, sizes, strict=True))
+            assert used <= most and ranks[3] == 0
+            kept = [part[rank - 1] / size for part, rank, size in zip(worth, ranks, sizes, strict=True) if rank]
+            dropped = [
+                part[rank] / size for part, rank, size in zip(worth, ranks, sizes, strict=True) if rank < len(part)
+            ]
+            assert not kept or min(kept) >= max(dropped)
+            assert most - used < max(sizes) or ranks == [9, 4, 30, 0]
+
+    def test_whole(self, tmp_path: Path) -> None:
+        repository = save_repository(tmp_path, is_adaptable_by_name)
+        report = export(repository, tmp_path / "adapter", 64, max_bytes="1GB")
+        assert report.relative_error < 1e-5
+        tuned = logits(AutoModelForCausalLM.from_pretrained(repository))
+        assert torch.allclose(logits(with_adapter(repository, tmp_path / "adapter")), tuned, atol=2e-4)
+
+    def test_too_small(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=naming("max_bytes", 100)):
+            export(save_repository(tmp_path), tmp_path / "adapter", 8, max_bytes=100)
+        assert not (tmp_path / "adapter").exists()
+
+
+def test_delta_of_bounded_rank_is_its_adapter(tmp_path: Path) -> None:
+    method = ImPartRdConfig(compression_ratio=6, max_rank=12)
+    repository = save_repository(tmp_path, is_linear, method)
+    report = export(repository, tmp_path / "adapter", 12)
+    assert report.relative_error < 1e-5
+    tuned = logits(AutoModelForCausalLM.from_pretrained(repository))
+    assert torch.allclose(logits(with_adapter(repository, tmp_path / "adapter")), tuned, atol=2e-4)
+    unbounded = delta_of(
+        Pair(tmp_path / "base", tmp_path / "finetuned"), tmp_path / "unbounded", replace(method, max_rank=None)
+    )
+    assert export(unbounded, tmp_path / "cut", 12).relative_error > 0.01
+
+
+class TestValidation:
+    def test_is_the_divergence_of_the_loaded_models(self, tmp_path: Path) -> None:
+        repository = save_repository(tmp_path)
+        text = tmp_path / "text.txt"
+        text.write_text("A delta holds what fine-tuning changed. " * 40)
+        whole = export(repository, tmp_path / "whole", 64, validation=str(text), samples=4, length=32)
+        low = export(repository, tmp_path / "low", 2, validation=str(text), samples=4, length=32)
+        assert whole.validation and low.validation
+        assert 0 < whole.validation.kl < low.validation.kl < low.validation.base_kl
+        assert whole.validation.base_kl == pytest.approx(low.validation.base_kl)
+        blocks = calibration_tokens(str(text), load_tokenizer(str(repository), HubOptions()), samples=4, length=32)
+        tuned = AutoModelForCausalLM.from_pretrained(repository).eval()
+        adapted: Any = with_adapter(repository, tmp_path / "low")
+        assert low.validation.kl == pytest.approx(evaluate(adapted.get_base_model(), tuned, blocks, 4)[1], rel=1e-3)
+        assert f"{low.validation.kl:.3g}" in (tmp_path / "low" / "README.md").read_text()
+
+    def test_text_is_read_before_any_work(self, tmp_path: Path) -> None:
+        repository = save_repository(tmp_path)
+        with pytest.raises(FileNotFoundError, match=naming(tmp_path / "none.txt")):
+            export(repository, tmp_path / "adapter", 2, validation=str(tmp_path / "none.txt"))
+        assert not (tmp_path / "adapter").exists()
 
 
 class TestRefused:
@@ -177,7 +317,7 @@ class TestRefused:
 
     def test_nothing_to_export(self, tmp_path: Path) -> None:
         repository = save_repository(tmp_path, lambda name: "norm" in name)
-        with pytest.raises(ValueError, match=naming("linear layer", repository)):
+        with pytest.raises(ValueError, match=naming(repository, "linear", "nothing to export")):
             export(repository, tmp_path / "adapter", 4)
         assert not (tmp_path / "adapter").exists()
 
@@ -194,8 +334,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     repository = save_repository(tmp_path)
     assert main(["export-lora", str(repository), str(tmp_path / "one"), "--rank", "4", "--quiet"]) == 0
     said = capsys.readouterr().out
-    assert re.search(naming("rank 4", f"{LINEAR} matrices"), said) and re.search(r"error 0\.", said)
-    assert "7 changed tensors" in said
+    assert re.search(naming("rank 4", f"{LINEAR + 2} matrices"), said) and re.search(r"error 0\.", said)
+    assert "5 changed tensors" in said
     assert main(["export-lora", str(repository), str(tmp_path / "two"), "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["rank"] == 64  # the largest that a matrix of this model has
     assert main(["export-lora", str(repository), str(tmp_path / "one"), "--quiet"]) == 1

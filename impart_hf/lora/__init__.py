@@ -1,0 +1,1 @@
+"""Export of a delta as a LoRA adapter in PEFT's format."""

@@ -1,0 +1,115 @@
+"""What an adapter holds of a delta and what it lacks, and the adapter's model card."""
+
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..common.names import is_on_hub, public_name
+from ..modeling.delta_repository import DeltaRepository
+
+
+@dataclass(frozen=True)
+class LoraMatrix:
+    """One matrix of the adapter, or the stack of a layer's experts.
+
+    Attributes:
+        name: name of the fine-tuned tensor, or of the parameter if several tensors make it.
+        rank: components that are kept.
+        norm: Frobenius norm of its delta.
+        relative_error: norm of delta minus adapter, over `norm`; includes the rounding of the factors.
+    """
+
+    name: str
+    rank: int
+    norm: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class LoraValidation:
+    """How far the adapter is from the delta on a text.
+
+    Attributes:
+        kl: KL(delta || base with adapter), nats per token.
+        base_kl: KL(delta || base), for comparison.
+        tokens: number of tokens.
+    """
+
+    kl: float
+    base_kl: float
+    tokens: int
+
+
+@dataclass
+class LoraReport:
+    """What an adapter contains of a delta, and what it lacks.
+
+    Attributes:
+        rank: the largest rank, which engines must allow.
+        adapter_bytes: bytes of the adapter's tensors.
+        matrices: the matrices in the adapter.
+        left_out: by tensor name, norms of the deltas that are not in the adapter; of added rows, where the tensor's
+            other rows are.
+        validation: on a text, if one was given.
+    """
+
+    rank: int
+    adapter_bytes: int = 0
+    matrices: list[LoraMatrix] = field(default_factory=list)
+    left_out: dict[str, float] = field(default_factory=dict)
+    validation: LoraValidation | None = None
+
+    @property
+    def relative_error(self) -> float:
+        """Relative error over all the adapter's matrices: root of the summed squared errors, over that of the norms."""
+        lost = sum((m.norm * m.relative_error) ** 2 for m in self.matrices)
+        return (lost / sum(m.norm**2 for m in self.matrices)) ** 0.5 if self.matrices else 0.0
+
+    @property
+    def left_out_share(self) -> float:
+        """Share of the whole delta's squared norm that is in tensors outside the adapter."""
+        left = sum(norm**2 for norm in self.left_out.values())
+        return left / (left + sum(m.norm**2 for m in self.matrices))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "relative_error": self.relative_error, "left_out_share": self.left_out_share}
+
+
+def adapter_card(repository: DeltaRepository, report: LoraReport) -> str:
+    """Return the adapter's README.md."""
+    base = repository.config.base_model_name_or_path
+    on_hub = is_on_hub(base)
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "impart-hf"],
+    )
+    template = resources.files("impart_hf.model_cards").joinpath("lora_adapter.md").read_text("utf-8")
+    return (
+        str(
+            ModelCard.from_template(
+                data,
+                template_str=template,
+                base=base if on_hub else Path(base).name,
+                base_revision=repository.config.base_model_revision or "",
+                source=public_name(repository.source),
+                ranks=_ranks(report),
+                matrices=len(report.matrices),
+                error=f"{report.relative_error:.3f}",
+                share=f"{report.left_out_share:.1%}",
+                left_out=len(report.left_out),
+                validation=report.validation,
+            )
+        )
+        + "\n"
+    )
+
+
+def _ranks(report: LoraReport) -> str:
+    ranks = {matrix.rank for matrix in report.matrices}
+    return str(report.rank) if ranks == {report.rank} else f"{min(ranks)} to {report.rank}"

@@ -1,0 +1,91 @@
+"""Adapters of deltas for one engine, made when they are asked for and kept in a folder."""
+
+import os
+import tempfile
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.files import OutputError
+from ..lora.export import ADAPTER_FILE, export_lora
+from ..lora.places import Part
+from ..modeling.model_files import pinned
+from ..modeling.repository_files import delta_digest
+from ..storage.locked_folder import LockedFolder
+from .catalogue import NamedDelta
+from .deltas import DeltaRefusedError, FittingDeltas
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+ADAPTERS_VARIABLE = "IMPART_HF_ADAPTERS"
+
+
+class AdapterCache:
+    """Makes adapters of at most the engine's rank, each once.
+
+    They are in the folder that `IMPART_HF_ADAPTERS` names, where a later server finds them; without it in a temporary
+    one. They stay as long as the server runs, because vLLM may read one again after others have taken its place.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig"):
+        """Read the engine's own files, and make the folder.
+
+        Raises:
+            DeltaRefusedError: if the engine cannot have adapters of deltas.
+            CheckpointError, DeltaFormatError, WrongBaseError: if its files are missing or damaged.
+            ValueError: if the environment does not name a folder that can be written to.
+        """
+        lora = vllm_config.lora_config
+        assert lora is not None
+        if lora.target_modules is not None:
+            raise DeltaRefusedError("--lora-target-modules would leave out a part of every delta: start it without")
+        self._fitting = FittingDeltas(vllm_config)
+        if self._fitting.files.is_delta:
+            raise DeltaRefusedError("adapters are added to the base: start the engine on the base, not on a delta")
+        self._rank: int = lora.max_lora_rank
+        self._parts = _parts_of(vllm_config.model_config)
+        self._making = threading.Lock()  # an adapter takes memory for a matrix and all cores
+        self._temporary: LockedFolder | None = None
+        if place := os.environ.get(ADAPTERS_VARIABLE):
+            self._folder = Path(place)
+            if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+                raise ValueError(f"{ADAPTERS_VARIABLE}: '{place}' is not a folder that can be written to")
+        else:
+            self._temporary = LockedFolder(Path(tempfile.gettempdir()), "impart-hf-adapters-")
+            self._folder = self._temporary.path
+
+    def adapter_of(self, delta: NamedDelta) -> Path:
+        """Return the folder of a delta's adapter, made now if there is none.
+
+        Raises:
+            CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError: if the delta is missing, damaged or
+                not one of the engine's base.
+            ValueError: if it changes nothing that an adapter can hold.
+            OutputError: if the disk is full.
+        """
+        assert delta.repo is not None
+        with self._making:
+            repository = self._fitting.open(
+                delta.repo, pinned(delta.repo, self._fitting.files.hub_options(delta.revision))
+            )
+            # The digest is of the delta and of its base, so that an adapter of other files is never taken.
+            digest = delta_digest(repository.file, repository.config)[:32]
+            folder = self._folder / f"{digest}-rank{self._rank}-{'-'.join(self._parts)}"
+            if not (folder / ADAPTER_FILE).is_file():
+                try:
+                    export_lora(repository, folder, self._rank, parts=self._parts)
+                except OutputError:
+                    if not (folder / ADAPTER_FILE).is_file():  # another server has made it meanwhile
+                        raise
+            return folder
+
+
+def _parts_of(model_config: "ModelConfig") -> Collection[Part]:
+    """Return what adapters of a model may hold in vLLM; experts are left out, which not every platform can serve."""
+    from vllm.model_executor.model_loader.utils import get_model_cls
+
+    known = getattr(get_model_cls(model_config), "embedding_modules", {})
+    parts: list[Part] = ["linear"]
+    return [*parts, "embeddings"] if {"embed_tokens", "lm_head"} <= set(known) else parts
