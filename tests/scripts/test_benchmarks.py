@@ -13,6 +13,7 @@ from support.messages import naming
 from support.tiny_models import Pair
 from transformers import LlamaConfig
 
+from impart_hf import LowRankConfig, compress
 from impart_hf.common import token_losses
 from impart_hf.evaluation import metrics as evaluate
 from impart_hf.evaluation.memory import PeakMemory
@@ -255,3 +256,22 @@ def test_forecast_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     mixture = script.MODELS["Qwen3-30B-A3B"].tensors()
     assert sum(t.dense_bytes for t in mixture) == pytest.approx(2 * 30.5e9, rel=0.01)
     assert sum(t.dense_bytes for t in script.MODELS["Gemma-3-27B"].tensors()) == pytest.approx(2 * 27e9, rel=0.02)
+
+
+@linux_only
+def test_delta_adapters(
+    few_processes: None, tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "delta", LowRankConfig(compression_ratio=4))
+    script = load_script("benchmark_delta_adapters")
+    options = ["--counts", "1,2", "--prompt-tokens", "5", "--new-tokens", "2", "--dtype", "float32"]
+    picture = tmp_path / "picture.png"
+    assert script.main([str(tiny_pair.base), str(tmp_path / "delta"), *options, "--picture", str(picture)]) == 0
+    said = capsys.readouterr().out
+    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    counts = {way: [line["count"] for line in found if line["way"] == way] for way in script.WAYS}
+    assert counts == {way: [1, 2] if way != "base" else [1] for way in script.WAYS}
+    assert all(line["prefill"] > 0 and line["decode"] > 0 for line in found)
+    assert re.search(r"\| merged +\| 2 \|", said) and picture.stat().st_size > 1000
