@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from ..common.configs import fields_of_weights
 from ..modeling.checksums import tensor_checksum
-from ..modeling.delta_repository import DeltaRepository, WrongBaseError
 from ..modeling.model_files import CheckpointError, HubOptions, fetch_file, pinned, read_json
 from ..modeling.tensors import Tensors
 from .completeness import check_complete
+from .engine_base import DeltaRefusedError, EngineBase, base_config, checksums_of_base
 from .engine_files import EngineFiles
 from .scratch import Scratch
 
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
 
 # For these files the engine continues to use those that it was started with.
 _KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-
-
-class DeltaRefusedError(ValueError):
-    """A delta that the engine cannot load, although it may be sound."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +69,11 @@ class DeltaChecker:
             )
         self._vllm_config = vllm_config
         self.files, self.scratch = EngineFiles(vllm_config), Scratch()
-        # Checksums of the base's tensors, by their names there, as far as they are known.
-        self._base_checksums: dict[str, int] = {}
+        config, checksums = None, dict[str, int]()
         if self.files.is_delta:
             started_on = self.files.open_model()
-            self._config, self._base_checksums = started_on.text_config, _base_checksums(started_on)
-        else:
-            self._config = _base_config(self.files.base)
+            config, checksums = started_on.text_config, checksums_of_base(started_on)
+        self._base = EngineBase(str(self.files.base), config or base_config(self.files.base), checksums)
 
     def check(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
         """Check that the engine can load a delta: its files are complete, and its base and model are the engine's.
@@ -100,18 +93,18 @@ class DeltaChecker:
         return self._check_delta(os.path.abspath(repo) if os.path.isdir(repo) else os.fspath(repo), revision)
 
     def _check_base_itself(self) -> CheckedDelta:
-        base, config = self.files.open_base(), _base_config(self.files.base)
-        self._check_config(config, base.source)
+        base, config = self.files.open_base(), base_config(self.files.base)
+        self._base.check_config(config, base.source)
         self._check_complete(base, config)
         checksums = {name: tensor_checksum(base.tensor(name)) for name in base.names()}
-        self._compare_base(checksums, f"'{base.source}' has changed since the engine was started")
+        self._base.compare(checksums, f"'{base.source}' has changed since the engine was started")
         return CheckedDelta(None, None)
 
     def _check_delta(self, repo: str, revision: str | None) -> CheckedDelta:
         options = pinned(repo, self.files.hub_options(revision))
         repository = self.files.open_delta(repo, options.revision)
-        self._check_config(repository.text_config, repo)
-        self._check_base(repository)
+        self._base.check_config(repository.text_config, repo)
+        self._base.check_delta(repository)
         self._check_complete(repository, repository.text_config)
         for entry in repository.file.names():
             repository.file.read_finite(entry)  # this also checks its CRC
@@ -124,39 +117,6 @@ class DeltaChecker:
         with set_current_vllm_config(self._vllm_config):  # vLLM replaces some of transformers' classes; these read it
             check_complete(weights, config)
 
-    def _check_config(self, config: PreTrainedConfig, repo: str) -> None:
-        engine, delta = fields_of_weights(self._config), fields_of_weights(config)
-        differing = sorted(name for name in engine | delta if engine.get(name) != delta.get(name))
-        if differing:
-            changes = ", ".join(f"{name} ({delta.get(name)} instead of {engine.get(name)})" for name in differing[:3])
-            raise DeltaRefusedError(
-                f"'{repo}' differs from the model that the engine was built for in {changes}: serve it with an engine "
-                "of its own"
-            )
-
-    def _check_base(self, repository: DeltaRepository) -> None:
-        for name in repository.names():
-            if repository.base.stored_name(name) not in self._base_checksums:
-                repository.base_tensor(name)
-        self._compare_base(
-            _base_checksums(repository),
-            f"'{repository.source}' was made against '{repository.config.base_model_name_or_path}', which is not the "
-            f"engine's base '{self.files.base}'",
-        )
-
-    def _compare_base(self, checksums: dict[str, int], problem: str) -> None:
-        """Check that checksums, by name in the base, are those of the engine's base as far as these are known.
-
-        Deltas may rest on different tensors of one base; those that are new are known from now on.
-
-        Raises:
-            WrongBaseError: if not; the message begins with `problem`.
-        """
-        known = self._base_checksums
-        if differing := sorted(name for name in checksums.keys() & known.keys() if checksums[name] != known[name]):
-            raise WrongBaseError(f"{problem}: their tensors {differing[0]} differ")
-        self._base_checksums = known | checksums
-
     def _notes(self, repo: str, options: HubOptions) -> list[str]:
         notes = []
         for filename in _KEPT_FILES:
@@ -165,23 +125,6 @@ class DeltaChecker:
             if own != other:
                 notes.append(f"{filename} differs: the engine continues to use that of '{self.files.model}'")
         return notes
-
-
-def _base_checksums(repository: DeltaRepository) -> dict[str, int]:
-    """Return the checksums of the base's tensors that a delta rests on, by their names in the base."""
-    return {repository.base.stored_name(name): checksum for name, checksum in repository.base_checksums.items()}
-
-
-def _base_config(folder: Path) -> PreTrainedConfig:
-    """Return the configuration in a folder.
-
-    Raises:
-        CheckpointError: if transformers cannot use it without the model's own code.
-    """
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # bad fields can raise any type
-        raise CheckpointError(f"config.json of '{folder}' cannot be used: {str(error)[:400]}") from error
 
 
 def _content(path: Path | None) -> Any:

@@ -31,7 +31,8 @@ from ..modeling.delta_repository import WrongBaseError
 from ..modeling.model_files import CheckpointError
 from . import metrics
 from .catalogue import BASE, DELTAS_VARIABLE, Catalogue, NamedDelta
-from .deltas import CheckedDelta, DeltaRefusedError
+from .deltas import CheckedDelta
+from .engine_base import DeltaRefusedError
 from .gate import Gate
 from .named_requests import RefusedRequestError, RequestsByDelta
 from .offered_models import offer_by_name

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Like `from_pretrained`'s base_model: a folder or Hub id of the base, which replaces the recorded one.
 BASE_MODEL_VARIABLE = "IMPART_HF_BASE_MODEL"
+# Set to 1, it lets an engine's adapters be deltas (`packed_batches.py`).
+PACKED_VARIABLE = "IMPART_HF_PACKED"
 
 
 def hub_options(model_config: "ModelConfig", load_config: "LoadConfig", revision: str | None) -> HubOptions:
