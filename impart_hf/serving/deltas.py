@@ -2,13 +2,12 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
 
 from ..modeling.checksums import tensor_checksum
-from ..modeling.model_files import CheckpointError, HubOptions, fetch_file, pinned, read_json
+from ..modeling.model_files import pinned
 from ..modeling.tensors import Tensors
 from .completeness import check_complete
 from .engine_base import DeltaRefusedError, EngineBase, base_config, checksums_of_base
@@ -17,9 +16,6 @@ from .scratch import Scratch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-# For these files the engine continues to use those that it was started with.
-_KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class DeltaChecker:
         self._check_complete(repository, repository.text_config)
         for entry in repository.file.names():
             repository.file.read_finite(entry)  # this also checks its CRC
-        notes = tuple(self._notes(repo, options))
+        notes = tuple(self.files.notes(repo, options))
         return CheckedDelta(repo, options.revision, self.scratch.prepare(repository), notes)
 
     def _check_complete(self, weights: Tensors, config: PreTrainedConfig) -> None:
@@ -116,26 +112,3 @@ class DeltaChecker:
 
         with set_current_vllm_config(self._vllm_config):  # vLLM replaces some of transformers' classes; these read it
             check_complete(weights, config)
-
-    def _notes(self, repo: str, options: HubOptions) -> list[str]:
-        notes = []
-        for filename in _KEPT_FILES:
-            own = _content(fetch_file(self.files.model, filename, self.files.options))
-            other = _content(fetch_file(repo, filename, options))
-            if own != other:
-                notes.append(f"{filename} differs: the engine continues to use that of '{self.files.model}'")
-        return notes
-
-
-def _content(path: Path | None) -> Any:
-    if path is None:
-        return None
-    if not path.name.endswith("_config.json"):
-        return path.read_bytes()
-    try:
-        content = read_json(path)
-    except CheckpointError:
-        return None  # vLLM continues without it, too
-    if path.name == "tokenizer_config.json":
-        return content.get("chat_template")  # differences in the rest hardly ever matter
-    return {k: v for k, v in content.items() if k not in ("_from_model_config", "transformers_version")}

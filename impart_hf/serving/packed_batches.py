@@ -21,7 +21,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from ..modeling.model_files import read_json
+from ..modeling.model_files import HubOptions, read_json
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from .engine_base import DeltaRefusedError, EngineBase, base_config
 from .engine_files import PACKED_VARIABLE, EngineFiles
@@ -197,6 +197,8 @@ class PackedWorkerManager(LRUCacheWorkerLoRAManager):
         effects = read_effects(repository, manager.model, model_config.dtype, tied)
         _watch(manager.model, effects.by_module, manager.batch)
         _log.info("'%s' takes %.1f MB, packed", folder, effects.nbytes / 1e6)
+        for note in files.notes(folder, HubOptions()):
+            _log.warning("'%s': %s", folder, note)
         return PackedDelta(lora_request.lora_int_id, effects)
 
     @functools.cached_property
@@ -235,20 +237,25 @@ def register_packed_batches() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker import lora_model_runner_mixin
 
+    if not issubclass(PackedWorkerManager, lora_model_runner_mixin.LRUCacheWorkerLoRAManager):
+        raise ImportError("vLLM's workers make another manager of adapters")
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = PackedWorkerManager
-    InputProcessor.process_inputs = _refusing_prompt_logprobs(InputProcessor.process_inputs)
+    InputProcessor.process_inputs = _without_prompt_logprobs(InputProcessor.process_inputs)
 
 
-def _refusing_prompt_logprobs(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap what checks a request: the logits of prompts do not come in a batch's rows, which would stop the engine."""
+def _without_prompt_logprobs(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what checks a request, so that one for prompt_logprobs is refused, even one for the base.
+
+    vLLM computes a prompt's logits by a call of its own, whose rows are not those of the batch, and which cannot be
+    told from the call for sampled tokens.
+    """
 
     @functools.wraps(process_inputs)
     def checked(self: Any, *arguments: Any, **options: Any) -> Any:
         request = process_inputs(self, *arguments, **options)
-        asked, adapter = request.sampling_params, request.lora_request
-        if adapter is not None and asked is not None and asked.prompt_logprobs is not None:
-            if is_delta(get_adapter_absolute_path(adapter.lora_path)):
-                raise ValueError(f"prompt_logprobs cannot be had with '{adapter.lora_name}', a packed delta")
+        asked = request.sampling_params
+        if self.lora_config is not None and asked is not None and asked.prompt_logprobs is not None:
+            raise ValueError(f"an engine with {PACKED_VARIABLE} cannot give prompt_logprobs: ask one without")
         return request
 
     return checked

@@ -160,7 +160,10 @@ class _Reader:
 
     def read(self) -> dict[str, Effect]:
         """Return the effects by module; errors as for `read_effects`."""
-        refused = [name for name in self._repository.names() if self._differs(name) and not self._place(name)]
+        refused = []
+        for name in self._repository.names():
+            if self._differs(name) and not self._place(name):
+                refused.append(name)
         if refused:
             rest = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
             raise DeltaRefusedError(

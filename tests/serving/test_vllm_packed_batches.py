@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from support.forged_files import Entries, forge, forge_record
 from support.messages import naming
 from support.tiny_models import Pair, edit_json, fine_tune, load_tensors, make_model, save_model, tiny_config
 from support.vllm_engines import HEADS, LONG, NEW_TOKENS, PROMPTS, EngineError, EngineProcess, delta_of, tokens_of
+from support.vllm_server import Server
 
-from impart_hf.modeling.model_files import HubOptions
+from impart_hf.modeling.model_files import HubOptions, read_json
 from impart_hf.repository.lora_export import export_lora
 from impart_hf.repository.open import open_repository
 
@@ -33,6 +36,15 @@ def process() -> Iterator[EngineProcess]:
 def engine(process: EngineProcess, family: Path) -> EngineProcess:
     process.start(family / "base", **OPTIONS)
     return process
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A delta of another base of the same shape."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    base = make_model(tiny_config("llama", **HEADS), seed=9, dtype=torch.float32)
+    pair = Pair(save_model(base, folder / "base"), save_model(fine_tune(base), folder / "tuned"))
+    return delta_of(pair, folder / "delta")
 
 
 def test_mixed_batch(engine: EngineProcess, family: Path, family_tokens: dict[str, list[list[int]]]) -> None:
@@ -68,10 +80,13 @@ def test_adapter_beside_a_delta(
     assert found == [tokens_of(delta, [LONG])[0], family_tokens["one"][-1], family_tokens["base"][-1]]
 
 
-@pytest.mark.parametrize("kind", ["llama-tied", "mistral", "qwen2", "qwen3"])
-def test_architectures(process: EngineProcess, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("llama-tied", HEADS), ("mistral", HEADS), ("qwen2", {"num_attention_heads": 2}), ("qwen3", HEADS)],
+)
+def test_architectures(process: EngineProcess, tmp_path: Path, kind: str, fields: dict[str, int]) -> None:
     """Tied embeddings, biases of joined layers, norms of heads."""
-    base = make_model(tiny_config(kind, **HEADS), dtype=torch.float32)
+    base = make_model(tiny_config(kind, **fields), dtype=torch.float32)
     save_model(base, tmp_path / "base")
     deltas = []
     for seed in (1, 2):
@@ -111,14 +126,13 @@ class TestRefused:
     def test_nothing_there(self, engine: EngineProcess, tmp_path: Path) -> None:
         self.refuses(engine, tmp_path / "nothing", "nothing")
 
-    def test_another_base(self, engine: EngineProcess, tmp_path: Path) -> None:
-        base = make_model(tiny_config("llama", **HEADS), seed=9, dtype=torch.float32)
-        pair = Pair(save_model(base, tmp_path / "base"), save_model(fine_tune(base), tmp_path / "tuned"))
-        self.refuses(engine, delta_of(pair, tmp_path / "delta"), "WrongBaseError", tmp_path / "delta")
+    def test_another_base(self, engine: EngineProcess, elsewhere: Path) -> None:
+        self.refuses(engine, elsewhere, "WrongBaseError", elsewhere)
 
     def test_another_model(self, engine: EngineProcess, family: Path, tmp_path: Path) -> None:
         delta = Path(shutil.copytree(family / "one", tmp_path / "other"))
-        edit_json(delta / "config.json", lambda content: content["text_config"].update(rms_norm_eps=0.25))
+        text_config = read_json(delta / "config.json")["text_config"]
+        edit_json(delta / "config.json", text_config={**text_config, "rms_norm_eps": 0.25})
         self.refuses(engine, delta, "DeltaRefusedError", "rms_norm_eps", 0.25)
 
     def test_damaged(self, engine: EngineProcess, family: Path, tmp_path: Path) -> None:
@@ -127,12 +141,13 @@ class TestRefused:
         self.refuses(engine, delta, "DeltaFormatError")
 
     def test_prompt_logprobs(self, engine: EngineProcess, family: Path) -> None:
-        with pytest.raises(EngineError, match=naming("prompt_logprobs")):
-            engine.run(generate, [LONG], [family / "one"], prompt_logprobs=1)
-        assert engine.run(generate, [LONG], [None], prompt_logprobs=1)[0]
+        for delta in (family / "one", None):
+            with pytest.raises(EngineError, match=naming("prompt_logprobs")):
+                engine.run(generate, [LONG], [delta], prompt_logprobs=1)
+        assert len(engine.tokens([LONG])) == 1
 
     def test_no_place_in_the_model(self, engine: EngineProcess, family: Path) -> None:
-        with pytest.raises(EngineError, match=naming("model.layers.1.mlp.up_proj.weight", "model.norm.weight")):
+        with pytest.raises(EngineError, match=naming("DeltaRefusedError", "model.embed_tokens.weight", "15 more")):
             engine.run(read_without_places, family / "one")
 
 
@@ -155,6 +170,23 @@ def test_memory_of_a_delta(engine: EngineProcess, family: Path) -> None:
     """A further delta takes what its file does."""
     held, size = engine.run(memory, family / "one"), (family / "one" / "delta_model.safetensors").stat().st_size
     assert 0 < held < 1.1 * size
+
+
+def test_server(family: Path, family_tokens: dict[str, list[list[int]]], elsewhere: Path) -> None:
+    """A request's `model` is the name of a delta; one that cannot be loaded is an answer, and the server goes on."""
+    deltas = [f"{name}={family / name}" for name in ("one", "two", "three")]
+    env = {"IMPART_HF_PACKED": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with Server(family / "base", "--enable-lora", "--max-loras", "3", "--lora-modules", *deltas, env=env) as server:
+        names = ["one", "two", "base", "three"] * 2
+
+        def say(name: str) -> list[list[int]]:
+            return server.all_tokens(ALL, NEW_TOKENS, model=str(family / "base") if name == "base" else name)
+
+        wrong = {"lora_name": "wrong", "lora_path": str(elsewhere)}
+        status, answer = server.request("/v1/load_lora_adapter", wrong)
+        assert status >= 400 and re.search(naming("is not the base", elsewhere), answer["error"]["message"])
+        with ThreadPoolExecutor(len(names)) as pool:
+            assert list(pool.map(say, names)) == [family_tokens[name] for name in names]
 
 
 # What follows runs in the engine's process.
@@ -211,21 +243,21 @@ def read_without_places(holder: Any, folder: Path) -> None:
 def memory(holder: Any, folder: Path) -> int:
     """Bytes of the arrays and tensors that a delta holds."""
     import gc
+    from types import FunctionType, ModuleType
 
     import numpy as np
 
     add(holder, folder)
     manager = manager_of(holder)
     (delta,) = manager.list_adapters().values()
-    seen: dict[int, int] = {}
-    found: dict[int, int] = {}
-    pending = list(delta.effects.by_module.values())
-    own = {id(module) for module in manager.model.modules()} | {id(p) for p in manager.model.parameters()}
+    seen = {id(thing) for thing in (*manager.model.modules(), *manager.model.parameters())}
+    found: dict[int, int] = {}  # by address
+    pending: list[Any] = list(delta.effects.by_module.values())
     while pending:
         thing = pending.pop()
-        if id(thing) in seen or id(thing) in own or isinstance(thing, type) or callable(thing) and not vars(thing):
+        if id(thing) in seen or isinstance(thing, type | FunctionType | ModuleType):
             continue
-        seen[id(thing)] = 1
+        seen.add(id(thing))
         if isinstance(thing, torch.Tensor):
             found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
         elif isinstance(thing, np.ndarray):
