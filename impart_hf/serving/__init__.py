@@ -8,14 +8,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .deltas import CheckedDelta, DeltaRefusedError
+    from .deltas import CheckedDelta
+    from .engine_base import DeltaRefusedError
     from .swap import AsyncDeltaSwitch, DeltaSwitch, EngineUnsoundError, SwapError
 
 # Every process of vLLM imports this package to register classes, so the modules for swaps are imported on first use.
 _MODULES = {
     "AsyncDeltaSwitch": "swap",
     "CheckedDelta": "deltas",
-    "DeltaRefusedError": "deltas",
+    "DeltaRefusedError": "engine_base",
     "DeltaSwitch": "swap",
     "EngineUnsoundError": "swap",
     "SwapError": "swap",

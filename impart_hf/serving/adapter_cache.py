@@ -11,10 +11,11 @@ from ..common.files import OutputError
 from ..lora.export import ADAPTER_FILE, export_lora
 from ..lora.places import Part
 from ..modeling.model_files import pinned
-from ..modeling.repository_files import delta_digest
+from ..modeling.repository_files import delta_digest, repository_folder
 from ..storage.locked_folder import LockedFolder
 from .catalogue import NamedDelta
-from .deltas import DeltaRefusedError, FittingDeltas
+from .engine_base import DeltaRefusedError, engine_on_base
+from .engine_files import PACKED_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -27,6 +28,8 @@ class AdapterCache:
 
     They are in the folder that `IMPART_HF_ADAPTERS` names, where a later server finds them; without it in a temporary
     one. They stay as long as the server runs, because vLLM may read one again after others have taken its place.
+
+    If the engine takes deltas packed (`IMPART_HF_PACKED`), an adapter is a link to the delta itself.
     """
 
     def __init__(self, vllm_config: "VllmConfig"):
@@ -39,11 +42,10 @@ class AdapterCache:
         """
         lora = vllm_config.lora_config
         assert lora is not None
-        if lora.target_modules is not None:
+        self._packed = os.environ.get(PACKED_VARIABLE) == "1"
+        if lora.target_modules is not None and not self._packed:
             raise DeltaRefusedError("--lora-target-modules would leave out a part of every delta: start it without")
-        self._fitting = FittingDeltas(vllm_config)
-        if self._fitting.files.is_delta:
-            raise DeltaRefusedError("adapters are added to the base: start the engine on the base, not on a delta")
+        self._files, self._base = engine_on_base(vllm_config)
         self._rank: int = lora.max_lora_rank
         self._parts = _parts_of(vllm_config.model_config)
         self._making = threading.Lock()  # an adapter takes memory for a matrix and all cores
@@ -67,11 +69,14 @@ class AdapterCache:
         """
         assert delta.repo is not None
         with self._making:
-            repository = self._fitting.open(
-                delta.repo, pinned(delta.repo, self._fitting.files.hub_options(delta.revision))
-            )
+            options = pinned(delta.repo, self._files.hub_options(delta.revision))
+            repository = self._files.open_delta(delta.repo, options.revision)
+            self._base.check_config(repository.text_config, delta.repo)
+            self._base.check_delta(repository)
             # The digest is of the delta and of its base, so that an adapter of other files is never taken.
             digest = delta_digest(repository.file, repository.config)[:32]
+            if self._packed:
+                return _link(repository_folder(delta.repo, options), self._folder / f"{digest}-packed")
             folder = self._folder / f"{digest}-rank{self._rank}-{'-'.join(self._parts)}"
             if not (folder / ADAPTER_FILE).is_file():
                 try:
@@ -80,6 +85,16 @@ class AdapterCache:
                     if not (folder / ADAPTER_FILE).is_file():  # another server has made it meanwhile
                         raise
             return folder
+
+
+def _link(target: Path, link: Path) -> Path:
+    """Let a link lead to a folder, and return it: vLLM's prefix cache knows weights by their path."""
+    if not link.exists() or not link.samefile(target):
+        new = link.with_name(f".{link.name}.{os.getpid()}")
+        new.unlink(missing_ok=True)
+        new.symlink_to(target.absolute())
+        new.replace(link)
+    return link
 
 
 def _parts_of(model_config: "ModelConfig") -> Collection[Part]:

@@ -1,4 +1,4 @@
-"""A server whose requests have their own deltas in one batch, each as a LoRA adapter on the base (`--enable-lora`)."""
+"""A server whose requests have their own deltas in one batch, each as an adapter on the base (`--enable-lora`)."""
 
 import asyncio
 from argparse import Namespace
@@ -23,7 +23,7 @@ from ..modeling.model_files import CheckpointError
 from . import metrics
 from .adapter_cache import AdapterCache
 from .catalogue import BASE, Catalogue, NamedDelta
-from .deltas import DeltaRefusedError
+from .engine_base import DeltaRefusedError
 from .offered_models import offer_by_name
 from .refusals import refused, unknown
 

@@ -2,29 +2,20 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from ..common.configs import fields_of_weights
 from ..modeling.checksums import tensor_checksum
-from ..modeling.delta_repository import DeltaRepository, WrongBaseError
-from ..modeling.model_files import CheckpointError, HubOptions, fetch_file, pinned, read_json
+from ..modeling.model_files import pinned
 from ..modeling.tensors import Tensors
 from .completeness import check_complete
+from .engine_base import DeltaRefusedError, EngineBase, base_config, checksums_of_base
 from .engine_files import EngineFiles
 from .scratch import Scratch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-# For these files the engine continues to use those that it was started with.
-_KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-
-
-class DeltaRefusedError(ValueError):
-    """A delta that the engine cannot load, although it may be sound."""
 
 
 @dataclass(frozen=True)
@@ -41,76 +32,6 @@ class CheckedDelta:
     revision: str | None
     dense: str | None = None
     notes: tuple[str, ...] = ()
-
-
-class FittingDeltas:
-    """Opens deltas that an engine's model can have: of its base, and different from it in nothing but weights.
-
-    Attributes:
-        files: files of the model that the engine was started on.
-    """
-
-    def __init__(self, vllm_config: "VllmConfig"):
-        """Read the engine's own files.
-
-        Raises:
-            CheckpointError, DeltaFormatError, WrongBaseError: if its files are missing, damaged or changed.
-        """
-        self.files = EngineFiles(vllm_config)
-        # Checksums of the base's tensors, by their names there, as far as they are known.
-        self._base_checksums: dict[str, int] = {}
-        if self.files.is_delta:
-            started_on = self.files.open_model()
-            self._config, self._base_checksums = started_on.text_config, _base_checksums(started_on)
-        else:
-            self._config = _base_config(self.files.base)
-
-    def open(self, repo: str, options: HubOptions) -> DeltaRepository:
-        """Open a delta, and check it and its base; errors as for `DeltaChecker.check`."""
-        repository = self.files.open_delta(repo, options.revision)
-        self.check_config(repository.text_config, repo)
-        self._check_base(repository)
-        for entry in repository.file.names():
-            repository.file.read_finite(entry)  # this also checks its CRC
-        return repository
-
-    def check_config(self, config: PreTrainedConfig, repo: str) -> None:
-        """Check that a model differs from the engine's in nothing but weights.
-
-        Raises:
-            DeltaRefusedError: if it does.
-        """
-        engine, delta = fields_of_weights(self._config), fields_of_weights(config)
-        differing = sorted(name for name in engine | delta if engine.get(name) != delta.get(name))
-        if differing:
-            changes = ", ".join(f"{name} ({delta.get(name)} instead of {engine.get(name)})" for name in differing[:3])
-            raise DeltaRefusedError(
-                f"'{repo}' differs from the model that the engine was built for in {changes}: serve it with an engine "
-                "of its own"
-            )
-
-    def _check_base(self, repository: DeltaRepository) -> None:
-        for name in repository.names():
-            if repository.base.stored_name(name) not in self._base_checksums:
-                repository.base_tensor(name)
-        self.compare_base(
-            _base_checksums(repository),
-            f"'{repository.source}' was made against '{repository.config.base_model_name_or_path}', which is not the "
-            f"engine's base '{self.files.base}'",
-        )
-
-    def compare_base(self, checksums: dict[str, int], problem: str) -> None:
-        """Check that checksums, by name in the base, are those of the engine's base as far as these are known.
-
-        Deltas may rest on different tensors of one base; those that are new are known from now on.
-
-        Raises:
-            WrongBaseError: if not; the message begins with `problem`.
-        """
-        known = self._base_checksums
-        if differing := sorted(name for name in checksums.keys() & known.keys() if checksums[name] != known[name]):
-            raise WrongBaseError(f"{problem}: their tensors {differing[0]} differ")
-        self._base_checksums = known | checksums
 
 
 class DeltaChecker:
@@ -143,8 +64,12 @@ class DeltaChecker:
                 "with --data-parallel-size above 1 only the first engine reports whether it swapped"
             )
         self._vllm_config = vllm_config
-        self._fitting, self.scratch = FittingDeltas(vllm_config), Scratch()
-        self.files = self._fitting.files
+        self.files, self.scratch = EngineFiles(vllm_config), Scratch()
+        config, checksums = None, dict[str, int]()
+        if self.files.is_delta:
+            started_on = self.files.open_model()
+            config, checksums = started_on.text_config, checksums_of_base(started_on)
+        self._base = EngineBase(str(self.files.base), config or base_config(self.files.base), checksums)
 
     def check(self, repo: str | None, revision: str | None = None) -> CheckedDelta:
         """Check that the engine can load a delta: its files are complete, and its base and model are the engine's.
@@ -164,18 +89,22 @@ class DeltaChecker:
         return self._check_delta(os.path.abspath(repo) if os.path.isdir(repo) else os.fspath(repo), revision)
 
     def _check_base_itself(self) -> CheckedDelta:
-        base, config = self.files.open_base(), _base_config(self.files.base)
-        self._fitting.check_config(config, base.source)
+        base, config = self.files.open_base(), base_config(self.files.base)
+        self._base.check_config(config, base.source)
         self._check_complete(base, config)
         checksums = {name: tensor_checksum(base.tensor(name)) for name in base.names()}
-        self._fitting.compare_base(checksums, f"'{base.source}' has changed since the engine was started")
+        self._base.compare(checksums, f"'{base.source}' has changed since the engine was started")
         return CheckedDelta(None, None)
 
     def _check_delta(self, repo: str, revision: str | None) -> CheckedDelta:
         options = pinned(repo, self.files.hub_options(revision))
-        repository = self._fitting.open(repo, options)
+        repository = self.files.open_delta(repo, options.revision)
+        self._base.check_config(repository.text_config, repo)
+        self._base.check_delta(repository)
         self._check_complete(repository, repository.text_config)
-        notes = tuple(self._notes(repo, options))
+        for entry in repository.file.names():
+            repository.file.read_finite(entry)  # this also checks its CRC
+        notes = tuple(self.files.notes(repo, options))
         return CheckedDelta(repo, options.revision, self.scratch.prepare(repository), notes)
 
     def _check_complete(self, weights: Tensors, config: PreTrainedConfig) -> None:
@@ -183,43 +112,3 @@ class DeltaChecker:
 
         with set_current_vllm_config(self._vllm_config):  # vLLM replaces some of transformers' classes; these read it
             check_complete(weights, config)
-
-    def _notes(self, repo: str, options: HubOptions) -> list[str]:
-        notes = []
-        for filename in _KEPT_FILES:
-            own = _content(fetch_file(self.files.model, filename, self.files.options))
-            other = _content(fetch_file(repo, filename, options))
-            if own != other:
-                notes.append(f"{filename} differs: the engine continues to use that of '{self.files.model}'")
-        return notes
-
-
-def _base_checksums(repository: DeltaRepository) -> dict[str, int]:
-    """Return the checksums of the base's tensors that a delta rests on, by their names in the base."""
-    return {repository.base.stored_name(name): checksum for name, checksum in repository.base_checksums.items()}
-
-
-def _base_config(folder: Path) -> PreTrainedConfig:
-    """Return the configuration in a folder.
-
-    Raises:
-        CheckpointError: if transformers cannot use it without the model's own code.
-    """
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # bad fields can raise any type
-        raise CheckpointError(f"config.json of '{folder}' cannot be used: {str(error)[:400]}") from error
-
-
-def _content(path: Path | None) -> Any:
-    if path is None:
-        return None
-    if not path.name.endswith("_config.json"):
-        return path.read_bytes()
-    try:
-        content = read_json(path)
-    except CheckpointError:
-        return None  # vLLM continues without it, too
-    if path.name == "tokenizer_config.json":
-        return content.get("chat_template")  # differences in the rest hardly ever matter
-    return {k: v for k, v in content.items() if k not in ("_from_model_config", "transformers_version")}

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..modeling.checkpoints import Checkpoint
 from ..modeling.delta_repository import DeltaRepository
-from ..modeling.model_files import HubOptions, fetch_config
+from ..modeling.model_files import CheckpointError, HubOptions, fetch_config, fetch_file, read_json
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.open import open_repository
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 # Like `from_pretrained`'s base_model: a folder or Hub id of the base, which replaces the recorded one.
 BASE_MODEL_VARIABLE = "IMPART_HF_BASE_MODEL"
+# Set to 1, it lets an engine's adapters be deltas (`packed_batches.py`).
+PACKED_VARIABLE = "IMPART_HF_PACKED"
+# For these files the engine continues to use those that it was started with.
+_KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 def hub_options(model_config: "ModelConfig", load_config: "LoadConfig", revision: str | None) -> HubOptions:
@@ -75,3 +80,27 @@ class EngineFiles:
     def open_base(self) -> Checkpoint:
         """Open the engine's base as a checkpoint."""
         return Checkpoint(str(self.base), HubOptions())
+
+    def notes(self, repo: str, options: HubOptions) -> list[str]:
+        """Return a note for each file of a delta that the engine does not use, although it differs from its own."""
+        notes = []
+        for filename in _KEPT_FILES:
+            own = _content(fetch_file(self.model, filename, self.options))
+            other = _content(fetch_file(repo, filename, options))
+            if own != other:
+                notes.append(f"{filename} differs: the engine continues to use that of '{self.model}'")
+        return notes
+
+
+def _content(path: Path | None) -> Any:
+    if path is None:
+        return None
+    if not path.name.endswith("_config.json"):
+        return path.read_bytes()
+    try:
+        content = read_json(path)
+    except CheckpointError:
+        return None  # vLLM continues without it, too
+    if path.name == "tokenizer_config.json":
+        return content.get("chat_template")  # differences in the rest hardly ever matter
+    return {k: v for k, v in content.items() if k not in ("_from_model_config", "transformers_version")}

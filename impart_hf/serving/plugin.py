@@ -1,5 +1,6 @@
 """The plugin that vLLM calls in each of its processes, to register delta repositories and pruned LLaMA."""
 
+import os
 from logging import getLogger
 
 
@@ -32,6 +33,7 @@ def _register() -> None:
     from . import model_classes
     from .config_parser import DeltaConfigParser
     from .delta_loader import delta_settings
+    from .engine_files import PACKED_VARIABLE
     from .worker import load_delta
 
     register_with_transformers()  # the import of impart_hf leaves it to the command line, which vLLM may run in
@@ -56,3 +58,7 @@ def _register() -> None:
         from .cpu_adapters import leave_rows_without_adapter
 
         leave_rows_without_adapter()
+    if os.environ.get(PACKED_VARIABLE) == "1":
+        from .packed_batches import register_packed_batches
+
+        register_packed_batches()

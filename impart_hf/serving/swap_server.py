@@ -18,7 +18,8 @@ from ..modeling.delta_repository import WrongBaseError
 from ..modeling.model_files import CheckpointError
 from . import metrics
 from .catalogue import BASE, Catalogue, NamedDelta
-from .deltas import CheckedDelta, DeltaRefusedError
+from .deltas import CheckedDelta
+from .engine_base import DeltaRefusedError
 from .gate import Gate
 from .named_requests import answering_as
 from .offered_models import offer_by_name

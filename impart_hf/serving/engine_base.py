@@ -1,0 +1,106 @@
+"""The base that an engine serves: whether a delta rests on it, and computes what the engine computes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..common.configs import fields_of_weights
+from ..modeling.delta_repository import DeltaRepository, WrongBaseError
+from ..modeling.model_files import CheckpointError
+from .engine_files import EngineFiles
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class DeltaRefusedError(ValueError):
+    """A delta that the engine cannot load, although it may be sound."""
+
+
+class EngineBase:
+    """What is known of an engine's base, against which deltas are compared.
+
+    Args:
+        source: where the base is, for messages.
+        config: configuration of the model that the engine was started on.
+        checksums: of the base's tensors, by their names there, as far as they are known.
+    """
+
+    def __init__(self, source: str, config: PreTrainedConfig, checksums: dict[str, int]):
+        self._source, self._config, self._checksums = source, config, checksums
+
+    def check_config(self, config: PreTrainedConfig, repo: str) -> None:
+        """Check that a model computes the same with its weights as the engine's.
+
+        Raises:
+            DeltaRefusedError: if it does not.
+        """
+        engine, delta = fields_of_weights(self._config), fields_of_weights(config)
+        differing = sorted(name for name in engine | delta if engine.get(name) != delta.get(name))
+        if differing:
+            changes = ", ".join(f"{name} ({delta.get(name)} instead of {engine.get(name)})" for name in differing[:3])
+            raise DeltaRefusedError(
+                f"'{repo}' differs from the model that the engine was built for in {changes}: serve it with an engine "
+                "of its own"
+            )
+
+    def check_delta(self, repository: DeltaRepository) -> None:
+        """Check that a delta was made against the engine's base.
+
+        Tensors of the base are read only if their checksums are not known yet.
+
+        Raises:
+            WrongBaseError: if it was not.
+        """
+        for name in repository.names():
+            if repository.base.stored_name(name) not in self._checksums:
+                repository.base_tensor(name)
+        self.compare(
+            checksums_of_base(repository),
+            f"'{repository.source}' was made against '{repository.config.base_model_name_or_path}', which is not the "
+            f"engine's base '{self._source}'",
+        )
+
+    def compare(self, checksums: dict[str, int], problem: str) -> None:
+        """Check that checksums, by name in the base, are those of the engine's base as far as these are known.
+
+        Deltas may rest on different tensors of one base; those that are new are known from now on.
+
+        Raises:
+            WrongBaseError: if not; the message begins with `problem`.
+        """
+        known = self._checksums
+        if differing := sorted(name for name in checksums.keys() & known.keys() if checksums[name] != known[name]):
+            raise WrongBaseError(f"{problem}: their tensors {differing[0]} differ")
+        self._checksums = known | checksums
+
+
+def engine_on_base(vllm_config: "VllmConfig") -> tuple[EngineFiles, EngineBase]:
+    """Return the files and the base of an engine that adds deltas to the base's outputs.
+
+    Raises:
+        DeltaRefusedError: if the engine was started on a delta.
+        CheckpointError: if its files are missing or damaged.
+    """
+    files = EngineFiles(vllm_config)
+    if files.is_delta:
+        raise DeltaRefusedError(f"the engine was started on a delta, '{files.model}': start it on the base")
+    return files, EngineBase(str(files.base), base_config(files.base), {})
+
+
+def checksums_of_base(repository: DeltaRepository) -> dict[str, int]:
+    """Return the checksums of the base's tensors that a delta rests on, by their names in the base."""
+    return {repository.base.stored_name(name): checksum for name, checksum in repository.base_checksums.items()}
+
+
+def base_config(folder: Path) -> PreTrainedConfig:
+    """Return the configuration in a folder.
+
+    Raises:
+        CheckpointError: if transformers cannot use it without the model's own code.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # bad fields can raise any type
+        raise CheckpointError(f"config.json of '{folder}' cannot be used: {str(error)[:400]}") from error
