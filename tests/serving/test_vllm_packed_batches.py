@@ -166,6 +166,14 @@ def test_engines_without_deltas(
         process.start(tmp_path / "base", **{**OPTIONS, **options})
 
 
+def test_rows_that_are_not_the_batchs(engine: EngineProcess, family: Path) -> None:
+    """Rather than give some rows the wrong delta, the model fails."""
+    engine.run(generate, [LONG], [family / "one"])
+    for module in ("logits_processor", "model.norm"):
+        with pytest.raises(EngineError, match=naming("RuntimeError", module, "2 rows", 3)):
+            engine.run(call_with_two_rows, module)
+
+
 def test_memory_of_a_delta(engine: EngineProcess, family: Path) -> None:
     """A further delta takes what its file does."""
     held, size = engine.run(memory, family / "one"), (family / "one" / "delta_model.safetensors").stat().st_size
@@ -176,7 +184,9 @@ def test_server(family: Path, family_tokens: dict[str, list[list[int]]], elsewhe
     """A request's `model` is the name of a delta; one that cannot be loaded is an answer, and the server goes on."""
     deltas = [f"{name}={family / name}" for name in ("one", "two", "three")]
     env = {"IMPART_HF_PACKED": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    with Server(family / "base", "--enable-lora", "--max-loras", "3", "--lora-modules", *deltas, env=env) as server:
+    with Server(
+        family / "base", "--enable-lora", "--max-loras", "3", "--max-lora-rank", "1", "--lora-modules", *deltas, env=env
+    ) as server:
         names = ["one", "two", "base", "three"] * 2
 
         def say(name: str) -> list[list[int]]:
@@ -184,7 +194,8 @@ def test_server(family: Path, family_tokens: dict[str, list[list[int]]], elsewhe
 
         wrong = {"lora_name": "wrong", "lora_path": str(elsewhere)}
         status, answer = server.request("/v1/load_lora_adapter", wrong)
-        assert status >= 400 and re.search(naming("is not the base", elsewhere), answer["error"]["message"])
+        # vLLM leaves out paths.
+        assert status == 500 and re.search(naming("engine's base", "lm_head.weight"), answer["error"]["message"])
         with ThreadPoolExecutor(len(names)) as pool:
             assert list(pool.map(say, names)) == [family_tokens[name] for name in names]
 
@@ -230,6 +241,19 @@ def add(holder: Any, folder: Path) -> None:
 
 def manager_of(holder: Any) -> Any:
     return holder.llm.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+
+
+def call_with_two_rows(holder: Any, module: str) -> None:
+    from vllm.lora.layers import LoRAMapping
+
+    manager = manager_of(holder)
+    (delta,) = manager.list_adapters()
+    manager.set_adapter_mapping(LoRAMapping((delta,) * 3, (delta,) * 3, is_prefill=True))
+    rows = torch.zeros(2, 64)
+    if module == "logits_processor":
+        manager.model.compute_logits(rows)
+    else:
+        manager.model.get_submodule(module)(rows)
 
 
 def read_without_places(holder: Any, folder: Path) -> None:
