@@ -279,6 +279,14 @@ class DeltaModel(nn.Module):
         """
         raise ValueError("a model with deltas has their vocabularies: merge_and_unload gives one that can be resized")
 
+    def __deepcopy__(self, memo: Any) -> "DeltaModel":
+        """Raise an error: a copied base has no deltas beside it.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a model with deltas cannot be copied: load the base a second time, and its deltas beside it")
+
     def _apply(self, fn: Any, recurse: bool = True) -> "DeltaModel":
         """Move or convert the base, as `to` and `half` do, and read the deltas again for it."""
         super()._apply(fn, recurse)

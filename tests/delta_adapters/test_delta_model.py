@@ -365,6 +365,8 @@ def test_parts_of_the_base(tenants: Tenants) -> None:
         _ = model.model
     with pytest.raises(ValueError, match=naming("merge_and_unload")):
         model.resize_token_embeddings(400)
+    with pytest.raises(TypeError, match=naming("second time")):
+        copy.deepcopy(model)
 
 
 def test_names(tenants: Tenants) -> None:
