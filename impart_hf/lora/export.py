@@ -29,7 +29,7 @@ from ..repository.open import refuse_adapter_beside
 from ..storage.checkpoint_writer import new_folder
 from ..storage.safetensors_writer import Entry, write_safetensors
 from .factors import Decomposed, Factors, SpooledFactors
-from .places import PARTS, Part, Place, places_of, tensor_delta
+from .places import PARTS, Part, Place, as_nested, places_of, tensor_delta
 from .report import LoraMatrix, LoraReport, adapter_card
 from .validation import Validation
 
@@ -112,16 +112,22 @@ def export_lora(
         if budget is not None:
             factors = SpooledFactors(folder / ".factors")
             ranks = factors.ranks(repository, places, rank, budget, device, progress)
-        kept = [(place, rank) for place, rank in zip(places, ranks, strict=True) if rank]
+            places = as_nested([place for place, rank in zip(places, ranks, strict=True) if rank])
+            ranks = [rank for rank in ranks if rank]
+        config = _adapter_config(repository, modules, places, ranks)
         report = LoraReport(max(ranks))
-        made = [entry for place, rank in kept for entry in _entries(repository, place, rank, factors, device, report)]
+        made = [
+            entry
+            for place, rank in zip(places, ranks, strict=True)
+            for entry in _entries(repository, place, rank, factors, device, report)
+        ]
         made.sort(key=lambda entry: -_WIDTHS[entry.dtype])  # wide ones first, so that all are aligned
         report.adapter_bytes = sum(entry.size for entry in made)
         with progress.bar(len(made), "Decomposing" if budget is None else "Writing") as bar:
             write_safetensors(folder / ADAPTER_FILE, [_tracked(entry, bar) for entry in made], {"format": "pt"})
         factors.close()
-        _adapter_config(repository, modules, *zip(*kept, strict=True)).save_pretrained(folder)
-        _note_left_out(repository, [place for place, _ in kept], device, report)
+        config.save_pretrained(folder)
+        _note_left_out(repository, places, device, report)
         if text is not None:
             report.validation = text.measure(folder)
         (folder / "README.md").write_text(adapter_card(repository, report), "utf-8")
@@ -164,12 +170,12 @@ def _adapter_config(
         from peft import LoraConfig
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("exporting an adapter needs PEFT: pip install 'impart-hf[lora]'") from error
-    stacks = [place.target for place in places if place.part == "experts"]
-    layers = [name for place in places if place.part != "experts" for name in place.layer_names]
+    stacks = [name for place in places if place.part == "experts" for name in place.targets]
+    layers = [name for place in places if place.part != "experts" for name in place.targets]
     kinds = {name.rpartition(".")[2] for name in layers}
     # If every layer of these kinds changed, the kinds are listed, which is short and what engines expect.
     same_kind = [name for name in modules if name.rpartition(".")[2] in kinds]
-    by_target = {place.target: rank for place, rank in zip(places, ranks, strict=True)}
+    by_target = {name: rank for place, rank in zip(places, ranks, strict=True) for name in place.targets}
     pattern = by_target if len(set(ranks)) > 1 else {}
     rank = max(ranks)
     return LoraConfig(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -20,6 +20,7 @@ from ..modeling.transfer import to_device
 Part: TypeAlias = Literal["linear", "embeddings", "experts"]
 PARTS: tuple[Part, ...] = ("linear", "embeddings", "experts")
 _Form: TypeAlias = Literal["multiplied", "looked up", "stacked"]  # of a layer's pair of factors in the file
+_INNER = ".base_layer"
 _PREFIX = "base_model.model."  # PEFT puts it before the names of the model's modules
 
 
@@ -30,7 +31,6 @@ class Place:
     Attributes:
         name: for messages and reports: the tensor in the files, or the parameter if it is made of several tensors.
         part: which part of the model it belongs to.
-        target: the name by which PEFT finds it: its module's, or its own if it is a stack of experts.
         parameter: its name in the model.
         group: the tensors that it is made of.
         matrices, outputs, inputs: B is (outputs, rank) and A (rank, inputs), for each of so many matrices.
@@ -40,7 +40,6 @@ class Place:
 
     name: str
     part: Part
-    target: str
     parameter: str
     group: TensorGroup
     matrices: int
@@ -60,8 +59,10 @@ class Place:
         return len(self.layers) * self.matrices * (self.outputs + self.inputs)
 
     @property
-    def layer_names(self) -> list[str]:
-        """The names of its layers in the model."""
+    def targets(self) -> list[str]:
+        """The names by which PEFT finds it: those of its layers, or its own if it is a stack of experts."""
+        if self.part == "experts":
+            return [self.parameter]
         return [layer.removeprefix(_PREFIX) for layer, _ in self.layers]
 
     def dtype(self, repository: DeltaRepository) -> torch.dtype:
@@ -159,7 +160,7 @@ def places_of(repository: DeltaRepository, model: PreTrainedModel, parts: Collec
         if (place := _place(repository, layout, group, parameter)) is not None and place.part in parts
     }
     ordered = [places[name] for name, _ in model.named_parameters() if name in places]
-    return _nested(ordered)
+    return as_nested(ordered)
 
 
 def _place(repository: DeltaRepository, layout: CheckpointLayout, group: TensorGroup, parameter: str) -> Place | None:
@@ -170,17 +171,17 @@ def _place(repository: DeltaRepository, layout: CheckpointLayout, group: TensorG
     part: Part
     layers: tuple[tuple[str, _Form], ...]
     if len(shape) == 3 and not type(module).__module__.startswith("torch.nn"):  # a convolution is no stack
-        part, target, transposed = "experts", parameter, bool(getattr(module, "is_transposed", False))
+        part, transposed = "experts", bool(getattr(module, "is_transposed", False))
         layers = ((_PREFIX + owner, "stacked"),)
     elif len(shape) != 2 or attribute != "weight":
         return None
     elif isinstance(module, nn.Embedding) and module is layout.model.get_input_embeddings():
-        part, target, transposed = "embeddings", owner, False
+        part, transposed = "embeddings", False
         tied = [alias.removesuffix(".weight") for alias, source in layout.tied.items() if source == parameter]
         layers = ((_PREFIX + owner, "looked up"), *((_PREFIX + layer, "multiplied") for layer in tied))
     elif isinstance(module, nn.Linear | Conv1D):
         part = "embeddings" if module is layout.model.get_output_embeddings() else "linear"
-        target, transposed = owner, isinstance(module, Conv1D)
+        transposed = isinstance(module, Conv1D)
         layers = ((_PREFIX + owner, "multiplied"),)
     else:
         return None
@@ -188,7 +189,6 @@ def _place(repository: DeltaRepository, layout: CheckpointLayout, group: TensorG
     return Place(
         name=group.members[0].name if len(group.members) == 1 else parameter,
         part=part,
-        target=target,
         parameter=parameter,
         group=group,
         matrices=shape[0] if len(shape) == 3 else 1,
@@ -199,7 +199,7 @@ def _place(repository: DeltaRepository, layout: CheckpointLayout, group: TensorG
     )
 
 
-def _nested(places: list[Place]) -> list[Place]:
+def as_nested(places: Sequence[Place]) -> list[Place]:
     """Return the places with the names of their layers as PEFT nests them: a wrapper each for the stacks of a module.
 
     Args:
@@ -209,9 +209,10 @@ def _nested(places: list[Place]) -> list[Place]:
     outer: dict[str, int] = {}  # wrappers around the next one, by layer
     for place in reversed(places):
         if place.part == "experts":
-            ((layer, form),) = place.layers
+            ((name, form),) = place.layers
+            layer = name.replace(_INNER, "")
             around = outer.get(layer, 0)
             outer[layer] = around + 1
-            place = replace(place, layers=((layer + ".base_layer" * around, form),))
+            place = replace(place, layers=((layer + _INNER * around, form),))
         nested.append(place)
     return nested[::-1]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from support.messages import naming
 from support.tiny_models import (
     VOCABULARY,
@@ -260,6 +260,20 @@ class TestBudget:
         assert report.relative_error < 1e-5
         tuned = logits(AutoModelForCausalLM.from_pretrained(repository))
         assert torch.allclose(logits(with_adapter(repository, tmp_path / "adapter")), tuned, atol=2e-4)
+
+    @pytest.mark.parametrize("kind, size", [("mixtral", "60KB"), ("gemma3", "60KB"), ("qwen2-moe", "25KB")])
+    def test_experts_and_tied_embeddings(self, kind: str, size: str, tmp_path: Path) -> None:
+        """Some parameters are left out, and PEFT loads what remains as it is in the file."""
+        repository = save_repository(tmp_path, is_adaptable_by_name, kind=kind)
+        report = export(repository, tmp_path / "adapter", 64, max_bytes=size)
+        assert len({matrix.rank for matrix in report.matrices}) > 1
+        adapted = with_adapter(repository, tmp_path / "adapter")
+        state, stored = get_peft_model_state_dict(adapted), load_tensors(tmp_path / "adapter")
+        assert state.keys() >= stored.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+        base = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+        tuned = logits(AutoModelForCausalLM.from_pretrained(repository))
+        assert (logits(adapted) - tuned).norm() < (base - tuned).norm()
 
     def test_too_small(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=naming("max_bytes", 100)):
