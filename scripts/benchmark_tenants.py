@@ -13,9 +13,9 @@ same requests, which follow from --seed. IMPART_HF_MAX_WAIT and IMPART_HF_MIN_RE
 Each run is a line of WORK/results.jsonl, by which the same command goes on where it was stopped; WORK/tenants.md and
 WORK/tenants.png are made from it.
 
-With --check so many requests are in flight at any time, for all deltas alike, completions and chats, streamed or not.
-Each answer is compared with the greedy text that transformers generates with the delta in float32. The exit status is
-1 if one is wrong or lost.
+With --check so many requests are in flight at any time, for all deltas alike, completions and chats, streamed or not;
+some clients leave. Each answer's tokens and text are compared with what transformers generates greedily with the delta
+in float32. The exit status is 1 if one is wrong or lost.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ def check(arguments: argparse.Namespace) -> int:
             print(f"{verdict.requests} requests, {verdict.wrong} wrong, {verdict.lost} lost", flush=True)
 
     async def run() -> list[Answer]:
-        questions = mixture(len(models.tenants), len(prompts), chat, arguments.seed)
-        async with Client(servers.targets, prompts, arguments.tokens, arguments.timeout) as client:
+        questions = mixture(len(models.tenants), len(prompts), chat, arguments.seed, arguments.leaving)
+        async with Client(servers.targets, prompts, arguments.tokens, arguments.timeout, ids=True) as client:
             return await closed_loop(client, questions, arguments.concurrency, arguments.seconds, each)
 
     with Servers(plan, settings, arguments.work / "logs" / "check") as servers, PeakResident(servers) as memory:
@@ -187,11 +187,11 @@ def check(arguments: argparse.Namespace) -> int:
     for line in verdict.told:
         print(line)
     asked = [sum(1 for a in answers if a.question.tenant == number) for number in range(len(models.tenants))]
-    found = summary(answers)
+    rate = summary(answers)["tokens_per_second"] or 0
     print(
         f"{verdict.requests} requests in {seconds:.0f} s, {arguments.concurrency} at once ({asked} by delta): "
-        f"{verdict.wrong} wrong, {verdict.lost} lost, {swaps} swaps, longest wait {verdict.longest:.1f} s, "
-        f"{found['tokens_per_second'] or 0:.0f} tokens/s, {memory.bytes / 1e9:.2f} GB"
+        f"{verdict.wrong} wrong, {verdict.lost} lost, {verdict.left} left by their clients, {swaps} swaps, "
+        f"longest wait {verdict.longest:.1f} s, {rate:.0f} tokens/s, {memory.bytes / 1e9:.2f} GB"
     )
     return 1 if verdict.wrong or verdict.lost or not verdict.requests else 0
 
@@ -232,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     modes = parser.add_argument_group("modes")
     modes.add_argument("--check", action="store_true", help="compare answers under load, measure nothing else")
     modes.add_argument("--concurrency", type=int, default=500, help="requests in flight of a check (default: 500)")
+    modes.add_argument("--leaving", type=float, default=0.02, help="share of its clients that leave (default: 0.02)")
     modes.add_argument("--report", action="store_true", help="run nothing, only write table and picture")
     return parser
 

@@ -12,13 +12,14 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import numpy as np
 
 PERCENTILES = (50, 90, 99)
+LONGEST_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Question:
         at: seconds after the start at which it is due.
         chat: whether it goes to the chat route; otherwise to completions.
         stream: whether the answer comes in parts.
+        patience: seconds after which its client leaves; None if it stays.
     """
 
     tenant: int
@@ -38,6 +40,7 @@ class Question:
     at: float = 0.0
     chat: bool = False
     stream: bool = True
+    patience: float | None = None
 
 
 @dataclass
@@ -50,7 +53,9 @@ class Answer:
         first: when the first text came; None if none did, or if the answer was not streamed.
         done: when the answer was complete, or had failed.
         tokens: number of tokens, as the server counts them.
+        ids: the tokens, if the server was asked for them.
         error: what went wrong; None if nothing did.
+        left: whether the client has left before the end.
     """
 
     question: Question
@@ -60,7 +65,22 @@ class Answer:
     done: float = 0.0
     text: str = ""
     tokens: int = 0
+    ids: list[int] = field(default_factory=list)
     error: str | None = None
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The right answer.
+
+    Attributes:
+        ids: its tokens.
+        text: their text; None if it breaks off inside a character, which servers show in different ways.
+    """
+
+    ids: list[int]
+    text: str | None
 
 
 @dataclass(frozen=True)
@@ -94,18 +114,26 @@ def zipf(tenants: int, exponent: float) -> list[float]:
     return [(rank + 1) ** -exponent for rank in range(tenants)]
 
 
-def mixture(tenants: int, prompts: int, chat: bool, seed: int) -> Iterator[Question]:
-    """Yield questions without end: every tenant alike, streamed or not, and half of them chats if `chat`."""
+def mixture(tenants: int, prompts: int, chat: bool, seed: int, leaving: float = 0.0) -> Iterator[Question]:
+    """Yield questions without end: every tenant alike, streamed or not, and half of them chats if `chat`.
+
+    Args:
+        leaving: share of clients that leave, at a time up to `LONGEST_PATIENCE` seconds after they have asked.
+    """
     choose = random.Random(seed)
     while True:
         tenant, prompt = choose.randrange(tenants), choose.randrange(prompts)
-        yield Question(tenant, prompt, chat=chat and choose.random() < 0.5, stream=choose.random() < 0.5)
+        as_chat, stream = chat and choose.random() < 0.5, choose.random() < 0.5
+        patience = LONGEST_PATIENCE * choose.random() if choose.random() < leaving else None
+        yield Question(tenant, prompt, chat=as_chat, stream=stream, patience=patience)
 
 
 class Client:
     """Asks questions of servers, as many at once as it is told to; an asynchronous context manager."""
 
-    def __init__(self, targets: Sequence[Target], prompts: Sequence[str], tokens: int, timeout: float = 600.0):
+    def __init__(
+        self, targets: Sequence[Target], prompts: Sequence[str], tokens: int, timeout: float = 600.0, ids: bool = False
+    ):
         """Set up a client.
 
         Args:
@@ -113,8 +141,10 @@ class Client:
             prompts: texts.
             tokens: the length of every answer.
             timeout: seconds after which an answer is given up.
+            ids: whether to ask for the tokens themselves, by a field of vLLM's.
         """
         self._targets, self._prompts, self._tokens, self._timeout = targets, prompts, tokens, timeout
+        self._more = {"return_token_ids": True} if ids else {}
 
     @property
     def tenants(self) -> int:
@@ -135,6 +165,14 @@ class Client:
         """Ask a question now, and return its answer; whatever goes wrong is in the answer."""
         now = time.monotonic()
         answer = Answer(question, now if due is None else due, now)
+        try:
+            await asyncio.wait_for(self._ask(question, answer), question.patience)
+        except (asyncio.TimeoutError, TimeoutError):
+            answer.left = True
+        answer.done = time.monotonic()
+        return answer
+
+    async def _ask(self, question: Question, answer: Answer) -> None:
         target = self._targets[question.tenant]
         route = "chat/completions" if question.chat else "completions"
         try:
@@ -149,15 +187,13 @@ class Client:
                 raise ValueError(f"{answer.tokens} tokens in place of {self._tokens}")
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, LookupError, OSError) as error:
             answer.error = f"{type(error).__name__}: {error}"
-        answer.done = time.monotonic()
-        return answer
 
     def _body(self, question: Question, target: Target) -> dict[str, Any]:
         prompt = self._prompts[question.prompt]
         asked = {"messages": [{"role": "user", "content": prompt}]} if question.chat else {"prompt": prompt}
         streamed = {"stream": True, "stream_options": {"include_usage": True}} if question.stream else {}
         length = {"max_tokens": self._tokens, "ignore_eos": True}  # so that all ways have the same work
-        return {"model": target.model, "temperature": 0} | asked | length | streamed
+        return {"model": target.model, "temperature": 0} | asked | length | streamed | self._more
 
 
 async def _read_parts(response: aiohttp.ClientResponse, answer: Answer) -> None:
@@ -184,6 +220,7 @@ def _take(body: dict[str, Any], answer: Answer) -> None:
     for choice in body["choices"]:
         spoken = choice.get("message") or choice.get("delta") or {}
         answer.text += choice.get("text") or spoken.get("content") or ""
+        answer.ids += choice.get("token_ids") or []
     if usage := body.get("usage"):
         answer.tokens = usage["completion_tokens"]
 
@@ -255,16 +292,18 @@ class Verdict:
     """Counts what a check finds.
 
     Attributes:
-        expected: the right text, by tenant, prompt and whether it is a chat.
-        requests, wrong, lost: numbers of answers; a lost one is an error, or nothing at all.
+        expected: the right answers, by tenant, prompt and whether it is a chat.
+        requests, wrong, lost, left: numbers of answers; a lost one is an error, or nothing at all, and of one whose
+            client has left, only what it has got by then is judged.
         longest: seconds of the slowest answer.
         told: descriptions of the first few that were wrong or lost.
     """
 
-    expected: dict[tuple[int, int, bool], str]
+    expected: dict[tuple[int, int, bool], Expected]
     requests: int = 0
     wrong: int = 0
     lost: int = 0
+    left: int = 0
     longest: float = 0.0
     told: tuple[str, ...] = ()
 
@@ -277,11 +316,13 @@ class Verdict:
         if answer.error is not None:
             self.lost += 1
             self._tell(f"lost: {question}: {answer.error}")
-        elif answer.text != right:
+        elif answer.left and answer.ids == right.ids[: len(answer.ids)]:
+            self.left += 1
+        elif answer.left or answer.ids != right.ids or right.text not in (None, answer.text):
             self.wrong += 1
-            of = {tenant for (tenant, *_), text in self.expected.items() if text == answer.text}
+            of = {tenant for (tenant, *_), other in self.expected.items() if other.ids == answer.ids}
             whose = f", which is tenant {min(of)}'s" if of else ""
-            self._tell(f"wrong: {question}: {answer.text!r}{whose}, in place of {right!r}")
+            self._tell(f"wrong: {question}: {answer.text!r} {answer.ids}{whose}, in place of {right}")
 
     def _tell(self, what: str) -> None:
         if len(self.told) < 5:

@@ -14,6 +14,7 @@ from typing import Any
 import pair_text
 import pair_training
 import torch
+from tenant_load import Expected
 from train_pair import FINETUNE_HELDOUT, FINETUNE_TRAIN, PairSettings, train_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -139,6 +140,8 @@ def small_text(work: Path) -> str:
 def prompts_of(models: Models, count: int, tokens: int, seed: int) -> list[str]:
     """Return prompts: pieces of the text, of so many tokens or, where the text has no more, fewer.
 
+    Pieces that begin or end inside a character are left out: vLLM's answers would begin with the prompt's end.
+
     Raises:
         ValueError: if the text is too short.
     """
@@ -146,7 +149,7 @@ def prompts_of(models: Models, count: int, tokens: int, seed: int) -> list[str]:
     length = tokens + 1  # with the token in front of each sequence
     rows = calibration_tokens(models.text, tokenizer, samples=count, length=length, seed=seed)
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return list(dict.fromkeys(text for text in texts if text.strip()))
+    return list(dict.fromkeys(text for text in texts if text.strip() and "\ufffd" not in text))
 
 
 def has_chat(models: Models) -> bool:
@@ -156,18 +159,18 @@ def has_chat(models: Models) -> bool:
 
 def expected_answers(
     models: Models, prompts: Sequence[str], tokens: int, chat: bool, enough: int
-) -> tuple[list[str], dict[tuple[int, int, bool], str]]:
+) -> tuple[list[str], dict[tuple[int, int, bool], Expected]]:
     """Return prompts for a check, and what transformers answers to each with each tenant's delta, greedily in float32.
 
-    A prompt is left out if a token of an answer is hardly more likely than another one, if two tenants answer alike, or
-    if an answer has special tokens or incomplete characters, which a stream of text may show otherwise.
+    A prompt is left out if a token of an answer is hardly more likely than another one, or if two of its answers are
+    the same.
 
     Args:
         chat: whether prompts are also asked as chats.
         enough: the number of prompts that is looked for.
 
     Returns:
-        The prompts, and texts by tenant, prompt and whether it is a chat.
+        The prompts, and answers by tenant, prompt and whether it is a chat.
 
     Raises:
         ValueError: if no prompt is left.
@@ -178,19 +181,21 @@ def expected_answers(
         for tenant in models.tenants
     ]
     kept: list[str] = []
-    found: dict[tuple[int, int, bool], str] = {}
+    found: dict[tuple[int, int, bool], Expected] = {}
     for prompt in prompts:
         kinds = [(False, tokenizer(prompt).input_ids)]
         if chat:
             messages = [{"role": "user", "content": prompt}]
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             kinds.append((True, tokenizer(text, add_special_tokens=False).input_ids))
-        own = {
-            (number, len(kept), kind): answer
-            for (kind, ids), (number, model) in itertools.product(kinds, enumerate(loaded))
-            if (answer := _certain_answer(model, tokenizer, ids, tokens)) is not None
-        }
-        if len(set(own.values())) == len(kinds) * len(loaded):
+        own: dict[tuple[int, int, bool], Expected] = {}
+        for (kind, ids), (number, model) in itertools.product(kinds, enumerate(loaded)):
+            answer = _certain_answer(model, ids, tokens)
+            if answer is None or any(answer == other.ids for other in own.values()):
+                break
+            said = tokenizer.decode(answer, skip_special_tokens=True)
+            own[number, len(kept), kind] = Expected(answer, None if "\ufffd" in said else said)
+        else:
             found |= own
             kept.append(prompt)
         if len(kept) == enough:
@@ -201,8 +206,8 @@ def expected_answers(
 
 
 @torch.inference_mode()
-def _certain_answer(model: Any, tokenizer: Any, ids: list[int], tokens: int) -> str | None:
-    """Return the text of a greedy answer; None if a token of it is not certain, or not plain text."""
+def _certain_answer(model: Any, ids: list[int], tokens: int) -> list[int] | None:
+    """Return the tokens of a greedy answer; None if one of them is not certain."""
     prompt = torch.tensor([ids])
     model.generation_config.eos_token_id = None  # it goes on, as the server is told to
     output = model.generate(
@@ -212,7 +217,4 @@ def _certain_answer(model: Any, tokenizer: Any, ids: list[int], tokens: int) -> 
     highest = torch.cat(output.logits).topk(2).values
     if (highest[:, 0] - highest[:, 1]).min() < _SMALLEST_MARGIN:
         return None
-    answer = output.sequences[0, len(ids) :]
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    special = set(tokenizer.all_special_ids) & set(answer.tolist())
-    return None if special or "\ufffd" in text else text
+    return output.sequences[0, len(ids) :].tolist()
