@@ -154,7 +154,7 @@ def test_many_at_once(server: Server, family_tokens: Expected) -> None:
 
 
 def test_many_clients_of_five_deltas(server: Server, family: Path, tenants: Path, tmp_path: Path) -> None:
-    """As `scripts/benchmark_tenants.py --check` does for minutes: completions and chats, streamed or not; some leave."""
+    """What `benchmark_tenants.py --check` does for minutes: completions and chats, streamed or not; some leave."""
     load, models = load_script("tenant_load"), load_script("tenant_models")
     base = AutoModelForCausalLM.from_pretrained(family / "base")
     more = {name: tmp_path / name for name in ("four", "five")}
