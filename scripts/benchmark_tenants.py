@@ -172,7 +172,8 @@ def check(arguments: argparse.Namespace) -> int:
         verdict.add(answer)
         if time.monotonic() - told > _TOLD_EVERY:
             told = time.monotonic()
-            print(f"{verdict.requests} requests, {verdict.wrong} wrong, {verdict.lost} lost", flush=True)
+            held = f"{memory.now / 1e9:.2f} GB"
+            print(f"{verdict.requests} requests, {verdict.wrong} wrong, {verdict.lost} lost, {held}", flush=True)
 
     async def run() -> list[Answer]:
         questions = mixture(len(models.tenants), len(prompts), chat, arguments.seed, arguments.leaving)

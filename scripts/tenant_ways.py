@@ -221,10 +221,11 @@ class PeakResident:
 
     Attributes:
         bytes: the largest that was seen.
+        now: the last that was seen.
     """
 
     def __init__(self, servers: Servers):
-        self.bytes, self._servers, self._done = 0, servers, threading.Event()
+        self.bytes, self.now, self._servers, self._done = 0, 0, servers, threading.Event()
 
     def __enter__(self) -> PeakResident:
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -233,7 +234,8 @@ class PeakResident:
 
     def _watch(self) -> None:
         while True:
-            self.bytes = max(self.bytes, self._servers.memory())
+            self.now = self._servers.memory()
+            self.bytes = max(self.bytes, self.now)
             if self._done.wait(0.5):
                 return
 
