@@ -82,7 +82,7 @@ def small_models(work: Path, count: int, settings: PairSettings | None = None) -
                     model, blocks, folder.name, steps=min(_STEPS, settings.finetune_steps or _STEPS), minutes=None,
                     lr=_RATE, batch_size=settings.batch_size, seed=number,
                 )  # fmt: skip
-                model.to(torch.bfloat16)
+                model.bfloat16()
                 _save(model, tokenizer, folder)
         found.append(folder)
     (pair / "base" / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
@@ -193,7 +193,7 @@ def expected_answers(
             answer = _certain_answer(model, ids, tokens)
             if answer is None or any(answer == other.ids for other in own.values()):
                 break
-            said = tokenizer.decode(answer, skip_special_tokens=True)
+            said = str(tokenizer.decode(answer, skip_special_tokens=True))
             own[number, len(kept), kind] = Expected(answer, None if "\ufffd" in said else said)
         else:
             found |= own
