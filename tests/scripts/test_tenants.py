@@ -213,7 +213,7 @@ def test_check(
     def made_up(some: Any, prompts: list[str], tokens: int, chat: bool, enough: int) -> Any:
         assert chat and 0 < enough and len(prompts) > 1 and tokens == 8
         return prompts, {
-            (t, p, c): f"t{t} says"
+            (t, p, c): right(f"t{t} says")
             for t in range(len(some.tenants))
             for p in range(len(prompts))
             for c in (True, False)
