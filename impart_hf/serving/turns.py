@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -89,8 +90,7 @@ class Turns:
 
     def waiting(self) -> dict[str, int]:
         """Return how many requests wait, by delta."""
-        names = [entry.name for entry in self._waiting]
-        return {name: names.count(name) for name in names}
+        return dict(Counter(entry.name for entry in self._waiting))
 
     @asynccontextmanager
     async def request(self, wanted: Callable[[], str]) -> AsyncIterator[None]:

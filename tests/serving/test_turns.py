@@ -156,6 +156,32 @@ def test_clients_that_leave_while_they_wait() -> None:
     asyncio.run(run())
 
 
+def test_counting_those_who_wait_takes_one_look_at_each() -> None:
+    """It is done for every request that is admitted, and hundreds may wait."""
+
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    async def run() -> None:
+        engine, leave = Engine(), asyncio.Event()
+        running = asyncio.create_task(engine.ask("base", leave.wait))
+        await settle()
+        others = [asyncio.create_task(engine.ask(Name(f"delta {number % 5}"))) for number in range(300)]
+        await settle()
+        Name.compared = 0
+        assert engine.turns.waiting() == {f"delta {number}": 60 for number in range(5)}
+        assert Name.compared < 2 * 300
+        leave.set()
+        await asyncio.gather(running, *others)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_many_at_random(seed: int) -> None:
     """None is lost, and none runs on another's weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import random
@@ -16,8 +17,11 @@ from typing import Any
 
 import pytest
 from support.forged_files import Entries, forge
-from support.vllm_engines import LONG, PROMPTS
+from support.load_script import load_script
+from support.tiny_models import Pair, fine_tune, save_model
+from support.vllm_engines import LONG, PROMPTS, delta_of
 from support.vllm_server import Server
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.vllm
 Expected = dict[str, list[list[int]]]
@@ -149,6 +153,40 @@ def test_many_at_once(server: Server, family_tokens: Expected) -> None:
         done.set()
 
 
+def test_many_clients_of_five_deltas(server: Server, family: Path, tenants: Path, tmp_path: Path) -> None:
+    """What `benchmark_tenants.py --check` does for minutes: completions and chats, streamed or not; some leave."""
+    load, models = load_script("tenant_load"), load_script("tenant_models")
+    base = AutoModelForCausalLM.from_pretrained(family / "base")
+    more = {name: tmp_path / name for name in ("four", "five")}
+    for seed, name in enumerate(more, 4):
+        dense = save_model(fine_tune(base, seed), tmp_path / f"{name}-dense")
+        delta_of(Pair(family / "base", dense), tmp_path / name)
+    repositories = {name: tenants / name for name in NAMES[1:]} | more
+    served = models.Models(
+        family / "base", [models.Tenant(name, repo) for name, repo in repositories.items()], "built-in"
+    )
+    candidates = models.prompts_of(served, 64, 12, seed=0)
+    prompts, expected = models.expected_answers(served, candidates, 8, True, enough=6)
+    verdict = load.Verdict(expected)
+
+    async def run() -> None:
+        targets = [load.Target(server.url, name) for name in repositories]
+        questions = load.mixture(len(repositories), len(prompts), True, seed=0, leaving=0.05)
+        async with load.Client(targets, prompts, 8, timeout=120, ids=True) as client:
+            await load.closed_loop(client, questions, 150, 6.0, verdict.add)
+
+    try:
+        for name, repo in more.items():
+            repo.rename(tenants / name)
+        asyncio.run(run())
+    finally:
+        for name in more:
+            shutil.rmtree(tenants / name, ignore_errors=True)
+    assert not verdict.told and verdict.wrong == verdict.lost == 0
+    assert verdict.requests >= 150 and verdict.longest < 60
+    assert all(f'requests_total{{delta="{name}"}}' in metrics_of(server) for name in repositories)
+
+
 def test_a_client_loads_another_default(server: Server, family_tokens: Expected) -> None:
     assert server.load("two")[0] == 200
     assert ask(server, "family", PROMPTS[0])[1]["choices"][0]["token_ids"] == family_tokens["two"][0]
@@ -157,10 +195,14 @@ def test_a_client_loads_another_default(server: Server, family_tokens: Expected)
     assert server.load("base")[0] == 200
 
 
-def test_metrics(server: Server) -> None:
+def metrics_of(server: Server) -> str:
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=60)
     connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
+    return connection.getresponse().read().decode()
+
+
+def test_metrics(server: Server) -> None:
+    text = metrics_of(server)
     for line in (
         'impart_hf:swaps_total{delta="one"}',
         'impart_hf:requests_total{delta="three"}',
