@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -106,13 +106,21 @@ def adapters(models: Models, settings: Settings) -> Plan:
     return Plan([Engine(models.base, (*options, *named))], [(0, tenant.name) for tenant in models.tenants])
 
 
+def packed(models: Models, settings: Settings) -> Plan:
+    """One engine with all deltas packed beside the base, mixed in a batch; exact."""
+    (engine,), places = (plan := swaps(models, settings, {"IMPART_HF_PACKED": "1"})).engines, plan.places
+    options = ("--enable-lora", "--max-lora-rank", "1", "--max-loras", str(len(places)), "--enforce-eager")
+    return Plan([replace(engine, options=(*engine.options, *options))], places)
+
+
 WAYS: dict[str, Callable[[Models, Settings], Plan]] = {
     "separate": separate,
     "swaps": swaps,
     "swaps-scratch": swaps_scratch,
     "adapters": adapters,
+    "packed": packed,
 }
-EXACT = ("separate", "swaps", "swaps-scratch")  # what they answer is what the deltas stand for
+EXACT = ("separate", "swaps", "swaps-scratch", "packed")  # what they answer is what the deltas stand for
 
 
 class Servers:
@@ -187,7 +195,10 @@ class Servers:
         """Return the number of swaps since the start; None if these servers do not swap."""
         lines = [line for url in self._urls for line in _get(f"{url}/metrics").splitlines()]
         counts = [line for line in lines if line.startswith("impart_hf:swaps_total")]
-        swapping = any("IMPART_HF_DELTAS" in engine.environment for engine in self._plan.engines)
+        swapping = any(
+            "IMPART_HF_DELTAS" in engine.environment and "--enable-lora" not in engine.options
+            for engine in self._plan.engines
+        )
         return int(sum(float(line.rpartition(" ")[2]) for line in counts)) if swapping else None
 
 

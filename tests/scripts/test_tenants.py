@@ -166,14 +166,14 @@ def test_every_way(family: Path, tmp_path: Path, plans: list[Any], capsys: pytes
     run = arguments(family, tmp_path, "--tenants", "2,3", "--rates", "40", "--seconds", "0.3", "--engines", "2")
     assert script.main([*run, "--ways", "separate,swaps"]) == 0
     assert script.main(run) == 0
-    assert len(plans) == 8, "nothing was run twice"
+    assert len(plans) == 10, "nothing was run twice"
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text("utf-8").splitlines()]
     assert {(line["way"], line["tenants"]) for line in lines} == {(way, n) for way in ways.WAYS for n in (2, 3)}
     for line in lines:
         assert line["requests"] > 0 and line["failed"] == 0 and line["peak_memory"] == 1 << 30
         assert line["served"] == (2 if line["way"] == "separate" else line["tenants"])
     by_way = {line["way"]: plan for line, plan in zip(lines, plans, strict=True)}
-    separate, swaps, scratch, adapters = (by_way[way].engines for way in ways.WAYS)
+    separate, swaps, scratch, adapters, packed = (by_way[way].engines for way in ways.WAYS)
     assert len(separate) == 2 and len({engine.model for engine in separate}) == 2
     deltas = re.findall(r"(t\d)=([^,]*)", swaps[0].environment["IMPART_HF_DELTAS"])
     assert [name for name, _ in deltas] == ["t0", "t1", "t2"] and len({repo for _, repo in deltas}) == 3
@@ -184,6 +184,8 @@ def test_every_way(family: Path, tmp_path: Path, plans: list[Any], capsys: pytes
     assert options[options.index("--max-loras") + 1] == "3"
     assert options[options.index("--max-lora-rank") + 1] == "64", "as large as the model's matrices allow"
     assert sum("=" in option for option in options) == 3
+
+    assert packed[0].environment["IMPART_HF_PACKED"] == "1" and "--enable-lora" in packed[0].options
 
     said = capsys.readouterr().out
     assert "separate: only 2 of 3 engines fit" in said
