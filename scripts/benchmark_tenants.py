@@ -236,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     modes.add_argument("--concurrency", type=int, default=500, help="requests in flight of a check (default: 500)")
     modes.add_argument("--leaving", type=float, default=0.02, help="share of its clients that leave (default: 0.02)")
     modes.add_argument("--report", action="store_true", help="run nothing, only write table and picture")
+    modes.add_argument("--document", type=Path, metavar="FILE", help="also put both into this document, by its markers")
     return parser
 
 
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             benchmark(arguments, Log(path, log_settings(arguments), "WORK"))
         elif not path.exists():
             raise ValueError(f"there is no {path}: run the benchmark first")
-        print(write_report(read_lines(path), arguments.work))
+        print(write_report(read_lines(path), arguments.work, arguments.document))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"benchmark_tenants.py: error: {error}", file=sys.stderr)
         return 1

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import measure
+from results_log import write_between
 from tenant_load import PERCENTILES
+
+MARKERS = "tenants"
 
 Line = Mapping[str, Any]
 
 
-def write_report(lines: Sequence[Line], folder: Path) -> str:
+def write_report(lines: Sequence[Line], folder: Path, into: Path | None = None) -> str:
     """Write tenants.md and tenants.png into a folder, and return the first one's text.
 
+    Args:
+        into: a document that gets the text between its markers, and the picture beside it.
+
     Raises:
-        ValueError: if nothing has been measured yet.
+        ValueError: if nothing has been measured yet, or the document has no markers.
     """
     if not lines:
         raise ValueError("nothing has been measured yet")
@@ -24,6 +31,9 @@ def write_report(lines: Sequence[Line], folder: Path) -> str:
     text = document(ordered)
     (folder / "tenants.md").write_text(text + "\n", "utf-8")
     picture(ordered, folder / "tenants.png")
+    if into is not None:
+        write_between(into, MARKERS, text)
+        shutil.copy(folder / "tenants.png", into.parent)
     return text
 
 

@@ -194,6 +194,12 @@ def test_every_way(family: Path, tmp_path: Path, plans: list[Any], capsys: pytes
     assert all(f"| {way} |" in report for way in ways.WAYS)
     assert (tmp_path / "tenants.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "tenants.md").unlink()
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("By hand.\n<!-- tenants: begin -->\nold\n<!-- tenants: end -->\n")
+    assert script.main([str(tmp_path), "--report", "--document", str(page)]) == 0
+    assert report.strip() in page.read_text("utf-8") and (page.parent / "tenants.png").exists()
+    (tmp_path / "tenants.md").unlink()
     assert script.main([str(tmp_path), "--report"]) == 0 and (tmp_path / "tenants.md").read_text("utf-8") == report
     assert script.main([*run, "--tokens", "5"]) == 1
     assert "give another WORK" in capsys.readouterr().err
