@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -156,10 +157,11 @@ class _Reader:
         self._joined = {member: (whole, list(joined[whole])) for whole in joined for member in joined[whole]}
         self._linear: dict[str, dict[str, tuple[slice, _Added | _Replaced]]] = {}
         self._others: dict[str, Effect] = {}
-        self.nbytes = 0
+        self._records: dict[str, np.ndarray] = {}  # what tied layers share is held once
+        self._values: dict[str, Tensor] = {}
 
-    def read(self) -> dict[str, Effect]:
-        """Return the effects by module; errors as for `read_effects`."""
+    def read(self) -> Effects:
+        """Return the effects; errors as for `read_effects`."""
         refused = []
         for name in self._repository.names():
             if self._differs(name) and not self._place(name):
@@ -170,7 +172,9 @@ class _Reader:
                 f"'{self._repository.source}' changes what cannot be changed for a part of a batch: "
                 f"{', '.join(refused[:_SHOWN])}{rest}. Serve it with an engine of its own, or swap to it"
             )
-        return self._others | {name: _Linear(list(parts.values())) for name, parts in self._linear.items()}
+        linear = {name: _Linear(list(members.values())) for name, members in self._linear.items()}
+        held: list[Any] = [*self._records.values(), *self._values.values()]
+        return Effects(self._others | linear, sum(one.nbytes for one in held))
 
     def _differs(self, name: str) -> bool:
         return self._repository.is_changed(name) or name in self._repository.base.row_counts
@@ -224,30 +228,32 @@ class _Reader:
             return _Replaced(self._replacement(replacement), after)
         delta = None
         if repository.parts[weight].records:
-            data = repository.file.read_records(weight)
-            self.nbytes += data.nbytes
             delta = linear_delta(
-                data, shape, weight, transposed=False, packed=True, device=device, dtype=self._dtype
+                self._record(weight), shape, weight, transposed=False, packed=True, device=device, dtype=self._dtype
             )  # fmt: skip
         if bias is None or after is None or not self._differs(bias):
             return _Added(delta, None)
-        self.nbytes += after.nbytes
-        return _Added(delta, after - repository.base_tensor(bias).to(device, self._dtype))
+        self._values[bias] = after - repository.base_tensor(bias).to(device, self._dtype)
+        return _Added(delta, self._values[bias])
 
     def _embedding(self, name: str, parts: TensorParts) -> Effect:
         if parts.replacement:
             return _OtherRows(self._replacement(parts.replacement))
-        data, shape = self._repository.file.read_records(name), self._repository.shape(name)
-        record, _ = parse_record(data, (shape[0], shape[1]), name)
-        if not self._tied:  # otherwise the logits' effect checks and counts it
+        shape = self._repository.shape(name)
+        record, _ = parse_record(self._record(name), (shape[0], shape[1]), name)
+        if not self._tied:  # otherwise the logits' effect checks it
             matrix_delta(record, name, self._device)  # it raises what is wrong with the record
-            self.nbytes += data.nbytes
         return _AddedRows(record, name)
 
+    def _record(self, name: str) -> np.ndarray:
+        if name not in self._records:
+            self._records[name] = self._repository.file.read_records(name)
+        return self._records[name]
+
     def _replacement(self, entry: str) -> Tensor:
-        value = self._repository.file.read_finite(entry).to(self._device, self._dtype)
-        self.nbytes += value.nbytes
-        return value
+        if entry not in self._values:
+            self._values[entry] = self._repository.file.read_finite(entry).to(self._device, self._dtype)
+        return self._values[entry]
 
     @property
     def _device(self) -> torch.device:
@@ -267,6 +273,4 @@ def read_effects(repository: DeltaRepository, model: nn.Module, dtype: torch.dty
         DeltaRefusedError: if a tensor changes that cannot differ between the rows of a batch; it names them.
         DeltaFormatError: if the delta is damaged.
     """
-    reader = _Reader(repository, model, dtype, tied)
-    by_module = reader.read()
-    return Effects(by_module, reader.nbytes)
+    return _Reader(repository, model, dtype, tied).read()

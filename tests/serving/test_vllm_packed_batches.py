@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.forged_files import Entries, forge, forge_record
 from support.messages import naming
-from support.tiny_models import Pair, edit_json, fine_tune, load_tensors, make_model, save_model, tiny_config
+from support.tiny_models import Pair, edit_json, fine_tune, load_tensors, make_model, save_model, save_pair, tiny_config
 from support.vllm_engines import HEADS, LONG, NEW_TOKENS, PROMPTS, EngineError, EngineProcess, delta_of, tokens_of
 from support.vllm_server import Server
 
@@ -174,10 +174,13 @@ def test_rows_that_are_not_the_batchs(engine: EngineProcess, family: Path) -> No
             engine.run(call_with_two_rows, module)
 
 
-def test_memory_of_a_delta(engine: EngineProcess, family: Path) -> None:
-    """A further delta takes what its file does."""
-    held, size = engine.run(memory, family / "one"), (family / "one" / "delta_model.safetensors").stat().st_size
-    assert 0 < held < 1.1 * size
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_memory_of_a_delta(process: EngineProcess, tmp_path: Path, kind: str) -> None:
+    """A further delta takes what its file does; what tied layers share, once."""
+    pair = save_pair(tmp_path, tiny_config(kind, **HEADS), dtype=torch.float32)
+    delta = delta_of(pair, tmp_path / "delta")
+    process.start(pair.base, **OPTIONS)
+    assert 0 < process.run(memory, delta) < 1.1 * (delta / "delta_model.safetensors").stat().st_size
 
 
 def test_server(family: Path, family_tokens: dict[str, list[list[int]]], elsewhere: Path) -> None:
