@@ -48,13 +48,15 @@ def document(lines: Sequence[Line]) -> str:
     own = lines[0]["settings"]
     machines = sorted({f"{line['machine']['cpu']}, {line['machine']['cores']} cores" for line in lines})
     load = max(line["machine"]["load average"] for line in lines)
+    late = max(line["client_lag"] for line in lines)
     parts = [
         f"{own['model']}, {own['dtype']}; deltas by {own['method']} at ratio {own['ratio']:g}. Open loop of "
         f"{own['seconds']:g} s: Poisson arrivals, tenants by Zipf's law with exponent {own['zipf']:g}, prompts of "
         f"{own['prompt_tokens']} tokens, streamed greedy answers of {own['tokens']}. Seconds count from when a "
         f"request was due; p50 / p90 / p99. Memory: peak resident memory of all server processes, shared pages counted "
         f"once. Client and servers share the machine: {'; '.join(machines)}. Load average at the end of a run: at most "
-        f"{load:.1f}. IMPART_HF_MAX_WAIT={own['max_wait']}, IMPART_HF_MIN_RESIDENCE={own['min_residence']}.",
+        f"{load:.1f}; the client sent a request at most {late:.2f} s late. "
+        f"IMPART_HF_MAX_WAIT={own['max_wait']}, IMPART_HF_MIN_RESIDENCE={own['min_residence']}.",
         measure.table([_row(line) for line in lines]),
     ]
     if partial := [line for line in lines if line["served"] < line["tenants"]]:
