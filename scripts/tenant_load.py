@@ -20,6 +20,7 @@ import numpy as np
 
 PERCENTILES = (50, 90, 99)
 LONGEST_PATIENCE = 10.0
+_KEPT_SECONDS = 2  # an idle connection; vLLM closes it after 5, when a question might just be on its way
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Client:
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # no limit
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_SECONDS),  # no limit
             timeout=aiohttp.ClientTimeout(total=self._timeout),
         )
         return self
