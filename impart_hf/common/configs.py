@@ -39,6 +39,16 @@ def fields_of_weights(config: PreTrainedConfig) -> dict[str, Any]:
     return _of_weights({name: value for name, value in values.items() if name in known})
 
 
+def differing_fields(base: PreTrainedConfig, tuned: PreTrainedConfig) -> list[str]:
+    """Return the fields by which a fine-tune computes something else with its weights than its base.
+
+    The size of the vocabulary and whether the output projection is tied do not count: these are matters of weights.
+    """
+    own, wanted = fields_of_weights(base), fields_of_weights(tuned)
+    names = (own.keys() | wanted.keys()) - {"vocab_size", "tie_word_embeddings"}
+    return sorted(name for name in names if own.get(name) != wanted.get(name))
+
+
 def _of_weights(values: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what says nothing, in nested configurations, which have a model type, as well."""
     return {

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup, class_layout
-from ..common.configs import fields_of_weights
+from ..common.configs import differing_fields
 from ..modeling.delta_decode import add_delta
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
 from ..modeling.modeling_delta_compressed import inner_class
@@ -60,8 +60,7 @@ class Placement:
             ValueError: if the fine-tune computes something else with its weights than the base.
         """
         self._model, self._repository = model, repository
-        own, wanted = (fields_of_weights(config) for config in (model.config, repository.text_config))
-        if differing := sorted(n for n in (own.keys() | wanted.keys()) - _VOCABULARY if own.get(n) != wanted.get(n)):
+        if differing := differing_fields(model.config, repository.text_config):
             raise ValueError(
                 f"'{repository.source}' differs from the base in more than weights: its config.json has other "
                 f"{', '.join(differing[:5])}; load it by AutoModelForCausalLM"

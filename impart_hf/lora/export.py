@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.text import CalibrationSource
+from ..common.configs import differing_fields, model_config
 from ..common.devices import usable_device
 from ..common.meta_model import meta_model
 from ..common.progress import Bar, Progress
@@ -87,6 +88,7 @@ def export_lora(
         raise ValueError(
             f"'{repository.source}' is a sequence classifier: adapters are made of language models' deltas"
         )
+    _check_base(repository)
     if not 1 <= rank <= _LARGEST_RANK:
         raise ValueError(f"rank: a LoRA rank must be from 1 to {_LARGEST_RANK}, got {rank}")
     if unknown := sorted(set(parts) - set(PARTS)):
@@ -132,6 +134,25 @@ def export_lora(
             report.validation = text.measure(folder)
         (folder / "README.md").write_text(adapter_card(repository, report), "utf-8")
     return report
+
+
+def _check_base(repository: DeltaRepository) -> None:
+    """Check that the base with other weights would be the fine-tune.
+
+    Raises:
+        ValueError: if not.
+    """
+    base = model_config(repository.base.checkpoint.config)
+    if differing := differing_fields(base, repository.text_config):
+        raise ValueError(
+            f"'{repository.source}' differs from its base in more than weights, which an adapter cannot hold: its "
+            f"config.json has other {', '.join(differing[:5])}"
+        )
+    if repository.text_config.tie_word_embeddings and not base.tie_word_embeddings:
+        raise ValueError(
+            f"'{repository.source}' ties its output projection to the embeddings, and its base does not: an adapter "
+            "cannot hold that"
+        )
 
 
 def _check_adapter(skeleton: PreTrainedModel, config: Any, places: Sequence[Place]) -> None:

@@ -90,6 +90,8 @@ class SpooledFactors:
             worth.append(_worth(place, a, delta))
             sizes.append(place.numbers_per_rank * dtype.itemsize)
         ranks = ranks_for(worth, sizes, max_bytes)
+        if not any(part.any() for part in worth):
+            raise ValueError(f"'{repository.source}' changes nothing in these parts: there is nothing to export")
         if not any(ranks):
             raise ValueError(f"max_bytes: {max_bytes} bytes hold no component of a matrix; the least is {min(sizes)}")
         return ranks

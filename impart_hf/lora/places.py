@@ -141,7 +141,8 @@ def tensor_delta(repository: DeltaRepository, name: str, device: torch.device) -
         )
     if not part.replacement:
         return torch.zeros_like(base, dtype=torch.float32)
-    return repository.tensor(name, device)[: len(base)].float() - base.float()
+    tuned = repository.tensor(name, device)
+    return (tuned[: len(base)] if part.added_rows else tuned).float() - base.float()
 
 
 def places_of(repository: DeltaRepository, model: PreTrainedModel, parts: Collection[Part]) -> list[Place]:
@@ -175,6 +176,8 @@ def _place(repository: DeltaRepository, layout: CheckpointLayout, group: TensorG
         layers = ((_PREFIX + owner, "stacked"),)
     elif len(shape) != 2 or attribute != "weight":
         return None
+    elif isinstance(layout.model.get_submodule(owner.rpartition(".")[0]), nn.MultiheadAttention):
+        return None  # PEFT adapts such a module as a whole
     elif isinstance(module, nn.Embedding) and module is layout.model.get_input_embeddings():
         part, transposed = "embeddings", False
         tied = [alias.removesuffix(".weight") for alias, source in layout.tied.items() if source == parameter]

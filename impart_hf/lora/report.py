@@ -65,14 +65,16 @@ class LoraReport:
     @property
     def relative_error(self) -> float:
         """Relative error over all the adapter's matrices: root of the summed squared errors, over that of the norms."""
-        lost = sum((m.norm * m.relative_error) ** 2 for m in self.matrices)
-        return (lost / sum(m.norm**2 for m in self.matrices)) ** 0.5 if self.matrices else 0.0
+        lost = sum((matrix.norm * matrix.relative_error) ** 2 for matrix in self.matrices)
+        all_of_it = sum(matrix.norm**2 for matrix in self.matrices)
+        return (lost / all_of_it) ** 0.5 if all_of_it else 0.0
 
     @property
     def left_out_share(self) -> float:
         """Share of the whole delta's squared norm that is in tensors outside the adapter."""
         left = sum(norm**2 for norm in self.left_out.values())
-        return left / (left + sum(m.norm**2 for m in self.matrices))
+        all_of_it = left + sum(matrix.norm**2 for matrix in self.matrices)
+        return left / all_of_it if all_of_it else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "relative_error": self.relative_error, "left_out_share": self.left_out_share}

@@ -1,9 +1,11 @@
 """Adapters of deltas for one engine, made when they are asked for and kept in a folder."""
 
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from ..lora.export import ADAPTER_FILE, export_lora
 from ..lora.places import Part
 from ..modeling.model_files import pinned
 from ..modeling.repository_files import delta_digest, repository_folder
+from ..storage.checkpoint_writer import new_folder
 from ..storage.locked_folder import LockedFolder
 from .catalogue import NamedDelta
 from .engine_base import DeltaRefusedError, engine_on_base
@@ -29,7 +32,7 @@ class AdapterCache:
     They are in the folder that `IMPART_HF_ADAPTERS` names, where a later server finds them; without it in a temporary
     one. They stay as long as the server runs, because vLLM may read one again after others have taken its place.
 
-    If the engine takes deltas packed (`IMPART_HF_PACKED`), an adapter is a link to the delta itself.
+    If the engine takes deltas packed (`IMPART_HF_PACKED`), an adapter is the delta itself, kept by links to its files.
     """
 
     def __init__(self, vllm_config: "VllmConfig"):
@@ -43,6 +46,8 @@ class AdapterCache:
         lora = vllm_config.lora_config
         assert lora is not None
         self._packed = os.environ.get(PACKED_VARIABLE) == "1"
+        if not self._packed and find_spec("peft") is None:
+            raise DeltaRefusedError("adapters are made by PEFT: pip install 'impart-hf[lora]'")
         if lora.target_modules is not None and not self._packed:
             raise DeltaRefusedError("--lora-target-modules would leave out a part of every delta: start it without")
         self._files, self._base = engine_on_base(vllm_config)
@@ -68,33 +73,40 @@ class AdapterCache:
             OutputError: if the disk is full.
         """
         assert delta.repo is not None
+        options = pinned(delta.repo, self._files.hub_options(delta.revision))
+        repository = self._files.open_delta(delta.repo, options.revision)
+        self._base.check_config(repository.text_config, delta.repo)
+        self._base.check_delta(repository)
+        # The digest is of the delta and of its base, so that an adapter of other files is never taken.
+        digest = delta_digest(repository.file, repository.config)[:32]
+        if self._packed:
+            folder, whole = self._folder / f"{digest}-packed", "config.json"
+        else:
+            folder, whole = self._folder / f"{digest}-rank{self._rank}-{'-'.join(self._parts)}", ADAPTER_FILE
         with self._making:
-            options = pinned(delta.repo, self._files.hub_options(delta.revision))
-            repository = self._files.open_delta(delta.repo, options.revision)
-            self._base.check_config(repository.text_config, delta.repo)
-            self._base.check_delta(repository)
-            # The digest is of the delta and of its base, so that an adapter of other files is never taken.
-            digest = delta_digest(repository.file, repository.config)[:32]
-            if self._packed:
-                return _link(repository_folder(delta.repo, options), self._folder / f"{digest}-packed")
-            folder = self._folder / f"{digest}-rank{self._rank}-{'-'.join(self._parts)}"
-            if not (folder / ADAPTER_FILE).is_file():
-                try:
+            if (folder / whole).is_file():
+                return folder
+            try:
+                if self._packed:
+                    _keep(repository_folder(delta.repo, options), folder)
+                else:
                     export_lora(repository, folder, self._rank, parts=self._parts)
-                except OutputError:
-                    if not (folder / ADAPTER_FILE).is_file():  # another server has made it meanwhile
-                        raise
-            return folder
+            except OutputError:
+                if not (folder / whole).is_file():  # another server has made it meanwhile
+                    raise
+        return folder
 
 
-def _link(target: Path, link: Path) -> Path:
-    """Let a link lead to a folder, and return it: vLLM's prefix cache knows weights by their path."""
-    if not link.exists() or not link.samefile(target):
-        new = link.with_name(f".{link.name}.{os.getpid()}")
-        new.unlink(missing_ok=True)
-        new.symlink_to(target.absolute())
-        new.replace(link)
-    return link
+def _keep(source: Path, target: Path) -> None:
+    """Keep a folder's files as they are now, for when vLLM reads them again: by links, or copied to another disk."""
+    with new_folder(target) as folder:
+        for file in source.iterdir():
+            if file.is_file():
+                place = file.resolve()
+                try:
+                    os.link(place, folder / file.name)
+                except OSError:
+                    shutil.copyfile(place, folder / file.name)
 
 
 def _parts_of(model_config: "ModelConfig") -> Collection[Part]:

@@ -35,7 +35,7 @@ class Catalogue:
     An entry is NAME=REPO[@REVISION], or a folder whose delta repositories are offered under the names of their own
     folders. Such a folder is read again every time, so that deltas can be added and removed while the server runs.
 
-    A second setting permits repositories that have no name: patterns of Hub ids and of folders, such as
+    A second setting permits repositories that have no name: patterns of Hub ids and of absolute folders, such as
     `user/*,/srv/deltas/*`.
     """
 
@@ -55,7 +55,14 @@ class Catalogue:
         Raises:
             ValueError: if an entry has neither form, or a name is given twice.
         """
-        self._allowed = [pattern for part in allowed.split(",") if (pattern := part.strip())]
+        patterns = [pattern for part in allowed.split(",") if (pattern := part.strip())]
+        # Of folders all but the last level is without links, as the names that are compared with them.
+        self._allowed = [
+            os.path.join(os.path.realpath(os.path.dirname(pattern)), os.path.basename(pattern))
+            if os.path.isabs(pattern)
+            else pattern
+            for pattern in patterns
+        ]
         self._named = [started_on] if started_on else []
         self._folders: list[Path] = []
         for entry in filter(None, (part.strip() for part in setting.split(","))):
@@ -63,7 +70,7 @@ class Catalogue:
             if not equals:
                 if not Path(name).is_dir():
                     raise ValueError(f"{DELTAS_VARIABLE}: '{entry}' is neither NAME=REPO[@REVISION] nor a folder")
-                self._folders.append(Path(name))
+                self._folders.append(Path(os.path.abspath(name)))  # a relative one might be taken for a Hub id
                 continue
             # A folder may have an @ in its name.
             place, at, revision = (repo, "", "") if Path(repo).is_dir() else repo.partition("@")
@@ -96,7 +103,16 @@ class Catalogue:
         """Return the delta that a name, a folder or a Hub id stands for; None if there is none that is permitted.
 
         The folders of tenants are not read as a whole.
+
+        Args:
+            name: a folder's is absolute and without links, so that each has one spelling.
         """
+        try:
+            return self._find(name)
+        except (ValueError, OSError):  # no name that a file could have
+            return None
+
+    def _find(self, name: str) -> NamedDelta | None:
         named = [NamedDelta(BASE, None), *self._named]
         known = next((delta for delta in named if name in (delta.name, delta.repo)), None)
         if known is not None:
@@ -105,23 +121,24 @@ class Catalogue:
             if "/" not in name:
                 return next(filter(None, (_in_folder(folder / name) for folder in self._folders)), None)
             return NamedDelta(name, name) if _is_hub_id(name) and self._allows(name) else None
-        place = os.path.realpath(name)  # so that a link or .. leads nowhere else
-        for delta in self._named:
-            if delta.repo and os.path.realpath(delta.repo) == place:
-                return delta
+        if name != os.path.realpath(name):
+            return None
         for folder in self._folders:
-            if os.path.realpath(folder) == os.path.dirname(place):
-                return _in_folder(folder / os.path.basename(place))
-        return NamedDelta(place, place) if os.path.isdir(place) and self._allows(place) else None
+            if os.path.realpath(folder) == os.path.dirname(name):
+                return _in_folder(folder / os.path.basename(name))
+        return NamedDelta(name, name) if os.path.isdir(name) and self._allows(name) else None
 
     def _allows(self, place: str) -> bool:
-        patterns = [
-            os.path.join(os.path.realpath(os.path.dirname(pattern)), os.path.basename(pattern))
-            if os.path.isabs(pattern)
-            else pattern
-            for pattern in self._allowed
-        ]
-        return any(fnmatchcase(place, pattern) for pattern in patterns)
+        """Return whether a pattern permits a folder or Hub id; a * stands for a part of one level."""
+        levels = place.split("/")
+        patterns = [pattern.split("/") for pattern in self._allowed]
+        return any(len(pattern) == len(levels) and all(map(fnmatchcase, levels, pattern)) for pattern in patterns)
+
+    def label(self, name: str) -> str:
+        """Return the label of metrics for a delta's name: one for all that clients may make up."""
+        listed = name == BASE or any(delta.name == name for delta in self._named)
+        in_folder = "/" not in name and any((folder / name).is_dir() for folder in self._folders)
+        return name if listed or in_folder else "others"
 
     def _look(self) -> tuple[dict[str, NamedDelta], list[str]]:
         """Return deltas by name, and a message for each name that two deltas have."""
@@ -140,7 +157,7 @@ class Catalogue:
 
 def _in_folder(place: Path) -> NamedDelta | None:
     """Return the delta in a folder; None if there is none, or it is not complete yet."""
-    if place.name.startswith("."):
+    if place.name.startswith(".") or not place.is_dir():
         return None
     try:
         is_delta = repository_kind(str(place), HubOptions()) is RepositoryKind.DELTA

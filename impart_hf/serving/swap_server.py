@@ -113,10 +113,10 @@ class SwapServer:
 
     def _count(self, delta: str) -> None:
         """Count a request, and what waits behind it."""
-        metrics.requests.labels(delta).inc()
+        metrics.requests.labels(self._catalogue.label(delta)).inc()
         metrics.waiting.clear()
         for name, number in self.turns.waiting().items():
-            metrics.waiting.labels(name).set(number)
+            metrics.waiting.labels(self._catalogue.label(name)).inc(number)
 
     async def load(self, name: str) -> dict[str, Any]:
         """Swap because a client wants it, and return the body of the answer; one that has begun is finished.
@@ -170,10 +170,10 @@ class SwapServer:
                 seconds = time.perf_counter() - started
         except RefusedRequestError as error:
             if error.status != 404:  # any name may be asked for
-                metrics.failed_swaps.labels(name).inc()
+                metrics.failed_swaps.labels(self._catalogue.label(name)).inc()
             raise
         logger.info("Swapped to delta %s in %.2f s", name, seconds)
-        metrics.swaps.labels(name).inc()
+        metrics.swaps.labels(self._catalogue.label(name)).inc()
         metrics.swap_seconds.observe(seconds)
         return checked
 
@@ -208,6 +208,6 @@ class SwapServer:
             self.default = name
         now, before = time.monotonic(), self.turns.loaded
         if before is not None:
-            metrics.residence_seconds.labels(before).inc(now - self._loaded_at)
+            metrics.residence_seconds.labels(self._catalogue.label(before)).inc(now - self._loaded_at)
         self._loaded_at = now
         self.turns.now_loaded(name)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from support.forged_files import forge
 from support.messages import naming
 from support.tiny_models import (
     VOCABULARY,
@@ -209,6 +210,15 @@ def test_embeddings_and_experts(kind: str, changes: dict[str, Any], tmp_path: Pa
         assert torch.allclose(logits(adapted.merge_and_unload()), tuned, atol=2e-4)
 
 
+def test_vision_tower(tmp_path: Path) -> None:
+    """PEFT adapts an attention of torch's own only as a whole, so that it stays outside."""
+    repository = save_repository(tmp_path, kind="gemma3-vision")
+    report = export(repository, tmp_path / "adapter", 64)
+    assert any("vision_tower" in matrix.name for matrix in report.matrices)
+    assert any("head.attention" in name for name in report.left_out)
+    assert with_adapter(repository, tmp_path / "adapter") is not None
+
+
 def test_parts(tmp_path: Path) -> None:
     repository = save_repository(tmp_path)
     report = export(repository, tmp_path / "adapter", 8, parts=["linear"])
@@ -334,6 +344,43 @@ class TestRefused:
         with pytest.raises(ValueError, match=naming(repository, "linear", "nothing to export")):
             export(repository, tmp_path / "adapter", 4)
         assert not (tmp_path / "adapter").exists()
+
+    def test_nothing_but_zeros(self, tmp_path: Path) -> None:
+        """A tensor that is stored, but equals the base's, is an adapter that does nothing."""
+        repository = save_repository(tmp_path, lambda name: name == UP)
+        before = load_tensors(tmp_path / "base")[UP]
+        forge(repository, lambda entries: entries.update({UP: ("F32", list(before.shape), before.numpy().tobytes())}))
+        report = export(repository, tmp_path / "adapter", 4)
+        assert report.relative_error == report.left_out_share == 0
+        with pytest.raises(ValueError, match=naming("nothing to export")):
+            export(repository, tmp_path / "other", 4, max_bytes="1MB")
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [({"rope_theta": 5e5}, "rope_parameters"), ({"rms_norm_eps": 1e-3}, "rms_norm_eps")],
+        ids=["rope", "eps"],
+    )
+    def test_more_than_weights_differ(self, change: dict[str, Any], named: str, tmp_path: Path) -> None:
+        repository = save_repository(tmp_path, is_linear)
+
+        def edit(config: dict[str, Any]) -> None:
+            own = config["text_config"]
+            (own["rope_parameters"] if "rope_theta" in change else own).update(change)
+
+        content = json.loads((repository / "config.json").read_text())
+        edit(content)
+        (repository / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=naming(named, "adapter")):
+            export(repository, tmp_path / "adapter", 4)
+
+    def test_tied_only_in_the_fine_tune(self, tmp_path: Path) -> None:
+        base = make_model(tiny_config("llama", **HEADS), dtype=torch.float32)
+        tied = make_model(tiny_config("llama-tied", **HEADS), dtype=torch.float32)
+        tied.load_state_dict(fine_tune(base).state_dict(), strict=False)
+        tied.tie_weights()
+        pair = Pair(save_model(base, tmp_path / "base"), save_model(tied, tmp_path / "finetuned"))
+        with pytest.raises(ValueError, match=naming("ties its output projection", "adapter")):
+            export(delta_of(pair, tmp_path / "delta"), tmp_path / "adapter", 4)
 
     def test_other_base(self, tmp_path: Path) -> None:
         repository = save_repository(tmp_path)

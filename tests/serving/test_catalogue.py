@@ -92,7 +92,7 @@ class TestFind:
         catalogue = Catalogue(f"{tenants},math=user/math@v1,mine={tiny_repository}")
         one, mine = NamedDelta("one", str(tenants / "one")), NamedDelta("mine", str(tiny_repository))
         assert catalogue.find(BASE) == NamedDelta(BASE, None)
-        for name in ("one", str(tenants / "one"), f"{tenants}/x/../one"):
+        for name in ("one", str(tenants / "one")):
             assert catalogue.find(name) == one
         assert catalogue.find("mine") == catalogue.find(str(tiny_repository)) == mine
         assert catalogue.find("math") == catalogue.find("user/math") == NamedDelta("math", "user/math", "v1")
@@ -105,7 +105,8 @@ class TestFind:
         (tenants / "link").symlink_to(tmp_path / "outside")
         monkeypatch.chdir(tmp_path)
         catalogue = Catalogue(str(tenants))
-        names = ["user/x", "../outside", "sub/one", ".hidden", "..", "", "tenants/sub/one", "x" * 5000, "a\0b"]
+        names = ["user/x", "../outside", "sub/one", ".hidden", "..", "", "tenants/sub/one", "x" * 5000, "a\0b", "/a\0"]
+        names += ["/\ud800", f"{tenants}/./sub/one", f"{tenants}//link"]
         for name in [*names, str(tmp_path / "outside"), str(tenants / ".hidden"), str(tenants / "sub" / "one")]:
             assert catalogue.find(name) is None, name
 
@@ -118,10 +119,50 @@ class TestFind:
         assert catalogue.find("user/math") == NamedDelta("user/math", "user/math")
         place = str(tmp_path / "tenants" / "one")
         assert catalogue.find(place) == NamedDelta(place, place)
-        others = ["users/math", "user", "user/here", "user/../x", "user/a/b", str(tmp_path / "others" / "one")]
+        nested = shutil.copytree(tiny_repository, tmp_path / "tenants" / "sub" / "one")
+        others = [
+            "users/math",
+            "user",
+            "user/here",
+            "user/../x",
+            "user/a/b",
+            str(tmp_path / "others" / "one"),
+            str(nested),
+        ]
         for name in [*others, str(tmp_path / "tenants" / "out"), f"{tmp_path}/tenants/../others/one"]:
             assert catalogue.find(name) is None, name
         assert Catalogue("").find("user/math") is None
+
+    def test_patterns_of_ids_permit_no_folders(self, tiny_repository: Path, tmp_path: Path) -> None:
+        shutil.copytree(tiny_repository, tmp_path / "user" / "math-delta")
+        catalogue = Catalogue("", allowed="*/math-delta, */*")
+        assert catalogue.find("any/math-delta") is not None
+        assert catalogue.find(str(tmp_path / "user" / "math-delta")) is None
+
+    def test_relative_folder_is_never_a_hub_id(
+        self, tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its children's paths look like ids."""
+        shutil.copytree(tiny_repository, tmp_path / "deltas" / "one")
+        monkeypatch.chdir(tmp_path)
+
+        def fetch(*arguments: object, **_: object) -> None:
+            raise AssertionError(f"fetched {arguments}")
+
+        monkeypatch.setattr("impart_hf.modeling.model_files.hf_hub_download", fetch)
+        for setting in ("deltas", "./deltas"):
+            catalogue = Catalogue(setting)
+            assert catalogue.find("one") == NamedDelta("one", str(tmp_path / "deltas" / "one"))
+            assert catalogue.find("evil") is None
+            monkeypatch.chdir("/")
+            assert catalogue.find("one") is not None
+            monkeypatch.chdir(tmp_path)
+
+    def test_labels_that_clients_cannot_make_up(self, tiny_repository: Path, tmp_path: Path) -> None:
+        shutil.copytree(tiny_repository, tmp_path / "one")
+        catalogue = Catalogue(f"{tmp_path},math=user/math", allowed="org/*")
+        assert [catalogue.label(name) for name in (BASE, "one", "math")] == [BASE, "one", "math"]
+        assert {catalogue.label(name) for name in ("org/x", "two", str(tmp_path / "one"), "../one")} == {"others"}
 
     def test_name_of_another_model(self) -> None:
         with pytest.raises(ValueError, match=naming("'math'", "another")):
