@@ -171,7 +171,8 @@ def _place(repository: DeltaRepository, layout: CheckpointLayout, group: TensorG
     shape = repository.base.shape(group.members[0].name) if as_stored else tuple(group.parameters[parameter].shape)
     part: Part
     layers: tuple[tuple[str, _Form], ...]
-    if len(shape) == 3 and not type(module).__module__.startswith("torch.nn"):  # a convolution is no stack
+    # A convolution's weight is no stack of matrices, and a vector may have three axes as well.
+    if len(shape) == 3 and min(shape) > 1 and not type(module).__module__.startswith("torch.nn"):
         part, transposed = "experts", bool(getattr(module, "is_transposed", False))
         layers = ((_PREFIX + owner, "stacked"),)
     elif len(shape) != 2 or attribute != "weight":
