@@ -32,7 +32,7 @@ class AdapterCache:
     They are in the folder that `IMPART_HF_ADAPTERS` names, where a later server finds them; without it in a temporary
     one. They stay as long as the server runs, because vLLM may read one again after others have taken its place.
 
-    If the engine takes deltas packed (`IMPART_HF_PACKED`), an adapter is the delta itself, kept by links to its files.
+    If the engine takes deltas packed (`IMPART_HF_PACKED`), an adapter is a copy of the delta itself.
     """
 
     def __init__(self, vllm_config: "VllmConfig"):
@@ -98,15 +98,10 @@ class AdapterCache:
 
 
 def _keep(source: Path, target: Path) -> None:
-    """Keep a folder's files as they are now, for when vLLM reads them again: by links, or copied to another disk."""
+    """Copy a folder's files as they are now, for when vLLM reads them again."""
     with new_folder(target) as folder:
-        for file in source.iterdir():
-            if file.is_file():
-                place = file.resolve()
-                try:
-                    os.link(place, folder / file.name)
-                except OSError:
-                    shutil.copyfile(place, folder / file.name)
+        for file in filter(Path.is_file, source.iterdir()):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _parts_of(model_config: "ModelConfig") -> Collection[Part]:
