@@ -29,6 +29,7 @@ from impart_hf.evaluation.metrics import load
 from impart_hf.evaluation.reference import Reference
 from impart_hf.lora.export import export_lora
 from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.delta_repository import DELTA_FILE
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.open import open_repository
 
@@ -81,7 +82,7 @@ class _Study:
 
     def measured(self, kind: str, rank: int) -> dict[str, Any]:
         delta = self._delta(rank if kind == "bounded" else None)
-        found: dict[str, Any] = {"delta_bytes": sum(file.stat().st_size for file in delta.iterdir())}
+        found: dict[str, Any] = {"delta_bytes": (delta / DELTA_FILE).stat().st_size}
         if kind in ("delta", "bounded"):
             found["delta_kl"] = self._reference.compare(load(str(delta), self._dtype, "cpu"))[1]
         if kind == "delta":
