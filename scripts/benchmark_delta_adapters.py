@@ -116,9 +116,10 @@ def _loaded(task: Mapping[str, Any], dtype: torch.dtype, copies: Path) -> tuple[
         return partial(_each, [base]), lambda: [DynamicCache()]
     model: Any
     if way.startswith("delta"):
-        model = load_delta(base, sources[0], adapter_name="tenant0", factors=way.removeprefix("delta "))
+        factors = way.removeprefix("delta ")
+        model = load_delta(base, sources[0], adapter_name="tenant0", factors=factors)
         for number, place in enumerate(sources[1:], 1):
-            model.load_adapter(place, f"tenant{number}")
+            model.load_adapter(place, f"tenant{number}", factors=factors)
     else:
         model = PeftModel.from_pretrained(base, sources[0], adapter_name="tenant0").eval()
         for number, place in enumerate(sources[1:], 1):
