@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+_SHOWN = 20  # names in a message
 _KINDS = {400: "BadRequestError", 404: "NotFoundError", 409: "ConflictError", 422: "UnprocessableEntityError"}
 
 
@@ -28,5 +29,6 @@ def refused(status: int, message: str, **more: Any) -> RefusedRequestError:
 def unknown(what: str, name: str, known: Iterable[str]) -> RefusedRequestError:
     """Return the error for a name that stands for nothing, with those that do."""
     names = list(known)
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
     # As ASCII, because a name may hold characters that cannot be encoded in an answer.
-    return refused(404, f"there is no {what} {name!a:.200}; choose one of {', '.join(names)}", deltas=names)
+    return refused(404, f"there is no {what} {name!a:.200}; choose one of {shown}", deltas=names)
