@@ -28,7 +28,7 @@ def refused(status: int, message: str, **more: Any) -> RefusedRequestError:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> RefusedRequestError:
     """Return the error for a name that stands for nothing, with those that do."""
-    names = list(known)
+    names = list(dict.fromkeys(known))  # one that is loaded may be on offer as well
     shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
     # As ASCII, because a name may hold characters that cannot be encoded in an answer.
     return refused(404, f"there is no {what} {name!a:.200}; choose one of {shown}", deltas=names)
