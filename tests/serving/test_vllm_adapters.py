@@ -8,13 +8,12 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from peft import PeftModel
-from support.forged_files import Entries, forge
+from support.forged_files import forge, of_another_base
 from support.vllm_engines import PROMPTS, greedy_tokens
-from support.vllm_server import Server
+from support.vllm_server import Server, ask
 from transformers import AutoModelForCausalLM
 
 from impart_hf.lora.export import export_lora
@@ -25,14 +24,6 @@ pytestmark = pytest.mark.vllm
 NAMES = ("base", "one", "two", "three")
 RANK, REQUESTS = 64, 60
 Expected = dict[str, list[list[int]]]
-
-
-@pytest.fixture(scope="module")
-def tenants(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tenants = tmp_path_factory.mktemp("tenants")
-    for name in NAMES[1:]:
-        shutil.copytree(family / name, tenants / name)
-    return tenants
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +55,6 @@ def server(family: Path, tenants: Path, kept: Path) -> Iterator[Server]:
     lora = ("--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "3")
     with Server(family / "base", "--served-model-name", "family", *lora, env=env) as server:
         yield server
-
-
-def ask(server: Server, model: str, prompt: list[int], **options: Any) -> tuple[int, Any]:
-    body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    return server.request("/v1/completions", body | {"return_token_ids": True} | options)
 
 
 def tokens(server: Server, model: str, number: int = 0) -> list[int]:
@@ -150,12 +136,6 @@ def test_delta_of_another_base(server: Server, tenants: Path, kept: Path, expect
         shutil.rmtree(other)
     assert set(kept.iterdir()) == before
     assert tokens(server, "one") == expected["one"][0]
-
-
-def of_another_base(entries: Entries) -> None:
-    """Change the recorded checksums of the base."""
-    dtype, shape, data = entries["base_checksums"]
-    entries["base_checksums"] = (dtype, shape, bytes(byte ^ 1 for byte in data[:-8]) + data[-8:])
 
 
 def test_swaps_are_refused(server: Server) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.forged_files import Entries, forge
+from support.forged_files import forge, of_another_base
 from support.load_script import load_script
 from support.tiny_models import Pair, fine_tune, save_model
 from support.vllm_engines import LONG, PROMPTS, delta_of
-from support.vllm_server import Server
+from support.vllm_server import Server, ask
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.vllm
@@ -30,23 +30,10 @@ REQUESTS = 120
 
 
 @pytest.fixture(scope="module")
-def tenants(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tenants = tmp_path_factory.mktemp("tenants")
-    for name in NAMES[1:]:
-        shutil.copytree(family / name, tenants / name)
-    return tenants
-
-
-@pytest.fixture(scope="module")
 def server(family: Path, tenants: Path) -> Iterator[Server]:
     env = {"VLLM_PLUGINS": "impart_hf", "IMPART_HF_DELTAS": str(tenants), "IMPART_HF_MAX_WAIT": "2"}
     with Server(family / "base", "--served-model-name", "family", env=env | {"IMPART_HF_MIN_RESIDENCE": "0"}) as server:
         yield server
-
-
-def ask(server: Server, model: str, prompt: list[int], **options: Any) -> tuple[int, Any]:
-    body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    return server.request("/v1/completions", body | {"return_token_ids": True} | options)
 
 
 def test_listed_with_their_parent(server: Server) -> None:
@@ -117,12 +104,6 @@ def test_a_delta_that_cannot_be_loaded_fails_alone(
     assert results["other"][0] == 422
     assert results["removed"][0] in (200, 404)  # 200 if it was its turn before it went
     assert ask(server, "one", PROMPTS[1])[1]["choices"][0]["token_ids"] == family_tokens["one"][1]
-
-
-def of_another_base(entries: Entries) -> None:
-    """Change the recorded checksums of the base."""
-    dtype, shape, data = entries["base_checksums"]
-    entries["base_checksums"] = (dtype, shape, bytes(byte ^ 1 for byte in data[:-8]) + data[-8:])
 
 
 def test_many_at_once(server: Server, family_tokens: Expected) -> None:

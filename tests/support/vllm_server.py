@@ -112,3 +112,9 @@ class Server:
     def load(self, delta: str, key: str | None = None) -> tuple[int, Any]:
         """Status and JSON of a swap."""
         return self.request("/v1/deltas/load", {"delta": delta}, key)
+
+
+def ask(server: Server, model: str, prompt: list[int], **options: Any) -> tuple[int, Any]:
+    """Status and answer of a completion by one model, with its greedy tokens."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    return server.request("/v1/completions", body | {"return_token_ids": True} | options)
