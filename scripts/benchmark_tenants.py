@@ -8,8 +8,8 @@
 Ways: `separate` starts one engine per tenant, as many at once as memory allows. `swaps` is one engine that loads the
 delta that a request names; `swaps-scratch` is the same with dense copies on disk. `adapters` is one engine with LoRA
 adapters exported from the deltas, which are approximations. `packed` is one engine with all deltas packed beside the
-base (IMPART_HF_PACKED). Requests go to `vllm serve` over HTTP. Every way gets the
-same requests, which follow from --seed. IMPART_HF_MAX_WAIT and IMPART_HF_MIN_RESIDENCE are taken from the environment.
+base (IMPART_HF_PACKED). Requests go to `vllm serve` over HTTP. Every way gets the same requests, which follow from
+--seed. IMPART_HF_MAX_WAIT and IMPART_HF_MIN_RESIDENCE are taken from the environment.
 
 Each run is a line of WORK/results.jsonl, by which the same command goes on where it was stopped; WORK/tenants.md and
 WORK/tenants.png are made from it.

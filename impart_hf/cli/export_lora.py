@@ -89,10 +89,8 @@ def _summary(report: LoraReport, output: str) -> str:
     from ..repository.report import human_bytes
 
     worst = max(report.matrices, key=lambda matrix: matrix.relative_error)
-    ranks = sorted({matrix.rank for matrix in report.matrices})
-    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     lines = [
-        f"{output}: rank {rank}, {len(report.matrices)} matrices, {human_bytes(report.adapter_bytes)}",
+        f"{output}: rank {report.ranks}, {len(report.matrices)} matrices, {human_bytes(report.adapter_bytes)}",
         f"lost by cutting off at this rank: relative error {report.relative_error:.3f} of all matrices' deltas, at "
         f"most {worst.relative_error:.3f} ({worst.name})",
     ]

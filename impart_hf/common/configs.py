@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +16,9 @@ _IGNORED_FIELDS = {
     "initializer_range", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "pad_token_id",
     "pretraining_tp", "problem_type", "pruning", "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
+
+# Fields by which a fine-tune may differ from its base in a way that its weights show.
+VOCABULARY_FIELDS = frozenset({"vocab_size", "tie_word_embeddings"})
 
 
 def model_config(content: Mapping[str, Any]) -> PreTrainedConfig:
@@ -39,14 +42,20 @@ def fields_of_weights(config: PreTrainedConfig) -> dict[str, Any]:
     return _of_weights({name: value for name, value in values.items() if name in known})
 
 
-def differing_fields(base: PreTrainedConfig, tuned: PreTrainedConfig) -> list[str]:
-    """Return the fields by which a fine-tune computes something else with its weights than its base.
+def differing_fields(
+    base: PreTrainedConfig, tuned: PreTrainedConfig, but: Set[str] = frozenset()
+) -> dict[str, tuple[Any, Any]]:
+    """Return the fields by which a fine-tune computes something else with its weights than its base, sorted.
 
-    The size of the vocabulary and whether the output projection is tied do not count: these are matters of weights.
+    Args:
+        but: fields that do not count.
+
+    Returns:
+        The base's and the fine-tune's value, as JSON values, by the field's name.
     """
     own, wanted = fields_of_weights(base), fields_of_weights(tuned)
-    names = (own.keys() | wanted.keys()) - {"vocab_size", "tie_word_embeddings"}
-    return sorted(name for name in names if own.get(name) != wanted.get(name))
+    pairs = {name: (own.get(name), wanted.get(name)) for name in sorted((own.keys() | wanted.keys()) - but)}
+    return {name: (before, after) for name, (before, after) in pairs.items() if before != after}
 
 
 def _of_weights(values: Mapping[str, Any]) -> dict[str, Any]:

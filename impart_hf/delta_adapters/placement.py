@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup, class_layout
-from ..common.configs import differing_fields
+from ..common.configs import VOCABULARY_FIELDS, differing_fields
 from ..modeling.delta_decode import add_delta
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
 from ..modeling.modeling_delta_compressed import inner_class
@@ -25,7 +25,6 @@ from .linear_deltas import linear_delta
 
 # Methods that no forward pass calls, although they name weights.
 _NOT_FORWARD = re.compile(r"__init__|_?init_.*|_?tie_.*|[gs]et_(in|out)put_embeddings|resize_.*|_?(load|save)_.*")
-_VOCABULARY = {"vocab_size", "tie_word_embeddings"}  # fields by which a fine-tune may differ from the base
 _LINEAR = {nn.Linear.forward, Conv1D.forward}
 
 
@@ -60,7 +59,7 @@ class Placement:
             ValueError: if the fine-tune computes something else with its weights than the base.
         """
         self._model, self._repository = model, repository
-        if differing := differing_fields(model.config, repository.text_config):
+        if differing := list(differing_fields(model.config, repository.text_config, VOCABULARY_FIELDS)):
             raise ValueError(
                 f"'{repository.source}' differs from the base in more than weights: its config.json has other "
                 f"{', '.join(differing[:5])}; load it by AutoModelForCausalLM"
@@ -269,7 +268,7 @@ class Placement:
             elif attribute == "weight" and isinstance(module, nn.Linear):
                 module.out_features = len(module.weight)
         own, wanted = self._model.config, self._repository.text_config
-        for name in (*sorted(_VOCABULARY), "bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in (*sorted(VOCABULARY_FIELDS), "bos_token_id", "eos_token_id", "pad_token_id"):
             if hasattr(wanted, name) and hasattr(own, name):
                 setattr(own, name, getattr(wanted, name))
 

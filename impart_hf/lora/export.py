@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.text import CalibrationSource
-from ..common.configs import differing_fields, model_config
+from ..common.configs import VOCABULARY_FIELDS, differing_fields, model_config
 from ..common.devices import usable_device
 from ..common.meta_model import meta_model
 from ..common.progress import Bar, Progress
@@ -143,7 +143,7 @@ def _check_base(repository: DeltaRepository) -> None:
         ValueError: if not.
     """
     base = model_config(repository.base.checkpoint.config)
-    if differing := differing_fields(base, repository.text_config):
+    if differing := list(differing_fields(base, repository.text_config, VOCABULARY_FIELDS)):
         raise ValueError(
             f"'{repository.source}' differs from its base in more than weights, which an adapter cannot hold: its "
             f"config.json has other {', '.join(differing[:5])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -56,7 +57,7 @@ class Place:
     @property
     def numbers_per_rank(self) -> int:
         """How many numbers of the adapter's file each component takes."""
-        return len(self.layers) * self.matrices * (self.outputs + self.inputs)
+        return sum(map(math.prod, self.entry_shapes(1).values()))
 
     @property
     def targets(self) -> list[str]:

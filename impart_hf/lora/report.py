@@ -76,6 +76,12 @@ class LoraReport:
         all_of_it = left + sum(matrix.norm**2 for matrix in self.matrices)
         return left / all_of_it if all_of_it else 0.0
 
+    @property
+    def ranks(self) -> str:
+        """The matrices' ranks in words: one number, or the least and the largest."""
+        ranks = {matrix.rank for matrix in self.matrices}
+        return str(self.rank) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "relative_error": self.relative_error, "left_out_share": self.left_out_share}
 
@@ -100,7 +106,7 @@ def adapter_card(repository: DeltaRepository, report: LoraReport) -> str:
                 base=base if on_hub else Path(base).name,
                 base_revision=repository.config.base_model_revision or "",
                 source=public_name(repository.source),
-                ranks=_ranks(report),
+                ranks=report.ranks,
                 matrices=len(report.matrices),
                 error=f"{report.relative_error:.3f}",
                 share=f"{report.left_out_share:.1%}",
@@ -110,8 +116,3 @@ def adapter_card(repository: DeltaRepository, report: LoraReport) -> str:
         )
         + "\n"
     )
-
-
-def _ranks(report: LoraReport) -> str:
-    ranks = {matrix.rank for matrix in report.matrices}
-    return str(report.rank) if ranks == {report.rank} else f"{min(ranks)} to {report.rank}"

@@ -74,9 +74,7 @@ class AdapterCache:
         """
         assert delta.repo is not None
         options = pinned(delta.repo, self._files.hub_options(delta.revision))
-        repository = self._files.open_delta(delta.repo, options.revision)
-        self._base.check_config(repository.text_config, delta.repo)
-        self._base.check_delta(repository)
+        repository = self._base.open_delta(self._files, delta.repo, options.revision)
         # The digest is of the delta and of its base, so that an adapter of other files is never taken.
         digest = delta_digest(repository.file, repository.config)[:32]
         if self._packed:

@@ -104,7 +104,7 @@ class AdapterServer:
         if (delta := self._catalogue.find(model)) is None:
             if self._loaded.pop(model, None) is not None:
                 loaded.pop(model, None)
-            if model not in loaded and len(self._models.lora_resolvers) == 0:
+            if model not in loaded and not self._models.lora_resolvers:
                 raise unknown("model", model, [*self._own_names, *loaded, *self._catalogue.offered()])
             return
         if self.refusal:

@@ -63,7 +63,7 @@ class Catalogue:
             else pattern
             for pattern in patterns
         ]
-        self._named = [started_on] if started_on else []
+        self._named = [NamedDelta(BASE, None), *([started_on] if started_on else [])]
         self._folders: list[Path] = []
         for entry in filter(None, (part.strip() for part in setting.split(","))):
             name, equals, repo = (part.strip() for part in entry.partition("="))
@@ -113,8 +113,7 @@ class Catalogue:
             return None
 
     def _find(self, name: str) -> NamedDelta | None:
-        named = [NamedDelta(BASE, None), *self._named]
-        known = next((delta for delta in named if name in (delta.name, delta.repo)), None)
+        known = next((delta for delta in self._named if name in (delta.name, delta.repo)), None)
         if known is not None:
             return known
         if not os.path.isabs(name):
@@ -136,13 +135,14 @@ class Catalogue:
 
     def label(self, name: str) -> str:
         """Return the label of metrics for a delta's name: one for all that clients may make up."""
-        listed = name == BASE or any(delta.name == name for delta in self._named)
+        listed = any(delta.name == name for delta in self._named)
         in_folder = "/" not in name and any((folder / name).is_dir() for folder in self._folders)
         return name if listed or in_folder else "others"
 
     def _look(self) -> tuple[dict[str, NamedDelta], list[str]]:
         """Return deltas by name, and a message for each name that two deltas have."""
-        offered, problems = {BASE: NamedDelta(BASE, None)}, []
+        offered: dict[str, NamedDelta] = {}
+        problems = []
         for delta in [*self._named, *self._in_folders()]:
             known = offered.setdefault(delta.name, delta)
             if known != delta:

@@ -98,9 +98,7 @@ class DeltaChecker:
 
     def _check_delta(self, repo: str, revision: str | None) -> CheckedDelta:
         options = pinned(repo, self.files.hub_options(revision))
-        repository = self.files.open_delta(repo, options.revision)
-        self._base.check_config(repository.text_config, repo)
-        self._base.check_delta(repository)
+        repository = self._base.open_delta(self.files, repo, options.revision)
         self._check_complete(repository, repository.text_config)
         for entry in repository.file.names():
             repository.file.read_finite(entry)  # this also checks its CRC

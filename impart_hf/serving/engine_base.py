@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..common.configs import fields_of_weights
+from ..common.configs import differing_fields
 from ..modeling.delta_repository import DeltaRepository, WrongBaseError
 from ..modeling.model_files import CheckpointError
 from .engine_files import EngineFiles
@@ -36,16 +36,32 @@ class EngineBase:
         Raises:
             DeltaRefusedError: if it does not.
         """
-        engine, delta = fields_of_weights(self._config), fields_of_weights(config)
-        differing = sorted(name for name in engine | delta if engine.get(name) != delta.get(name))
-        if differing:
-            changes = ", ".join(f"{name} ({delta.get(name)} instead of {engine.get(name)})" for name in differing[:3])
+        if differing := differing_fields(self._config, config):
+            some = list(differing.items())[:3]
+            changes = ", ".join(f"{name} ({delta} instead of {engine})" for name, (engine, delta) in some)
             raise DeltaRefusedError(
                 f"'{repo}' differs from the model that the engine was built for in {changes}: serve it with an engine "
                 "of its own"
             )
 
-    def check_delta(self, repository: DeltaRepository) -> None:
+    def open_delta(self, files: EngineFiles, repo: str, revision: str | None) -> DeltaRepository:
+        """Open a delta that rests on the engine's base and differs from it in nothing but weights.
+
+        Args:
+            files: the engine's.
+            repo, revision: the delta's folder or Hub id, and its commit.
+
+        Raises:
+            CheckpointError: if a file is missing or cannot be fetched.
+            DeltaFormatError, WrongBaseError: if the delta is damaged, or its base is another.
+            DeltaRefusedError: if it computes something else with its weights.
+        """
+        repository = files.open_delta(repo, revision)
+        self.check_config(repository.text_config, repo)
+        self._check_delta(repository)
+        return repository
+
+    def _check_delta(self, repository: DeltaRepository) -> None:
         """Check that a delta was made against the engine's base.
 
         Tensors of the base are read only if their checksums are not known yet.

@@ -188,9 +188,7 @@ class PackedWorkerManager(LRUCacheWorkerLoRAManager):
         if not is_delta(folder):
             return super()._load_adapter(lora_request)
         files, base = self._base
-        repository = files.open_delta(folder, None)
-        base.check_config(repository.text_config, folder)
-        base.check_delta(repository)
+        repository = base.open_delta(files, folder, None)
         model_config = self._vllm_config.model_config
         tied = bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
         manager: Any = self._adapter_manager

@@ -134,9 +134,8 @@ class SwapServer:
     async def _load(self, name: str) -> dict[str, Any]:
         try:
             started = time.perf_counter()
-            if (delta := self._catalogue.find(name)) is None:
-                raise unknown("delta", name, self._catalogue.offered())
-            checked = await self._swap(delta.name, by_client=True)
+            delta = self._catalogue.find(name)  # it may be named by its folder or Hub id
+            checked = await self._swap(delta.name if delta else name, by_client=True)
             assert checked is not None
             return {
                 "loaded": name, "repo": checked.repo, "revision": checked.revision,
