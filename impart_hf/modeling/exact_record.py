@@ -89,6 +89,12 @@ def pack_record(
     return b"".join([_HEADER.pack(LAYOUT, coding, item_bytes, flags, rows, columns, length, checksum), *parts])
 
 
+def stated_shape(data: np.ndarray, name: str) -> tuple[int, int]:
+    """Return the rows and columns that a record states, for reading it without its base."""
+    fields = _HEADER.unpack(Cursor(data, name).take("u1", _HEADER.size).tobytes())
+    return fields[4], fields[5]
+
+
 def parse_exact(data: np.ndarray, shape: tuple[int, ...], item_bytes: int, name: str) -> ExactRecord:
     """Parse and check an exact record.
 
@@ -177,7 +183,7 @@ def restore(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype)
     """Return the fine-tuned tensor that an exact record stands for, bit for bit.
 
     Args:
-        base: the base's tensor, or the part of it that the fine-tune shares; on the CPU.
+        base: the base's tensor, or the part of it that the fine-tune shares; the result is on its device.
         data: uint8: the record.
         name: the tensor's name, for messages.
         dtype: the fine-tuned tensor's dtype.
@@ -185,7 +191,8 @@ def restore(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype)
     Raises:
         DeltaFormatError: if the record is damaged or does not fit the base.
     """
-    record = parse_exact(data, tuple(base.shape), dtype.itemsize, name)
+    record, device = parse_exact(data, tuple(base.shape), dtype.itemsize, name), base.device
+    base = base.cpu()
     if isinstance(record.content, CodedSteps):
         if not has_steps(dtype, base.dtype):
             raise DeltaFormatError(f"{name}: the exact record has steps from {base.dtype} to {dtype}, which has none")
@@ -196,7 +203,7 @@ def restore(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype)
         tensor_bytes(tensor)[:] = record.content
     if tensor_checksum(tensor) != record.checksum:
         raise DeltaFormatError(f"{name}: the decoded tensor is not the one that was stored (its checksum differs)")
-    return tensor
+    return tensor.to(device)
 
 
 def _stepped(coded: CodedSteps, base: torch.Tensor, name: str) -> torch.Tensor:
