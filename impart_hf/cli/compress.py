@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--exact",
         action="append",
         metavar="NAME",
-        help="tensors to store exactly beside any method, with wildcards: '*.router.weight'; may be given more than once",
+        help="tensors to store exactly beside any method, with wildcards: '*.router.weight'; repeatable",
     )
     add_device(parser, "matrices are decomposed")
     add_result(parser)

@@ -37,8 +37,8 @@ class Part:
 
     Attributes:
         kind: of encoded and exact tensors `ATTENTION`, `MLP`, `EXPERTS`, `EMBEDDINGS` (with the output projection),
-            `IMAGES` (an image encoder and its projector) or `OTHERS`; `WHOLE`, of norms, biases, small matrices and rows of added
-            tokens; `REST`, of everything else that counts.
+            `IMAGES` (an image encoder and its projector) or `OTHERS`; `WHOLE`, of norms, biases, small matrices and
+            rows of added tokens; `REST`, of everything else that counts.
         tensors: number of tensors; of those with added rows, both parts count.
         bytes: their size in the files.
         share: of the repository's size.
