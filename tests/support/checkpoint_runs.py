@@ -41,6 +41,7 @@ def make_trainer(
         "save_strategy": "steps",
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
