@@ -10,7 +10,9 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..modeling.model_files import CheckpointError, read_json
+from ..common.names import is_on_hub
+from ..modeling.checkpoints import Checkpoint
+from ..modeling.model_files import CheckpointError, HubOptions, read_json
 from ..modeling.repository_kind import RepositoryKind, kind_of
 
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -52,17 +54,17 @@ def has_weights(checkpoint: Path) -> bool:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Return whether a checkpoint was written to its end: its weights come first, the Trainer's state last."""
+    """Return whether a checkpoint was written to its end.
+
+    The Trainer writes weights first and its state last; but in a step that is taken again, that of before is there.
+    """
     try:
         TrainerState.load_from_json(str(checkpoint / STATE))
+        if not is_delta(checkpoint):
+            Checkpoint(str(checkpoint), HubOptions())  # whose files must be as long as their headers say
     except (OSError, ValueError, TypeError):
         return False
-    return has_weights(checkpoint) or is_delta(checkpoint)
-
-
-def base_of(checkpoint: Path) -> str:
-    """Return the recorded base of a delta checkpoint or delta repository: a folder or a Hub id."""
-    return str(read_json(checkpoint / "config.json")["base_model_name_or_path"])
+    return True
 
 
 def chain_of(checkpoint: Path) -> list[Path]:
@@ -70,7 +72,10 @@ def chain_of(checkpoint: Path) -> list[Path]:
     chain: list[Path] = []
     while is_delta(checkpoint) and checkpoint not in chain:
         chain.append(checkpoint)
-        checkpoint = Path(base_of(checkpoint))
+        base = str(read_json(checkpoint / "config.json")["base_model_name_or_path"])
+        if is_on_hub(base):
+            break
+        checkpoint = Path(base)
     return chain
 
 

@@ -15,7 +15,7 @@ from support.messages import naming
 from support.tiny_models import Pair, edit_tensors, save_model
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, Trainer
 
-from impart_hf import DeltaCheckpointCallback
+from impart_hf import DeltaCheckpointCallback, ExactConfig, compress
 from impart_hf.modeling.configuration_delta_compressed import DeltaCompressedConfig
 from impart_hf.modeling.delta_repository import WrongBaseError
 from impart_hf.modeling.model_files import CheckpointError
@@ -96,8 +96,16 @@ def test_the_newest_whole_checkpoint_is_restored(output: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match=naming("checkpoint-6")):
         DeltaCheckpointCallback.restore(output / "checkpoint-6")
     assert DeltaCheckpointCallback.restore(output) == str(output / "checkpoint-4")
+
+
+def test_a_step_whose_second_save_was_killed_is_not_restored(plain: Path, output: Path) -> None:
+    """The Trainer's state is there, of before; its weights have lost their end."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(plain / "checkpoint-6" / name, output / "checkpoint-6")
+    assert DeltaCheckpointCallback.restore(output) == str(output / "checkpoint-6")
+    os.truncate(output / "checkpoint-6" / "model.safetensors", 100_000)
+    assert DeltaCheckpointCallback.restore(output) == str(output / "checkpoint-4")
     (output / "checkpoint-4" / "config.json").unlink()
-    (output / "checkpoint-4" / "model.safetensors").unlink()
     assert DeltaCheckpointCallback.restore(output) == str(output / "checkpoint-2")
 
 
@@ -277,3 +285,13 @@ def test_a_resumed_run_goes_on_with_the_chain(tiny_pair: Pair, plain: Path, tmp_
     trainer.train(resume_from_checkpoint=DeltaCheckpointCallback.restore(tmp_path))
     assert base_of(tmp_path / "checkpoint-6") == tmp_path / "checkpoint-4"
     assert same_bits(decoded(tmp_path / "checkpoint-6"), dense(plain / "checkpoint-6"))
+
+
+@needs_chains
+def test_a_training_that_starts_from_a_delta(tiny_pair: Pair, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    compress(str(tiny_pair.base), str(tiny_pair.finetuned), start, ExactConfig())
+    make_trainer(load_start(tiny_pair.finetuned), tmp_path / "plain", [], max_steps=2).train()
+    make_trainer(load_start(start), tmp_path / "out", [DeltaCheckpointCallback()], max_steps=2).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert base_of(checkpoint) == start and same_bits(decoded(checkpoint), dense(tmp_path / "plain" / "checkpoint-2"))
