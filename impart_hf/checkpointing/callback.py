@@ -23,7 +23,7 @@ from ..modeling.model_files import CheckpointError, HubOptions, pinned
 from ..storage.locked_folder import LockedFolder
 from ..storage.output import check_visible
 from .checks import MOST_LINKS, check_base, check_training, trained_model
-from .folders import STATE, chain_of, checkpoint_of, checkpoints_in, is_whole, rotate
+from .folders import STATE, chain_of, checkpoint_of, checkpoints_in, is_checkpoint_name, is_whole, rotate
 from .weights import check_dense, place_delta, remove_dense, restore_dense
 
 logger = logging.get_logger(__name__)
@@ -237,14 +237,19 @@ def _output(args: TrainingArguments) -> Path:
 
 def _restored(folder: Path, base: str | None) -> str | None:
     """Do what `DeltaCheckpointCallback.restore` does, in one process."""
-    is_checkpoint = (folder / STATE).exists() or (folder / "config.json").exists()
-    if is_checkpoint and not is_whole(folder):
-        raise CheckpointError(f"{folder} is a checkpoint that was not written to its end: resume from one before it")
-    found = [folder] if is_checkpoint else [path for path in checkpoints_in(folder) if is_whole(path)]
-    if not found:
+    inside = checkpoints_in(folder)
+    # An output folder may hold a model and the Trainer's state as well: those of the end of a training.
+    if is_checkpoint_name(folder) or (not inside and (folder / STATE).exists()):
+        if not is_whole(folder):
+            raise CheckpointError(
+                f"{folder} is a checkpoint that was not written to its end: resume from one before it"
+            )
+        inside = [folder]
+    whole = [path for path in inside if is_whole(path)]
+    if not whole:
         return None
-    restore_dense(found[-1], base)
-    return str(found[-1])
+    restore_dense(whole[-1], base)
+    return str(whole[-1])
 
 
 def _new_holder(output: Path, stack: ExitStack) -> Path:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -74,7 +74,8 @@ def check_training(args: TrainingArguments, is_search: bool, of: str) -> None:
             f"save_total_limit {args.save_total_limit} would remove checkpoints that others rest on (of='last'): give "
             "the callback keep instead"
         )
-    kind = getattr(getattr(AcceleratorState(), "fsdp_plugin", None), "state_dict_type", None)
+    plugin = getattr(AcceleratorState(), "fsdp_plugin", None) if is_initialized() else None
+    kind = getattr(plugin, "state_dict_type", None)
     if kind is not None and "FULL_STATE_DICT" not in str(kind):
         raise ValueError(
             f"FSDP's state dict type is {getattr(kind, 'name', kind)}, with which no process has the weights: set "

@@ -25,6 +25,11 @@ def checkpoint_of(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
 
+def is_checkpoint_name(folder: Path) -> bool:
+    """Return whether a folder has a name that the Trainer gives to checkpoints."""
+    return _NAME.fullmatch(Path(os.path.abspath(folder)).name) is not None
+
+
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
     """Return the checkpoints in the Trainer's output folder by their steps; none if there is no such folder."""
     folder = Path(output_dir)

@@ -98,6 +98,18 @@ def test_the_newest_whole_checkpoint_is_restored(output: Path, tmp_path: Path) -
     assert DeltaCheckpointCallback.restore(output) == str(output / "checkpoint-4")
 
 
+def test_an_output_folder_that_holds_the_last_model_too(plain: Path, output: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "trainer_state.json"):
+        shutil.copy(plain / "checkpoint-6" / name, output)
+    assert DeltaCheckpointCallback.restore(output) == str(output / "checkpoint-6")
+    copied = shutil.copytree(output / "checkpoint-2", tmp_path / "copied")
+    assert DeltaCheckpointCallback.restore(copied) == str(copied)
+    for step in (2, 4, 6):
+        shutil.rmtree(output / f"checkpoint-{step}")
+    (output / "trainer_state.json").unlink()
+    assert DeltaCheckpointCallback.restore(output) is None
+
+
 def test_a_step_whose_second_save_was_killed_is_not_restored(plain: Path, output: Path) -> None:
     """The Trainer's state is there, of before; its weights have lost their end."""
     for name in ("config.json", "model.safetensors"):
