@@ -256,6 +256,32 @@ def test_calibration_and_exact_tensors(tiny_pair: Pair, tmp_path: Path) -> None:
     assert {t.name for t in report.exact_tensors} >= {UP} and any(t.inputs for t in report.encoded_tensors)
 
 
+def step(tensor: torch.Tensor, share: float) -> torch.Tensor:
+    """The tensor with so many of its numbers one representable number higher."""
+    chosen = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0)) < share
+    return torch.where(chosen, torch.nextafter(tensor, torch.full_like(tensor, torch.inf)), tensor)
+
+
+def test_the_budget_takes_exact_records_where_they_are_smaller(pair: Pair, tmp_path: Path) -> None:
+    base = load_tensors(pair.base)
+    sparse = [name for name in base if "layers.0.mlp" in name]
+    # All changes are about as large: a budget gives nearly nothing to what changed much less than the rest.
+    edit_tensors(
+        pair.finetuned, lambda t: t.update({n: step(x, 0.02 if n in sparse else 0.15) for n, x in base.items()})
+    )
+    arguments = dict(exact=(), calibration=None)
+    report = compress(str(pair.base), str(pair.finetuned), tmp_path / "delta", ImPartRdConfig(4), **arguments)
+    assert {tensor.name for tensor in report.exact_tensors} == set(sparse) and report.encoded_tensors
+    assert report.ratio >= 4 and not report.shortfall
+    expected, decoded = load_tensors(pair.finetuned), decode_all(tmp_path / "delta")
+    assert same_bits({n: decoded[n] for n in sparse}, {n: expected[n] for n in sparse})
+    whole = Pair(pair.base, tmp_path / "whole")
+    shutil.copytree(pair.finetuned, whole.finetuned)
+    edit_tensors(whole.finetuned, lambda tensors: tensors.update({n: step(t, 0.02) for n, t in base.items()}))
+    report = compress(str(whole.base), str(whole.finetuned), tmp_path / "all", ImPartRdConfig(4), **arguments)
+    assert not report.encoded_tensors and report.ratio > 4
+
+
 # --- bad input
 
 
