@@ -5,18 +5,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..common import processes
 from ..common.files import OutputError
-from ..common.progress import Progress
 from ..common.validation import check_whole_number
-from ..compression.base_layout import InBaseLayout
 from ..compression.compress import compress
-from ..compression.exact_names import ALL
-from ..compression.pair import ModelPair
 from ..hub import push
 from ..methods import ExactConfig
 from ..modeling.model_files import CheckpointError, HubOptions, pinned
@@ -173,7 +168,7 @@ class DeltaCheckpointCallback(TrainerCallback):
             def place() -> None:
                 with processes.alone():
                     self._push(delta, state.global_step)
-                    place_delta(checkpoint, delta, base, lambda: _own_names(base, options, checkpoint))
+                    place_delta(checkpoint, delta)
 
             processes.in_first(place)
             # Until here a kill leaves the dense checkpoint, from here on the delta.
@@ -271,12 +266,3 @@ def _remove_dense(output_dir: Path, but: str | None) -> None:
     for checkpoint in checkpoints_in(output_dir):
         if but is None or os.path.realpath(checkpoint) != os.path.realpath(but):
             remove_dense(checkpoint)
-
-
-def _own_names(base: str, options: HubOptions, checkpoint: Path) -> dict[str, str | None]:
-    """Return a checkpoint's names of the tensors of its delta; None for what is made from several."""
-    pair = ModelPair(
-        base, str(checkpoint), options, HubOptions(), device=torch.device("cpu"), progress=Progress(False), exact=ALL
-    )
-    tuned = pair.finetuned
-    return {name: tuned.own_name(name) if isinstance(tuned, InBaseLayout) else name for name in tuned.names()}

@@ -110,11 +110,6 @@ class InBaseLayout:
     def names(self) -> list[str]:
         return sorted(self._origins)
 
-    def own_name(self, name: str) -> str | None:
-        """Return the name that a tensor has in the checkpoint; None if it is made from other tensors."""
-        origin = self._origins[name]
-        return origin if isinstance(origin, str) else None
-
     def shape(self, name: str) -> tuple[int, ...]:
         origin = self._origins[name]
         return self._checkpoint.shape(origin) if isinstance(origin, str) else tuple(origin.empty[name].shape)
