@@ -19,7 +19,7 @@ from ..storage.locked_folder import LockedFolder
 from ..storage.output import check_visible
 from .checks import MOST_LINKS, check_base, check_training, trained_model
 from .folders import STATE, chain_of, checkpoint_of, checkpoints_in, is_checkpoint_name, is_whole, rotate
-from .weights import check_dense, place_delta, remove_dense, restore_dense
+from .weights import check_dense, place_delta, remove_dense, rest_on, restore_dense, stand_in
 
 logger = logging.get_logger(__name__)
 
@@ -149,10 +149,11 @@ class DeltaCheckpointCallback(TrainerCallback):
         with ExitStack() as stack:
             holder = processes.in_first(lambda: _new_holder(checkpoint.parent, stack))
             delta = holder / "delta"
+            dense = processes.in_first(lambda: stand_in(Path(base), holder) if base == str(self._last) else None)
 
             def make() -> None:
                 compress(
-                    base, str(checkpoint), delta, ExactConfig(),
+                    base if dense is None else str(dense), str(checkpoint), delta, ExactConfig(),
                     base_revision=options.revision, base_name=self._base_name, token=self._token,
                 )  # fmt: skip
 
@@ -167,17 +168,19 @@ class DeltaCheckpointCallback(TrainerCallback):
 
             def place() -> None:
                 with processes.alone():
+                    if dense is not None:
+                        rest_on(delta, base)
                     self._push(delta, state.global_step)
                     place_delta(checkpoint, delta)
 
             processes.in_first(place)
             # Until here a kill leaves the dense checkpoint, from here on the delta.
+            self._last = checkpoint
             processes.in_first(lambda: self._tidy(args, state))
-        self._last = checkpoint
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Remove the dense weights of the best checkpoint, which the Trainer has read."""
-        processes.in_first(lambda: _remove_dense(_output(args), None))
+        """Remove the last dense weights: of the best checkpoint, which the Trainer has read, and of the last."""
+        processes.in_first(lambda: _remove_dense(_output(args)))
 
     def _find_start(self, model: PreTrainedModel, args: TrainingArguments) -> None:
         """Find the base and its commit."""
@@ -216,10 +219,13 @@ class DeltaCheckpointCallback(TrainerCallback):
             logger.warning(f"the delta of step {step} was not uploaded to '{self._push_to}': {error}")
 
     def _tidy(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Leave dense weights to the best checkpoint alone, if the Trainer will read it, and remove old checkpoints."""
+        """Leave dense weights only where they are needed again, and remove old checkpoints.
+
+        They are needed of the best checkpoint, if the Trainer will read it, and of the last, if the next is one of it.
+        """
         best = state.best_model_checkpoint
         read = best if args.load_best_model_at_end else None
-        _remove_dense(_output(args), read)
+        _remove_dense(_output(args), read, self._last if self._of == "last" else None)
         if read is not None and os.path.isdir(read):
             restore_dense(Path(read), self._start if self._base_name else None)
         if self._keep is not None:
@@ -261,8 +267,9 @@ def _is_visible(folder: Path) -> bool:
     return True
 
 
-def _remove_dense(output_dir: Path, but: str | None) -> None:
-    """Remove the dense weights of all delta checkpoints but one."""
+def _remove_dense(output_dir: Path, *but: str | Path | None) -> None:
+    """Remove the dense weights of all delta checkpoints but some."""
+    kept = {os.path.realpath(path) for path in but if path is not None}
     for checkpoint in checkpoints_in(output_dir):
-        if but is None or os.path.realpath(checkpoint) != os.path.realpath(but):
+        if os.path.realpath(checkpoint) not in kept:
             remove_dense(checkpoint)

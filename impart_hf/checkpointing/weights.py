@@ -60,6 +60,36 @@ def place_delta(checkpoint: Path, delta: Path) -> None:
     sync_path(checkpoint)
 
 
+def stand_in(checkpoint: Path, holder: Path) -> Path | None:
+    """Return a dense model to compute with in place of a delta checkpoint, so that no chain has to be decoded.
+
+    Args:
+        checkpoint: a delta checkpoint.
+        holder: an existing folder, in which the model's folder is made.
+
+    Returns:
+        The folder; None if no dense weights lie beside the delta, or if they have other names than its tensors.
+    """
+    if not (is_delta(checkpoint) and has_weights(checkpoint)):
+        return None
+    folder = holder / checkpoint.name  # the model card has this name
+    folder.mkdir()
+    for path in dense_files(checkpoint):
+        os.symlink(os.path.abspath(path), folder / path.name)
+    write_json(folder / "config.json", read_json(checkpoint / "config.json")["text_config"])
+    dense, delta = Checkpoint(str(folder), HubOptions()), open_repository(str(checkpoint), HubOptions())
+    forms = [{name: (model.shape(name), model.dtype(name)) for name in model.names()} for model in (dense, delta)]
+    return folder if forms[0] == forms[1] and dense.stored_names() == delta.names() else None
+
+
+def rest_on(delta: Path, base: str) -> None:
+    """Let a delta, made with a stand-in as its base, record the delta checkpoint that this stood for."""
+    config = read_json(delta / "config.json")
+    write_json(
+        delta / "config.json", config | {"base_model_name_or_path": os.path.abspath(base), "base_is_delta": True}
+    )
+
+
 def remove_dense(checkpoint: Path) -> None:
     """Remove the dense weights of a checkpoint that holds a delta; of others, nothing."""
     if not is_delta(checkpoint):

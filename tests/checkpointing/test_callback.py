@@ -283,7 +283,25 @@ def test_deltas_of_the_last_rest_on_it_up_to_the_next_anchor(tiny_pair: Pair, tm
     assert found == [tiny_pair.base, one, two, tiny_pair.base, four]
     for step in range(1, 6):
         name = f"checkpoint-{step}"
+        assert weights_in(output / name) == {"delta_model.safetensors"}
         assert same_bits(decoded(output / name), dense(tmp_path / "plain" / name))
+    # While the training runs, the dense weights of the last checkpoint stand for its delta. The result is the same.
+    compress(str(two), str(tmp_path / "plain" / "checkpoint-3"), tmp_path / "third", ExactConfig())
+    for name in ("config.json", "delta_model.safetensors"):
+        found, expected = ((folder / name).read_bytes() for folder in (output / "checkpoint-3", tmp_path / "third"))
+        assert json.loads(found) == json.loads(expected) if name == "config.json" else found == expected
+
+
+@needs_chains
+def test_of_the_last_with_other_names_than_the_base_s(pair_of: Callable[[str], Pair], tmp_path: Path) -> None:
+    """The dense weights have the Trainer's names, with which no delta of the last can be made."""
+    base = Path(shutil.copytree(pair_of("gpt2").base, tmp_path / "base"))
+    edit_tensors(base, without_prefix)
+    make_trainer(load_start(base), tmp_path / "plain", []).train()
+    make_trainer(load_start(base), tmp_path / "out", [DeltaCheckpointCallback(of="last")]).train()
+    assert base_of(tmp_path / "out" / "checkpoint-6") == tmp_path / "out" / "checkpoint-4"
+    restored = DeltaCheckpointCallback.restore(tmp_path / "out")
+    assert restored is not None and same_bits(dense(Path(restored)), dense(tmp_path / "plain" / "checkpoint-6"))
 
 
 @needs_chains
