@@ -72,7 +72,7 @@ def stand_in(checkpoint: Path, holder: Path) -> Path | None:
     """
     if not (is_delta(checkpoint) and has_weights(checkpoint)):
         return None
-    folder = holder / checkpoint.name  # the model card has this name
+    folder = holder / checkpoint.name
     folder.mkdir()
     for path in dense_files(checkpoint):
         os.symlink(os.path.abspath(path), folder / path.name)
@@ -84,10 +84,9 @@ def stand_in(checkpoint: Path, holder: Path) -> Path | None:
 
 def rest_on(delta: Path, base: str) -> None:
     """Let a delta, made with a stand-in as its base, record the delta checkpoint that this stood for."""
-    config = read_json(delta / "config.json")
-    write_json(
-        delta / "config.json", config | {"base_model_name_or_path": os.path.abspath(base), "base_is_delta": True}
-    )
+    config, card, own = read_json(delta / "config.json"), delta / "README.md", os.path.abspath(base)
+    card.write_text(card.read_text("utf-8").replace(config["base_model_name_or_path"], own), "utf-8")
+    write_json(delta / "config.json", config | {"base_model_name_or_path": own, "base_is_delta": True})
 
 
 def remove_dense(checkpoint: Path) -> None:
