@@ -166,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     base = options.work / "base"
     options.output.mkdir(parents=True, exist_ok=True)
-    runs = []
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("work", "output")}
+    runs: list[dict[str, Any]] = []
     for dtype in options.dtypes:
         with tempfile.TemporaryDirectory(dir=options.output) as folder:
             dense = Path(folder) / "dense"
@@ -176,9 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for way in options.ways:
                 ways[way] = handed_over(dense, way, model, base, Path(folder) / way, options)
             runs.append({"dtype": dtype, "ways": ways})
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("work", "output")}
-    results = {"machine": measure.machine(), "settings": settings, "runs": runs}
-    (options.output / "checkpoints.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+            results = {"machine": measure.machine(), "settings": settings, "runs": runs}
+            (options.output / "checkpoints.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     print(measure.table(table_rows(runs)))
     print(f"\n{measure.machine_line()}")
     return 0
