@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .tensor_diff import TensorDiff, ratio
+from .tensor_diff import TensorDiff, dtype_name
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Group:
         entries, changed: entries of the parts that both models have, and how many of them changed.
         nonfinite: how many that are NaN or infinite in one of the two changed.
         added_rows: rows beyond the base's.
-        relative_norm: Frobenius norm of the differences over that of the base's tensors; None if only the latter is 0.
+        relative_norm: of tensors that changed, the norm of the difference over the base's: the mean, by entries.
         exact_bytes: estimated bytes of an exact store of the differences.
         dense_bytes: bytes of the fine-tune's tensors.
     """
@@ -30,14 +30,15 @@ class Group:
     changed: int
     nonfinite: int
     added_rows: int
-    relative_norm: float | None
+    relative_norm: float
     exact_bytes: int
     dense_bytes: int
 
     @classmethod
     def of(cls, label: str, tensors: Sequence[TensorDiff]) -> "Group":
         """Sum up tensors."""
-        norms = [math.sqrt(math.fsum(norm**2 for norm in of)) for of in zip(*((t.norm, t.base_norm) for t in tensors))]
+        norms = [(t.relative_norm, t.entries) for t in tensors if t.changed and t.relative_norm is not None]
+        weight = sum(entries for _, entries in norms)
         return cls(
             label=label,
             tensors=len(tensors),
@@ -46,7 +47,7 @@ class Group:
             changed=sum(t.changed for t in tensors),
             nonfinite=sum(t.nonfinite for t in tensors),
             added_rows=sum(t.added_rows for t in tensors),
-            relative_norm=ratio(norms[0], norms[1]) if norms else 0.0,
+            relative_norm=sum(norm * entries for norm, entries in norms) / weight if weight else 0.0,
             exact_bytes=sum(t.exact_bytes for t in tensors),
             dense_bytes=sum(t.dense_bytes for t in tensors),
         )
@@ -65,6 +66,12 @@ class Group:
         return asdict(self) | {"changed_share": self.share, "bits": self.bits}
 
 
+def other_dtypes(tensors: Iterable[TensorDiff]) -> dict[str, int]:
+    """Return how many tensors have another dtype than their base's, by "BASE to FINE-TUNE"."""
+    changes = [f"{dtype_name(t.base_dtype)} to {dtype_name(t.dtype)}" for t in tensors if t.base_dtype != t.dtype]
+    return {change: changes.count(change) for change in dict.fromkeys(changes)}
+
+
 def by_kind(tensors: Iterable[TensorDiff]) -> list[Group]:
     """Return the sums over kinds of modules, the largest first."""
     groups = _grouped(tensors, lambda tensor: tensor.kind)
@@ -72,9 +79,9 @@ def by_kind(tensors: Iterable[TensorDiff]) -> list[Group]:
 
 
 def by_layer(tensors: Iterable[TensorDiff]) -> list[Group]:
-    """Return the sums over layers in their order, and then over what is in none; an image encoder's are one group."""
+    """Return the sums over layers in their order, and then over what is in none."""
     tensors = sorted(tensors, key=lambda tensor: math.inf if tensor.layer is None else tensor.layer)
-    return _grouped(tensors, lambda tensor: layer_label(tensor))
+    return _grouped(tensors, layer_label)
 
 
 def layer_label(tensor: TensorDiff) -> str:

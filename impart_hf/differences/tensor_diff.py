@@ -9,7 +9,7 @@ import torch
 from ..compression.scan import TensorPlan, element_count
 from ..methods import Spectrum
 from ..modeling.checkpoints import DTYPE_NAMES
-from ..repository.parts import layer_of, module_kind
+from ..repository.parts import IMAGES, layer_of, module_kind
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class TensorDiff:
 
     @property
     def layer(self) -> int | None:
-        """The number of its layer, or None."""
-        return layer_of(self.name)
+        """The number of its layer; None if it is in none, or in an image encoder's."""
+        return None if self.kind == IMAGES else layer_of(self.name)
 
     @property
     def entries(self) -> int:
@@ -73,7 +73,7 @@ class TensorDiff:
     @property
     def relative_norm(self) -> float | None:
         """The norm of the difference over the base's; None if that is 0 and the difference is not."""
-        return ratio(self.norm, self.base_norm)
+        return self.norm / self.base_norm if self.base_norm else None if self.norm else 0.0
 
     @property
     def dense_bytes(self) -> int:
@@ -123,8 +123,3 @@ class TensorDiff:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name in safetensors, or torch's where deltas do not know it."""
     return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def ratio(norm: float, base_norm: float) -> float | None:
-    """Return a norm over another; 0 if both are 0, None if only the other is."""
-    return norm / base_norm if base_norm else None if norm else 0.0

@@ -33,6 +33,21 @@ def draw(inspection: "Inspection", path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def check_plot(path: Path) -> None:
+    """Check, before long work, that a picture can be drawn and written there.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: if matplotlib writes no such file.
+        NotADirectoryError: if there is no such folder.
+    """
+    formats = new_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise ValueError(f"plot: '{path}' is no picture that matplotlib writes ({', '.join(sorted(formats))})")
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"plot: there is no folder '{path.parent}' to write {path.name} to")
+
+
 def new_figure(width: float, height: float) -> Any:
     """Return an empty figure of matplotlib, in inches.
 
