@@ -9,6 +9,8 @@ import pytest
 from support.random_deltas import make_delta
 
 from impart_hf import ImPartRdConfig
+from impart_hf.coding.rate_distortion import NOISE, Table
+from impart_hf.coding.record_sizes import thresholds_of
 from impart_hf.methods import Spectrum
 from impart_hf.modeling.delta_record import parse_stack
 
@@ -34,6 +36,15 @@ def test_expected_errors_are_those_of_records(ratio: int, relative_norm: float) 
         expected = ((found.dropped[number] + found.noise[number]) / spectrum.energy) ** 0.5
         assert 0.5 < record.relative_error / expected < 1.3
         assert encoded.record.dropped == pytest.approx(found.dropped[number] / spectrum.energy, abs=0.12)
+
+
+def test_noise_of_a_component() -> None:
+    """Each vector has the noise of its levels and of its own mask."""
+    table = Table(np.ones((6, 3)))
+    pair = table.bit_pairs.tolist().index([2, 3])
+    noise = table.noise(np.array([pair, pair, -1]), thresholds_of(np.array([1.0, 0.5, 1.0])))
+    whole = (1 + NOISE[2]) * (1 + NOISE[3])
+    assert noise == pytest.approx([whole - 1, whole / 0.25 - 1, 0])
 
 
 def test_entries_drop_nothing() -> None:

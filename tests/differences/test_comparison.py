@@ -150,6 +150,20 @@ def test_experts_in_a_stack_have_a_spectrum_each() -> None:
     assert found.changed == 64 * 80 + 64 and found.changed_rows == 128
 
 
+def test_more_entries_than_are_looked_at_together() -> None:
+    base = torch.ones(3000, 2000, dtype=torch.bfloat16)
+    finetuned = base.clone()
+    finetuned[::10, 7] = 2
+    finetuned[-1, 8] = 3
+    found = compared("weight", base, finetuned)
+    assert (found.changed, found.changed_rows, found.largest) == (301, 301, 2.0)
+    assert found.norm == pytest.approx(math.sqrt(300 + 4)) and found.stable_rank == pytest.approx(304 / 300, rel=1e-3)
+    # 128 and 192 steps up are 256 and 384 in the order of steps: two symbols, with five raw bits each.
+    counts = (6_000_000 - 301, 300, 1)
+    entropy = sum(count * math.log2(6_000_000 / count) for count in counts)
+    assert found.bits == pytest.approx((entropy + 5 * 301) / 6_000_000)
+
+
 def test_rows_that_were_added() -> None:
     base = numbers(100, 64, dtype=torch.bfloat16)
     found = compared("embed", base, torch.cat([base, base[:3] + 1]), vocabulary=True)

@@ -126,6 +126,14 @@ def test_a_sparse_change_is_for_an_exact_store(pair: Pair) -> None:
     )
 
 
+@pytest.mark.parametrize(("every", "method"), [(8, "exact"), (4, "impart-rd")])
+def test_few_bits_are_for_an_exact_store(pair: Pair, every: int, method: str) -> None:
+    """0.67 bits for an entry, or 1.06."""
+    shutil.copytree(pair.base, pair.base.parent / "sparse")
+    sparse(pair.base.parent / "sparse", every)
+    assert diff(pair.base, pair.base.parent / "sparse", spectra=False).verdict.method == method
+
+
 def test_a_change_of_all_weights_is_for_impart_rd(tmp_path: Path) -> None:
     config = tiny_config("llama", hidden_size=256, intermediate_size=512)
     pair = save_pair(tmp_path, config)
