@@ -53,10 +53,11 @@ def compared(
     totals, spectra = _Totals(), []
     for old, new in zip(_matrices(before), _matrices(shared), strict=True):
         own = _Totals()
-        delta = torch.empty(old.shape, device=old.device) if with_spectra else None
+        delta = None  # made once there is a change: for equal tensors, which may be large, it need not be
         for start, before_rows, after_rows in _rows(old, new):
             change = own.add(before_rows, after_rows)
-            if delta is not None:
+            if with_spectra and own.changed:
+                delta = torch.zeros(old.shape, device=old.device) if delta is None else delta
                 delta[start : start + len(change)] = change
         if delta is not None and float(delta.abs().max()) > ZERO_DELTA:
             spectra.append(_spectrum(old, delta, own, vocabulary))
