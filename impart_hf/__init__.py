@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # names for the type checker
     from .methods import DareConfig as DareConfig
     from .methods import DareQtConfig as DareQtConfig
     from .methods import DeltaComeConfig as DeltaComeConfig
+    from .methods import ExactConfig as ExactConfig
     from .methods import ImPartConfig as ImPartConfig
     from .methods import ImPartQtConfig as ImPartQtConfig
     from .methods import ImPartRdConfig as ImPartRdConfig

@@ -29,7 +29,7 @@ from impart_hf.evaluation.metrics import load
 from impart_hf.evaluation.reference import Reference
 from impart_hf.lora.export import export_lora
 from impart_hf.modeling.checkpoints import Checkpoint
-from impart_hf.modeling.delta_repository import DELTA_FILE
+from impart_hf.modeling.delta_file import DELTA_FILE
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.open import open_repository
 

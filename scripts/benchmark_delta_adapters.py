@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from impart_hf import load_delta
 from impart_hf.evaluation.memory import anonymous_bytes, return_freed_memory
 from impart_hf.lora.export import export_lora
-from impart_hf.modeling.delta_repository import DELTA_FILE
+from impart_hf.modeling.delta_file import DELTA_FILE
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.open import open_repository
 

@@ -31,8 +31,9 @@ from impart_hf.methods import method_class, method_names
 from impart_hf.modeling import compact_planes, delta_decode
 from impart_hf.modeling.checksums import tensor_checksum
 from impart_hf.modeling.configuration_delta_compressed import DeltaCompressedConfig
+from impart_hf.modeling.delta_file import RECORD_SUFFIX
 from impart_hf.modeling.delta_record import FACTORED, MAX_THRESHOLD, parse_record
-from impart_hf.modeling.delta_repository import RECORD_SUFFIX, DeltaRepository
+from impart_hf.modeling.delta_repository import DeltaRepository
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.modeling.modeling_delta_compressed import inner_class
 from impart_hf.modeling.seeded_mask import kept_positions

@@ -42,8 +42,8 @@ from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.methods import method_class
 from impart_hf.modeling.checkpoints import Checkpoint
 from impart_hf.modeling.delta_decode import decode_record
+from impart_hf.modeling.delta_file import RECORD_SUFFIX, DeltaFile
 from impart_hf.modeling.delta_record import DIRECT, parse_stack
-from impart_hf.modeling.delta_repository import RECORD_SUFFIX, DeltaFile
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.kl_forecast import CONSTANTS, Constants, Losses, TensorErrors
 

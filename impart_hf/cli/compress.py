@@ -6,7 +6,7 @@ from typing import Any
 
 from ..compression.target import QualityTarget
 from ..distillation import OPTIMIZERS, TRAINED, DistillSettings
-from ..methods import MethodConfig, method_names
+from ..methods import ExactConfig, MethodConfig, method_names
 from .method_options import (
     add_pair,
     calibration_text,
@@ -22,6 +22,7 @@ from .options import (
     add_result,
     add_text_size,
     add_training_file,
+    check_models,
     check_text_field,
     given,
     given_texts,
@@ -51,7 +52,13 @@ _WRITTEN = ("push", "private", "quiet")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.set_defaults(resumes=True, shares_work=True)
-    add_pair(parser, method_names(), of_what="that text, and of the --distill text")
+    add_pair(parser, [*method_names(), ExactConfig.name], of_what="that text, and of the --distill text")
+    parser.add_argument(
+        "--exact",
+        action="append",
+        metavar="NAME",
+        help="tensors to store exactly beside any method, with wildcards: '*.router.weight'; repeatable",
+    )
     add_device(parser, "matrices are decomposed")
     add_result(parser)
     add_flag(
@@ -126,6 +133,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Refuse options that cannot be combined."""
+    if options.method == ExactConfig.name:
+        _check_exact(options)
+        return
     method = check_pair(options)
     if options.dry_run:
         refuse(options, _WRITTEN, "has no effect on a forecast; leave out --dry-run")
@@ -138,6 +148,17 @@ def check(options: argparse.Namespace) -> None:
         if options.calibration == "none" or (options.calibration is None and not method.shares_budget):
             refuse(options, _TEXT_SIZE, "needs a text; add --calibration TEXT or --distill TEXT")
     _distill_settings(options, {})
+
+
+def _check_exact(options: argparse.Namespace) -> None:
+    """Refuse what has no effect on a delta that is stored exactly."""
+    check_models(options)
+    refuse(options, ["exact"], "names tensors beside another method; choose another --method")
+    for option in given_settings(options):
+        raise ValueError(f"--{option}: exact has no settings: leave it out, or choose another --method")
+    lossy = ["max_bytes", *_LIMITS, *_VALIDATION, "calibration", "distill", *_DISTILLATION, *_TEXT_SIZE, "text_field"]
+    refuse(options, lossy, "exact stores every change, whatever size that has; choose another --method")
+    refuse(options, ["dry_run", "processes"], "the size of an exact delta is known when it is stored; run it")
 
 
 def _check_target(options: argparse.Namespace) -> None:
@@ -167,14 +188,17 @@ def run(options: argparse.Namespace) -> None:
     from ..compression.compress import compress
     from .summaries import compression_summary
 
-    method, arguments = method_config(options), pair_arguments(options)
+    method = ExactConfig() if options.method == ExactConfig.name else method_config(options)
+    arguments = pair_arguments(options)
     arguments |= given_texts(options, "distill")
     arguments["distill_settings"] = _distill_settings(options, training_fields(options))
     if options.dry_run:
         _print_forecast(options, method, arguments)
         return
     target = None if options.validation is None else _target(options, with_text_field(options, options.validation))
-    report = compress(options.base, options.finetuned, options.output, method, target=target, **arguments)
+    report = compress(
+        options.base, options.finetuned, options.output, method, exact=options.exact or (), target=target, **arguments
+    )
     if is_first():
         commands = commands_after(options)
         if options.json:
@@ -184,7 +208,7 @@ def run(options: argparse.Namespace) -> None:
         push_if_asked(options)
 
 
-def _print_forecast(options: argparse.Namespace, method: MethodConfig, arguments: dict[str, Any]) -> None:
+def _print_forecast(options: argparse.Namespace, method: MethodConfig | ExactConfig, arguments: dict[str, Any]) -> None:
     from ..common.processes import is_first
     from ..compression.forecast import forecast
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..methods import MethodConfig, Setting, method_class, method_names, settings_of
+from ..methods import ExactConfig, MethodConfig, Setting, method_class, method_names, settings_of
 from .options import add_calibration, add_models, add_text_field, check_models, given, given_texts, listed, refuse
 
 DEFAULT_METHOD = "impart-rd"
@@ -40,7 +40,8 @@ def add_method(
 
 def _settings(methods: Sequence[str]) -> Iterator[Setting]:
     for name in methods:
-        yield from settings_of(method_class(name))
+        if name != ExactConfig.name:
+            yield from settings_of(method_class(name))
 
 
 def _help(settings: Sequence[Setting], methods: int) -> str:

@@ -21,9 +21,10 @@ def compression_summary(
         takes_text: whether the command has --calibration, so that the summary may name it.
         commands: what the user may do next.
     """
+    requested = "" if report.requested_ratio is None else f" (requested {report.requested_ratio:g})"
     lines = [
         f"{output}: {human_bytes(report.repository_bytes)} instead of {human_bytes(report.checkpoint_bytes)}, "
-        f"ratio {report.ratio:.2f} (requested {report.requested_ratio:g}), in {duration(report.seconds)}"
+        f"ratio {report.ratio:.2f}{requested}, in {duration(report.seconds)}"
     ]
     if report.shortfall:
         lines.append(f"ratio missed: {report.shortfall}")
@@ -85,10 +86,12 @@ def _table(parts: Sequence[Part]) -> list[str]:
 def _tensors(report: CompressionReport, takes_text: bool) -> list[str]:
     """Return how the changed tensors were stored, and for which inputs they were rounded."""
     encoded, inputs = len(report.encoded_tensors), report.inputs
-    stored = [f"{encoded} encoded"]
+    stored = [f"{len(report.exact_tensors)} stored exactly"] if report.exact_tensors else []
+    if encoded or not stored:
+        stored.append(f"{encoded} encoded")
     if inputs["calibrated"]:
         text = "built-in text" if report.method.get("calibration", "").startswith("built-in") else "text"
-        stored[0] += f" ({inputs['calibrated']} of them calibrated on the {text})"
+        stored[-1] += f" ({inputs['calibrated']} of them calibrated on the {text})"
     stored += [f"{count} stored whole ({reason})" for reason, count in report.stored_whole.items()]
     lines = [f"{counted(report.changed_tensors, 'tensor')} changed: {', '.join(stored)}; {report.equal_tensors} equal"]
     calibration = report.method.get("calibration", "")

@@ -6,7 +6,7 @@ import torch
 
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import DTYPE_NAMES, TIED_OUTPUT, text_config
-from ..modeling.delta_repository import BASE_CHECKSUMS, CRC_ENTRY, RECORD_SUFFIX, ROWS_SUFFIX
+from ..modeling.delta_file import BASE_CHECKSUMS, CRC_ENTRY, EXACT_SUFFIX, RECORD_SUFFIX, ROWS_SUFFIX
 from ..modeling.tensors import Model, StoredModel
 
 # Matrices of fewer entries are stored whole: their records would be mostly header.
@@ -72,7 +72,8 @@ def check_names(model: Model) -> None:
     names = model.names()
     if not any(model.dtype(name).is_floating_point for name in names):
         raise IncompatibleModelsError(f"'{model.source}' holds no floating-point weights: check the model")
-    reserved = {BASE_CHECKSUMS, CRC_ENTRY, *(n + suffix for n in names for suffix in (RECORD_SUFFIX, ROWS_SUFFIX))}
+    suffixes = (RECORD_SUFFIX, EXACT_SUFFIX, ROWS_SUFFIX)
+    reserved = {BASE_CHECKSUMS, CRC_ENTRY, *(name + suffix for name in names for suffix in suffixes)}
     if taken := sorted(reserved & set(names)):
         raise IncompatibleModelsError(
             f"'{model.source}' has a tensor named {taken[0]}, a name that the delta format reserves: rename it"

@@ -1,5 +1,6 @@
 """The public function `compress`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +12,12 @@ from ..common.devices import usable_device
 from ..common.progress import Progress
 from ..common.validation import byte_budget, shard_bytes
 from ..distillation import DistillSettings
-from ..methods import ImPartRdConfig, MethodConfig
+from ..methods import ExactConfig, ImPartRdConfig, MethodConfig
 from ..modeling.model_files import HubOptions
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
+from .exact import compress_exactly
+from .exact_names import ALL, ExactNames
 from .pair import ModelPair
 from .pipeline import CompressionRequest, compress_pair
 from .target import QualityTarget
@@ -25,8 +28,9 @@ def compress(
     base: str,
     finetuned: str,
     output_dir: str | Path,
-    method: MethodConfig | None = None,
+    method: MethodConfig | ExactConfig | None = None,
     *,
+    exact: Sequence[str] = (),
     max_bytes: int | str | None = None,
     target: QualityTarget | None = None,
     calibration: CalibrationSource | None = AUTOMATIC,
@@ -57,7 +61,10 @@ def compress(
         finetuned: local folder or Hub id of the fine-tuned model, or of an adapter in PEFT's format on the
             base, which together are the fine-tuned model.
         output_dir: folder of the repository; must not exist, be empty, or hold a delta repository, which is replaced.
-        method: a method's configuration; `ImPartRdConfig` at ratio 32 if None.
+        method: a method's configuration; `ImPartRdConfig` at ratio 32 if None. `ExactConfig` stores every change, bit
+            for bit; then there is no ratio, target or text.
+        exact: names of tensors that are stored exactly beside any method, if they changed; with wildcards as in file
+            names: "*.router.weight", "lm_head.*". Their bytes count, and the others get what they leave.
         max_bytes: the most that the repository may take, as a number of bytes or a string such as "500MB", instead of
             the method's ratio. The same files are counted; a ratio may be missed, but this limit is kept.
         target: the quality to keep on a validation text, instead of a ratio: a few ratios are tried, the method's
@@ -92,19 +99,25 @@ def compress(
             a text is too short.
         OutputError: if `output_dir` holds something else, is being written by another process, or the disk is full.
     """
-    method = checked_method(method, calibration, distill, distill_settings)
-    if target is not None and max_bytes is not None:
-        raise ValueError("both target and max_bytes decide the size: give one of them")
+    method = checked_method(method, calibration, distill, distill_settings, max_bytes, target)
+    names = exact_names(method, exact)
     shard_size, wanted_bytes = shard_bytes(max_shard_size), byte_budget(max_bytes)
     processes.connect(str(device).startswith("cpu"))  # before a GPU is used: it assigns one to each process
     device = usable_device(device)
     # The workspace comes first, so that an output that cannot be written fails before anything is downloaded.
     with Workspace(Path(output_dir)) as workspace:
-        pair, request = open_pair(
-            base, finetuned, method, wanted_bytes, calibration, distill, calibration_samples, calibration_length,
-            distill_settings, shard_size, base_options=HubOptions(base_revision, token, cache_dir),
-            finetuned_options=HubOptions(finetuned_revision, token, cache_dir), base_name=base_name, device=device,
-            progress=Progress(progress),
+        pair = processes.each(
+            lambda: ModelPair(
+                base, finetuned, HubOptions(base_revision, token, cache_dir),
+                HubOptions(finetuned_revision, token, cache_dir), base_name=base_name, device=device,
+                progress=Progress(progress), exact=names,
+            )
+        )  # fmt: skip
+        if isinstance(method, ExactConfig):
+            return compress_exactly(pair, workspace, shard_size)
+        request = request_for(
+            pair, method, wanted_bytes, calibration, distill, calibration_samples, calibration_length,
+            distill_settings, shard_size,
         )  # fmt: skip
         if target is not None:
             return compress_to_target(pair, workspace, request, target)
@@ -112,11 +125,13 @@ def compress(
 
 
 def checked_method(
-    method: MethodConfig | None,
+    method: MethodConfig | ExactConfig | None,
     calibration: CalibrationSource | None,
     distill: CalibrationSource | None,
     distill_settings: DistillSettings | None,
-) -> MethodConfig:
+    max_bytes: int | str | None = None,
+    target: QualityTarget | None = None,
+) -> MethodConfig | ExactConfig:
     """Return the method, or the default if it is None, after checking that it goes with the other arguments.
 
     Raises:
@@ -124,7 +139,13 @@ def checked_method(
         ValueError: if the arguments cannot be combined.
     """
     method = method if method is not None else ImPartRdConfig()
-    if not isinstance(method, MethodConfig):
+    if isinstance(method, ExactConfig):
+        given = {"max_bytes": max_bytes, "target": target, "distill": distill}
+        if refused := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{refused[0]}: '{method.name}' stores every change, whatever size that has: leave it out")
+    if target is not None and max_bytes is not None:
+        raise ValueError("both target and max_bytes decide the size: give one of them")
+    if not isinstance(method, MethodConfig | ExactConfig):
         raise TypeError(f"method must be a method's configuration such as ImPartRdConfig(), got {method!r}")
     if calibration is not None and calibration != AUTOMATIC and not method.quantises:
         raise ValueError(f"calibration is for the methods that quantise, and '{method.name}' does not: leave it out")
@@ -133,9 +154,24 @@ def checked_method(
     return method
 
 
-def open_pair(
-    base: str,
-    finetuned: str,
+def exact_names(method: MethodConfig | ExactConfig, exact: Sequence[str]) -> ExactNames:
+    """Return the names of the tensors that are stored exactly.
+
+    Raises:
+        TypeError: if `exact` is one string.
+        ValueError: if it has no effect.
+    """
+    if isinstance(exact, str):
+        raise TypeError(f"exact must be a list of names, got the string {exact!r}")
+    if isinstance(method, ExactConfig):
+        if exact:
+            raise ValueError(f"exact: '{method.name}' stores every tensor exactly: leave the names out")
+        return ALL
+    return ExactNames(tuple(exact))
+
+
+def request_for(
+    pair: ModelPair,
     method: MethodConfig,
     max_bytes: int | None,
     calibration: CalibrationSource | None,
@@ -144,25 +180,11 @@ def open_pair(
     length: int,
     distill_settings: DistillSettings | None,
     max_shard_size: int,
-    *,
-    base_options: HubOptions,
-    finetuned_options: HubOptions,
-    base_name: str | None,
-    device: torch.device,
-    progress: Progress,
-) -> tuple[ModelPair, CompressionRequest]:
-    """Open a pair in every process, and read the texts.
+) -> CompressionRequest:
+    """Return what is asked for, with the texts' tokens, which are read in every process.
 
     The arguments are those of `compress`, checked; `samples` and `length` are those of the texts.
-
-    Returns:
-        The pair, and what is asked for, with the texts' tokens.
     """
-    pair = processes.each(
-        lambda: ModelPair(
-            base, finetuned, base_options, finetuned_options, base_name=base_name, device=device, progress=progress
-        )
-    )
     if calibration == AUTOMATIC and not method.shares_budget:
         calibration = None
 
@@ -174,7 +196,7 @@ def open_pair(
     else:
         tokens = read(calibration)
     distill_tokens = read(distill)
-    return pair, CompressionRequest(
+    return CompressionRequest(
         method, max_bytes, tokens, distill_tokens, distill_settings or DistillSettings(), max_shard_size,
         is_built_in=tokens is not None and calibration in (AUTOMATIC, BUILT_IN),
     )  # fmt: skip

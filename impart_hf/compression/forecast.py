@@ -13,10 +13,10 @@ from ..common.devices import usable_device
 from ..common.progress import Progress
 from ..common.validation import byte_budget, check_whole_number, shard_bytes
 from ..distillation import DistillSettings
-from ..methods import MethodConfig
+from ..methods import ExactConfig, MethodConfig
 from ..modeling.model_files import HubOptions
 from ..storage.output import check_output, existing_parent
-from .compress import checked_method, open_pair
+from .compress import checked_method, request_for
 from .matrix_timing import (
     MatrixCosts,
     MatrixKind,
@@ -42,7 +42,7 @@ _MATRIX_SECONDS = 6.0
 def forecast(
     base: str,
     finetuned: str,
-    method: MethodConfig | None = None,
+    method: MethodConfig | ExactConfig | None = None,
     *,
     output_dir: str | Path | None = None,
     process_count: int | None = None,
@@ -77,17 +77,25 @@ def forecast(
         As `compress`, for everything that it finds before any work except damaged weights and a full disk.
     """
     opened = time.perf_counter()
-    method = checked_method(method, calibration, distill, distill_settings)
+    checked = checked_method(method, calibration, distill, distill_settings)
+    if isinstance(checked, ExactConfig):
+        raise ValueError(f"there is no forecast for method '{checked.name}': its size is known when it is stored")
+    method = checked
     shard_size, wanted_bytes = shard_bytes(max_shard_size), byte_budget(max_bytes)
     processes.connect(str(device).startswith("cpu"))
     check_whole_number(1, process_count=processes.count() if process_count is None else process_count)
     device = usable_device(device)
     output = None if output_dir is None else check_output(output_dir, replaces_delta=True)
-    pair, request = open_pair(
-        base, finetuned, method, wanted_bytes, calibration, distill, calibration_samples, calibration_length,
-        distill_settings, shard_size, base_options=HubOptions(base_revision, token, cache_dir),
-        finetuned_options=HubOptions(finetuned_revision, token, cache_dir), base_name=base_name, device=device,
-        progress=Progress(False),
+    pair = processes.each(
+        lambda: ModelPair(
+            base, finetuned, HubOptions(base_revision, token, cache_dir),
+            HubOptions(finetuned_revision, token, cache_dir), base_name=base_name, device=device,
+            progress=Progress(False),
+        )
+    )  # fmt: skip
+    request = request_for(
+        pair, method, wanted_bytes, calibration, distill, calibration_samples, calibration_length, distill_settings,
+        shard_size,
     )  # fmt: skip
     free = None if output is None else shutil.disk_usage(existing_parent(output)).free
     count = process_count or processes.count()

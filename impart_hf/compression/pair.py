@@ -27,6 +27,7 @@ from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import LazyTensor, Model
 from ..repository.reader_files import refuse_reader_names
 from .base_layout import ReadModel, match
+from .exact_names import NONE, ExactNames
 from .loading_class import check_class, check_loads, loading_class
 from .scan import TensorPlan, scan
 
@@ -43,6 +44,7 @@ class ModelPair:
         recorded_base: the base's name and revision in config.json, from `common.names.recorded_base`.
         device: where matrices are decomposed.
         progress: shows bars.
+        exact: the tensors to store exactly.
     """
 
     def __init__(
@@ -55,18 +57,23 @@ class ModelPair:
         base_name: str | None = None,
         device: torch.device,
         progress: Progress,
+        exact: ExactNames = NONE,
     ):
         """Open both checkpoints; only headers are read, and an adapter.
+
+        Args:
+            exact: the tensors to store exactly.
 
         Raises:
             CheckpointError: if one of them cannot be read, the fine-tune is an adapter that cannot be merged, or it
                 has code under the name of a reader file.
             IncompatibleModelsError: if they are not a pair.
             ModuleNotFoundError: if the fine-tune is an adapter and PEFT is not installed.
+            ValueError: if no tensor has a name that `exact` asks for.
         """
         base, finetuned = os.fspath(base), os.fspath(finetuned)
         base_options = pinned(base, base_options)
-        self.device, self.progress = device, progress
+        self.device, self.progress, self.exact = device, progress, exact
         bare = Checkpoint(base, base_options)
         refuse_adapter(base, base_options)
         opened = open_finetune(finetuned, finetuned_options, bare)
@@ -78,14 +85,16 @@ class ModelPair:
         self.base: BaseTensors = matched.base
         self.finetuned: Model = matched.finetuned
         check_loads(self.finetuned)
+        exact.check(self.finetuned.names())
         self.recorded_base = recorded_base(base, base_options.revision, base_name)
         self._streamed: tuple[torch.Tensor, StreamedModel] | None = None
 
     def state(self) -> list[list[Any]]:
-        """Return what changes if a file of the models does: path, size and time of every file in their folders."""
+        """Return what a scan depends on: path, size and time of every file in the models' folders, and exact names."""
         folders = {self.base.folder, self.finetuned.folder}
         files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        found: list[list[Any]] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        return [*found, list(self.exact.patterns)]
 
     @property
     def is_scanned(self) -> bool:
@@ -98,7 +107,7 @@ class ModelPair:
 
         It may be set to what an earlier scan of the same files found.
         """
-        return scan(self.base, self.finetuned, self.progress)
+        return scan(self.base, self.finetuned, self.progress, self.exact)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the fine-tune's tokenizer.

@@ -1,8 +1,9 @@
 """The compression pipeline: from a pair to a delta repository, one tensor at a time."""
 
 import time
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -22,11 +23,12 @@ from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
 from .budgets import find_spectra, shared_budgets, spectra_bytes
 from .encoding import Encoding
+from .exact_tensors import store_exactly
 from .pair import ModelPair
 from .plan import CompressionPlan, make_plan
 from .scan import TensorPlan
 from .stage_times import StageTimes, stage_times
-from .stages import ALLOCATING, WRITING, stage_titles
+from .stages import ALLOCATING, SCANNING, WRITING, stage_titles
 from .writer import card_bytes, json_bytes, repository_config, write_repository
 
 Method = TypeVar("Method", bound=MethodConfig)
@@ -140,7 +142,7 @@ def compress_pair(
     stream, trained = processes.each(lambda: models_for_texts(pair, request))
     reach = Reach(frozenset() if stream is None else stream.matrices, trained)
     state = processes.in_first(pair.state)
-    tensors = scanned(pair, workspace, state, request)
+    tensors = stored_scan(pair, workspace, state, stages_of(request, bool(pair.exact.patterns)))
     method, config, plan = processes.each(lambda: planned(pair, tensors, request, reach))
     inputs = run_inputs(pair, request)
     expected_bytes = plan.allowed_bytes + plan.fixed_bytes
@@ -154,14 +156,37 @@ def compress_pair(
             workspace.has_record,
         )  # fmt: skip
     pair.progress.expect(times.stages)
+    store_exactly(plan.exact, pair, workspace)
     _encode(pair, workspace, plan, method, svd_of, stream, request.calibration, times.tensors)
     distilled = _distil(pair, workspace, plan, request)
+    about = request.card_data, request.origin, distilled, reach.calibrated
+    return write_and_publish(pair, workspace, plan, config, started, *about)
+
+
+def write_and_publish(
+    pair: ModelPair,
+    workspace: Workspace,
+    plan: CompressionPlan,
+    config: dict[str, Any],
+    started: float,
+    card_data: Mapping[str, Any] = MappingProxyType({}),
+    origin: str = "",
+    distilled: DistillReport | None = None,
+    calibrated: Set[str] = frozenset(),
+) -> CompressionReport:
+    """Write the repository in the first process, and publish it; all processes return the report.
+
+    Args:
+        started: when the run began, from `time.perf_counter`.
+
+    The other arguments are those of `write_repository`.
+    """
 
     def publish() -> CompressionReport:
         seconds = time.perf_counter() - started
         with pair.progress.bar(1, WRITING):
             report = write_repository(
-                pair, workspace, plan, config, request.card_data, request.origin, seconds, distilled, reach.calibrated
+                pair, workspace, plan, config, dict(card_data), origin, seconds, distilled, calibrated
             )
             workspace.publish()
         return report
@@ -169,20 +194,25 @@ def compress_pair(
     return processes.in_first(publish)
 
 
-def scanned(pair: ModelPair, workspace: Workspace, state: Any, request: CompressionRequest) -> list[TensorPlan]:
+def stored_scan(pair: ModelPair, workspace: Workspace, state: Any, stages: list[str]) -> list[TensorPlan]:
     """Return the scan of a pair, from the workspace if an earlier run stored it there for models in this state.
 
-    It is the first of the stages that the request has.
+    Args:
+        stages: those that follow, by the titles of their bars.
     """
     if (stored := processes.in_first(lambda: workspace.scan(state))) is not None:
         pair.tensors = list(map(TensorPlan.from_dict, stored))
-    pair.progress.plan(stages_of(request, pair.is_scanned))
+    pair.progress.plan(stages if pair.is_scanned else [SCANNING, *stages])
     return pair.tensors
 
 
-def stages_of(request: CompressionRequest, scanned: bool = False) -> list[str]:
-    """Return the stages of what is asked for, by the titles of their bars; without the scan if that is known."""
-    return stage_titles(request.method, request.calibration is not None, request.distillation is not None, scanned)
+def stages_of(request: CompressionRequest, exactly: bool = False) -> list[str]:
+    """Return the stages of what is asked for after the scan, by the titles of their bars.
+
+    Args:
+        exactly: whether some tensors are stored exactly.
+    """
+    return stage_titles(request.method, request.calibration is not None, request.distillation is not None, exactly)
 
 
 def models_for_texts(pair: ModelPair, request: CompressionRequest) -> tuple[StreamedModel | None, frozenset[str]]:

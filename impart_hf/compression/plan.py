@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..methods import MethodConfig, method_for
+from ..methods import ExactConfig, MethodConfig, method_for
 from ..modeling.configuration_delta_compressed import FORMAT_VERSION
 from .scan import TensorPlan
 
@@ -40,6 +40,10 @@ class CompressionPlan:
     fixed_bytes: int
     card_bytes: int
     max_shard_size: int
+
+    @property
+    def exact(self) -> list[TensorPlan]:
+        return [t for t in self.tensors if t.kind == "exact"]
 
     @property
     def encoded(self) -> list[TensorPlan]:
@@ -77,7 +81,7 @@ class CompressionPlan:
             f"{repository_bytes - self.allowed_bytes} bytes too large"
         )
 
-    def fingerprint(self, method: MethodConfig, inputs: Any = None) -> str:
+    def fingerprint(self, method: MethodConfig | ExactConfig, inputs: Any = None) -> str:
         """Return a hash of everything that the result depends on; a run resumes only if it is the same.
 
         Args:
@@ -89,6 +93,18 @@ class CompressionPlan:
             [t.name, t.kind, t.shape, str(t.dtype), t.max_bytes, t.base_checksum, t.checksum] for t in self.tensors
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def exact_plan(
+    tensors: list[TensorPlan], checkpoint_bytes: int, config_bytes: int, card_bytes: int, max_shard_size: int
+) -> CompressionPlan:
+    """Return the plan of a repository whose changed tensors are all stored exactly; arguments as for `make_plan`.
+
+    Nobody knows its size before: the allowed bytes are those of a fine-tune that changed every number much.
+    """
+    fixed = config_bytes + card_bytes + _fixed_bytes(tensors)
+    allowed = sum(t.dense_bytes for t in tensors if t.kind == "exact") // 2
+    return CompressionPlan(tensors, checkpoint_bytes, allowed, fixed, card_bytes, max_shard_size)
 
 
 def make_plan(
@@ -173,7 +189,7 @@ def _fixed_bytes(tensors: list[TensorPlan]) -> int:
     total = 8 * (len(tensors) + 1) + 3 * _ENTRY_BYTES  # checksum tables, file metadata
     for t in tensors:
         total += _entries(t) * (_name_bytes(t) + _ENTRY_BYTES + 4)  # 4 bytes of CRC per entry
-        total += t.added_bytes + (t.dense_bytes if t.kind == "kept" else 0)
+        total += t.added_bytes + {"kept": t.dense_bytes, "exact": t.max_bytes}.get(t.kind, 0)
     return total
 
 

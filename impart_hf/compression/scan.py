@@ -5,15 +5,18 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..coding.exact_encoder import encode_exact
 from ..common import processes
 from ..common.progress import Progress
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, all_finite, same_values
-from ..modeling.checksums import tensor_checksum
+from ..modeling.checksums import tensor_bytes, tensor_checksum
 from ..modeling.tensors import Model
 from .compatibility import IncompatibleModelsError, is_matrix_shape, vocabulary_size
+from .exact_names import NONE, ExactNames
 from .stages import SCANNING
 
 # The squares of larger numbers, summed over a column, overflow in float32.
@@ -28,12 +31,13 @@ class TensorPlan:
 
     Attributes:
         name: the tensor's name.
-        kind: "equal" (to the base, and not stored), "kept" (stored whole) or "encoded".
+        kind: "equal" (to the base, and not stored), "kept" (stored whole), "exact" or "encoded".
         shape: shape of the part that base and fine-tune share.
         dtype: dtype of the fine-tuned tensor.
         vocabulary: whether it has a row for every token: an embedding or output projection.
         added_rows: number of rows beyond the base's.
-        max_bytes: byte budget of the tensor's records, for "encoded".
+        max_bytes: byte budget of the tensor's records, for "encoded"; size of its exact record, for "exact", if there
+            are budgets.
         base_checksum, checksum: checksums of the base's and of the fine-tuned tensor.
     """
 
@@ -89,7 +93,7 @@ def order_to_take(tensors: list[TensorPlan]) -> list[TensorPlan]:
     return sorted(tensors, key=lambda t: t.dense_bytes * min(t.shape[-2:]), reverse=True)
 
 
-def scan(base: BaseTensors, finetuned: Model, progress: Progress) -> list[TensorPlan]:
+def scan(base: BaseTensors, finetuned: Model, progress: Progress, exact: ExactNames) -> list[TensorPlan]:
     """Read both models once: find equal tensors, compute checksums, and check that all values that differ are finite.
 
     Several processes share the tensors out.
@@ -104,22 +108,26 @@ def scan(base: BaseTensors, finetuned: Model, progress: Progress) -> list[Tensor
     own = processes.share(finetuned.names(), size)
     tokens = vocabulary_size(finetuned)
     scanned = processes.together(
-        lambda: [scan_tensor(name, base, finetuned, tokens) for name in progress.track(own, SCANNING, size)]
+        lambda: [scan_tensor(name, base, finetuned, tokens, exact) for name in progress.track(own, SCANNING, size)]
     )
     return sorted(itertools.chain(*scanned), key=lambda plan: plan.name)
 
 
-def scan_tensor(name: str, base: BaseTensors, finetuned: Model, tokens: int | None) -> TensorPlan:
+def scan_tensor(
+    name: str, base: BaseTensors, finetuned: Model, tokens: int | None, exact: ExactNames = NONE
+) -> TensorPlan:
     """Scan one tensor; see `scan`.
 
     Args:
         tokens: size of the vocabulary.
+        exact: the tensors to store exactly. Any bits of theirs differ, and may be NaN.
     """
     whole, after = base.whole(name), finetuned.tensor(name)
     before = base.shared(name, whole)
     shared, added = _parts(before, after)
-    equal = _comparable(before, after) and same_values(before.to(after.dtype), shared)
-    if not equal:
+    is_exact = name in exact
+    equal = _comparable(before, after) and (_same_bits if is_exact else same_values)(before.to(after.dtype), shared)
+    if not equal and not is_exact:
         rows: Any = ...
         if _is_vocabulary(after, tokens) and not (all_finite(before) and all_finite(shared)):
             rows = _differing_rows(before.to(after.dtype), shared)
@@ -127,6 +135,9 @@ def scan_tensor(name: str, base: BaseTensors, finetuned: Model, tokens: int | No
         _check_numbers(shared[rows], f"{name} of '{finetuned.source}'", _is_matrix(before))
     _check_numbers(added, f"{name} of '{finetuned.source}'", False)
     found = _plan(name, before, after, equal, _is_vocabulary(after, tokens))
+    if is_exact and not equal:
+        size = 0 if exact.are_all else len(encode_exact(before, shared))  # then there is no budget
+        found = dataclasses.replace(found, kind="exact", max_bytes=size)
     return dataclasses.replace(found, base_checksum=tensor_checksum(whole), checksum=tensor_checksum(after))
 
 
@@ -151,6 +162,10 @@ def _parts(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, tor
 def _comparable(before: torch.Tensor, after: torch.Tensor) -> bool:
     # Readers convert floats to the fine-tune's dtype, and leave integers unchanged.
     return after.is_floating_point() or before.dtype == after.dtype
+
+
+def _same_bits(before: torch.Tensor, after: torch.Tensor) -> bool:
+    return before.shape == after.shape and np.array_equal(tensor_bytes(before), tensor_bytes(after))
 
 
 def _is_vocabulary(after: torch.Tensor, tokens: int | None) -> bool:

@@ -3,20 +3,23 @@
 from ..calibration.sensitivity import STAGE as MEASURING
 from ..methods import MethodConfig
 
-SCANNING, DECOMPOSING, ALLOCATING, COMPRESSING, DISTILLING, WRITING = (
-    "Scanning", "Decomposing", "Allocating", "Compressing", "Distilling", "Writing",
+SCANNING, STORING, DECOMPOSING, ALLOCATING, COMPRESSING, DISTILLING, WRITING = (
+    "Scanning", "Storing exactly", "Decomposing", "Allocating", "Compressing", "Distilling", "Writing",
 )  # fmt: skip
 
 
-def stage_titles(method: MethodConfig, calibrates: bool, distils: bool, scanned: bool = False) -> list[str]:
-    """Return the stages of a compression in order.
+EXACT_STAGES = [STORING, WRITING]  # of method `exact`, after the scan
+
+
+def stage_titles(method: MethodConfig, calibrates: bool, distils: bool, exactly: bool = False) -> list[str]:
+    """Return the stages of a compression in order, after the scan.
 
     Args:
         calibrates: whether there is a calibration text.
         distils: whether its records are trained.
-        scanned: whether an earlier run's scan is used.
+        exactly: whether some tensors are stored exactly.
     """
-    first = [] if scanned else [SCANNING]
+    first = [STORING] if exactly else []
     measures = [MEASURING] if calibrates else []
     shares = [DECOMPOSING, *measures, ALLOCATING] if method.shares_budget else []
     return [*first, *shares, COMPRESSING, *([DISTILLING] if distils else []), WRITING]

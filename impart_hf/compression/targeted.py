@@ -22,7 +22,16 @@ from ..storage.checked_files import read_checked, write_checked
 from ..storage.workspace import Workspace
 from .budgets import spectra_bytes
 from .pair import ModelPair
-from .pipeline import CompressionRequest, Reach, compress_pair, models_for_texts, planned, run_inputs, scanned
+from .pipeline import (
+    CompressionRequest,
+    Reach,
+    compress_pair,
+    models_for_texts,
+    planned,
+    run_inputs,
+    stages_of,
+    stored_scan,
+)
 from .plan import CompressionPlan, UnreachableRatioError, make_plan
 from .ratio_search import MOST_POINTS, Point, best, next_ratio
 from .scan import TensorPlan
@@ -73,7 +82,7 @@ def compress_to_target(
         request, counted_card_data=request.card_data | widest.card_data(), counted_method_data=_method_data(widest)
     )
     state = processes.in_first(pair.state)
-    tensors = scanned(pair, workspace, state, request)
+    tensors = stored_scan(pair, workspace, state, stages_of(request, bool(pair.exact.patterns)))
     lowest, highest, plan = processes.each(lambda: _range(pair, tensors, request))
     inputs = [*run_inputs(pair, request), str(target), text, sequences.tolist()]
     first = replace(request.method, compression_ratio=LOWEST_RATIO)

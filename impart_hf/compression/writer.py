@@ -16,11 +16,12 @@ from ..methods.base import GUESSED
 from ..modeling.checkpoints import DTYPE_NAMES
 from ..modeling.checksums import tensor_bytes
 from ..modeling.configuration_delta_compressed import FORMAT_VERSION
-from ..modeling.delta_repository import (
+from ..modeling.delta_file import (
     BASE_CHECKSUMS,
     CRC_ENTRY,
     DELTA_FILE,
     DELTA_INDEX,
+    EXACT_SUFFIX,
     RECORD_SUFFIX,
     ROWS_SUFFIX,
     entry_crc,
@@ -47,6 +48,8 @@ from .scan import TensorPlan
 CARD_BYTES = 1536
 _LONGEST = 16
 _LONGEST_FORECAST = [0.00011] * 3
+# The kinds of tensors that have records, with the suffix of their entries.
+RECORDED = {"encoded": RECORD_SUFFIX, "exact": EXACT_SUFFIX}
 _METADATA = {"format": "pt", "impart_hf_format": str(FORMAT_VERSION)}
 
 
@@ -93,18 +96,23 @@ def json_bytes(content: dict[str, Any]) -> int:
 
 def card_bytes(pair: ModelPair, config: dict[str, Any], card_data: dict[str, Any], origin: str) -> int:
     """Return the bytes that card and forecast count as; arguments as for `write_repository`."""
-    sizes = dict.fromkeys(("distilled", "ratio", "repository", "checkpoint", "error", "tensors"), _LONGEST * "0")
+    sizes = dict.fromkeys(
+        ("distilled", "ratio", "repository", "checkpoint", "error", "exact", "tensors"), _LONGEST * "0"
+    )
     forecast = _LONGEST_FORECAST if _is_forecast(config) else None
     sizes["forecast"] = "" if forecast is None else forecast_text(forecast)
     if "distillation" not in config["method"]:
         sizes["distilled"] = ""
+    if not pair.exact.patterns:
+        sizes["exact"] = ""
     entry = json_bytes(with_forecast(config, forecast)) - json_bytes(config)
     return max(CARD_BYTES, len(_card(pair, config, card_data, origin, sizes, "").encode()) + entry)
 
 
 def _is_forecast(config: dict[str, Any]) -> bool:
     """Return whether the KL is forecast: unless distillation or a search for a target measures it."""
-    return not {"distillation", "target"} & config["method"].keys()
+    method = config["method"]
+    return "compression_ratio" in method and not {"distillation", "target"} & method.keys()
 
 
 def with_forecast(config: dict[str, Any], forecast: list[float] | None) -> dict[str, Any]:
@@ -182,11 +190,7 @@ def write_repository(
         sidecar_files=sorted(pair.companions.files),
         sidecar_bytes=sidecar_bytes,
         reader_bytes=sum(p.stat().st_size for p in reader_files()),
-        shortfall=plan.shortfall(
-            repository_bytes,
-            sum(t.bytes for t in tensors if t.kind == "encoded"),
-            config["method"]["compression_ratio"],
-        ),
+        shortfall=_shortfall(plan, repository_bytes, tensors, config["method"].get("compression_ratio")),
         tensors=tensors,
         equal_tensors=sum(t.kind == "equal" and not t.added_rows for t in plan.tensors),
         seconds=seconds,
@@ -194,6 +198,13 @@ def write_repository(
     )
     _write_card(pair, folder, config, card_data, origin, report)
     return report
+
+
+def _shortfall(plan: CompressionPlan, repository_bytes: int, tensors: list[TensorReport], ratio: float | None) -> str:
+    """Return why the requested ratio is missed; empty if it is met, or if none was requested."""
+    if ratio is None:
+        return ""
+    return plan.shortfall(repository_bytes, sum(t.bytes for t in tensors if t.kind == "encoded"), ratio)
 
 
 def describe_again(
@@ -239,7 +250,7 @@ def _errors(
 
 
 def _write_deltas(finetuned: Model, workspace: Workspace, tensors: list[TensorPlan], max_shard_size: int) -> list[Path]:
-    sizes = {t.name: workspace.record_bytes(t.name) for t in tensors if t.kind == "encoded"}
+    sizes = {t.name: workspace.record_bytes(t.name) for t in tensors if t.kind in RECORDED}
     entries = _entries(tensors, sizes, workspace.record, partial(_rows, finetuned))
     files, index = shard_entries(entries, DELTA_FILE, max_shard_size)
     paths = []
@@ -284,9 +295,9 @@ def _entries(
     entries = [Entry(BASE_CHECKSUMS, "U64", (len(names) + 1,), len(table), partial(bytes, table))]
     for t in tensors:
         dtype = DTYPE_NAMES[t.dtype]
-        if t.kind == "encoded":
+        if t.kind in RECORDED:
             size = record_sizes[t.name]
-            entries.append(Entry(t.name + RECORD_SUFFIX, "U8", (size,), size, partial(record, t.name)))
+            entries.append(Entry(t.name + RECORDED[t.kind], "U8", (size,), size, partial(record, t.name)))
         elif t.kind == "kept":
             entries.append(Entry(t.name, dtype, t.shape, t.dense_bytes, partial(rows, t, False)))
         if t.added_rows:
@@ -316,6 +327,7 @@ def _sizes(report: CompressionReport) -> dict[str, str]:
         "ratio": f"{report.ratio:.2f}",
         "repository": human_bytes(report.repository_bytes),
         "checkpoint": human_bytes(report.checkpoint_bytes),
-        "error": f"{sum(errors) / len(errors):.3f}" if errors else "none",
+        "error": f"{sum(errors) / len(errors):.3f}" if errors else "",
+        "exact": f"{len(report.exact_tensors)} tensors" if report.exact_tensors else "",
         "tensors": f"{report.changed_tensors} of {report.changed_tensors + report.equal_tensors}",
     }

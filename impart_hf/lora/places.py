@@ -140,7 +140,7 @@ def tensor_delta(repository: DeltaRepository, name: str, device: torch.device) -
         return add_delta(
             torch.zeros_like(base, dtype=torch.float32), repository.file.read_records(name), name, torch.float32
         )
-    if not part.replacement:
+    if not part.holds_values:
         return torch.zeros_like(base, dtype=torch.float32)
     tuned = repository.tensor(name, device)
     return (tuned[: len(base)] if part.added_rows else tuned).float() - base.float()

@@ -20,6 +20,7 @@ from ..compression.compatibility import IncompatibleModelsError
 from ..compression.encoding import mask_seed
 from ..compression.pair import ModelPair
 from ..compression.pipeline import CompressionRequest, compress_pair, stages_of, with_ratio_for
+from ..compression.stages import SCANNING
 from ..methods import MethodConfig
 from ..modeling.checkpoints import all_finite
 from ..modeling.model_files import HubOptions
@@ -156,7 +157,7 @@ def compress_merge(
     with_ratio_for(method, max_bytes, merged.weight_bytes())
     origin = merge_origin(merged.config.to_dict())
     request = CompressionRequest(method, max_bytes, max_shard_size=max_shard_size, origin=origin)
-    progress.plan(["Merging", *stages_of(request)])
+    progress.plan(["Merging", SCANNING, *stages_of(request)])
     with Workspace(output) as workspace:
         dense = workspace.scratch() / output.name
         processes.in_first(dense.mkdir)

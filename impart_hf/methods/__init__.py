@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .base import Encoded, EncodingTask, MethodConfig, Spectrum, method_class, method_names
 from .delta_come import DeltaComeConfig
+from .exact import ExactConfig
 from .settings import Setting, setting, settings_of
 
 if TYPE_CHECKING:  # names for the type checker
@@ -34,7 +35,10 @@ for _method in map(method_class, method_names()):
     if "__dataclass_fields__" not in vars(_method):
         raise ImportError(f"the method {_method.__name__} in {_method.__module__} lacks the decorator @dataclass")
 
-PUBLIC = {cls.__name__: cls for cls in map(method_class, method_names()) if cls.__module__.startswith(f"{__name__}.")}
+PUBLIC: dict[str, type] = {
+    cls.__name__: cls for cls in map(method_class, method_names()) if cls.__module__.startswith(f"{__name__}.")
+}
+PUBLIC["ExactConfig"] = ExactConfig
 globals().update(PUBLIC)
 
 __all__ = [  # noqa: PLE0604

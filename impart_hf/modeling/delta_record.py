@@ -127,7 +127,7 @@ def pack_record(record: Record) -> bytes:
     return header + body
 
 
-class _Cursor:
+class Cursor:
     """Reads typed arrays from a buffer in order, with an error instead of reading past its end."""
 
     def __init__(self, data: np.ndarray, name: str):
@@ -186,7 +186,7 @@ def parse_record(data: np.ndarray, shape: tuple[int, int], name: str) -> tuple[R
     _check_header(name, fields, shape, len(data))
     layout, _, segment_count, rows, columns, rank, mask_seed, scale, relative_error, length = fields
     plane_columns = rank if layout == FACTORED else rows
-    cursor = _Cursor(data[:length], name)
+    cursor = Cursor(data[:length], name)
     cursor.at = HEADER_BYTES
     segments = [Segment(*_SEGMENT.unpack(chunk.tobytes())) for chunk in cursor.take("V8", segment_count)]
     _check_segments(name, segments, layout, plane_columns)

@@ -1,160 +1,30 @@
 """A delta repository with its base model: the fine-tuned tensors, decoded one at a time."""
 
-import hashlib
-import zlib
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from .base_tensors import BaseTensors, finite_where_base_is
-from .checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, Checkpoint, all_finite, is_plain_name
-from .checksums import tensor_bytes, tensor_checksum
+from .checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, Checkpoint
+from .checksums import tensor_checksum
 from .configuration_delta_compressed import DeltaCompressedConfig
 from .deferred_tensor import Index, part_ranges
 from .delta_decode import add_delta, add_delta_part
+from .delta_file import BASE_CHECKSUMS, DeltaFile, TensorParts, entry_kind, find_delta_files, names_checksum, weight_map
 from .delta_record import DeltaFormatError
-from .model_files import CheckpointError, HubOptions, fetch_file, read_json
+from .exact_record import restore
+from .model_files import CheckpointError, HubOptions
 from .tensors import LazyTensor
 from .transfer import ahead, to_device
 
-DELTA_FILE = "delta_model.safetensors"
-DELTA_INDEX = DELTA_FILE + ".index.json"
-RECORD_SUFFIX = ".delta"  # entry with a tensor's records
-ROWS_SUFFIX = ".added_rows"  # entry with the rows that the fine-tune adds to the base's
-BASE_CHECKSUMS = "base_checksums"
-CRC_ENTRY = "crc32"
 # Most bytes of a base tensor that waits on an accelerator: a layer's matrices may, the largest vocabularies' may not.
 _MOST_AHEAD = 512 << 20
 
 
-Buffer: TypeAlias = bytes | memoryview
-
-
 class WrongBaseError(ValueError):
     """The base model is not the one that the delta was made against."""
-
-
-def entry_crc(name: str, dtype: str, shape: tuple[int, ...], data: Buffer) -> int:
-    """Return the CRC-32 of an entry: of its name, safetensors dtype and shape, and its data."""
-    line = f"{name} {dtype} {'x'.join(map(str, shape))}\n"
-    return zlib.crc32(data, zlib.crc32(line.encode()))
-
-
-@dataclass(frozen=True)
-class TensorParts:
-    """The delta file's entries for one fine-tuned tensor; all None if it equals the base's."""
-
-    records: str | None = None
-    replacement: str | None = None
-    added_rows: str | None = None
-
-
-class DeltaFile:
-    """The entries of one or more delta_model*.safetensors, each checked against its CRC-32 as it is read."""
-
-    def __init__(self, paths: list[Path]):
-        """Open the files and read their headers and checksum tables.
-
-        Raises:
-            DeltaFormatError: if a file is truncated, has duplicate or overlapping entries, or no checksum table.
-        """
-        self._handles: dict[str, Any] = {}
-        self._paths: dict[str, Path] = {}
-        self._crcs: dict[str, int] = {}
-        for path in paths:
-            try:
-                handle = safe_open(str(path), framework="pt")
-                names = sorted(handle.keys())
-                if CRC_ENTRY not in names:
-                    raise DeltaFormatError(f"{path} has no '{CRC_ENTRY}' table: it is not a delta file of impart-hf")
-                names.remove(CRC_ENTRY)
-                crcs = handle.get_tensor(CRC_ENTRY)
-            except (SafetensorError, OSError, RuntimeError) as error:
-                raise DeltaFormatError(f"{path} is damaged or not a safetensors file: {error}") from error
-            if crcs.dtype != torch.uint32 or crcs.shape != (len(names),):
-                raise DeltaFormatError(f"{path}: the '{CRC_ENTRY}' table does not cover the file's entries")
-            for name, crc in zip(names, crcs.tolist(), strict=True):
-                if name in self._handles:
-                    raise DeltaFormatError(f"{path}: entry {name} is in two files")
-                self._handles[name], self._paths[name], self._crcs[name] = handle, path, crc
-
-    def names(self) -> list[str]:
-        return sorted(self._handles)
-
-    def checksums(self) -> dict[str, int]:
-        """Return the CRC-32 of every entry."""
-        return dict(self._crcs)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._handles
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handles[name].get_slice(name).get_shape())
-
-    def dtype_name(self, name: str) -> str:
-        return self._handles[name].get_slice(name).get_dtype()
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read one entry.
-
-        Raises:
-            DeltaFormatError: if it cannot be read, or its CRC-32 differs.
-        """
-        try:
-            tensor = self._handles[name].get_tensor(name)
-        except (SafetensorError, RuntimeError) as error:
-            raise DeltaFormatError(f"{self._paths[name]}: delta entry {name} cannot be read: {error}") from error
-        crc = entry_crc(name, self.dtype_name(name), self.shape(name), tensor_bytes(tensor).data)
-        if crc != self._crcs[name]:
-            raise DeltaFormatError(
-                f"{self._paths[name]}: delta entry {name} is damaged (its CRC-32 differs); download the file again"
-            )
-        return tensor
-
-    def read_finite(self, name: str) -> torch.Tensor:
-        """Read one entry and check that it is free of NaN and infinity; errors as for `read`."""
-        tensor = self.read(name)
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise DeltaFormatError(f"{self._paths[name]}: delta entry {name} holds NaN or infinity")
-        return tensor
-
-    def read_records(self, name: str) -> np.ndarray:
-        return tensor_bytes(self.read(name + RECORD_SUFFIX))
-
-
-def find_delta_files(repo: str, options: HubOptions) -> tuple[list[Path], Path | None]:
-    """Return the paths of a repository's delta files, and of their index if they are sharded.
-
-    Raises:
-        CheckpointError: if it has none, or lacks one that the index names.
-    """
-    single = fetch_file(repo, DELTA_FILE, options)
-    if single is not None:
-        return [single], None
-    index_path = fetch_file(repo, DELTA_INDEX, options)
-    if index_path is None:
-        fetch_file(repo, DELTA_FILE, options, required=True)  # raises if the Hub is offline
-        raise CheckpointError(f"'{repo}' has no {DELTA_FILE}: it is not a delta repository")
-    paths = []
-    for name in sorted(set(_weight_map(index_path).values())):
-        path = fetch_file(repo, name, options)
-        if path is None:
-            raise CheckpointError(f"'{repo}' lacks {name}, which {DELTA_INDEX} names: download it")
-        paths.append(path)
-    return paths, index_path
-
-
-def _weight_map(index_path: Path) -> dict[str, str]:
-    weight_map = read_json(index_path).get("weight_map")
-    if not weight_map or not isinstance(weight_map, dict) or not all(is_plain_name(n) for n in weight_map.values()):
-        raise DeltaFormatError(f"{index_path} has no valid weight_map from entries to files in its folder")
-    return weight_map
 
 
 class DeltaRepository:
@@ -196,7 +66,7 @@ class DeltaRepository:
         self.text_config = config.text_config
         paths, index = find_delta_files(source, options)
         self.file = DeltaFile(paths)
-        if index and sorted(_weight_map(index)) != self.file.names():
+        if index and sorted(weight_map(index)) != self.file.names():
             # Without this check, a tensor whose entry is missing would be taken to equal the base's.
             raise DeltaFormatError(f"{index} names other entries than its files hold: download them again")
         self.base = self._open_base(base_model, options)
@@ -245,23 +115,27 @@ class DeltaRepository:
         for entry in self.file.names():
             if entry == BASE_CHECKSUMS:
                 continue
-            name, kind = _entry_kind(entry, parts)
+            name, kind = entry_kind(entry, parts)
             if name not in parts:
                 raise DeltaFormatError(f"delta entry {entry} belongs to no tensor of the base '{self.base.source}'")
             dtype = self.file.dtype_name(entry)
-            if kind == "records" and (dtype != "U8" or len(self.file.shape(entry)) != 1):
+            is_coded = kind in ("records", "exact")
+            if is_coded and (dtype != "U8" or len(self.file.shape(entry)) != 1):
                 raise DeltaFormatError(f"delta entry {entry} must be one-dimensional bytes (U8)")
-            if kind != "records" and dtype not in SAFETENSORS_DTYPES:
+            if not is_coded and dtype not in SAFETENSORS_DTYPES:
                 raise DeltaFormatError(f"delta entry {entry} has the unknown dtype {dtype}")
-            if self.base.dtype(name).is_floating_point != (kind == "records" or _is_float(dtype)):
+            is_float = kind == "records" if is_coded else SAFETENSORS_DTYPES[dtype].is_floating_point
+            if kind != "exact" and self.base.dtype(name).is_floating_point != is_float:
                 raise DeltaFormatError(f"delta entry {entry} does not fit {name}, which is {self.base.dtype(name)}")
             parts[name] = replace(parts[name], **{kind: entry})
         return parts
 
     def _check_parts(self, name: str, part: TensorParts) -> None:
         base_shape, dtype = self.base.shape(name), self.dtype(name)
-        if part.replacement and part.records:
-            raise DeltaFormatError(f"{name} is both replaced and changed by records in the delta file")
+        if sum(entry is not None for entry in (part.replacement, part.records, part.exact)) > 1:
+            raise DeltaFormatError(
+                f"{name} is changed in several ways (replaced, by records, exactly) in the delta file"
+            )
         if part.replacement and self.file.shape(part.replacement) != base_shape:
             raise DeltaFormatError(f"{name} has shape {self.file.shape(part.replacement)}, the base has {base_shape}")
         if part.records and len(base_shape) not in (2, 3):
@@ -364,6 +238,8 @@ class DeltaRepository:
             if stored.is_floating_point() and not finite_where_base_is(stored, tensor):
                 raise DeltaFormatError(f"delta entry {part.replacement} holds NaN or infinity")
             tensor = stored
+        elif part.exact:
+            tensor = restore(tensor, self.file.read_exact(name), name, dtype)
         elif part.records:
             tensor = add_delta(tensor, self.file.read_records(name), name, dtype)
         else:
@@ -375,15 +251,15 @@ class DeltaRepository:
     def part(self, name: str, index: Index, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return a part of a fine-tuned tensor, decoded on `device`; errors as for `tensor`.
 
-        Only the part is decoded and goes over to the device, except of tensors that are replaced, have added rows or
-        are stacks of matrices.
+        Only the part is decoded and goes over to the device, except of tensors that are replaced or exact, have added
+        rows or are stacks of matrices.
 
         Args:
             index: what selects the part, as in `tensor(name)[index]`.
         """
         entries, shape = self.parts[name], self.shape(name)
         ranges = part_ranges(index, shape)
-        as_a_whole = entries.replacement or entries.added_rows or (entries.records and len(shape) != 2)
+        as_a_whole = entries.replacement or entries.exact or entries.added_rows or (entries.records and len(shape) != 2)
         if ranges is None or as_a_whole or ranges == [range(size) for size in shape]:
             whole = self.tensor(name, device)
             part = whole[index]
@@ -406,22 +282,3 @@ class DeltaRepository:
     def _zeros(self, name: str, index: Index, device: torch.device) -> torch.Tensor:
         part = torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")[index]
         return torch.zeros_like(part, device=device)
-
-
-def names_checksum(names: list[str]) -> int:
-    """Return the 64-bit checksum of a sorted list of tensor names, the last number of the checksum table."""
-    return int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:8], "little")
-
-
-def _is_float(dtype_name: str) -> bool:
-    return SAFETENSORS_DTYPES[dtype_name].is_floating_point
-
-
-def _entry_kind(entry: str, names: Container[str]) -> tuple[str, str]:
-    """Return the tensor that an entry belongs to, and the field of its `TensorParts`."""
-    if entry in names:
-        return entry, "replacement"
-    for suffix, kind in ((RECORD_SUFFIX, "records"), (ROWS_SUFFIX, "added_rows")):
-        if entry.endswith(suffix):
-            return entry[: -len(suffix)], kind
-    return entry, "replacement"

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from .configuration_delta_compressed import DeltaCompressedConfig
+from .delta_file import DELTA_FILE, DELTA_INDEX, DeltaFile, find_delta_files
 from .delta_record import DeltaFormatError
-from .delta_repository import DELTA_FILE, DELTA_INDEX, DeltaFile, find_delta_files
 from .model_files import CheckpointError, HubOptions, read_json
 from .repository_kind import RepositoryKind, kind_of
 

@@ -117,7 +117,7 @@ def delta_card(
         base_revision=base_revision or "",
         finetuned=public_name(finetuned),
         method=method["name"],
-        requested=f"{method['compression_ratio']:g}",
+        requested=f"{method['compression_ratio']:g}" if "compression_ratio" in method else "",
         settings=settings_text({k: v for k, v in method.items() if k not in ("name", "compression_ratio", FORECAST)}),
         shortfall=shortfall,
         origin=origin,

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
+from ..modeling.delta_file import RECORD_SUFFIX, DeltaFile, find_delta_files
 from ..modeling.delta_record import Record, parse_stack
-from ..modeling.delta_repository import RECORD_SUFFIX, DeltaFile, find_delta_files
 from ..modeling.model_files import HubOptions
 from .kl_forecast import FORECAST, forecast_text
 from .open import read_config, warn_of_adapter_beside
@@ -68,7 +68,7 @@ class Inspection:
         revision = self.config.base_model_revision
         lines += [
             "",
-            f"method      {name} ({settings_text(method)})",
+            f"method      {name}" + (f" ({settings_text(method)})" if method else ""),
             f"base model  {self.config.base_model_name_or_path}" + (f" at {revision}" if revision else ""),
             f"tensors     {len({t.name for t in self.tensors})} changed, {self.equal_tensors} equal to the base's",
             f"delta file  {human_bytes(self.delta_bytes)}: values {human_bytes(sum(t.bytes for t in self.tensors))}, "
@@ -96,7 +96,7 @@ def _row(t: TensorReport) -> tuple[str, ...]:
     return (
         t.name if t.kind != "added rows" else f"{t.name} (added rows)",
         "x".join(map(str, t.shape)),
-        "stored whole" if t.kind != "encoded" else rank,
+        {"encoded": rank, "exact": "exact"}.get(t.kind, "stored whole"),
         "/".join(":".join(map(str, dict.fromkeys(bits))) for bits in t.bits) or "-",
         "-" if t.keep_ratio is None else f"{t.keep_ratio:.4f}",
         str(t.bytes),

@@ -67,9 +67,9 @@ class Part:
     """What one kind of tensor takes of a repository.
 
     Attributes:
-        kind: of encoded tensors `ATTENTION`, `MLP`, `EXPERTS`, `EMBEDDINGS` (with the output projection), `IMAGES` (an
-            image encoder and its projector) or `OTHERS`; `WHOLE`, of norms, biases, small matrices and rows of added
-            tokens; `REST`, of everything else that counts.
+        kind: of encoded and exact tensors `ATTENTION`, `MLP`, `EXPERTS`, `EMBEDDINGS` (with the output projection),
+            `IMAGES` (an image encoder and its projector) or `OTHERS`; `WHOLE`, of norms, biases, small matrices and
+            rows of added tokens; `REST`, of everything else that counts.
         tensors: number of tensors; of those with added rows, both parts count.
         bytes: their size in the files.
         share: of the repository's size.
@@ -88,7 +88,7 @@ def parts_of(tensors: "Sequence[TensorReport]", repository_bytes: int) -> list[P
     kinds = (ATTENTION, MLP, EXPERTS, EMBEDDINGS, IMAGES, OTHERS, WHOLE)
     members: dict[str, list[TensorReport]] = {kind: [] for kind in kinds}
     for tensor in tensors:
-        members[kind_of(tensor.name) if tensor.kind == "encoded" else WHOLE].append(tensor)
+        members[kind_of(tensor.name) if tensor.kind in ("encoded", "exact") else WHOLE].append(tensor)
     parts = []
     for kind, own in members.items():
         if own:

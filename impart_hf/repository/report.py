@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..distillation import DistillReport
+from ..modeling.delta_file import BASE_CHECKSUMS, EXACT_SUFFIX, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
 from ..modeling.delta_record import FACTORED, parse_stack
-from ..modeling.delta_repository import BASE_CHECKSUMS, RECORD_SUFFIX, ROWS_SUFFIX, DeltaFile
+from ..modeling.exact_record import stated_shape
 from ..modeling.width_codes import bits_of
 from .parts import Part, parts_of
 from .target_report import TargetReport
@@ -36,8 +37,8 @@ class TensorReport:
 
     Attributes:
         name: the tensor's name.
-        kind: "encoded", "kept" (stored whole) or "added rows".
-        shape: shape of the file's entry; for "encoded", of the matrix or stack.
+        kind: "encoded", "exact", "kept" (stored whole) or "added rows".
+        shape: shape of the file's entry; for "encoded", of the matrix or stack; for "exact", of all rows.
         bytes: size of its data in the file.
         rank: number of singular components stored, the mean over a stack; None for a direct or kept tensor.
         full_rank: min(m, n).
@@ -104,8 +105,10 @@ class CompressionReport:
     target: TargetReport | None = None
 
     @property
-    def requested_ratio(self) -> float:
-        return float(self.method["compression_ratio"])
+    def requested_ratio(self) -> float | None:
+        """The ratio that was asked for; None for method `exact`, which has none."""
+        ratio = self.method.get("compression_ratio")
+        return None if ratio is None else float(ratio)
 
     @property
     def changed_tensors(self) -> int:
@@ -128,6 +131,11 @@ class CompressionReport:
         return [tensor for tensor in self.tensors if tensor.kind == "encoded"]
 
     @property
+    def exact_tensors(self) -> list[TensorReport]:
+        """The tensors that are stored exactly."""
+        return [tensor for tensor in self.tensors if tensor.kind == "exact"]
+
+    @property
     def inputs(self) -> dict[str, int]:
         """How many encoded tensors have `TensorReport.inputs` "calibrated", "guessed" and, as "unknown", None."""
         found = [tensor.inputs or "unknown" for tensor in self.encoded_tensors]
@@ -136,7 +144,7 @@ class CompressionReport:
     @property
     def stored_whole(self) -> dict[str, int]:
         """How many tensors are stored whole, by the reason."""
-        whole = [tensor for tensor in self.tensors if tensor.kind != "encoded"]
+        whole = [tensor for tensor in self.tensors if tensor.kind not in ("encoded", "exact")]
         reasons = ["rows of added tokens" if t.kind == "added rows" else _reason(t.shape) for t in whole]
         return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
 
@@ -195,6 +203,10 @@ def read_reports(paths: Iterable[Path]) -> tuple[list[TensorReport], int]:
         elif entry.endswith(RECORD_SUFFIX) and file.dtype_name(entry) == "U8":
             name = entry[: -len(RECORD_SUFFIX)]
             reports.append(tensor_report(name, file.read_records(name)))
+        elif entry.endswith(EXACT_SUFFIX) and file.dtype_name(entry) == "U8":
+            name = entry[: -len(EXACT_SUFFIX)]
+            data = file.read_exact(name)
+            reports.append(TensorReport(name, "exact", stated_shape(data, name), len(data)))
         else:
             tensor = file.read(entry)
             kind = "added rows" if entry.endswith(ROWS_SUFFIX) else "kept"

@@ -20,8 +20,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from ..delta_adapters.effects import with_values
 from ..delta_adapters.linear_deltas import LinearDelta, linear_delta
 from ..modeling.delta_decode import matrix_delta
+from ..modeling.delta_file import TensorParts
 from ..modeling.delta_record import Record, parse_record
-from ..modeling.delta_repository import DeltaRepository, TensorParts
+from ..modeling.delta_repository import DeltaRepository
 from ..modeling.precision import full_float32
 from .engine_base import DeltaRefusedError
 
@@ -205,8 +206,8 @@ class _Reader:
             if self._tied:
                 self._place_linear(owner, attribute, LOGITS, slice(0, self._repository.shape(name)[0]))
             return True
-        if isinstance(module, RMSNorm) and parts.replacement:
-            self._others[place] = _OtherNorm(with_values(module, {"weight": self._replacement(parts.replacement)}))
+        if isinstance(module, RMSNorm) and parts.holds_values:
+            self._others[place] = _OtherNorm(with_values(module, {"weight": self._replacement(name)}))
             return True
         return False
 
@@ -224,8 +225,8 @@ class _Reader:
     def _member(self, weight: str, bias: str | None, shape: tuple[int, int]) -> _Added | _Replaced:
         repository, device = self._repository, self._device
         after = repository.tensor(bias).to(device, self._dtype) if bias else None
-        if replacement := repository.parts[weight].replacement:
-            return _Replaced(self._replacement(replacement), after)
+        if repository.parts[weight].holds_values:
+            return _Replaced(self._replacement(weight), after)
         delta = None
         if repository.parts[weight].records:
             delta = linear_delta(
@@ -237,8 +238,8 @@ class _Reader:
         return _Added(delta, self._values[bias])
 
     def _embedding(self, name: str, parts: TensorParts) -> Effect:
-        if parts.replacement:
-            return _OtherRows(self._replacement(parts.replacement))
+        if parts.holds_values:
+            return _OtherRows(self._replacement(name))
         shape = self._repository.shape(name)
         record, _ = parse_record(self._record(name), (shape[0], shape[1]), name)
         if not self._tied:  # otherwise the logits' effect checks it
@@ -250,10 +251,10 @@ class _Reader:
             self._records[name] = self._repository.file.read_records(name)
         return self._records[name]
 
-    def _replacement(self, entry: str) -> Tensor:
-        if entry not in self._values:
-            self._values[entry] = self._repository.file.read_finite(entry).to(self._device, self._dtype)
-        return self._values[entry]
+    def _replacement(self, name: str) -> Tensor:
+        if name not in self._values:
+            self._values[name] = self._repository.tensor(name).to(self._device, self._dtype)
+        return self._values[name]
 
     @property
     def _device(self) -> torch.device:

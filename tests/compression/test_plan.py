@@ -29,7 +29,7 @@ from impart_hf.compression.plan import make_plan
 from impart_hf.compression.scan import TensorPlan
 from impart_hf.compression.writer import CARD_BYTES
 from impart_hf.methods import MethodConfig
-from impart_hf.modeling.delta_repository import DELTA_INDEX
+from impart_hf.modeling.delta_file import DELTA_INDEX
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.open import open_repository
 from impart_hf.repository.report import CompressionReport

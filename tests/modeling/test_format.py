@@ -23,6 +23,7 @@ from impart_hf.modeling import compact_planes, delta_decode, planes
 from impart_hf.modeling.checksums import tensor_bytes, tensor_checksum
 from impart_hf.modeling.codebook import BFLOAT16, CODEBOOKS, FLOAT16, NORMAL_LEVELS, pack_codes, unpack_codes
 from impart_hf.modeling.delta_decode import add_delta, add_delta_part, decode_planes, decode_record
+from impart_hf.modeling.delta_file import names_checksum
 from impart_hf.modeling.delta_record import (
     DIRECT,
     FACTORED,
@@ -34,7 +35,6 @@ from impart_hf.modeling.delta_record import (
     pack_record,
     parse_record,
 )
-from impart_hf.modeling.delta_repository import names_checksum
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.modeling.seeded_mask import column_keys, keep_mask, mix32
 from impart_hf.repository.open import open_repository

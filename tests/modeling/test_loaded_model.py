@@ -39,8 +39,8 @@ from transformers import (
 )
 
 from impart_hf import DeltaCompressedForCausalLM, ImPartConfig, LowRankConfig, compress
+from impart_hf.modeling.delta_file import DeltaFile
 from impart_hf.modeling.delta_record import parse_stack
-from impart_hf.modeling.delta_repository import DeltaFile
 from impart_hf.modeling.model_files import CheckpointError, HubOptions
 
 pytestmark = pytest.mark.usefixtures("seeded")

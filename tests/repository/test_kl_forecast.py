@@ -18,8 +18,8 @@ from impart_hf import BitDeltaConfig, ImPartRdConfig, LowRankConfig, compress
 from impart_hf.coding.records import empty_record
 from impart_hf.methods import MethodConfig, method_class, method_names
 from impart_hf.modeling.delta_decode import decode_record
+from impart_hf.modeling.delta_file import RECORD_SUFFIX, DeltaFile
 from impart_hf.modeling.delta_record import DIRECT, parse_stack
-from impart_hf.modeling.delta_repository import RECORD_SUFFIX, DeltaFile
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.inspection import Inspection
 from impart_hf.repository.kl_forecast import SPREAD, Losses, TensorErrors, forecast_text, kl_forecast
