@@ -1,26 +1,23 @@
-"""What it takes to store the difference of two tensors exactly, estimated by an entropy."""
+"""What it takes to store the difference of two tensors exactly, estimated by the entropy of what the codec codes."""
 
-import functools
-from collections.abc import Iterator
+import math
 
+import numpy as np
 import torch
 
+from ..coding.number_encoder import count_tokens, entropy_bits, tokens_of
+from ..modeling.coded_numbers import TOKENS
 from ..modeling.ordered_bits import exponents, has_steps, rounded, steps
 
-# Steps below this are symbols of their own; of larger ones the symbol has the leading bit and the next three.
-_OWN, _OWN_BITS, _NEXT_BITS = 16, 4, 3
-_SYMBOLS = _OWN + 8 * (32 - _OWN_BITS)
-_EXPONENTS = 256
 _CHUNK = 1 << 22  # entries that are looked at together
 
 
 def exact_bits(base: torch.Tensor, finetuned: torch.Tensor) -> float:
     """Estimate the bits that the exact difference of a fine-tuned tensor takes; 0 if it equals its base.
 
-    The steps from the base's numbers to the fine-tune's become symbols and raw bits: a step z below 16 is a symbol;
-    above, with b = floor(log2 z), the symbol is 16 + 8 (b - 4) + the three bits after the leading one, and b - 3 raw
-    bits follow. The estimate is the entropy of a symbol, given the exponent of the base's number, and the raw bits.
-    Where steps are not defined, or take more, the tensor is stored as it is.
+    They are the entropy of the steps from the base's numbers to the fine-tune's, as tokens and bits below these, given
+    the exponents of the base's numbers: of all rows, or, if that is less, of those that changed and of which they are.
+    Tables and headers are left out. Where steps are not defined, or take more, the tensor is stored as it is.
 
     Args:
         base, finetuned: of one shape, on one device; the base in its own dtype.
@@ -31,39 +28,26 @@ def exact_bits(base: torch.Tensor, finetuned: torch.Tensor) -> float:
     if not has_steps(finetuned.dtype, base.dtype):
         same = base.dtype == finetuned.dtype or finetuned.dtype.is_floating_point
         return 0.0 if same and torch.equal(base.to(finetuned.dtype), finetuned) else whole
-    counts = torch.zeros(_SYMBOLS * _EXPONENTS, dtype=torch.int64, device=finetuned.device)
-    for old, new in _chunks(base, finetuned):
-        old = rounded(old, new.dtype)
-        counts += torch.bincount(
-            _symbols(steps(old, new)) * _EXPONENTS + exponents(old).to(torch.int64), minlength=len(counts)
-        )
-    table = counts.double().view(_SYMBOLS, _EXPONENTS).cpu()
-    information = torch.special.entr(table).sum() - torch.special.entr(table.sum(0)).sum()  # in nats
-    symbols = torch.arange(_OWN, _SYMBOLS)
-    raw = (table.sum(1)[_OWN:] * ((symbols - _OWN) // 8 + _OWN_BITS - _NEXT_BITS)).sum()
-    return min(whole, float(information / torch.log(torch.tensor(2.0, dtype=torch.float64)) + raw))
+    columns = finetuned.shape[-1] if finetuned.dim() > 1 else finetuned.numel()
+    before, after = (tensor.reshape(-1, columns) for tensor in (base, finetuned))
+    counts, unchanged, changed_rows = np.zeros((256, TOKENS), np.int64), np.zeros(256, np.int64), 0
+    block = max(1, _CHUNK // columns)
+    for start in range(0, len(after), block):
+        new = after[start : start + block]
+        old = rounded(before[start : start + block], new.dtype)
+        moves = steps(old, new).cpu().numpy().view(f"u{new.itemsize}")
+        keys = exponents(old).cpu().numpy()
+        counts += count_tokens(keys.astype(np.uint16) << np.uint16(8) | tokens_of(moves))
+        moved = moves.reshape(-1, columns).any(axis=1)
+        changed_rows += int(moved.sum())
+        unchanged += np.bincount(keys.reshape(-1, columns)[~moved].ravel(), minlength=256)
+    every = float(entropy_bits(counts).sum())
+    counts[:, 0] -= unchanged
+    chosen = float(entropy_bits(counts).sum()) + _choice_bits(changed_rows, len(after))
+    return min(whole, every, chosen)
 
 
-def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    return zip(*(tensor.reshape(-1).split(_CHUNK) for tensor in tensors), strict=True)
-
-
-def _symbols(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the symbols, int64, of steps as `steps` returns them."""
-    if numbers.itemsize == 4:
-        return _symbols_of(numbers.to(torch.int64) & 0xFFFFFFFF)
-    unsigned = numbers.to(torch.int32) & ((1 << 8 * numbers.itemsize) - 1)
-    return _table(numbers.device)[unsigned]
-
-
-@functools.cache
-def _table(device: torch.device) -> torch.Tensor:
-    """Return the symbols of all steps of 16 bits."""
-    return _symbols_of(torch.arange(1 << 16, device=device))
-
-
-def _symbols_of(numbers: torch.Tensor) -> torch.Tensor:
-    # The exponent of a double is the position of the leading bit.
-    leading = (numbers.clamp(min=1).double().view(torch.int64) >> 52) - 1023
-    beyond = _OWN + 8 * (leading - _OWN_BITS) + ((numbers >> (leading - _NEXT_BITS).clamp(min=0)) & 7)
-    return torch.where(numbers < _OWN, numbers, beyond)
+def _choice_bits(chosen: int, count: int) -> float:
+    """Return the bits that it takes to say which so many of some are meant."""
+    parts = (part for part in (chosen, count - chosen) if part)
+    return sum(part * math.log2(count / part) for part in parts)

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+from impart_hf.coding.exact_encoder import encode_exact
 from impart_hf.differences.comparison import compared
 from impart_hf.differences.exact_bits import exact_bits
 from impart_hf.modeling.ordered_bits import exponents, integers, rounded, steps
@@ -26,22 +27,26 @@ def moved(base: torch.Tensor, places: torch.Tensor, by: int = 1) -> torch.Tensor
     return bits.view(base.dtype).view(base.shape)
 
 
+def entropy(*shares: float) -> float:
+    """The entropy of these shares and the rest, in bits."""
+    return sum(-share * math.log2(share) for share in (*shares, 1 - sum(shares)))
+
+
 def naive_bits(base: torch.Tensor, finetuned: torch.Tensor) -> float:
     """The definition, one number at a time."""
     base = rounded(base, finetuned.dtype)
-    found = steps(base, finetuned).tolist()
-    symbols, raw = [], 0
-    for step in found:
+    tokens, low = [], 0
+    for step in steps(base, finetuned).tolist():
         step %= 1 << 8 * finetuned.itemsize
         if step < 16:
-            symbols.append(step)
+            tokens.append(step)
             continue
-        leading = int(math.log2(step)) if step < 1 << 31 else step.bit_length() - 1
-        symbols.append(16 + 8 * (leading - 4) + ((step >> (leading - 3)) & 7))
-        raw += leading - 3
+        leading = step.bit_length() - 1
+        tokens.append(16 + 8 * (leading - 4) + ((step >> (leading - 3)) & 7))
+        low += leading - 3
     of = exponents(base).tolist()
-    pairs, alone = Counter(zip(of, symbols, strict=True)), Counter(of)
-    return raw + sum(-count * math.log2(count / alone[exponent]) for (exponent, _), count in pairs.items())
+    pairs, alone = Counter(zip(of, tokens, strict=True)), Counter(of)
+    return low + sum(-count * math.log2(count / alone[exponent]) for (exponent, _), count in pairs.items())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -50,9 +55,8 @@ def test_two_per_cent_that_moved_by_one_step(dtype: torch.dtype) -> None:
     places = torch.arange(0, base.numel(), 50)
     found = compared("model.layers.3.mlp.up_proj.weight", base, moved(base, places))
     assert found.changed == 2000 and found.changed_rows == 400 and found.entries == 100_000
-    entropy = -0.02 * math.log2(0.02) - 0.98 * math.log2(0.98)
-    assert found.bits == pytest.approx(entropy, rel=1e-6)
-    assert found.exact_bytes == math.ceil(entropy * 100_000 / 8) and found.dense_bytes == 100_000 * dtype.itemsize
+    assert found.bits == pytest.approx(entropy(0.02), rel=1e-6)
+    assert found.exact_bytes == math.ceil(entropy(0.02) * 100_000 / 8) and found.dense_bytes == 100_000 * dtype.itemsize
     step = float(moved(base, places[:1]).flatten()[0]) - 1.5
     assert found.largest == step and found.norm == pytest.approx(step * math.sqrt(2000))
     assert found.relative_norm == pytest.approx(step * math.sqrt(2000) / (1.5 * math.sqrt(100_000)))
@@ -92,7 +96,16 @@ def test_small_integers_have_steps() -> None:
     base = torch.arange(120, dtype=torch.int8).reshape(4, 30)
     found = compared("model.table", base, base + (base == 7).to(torch.int8))
     assert found.changed == 1 and found.changed_rows == 1
-    assert found.bits == pytest.approx(-(math.log2(1 / 120) + 119 * math.log2(119 / 120)) / 120)
+    assert found.bits == pytest.approx(entropy(1 / 120))
+
+
+def test_rows_that_changed_are_chosen() -> None:
+    """Of ten rows in a thousand every entry moves by one step: only which they are takes bits."""
+    base = torch.ones(1000, 64, dtype=torch.bfloat16)
+    finetuned = base.clone()
+    finetuned[::100] = moved(base[:1], torch.arange(64))
+    found = compared("weight", base, finetuned)
+    assert found.changed_rows == 10 and found.bits == pytest.approx(1000 * entropy(0.01) / 64_000)
 
 
 def test_nan_and_infinity_are_counted_and_left_out_of_norms() -> None:
@@ -158,10 +171,18 @@ def test_more_entries_than_are_looked_at_together() -> None:
     found = compared("weight", base, finetuned)
     assert (found.changed, found.changed_rows, found.largest) == (301, 301, 2.0)
     assert found.norm == pytest.approx(math.sqrt(300 + 4)) and found.stable_rank == pytest.approx(304 / 300, rel=1e-3)
-    # 128 and 192 steps up are 256 and 384 in the order of steps: two symbols, with five raw bits each.
-    counts = (6_000_000 - 301, 300, 1)
-    entropy = sum(count * math.log2(6_000_000 / count) for count in counts)
-    assert found.bits == pytest.approx((entropy + 5 * 301) / 6_000_000)
+    # 128 and 192 steps up are 256 and 384 in the order of steps: two tokens, with five bits below each.
+    assert found.bits == pytest.approx(entropy(300 / 6e6, 1 / 6e6) + 5 * 301 / 6e6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [400, 40])
+def test_the_codec_takes_about_as_much(dtype: torch.dtype, rows: int) -> None:
+    base = numbers(400, 500, dtype=dtype)
+    finetuned = base.clone()
+    finetuned[:rows] = (base[:rows].float() * (1 + 0.01 * numbers(rows, 500, seed=1))).to(dtype)
+    record = encode_exact(base, finetuned)
+    assert exact_bits(base, finetuned) / 8 < len(record) < 1.1 * exact_bits(base, finetuned) / 8 + 2000
 
 
 def test_rows_that_were_added() -> None:
