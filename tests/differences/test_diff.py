@@ -28,7 +28,7 @@ from support.tiny_models import (
 )
 
 import impart_hf
-from impart_hf import BitDeltaConfig, LowRankConfig, compress
+from impart_hf import BitDeltaConfig, ExactConfig, LowRankConfig, compress
 from impart_hf.compression.compatibility import IncompatibleModelsError
 from impart_hf.differences.report import DiffReport
 from impart_hf.modeling.delta_repository import WrongBaseError
@@ -257,6 +257,15 @@ def test_a_delta_repository_and_its_base(
     after = load_tensors(tiny_pair.finetuned)
     error = math.sqrt(sum(float((after[n].double() - t.double()).norm()) ** 2 for n, t in decoded.items()))
     assert math.sqrt(sum(t.norm**2 for t in lost.tensors)) == pytest.approx(error, rel=1e-4)
+
+
+def test_an_exact_delta_is_the_fine_tune(tiny_pair: Pair, tmp_path: Path) -> None:
+    report = compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "delta", ExactConfig(), progress=False)
+    found, wanted = diff(tmp_path / "delta"), diff(tiny_pair.base, tiny_pair.finetuned)
+    assert [t.to_dict() for t in found.tensors] == [t.to_dict() for t in wanted.tensors]
+    assert diff(tiny_pair.finetuned, tmp_path / "delta").verdict.method == "equal"
+    records = {t.name: t.bytes for t in report.tensors}
+    assert all(t.exact_bytes <= records[t.name] for t in wanted.tensors if not t.is_equal)
 
 
 def test_two_delta_repositories(tiny_pair: Pair, tiny_repository: Path, tmp_path: Path) -> None:
