@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # names for the type checker
     from .compression.tune import tune as tune
     from .delta_adapters.model import DeltaModel as DeltaModel
     from .delta_adapters.model import load_delta as load_delta
+    from .differences.diff import diff as diff
+    from .differences.report import DiffReport as DiffReport
     from .distillation import DistillSettings as DistillSettings
     from .merging.config import MergeConfig as MergeConfig
     from .merging.config import MergeModel as MergeModel
@@ -49,6 +51,8 @@ _MODULES = {
     "tune": "compression.tune",
     "DeltaModel": "delta_adapters.model",
     "load_delta": "delta_adapters.model",
+    "diff": "differences.diff",
+    "DiffReport": "differences.report",
     "DistillSettings": "distillation",
     "MergeConfig": "merging.config",
     "MergeModel": "merging.config",

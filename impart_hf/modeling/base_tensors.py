@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from .checkpoints import Checkpoint, all_finite
+from .checkpoints import all_finite
 from .model_files import HubOptions
+from .tensors import StoredModel
 from .transfer import to_device
 
 
@@ -18,7 +19,7 @@ class BaseTensors:
     have fewer rows of a vocabulary, and have an output projection of its own where the base uses its embeddings.
 
     Attributes:
-        checkpoint: the base.
+        checkpoint: the base: a checkpoint, or another model with the interface of one.
         absent: the base's tensors that the fine-tune does not have, sorted.
         row_counts: by name, how many of the base tensor's first rows the fine-tune has, where it does not have all.
         others: by name, the base's tensor that a tensor rests on, where it has another name.
@@ -26,7 +27,7 @@ class BaseTensors:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: StoredModel,
         absent: Iterable[str] = (),
         row_counts: Mapping[str, int] | None = None,
         others: Mapping[str, str] | None = None,
@@ -50,7 +51,7 @@ class BaseTensors:
         return self.checkpoint.options
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Mapping[str, Any]:
         """The content of the base's config.json."""
         return self.checkpoint.config
 

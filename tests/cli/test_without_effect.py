@@ -30,6 +30,10 @@ def places(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
+        (("diff", "user/a", "--base-revision", "main"), ["--base-revision", "--revision"]),
+        (("diff", "user/a", "FOLDER", "--revision", "main"), ["--revision", "FOLDER"]),
+        (("diff", "FOLDER", "user/a", "--base-revision", "main"), ["--base-revision", "FOLDER"]),
+        (("diff", "FOLDER", "PRUNED", "--token", "hf_x", "--cache-dir", "c"), ["--token, --cache-dir"]),
         (("compress", *PAIR, "--steps", "300"), ["--steps", "--distill TEXT"]),
         (("compress", *PAIR, "--trains", "codes", "--distill-batch-size", "8"), ["--trains, --distill-batch-size"]),
         (("compress", *PAIR, "--training", "training.json"), ["--training"]),
