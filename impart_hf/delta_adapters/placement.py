@@ -293,9 +293,14 @@ class Placement:
                         f"'{repository.source}' names"
                     )
                 if not _same(own, value, fewer_rows):
+                    advice = "Load the base anew, without changes"
+                    if len(repository.chain) > 1:
+                        advice += (
+                            ", which is a delta itself; or write this one against the first base (impart-hf flatten)"
+                        )
                     raise WrongBaseError(
                         f"the base model in memory is not the base of '{repository.source}': its {parameter} "
-                        f"differs from that of '{repository.base.source}'. Load the base anew, without changes"
+                        f"differs from that of '{repository.base.source}'. {advice}"
                     )
 
 
