@@ -294,9 +294,10 @@ class Placement:
                     )
                 if not _same(own, value, fewer_rows):
                     advice = "Load the base anew, without changes"
-                    if len(repository.chain) > 1:
-                        advice += (
-                            ", which is a delta itself; or write this one against the first base (impart-hf flatten)"
+                    if len(repository.chain) > 1:  # its base is a delta itself
+                        advice = (
+                            "Load that delta and call its merge_and_unload, or write this one against the first base "
+                            "with `impart-hf flatten`"
                         )
                     raise WrongBaseError(
                         f"the base model in memory is not the base of '{repository.source}': its {parameter} "
