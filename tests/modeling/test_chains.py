@@ -17,10 +17,12 @@ from support.chains import DOWN, UP, chain_of, checkpoints, long_chain, there_an
 from support.forged_files import DELTA, forge, replace
 from support.loaded_models import decode_all, load, logits
 from support.messages import naming
+from support.naive_reader import read_repository
 from support.tiny_models import (
     VOCABULARY,
     Pair,
     edit_json,
+    edit_tensors,
     load_tensors,
     make_model,
     same_files,
@@ -103,6 +105,18 @@ def test_parts_of_tensors(trained: tuple[list[Path], list[Path]]) -> None:
     for name in (UP, DOWN, EMBEDDINGS):
         for index in ((slice(3, 9),), (slice(None), slice(8, 24)), ...):
             assert torch.equal(repository.part(name, index), dense[name][index])
+
+
+def test_second_reader(tmp_path: Path) -> None:
+    """With tokens that are added by the middle link and removed by the last one."""
+    models = [save_model(make_model(tiny_config("llama")), tmp_path / "base")]
+    for number, rows in enumerate((VOCABULARY + 8, VOCABULARY - 8)):
+        models.append(widened(tmp_path, models[-1], rows, f"step-{number}"))
+        edit_tensors(models[-1], lambda tensors: tensors["model.norm.weight"].mul_(1.5))
+    first, last = chain_of(tmp_path, models)
+    read, ours = read_repository(last, first, models[0]), decode_all(last)
+    assert read.keys() == ours.keys()
+    assert all(torch.equal(torch.from_numpy(read[name]).to(ours[name].dtype), ours[name]) for name in ours)
 
 
 def count_work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
