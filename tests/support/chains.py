@@ -11,6 +11,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from impart_hf import ExactConfig, compress
 from support.tiny_models import Pair, edit_json, edit_tensors, make_model, save_model, tiny_config
 
@@ -18,9 +20,9 @@ UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.we
 _READER = shutil.ignore_patterns("*.py")
 
 
-def checkpoints(folder: Path, count: int) -> list[Path]:
+def checkpoints(folder: Path, count: int, base: PreTrainedModel | None = None) -> list[Path]:
     """A tiny LLaMA and checkpoints of its training: each changes a norm, and some rows of one of two matrices."""
-    models = [save_model(make_model(tiny_config("llama")), folder / "base")]
+    models = [save_model(base or make_model(tiny_config("llama")), folder / "base")]
     for number in range(1, count + 1):
         models.append(Path(shutil.copytree(models[-1], folder / f"step-{number}")))
 
