@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,10 +30,10 @@ def encode_exact(base: torch.Tensor, finetuned: torch.Tensor, coding: int | None
         coding: WHOLE, DENSE or SPARSE, where steps are defined; None for what takes the fewest bytes.
     """
     checksum, shape = tensor_checksum(finetuned), tuple(finetuned.shape)
-    whole = pack_record(WHOLE, finetuned.itemsize, 0, shape, checksum, [tensor_bytes(finetuned).tobytes()])
     rows, columns = matrix_shape(shape)
+    pack = partial(pack_record, item_bytes=finetuned.itemsize, shape=shape, checksum=checksum)
     if coding == WHOLE or not has_steps(finetuned.dtype, base.dtype) or rows * columns >= 1 << 32:
-        return whole
+        return pack(WHOLE, flags=0, parts=[tensor_bytes(finetuned).tobytes()])
     before = rounded(base, finetuned.dtype)
     moves, keys = (array.reshape(rows, columns) for array in _moves_and_keys(before, finetuned))
     flags, parts = 0, []
@@ -46,8 +47,9 @@ def encode_exact(base: torch.Tensor, finetuned: torch.Tensor, coding: int | None
     encode = _sparse if plan.is_sparse else _dense
     parts += [plan.class_bytes(), *encode(moves.ravel(), plan.classes_of(keys), plan.class_count)]
     used = SPARSE if plan.is_sparse else DENSE
-    record = pack_record(used, finetuned.itemsize, flags, shape, checksum, parts)
-    return record if coding == used or len(record) < len(whole) else whole
+    if coding is None and sum(map(len, parts)) >= finetuned.nbytes:
+        return pack(WHOLE, flags=0, parts=[tensor_bytes(finetuned).tobytes()])
+    return pack(used, flags=flags, parts=parts)
 
 
 def _moves_and_keys(base: torch.Tensor, finetuned: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

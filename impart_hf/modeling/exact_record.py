@@ -14,7 +14,8 @@ import torch
 from .checksums import tensor_bytes, tensor_checksum
 from .coded_numbers import PART, CodedNumbers, decode_in_parts, decode_numbers, parse_numbers
 from .delta_record import Cursor, DeltaFormatError
-from .ordered_bits import exponents, has_steps, moved, rounded
+from .ordered_bits import exponents, has_steps, integers, moved, rounded
+from .packed_tables import kernels_wanted
 
 WHOLE, DENSE, SPARSE = 0, 1, 2  # codings: the bytes as they are, every number's steps, changed numbers and their gaps
 SOME_ROWS, SOME_COLUMNS = 1, 2  # flags: only some are coded, and the others equal the base's
@@ -178,15 +179,20 @@ def _indices(gaps: CodedNumbers | None, size: int, name: str) -> torch.Tensor:
     return torch.from_numpy(indices)
 
 
+def exponent_classes(coded: CodedSteps) -> np.ndarray:
+    """Return the class of every exponent: uint8 (256,)."""
+    classes = np.repeat(coded.classes[[0, -1]], [coded.first_exponent, 256 - coded.first_exponent])
+    classes[coded.first_exponent :][: len(coded.classes)] = coded.classes
+    return classes
+
+
 def _classes_of(coded: CodedSteps, base: torch.Tensor) -> np.ndarray:
     """Return the class of each of a base's numbers: uint8, one axis."""
     if len(coded.classes) == 1:
         return np.full(base.numel(), coded.classes[0], np.uint8)
-    of_exponents = np.repeat(coded.classes[[0, -1]], [coded.first_exponent, 256 - coded.first_exponent])
-    of_exponents[coded.first_exponent :][: len(coded.classes)] = coded.classes
-    classes = bytearray()
+    classes, of_exponents = bytearray(), exponent_classes(coded).tobytes()
     for part in base.reshape(-1).split(PART):
-        classes += exponents(part).numpy().tobytes().translate(of_exponents.tobytes())  # faster than NumPy's `take`
+        classes += exponents(part).numpy().tobytes().translate(of_exponents)  # faster than NumPy's `take`
     return np.frombuffer(classes, np.uint8)
 
 
@@ -194,7 +200,8 @@ def restore(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype)
     """Return the fine-tuned tensor that an exact record stands for, bit for bit.
 
     Args:
-        base: the base's tensor, or the part of it that the fine-tune shares; the result is on its device.
+        base: the base's tensor, or the part of it that the fine-tune shares; the result is on its device. There a
+            kernel decodes if it can. Only on a CPU is the tensor's checksum compared: it would have to be copied back.
         data: uint8: the record.
         name: the tensor's name, for messages.
         dtype: the fine-tuned tensor's dtype.
@@ -203,7 +210,8 @@ def restore(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype)
         DeltaFormatError: if the record is damaged or does not fit the base.
     """
     record, device = parse_exact(data, tuple(base.shape), dtype.itemsize, name), base.device
-    base = base.cpu()
+    if not (isinstance(record.content, CodedSteps) and _has_kernel(device)):
+        base = base.cpu()
     if isinstance(record.content, CodedSteps):
         if not has_steps(dtype, base.dtype):
             raise DeltaFormatError(f"{name}: the exact record has steps from {base.dtype} to {dtype}, which has none")
@@ -212,34 +220,49 @@ def restore(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype)
     else:
         tensor = torch.empty(base.shape, dtype=dtype)
         tensor_bytes(tensor)[:] = record.content
-    if tensor_checksum(tensor) != record.checksum:
+    if tensor.device.type == "cpu" and tensor_checksum(tensor) != record.checksum:
         raise DeltaFormatError(f"{name}: the decoded tensor is not the one that was stored (its checksum differs)")
     return tensor.to(device)
 
 
+def _has_kernel(device: torch.device) -> bool:
+    if not kernels_wanted(device):
+        return False
+    from .triton_exact import works_on  # importing Triton takes a second, which a CPU need not spend
+
+    return works_on(device)
+
+
 def _stepped(coded: CodedSteps, base: torch.Tensor, name: str) -> torch.Tensor:
     """Return the matrix that steps lead to from a base of the same dtype."""
-    is_whole = coded.row_gaps is None and coded.column_gaps is None
+    device, is_whole = base.device, coded.row_gaps is None and coded.column_gaps is None
     rows, columns = _indices(coded.row_gaps, len(base), name), _indices(coded.column_gaps, base.shape[1], name)
-    chosen = base if is_whole else base[rows[:, None], columns]
-    before, after = chosen.reshape(-1), torch.empty(chosen.numel(), dtype=base.dtype)
+    place = rows[:, None].to(device), columns.to(device)
+    chosen = base if is_whole else base[place]
+    before, after = chosen.reshape(-1), torch.empty(chosen.numel(), dtype=base.dtype, device=device)
     start = 0
-    for numbers in _all_steps(coded, _classes_of(coded, chosen), name):
+    for numbers in _steps_of(coded, chosen, name):
         part = slice(start, start + len(numbers))
-        after[part] = moved(before[part], _as_integers(numbers, base.itemsize))
+        after[part] = moved(before[part], numbers)
         start = part.stop
     after = after.view(chosen.shape)
     if is_whole:
         return after
     result = base.clone()
-    result[rows[:, None], columns] = after
+    result[place] = after
     return result
 
 
-def _as_integers(numbers: np.ndarray, item_bytes: int) -> torch.Tensor:
-    """Return steps as signed integers of so many bytes with the same bits."""
-    unsigned = numbers.astype(f"<u{item_bytes}", copy=False)
-    return torch.from_numpy(unsigned.view(f"<i{item_bytes}"))
+def _steps_of(coded: CodedSteps, base: torch.Tensor, name: str) -> Iterator[torch.Tensor]:
+    """Yield the steps of all of a base's numbers, as `ordered_bits.steps` gives them, some at a time."""
+    if _has_kernel(base.device):
+        from .triton_exact import all_steps
+
+        yield from (numbers.to(integers(base[:0]).dtype) for numbers in all_steps(coded, base, name))
+        return
+    for unsigned in _all_steps(coded, _classes_of(coded, base), name):
+        own = unsigned.astype(f"<u{base.itemsize}", copy=False)
+        yield torch.from_numpy(own.view(f"<i{base.itemsize}"))
 
 
 def _all_steps(coded: CodedSteps, classes: np.ndarray, name: str) -> Iterator[np.ndarray]:
