@@ -33,5 +33,5 @@ def test_started_on_a_link_and_swapped(tmp_path: Path) -> None:
             for number in (1, 2, 0, 2):
                 engine.run(swap_to, deltas[number - 1] if number else None)
                 assert engine.tokens([*PROMPTS, LONG]) == expected[number]
-        with pytest.raises(EngineError, match=naming(str(tmp_path / "first"))):
+        with pytest.raises(EngineError, match=naming(str(tmp_path / "second"), str(other))):
             engine.run(swap_to, tmp_path / "second")
