@@ -38,7 +38,7 @@ class Descent:
     """
 
     sources: tuple[str, ...] = ()
-    places: tuple[tuple[str, str], ...] = ()
+    places: tuple[tuple[str | None, ...], ...] = ()
 
     def to(self, source: str, options: HubOptions) -> "Descent":
         """Return these repositories with one more.
@@ -46,9 +46,11 @@ class Descent:
         Raises:
             DeltaFormatError: if it is one of them, or one too many.
         """
-        is_folder = os.path.isdir(source)
-        place = (os.path.realpath(source) if is_folder else source, (not is_folder and options.revision) or "")
-        longer = Descent((*self.sources, source), (*self.places, (*place,)))
+        if os.path.isdir(source):
+            place: tuple[str | None, ...] = (os.path.realpath(os.path.join(source, options.subfolder)),)
+        else:
+            place = (source, options.revision, options.subfolder)
+        longer = Descent((*self.sources, source), (*self.places, place))
         if place in self.places:
             raise DeltaFormatError(f"the delta '{source}' rests on itself: {longer}")
         if len(longer.sources) > MOST_DELTAS:
