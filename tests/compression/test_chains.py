@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from support.adapters import save_adapter
 from support.chains import chain_of, checkpoints
 from support.loaded_models import decode_all, load
 from support.messages import naming
-from support.tiny_models import Pair, edit_json, edit_tensors, load_tensors
+from support.tiny_models import Pair, edit_json, load_tensors
 from support.workspaces import differing, finished, hidden
 
 from impart_hf import ExactConfig, LowRankConfig, compress, flatten
 from impart_hf.common.files import OutputError
 from impart_hf.compression import exact_tensors
+from impart_hf.compression import pair as pair_module
 from impart_hf.lora.export import export_lora
 from impart_hf.modeling.delta_record import DeltaFormatError
 from impart_hf.modeling.delta_repository import WrongBaseError
@@ -232,20 +234,19 @@ def test_refused(trained: tuple[list[Path], list[Path]], tmp_path: Path) -> None
     assert not (tmp_path / "flat").exists()
 
 
-def test_checkpoint_of_the_workspace_is_not_of_another_chain(
-    trained: tuple[list[Path], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("touched", [None, 0, 1])
+def test_a_scan_is_kept_as_long_as_no_link_changes(
+    touched: int | None, trained: tuple[list[Path], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that was stopped does not go on with what it found in a link that has changed since."""
-    models, deltas = trained
-    links = [Path(shutil.copytree(delta, tmp_path / delta.name)) for delta in deltas[:2]]
+    links = [Path(shutil.copytree(delta, tmp_path / delta.name)) for delta in trained[1][:2]]
     edit_json(links[1] / "config.json", base_model_name_or_path=str(links[0]))
-    encode = exact_tensors.encode_exact
+    encode, scan, scans = exact_tensors.encode_exact, pair_module.scan, list[int]()
+    monkeypatch.setattr(pair_module, "scan", lambda *arguments: scans.append(1) or scan(*arguments))
     monkeypatch.setattr(exact_tensors, "encode_exact", lambda *tensors: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         flatten(str(links[1]), tmp_path / "flat")
     monkeypatch.setattr(exact_tensors, "encode_exact", encode)
-    shutil.rmtree(links[0])
-    edit_tensors(Path(shutil.copytree(models[1], tmp_path / "other")), lambda t: t["model.norm.weight"].mul_(2))
-    compress(str(models[0]), str(tmp_path / "other"), links[0], ExactConfig())
-    with pytest.raises(WrongBaseError, match=naming(str(links[0]), str(links[1]), "model.norm.weight")):
-        flatten(str(links[1]), tmp_path / "flat")
+    if touched is not None:
+        os.utime(links[touched] / "delta_model.safetensors", ns=(1, 1))
+    flatten(str(links[1]), tmp_path / "flat")
+    assert len(scans) == (1 if touched is None else 2)
