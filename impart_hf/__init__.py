@@ -12,6 +12,7 @@ from .registration import is_command_line, register_with_transformers
 
 if TYPE_CHECKING:  # names for the type checker
     from .compression.compress import compress as compress
+    from .compression.flatten import flatten as flatten
     from .compression.forecast import forecast as forecast
     from .compression.resources import Forecast as Forecast
     from .compression.target import QualityTarget as QualityTarget
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # names for the type checker
 # The modules of the public names, except the methods' classes.
 _MODULES = {
     "compress": "compression.compress",
+    "flatten": "compression.flatten",
     "forecast": "compression.forecast",
     "Forecast": "compression.resources",
     "QualityTarget": "compression.target",

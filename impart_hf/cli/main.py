@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, str | Group] = {
     "inspect": "show the contents of a delta repository, tensor by tensor",
     "verify": "check a delta repository against its base, decoding every tensor",
     "reconstruct": "write the dense fine-tuned checkpoint from a delta repository",
+    "flatten": "write a delta of a delta as one exact delta against the first base",
     "export-lora": "write a delta's leading components as a LoRA adapter",
     "push": "upload a delta repository or pruned model to the Hub",
     "prune": Group(

@@ -1,61 +1,23 @@
 """The two models that are compared: dense models, delta repositories, or an adapter on the other."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..adapters.adapter_files import find_adapter, refuse_adapter
 from ..adapters.companions import companions_of
 from ..adapters.open import open_finetune
 from ..compression.base_layout import MatchedPair, ReadModel, match
-from ..modeling.checkpoints import Checkpoint, ties_embeddings
+from ..modeling.checkpoints import Checkpoint
+from ..modeling.delta_chain import DeltaBase
 from ..modeling.delta_repository import DeltaRepository
-from ..modeling.model_files import CheckpointError, HubOptions, fetch_config, fetch_file, pinned, read_json
+from ..modeling.model_files import CheckpointError, HubOptions, fetch_file, pinned, read_json
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..modeling.tensors import StoredModel
 from ..repository.open import open_repository, warn_of_adapter_beside
 from ..repository.sidecar_files import sidecar_files
-
-
-class DecodedModel:
-    """The fine-tuned model of a delta repository, decoded tensor by tensor; a `StoredModel`.
-
-    Attributes:
-        repository: the delta repository.
-        source, options: the folder or Hub id of the repository, and how its files are found.
-        config: the content of the fine-tune's own config.json.
-        folder: the folder that holds the repository's files.
-        tied: whether the output projection shares the input embeddings.
-        weight_bytes: size of all tensors, in bytes.
-    """
-
-    def __init__(self, repository: DeltaRepository):
-        self.repository, self.source, self.options = repository, repository.source, repository.options
-        content, self.folder = fetch_config(self.source, self.options)
-        self.config: Mapping[str, Any] = content["text_config"]
-        self.tied = ties_embeddings(self.config)
-        sizes = ((math.prod(self.shape(name)), self.dtype(name)) for name in self.names())
-        self.weight_bytes = sum(count * dtype.itemsize for count, dtype in sizes)
-
-    def names(self) -> list[str]:
-        return self.repository.names()
-
-    def stored_names(self) -> list[str]:
-        return self.repository.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.repository.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.repository.dtype(name)
-
-    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        return self.repository.tensor(name, device)
 
 
 @dataclass(frozen=True)
@@ -122,7 +84,7 @@ def open_sides(
     after = _delta_at(finetuned, finetuned_options, base_model)
     if base_model is not None and before is None and after is None:
         raise ValueError(f"base_model: neither '{base}' nor '{finetuned}' is a delta repository; leave it out")
-    own: Checkpoint | DecodedModel | None = before
+    own: Checkpoint | DeltaBase | None = before
     opened: StoredModel | None = after
     if own is None:
         base_options = pinned(base, base_options)
@@ -143,23 +105,28 @@ def _with_own_base(source: str, options: HubOptions, base_model: str | None) -> 
         raise CheckpointError(
             f"'{source}' is not a delta repository, which alone has a base of its own: give two models to compare"
         )
-    base = model.repository.base
+    base = _repository(model).base
     files = sidecar_files(base.source, base.options)
     first = Side(base.source, base.options.revision, base.config, files)
     return Sides(MatchedPair(base, model), first, _side(source, options.revision, model))
 
 
-def _delta_at(source: str, options: HubOptions, base_model: str | None) -> DecodedModel | None:
+def _delta_at(source: str, options: HubOptions, base_model: str | None) -> DeltaBase | None:
     """Open a delta repository; None if the folder or Hub id is none. What cannot be reached is an error."""
     options = pinned(source, options)
     path = fetch_file(source, "config.json", options)
     if path is None or kind_of(read_json(path)) is not RepositoryKind.DELTA:
         return None
     warn_of_adapter_beside(source, options)
-    return DecodedModel(open_repository(source, options, base_model))
+    return DeltaBase(open_repository(source, options, base_model), options, read_json(path), path.parent)
 
 
-def _open_dense(source: str, options: HubOptions, base: Checkpoint | DecodedModel) -> StoredModel:
+def _repository(model: DeltaBase) -> DeltaRepository:
+    assert isinstance(model.repository, DeltaRepository)
+    return model.repository
+
+
+def _open_dense(source: str, options: HubOptions, base: Checkpoint | DeltaBase) -> StoredModel:
     if isinstance(base, Checkpoint):
         return open_finetune(source, options, base)
     if find_adapter(source, options) is not None:
@@ -171,7 +138,7 @@ def _open_dense(source: str, options: HubOptions, base: Checkpoint | DecodedMode
 
 
 def _side(source: str, revision: str | None, model: Any) -> Side:
-    if isinstance(model, DecodedModel):
+    if isinstance(model, DeltaBase):
         files = sidecar_files(source, model.options)
-        return Side(source, revision, model.config, files, model.repository)
+        return Side(source, revision, model.config, files, _repository(model))
     return Side(source, revision, model.config, companions_of(model).files)

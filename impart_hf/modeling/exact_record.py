@@ -98,6 +98,11 @@ def stated_shape(data: np.ndarray, name: str) -> tuple[int, int]:
     return fields[4], fields[5]
 
 
+def stated_checksum(data: np.ndarray, name: str) -> int:
+    """Return the checksum that a record states; `restore` checks it."""
+    return _HEADER.unpack(Cursor(data, name).take("u1", _HEADER.size).tobytes())[7]
+
+
 def parse_exact(data: np.ndarray, shape: tuple[int, ...], item_bytes: int, name: str) -> ExactRecord:
     """Parse and check an exact record.
 

@@ -100,8 +100,9 @@ class DeltaChecker:
         options = pinned(repo, self.files.hub_options(revision))
         repository = self._base.open_delta(self.files, repo, options.revision)
         self._check_complete(repository, repository.text_config)
-        for entry in repository.file.names():
-            repository.file.read_finite(entry)  # this also checks its CRC
+        for link in repository.chain:
+            for entry in link.file.names():
+                link.file.read_finite(entry)  # this also checks its CRC
         notes = tuple(self.files.notes(repo, options))
         return CheckedDelta(repo, options.revision, self.scratch.prepare(repository), notes)
 

@@ -49,7 +49,8 @@ class EngineFiles:
     Attributes:
         model, options: that model, a folder or Hub id, and how to read it.
         is_delta: whether it is a delta repository.
-        base: local folder of its base, in the Hub's cache if it is not local; of the model itself if it is dense.
+        base: local folder of its base, in the Hub's cache if it is not local; of the model itself if it is dense, of
+            the first base if it is a chain of deltas.
     """
 
     def __init__(self, vllm_config: "VllmConfig"):
@@ -63,14 +64,14 @@ class EngineFiles:
         self.options = self.hub_options(vllm_config.model_config.revision)
         config, folder = fetch_config(self.model, self.options)
         self.is_delta = kind_of(config) is RepositoryKind.DELTA
-        self.base = self.open_model().base.folder if self.is_delta else folder
+        self.base = self.open_model().chain[-1].base.folder if self.is_delta else folder
 
     def open_model(self) -> DeltaRepository:
         """Open the delta repository that the engine was started on; it must be one."""
         return open_served(self.model, self.options)
 
     def open_delta(self, repo: str, revision: str | None) -> DeltaRepository:
-        """Open any delta repository, with the engine's base."""
+        """Open any delta repository, with the engine's base; of a chain of deltas, that is the first base."""
         return open_repository(repo, self.hub_options(revision), str(self.base))
 
     def hub_options(self, revision: str | None) -> HubOptions:

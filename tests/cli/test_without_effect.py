@@ -87,6 +87,8 @@ def places(tmp_path: Path) -> dict[str, str]:
         (("inspect", "FOLDER", "--revision", "main"), ["--revision", "FOLDER"]),
         (("verify", "FOLDER", "--revision", "main"), ["--revision", "FOLDER"]),
         (("reconstruct", "FOLDER", "out", "--revision", "main"), ["--revision", "FOLDER"]),
+        (("flatten", "FOLDER", "out", "--revision", "main"), ["--revision", "FOLDER"]),
+        (("flatten", "user/delta", "out", "--private"), ["--private", "--push"]),
         (("export-lora", "FOLDER", "out", "--revision", "main"), ["--revision", "FOLDER"]),
         (("evaluate", "FOLDER", "--revision", "main"), ["--revision", "FOLDER"]),
         (("evaluate", "user/a", "--task", "arc_easy", "--samples", "64"), ["--samples", "--text"]),
