@@ -11,6 +11,7 @@ from .common.version import __version__ as __version__
 from .registration import is_command_line, register_with_transformers
 
 if TYPE_CHECKING:  # names for the type checker
+    from .checkpointing.callback import DeltaCheckpointCallback as DeltaCheckpointCallback
     from .compression.compress import compress as compress
     from .compression.flatten import flatten as flatten
     from .compression.forecast import forecast as forecast
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # names for the type checker
 
 # The modules of the public names, except the methods' classes.
 _MODULES = {
+    "DeltaCheckpointCallback": "checkpointing.callback",
     "compress": "compression.compress",
     "flatten": "compression.flatten",
     "forecast": "compression.forecast",

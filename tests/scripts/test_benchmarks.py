@@ -275,3 +275,18 @@ def test_delta_adapters(
     assert counts == {way: [1, 2] if way != "base" else [1] for way in script.WAYS}
     assert all(line["prefill"] > 0 and line["decode"] > 0 for line in found)
     assert re.search(r"\| merged +\| 2 \|", said) and picture.stat().st_size > 1000
+
+
+def test_benchmark_checkpoints(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script itself compares what is restored with the dense checkpoints."""
+    arguments = [str(tiny_pair.base.parent), "--output", str(tmp_path), "--steps", "2", "--save-every", "1"]
+    arguments += ["--ways", "start", "--length", "16", "--learning-rate", "1e-3"]
+    assert load_script("benchmark_checkpoints").main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "Machine: " in output and "| float32 | delta of the start |" in output
+    results = json.loads((tmp_path / "checkpoints.json").read_text())
+    assert [run["dtype"] for run in results["runs"]] == ["bfloat16", "float32"]
+    for run in results["runs"]:
+        assert {name: len(way["bytes"]) for name, way in run["ways"].items()} == {"save_pretrained": 2, "start": 2}
+        assert all(size > 100_000 for way in run["ways"].values() for size in way["bytes"])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints.json"], "no checkpoint is left"
