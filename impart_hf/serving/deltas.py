@@ -26,12 +26,15 @@ class CheckedDelta:
         repo, revision: its folder or Hub id and its commit; both None for the base's own weights.
         dense: folder of its weights, if they are already decoded; None if the engine decodes them.
         notes: notes for the user: files for which the engine continues to use those that it was started with.
+        tensors: how many tensors the engine has loaded: those that may differ from what it had, and those that vLLM
+            joins with them; None if it has not loaded it yet.
     """
 
     repo: str | None
     revision: str | None
     dense: str | None = None
     notes: tuple[str, ...] = ()
+    tensors: int | None = None
 
 
 class DeltaChecker:
