@@ -13,6 +13,7 @@ from typing import Any
 import measure
 import numpy as np
 import torch
+from gpu_exact import check_exact
 from gpu_material import (
     FLOAT32_ERROR,
     Notes,
@@ -38,6 +39,7 @@ def checks(notes: Notes) -> None:
     notes.attempt("environment", _environment)
     for name in method_names():
         notes.attempt(f"method {name}", _method, name)
+    notes.attempt("exact records", check_exact)
     with tempfile.TemporaryDirectory() as folder:
         folders = notes.attempt("writing a delta", lambda notes: write_delta(
             Path(folder), measure.llama_config(1, tiny=True), notes.device, 4.0

@@ -18,6 +18,7 @@ import benchmark_load
 import measure
 import torch
 from gpu_correctness import kernels_against_float64
+from gpu_exact import time_exact
 from gpu_material import (
     FLOAT32_ERROR,
     RATIO,
@@ -58,6 +59,7 @@ def decode(notes: Notes) -> None:
     wide = "levels", levels_record(*((192, 128) if notes.small else (11008, 4096)))
     notes.attempt("decode of 4096x4096, levels", _time_decode, "levels", square["levels"])
     notes.attempt("decode of 11008x4096, levels", _time_decode, *wide)
+    notes.attempt("exact records", time_exact)
     notes.attempt("output projection", _output_projection)
     for name, record in square.items():
         if name != "levels":

@@ -11,9 +11,9 @@ from .method_options import (
     add_pair,
     calibration_text,
     check_pair,
+    chosen_method,
     commands_after,
     given_settings,
-    method_config,
     pair_arguments,
 )
 from .options import (
@@ -153,10 +153,9 @@ def check(options: argparse.Namespace) -> None:
 def _check_exact(options: argparse.Namespace) -> None:
     """Refuse what has no effect on a delta that is stored exactly."""
     check_models(options)
+    chosen_method(options)
     refuse(options, ["exact"], "names tensors beside another method; choose another --method")
-    for option in given_settings(options):
-        raise ValueError(f"--{option}: exact has no settings: leave it out, or choose another --method")
-    lossy = ["max_bytes", *_LIMITS, *_VALIDATION, "calibration", "distill", *_DISTILLATION, *_TEXT_SIZE, "text_field"]
+    lossy = [*_LIMITS, *_VALIDATION, "calibration", "distill", *_DISTILLATION, *_TEXT_SIZE, "text_field"]
     refuse(options, lossy, "exact stores every change, whatever size that has; choose another --method")
     refuse(options, ["dry_run", "processes"], "the size of an exact delta is known when it is stored; run it")
 
@@ -188,8 +187,7 @@ def run(options: argparse.Namespace) -> None:
     from ..compression.compress import compress
     from .summaries import compression_summary
 
-    method = ExactConfig() if options.method == ExactConfig.name else method_config(options)
-    arguments = pair_arguments(options)
+    method, arguments = chosen_method(options), pair_arguments(options)
     arguments |= given_texts(options, "distill")
     arguments["distill_settings"] = _distill_settings(options, training_fields(options))
     if options.dry_run:

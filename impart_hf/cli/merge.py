@@ -4,8 +4,8 @@ import argparse
 import json
 
 from ..merging.config import MERGE_METHODS, MergeConfig
-from ..methods import method_names
-from .method_options import add_method, given_settings, method_config
+from ..methods import ExactConfig, method_names
+from .method_options import add_method, chosen_method, given_settings
 from .options import add_device, add_merge_config, add_result, check_publishing, given, option_of, push_if_asked
 
 
@@ -14,7 +14,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{parser.description}: {', '.join(MERGE_METHODS)}"
     parser.set_defaults(shares_work=True)
     add_merge_config(parser)
-    add_method(parser, method_names(), default=None)
+    add_method(parser, [*method_names(), ExactConfig.name], default=None)
     add_device(parser, "tensors are combined and decomposed")
     add_result(parser)
 
@@ -27,7 +27,7 @@ def check(options: argparse.Namespace) -> None:
     """
     config = MergeConfig.from_yaml(options.config)
     if options.method is not None:
-        method_config(options)
+        chosen_method(options)
         check_publishing(options, config.base_model)
         return
     unused = [f"--{option}" for option in given_settings(options)]
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     report = merge(
         config,
         options.output,
-        compression=method_config(options) if options.method else None,
+        compression=chosen_method(options) if options.method else None,
         progress=not options.quiet,
         **given(options, "max_bytes", "base_name", "device", "max_shard_size"),
     )

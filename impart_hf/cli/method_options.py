@@ -119,6 +119,16 @@ def method_config(options: argparse.Namespace) -> MethodConfig:
         raise
 
 
+def chosen_method(options: argparse.Namespace) -> MethodConfig | ExactConfig:
+    """Return the method that the options ask for, which may be `exact`; errors as for `method_config`."""
+    if options.method != ExactConfig.name:
+        return method_config(options)
+    for option in given_settings(options):
+        raise ValueError(f"--{option}: exact has no settings: leave it out, or choose another --method")
+    refuse(options, ["max_bytes"], "exact stores every change, whatever size that has; choose another --method")
+    return ExactConfig()
+
+
 def add_pair(
     parser: argparse.ArgumentParser,
     methods: Sequence[str],

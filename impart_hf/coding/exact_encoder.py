@@ -2,50 +2,54 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from ..modeling.checksums import tensor_bytes, tensor_checksum
 from ..modeling.coded_numbers import PART, TOKENS
-from ..modeling.exact_record import DENSE, SOME_ROWS, SPARSE, WHOLE, matrix_shape, pack_record
+from ..modeling.exact_record import DENSE, SOME_COLUMNS, SOME_ROWS, SPARSE, WHOLE, matrix_shape, pack_record
 from ..modeling.ordered_bits import exponents, has_steps, rounded, steps
 from .number_encoder import count_tokens, encode_numbers, entropy_bits, tokens_of
 
 _TABLE_BITS = 16  # of a class, besides those of its tokens
 _TOKEN_BITS = 12
-# Rows that equal the base's are left out if they are at least this share: naming them takes up to a bit a row.
-_LEAST_SHARE_OF_ROWS = 1 / 8
+# Rows and columns that equal the base's are left out if they are at least this share: each takes up to a bit then.
+_LEAST_SHARE = 1 / 8
 # Both codings take about the same bytes. A sparse one is decoded faster if few numbers changed: fewer are coded.
 _MOST_SPARSE, _SPARSE_PRICE = 1 / 8, 1.05
 
 
-def encode_exact(base: torch.Tensor, finetuned: torch.Tensor) -> bytes:
+def encode_exact(base: torch.Tensor, finetuned: torch.Tensor, coding: int | None = None) -> bytes:
     """Return the exact record of a fine-tuned tensor.
 
     Args:
         base: the base's tensor, of the same shape, on the CPU.
         finetuned: of any dtype, on the CPU.
+        coding: WHOLE, DENSE or SPARSE, where steps are defined; None for what takes the fewest bytes.
     """
     checksum, shape = tensor_checksum(finetuned), tuple(finetuned.shape)
-    whole = pack_record(WHOLE, finetuned.itemsize, 0, shape, checksum, [tensor_bytes(finetuned).tobytes()])
     rows, columns = matrix_shape(shape)
-    if not has_steps(finetuned.dtype, base.dtype) or rows * columns >= 1 << 32:
-        return whole
+    pack = partial(pack_record, item_bytes=finetuned.itemsize, shape=shape, checksum=checksum)
+    if coding == WHOLE or not has_steps(finetuned.dtype, base.dtype) or rows * columns >= 1 << 32:
+        return pack(WHOLE, flags=0, parts=[tensor_bytes(finetuned).tobytes()])
     before = rounded(base, finetuned.dtype)
     moves, keys = (array.reshape(rows, columns) for array in _moves_and_keys(before, finetuned))
     flags, parts = 0, []
-    changed_rows = np.flatnonzero(moves.any(axis=1))
-    if len(changed_rows) <= rows * (1 - _LEAST_SHARE_OF_ROWS):
-        flags, moves, keys = SOME_ROWS, moves[changed_rows], keys[changed_rows]
-        gaps = np.diff(changed_rows, prepend=-1) - 1
-        parts = [np.uint32(len(changed_rows)).tobytes(), encode_numbers(gaps.astype(np.uint32))]
-    plan = _plan(moves.ravel(), keys.ravel())
+    for axis, flag in ((0, SOME_ROWS), (1, SOME_COLUMNS)):
+        changed = np.flatnonzero(moves.any(axis=1 - axis))
+        if len(changed) <= moves.shape[axis] * (1 - _LEAST_SHARE):
+            flags, moves, keys = flags | flag, moves.take(changed, axis), keys.take(changed, axis)
+            gaps = np.diff(changed, prepend=-1) - 1
+            parts += [np.uint32(len(changed)).tobytes(), encode_numbers(gaps.astype(np.uint32))]
+    plan = _plan(moves.ravel(), keys.ravel(), coding)
     encode = _sparse if plan.is_sparse else _dense
     parts += [plan.class_bytes(), *encode(moves.ravel(), plan.classes_of(keys), plan.class_count)]
-    coding = SPARSE if plan.is_sparse else DENSE
-    record = pack_record(coding, finetuned.itemsize, flags, shape, checksum, parts)
-    return record if len(record) < len(whole) else whole
+    used = SPARSE if plan.is_sparse else DENSE
+    if coding is None and sum(map(len, parts)) >= finetuned.nbytes:
+        return pack(WHOLE, flags=0, parts=[tensor_bytes(finetuned).tobytes()])
+    return pack(used, flags=flags, parts=parts)
 
 
 def _moves_and_keys(base: torch.Tensor, finetuned: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -79,17 +83,17 @@ class _Plan:
         return bytes([self.first, self.last]) + self.classes[self.first : self.last + 1].tobytes()
 
 
-def _plan(moves: np.ndarray, keys: np.ndarray) -> _Plan:
-    """Choose the coding and the classes."""
+def _plan(moves: np.ndarray, keys: np.ndarray, coding: int | None) -> _Plan:
+    """Choose the coding, if it is None, and the classes."""
     counts = count_tokens(keys.astype(np.uint16) << np.uint16(8) | tokens_of(moves))
     present = np.flatnonzero(counts.any(axis=1))
     first, last = (int(present[0]), int(present[-1])) if len(present) else (0, 0)
     counts = counts[first : last + 1]
     bits, groups = _merge(counts, _dense_bits)
-    is_sparse = int(counts[:, 0].sum()) > (1 - _MOST_SPARSE) * len(moves)
-    if is_sparse:
+    is_sparse = coding == SPARSE
+    if is_sparse or (coding is None and int(counts[:, 0].sum()) > (1 - _MOST_SPARSE) * len(moves)):
         sparse_bits, sparse_groups = _merge(counts, _sparse_bits)
-        is_sparse = sparse_bits < bits * _SPARSE_PRICE
+        is_sparse = is_sparse or sparse_bits < bits * _SPARSE_PRICE
         groups = sparse_groups if is_sparse else groups
     classes = np.zeros(256, np.uint8)
     for number, (start, stop) in enumerate(groups):

@@ -130,8 +130,34 @@ def spectra_of(tensor: TensorPlan, workspace: Workspace) -> list[Spectrum]:
     ]
 
 
-def shared_budgets(
+def budgets_or_exact(
     tensors: list[TensorPlan], method: MethodConfig, workspace: Workspace, sensitivities: Mapping[str, float]
+) -> dict[str, list[int]]:
+    """Allocate budgets as `shared_budgets`, and choose tensors whose exact record takes no more than they would get.
+
+    What these leave is allocated to the others, until no more are chosen.
+
+    Returns:
+        By tensor name, the byte budget of each of its matrices; empty for a tensor that is to be stored exactly.
+    """
+    rest, exact = sharing(tensors, method), list[TensorPlan]()
+    total = sum(tensor.max_bytes for tensor in rest)
+    while True:
+        left = total - sum(tensor.exact_bytes for tensor in exact)
+        budgets = shared_budgets(rest, method, workspace, sensitivities, left)
+        chosen = [t for t in rest if 0 < t.exact_bytes <= sum(budgets[t.name])]
+        if not chosen:
+            return budgets | {tensor.name: [] for tensor in exact}
+        exact += chosen
+        rest = [tensor for tensor in rest if tensor not in chosen]
+
+
+def shared_budgets(
+    tensors: list[TensorPlan],
+    method: MethodConfig,
+    workspace: Workspace,
+    sensitivities: Mapping[str, float],
+    max_bytes: int | None = None,
 ) -> dict[str, list[int]]:
     """Allocate a byte budget to every matrix according to its spectrum.
 
@@ -141,6 +167,7 @@ def shared_budgets(
             are kept.
         workspace: has the spectra of all that share.
         sensitivities: what a squared error costs in some of the tensors, by name, in any unit.
+        max_bytes: what is shared; None for the sum of the tensors' budgets.
 
     Returns:
         By tensor name, the byte budget of each of its matrices, of those that share.
@@ -148,12 +175,13 @@ def shared_budgets(
     tensors = sharing(tensors, method)
     if not tensors:
         return {}
+    max_bytes = sum(t.max_bytes for t in tensors) if max_bytes is None else max_bytes
     weights = error_weights(tensors, sensitivities)
     spectra = [
         [replace(one, weight=one.weight * weights.get(tensor.name, 1.0)) for one in spectra_of(tensor, workspace)]
         for tensor in tensors
     ]
-    shares = iter(method.allocate([one for several in spectra for one in several], sum(t.max_bytes for t in tensors)))
+    shares = iter(method.allocate([one for several in spectra for one in several], max_bytes))
     return {tensor.name: [next(shares) for _ in several] for tensor, several in zip(tensors, spectra, strict=True)}
 
 

@@ -21,7 +21,7 @@ from ..methods import MethodConfig
 from ..modeling.checkpoints import text_config
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
-from .budgets import find_spectra, shared_budgets, spectra_bytes
+from .budgets import budgets_or_exact, find_spectra, spectra_bytes
 from .encoding import Encoding
 from .exact_tensors import store_exactly
 from .pair import ModelPair
@@ -278,8 +278,12 @@ def _encode(
             )
         with pair.progress.bar(1, ALLOCATING):
             budgets = processes.in_first(
-                lambda: workspace.budgets(lambda: shared_budgets(plan.encoded, method, workspace, known))
+                lambda: workspace.budgets(lambda: budgets_or_exact(plan.encoded, method, workspace, known))
             )
+        chosen = [tensor for tensor in plan.encoded if budgets.get(tensor.name) == []]
+        for tensor in chosen:
+            tensor.kind = "exact"
+        store_exactly(chosen, pair, workspace)
     encoding = Encoding(pair, plan.encoded, method, workspace, svd_of, budgets, stream, seconds)
     with encoding.bar:
         if stream is not None and calibration is not None:

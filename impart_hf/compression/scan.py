@@ -21,6 +21,8 @@ from .stages import SCANNING
 
 # The squares of larger numbers, summed over a column, overflow in float32.
 _LARGEST = 1e15
+# Share of a tensor's numbers: if more changed, its exact record has more than half a bit for each.
+_SPARSE = 1 / 8
 # What a sampled scan reads of a tensor at most, in how many places.
 _SAMPLED_BYTES, _PLACES = 64 << 10, 16
 
@@ -38,6 +40,7 @@ class TensorPlan:
         added_rows: number of rows beyond the base's.
         max_bytes: byte budget of the tensor's records, for "encoded"; size of its exact record, for "exact", if there
             are budgets.
+        exact_bytes: size of the exact record of a tensor to encode of which few numbers changed; 0 if it is not known.
         base_checksum, checksum: checksums of the base's and of the fine-tuned tensor.
     """
 
@@ -48,6 +51,7 @@ class TensorPlan:
     vocabulary: bool = False
     added_rows: int = 0
     max_bytes: int = 0
+    exact_bytes: int = 0
     base_checksum: int = 0
     checksum: int = 0
 
@@ -138,6 +142,8 @@ def scan_tensor(
     if is_exact and not equal:
         size = 0 if exact.are_all else len(encode_exact(before, shared))  # then there is no budget
         found = dataclasses.replace(found, kind="exact", max_bytes=size)
+    elif found.kind == "encoded" and _is_sparse(before, shared):
+        found = dataclasses.replace(found, exact_bytes=len(encode_exact(before, shared)))
     return dataclasses.replace(found, base_checksum=tensor_checksum(whole), checksum=tensor_checksum(after))
 
 
@@ -166,6 +172,11 @@ def _comparable(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 def _same_bits(before: torch.Tensor, after: torch.Tensor) -> bool:
     return before.shape == after.shape and np.array_equal(tensor_bytes(before), tensor_bytes(after))
+
+
+def _is_sparse(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Return whether so few numbers changed that an exact record may be smaller than a lossy one."""
+    return int((before.to(after.dtype) != after).count_nonzero()) <= _SPARSE * after.numel()
 
 
 def _is_vocabulary(after: torch.Tensor, tokens: int | None) -> bool:

@@ -103,6 +103,8 @@ def card_bytes(pair: ModelPair, config: dict[str, Any], card_data: dict[str, Any
     sizes["forecast"] = "" if forecast is None else forecast_text(forecast)
     if "distillation" not in config["method"]:
         sizes["distilled"] = ""
+    if not pair.exact.patterns:
+        sizes["exact"] = ""
     entry = json_bytes(with_forecast(config, forecast)) - json_bytes(config)
     return max(CARD_BYTES, len(_card(pair, config, card_data, origin, sizes, "").encode()) + entry)
 

@@ -18,10 +18,12 @@ from ..common.validation import byte_budget, shard_bytes
 from ..common.weight_bytes import weight_bytes
 from ..compression.compatibility import IncompatibleModelsError
 from ..compression.encoding import mask_seed
+from ..compression.exact import compress_exactly
+from ..compression.exact_names import ALL, NONE
 from ..compression.pair import ModelPair
 from ..compression.pipeline import CompressionRequest, compress_pair, stages_of, with_ratio_for
-from ..compression.stages import SCANNING
-from ..methods import MethodConfig
+from ..compression.stages import EXACT_STAGES, SCANNING
+from ..methods import ExactConfig, MethodConfig
 from ..modeling.checkpoints import all_finite
 from ..modeling.model_files import HubOptions
 from ..modeling.transfer import to_device
@@ -67,7 +69,7 @@ def merge(
     config: MergeConfig | dict[str, Any] | str | Path,
     output_dir: str | Path,
     *,
-    compression: MethodConfig | None = None,
+    compression: MethodConfig | ExactConfig | None = None,
     max_bytes: int | str | None = None,
     base_name: str | None = None,
     device: str | torch.device = "cpu",
@@ -108,9 +110,9 @@ def merge(
     shard_size, device = shard_bytes(max_shard_size), usable_device(device)
     bars = Progress(progress)
     wanted_bytes = byte_budget(max_bytes)
-    if wanted_bytes is not None and compression is None:
+    if wanted_bytes is not None and not isinstance(compression, MethodConfig):
         raise ValueError(
-            "max_bytes is for a delta repository: give its method with compression, or leave max_bytes out"
+            "max_bytes is for a delta repository of a method with a ratio: give that with compression, or leave it out"
         )
     output = processes.each(lambda: free_output(output_dir, config, compression))
     merged = processes.each(
@@ -140,7 +142,7 @@ def compress_merge(
     merged: "Merge",
     output: Path,
     write: Callable[[Path], None],
-    method: MethodConfig,
+    method: MethodConfig | ExactConfig,
     max_bytes: int | None,
     base_name: str | None,
     max_shard_size: int,
@@ -153,11 +155,12 @@ def compress_merge(
         method, base_name, max_shard_size: as for `compress`.
         max_bytes: byte budget of the repository; None for the method's ratio.
     """
-    # Checks the budget before any work; the header of the file is not counted yet.
-    with_ratio_for(method, max_bytes, merged.weight_bytes())
-    origin = merge_origin(merged.config.to_dict())
-    request = CompressionRequest(method, max_bytes, max_shard_size=max_shard_size, origin=origin)
-    progress.plan(["Merging", SCANNING, *stages_of(request)])
+    origin, request = merge_origin(merged.config.to_dict()), None
+    if isinstance(method, MethodConfig):
+        # Checks the budget before any work; the header of the file is not counted yet.
+        with_ratio_for(method, max_bytes, merged.weight_bytes())
+        request = CompressionRequest(method, max_bytes, max_shard_size=max_shard_size, origin=origin)
+    progress.plan(["Merging", SCANNING, *(EXACT_STAGES if request is None else stages_of(request))])
     with Workspace(output) as workspace:
         dense = workspace.scratch() / output.name
         processes.in_first(dense.mkdir)
@@ -167,15 +170,19 @@ def compress_merge(
         pair = processes.each(
             lambda: ModelPair(
                 base.source, str(dense), base.options, HubOptions(),
-                base_name=base_name, device=merged.device, progress=progress,
+                base_name=base_name, device=merged.device, progress=progress, exact=ALL if request is None else NONE,
             )
         )  # fmt: skip
         report = merged.report()
-        report.compression = compress_pair(pair, workspace, request)
+        report.compression = (
+            compress_exactly(pair, workspace, max_shard_size, origin)
+            if request is None
+            else compress_pair(pair, workspace, request)
+        )
         return report
 
 
-def free_output(output_dir: str | Path, config: MergeConfig, compression: MethodConfig | None) -> Path:
+def free_output(output_dir: str | Path, config: MergeConfig, compression: MethodConfig | ExactConfig | None) -> Path:
     """Return the absolute path of a merge's output folder.
 
     Raises:

@@ -133,9 +133,7 @@ class DeltaRepository:
     def _check_parts(self, name: str, part: TensorParts) -> None:
         base_shape, dtype = self.base.shape(name), self.dtype(name)
         if sum(entry is not None for entry in (part.replacement, part.records, part.exact)) > 1:
-            raise DeltaFormatError(
-                f"{name} is changed in several ways (replaced, by records, exactly) in the delta file"
-            )
+            raise DeltaFormatError(f"{name} is replaced, exact or changed by records: the delta file has two of these")
         if part.replacement and self.file.shape(part.replacement) != base_shape:
             raise DeltaFormatError(f"{name} has shape {self.file.shape(part.replacement)}, the base has {base_shape}")
         if part.records and len(base_shape) not in (2, 3):

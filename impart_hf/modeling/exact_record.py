@@ -14,10 +14,11 @@ import torch
 from .checksums import tensor_bytes, tensor_checksum
 from .coded_numbers import PART, CodedNumbers, decode_in_parts, decode_numbers, parse_numbers
 from .delta_record import Cursor, DeltaFormatError
-from .ordered_bits import exponents, has_steps, moved, rounded
+from .ordered_bits import exponents, has_steps, integers, moved, rounded
+from .packed_tables import kernels_wanted
 
 WHOLE, DENSE, SPARSE = 0, 1, 2  # codings: the bytes as they are, every number's steps, changed numbers and their gaps
-SOME_ROWS = 1  # flag: only some rows are coded, and the others equal the base's
+SOME_ROWS, SOME_COLUMNS = 1, 2  # flags: only some are coded, and the others equal the base's
 
 # Layout, coding, bytes of a number, flags; rows, columns; length of the record, checksum of the fine-tuned tensor.
 _HEADER = struct.Struct("<BBBBIIQQ")
@@ -44,6 +45,7 @@ class CodedSteps:
 
     Attributes:
         row_gaps: the rows that are coded, as the number of rows between each and the one before; None if all are.
+        column_gaps: the same of the columns.
         first_exponent, classes: the class of every exponent from the first on, uint8; smaller exponents have the first
             class, larger ones the last.
         gaps: where the changed numbers are, if the record is sparse.
@@ -51,6 +53,7 @@ class CodedSteps:
     """
 
     row_gaps: CodedNumbers | None
+    column_gaps: CodedNumbers | None
     first_exponent: int
     classes: np.ndarray
     gaps: Gaps | None
@@ -116,7 +119,7 @@ def parse_exact(data: np.ndarray, shape: tuple[int, ...], item_bytes: int, name:
     cursor = Cursor(data, name)
     header = _HEADER.unpack(cursor.take("u1", _HEADER.size).tobytes())
     layout, coding, stated_bytes, flags, rows, columns, length, checksum = header
-    if layout != LAYOUT or coding not in (WHOLE, DENSE, SPARSE) or flags > SOME_ROWS:
+    if layout != LAYOUT or coding not in (WHOLE, DENSE, SPARSE) or flags > SOME_ROWS | SOME_COLUMNS:
         raise DeltaFormatError(
             f"{name}: unknown exact record ({layout}, {coding}, {flags}); a newer impart-hf may help"
         )
@@ -128,24 +131,20 @@ def parse_exact(data: np.ndarray, shape: tuple[int, ...], item_bytes: int, name:
     if coding == WHOLE:
         content: np.ndarray | CodedSteps = cursor.take("u1", rows * columns * item_bytes)
     else:
-        content = _parse_steps(cursor, rows, columns, bool(flags & SOME_ROWS), coding == SPARSE, 8 * item_bytes)
+        content = _parse_steps(cursor, rows, columns, flags, coding == SPARSE, 8 * item_bytes)
     if cursor.at != len(data):
         raise DeltaFormatError(f"{name}: {len(data) - cursor.at} bytes follow the end of the exact record")
     return ExactRecord(rows, columns, checksum, length, content)
 
 
-def _parse_steps(cursor: Cursor, rows: int, columns: int, some_rows: bool, is_sparse: bool, bits: int) -> CodedSteps:
+def _parse_steps(cursor: Cursor, rows: int, columns: int, flags: int, is_sparse: bool, bits: int) -> CodedSteps:
     """Parse what follows the header of a record with steps of so many bits."""
     name = cursor.name
     if rows * columns >= 1 << 32:
         raise DeltaFormatError(f"{name}: {rows * columns} numbers are too many for steps")
-    row_gaps = None
-    if some_rows:
-        count = int(cursor.take("<u4", 1)[0])
-        if count > rows:
-            raise DeltaFormatError(f"{name}: the exact record has {count} changed rows of {rows}")
-        row_gaps = parse_numbers(cursor, count, 32)
-    count = columns * (rows if row_gaps is None else row_gaps.count)
+    row_gaps = _parse_gaps(cursor, rows, "rows") if flags & SOME_ROWS else None
+    column_gaps = _parse_gaps(cursor, columns, "columns") if flags & SOME_COLUMNS else None
+    count = (rows if row_gaps is None else row_gaps.count) * (columns if column_gaps is None else column_gaps.count)
     first, last = cursor.take("u1", 2).tolist()
     if first > last:
         raise DeltaFormatError(f"{name}: the exact record has classes for exponents {first} to {last}")
@@ -160,28 +159,41 @@ def _parse_steps(cursor: Cursor, rows: int, columns: int, some_rows: bool, is_sp
     numbers = parse_numbers(cursor, count, bits)
     if int(classes.max()) >= min(numbers.classes, 256 if gaps is None else gaps.numbers.classes):
         raise DeltaFormatError(f"{name}: the exact record has no table for class {classes.max()}")
-    return CodedSteps(row_gaps, first, classes, gaps, numbers)
+    return CodedSteps(row_gaps, column_gaps, first, classes, gaps, numbers)
 
 
-def _changed_rows(coded: CodedSteps, rows: int, name: str) -> np.ndarray | None:
-    """Return the indices of the rows that are coded, int64, ascending; None if all are."""
-    if coded.row_gaps is None:
-        return None
-    indices = np.cumsum(decode_numbers(coded.row_gaps, None, name).astype(np.int64) + 1) - 1
-    if len(indices) and indices[-1] >= rows:
-        raise DeltaFormatError(f"{name}: the exact record changes row {indices[-1]} of {rows}")
-    return indices
+def _parse_gaps(cursor: Cursor, size: int, what: str) -> CodedNumbers:
+    """Parse which of so many rows or columns are coded."""
+    count = int(cursor.take("<u4", 1)[0])
+    if count > size:
+        raise DeltaFormatError(f"{cursor.name}: the exact record has {count} changed {what} of {size}")
+    return parse_numbers(cursor, count, 32)
+
+
+def _indices(gaps: CodedNumbers | None, size: int, name: str) -> torch.Tensor:
+    """Return the indices of the rows or columns that are coded, int64, ascending."""
+    if gaps is None:
+        return torch.arange(size)
+    indices = np.cumsum(decode_numbers(gaps, None, name).astype(np.int64) + 1) - 1
+    if len(indices) and indices[-1] >= size:
+        raise DeltaFormatError(f"{name}: the exact record changes row or column {indices[-1]} of {size}")
+    return torch.from_numpy(indices)
+
+
+def exponent_classes(coded: CodedSteps) -> np.ndarray:
+    """Return the class of every exponent: uint8 (256,)."""
+    classes = np.repeat(coded.classes[[0, -1]], [coded.first_exponent, 256 - coded.first_exponent])
+    classes[coded.first_exponent :][: len(coded.classes)] = coded.classes
+    return classes
 
 
 def _classes_of(coded: CodedSteps, base: torch.Tensor) -> np.ndarray:
     """Return the class of each of a base's numbers: uint8, one axis."""
     if len(coded.classes) == 1:
         return np.full(base.numel(), coded.classes[0], np.uint8)
-    of_exponents = np.repeat(coded.classes[[0, -1]], [coded.first_exponent, 256 - coded.first_exponent])
-    of_exponents[coded.first_exponent :][: len(coded.classes)] = coded.classes
-    classes = bytearray()
+    classes, of_exponents = bytearray(), exponent_classes(coded).tobytes()
     for part in base.reshape(-1).split(PART):
-        classes += exponents(part).numpy().tobytes().translate(of_exponents.tobytes())  # faster than NumPy's `take`
+        classes += exponents(part).numpy().tobytes().translate(of_exponents)  # faster than NumPy's `take`
     return np.frombuffer(classes, np.uint8)
 
 
@@ -189,7 +201,8 @@ def restore(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype)
     """Return the fine-tuned tensor that an exact record stands for, bit for bit.
 
     Args:
-        base: the base's tensor, or the part of it that the fine-tune shares; the result is on its device.
+        base: the base's tensor, or the part of it that the fine-tune shares; the result is on its device. There a
+            kernel decodes if it can. Only on a CPU is the tensor's checksum compared: it would have to be copied back.
         data: uint8: the record.
         name: the tensor's name, for messages.
         dtype: the fine-tuned tensor's dtype.
@@ -198,7 +211,8 @@ def restore(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype)
         DeltaFormatError: if the record is damaged or does not fit the base.
     """
     record, device = parse_exact(data, tuple(base.shape), dtype.itemsize, name), base.device
-    base = base.cpu()
+    if not (isinstance(record.content, CodedSteps) and _has_kernel(device)):
+        base = base.cpu()
     if isinstance(record.content, CodedSteps):
         if not has_steps(dtype, base.dtype):
             raise DeltaFormatError(f"{name}: the exact record has steps from {base.dtype} to {dtype}, which has none")
@@ -207,33 +221,49 @@ def restore(base: torch.Tensor, data: np.ndarray, name: str, dtype: torch.dtype)
     else:
         tensor = torch.empty(base.shape, dtype=dtype)
         tensor_bytes(tensor)[:] = record.content
-    if tensor_checksum(tensor) != record.checksum:
+    if tensor.device.type == "cpu" and tensor_checksum(tensor) != record.checksum:
         raise DeltaFormatError(f"{name}: the decoded tensor is not the one that was stored (its checksum differs)")
     return tensor.to(device)
 
 
+def _has_kernel(device: torch.device) -> bool:
+    if not kernels_wanted(device):
+        return False
+    from .triton_exact import works_on  # importing Triton takes a second, which a CPU need not spend
+
+    return works_on(device)
+
+
 def _stepped(coded: CodedSteps, base: torch.Tensor, name: str) -> torch.Tensor:
     """Return the matrix that steps lead to from a base of the same dtype."""
-    rows = _changed_rows(coded, len(base), name)
-    chosen = base if rows is None else base[torch.from_numpy(rows)]
-    before, after = chosen.reshape(-1), torch.empty(chosen.numel(), dtype=base.dtype)
+    device, is_whole = base.device, coded.row_gaps is None and coded.column_gaps is None
+    rows, columns = _indices(coded.row_gaps, len(base), name), _indices(coded.column_gaps, base.shape[1], name)
+    place = rows[:, None].to(device), columns.to(device)
+    chosen = base if is_whole else base[place]
+    before, after = chosen.reshape(-1), torch.empty(chosen.numel(), dtype=base.dtype, device=device)
     start = 0
-    for numbers in _all_steps(coded, _classes_of(coded, chosen), name):
+    for numbers in _steps_of(coded, chosen, name):
         part = slice(start, start + len(numbers))
-        after[part] = moved(before[part], _as_integers(numbers, base.itemsize))
+        after[part] = moved(before[part], numbers)
         start = part.stop
     after = after.view(chosen.shape)
-    if rows is None:
+    if is_whole:
         return after
     result = base.clone()
-    result[torch.from_numpy(rows)] = after
+    result[place] = after
     return result
 
 
-def _as_integers(numbers: np.ndarray, item_bytes: int) -> torch.Tensor:
-    """Return steps as signed integers of so many bytes with the same bits."""
-    unsigned = numbers.astype(f"<u{item_bytes}", copy=False)
-    return torch.from_numpy(unsigned.view(f"<i{item_bytes}"))
+def _steps_of(coded: CodedSteps, base: torch.Tensor, name: str) -> Iterator[torch.Tensor]:
+    """Yield the steps of all of a base's numbers, as `ordered_bits.steps` gives them, some at a time."""
+    if _has_kernel(base.device):
+        from .triton_exact import all_steps
+
+        yield from (numbers.to(integers(base[:0]).dtype) for numbers in all_steps(coded, base, name))
+        return
+    for unsigned in _all_steps(coded, _classes_of(coded, base), name):
+        own = unsigned.astype(f"<u{base.itemsize}", copy=False)
+        yield torch.from_numpy(own.view(f"<i{base.itemsize}"))
 
 
 def _all_steps(coded: CodedSteps, classes: np.ndarray, name: str) -> Iterator[np.ndarray]:

@@ -13,24 +13,29 @@ from support.calibrated import TEXT
 from support.tiny_models import Pair, save_pair, tiny_config
 from support.workspaces import differing, finished
 
-from impart_hf import ImPartConfig, ImPartRdConfig, QualityTarget, compress
+from impart_hf import ExactConfig, ImPartConfig, ImPartRdConfig, QualityTarget, compress
 from impart_hf.common.files import OutputError
 from impart_hf.merging.merge import merge
 from impart_hf.storage.output import check_visible
 
-METHODS = {"impart-rd": ImPartRdConfig(compression_ratio=8), "impart": ImPartConfig(compression_ratio=8)}
+METHODS = {
+    "impart-rd": ImPartRdConfig(compression_ratio=8),
+    "impart": ImPartConfig(compression_ratio=8),
+    "exact": ExactConfig(),
+}
 MERGE = "merge_method: ties\nbase_model: {base}\nmodels:\n- {{model: {finetuned}, parameters: {{density: 0.5}}}}\n"
 
 # What several users' scripts do, in one job, because starting processes takes longer than their work.
 JOB = """
 import os, sys
 from pathlib import Path
-from impart_hf import ImPartConfig, ImPartRdConfig, QualityTarget, compress, forecast
+from impart_hf import ExactConfig, ImPartConfig, ImPartRdConfig, QualityTarget, compress, forecast
 from impart_hf.merging.merge import merge
 
 base, finetuned, out = sys.argv[1:4]
 compress(base, finetuned, out + "/impart-rd", ImPartRdConfig(compression_ratio=8))
 compress(base, finetuned, out + "/impart", ImPartConfig(compression_ratio=8))
+compress(base, finetuned, out + "/exact", ExactConfig())
 text = dict(calibration=out + "/text.txt", calibration_samples=24, calibration_length=32)  # six batches
 compress(base, finetuned, out + "/calibrated", ImPartRdConfig(compression_ratio=8), **text)
 compress(*sys.argv[4:6], out + "/experts", ImPartRdConfig(compression_ratio=8), **text)

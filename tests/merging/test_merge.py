@@ -30,7 +30,7 @@ from transformers import (
     PixtralVisionConfig,
 )
 
-from impart_hf import ImPartConfig, MergeConfig, MergeModel, merge
+from impart_hf import ExactConfig, ImPartConfig, MergeConfig, MergeModel, merge
 from impart_hf.coding.keep_ratios import keep_ratios
 from impart_hf.coding.svd import leading_svd
 from impart_hf.merging.task_vectors import dare, impart
@@ -312,6 +312,18 @@ def test_to_a_delta_repository(tunes, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "dense"]
     # An older delta repository is replaced, as compress does
     merge(mixed, tmp_path / "delta", compression=ImPartConfig(compression_ratio=3))
+
+
+def test_to_an_exact_delta(tunes, tmp_path):
+    both = config(tunes, "ties", {"a": {}, "c": {}})
+    merge(both, tmp_path / "dense")
+    report = merge(both, tmp_path / "delta", compression=ExactConfig())
+    assert report.compression is not None and report.compression.method == {"name": "exact"}
+    found, wanted = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").state_dict() for name in ("delta", "dense")
+    )
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert "ties" in (tmp_path / "delta" / "README.md").read_text()
 
 
 def test_to_a_delta_repository_of_so_many_bytes(tunes, tmp_path):

@@ -57,7 +57,7 @@ def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_it_is_in_the_help(checkout: Path) -> None:
     help = " ".join(run(checkout, "-m", "impart_hf.cli", "compress", "--help").stdout.split())
-    assert "lowrank,stranger}" in help
+    assert "lowrank,stranger,exact}" in help
     assert "--its-option ITS_OPTION what a stranger counts, 100 % of it; for stranger (default: 1)" in help
     assert "for delta-come, impart-qt, stranger (default: 2,32, 5,20 for stranger)" in help
 

@@ -18,12 +18,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from impart_hf.coding import triton_gptq
-from impart_hf.modeling import triton_apply, triton_decode, triton_planes
+from impart_hf.modeling import triton_apply, triton_decode, triton_exact, triton_planes
 
 POINTERS = dict(
     base="bf16", out="bf16", x="bf16", y="bf16", bad="i32", codes="u8", table="i32", prefix="i32", levels="fp32",
     left="fp32", right="fp32", plane="fp32", hidden="fp32", order="i64", bounds="i32", deltas="i64", masks="i32",
     kept="i32",
+)
+EXACT_POINTERS = dict(
+    table="i64", words="i64", starts="i64", ends="i64", states="i64", classes="u8", tokens="u8", bad="i32",
 )
 GPTQ_POINTERS = dict(
     left="fp32", codes="u8", errors="fp32", order="i64", ahead="fp32", share="fp32", kept="u8", widths="i32",
@@ -52,6 +55,7 @@ group = dict(MASKED=True, PRECISION="tf32x3", ROWS=16, COLUMNS=32, BLOCK=64)
 check(triton_apply, "shrink_kernel expand_kernel direct_kernel", **group)
 check(triton_planes, "finite_kernel", **group)
 check(triton_planes, "count_kernel", COLUMNS=4, BLOCKS=16)
+check(triton_exact, "tokens_kernel", EXACT_POINTERS, LANES=64)
 rounding = dict(MASKED=True, NORMAL=True, COLUMNS=128, ROWS=8)
 check(triton_gptq, "round_kernel", GPTQ_POINTERS, BY_ROW=True, **rounding)
 check(triton_gptq, "round_kernel", GPTQ_POINTERS, BY_ROW=False, **rounding)
@@ -101,4 +105,4 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("compiled") == 19
+    assert done.stdout.count("compiled") == 20

@@ -19,6 +19,7 @@ NORMAL = {
     4: [0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326],
 }
 WRAPPERS = ("module.", "base_model.model.", "_forward_module.")
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
 _SAFETENSORS = {"F32": "<f4", "F16": "<f2", "U8": "u1", "U32": "<u4", "U64": "<u8", "I64": "<i8", "BF16": "<u2"}
 
 
@@ -134,6 +135,106 @@ def decode_record(data: bytes) -> tuple[np.ndarray, int]:
     return scale * (planes[0].T * np.array(sigma)) @ planes[1], length
 
 
+def exponent_and_ordered(bits: int, dtype: str) -> tuple[int, int]:
+    """An entry's exponent, and the integer in whose order the numbers are."""
+    size, mantissa = {"F32": (32, 23), "F16": (16, 10), "BF16": (16, 7)}.get(dtype, (8 * ITEM_BYTES[dtype], 0))
+    integer = bits - (1 << size) if bits >> (size - 1) else bits
+    if not mantissa:
+        return 0, integer
+    exponent = (bits >> mantissa) & ((1 << (size - 1 - mantissa)) - 1)
+    return exponent, integer ^ ((1 << (size - 1)) - 1) if integer < 0 else integer
+
+
+def coded_numbers(data: bytes, at: int, classes: list[int]) -> tuple[list[int], int]:
+    """The numbers of a sequence whose entries have these classes, and where it ends."""
+    count, steps, block, words, low_bytes = struct.unpack_from("<HHIQQ", data, at)
+    at += struct.calcsize("<HHIQQ")
+    first, used = data[at : at + count], data[at + count : at + 2 * count]
+    at += 2 * count
+    total = sum(t for t in used if t > 1)
+    packed, position = int.from_bytes(data[at : at + (12 * total + 7) // 8], "little"), 0
+    at += (12 * total + 7) // 8
+    tables: list[list[tuple[int, int]]] = []
+    for start, t in zip(first, used, strict=True):
+        frequencies = [packed >> 12 * (position + j) & 0xFFF for j in range(t)] if t > 1 else [4096]
+        position += t if t > 1 else 0
+        assert sum(frequencies) == 4096
+        tables.append([(start + j, f) for j, f in enumerate(frequencies)])
+    lanes = len(classes) // (steps * block) * block + min(block, len(classes) % (steps * block))
+    lengths = struct.unpack_from(f"<{lanes}H", data, at)
+    states = list(struct.unpack_from(f"<{lanes}I", data, at + 2 * lanes))
+    at += 6 * lanes
+    assert sum(lengths) == words and all(state >= 65536 for state in states)
+    stream = struct.unpack_from(f"<{words}H", data, at)
+    at += 2 * words
+    read = [sum(lengths[:lane]) for lane in range(lanes)]
+    low, taken = int.from_bytes(data[at : at + low_bytes], "little"), 0
+    numbers = []
+    for i, own in enumerate(classes):
+        lane = i // (steps * block) * block + i % (steps * block) % block
+        slot, before, which = states[lane] % 4096, 0, 0
+        while slot >= before + tables[own][which][1]:
+            before += tables[own][which][1]
+            which += 1
+        token, frequency = tables[own][which]
+        states[lane] = frequency * (states[lane] // 4096) + slot - before
+        if states[lane] < 65536:
+            states[lane] = 65536 * states[lane] + stream[read[lane]]
+            read[lane] += 1
+        if token >= 16:
+            width = (token - 16) // 8 + 1
+            token = (8 + token % 8 << width) + (low >> taken & (1 << width) - 1)
+            taken += width
+        numbers.append(token)
+    assert states == [65536] * lanes and read == [sum(lengths[: lane + 1]) for lane in range(lanes)]
+    assert low_bytes == (taken + 7) // 8
+    return numbers, at + low_bytes
+
+
+def decode_exact(data: bytes, dtype: str, shape: list[int], base: bytes) -> bytes:
+    """The bytes of the tensor of an exact record; base and tensor have the same dtype."""
+    layout, coding, size, flags, m, n, length, stated = struct.unpack_from("<BBBBIIQQ", data)
+    at, item = struct.calcsize("<BBBBIIQQ"), ITEM_BYTES[dtype]
+    assert (layout, size, length) == (3, item, len(data)) and coding in (0, 1, 2) and flags < 4
+    assert n == (shape[-1] if shape else 1) and m * n * item == len(base)
+    if coding == 0:
+        assert checksum(data[at:]) == stated
+        return data[at:]
+    chosen = [list(range(m)), list(range(n))]
+    for axis in (0, 1):
+        if flags >> axis & 1:
+            (k,) = struct.unpack_from("<I", data, at)
+            gaps, at = coded_numbers(data, at + 4, [0] * k)
+            chosen[axis] = [sum(gaps[: i + 1]) + i for i in range(k)]
+    first, last = data[at], data[at + 1]
+    of_exponents, at = data[at + 2 : at + 3 + last - first], at + 3 + last - first
+    entries = [row * n + column for row in chosen[0] for column in chosen[1]]
+    bits = [int.from_bytes(base[i * item : (i + 1) * item], "little") for i in range(m * n)]
+    classes = [of_exponents[min(max(exponent_and_ordered(bits[i], dtype)[0], first), last) - first] for i in entries]
+    if coding == 1:
+        steps, at = coded_numbers(data, at, classes)
+    else:
+        c = max(of_exponents) + 1
+        changed = struct.unpack_from(f"<{c}I", data, at)
+        own = [number for number, times in enumerate(changed) for _ in range(times)]
+        gaps, at = coded_numbers(data, at + 4 * c, own)
+        values, at = coded_numbers(data, at, own)
+        steps = [0] * len(entries)
+        members = [[i for i, other in enumerate(classes) if other == number] for number in range(c)]
+        place, previous = -1, -1
+        for number, gap, value in zip(own, gaps, values, strict=True):
+            place, previous = (place if number == previous else -1) + gap + 1, number
+            steps[members[number][place]] = value + 1
+    assert at == len(data)
+    for i, step in zip(entries, steps, strict=True):
+        change = step // 2 if step % 2 == 0 else -(step + 1) // 2
+        moved = (exponent_and_ordered(bits[i], dtype)[1] + change) % (1 << 8 * item)
+        bits[i] = exponent_and_ordered(moved, dtype)[1] % (1 << 8 * item)
+    result = b"".join(number.to_bytes(item, "little") for number in bits)
+    assert checksum(result) == stated
+    return result
+
+
 def read_repository(folder: Path, base: Path) -> dict[str, np.ndarray]:
     """Every fine-tuned tensor of an unsharded repository on an unsharded base, in float64, not yet rounded."""
     config = json.loads((folder / "config.json").read_text())
@@ -162,6 +263,9 @@ def read_repository(folder: Path, base: Path) -> dict[str, np.ndarray]:
             tensor = tensor[: rows[name]]
         if name in delta:
             tensor = to_float64(*delta[name])
+        elif name + ".exact" in delta:
+            dtype, shape, data = originals[name]
+            tensor = to_float64(dtype, shape, decode_exact(delta[name + ".exact"][2], dtype, shape, data))
         elif name + ".delta" in delta:
             data = delta[name + ".delta"][2]
             matrices = tensor.reshape(-1, *tensor.shape[-2:]).copy()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from impart_hf.compression import encoding
 from impart_hf.compression.writer import CARD_BYTES, json_bytes
+from impart_hf.storage.workspace import Workspace
 
 
 def differing(one: Path, other: Path) -> list[str]:
@@ -55,15 +55,15 @@ class Stop(BaseException):
 
 def break_off(compression: Callable[[], object], output: Path, after: int) -> dict[str, int]:
     """Leave the workspace as a compression to `output` leaves it that stops after some tensors."""
-    encode, count = encoding.tasks_of, iter(range(after))
+    put_record, count = Workspace.put_record, iter(range(after))
 
-    def stopping(*args: Any) -> Any:
+    def stopping(*args: Any) -> None:
         if next(count, None) is None:
             raise Stop
-        return encode(*args)
+        put_record(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(encoding, "tasks_of", stopping)
+        patch.setattr(Workspace, "put_record", stopping)
         compression()
     assert len(finished(output)) == after and not output.exists()
     return finished(output)
