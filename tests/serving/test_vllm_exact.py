@@ -137,9 +137,35 @@ def test_base_that_is_written_after_the_start(
     check(process, folder, said, "base", 6)
 
 
+def test_models_that_do_not_tell_what_goes_where(
+    engine: EngineProcess, folder: Path, said: dict[str, list[list[int]]]
+) -> None:
+    """If loading one tensor alone fails, the model is left as it was, and all tensors are loaded."""
+    check(engine, folder, said, "one", 21)
+    assert engine.run(swap_without_places, folder / "two") == 21
+    assert engine.tokens(ALL) == said["two"]
+    check(engine, folder, said, "one", 21)
+
+
+def swap_without_places(holder: Any, repo: Path) -> int:
+    from unittest.mock import patch
+
+    from impart_hf.serving.partial_reload import _Recorder
+
+    ask = _Recorder.modules_of
+
+    def fails(recorder: Any, name: str, empty: Any) -> Any:
+        if name == KEY:
+            raise KeyError(name)
+        return ask(recorder, name, empty)
+
+    with patch.object(_Recorder, "modules_of", fails):
+        return swap(holder, repo)
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "numbers"),
-    # Tied embeddings with norms of heads; biases of joined layers; vLLM's own code for another architecture's layers.
+    # Tied embeddings and norms of heads; biases of joined layers.
     [("gemma3", HEADS, (28, 4, 14)), ("qwen2", {"num_attention_heads": 2}, (27, 7, 6))],
 )
 def test_architectures(
