@@ -144,6 +144,8 @@ class ServedWeights:
 
         The modules are None if all are loaded.
         """
+        from vllm.config import set_current_vllm_config
+
         names, served = new.tensors.names(), self._values
         if served is None:
             return names, names, None
@@ -154,7 +156,8 @@ class ServedWeights:
             return [], [], frozenset()
         if len(different) < len(names):
             if not self._places_known or (self._places and self._places.names != names):
-                self._places = places_or_none(self._model, self._vllm_config.model_config, new.tensors)
+                with set_current_vllm_config(self._vllm_config):
+                    self._places = places_or_none(self._model, self._vllm_config.model_config, new.tensors)
                 self._places_known = True
             if self._places and (closed := self._places.closed(set(different))):
                 return different, *closed
@@ -168,9 +171,13 @@ class ServedWeights:
                 load_into(self._model, self._vllm_config.model_config, weights.read(names), modules)
 
     def _undo(self, before: Values | None, names: Sequence[str], modules: frozenset[nn.Module] | None) -> None:
-        """Load what was served before, whose values are known unless everything is loaded."""
+        """Load what was served before, if it is still where it was.
+
+        Args:
+            before: its values, if they are known.
+        """
         old = self._open(*self._served)
-        if modules is not None and self._served[0] is not None and old.values != before:
+        if before is not None and self._served[0] is not None and old.values != before:
             raise DeltaFormatError(f"'{self._served[0]}' is no longer what was loaded from it")
         self._load(old, old.tensors.names() if modules is None else names, modules)
         self._values = old.values
