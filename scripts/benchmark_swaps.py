@@ -44,7 +44,8 @@ def write_copy(finetuned: Path, layers: int, output: Path) -> None:
         tensor = source.tensor(name).clone()
         if tensor.dim() == 2 and any(layer in name for layer in changed):
             chosen = torch.rand(tensor.shape, generator=generator) < SHARE
-            tensor = moved(tensor, chosen.to({2: torch.int16, 4: torch.int32}[tensor.itemsize]))
+            steps = chosen.to({2: torch.int16, 4: torch.int32}[tensor.itemsize])
+            tensor = moved(tensor.view(-1), steps.view(-1)).view(tensor.shape)
         tensors[name] = tensor
     output.mkdir()
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
