@@ -45,7 +45,7 @@ def write_copy(finetuned: Path, layers: int, output: Path) -> None:
         if tensor.dim() == 2 and any(layer in name for layer in changed):
             chosen = torch.rand(tensor.shape, generator=generator) < SHARE
             steps = chosen.to({2: torch.int16, 4: torch.int32}[tensor.itemsize])
-            tensor = moved(tensor.view(-1), steps.view(-1)).view(tensor.shape)
+            tensor = moved(tensor, steps.view(-1))
         tensors[name] = tensor
     output.mkdir()
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
