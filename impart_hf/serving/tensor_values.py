@@ -37,9 +37,19 @@ Values: TypeAlias = Mapping[str, TensorValues]
 def delta_values(repository: DeltaRepository) -> Values:
     """Return what tells the values of each fine-tuned tensor, by name; nothing is decoded, and only headers are read.
 
+    What a delta on another delta leaves unchanged is told as that one's.
+
     Raises:
         DeltaFormatError: if an exact record has no header.
     """
+    values: Values = {}
+    for link in reversed(repository.chain):
+        values = _link_values(link, values)
+    return values
+
+
+def _link_values(repository: DeltaRepository, below: Values) -> Values:
+    """Return the values of one delta, whose base's are those below if it is a delta, too."""
     crcs, values = repository.file.checksums(), {}
     for name in repository.names():
         parts = repository.parts[name]
@@ -48,14 +58,22 @@ def delta_values(repository: DeltaRepository) -> Values:
             exact = stated_checksum(repository.file.start(parts.exact, HEADER_BYTES), name)
         # An entry's CRC is of its name, too, so that it tells what kind of entry it is.
         entries = [entry for entry in (parts.records, parts.exact, parts.replacement, parts.added_rows) if entry]
-        values[name] = TensorValues(
+        own = TensorValues(
             repository.base_checksums[name],
             repository.dtype(name),
             repository.shape(name),
             tuple(crcs[entry] for entry in entries),
             exact,
         )
+        lower = below.get(repository.base.stored_name(name))
+        values[name] = lower if lower is not None and _is_unchanged(own, lower) else own
     return values
+
+
+def _is_unchanged(own: TensorValues, lower: TensorValues) -> bool:
+    """Return whether a tensor is one of the delta below as it is, and that is the one that it was made against."""
+    whole = lower.exact if lower.entries else lower.base
+    return not own.entries and own.base == whole and (own.dtype, own.shape) == (lower.dtype, lower.shape)
 
 
 def base_values(base: Checkpoint, checksums: Mapping[str, int]) -> Values:

@@ -118,9 +118,11 @@ class ServedWeights:
             if files.is_delta:
                 self._served = (files.model, files.options.revision)
             # What was written since may not be what the engine has read.
-            is_as_read = not any(_written_since(folder, _BEGAN) for folder in {files.base, files.folder})
+            links = files.open_model().chain if files.is_delta else []
+            folders = {files.folder, files.base, *(link.base.folder for link in links)}
+            is_as_read = not any(_written_since(folder, _BEGAN) for folder in folders)
             if is_as_read and self._vllm_config.load_config.load_format != _DUMMY_FORMAT:
-                self._values = delta_values(files.open_model()) if files.is_delta else {}
+                self._values = delta_values(links[0]) if links else {}
             self._files = files
         return self._files
 

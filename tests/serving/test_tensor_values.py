@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from support.tiny_models import fine_tune, load_tensors, make_model, save_model, tiny_config
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from impart_hf import ExactConfig, LowRankConfig, compress
 from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.delta_repository import WrongBaseError
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.open import open_repository
 from impart_hf.serving.engine_base import checksums_of_base
@@ -118,3 +120,28 @@ def test_only_dtypes_differ(tmp_path: Path) -> None:
     tuned = fine_tune(family.model, 1, only=lambda name: name == LAYER)
     narrow = family.delta("narrow", tuned)
     assert differing(narrow, family.delta("wide", tuned.float())) == set(narrow)
+
+
+def test_deltas_on_deltas(family: Family) -> None:
+    """What a link leaves unchanged is what it rests on, and the same values in other records are not known to be."""
+    compress(str(family.folder / "one"), str(family.folder / "two-dense"), family.folder / "link", ExactConfig())
+    link = family.values("link")
+    assert differing(family.values("one"), link) == {LAYER, NORM}
+    assert differing(family.values("two"), link) == {LAYER}  # the base's norm is the first link's
+    assert differing(family.base("lossy"), link) == {LAYER, NORM, "lm_head.weight"}
+    assert not differing(link, family.values("link"))
+
+
+def test_a_link_whose_base_was_written_again(family: Family, tmp_path: Path) -> None:
+    """It is not told as what is there now: loading it is an error."""
+    shutil.copytree(family.folder / "one", tmp_path / "below")
+    one = AutoModelForCausalLM.from_pretrained(family.folder / "one-dense")
+    save_model(fine_tune(one, 9, only=lambda name: name == NORM), tmp_path / "dense")
+    compress(str(tmp_path / "below"), str(tmp_path / "dense"), tmp_path / "link", ExactConfig())
+    shutil.rmtree(tmp_path / "below")
+    shutil.copytree(family.folder / "two", tmp_path / "below")
+    link = open_repository(str(tmp_path / "link"), HubOptions())
+    assert {LAYER, NORM} == differing(family.values("two"), delta_values(link))
+    assert {LAYER, NORM} == differing(family.values("one"), delta_values(link))
+    with pytest.raises(WrongBaseError):
+        link.tensor(LAYER)

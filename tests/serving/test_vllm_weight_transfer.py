@@ -93,6 +93,14 @@ def test_successive_steps(engine: EngineProcess, trained: Trained) -> None:
     assert engine.tokens(ALL) == trained.said[0]
 
 
+def test_a_delta_of_the_last_step(engine: EngineProcess, trained: Trained, tmp_path: Path) -> None:
+    """It may rest on the delta of the step before, and what only that one changed is not loaded again."""
+    engine.run(update, delta=str(trained.step(4)))
+    link = delta_of(Pair(trained.step(4), trained.folder / "dense5"), tmp_path / "link", ExactConfig())
+    assert len(engine.run(update, delta=str(link))) == 6
+    assert engine.tokens(ALL) == trained.said[5]
+
+
 def test_wrong_deltas_change_nothing(engine: EngineProcess, trained: Trained, tmp_path: Path) -> None:
     engine.run(update, delta=str(trained.step(3)))
     other = save_model(make_model(tiny_config("llama", **HEADS), 9, dtype=torch.float32), tmp_path / "base")
