@@ -13,12 +13,15 @@ from .registration import is_command_line, register_with_transformers
 if TYPE_CHECKING:  # names for the type checker
     from .checkpointing.callback import DeltaCheckpointCallback as DeltaCheckpointCallback
     from .compression.compress import compress as compress
+    from .compression.flatten import flatten as flatten
     from .compression.forecast import forecast as forecast
     from .compression.resources import Forecast as Forecast
     from .compression.target import QualityTarget as QualityTarget
     from .compression.tune import tune as tune
     from .delta_adapters.model import DeltaModel as DeltaModel
     from .delta_adapters.model import load_delta as load_delta
+    from .differences.diff import diff as diff
+    from .differences.report import DiffReport as DiffReport
     from .distillation import DistillSettings as DistillSettings
     from .merging.config import MergeConfig as MergeConfig
     from .merging.config import MergeModel as MergeModel
@@ -45,12 +48,15 @@ if TYPE_CHECKING:  # names for the type checker
 _MODULES = {
     "DeltaCheckpointCallback": "checkpointing.callback",
     "compress": "compression.compress",
+    "flatten": "compression.flatten",
     "forecast": "compression.forecast",
     "Forecast": "compression.resources",
     "QualityTarget": "compression.target",
     "tune": "compression.tune",
     "DeltaModel": "delta_adapters.model",
     "load_delta": "delta_adapters.model",
+    "diff": "differences.diff",
+    "DiffReport": "differences.report",
     "DistillSettings": "distillation",
     "MergeConfig": "merging.config",
     "MergeModel": "merging.config",

@@ -6,11 +6,11 @@ from pathlib import Path
 from .common.names import is_on_hub
 from .modeling.configuration_pruned_llama import PrunedLlamaConfig
 from .modeling.delta_file import DeltaFile, find_delta_files
+from .modeling.delta_repository import read_config
 from .modeling.model_files import CheckpointError, HubOptions, repository_kind
 from .modeling.repository_files import push_folder
 from .modeling.repository_kind import RepositoryKind
 from .pruning.checks import open_llama
-from .repository.open import read_config
 from .repository.reader_files import pruned_reader_files
 
 

@@ -11,9 +11,9 @@ Of each pair, the changed tensors are coded by:
   with the bytes of all numbers that are first, second, … put together; the smallest of each compressor counts;
 * ZipNN of the fine-tune and of the XOR, and reminis' delta pack of the two models.
 
-Slow compressors work on every n-th tensor only, about --most MB in all, and their sizes are scaled; a star says so. All
-run on one core. `--sparse SHARE` adds a pair that is made of each base: so many of its numbers, at random, are one step
-higher or lower.
+Slow compressors get the same share of each tensor, its first rows, about --most MB in all, and their sizes are scaled;
+a star says so. All run on one core. `--sparse SHARE` adds a pair that is made of each base: so many of its numbers, at
+random, are one step higher or lower.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import argparse
 import importlib.util
 import json
 import lzma
+import math
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def changed_tensors(repository: DeltaRepository) -> Iterator[tuple[torch.Tensor,
         if repository.parts[name].exact:
             finetuned = repository.tensor(name)
             base = repository.base_tensor(name)
-            yield rounded(base, finetuned.dtype), finetuned[: len(base)] if base.dim() else finetuned
+            yield rounded(base, finetuned.dtype), finetuned[: len(base)]
 
 
 def entropy_bytes(base: torch.Tensor, finetuned: torch.Tensor) -> float:
@@ -183,10 +184,8 @@ def measure_pair(name: str, base: Path, finetuned: Path, folder: Path, most: int
     add("exact, encoding", stored, encoding)
     add("exact, decoding", stored, decoding)
     add("entropy given the exponent", least)
-    step = max(1, round(dense / most))
-    # The largest first, so that every n-th are alike for any n.
-    sample = sorted(tensors, key=lambda pair: pair[1].nbytes, reverse=True)[::step]
-    share = sum(pair[1].nbytes for pair in sample) / dense
+    sample = [tuple(part[: math.ceil(len(part) * min(1, most / dense))] for part in pair) for pair in tensors]
+    share = sum(finetuned.nbytes for _, finetuned in sample) / dense
     for compressor, size_of in general_compressors().items():
         sizes: dict[str, int] = {}
         started = time.perf_counter()

@@ -29,7 +29,7 @@ from impart_hf.methods import method_class, method_names
 from impart_hf.modeling.checkpoints import Checkpoint
 from impart_hf.modeling.model_files import HubOptions
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -125,7 +125,7 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             str(base), str(finetuned), delta, settings(compression_ratio=arguments.ratio, seed=seed), progress=False
         )
     rows: list[dict[str, Any]] = []
-    with mock.patch.dict("os.environ", _ENVIRONMENT):
+    with mock.patch.dict("os.environ", ENVIRONMENT):
         for name, model in (("dense fine-tune", str(finetuned)), ("delta repository", deltas[0])):
             if not arguments.tiny:  # the first start of an architecture fills vLLM's cache
                 measure.in_fresh_process(__file__, {"start": model})

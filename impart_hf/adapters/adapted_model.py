@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup
 from ..common.configs import model_config, untied
 from ..common.meta_model import meta_model
-from ..modeling.checkpoints import TIED_OUTPUT, Checkpoint
+from ..modeling.checkpoints import TIED_OUTPUT
+from ..modeling.delta_chain import BaseModel
 from ..modeling.model_files import CheckpointError
 from .adapted_layers import AdaptedLayers
 from .adapter_files import AdapterFiles, adapter_weights
@@ -34,7 +35,7 @@ class AdaptedModel:
         weight_bytes: size of all tensors, in bytes.
     """
 
-    def __init__(self, base: Checkpoint, adapter: AdapterFiles):
+    def __init__(self, base: BaseModel, adapter: AdapterFiles):
         """Put an adapter on a base; the adapter is read, and of the base headers.
 
         Args:

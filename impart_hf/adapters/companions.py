@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.delta_chain import BaseModel
 from ..modeling.model_files import HubOptions, fetch_file
 from ..modeling.repository_files import is_tokenizer_file
 from ..repository.sidecar_files import sidecar_files
@@ -26,10 +26,10 @@ class Companions:
     files: dict[str, Path]
 
 
-def companions_of(model: Checkpoint | AdaptedModel) -> Companions:
+def companions_of(model: BaseModel | AdaptedModel) -> Companions:
     """Return a model's sidecar files; an adapter's own, and its base's for what the adapter lacks."""
     files = sidecar_files(model.source, model.options)
-    if isinstance(model, Checkpoint):
+    if not isinstance(model, AdaptedModel):
         return Companions(model.source, model.options, files)
     base = companions_of(model.base)
     own = {name: path for name, path in files.items() if not name.startswith(_OF_AN_ADAPTER)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..modeling.checkpoints import Checkpoint
+from ..modeling.delta_chain import BaseModel
 from ..modeling.model_files import CheckpointError, HubOptions, fetch_file, read_json
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from .adapter_files import AdapterFiles
@@ -14,7 +14,7 @@ from .adapter_files import AdapterFiles
 logger = logging.get_logger(__name__)
 
 
-def check_named_base(adapter: AdapterFiles, base: Checkpoint) -> None:
+def check_named_base(adapter: AdapterFiles, base: BaseModel) -> None:
     """Check that an adapter was not trained on a delta repository, and warn if it seems to be for another base.
 
     Raises:

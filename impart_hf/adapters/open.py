@@ -3,13 +3,14 @@
 import os
 
 from ..modeling.checkpoints import WEIGHT_FILES, Checkpoint
+from ..modeling.delta_chain import BaseModel
 from ..modeling.model_files import HubOptions, fetch_file, pinned
 from .adapted_model import AdaptedModel
 from .adapter_files import find_adapter
 from .named_base import check_named_base
 
 
-def open_finetune(source: str, options: HubOptions, base: Checkpoint) -> Checkpoint | AdaptedModel:
+def open_finetune(source: str, options: HubOptions, base: BaseModel) -> Checkpoint | AdaptedModel:
     """Open a fine-tune of a base: a dense checkpoint, or an adapter.
 
     A local folder with weights of its own and an adapter beside them is read as transformers reads it: the adapter is

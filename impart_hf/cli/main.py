@@ -34,9 +34,11 @@ COMMANDS: Mapping[str, str | Group] = {
     "tune": "search beta, C and seed of impart or impart-qt on a validation text or task",
     "merge": "merge fine-tunes of one base as configured in a YAML file",
     "tune-merge": "search the settings of a merge on a validation text for each task",
+    "diff": "show what changed between two models, or a delta repository and its base, and which method fits",
     "inspect": "show the contents of a delta repository, tensor by tensor",
     "verify": "check a delta repository against its base, decoding every tensor",
     "reconstruct": "write the dense fine-tuned checkpoint from a delta repository",
+    "flatten": "write a delta of a delta as one exact delta against the first base",
     "export-lora": "write a delta's leading components as a LoRA adapter",
     "push": "upload a delta repository or pruned model to the Hub",
     "prune": Group(

@@ -29,4 +29,5 @@ def run(options: argparse.Namespace) -> None:
     device = usable_device(options.device or "cpu")
     repository = open_repository(options.repo, HubOptions(options.revision), options.base_model)
     verify(repository, device=device, progress=Progress(not options.quiet))
-    print(f"{options.repo}: {len(repository.names())} tensors are sound, the base is {repository.base.source}")
+    bases = " on ".join(link.base.source for link in repository.chain)
+    print(f"{options.repo}: {len(repository.names())} tensors are sound, the base is {bases}")

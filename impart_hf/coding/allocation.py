@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ..modeling.delta_record import HEADER_BYTES, SEGMENT_BYTES
-from .entry_codes import EntryCodes, of_components
+from .entry_codes import EntryCodes, entry_code, of_components, relative_error
 from .rate_distortion import Components, Matrix, Table
 from .record_sizes import OVERHEAD_BYTES
 
@@ -13,8 +15,30 @@ _GROUP = 1 << 20  # components that are binned at a time, to save memory
 _ROUNDS, _LAST_ROUND = 6, 16  # in which it is decided which matrices are stored by entries: at most; then none is
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """How bytes are shared out among k matrices, and the errors that are to be expected.
+
+    Attributes:
+        bytes: of every matrix's record.
+        dropped: float64 (k,), squared norm of the components that are not stored.
+        noise: float64 (k,), expected squared error of what is stored.
+        by_entries: bool (k,), which matrices are stored by entries.
+    """
+
+    bytes: list[int]
+    dropped: np.ndarray
+    noise: np.ndarray
+    by_entries: np.ndarray
+
+
 def allocate(matrices: list[Matrix], max_bytes: int) -> list[int]:
-    """Return the bytes of every matrix's record, in total at most `max_bytes`, with one price of a bit for all.
+    """Return the bytes of every matrix's record, in total at most `max_bytes`, with one price of a bit for all."""
+    return allocation(matrices, max_bytes).bytes
+
+
+def allocation(matrices: list[Matrix], max_bytes: int) -> Allocation:
+    """Share out at most `max_bytes` with one price of a bit for all matrices.
 
     Components that are nearly alike are counted instead of examined one by one.
     """
@@ -34,7 +58,7 @@ def allocate(matrices: list[Matrix], max_bytes: int) -> list[int]:
             return fixed - float(entries.choose(price)[0][chosen].sum())
 
         price = Table(table.numbers[:, counts > 0], counts[counts > 0]).price_for(room, price, largest)
-        pairs, _, bin_bytes, bin_errors = table.choose(price)
+        pairs, thresholds, bin_bytes, bin_errors = table.choose(price)
         components = np.bincount(owner, bin_bytes[where], len(matrices))
         of_entries, errors = entries.choose(price)
         harm = of_components(np.bincount(owner, bin_errors[where], len(matrices)), entries.energies)
@@ -57,8 +81,15 @@ def allocate(matrices: list[Matrix], max_bytes: int) -> list[int]:
         sizes = np.ceil(sizes).astype(int)
         excess = int(sizes.sum()) - max_bytes
         if excess <= 0 or not ((pairs >= 0).any() or by_entries.any()):
-            return sizes.tolist()
+            break
         headers += excess  # the number of segments is known only after the price
+    energies = np.square(np.concatenate([matrix.sigma for matrix in matrices]))
+    noise = np.bincount(owner, energies * table.noise(pairs, thresholds)[where], len(matrices))
+    lost = np.bincount(owner, energies * (pairs[where] < 0), len(matrices))
+    for number in np.flatnonzero(by_entries):
+        code = entry_code(matrices[number], int(sizes[number]))
+        noise[number] = relative_error(matrices[number], code) * energies[owner == number].sum()
+    return Allocation(sizes.tolist(), np.where(by_entries, 0.0, lost), noise, by_entries)
 
 
 def _binned(matrices: list[Matrix]) -> tuple[Table, np.ndarray]:

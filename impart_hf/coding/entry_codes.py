@@ -54,6 +54,11 @@ def entry_code(matrix: Matrix, max_bytes: int) -> EntryCode:
     return EntryCode(int(_BITS[best, 0]), int(values[best, 0]), float(errors[best]))
 
 
+def relative_error(matrix: Matrix, code: EntryCode) -> float:
+    """Return a code's expected squared error, without weights, relative to the squared norm of the matrix."""
+    return (1 + NOISE[code.bits]) * matrix.rows * matrix.columns / code.values - 1
+
+
 class EntryCodes:
     """The codes of several matrices at one price of a bit."""
 

@@ -137,6 +137,14 @@ class Table:
         sizes = np.where(stored, whole * kept_ratios(thresholds) / 8 + COMPONENT_BYTES, 0.0)
         return np.where(stored, best, -1), thresholds, sizes, np.where(stored, costs - 8 * price * sizes, dropped)
 
+    def noise(self, pairs: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+        """Return the expected squared error of components that are stored as `choose` says, relative to their energy.
+
+        It is 0 for dropped components, of which nothing is stored.
+        """
+        kept = kept_ratios(thresholds)
+        return np.where(pairs < 0, 0.0, self._noise[:, pairs, 0].prod(0) / kept**2 - 1)
+
     def binned(self) -> tuple[Table, np.ndarray]:
         """Return a table in which components that are nearly alike share a row, and each component's row in it."""
         found, where, step = *self._grouped(_STEP), _STEP

@@ -20,6 +20,7 @@ from ..common.configs import model_config, untied
 from ..common.meta_model import takes_images
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import Checkpoint, same_values
+from ..modeling.delta_chain import BaseModel, DeltaBase
 from ..modeling.model_files import CheckpointError, HubOptions
 from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import Model, StoredModel
@@ -177,7 +178,7 @@ def match(base: ReadModel, finetuned: ReadModel) -> MatchedPair:
         advice = ": give the pruned model that it was trained from as the base" if types[1] == "pruned_llama" else ""
         raise IncompatibleModelsError(f"the base is a '{types[0]}' model, the fine-tune a '{types[1]}' model{advice}")
     stored = base.checkpoint
-    assert isinstance(stored, Checkpoint)  # a fine-tune may be an adapter, a base is not
+    assert isinstance(stored, Checkpoint | DeltaBase)  # a fine-tune may be an adapter, a base is not
     matcher = _Matcher(stored, finetuned)
     if base.layout is None or finetuned.layout is None:  # names are compared as they stand
         check_tied_output(finetuned.checkpoint)
@@ -196,7 +197,7 @@ def match(base: ReadModel, finetuned: ReadModel) -> MatchedPair:
 class _Matcher:
     """Collects the origin of every tensor."""
 
-    def __init__(self, base: Checkpoint, finetuned: ReadModel):
+    def __init__(self, base: BaseModel, finetuned: ReadModel):
         self._base, self._finetuned, self._checkpoint = base, finetuned, finetuned.checkpoint
         self._stored = set(finetuned.checkpoint.stored_names())
         self.origins: dict[str, Origin] = {}

@@ -20,7 +20,7 @@ from .scan import TensorPlan, order_to_take
 from .stages import DECOMPOSING
 
 # The squares of smaller numbers underflow in float32: such a delta has norm 0 and changes no model.
-_ZERO_DELTA = 1e-15
+ZERO_DELTA = 1e-15
 _MOST = 1000.0  # and its inverse: bounds of a weight, because a sensitivity is measured on little text
 _PROPERTIES = 3  # numbers that are stored before a matrix's singular values: energy, weight of errors, relative norm
 
@@ -48,7 +48,7 @@ class Delta:
             matrix = matrix.nan_to_num(0, 0, 0)  # rows that hold NaN or infinity are the same in both
         norms = [torch.linalg.vector_norm(part) for part in (matrix, whole)]
         norm, of_whole, largest = torch.stack([*norms, matrix.abs().max()]).tolist()  # a device is waited for once
-        return cls(matrix, largest > _ZERO_DELTA, norm / of_whole if of_whole else math.inf)
+        return cls(matrix, largest > ZERO_DELTA, norm / of_whole if of_whole else math.inf)
 
 
 def deltas_of(tensor: TensorPlan, base: BaseTensors, finetuned: Model, device: torch.device) -> Iterator[Delta]:

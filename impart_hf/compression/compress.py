@@ -57,7 +57,7 @@ def compress(
     out and give the same bytes as one. All return the report.
 
     Args:
-        base: local folder or Hub id of the base model.
+        base: local folder or Hub id of the base model, which may be a delta repository that is exact.
         finetuned: local folder or Hub id of the fine-tuned model, or of an adapter in PEFT's format on the
             base, which together are the fine-tuned model.
         output_dir: folder of the repository; must not exist, be empty, or hold a delta repository, which is replaced.
@@ -94,10 +94,13 @@ def compress(
 
     Raises:
         CheckpointError: if one of the models cannot be read, or an adapter cannot be merged.
+        DeltaFormatError, WrongBaseError: if the base is a delta repository that is damaged, or whose own base is
+            another, or that stores a tensor approximately.
         IncompatibleModelsError: if they are not a pair, or hold NaN or infinity.
         ValueError: if the method's ratio cannot be reached, no ratio keeps the target, a device or size is invalid, or
             a text is too short.
-        OutputError: if `output_dir` holds something else, is being written by another process, or the disk is full.
+        OutputError: if `output_dir` holds something else or a delta that the base rests on, is being written by another
+            process, or the disk is full.
     """
     method = checked_method(method, calibration, distill, distill_settings, max_bytes, target)
     names = exact_names(method, exact)
@@ -113,6 +116,7 @@ def compress(
                 progress=Progress(progress), exact=names,
             )
         )  # fmt: skip
+        pair.check_output(workspace.output)
         if isinstance(method, ExactConfig):
             return compress_exactly(pair, workspace, shard_size)
         request = request_for(

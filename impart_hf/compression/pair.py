@@ -17,11 +17,14 @@ from ..adapters.open import open_finetune
 from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..calibration.text import BUILT_IN, CalibrationSource, calibration_tokens, load_tokenizer, within_positions
 from ..common.configs import model_config
+from ..common.files import OutputError
 from ..common.names import recorded_base
 from ..common.progress import Progress
 from ..evaluation.metrics import load
 from ..modeling.base_tensors import BaseTensors
-from ..modeling.checkpoints import Checkpoint, config_for
+from ..modeling.checkpoints import config_for
+from ..modeling.delta_chain import DeltaBase
+from ..modeling.delta_repository import open_base
 from ..modeling.model_files import HubOptions, pinned
 from ..modeling.modeling_delta_compressed import is_classifier
 from ..modeling.tensors import LazyTensor, Model
@@ -50,7 +53,7 @@ class ModelPair:
     def __init__(
         self,
         base: str,
-        finetuned: str,
+        finetuned: str | DeltaBase,
         base_options: HubOptions,
         finetuned_options: HubOptions,
         *,
@@ -62,39 +65,61 @@ class ModelPair:
         """Open both checkpoints; only headers are read, and an adapter.
 
         Args:
+            finetuned: folder or Hub id, or a delta repository that has been opened.
             exact: the tensors to store exactly.
 
         Raises:
             CheckpointError: if one of them cannot be read, the fine-tune is an adapter that cannot be merged, or it
                 has code under the name of a reader file.
+            DeltaFormatError, WrongBaseError: if the base is a delta repository that is damaged, or whose base is
+                another, or on which no delta can rest.
             IncompatibleModelsError: if they are not a pair.
             ModuleNotFoundError: if the fine-tune is an adapter and PEFT is not installed.
             ValueError: if no tensor has a name that `exact` asks for.
         """
-        base, finetuned = os.fspath(base), os.fspath(finetuned)
+        base = os.fspath(base)
         base_options = pinned(base, base_options)
         self.device, self.progress, self.exact = device, progress, exact
-        bare = Checkpoint(base, base_options)
+        bare = open_base(base, base_options)
         refuse_adapter(base, base_options)
-        opened = open_finetune(finetuned, finetuned_options, bare)
+        opened = (
+            finetuned
+            if isinstance(finetuned, DeltaBase)
+            else open_finetune(os.fspath(finetuned), finetuned_options, bare)
+        )
         self.companions = companions_of(opened)
-        refuse_reader_names(finetuned, self.companions.files)
+        refuse_reader_names(opened.source, self.companions.files)
         read = ReadModel(opened)
         check_class(read)
-        matched = match(ReadModel(Checkpoint(base, base_options, tied=read.ties_output)), read)
+        matched = match(ReadModel(open_base(base, base_options, tied=read.ties_output)), read)
         self.base: BaseTensors = matched.base
         self.finetuned: Model = matched.finetuned
         check_loads(self.finetuned)
         exact.check(self.finetuned.names())
         self.recorded_base = recorded_base(base, base_options.revision, base_name)
+        self._folders = bare.folders | (opened.folders if isinstance(opened, DeltaBase) else {opened.folder})
         self._streamed: tuple[torch.Tensor, StreamedModel] | None = None
 
     def state(self) -> list[list[Any]]:
         """Return what a scan depends on: path, size and time of every file in the models' folders, and exact names."""
-        folders = {self.base.folder, self.finetuned.folder}
-        files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+        files = sorted(path for folder in self._folders for path in folder.iterdir() if path.is_file())
         found: list[list[Any]] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         return [*found, list(self.exact.patterns)]
+
+    @property
+    def chain_length(self) -> int:
+        """How many deltas rest on each other, that of the pair included: 1 if the base is dense."""
+        base = self.base.checkpoint
+        return 1 + (len(base.repository.chain) if isinstance(base, DeltaBase) else 0)
+
+    def check_output(self, output: Path) -> None:
+        """Check that an output folder is none that the result would rest on.
+
+        Raises:
+            OutputError: if it is.
+        """
+        if any(output.exists() and folder.samefile(output) for folder in self.base.checkpoint.folders):
+            raise OutputError(f"{output} holds a delta that the result would rest on; choose another folder")
 
     @property
     def is_scanned(self) -> bool:

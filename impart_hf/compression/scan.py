@@ -126,7 +126,7 @@ def scan_tensor(
         tokens: size of the vocabulary.
         exact: the tensors to store exactly. Any bits of theirs differ, and may be NaN.
     """
-    whole, after = base.whole(name), finetuned.tensor(name)
+    (whole, base_checksum), after = base.whole_and_checksum(name), finetuned.tensor(name)
     before = base.shared(name, whole)
     shared, added = _parts(before, after)
     is_exact = name in exact
@@ -144,7 +144,7 @@ def scan_tensor(
         found = dataclasses.replace(found, kind="exact", max_bytes=size)
     elif found.kind == "encoded" and _is_sparse(before, shared):
         found = dataclasses.replace(found, exact_bytes=len(encode_exact(before, shared)))
-    return dataclasses.replace(found, base_checksum=tensor_checksum(whole), checksum=tensor_checksum(after))
+    return dataclasses.replace(found, base_checksum=base_checksum, checksum=tensor_checksum(after))
 
 
 def sampled_scan(base: BaseTensors, finetuned: Model) -> list[TensorPlan]:

@@ -163,6 +163,7 @@ def tune(
             device=device,
             progress=Progress(False),
         )
+        pair.check_output(workspace.output)
         inputs = None if calibration is None else pair.tokens(calibration, calibration_samples, calibration_length)
         scorer = (
             _TextScorer(pair, validation, samples, length, batch_size)

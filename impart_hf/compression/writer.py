@@ -85,7 +85,12 @@ def repository_config(pair: ModelPair, method: dict[str, Any]) -> dict[str, Any]
     if exceptions := {name: dtype for name, dtype in floats.items() if dtype != usual}:
         config["tensor_dtype_exceptions"] = exceptions
     base = pair.base
-    optional = {"absent_tensors": base.absent, "row_counts": base.row_counts, "base_tensors": base.others}
+    optional = {
+        "base_is_delta": pair.chain_length > 1,
+        "absent_tensors": base.absent,
+        "row_counts": base.row_counts,
+        "base_tensors": base.others,
+    }
     return config | {name: value for name, value in optional.items() if value}
 
 
@@ -140,6 +145,7 @@ def _card(
         shortfall=shortfall,
         origin=origin,
         auto_class=auto_classes(finetuned)[-1],
+        deltas=pair.chain_length,
     )
 
 

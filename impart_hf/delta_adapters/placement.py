@@ -293,9 +293,15 @@ class Placement:
                         f"'{repository.source}' names"
                     )
                 if not _same(own, value, fewer_rows):
+                    advice = "Load the base anew, without changes"
+                    if len(repository.chain) > 1:  # its base is a delta itself
+                        advice = (
+                            "Load that delta and call its merge_and_unload, or write this one against the first base "
+                            "with `impart-hf flatten`"
+                        )
                     raise WrongBaseError(
                         f"the base model in memory is not the base of '{repository.source}': its {parameter} "
-                        f"differs from that of '{repository.base.source}'. Load the base anew, without changes"
+                        f"differs from that of '{repository.base.source}'. {advice}"
                     )
 
 

@@ -26,7 +26,7 @@ from ..modeling.checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES
 from ..modeling.checksums import tensor_bytes
 from ..modeling.delta_repository import DeltaRepository
 from ..modeling.modeling_delta_compressed import inner_class, is_classifier
-from ..repository.open import refuse_adapter_beside
+from ..repository.open import refuse_adapter_beside, refuse_chain
 from ..storage.checkpoint_writer import new_folder
 from ..storage.safetensors_writer import Entry, write_safetensors
 from .factors import Decomposed, Factors, SpooledFactors
@@ -76,7 +76,8 @@ def export_lora(
         progress: shows a bar over the matrices.
 
     Raises:
-        CheckpointError: if the repository holds an adapter already, or has no tokenizer for the text.
+        CheckpointError: if the repository holds an adapter already, has no tokenizer for the text, or rests on
+            another delta.
         ValueError: if an argument is out of range, nothing that an adapter holds has changed, the budget is too small
             for anything, or PEFT does not support the model's layers.
         OutputError: if the folder is not empty.
@@ -84,6 +85,7 @@ def export_lora(
         DeltaFormatError, WrongBaseError: if the delta is damaged or the base is another; no output remains.
     """
     refuse_adapter_beside(repository.source, repository.options)
+    refuse_chain(repository)
     if is_classifier(inner_class(repository.text_config)):
         raise ValueError(
             f"'{repository.source}' is a sequence classifier: adapters are made of language models' deltas"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ..coding.allocation import allocate
+from ..coding.allocation import Allocation, allocation
 from ..coding.entry_codes import EntryCode, entry_code, of_components
 from ..coding.rate_distortion import NOISE, Choice, Components, ErrorWeights, Matrix
 from ..coding.record_sizes import OVERHEAD_BYTES, factored_bytes, kept_ratios, runs
@@ -91,7 +91,11 @@ class ImPartRdConfig(MethodConfig):
         return factored_bytes(np.ones(1, int), np.array([rows]), np.array([columns]))
 
     def allocate(self, spectra: list[Spectrum], max_bytes: int) -> list[int]:
-        return allocate([self.matrix(spectrum) for spectrum in spectra], max_bytes)
+        return self.allocation(spectra, max_bytes).bytes
+
+    def allocation(self, spectra: list[Spectrum], max_bytes: int) -> Allocation:
+        """Share out a byte budget as `allocate` does, with the errors that are to be expected."""
+        return allocation([self.matrix(spectrum) for spectrum in spectra], max_bytes)
 
     def matrix(self, spectrum: Spectrum) -> Matrix:
         """A matrix as bits are shared out among components: its spectrum, and what errors in it count for."""

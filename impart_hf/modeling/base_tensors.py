@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .checkpoints import Checkpoint, all_finite
+from .checkpoints import all_finite
+from .delta_chain import BaseModel
 from .model_files import HubOptions
 from .transfer import to_device
 
@@ -18,7 +19,7 @@ class BaseTensors:
     have fewer rows of a vocabulary, and have an output projection of its own where the base uses its embeddings.
 
     Attributes:
-        checkpoint: the base.
+        checkpoint: the base: a checkpoint, or a delta repository.
         absent: the base's tensors that the fine-tune does not have, sorted.
         row_counts: by name, how many of the base tensor's first rows the fine-tune has, where it does not have all.
         others: by name, the base's tensor that a tensor rests on, where it has another name.
@@ -26,7 +27,7 @@ class BaseTensors:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: BaseModel,
         absent: Iterable[str] = (),
         row_counts: Mapping[str, int] | None = None,
         others: Mapping[str, str] | None = None,
@@ -81,11 +82,11 @@ class BaseTensors:
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the part that base and fine-tune share, on a device."""
-        return to_device(self.shared(name, self.whole(name)), device)
+        return to_device(self.shared(name, self.checkpoint.tensor(self.stored_name(name))), device)
 
-    def whole(self, name: str) -> torch.Tensor:
-        """Return the base's whole tensor, on the CPU; its checksum is of this one."""
-        return self.checkpoint.tensor(self.stored_name(name))
+    def whole_and_checksum(self, name: str) -> tuple[torch.Tensor, int]:
+        """Return the base's whole tensor, on the CPU, and its checksum."""
+        return self.checkpoint.tensor_and_checksum(self.stored_name(name))
 
     def shared(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """Return the part of the base's tensor that the fine-tune has."""

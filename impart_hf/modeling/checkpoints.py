@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .checksums import tensor_bytes
+from .checksums import tensor_bytes, tensor_checksum
 from .model_files import (
     CheckpointError,
     HubOptions,
@@ -75,6 +75,7 @@ class Checkpoint:
         source, options: the folder or Hub id that it was opened from, and the options used.
         config: the content of its config.json.
         folder: the folder that holds its files; for a Hub repository, in the Hub's cache.
+        folders: this one alone.
         tied: whether the output projection shares the input embeddings.
         weight_bytes: size of its weight files on disk, in bytes.
     """
@@ -93,6 +94,7 @@ class Checkpoint:
         """
         self.source, self.options = source, options
         self.config, self.folder = fetch_config(source, options)
+        self.folders = {self.folder}
         if kind_of(self.config) is RepositoryKind.DELTA:
             raise CheckpointError(f"'{source}' is a delta repository; make it dense with `impart-hf reconstruct` first")
         if self.config.get("quantization_config"):
@@ -233,6 +235,11 @@ class Checkpoint:
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"'{self.source}': {name} cannot be read: {error}") from error
         return to_device(stored, device)
+
+    def tensor_and_checksum(self, name: str) -> tuple[torch.Tensor, int]:
+        """Return the tensor on the CPU, and its checksum (`checksums.tensor_checksum`); errors as for `tensor`."""
+        tensor = self.tensor(name)
+        return tensor, tensor_checksum(tensor)
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:

@@ -24,6 +24,7 @@ class DeltaCompressedConfig(PreTrainedConfig):
         text_config: the fine-tuned model's whole configuration (a dict is converted to its class).
         base_model_name_or_path: Hub id or local folder of the base model.
         base_model_revision: commit of the base on the Hub; None for a local folder.
+        base_is_delta: whether the base is a delta repository itself.
         method: the method's name and all its settings, as given to the writer.
         format_version: version of the file format (docs/FORMAT.md).
         tensor_dtype: dtype of the fine-tuned tensors as published, e.g. "bfloat16".
@@ -42,6 +43,7 @@ class DeltaCompressedConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     base_model_name_or_path: str = ""
     base_model_revision: str | None = None
+    base_is_delta: bool = False
     method: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     tensor_dtype: str = "bfloat16"

@@ -110,6 +110,17 @@ class DeltaFile:
             )
         return tensor
 
+    def start(self, name: str, count: int) -> np.ndarray:
+        """Return the first bytes of an entry that has one axis of bytes, without checking its CRC-32.
+
+        Raises:
+            DeltaFormatError: if it cannot be read.
+        """
+        try:
+            return self._handles[name].get_slice(name)[:count].numpy()
+        except (SafetensorError, RuntimeError) as error:
+            raise DeltaFormatError(f"{self._paths[name]}: delta entry {name} cannot be read: {error}") from error
+
     def read_finite(self, name: str) -> torch.Tensor:
         """Read one entry and check that it is free of NaN and infinity; errors as for `read`."""
         tensor = self.read(name)

@@ -7,15 +7,17 @@ import torch
 from transformers import PreTrainedConfig
 
 from .base_tensors import BaseTensors, finite_where_base_is
-from .checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, Checkpoint
+from .checkpoints import DTYPE_NAMES, SAFETENSORS_DTYPES, Checkpoint, config_fields
 from .checksums import tensor_checksum
 from .configuration_delta_compressed import DeltaCompressedConfig
 from .deferred_tensor import Index, part_ranges
+from .delta_chain import BaseModel, DeltaBase, Descent
 from .delta_decode import add_delta, add_delta_part
 from .delta_file import BASE_CHECKSUMS, DeltaFile, TensorParts, entry_kind, find_delta_files, names_checksum, weight_map
 from .delta_record import DeltaFormatError
-from .exact_record import restore
-from .model_files import CheckpointError, HubOptions
+from .exact_record import restore, stated_checksum
+from .model_files import CheckpointError, HubOptions, fetch_config, pinned, repository_kind
+from .repository_kind import RepositoryKind, kind_of
 from .tensors import LazyTensor
 from .transfer import ahead, to_device
 
@@ -27,8 +29,61 @@ class WrongBaseError(ValueError):
     """The base model is not the one that the delta was made against."""
 
 
+class MissingBaseError(CheckpointError):
+    """The base of a delta cannot be opened; the message says which."""
+
+
+def read_config(repo: str, options: HubOptions) -> DeltaCompressedConfig:
+    """Read the configuration of a delta repository.
+
+    Raises:
+        CheckpointError: if the folder or Hub repository is missing, or not a delta repository.
+        DeltaFormatError: if its config.json has invalid fields.
+    """
+    content, _ = fetch_config(repo, options)
+    if kind_of(content) is not RepositoryKind.DELTA:
+        raise CheckpointError(
+            f"'{repo}' is a '{content.get('model_type')}' model, not a delta repository: check the path"
+        )
+    try:
+        return DeltaCompressedConfig.from_dict(config_fields(content))
+    except Exception as error:  # transformers raises many exception types for invalid fields
+        raise DeltaFormatError(
+            f"config.json of '{repo}' cannot be used, download it again or upgrade transformers: {str(error)[:400]}"
+        ) from error
+
+
+def open_base(
+    source: str,
+    options: HubOptions,
+    tied: bool | None = None,
+    first_base: str | None = None,
+    descent: Descent | None = None,
+) -> BaseModel:
+    """Open a base: a checkpoint, or a delta repository and all that it rests on.
+
+    Args:
+        source: folder or Hub id.
+        options: how its files are found.
+        tied: whether the output projection shares the input embeddings; None takes it from config.json.
+        first_base: folder or Hub id of a dense model, instead of the one at the end of the chain.
+        descent: the repositories that rest on this one.
+
+    Raises:
+        CheckpointError, WrongBaseError: if it, or what it rests on, is missing or another.
+        DeltaFormatError: if it is damaged, or a delta that no other can rest on.
+    """
+    options = pinned(source, options)
+    config, folder = fetch_config(source, options)
+    if kind_of(config) is not RepositoryKind.DELTA:
+        return Checkpoint(first_base or source, replace(options, revision=None) if first_base else options, tied)
+    repository = DeltaRepository(source, read_config(source, options), options, first_base, descent)
+    repository.check_exact()
+    return DeltaBase(repository, options, config, folder, tied)
+
+
 class DeltaRepository:
-    """The fine-tuned tensors of a delta repository, decoded with its base.
+    """The fine-tuned tensors of a delta repository, decoded with its base, which may be a delta repository itself.
 
     Attributes:
         source: folder or Hub id of the delta repository.
@@ -46,6 +101,7 @@ class DeltaRepository:
         config: DeltaCompressedConfig,
         options: HubOptions,
         base_model: str | None = None,
+        descent: Descent | None = None,
     ):
         """Open repository and base, reading and comparing headers but no weights.
 
@@ -53,14 +109,18 @@ class DeltaRepository:
             source: folder or Hub id of the delta repository.
             config: its configuration.
             options: how files are found on the Hub; the revision is the delta repository's.
-            base_model: folder or Hub id of the base, instead of the recorded one.
+            base_model: folder or Hub id of the base, instead of the recorded one. If the recorded one is a delta
+                repository, a dense model stands for the first base, on which all deltas rest.
+            descent: the repositories that rest on this one.
 
         Raises:
             CheckpointError: if a file or the base is missing or cannot be accessed.
-            DeltaFormatError: if the delta file is damaged or does not fit the base's tensors.
+            DeltaFormatError: if the delta file is damaged or does not fit the base's tensors, or if the base is a delta
+                that no other can rest on.
             WrongBaseError: if the base has other tensors than the delta was made against.
         """
         self.source, self.config, self.options = source, config, options
+        self._descent = (descent or Descent()).to(source, options)
         if not isinstance(config.text_config, PreTrainedConfig) or config.text_config.model_type == config.model_type:
             raise DeltaFormatError(f"config.json of '{source}' has no text_config of a fine-tuned model")
         self.text_config = config.text_config
@@ -77,15 +137,22 @@ class DeltaRepository:
             self._check_parts(name, part)
 
     def _open_base(self, base_model: str | None, options: HubOptions) -> BaseTensors:
-        recorded = self.config.base_model_name_or_path
-        revision = self.config.base_model_revision if base_model is None else None
-        tied = bool(self.config.tie_word_embeddings)
+        source, revision, first_base = self.config.base_model_name_or_path, self.config.base_model_revision, None
+        options = replace(options, revision=None, subfolder="")
         try:
-            base = Checkpoint(base_model or recorded, replace(options, revision=revision, subfolder=""), tied)
+            if base_model and self.config.base_is_delta and not _is_delta(base_model, options):
+                first_base = base_model
+            elif base_model:
+                source, revision = base_model, None
+            tied = bool(self.config.tie_word_embeddings)
+            base = open_base(source, replace(options, revision=revision), tied, first_base, self._descent)
+        except MissingBaseError:
+            raise
         except CheckpointError as error:
             where = f" at commit {revision}" if revision else ""
-            raise CheckpointError(
-                f"the base model of '{self.source}' ('{base_model or recorded}'{where}) cannot be opened: {error}. "
+            chain = f" (the chain is {self._descent})" if len(self._descent.sources) > 1 else ""
+            raise MissingBaseError(
+                f"the base model of '{self.source}' ('{source}'{where}){chain} cannot be opened: {error}. "
                 "A local copy can be given with base_model= (load_delta: base_files=; commands: --base-model; vLLM: "
                 "IMPART_HF_BASE_MODEL)"
             ) from error
@@ -94,7 +161,7 @@ class DeltaRepository:
             raise WrongBaseError(self._other_tensors(base, f": it has no {missing[0]}"))
         return BaseTensors(base, self.config.absent_tensors or (), self.config.row_counts, others)
 
-    def _other_tensors(self, base: BaseTensors | Checkpoint, detail: str = "") -> str:
+    def _other_tensors(self, base: BaseTensors | BaseModel, detail: str = "") -> str:
         return (
             f"'{base.source}' is not the base of '{self.source}': it has other tensors than "
             f"'{self.config.base_model_name_or_path}'{self._base_revision()}, which the delta was made against{detail}"
@@ -162,6 +229,25 @@ class DeltaRepository:
         revision = self.config.base_model_revision
         return f" at commit {revision}" if revision else ""
 
+    @property
+    def chain(self) -> "list[DeltaRepository]":
+        """This repository and those that it rests on, down to the one whose base is dense."""
+        below = self.base.checkpoint
+        return [self, *(below.repository.chain if isinstance(below, DeltaBase) else [])]
+
+    def check_exact(self) -> None:
+        """Check that all readers decode the same bits, so that another delta can rest on this one.
+
+        Raises:
+            DeltaFormatError: if not.
+        """
+        if lossy := sorted(name for name, part in self.parts.items() if part.records):
+            raise DeltaFormatError(
+                f"the delta '{self.source}' cannot be the base of another: it stores {lossy[0]} "
+                f"({len(lossy)} tensors in all) approximately, and readers may round the last bit differently. "
+                "Compress it again with --method exact, or make it dense with `impart-hf reconstruct`"
+            )
+
     def names(self) -> list[str]:
         """Return the names of the fine-tuned tensors, sorted."""
         return self.base.names()
@@ -192,8 +278,8 @@ class DeltaRepository:
         Raises:
             WrongBaseError: if it is not the tensor that the delta was made against.
         """
-        tensor = self.base.whole(name)
-        if tensor_checksum(tensor) != self.base_checksums[name]:
+        tensor, checksum = self.base.whole_and_checksum(name)
+        if checksum != self.base_checksums[name]:
             raise WrongBaseError(
                 f"'{self.base.source}' is not the base of '{self.source}': its tensor {self.base.stored_name(name)} "
                 "differs from that of "
@@ -208,7 +294,15 @@ class DeltaRepository:
             WrongBaseError: if the base's tensor is not the one that the delta was made against.
             DeltaFormatError: if the delta's entries are damaged or do not fit.
         """
-        return self._decoded(name, self._checked_base(name, device))
+        return self._decoded(name, self._checked_base(name, device))[0]
+
+    def tensor_and_checksum(self, name: str) -> tuple[torch.Tensor, int]:
+        """Return the fine-tuned tensor on the CPU, and its checksum; errors as for `tensor`.
+
+        The checksum is not computed where decoding has checked it: of what equals the base's tensor, or is exact.
+        """
+        tensor, checksum = self._decoded(name, self.base_tensor(name))
+        return tensor, tensor_checksum(tensor) if checksum is None else checksum
 
     def tensors(
         self, device: torch.device | str = "cpu", names: Sequence[str] | None = None
@@ -223,28 +317,31 @@ class DeltaRepository:
         """
         names = self.names() if names is None else names
         bases = ahead(names, self._checked_base, device, lambda name: self.base.size(name) <= _MOST_AHEAD)
-        return map(lambda pair: (pair[0], self._decoded(*pair)), bases)  # a loop would keep the base's tensor
+        return map(lambda pair: (pair[0], self._decoded(*pair)[0]), bases)  # a loop would keep the base's tensor
 
     def _checked_base(self, name: str, device: torch.device | str) -> torch.Tensor:
         return to_device(self.base_tensor(name), device)  # always read, so that a wrong base is detected
 
-    def _decoded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the fine-tuned tensor, on the device of its base's tensor."""
-        part, dtype, device = self.parts[name], self.dtype(name), tensor.device
+    def _decoded(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+        """Return the fine-tuned tensor, on the device of its base's tensor, and its checksum as far as it is known."""
+        part, dtype, device, checksum = self.parts[name], self.dtype(name), tensor.device, None
         if part.replacement:
             stored = to_device(self.file.read(part.replacement), device)
             if stored.is_floating_point() and not finite_where_base_is(stored, tensor):
                 raise DeltaFormatError(f"delta entry {part.replacement} holds NaN or infinity")
             tensor = stored
         elif part.exact:
-            tensor = restore(tensor, self.file.read_exact(name), name, dtype)
+            data = self.file.read_exact(name)
+            tensor, checksum = restore(tensor, data, name, dtype), stated_checksum(data, name)
         elif part.records:
             tensor = add_delta(tensor, self.file.read_records(name), name, dtype)
         else:
+            if tensor.dtype == dtype and name not in self.base.row_counts:
+                checksum = self.base_checksums[name]
             tensor = tensor.to(dtype)
         if part.added_rows:
-            tensor = torch.cat([tensor, self.file.read_finite(part.added_rows).to(device)])
-        return tensor
+            return torch.cat([tensor, self.file.read_finite(part.added_rows).to(device)]), None
+        return tensor, checksum
 
     def part(self, name: str, index: Index, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return a part of a fine-tuned tensor, decoded on `device`; errors as for `tensor`.
@@ -280,3 +377,7 @@ class DeltaRepository:
     def _zeros(self, name: str, index: Index, device: torch.device) -> torch.Tensor:
         part = torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")[index]
         return torch.zeros_like(part, device=device)
+
+
+def _is_delta(source: str, options: HubOptions) -> bool:
+    return repository_kind(source, options) is RepositoryKind.DELTA

@@ -22,6 +22,7 @@ SOME_ROWS, SOME_COLUMNS = 1, 2  # flags: only some are coded, and the others equ
 
 # Layout, coding, bytes of a number, flags; rows, columns; length of the record, checksum of the fine-tuned tensor.
 _HEADER = struct.Struct("<BBBBIIQQ")
+HEADER_BYTES = _HEADER.size
 LAYOUT = 3
 
 
@@ -96,6 +97,11 @@ def stated_shape(data: np.ndarray, name: str) -> tuple[int, int]:
     """Return the rows and columns that a record states, for reading it without its base."""
     fields = _HEADER.unpack(Cursor(data, name).take("u1", _HEADER.size).tobytes())
     return fields[4], fields[5]
+
+
+def stated_checksum(data: np.ndarray, name: str) -> int:
+    """Return the checksum of the fine-tuned tensor that a record, of which the header is enough, states."""
+    return _HEADER.unpack(Cursor(data, name).take("u1", _HEADER.size).tobytes())[7]
 
 
 def parse_exact(data: np.ndarray, shape: tuple[int, ...], item_bytes: int, name: str) -> ExactRecord:

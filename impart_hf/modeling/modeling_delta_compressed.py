@@ -71,7 +71,8 @@ class DeltaCompressedForCausalLM(PreTrainedModel):
             pretrained_model_name_or_path: local folder or Hub id of the delta repository.
             config: its configuration, if it has been read already.
             base_model: local folder or Hub id of the base model, instead of the recorded id and commit. Its tensors
-                are always checked against the recorded checksums.
+                are always checked against the recorded checksums. Of a delta whose base is a delta repository, a dense
+                model stands for the first base, a delta repository for the recorded one.
             kwargs: as for any model: dtype, device_map, max_memory, attn_implementation, quantization_config, …
 
         Raises:

@@ -87,6 +87,7 @@ def delta_card(
     shortfall: str,
     origin: str = "",
     auto_class: str = "AutoModelForCausalLM",
+    deltas: int = 1,
 ) -> str:
     """Return the README.md of a delta repository.
 
@@ -99,6 +100,7 @@ def delta_card(
         shortfall: why the requested ratio was missed, or "".
         origin: Markdown that says how the fine-tuned model was made, if it is a merge; otherwise "".
         auto_class: the name of transformers' Auto class that loads it.
+        deltas: how many deltas there are from the first base to the model, this one included.
     """
     on_hub = is_on_hub(base)
     data = ModelCardData(
@@ -122,6 +124,7 @@ def delta_card(
         shortfall=shortfall,
         origin=origin,
         auto_class=auto_class,
+        deltas=deltas,
         **sizes,
     )
     return str(card) + "\n"

@@ -1,14 +1,17 @@
 """Inspection of a delta repository without its base: a table, JSON and a plot."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
+from ..modeling.delta_chain import MOST_DELTAS
 from ..modeling.delta_file import RECORD_SUFFIX, DeltaFile, find_delta_files
-from ..modeling.delta_record import Record, parse_stack
-from ..modeling.model_files import HubOptions
+from ..modeling.delta_record import DeltaFormatError, Record, parse_stack
+from ..modeling.delta_repository import read_config
+from ..modeling.model_files import CheckpointError, HubOptions
 from .kl_forecast import FORECAST, forecast_text
-from .open import read_config, warn_of_adapter_beside
+from .open import warn_of_adapter_beside
 from .report import TensorReport, human_bytes, read_reports, settings_text
 
 _HEADINGS = ("tensor", "shape", "rank", "bits", "keep ratio", "bytes", "relative error")
@@ -21,12 +24,15 @@ class Inspection:
         source: folder or Hub id of the repository.
         config: its configuration.
         tensors: a report on every changed tensor.
+        chain: the deltas that this one rests on, and the first base: folder or Hub id and revision of each.
         equal_tensors: number of tensors that are equal to the base's.
         delta_bytes: size of the delta files.
     """
 
     def __init__(self, repo: str, options: HubOptions):
         """Read the repository's own files; the base is not needed. An adapter beside the delta is only warned of.
+
+        If the base is a delta repository, its config.json says what that one rests on, as far as it can be read.
 
         Raises:
             CheckpointError: if it is missing or not a delta repository.
@@ -35,6 +41,7 @@ class Inspection:
         self.source = repo
         self.config: DeltaCompressedConfig = read_config(repo, options)
         warn_of_adapter_beside(repo, options)
+        self.chain, self._broken = _bases(self.config, options)
         self._paths, _ = find_delta_files(repo, options)
         self.tensors, base_tensors = read_reports(self._paths)
         self.equal_tensors = base_tensors - len({t.name for t in self.tensors})
@@ -46,6 +53,7 @@ class Inspection:
             "repository": self.source,
             "base_model": self.config.base_model_name_or_path,
             "base_model_revision": self.config.base_model_revision,
+            "chain": [{"model": model, "revision": revision} for model, revision in self.chain],
             "method": self.config.method,
             "format_version": self.config.format_version,
             "delta_bytes": self.delta_bytes,
@@ -74,6 +82,9 @@ class Inspection:
             f"delta file  {human_bytes(self.delta_bytes)}: values {human_bytes(sum(t.bytes for t in self.tensors))}, "
             "headers and checksums the rest",
         ]
+        if self.config.base_is_delta:
+            shown = [model + (f" at {revision}" if revision else "") for model, revision in self.chain]
+            lines.append(f"chain       {len(shown)} deltas, this one on {' on '.join(shown)}{self._broken}")
         if forecast is not None:
             lines.append(f"forecast    not measured: KL to the fine-tune about {forecast_text(forecast)}")
         return "\n".join(lines)
@@ -89,6 +100,20 @@ class Inspection:
         from .plot import draw  # imported late, because it needs matplotlib
 
         draw(self, path)
+
+
+def _bases(config: DeltaCompressedConfig, options: HubOptions) -> tuple[list[tuple[str, str | None]], str]:
+    """Return the bases that a delta rests on, the first base last, with their revisions; and why they are not all."""
+    bases: list[tuple[str, str | None]] = []
+    while len(bases) < MOST_DELTAS:
+        bases.append((config.base_model_name_or_path, config.base_model_revision))
+        if not config.base_is_delta:
+            return bases, ""
+        try:
+            config = read_config(bases[-1][0], replace(options, revision=bases[-1][1], subfolder=""))
+        except (CheckpointError, DeltaFormatError) as error:
+            return bases, f", which cannot be read: {error}"
+    return bases, " and more"
 
 
 def _row(t: TensorReport) -> tuple[str, ...]:

@@ -2,12 +2,8 @@
 
 from transformers.utils import logging
 
-from ..modeling.checkpoints import config_fields
-from ..modeling.configuration_delta_compressed import DeltaCompressedConfig
-from ..modeling.delta_record import DeltaFormatError
-from ..modeling.delta_repository import DeltaRepository
-from ..modeling.model_files import ADAPTER_CONFIG, CheckpointError, HubOptions, fetch_config, fetch_file
-from ..modeling.repository_kind import RepositoryKind, kind_of
+from ..modeling.delta_repository import DeltaRepository, read_config
+from ..modeling.model_files import ADAPTER_CONFIG, CheckpointError, HubOptions, fetch_file
 
 logger = logging.get_logger(__name__)
 
@@ -20,32 +16,12 @@ def open_repository(repo: str, options: HubOptions, base_model: str | None = Non
     Args:
         repo: local folder or Hub id.
         options: revision, token and cache.
-        base_model: folder or Hub id of the base, instead of the recorded one.
+        base_model: folder or Hub id of the base, instead of the recorded one; see `DeltaRepository`.
 
     Raises:
         CheckpointError, DeltaFormatError, WrongBaseError: as `DeltaRepository` does.
     """
     return DeltaRepository(repo, read_config(repo, options), options, base_model)
-
-
-def read_config(repo: str, options: HubOptions) -> DeltaCompressedConfig:
-    """Read the configuration of a delta repository.
-
-    Raises:
-        CheckpointError: if the folder or Hub repository is missing, or not a delta repository.
-        DeltaFormatError: if its config.json has invalid fields.
-    """
-    content, _ = fetch_config(repo, options)
-    if kind_of(content) is not RepositoryKind.DELTA:
-        raise CheckpointError(
-            f"'{repo}' is a '{content.get('model_type')}' model, not a delta repository: check the path"
-        )
-    try:
-        return DeltaCompressedConfig.from_dict(config_fields(content))
-    except Exception as error:  # transformers raises many exception types for invalid fields
-        raise DeltaFormatError(
-            f"config.json of '{repo}' cannot be used, download it again or upgrade transformers: {str(error)[:400]}"
-        ) from error
 
 
 def refuse_adapter_beside(repo: str, options: HubOptions) -> None:
@@ -58,6 +34,19 @@ def refuse_adapter_beside(repo: str, options: HubOptions) -> None:
         raise CheckpointError(
             f"'{repo}' {_ADAPTER_BESIDE}, and what is written here would lack it: move its files (adapter_*) to a "
             "folder of their own"
+        )
+
+
+def refuse_chain(repository: DeltaRepository) -> None:
+    """Check that a delta's base is dense, for what adds a delta to a base in memory.
+
+    Raises:
+        CheckpointError: if it is a delta repository.
+    """
+    if len(repository.chain) > 1:
+        raise CheckpointError(
+            f"the base of '{repository.source}' is a delta itself, '{repository.base.source}': write it against the "
+            "first base with `impart-hf flatten`, and give the result instead"
         )
 
 

@@ -13,6 +13,8 @@ ATTENTION, MLP, EXPERTS, EMBEDDINGS, IMAGES, OTHERS, WHOLE, REST = (
     "attention", "mlp", "experts", "embeddings and output", "images", "others", "stored whole",
     "headers, config.json, card",
 )  # fmt: skip
+NORMS = "norms"  # of `module_kind`
+_NORM, _OUTPUT = r"norm|(^|\.)ln_", r"(^|\.)(lm_head|output_projection|embed_out)\."
 # By the names of modules, the first pattern that is found. A router is counted with its experts.
 _PATTERNS = (
     (IMAGES, r"(^|\.)(vision|visual|multi_modal)"),
@@ -29,6 +31,35 @@ def kind_of(name: str) -> str:
     What is neither attention nor MLP, as the mixers of state space models, is among the others.
     """
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name)), OTHERS)
+
+
+def module_kind(name: str, axes: int) -> str:
+    """Return a finer kind than `kind_of`: of attention and MLP, the module's own name, such as `q_proj`.
+
+    Args:
+        name: a tensor's name.
+        axes: its number of axes.
+
+    Returns:
+        `NORMS`, `EXPERTS`, `IMAGES`, "embeddings", "output projection", or the last part of the module's name.
+    """
+    kind = kind_of(name)
+    if kind == IMAGES:
+        return kind
+    if axes < 2 and re.search(_NORM, name):
+        return NORMS
+    if kind == EMBEDDINGS:
+        return "output projection" if re.search(_OUTPUT, name) else "embeddings"
+    if kind == EXPERTS:
+        return kind
+    modules = [part for part in name.split(".") if not part.isdigit()]
+    return modules[-2] if len(modules) > 1 else name
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of a tensor's layer, the first number in its name; None if it has none."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return numbers[0] if numbers else None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..modeling.delta_decode import decode_planes
 from ..modeling.delta_record import FACTORED, Record
+from .parts import layer_of
 from .report import TensorReport, human_bytes
 
 if TYPE_CHECKING:
@@ -22,11 +23,7 @@ def draw(inspection: "Inspection", path: Path) -> None:
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("drawing needs matplotlib: pip install 'impart-hf[plot]'") from error
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    figure = new_figure(15, 4.6)
     spectrum, ratios, sizes = figure.subplots(1, 3)
     kinds = _colours(inspection.tensors)
     _draw_components(spectrum, ratios, inspection, kinds)
@@ -34,6 +31,34 @@ def draw(inspection: "Inspection", path: Path) -> None:
     method = (inspection.config.method or {}).get("name", "")
     figure.suptitle(f"{Path(inspection.source).name}: {method}, {human_bytes(inspection.delta_bytes)}")
     figure.savefig(path, dpi=130)
+
+
+def check_plot(path: Path) -> None:
+    """Check, before long work, that a picture can be drawn and written there.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: if matplotlib writes no such file.
+        NotADirectoryError: if there is no such folder.
+    """
+    formats = new_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise ValueError(f"plot: '{path}' is no picture that matplotlib writes ({', '.join(sorted(formats))})")
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"plot: there is no folder '{path.parent}' to write {path.name} to")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of matplotlib, in inches.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("drawing needs matplotlib: pip install 'impart-hf[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def singular_values(record: Record, name: str) -> np.ndarray:
@@ -49,11 +74,6 @@ def _kind(t: TensorReport) -> str:
     """Return the module's name without its path: model.layers.3.mlp.up_proj.weight -> up_proj."""
     parts = [p for p in t.name.split(".") if not p.isdigit()]
     return _SMALL if t.kind == "kept" else parts[-2] if len(parts) > 1 else t.name
-
-
-def _layer(name: str) -> int | None:
-    numbers = [int(p) for p in name.split(".") if p.isdigit()]
-    return numbers[0] if numbers else None
 
 
 def _colours(tensors: list[TensorReport]) -> dict[str, str]:
@@ -90,7 +110,7 @@ def _draw_components(spectrum: Any, ratios: Any, inspection: "Inspection", kinds
 def _draw_bytes(axes: Any, tensors: list[TensorReport], kinds: dict[str, str]) -> None:
     sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for t in tensors:
-        layer = _layer(t.name)
+        layer = layer_of(t.name)
         sizes[_kind(t)][-1 if layer is None else layer] += t.bytes
     layers = sorted({layer for by_layer in sizes.values() for layer in by_layer})
     bottom = [0.0] * len(layers)

@@ -14,6 +14,7 @@ from ..lora.export import ADAPTER_FILE, export_lora
 from ..lora.places import Part
 from ..modeling.model_files import pinned
 from ..modeling.repository_files import delta_digest, repository_folder
+from ..repository.open import refuse_chain
 from ..storage.checkpoint_writer import new_folder
 from ..storage.locked_folder import LockedFolder
 from .catalogue import NamedDelta
@@ -75,6 +76,7 @@ class AdapterCache:
         assert delta.repo is not None
         options = pinned(delta.repo, self._files.hub_options(delta.revision))
         repository = self._base.open_delta(self._files, delta.repo, options.revision)
+        refuse_chain(repository)
         # The digest is of the delta and of its base, so that an adapter of other files is never taken.
         digest = delta_digest(repository.file, repository.config)[:32]
         if self._packed:

@@ -26,12 +26,15 @@ class CheckedDelta:
         repo, revision: its folder or Hub id and its commit; both None for the base's own weights.
         dense: folder of its weights, if they are already decoded; None if the engine decodes them.
         notes: notes for the user: files for which the engine continues to use those that it was started with.
+        tensors: how many tensors the engine has loaded: those that may differ from what it had, and those that vLLM
+            joins with them; None if it has not loaded it yet.
     """
 
     repo: str | None
     revision: str | None
     dense: str | None = None
     notes: tuple[str, ...] = ()
+    tensors: int | None = None
 
 
 class DeltaChecker:
@@ -42,8 +45,11 @@ class DeltaChecker:
         scratch: the scratch space.
     """
 
-    def __init__(self, vllm_config: "VllmConfig"):
+    def __init__(self, vllm_config: "VllmConfig", decodes_ahead: bool = True):
         """Read the engine's own files.
+
+        Args:
+            decodes_ahead: whether to use the scratch space that the environment names.
 
         Raises:
             DeltaRefusedError: if the engine was started with settings that do not allow swaps.
@@ -64,7 +70,7 @@ class DeltaChecker:
                 "with --data-parallel-size above 1 only the first engine reports whether it swapped"
             )
         self._vllm_config = vllm_config
-        self.files, self.scratch = EngineFiles(vllm_config), Scratch()
+        self.files, self.scratch = EngineFiles(vllm_config), Scratch(decodes_ahead)
         config, checksums = None, dict[str, int]()
         if self.files.is_delta:
             started_on = self.files.open_model()
@@ -100,8 +106,9 @@ class DeltaChecker:
         options = pinned(repo, self.files.hub_options(revision))
         repository = self._base.open_delta(self.files, repo, options.revision)
         self._check_complete(repository, repository.text_config)
-        for entry in repository.file.names():
-            repository.file.read_finite(entry)  # this also checks its CRC
+        for link in repository.chain:
+            for entry in link.file.names():
+                link.file.read_finite(entry)  # this also checks its CRC
         notes = tuple(self.files.notes(repo, options))
         return CheckedDelta(repo, options.revision, self.scratch.prepare(repository), notes)
 

@@ -69,12 +69,13 @@ class EngineBase:
         Raises:
             WrongBaseError: if it was not.
         """
-        for name in repository.names():
-            if repository.base.stored_name(name) not in self._checksums:
-                repository.base_tensor(name)
+        first = repository.chain[-1]
+        for name in first.names():
+            if first.base.stored_name(name) not in self._checksums:
+                first.base_tensor(name)
         self.compare(
             checksums_of_base(repository),
-            f"'{repository.source}' was made against '{repository.config.base_model_name_or_path}', which is not the "
+            f"'{repository.source}' was made against '{first.config.base_model_name_or_path}', which is not the "
             f"engine's base '{self._source}'",
         )
 
@@ -106,8 +107,9 @@ def engine_on_base(vllm_config: "VllmConfig") -> tuple[EngineFiles, EngineBase]:
 
 
 def checksums_of_base(repository: DeltaRepository) -> dict[str, int]:
-    """Return the checksums of the base's tensors that a delta rests on, by their names in the base."""
-    return {repository.base.stored_name(name): checksum for name, checksum in repository.base_checksums.items()}
+    """Return the checksums of the dense base's tensors that a delta rests on, by their names in the base."""
+    first = repository.chain[-1]
+    return {first.base.stored_name(name): checksum for name, checksum in first.base_checksums.items()}
 
 
 def base_config(folder: Path) -> PreTrainedConfig:

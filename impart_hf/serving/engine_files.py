@@ -1,7 +1,7 @@
 """An engine's files: the model that it was started on, the model's base, and the deltas to load."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,14 @@ def open_served(model: str, options: HubOptions) -> DeltaRepository:
     return open_repository(model, options, os.environ.get(BASE_MODEL_VARIABLE))
 
 
-def decoded_tensors(repository: DeltaRepository, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """Return every fine-tuned tensor with its name, one at a time, decoded on `device` (on the CPU for meta)."""
-    return repository.tensors("cpu" if device.type == "meta" else device)
+def decoded_tensors(
+    repository: DeltaRepository, device: torch.device, names: Sequence[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return fine-tuned tensors with their names, all unless some are named, one at a time.
+
+    They are decoded on `device` (on the CPU for meta).
+    """
+    return repository.tensors("cpu" if device.type == "meta" else device, names)
 
 
 class EngineFiles:
@@ -48,8 +53,10 @@ class EngineFiles:
 
     Attributes:
         model, options: that model, a folder or Hub id, and how to read it.
+        folder: local folder of its files, in the Hub's cache if it is not local.
         is_delta: whether it is a delta repository.
-        base: local folder of its base, in the Hub's cache if it is not local; of the model itself if it is dense.
+        base: local folder of its base, in the Hub's cache if it is not local; of the model itself if it is dense, of
+            the first base if it is a chain of deltas.
     """
 
     def __init__(self, vllm_config: "VllmConfig"):
@@ -61,16 +68,16 @@ class EngineFiles:
         self._vllm_config = vllm_config
         self.model = vllm_config.model_config.model
         self.options = self.hub_options(vllm_config.model_config.revision)
-        config, folder = fetch_config(self.model, self.options)
+        config, self.folder = fetch_config(self.model, self.options)
         self.is_delta = kind_of(config) is RepositoryKind.DELTA
-        self.base = self.open_model().base.folder if self.is_delta else folder
+        self.base = self.open_model().chain[-1].base.folder if self.is_delta else self.folder
 
     def open_model(self) -> DeltaRepository:
         """Open the delta repository that the engine was started on; it must be one."""
         return open_served(self.model, self.options)
 
     def open_delta(self, repo: str, revision: str | None) -> DeltaRepository:
-        """Open any delta repository, with the engine's base."""
+        """Open any delta repository, with the engine's base; of a chain of deltas, that is the first base."""
         return open_repository(repo, self.hub_options(revision), str(self.base))
 
     def hub_options(self, revision: str | None) -> HubOptions:

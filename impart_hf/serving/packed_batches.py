@@ -23,6 +23,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from ..modeling.model_files import HubOptions, read_json
 from ..modeling.repository_kind import RepositoryKind, kind_of
+from ..repository.open import refuse_chain
 from .engine_base import EngineBase, engine_on_base
 from .engine_files import PACKED_VARIABLE, EngineFiles
 from .packed_effects import ARCHITECTURES, LOGITS, Effect, Effects, read_effects
@@ -189,6 +190,7 @@ class PackedWorkerManager(LRUCacheWorkerLoRAManager):
             return super()._load_adapter(lora_request)
         files, base = self._base
         repository = base.open_delta(files, folder, None)
+        refuse_chain(repository)
         model_config = self._vllm_config.model_config
         tied = bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
         manager: Any = self._adapter_manager

@@ -3,6 +3,8 @@
 import os
 from logging import getLogger
 
+_TRANSFER_BACKEND = "impart_hf"  # for --weight-transfer-config
+
 
 def register() -> None:
     """Register our configurations, model classes and swaps with vLLM (entry point `vllm.general_plugins`).
@@ -24,6 +26,7 @@ def _register() -> None:
     import vllm
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.platforms import current_platform
     from vllm.transformers_utils import config as vllm_config
@@ -54,6 +57,10 @@ def _register() -> None:
         MODELS_CONFIG_MAP[model_classes.DELTA_PREFIX + name] = delta_settings(MODELS_CONFIG_MAP.get(name))
 
     WorkerBase.impart_hf_load_delta = load_delta
+    if _TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            _TRANSFER_BACKEND, "impart_hf.serving.weight_transfer", "DeltaTransferEngine"
+        )
     if current_platform.is_cpu():
         from .cpu_adapters import leave_rows_without_adapter
 

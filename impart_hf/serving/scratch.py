@@ -24,13 +24,16 @@ _PREFIX = "impart-hf-"
 class Scratch:
     """A folder inside the one that `IMPART_HF_SCRATCH` names; without that variable nothing is decoded in advance."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: bool = True) -> None:
         """Make the folder, and remove the folders of servers that were killed.
+
+        Args:
+            wanted: False to decode nothing in advance whatever the environment says.
 
         Raises:
             ValueError: if a variable does not name a folder that can be written to, or a number of bytes.
         """
-        place, limit = os.environ.get(SCRATCH_VARIABLE), os.environ.get(LIMIT_VARIABLE)
+        place, limit = os.environ.get(SCRATCH_VARIABLE) if wanted else None, os.environ.get(LIMIT_VARIABLE)
         self._folder: LockedFolder | None = None  # locked as long as this process lives
         self._limit = size_bytes(limit, LIMIT_VARIABLE) if limit else 0
         self._sizes: dict[Path, int] = {}  # bytes of each copy, the least recently used first

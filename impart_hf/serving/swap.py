@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .deltas import CheckedDelta, DeltaChecker
@@ -64,7 +65,7 @@ class DeltaSwitch:
             revision: branch, tag or commit on the Hub.
 
         Returns:
-            The loaded delta, with its commit and notes.
+            The loaded delta, with its commit, notes, and how many tensors were loaded.
 
         Raises:
             CheckpointError, DeltaFormatError, WrongBaseError, DeltaRefusedError: as `DeltaChecker.check`, before the
@@ -123,9 +124,9 @@ class DeltaSwitch:
         checked = self._checker.check(repo, revision)
         answers = self._llm.collective_rpc("impart_hf_load_delta", args=_arguments(checked))
         self._llm.reset_prefix_cache(reset_connector=_has_connector(engine.vllm_config))
-        _raise_on_failure(answers, checked)
-        self.loaded = checked.repo
-        return checked
+        loaded = _loaded(checked, answers)
+        self.loaded = loaded.repo
+        return loaded
 
 
 class AsyncDeltaSwitch:
@@ -181,12 +182,11 @@ class AsyncDeltaSwitch:
     ) -> CheckedDelta:
         try:
             checked = await asyncio.to_thread(self.checker.check, repo, revision)
-            await self._load(checked, loaded)
-            return checked
+            return await self._load(checked, loaded)
         finally:
             self.checker.scratch.clear()
 
-    async def _load(self, checked: CheckedDelta, loaded: Callable[[], None] | None) -> None:
+    async def _load(self, checked: CheckedDelta, loaded: Callable[[], None] | None) -> CheckedDelta:
         resume = True
         try:
             for gate in (self.requests, self._calls):
@@ -196,9 +196,10 @@ class AsyncDeltaSwitch:
             answers = await self._unless_dead(call)
             connector = _has_connector(self._engine.vllm_config)
             await self._unless_dead(self._engine.reset_prefix_cache(reset_connector=connector))
-            _raise_on_failure(answers, checked)
+            result = _loaded(checked, answers)
             if loaded is not None:
                 loaded()
+            return result
         except EngineUnsoundError:
             resume = False
             raise
@@ -231,8 +232,8 @@ def _has_connector(vllm_config: Any) -> bool:
     return vllm_config.kv_transfer_config is not None
 
 
-def _raise_on_failure(answers: Sequence[dict[str, Any]], checked: CheckedDelta) -> None:
-    """Raise an error if a worker's answer to `load_delta` has one.
+def _loaded(checked: CheckedDelta, answers: Sequence[dict[str, Any]]) -> CheckedDelta:
+    """Return a delta as the workers have loaded it, of whose answers to `load_delta` none may have an error.
 
     Raises:
         SwapError, EngineUnsoundError: if a worker failed.
@@ -246,3 +247,4 @@ def _raise_on_failure(answers: Sequence[dict[str, Any]], checked: CheckedDelta) 
             )
         if answer["error"]:
             raise SwapError(f"'{name}' could not be loaded, the old weights are back: {answer['error']}")
+    return replace(checked, tensors=max(answer["tensors"] for answer in answers))

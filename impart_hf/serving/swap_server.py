@@ -139,7 +139,7 @@ class SwapServer:
             assert checked is not None
             return {
                 "loaded": name, "repo": checked.repo, "revision": checked.revision,
-                "seconds": time.perf_counter() - started, "notes": list(checked.notes),
+                "seconds": time.perf_counter() - started, "tensors": checked.tensors, "notes": list(checked.notes),
             }  # fmt: skip
         finally:
             self._asked_for = False

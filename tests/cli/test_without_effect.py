@@ -30,6 +30,10 @@ def places(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
+        (("diff", "user/a", "--base-revision", "main"), ["--base-revision", "--revision"]),
+        (("diff", "user/a", "FOLDER", "--revision", "main"), ["--revision", "FOLDER"]),
+        (("diff", "FOLDER", "user/a", "--base-revision", "main"), ["--base-revision", "FOLDER"]),
+        (("diff", "FOLDER", "PRUNED", "--token", "hf_x", "--cache-dir", "c"), ["--token, --cache-dir"]),
         (("compress", *PAIR, "--steps", "300"), ["--steps", "--distill TEXT"]),
         (("compress", *PAIR, "--trains", "codes", "--distill-batch-size", "8"), ["--trains, --distill-batch-size"]),
         (("compress", *PAIR, "--training", "training.json"), ["--training"]),
@@ -83,6 +87,8 @@ def places(tmp_path: Path) -> dict[str, str]:
         (("inspect", "FOLDER", "--revision", "main"), ["--revision", "FOLDER"]),
         (("verify", "FOLDER", "--revision", "main"), ["--revision", "FOLDER"]),
         (("reconstruct", "FOLDER", "out", "--revision", "main"), ["--revision", "FOLDER"]),
+        (("flatten", "FOLDER", "out", "--revision", "main"), ["--revision", "FOLDER"]),
+        (("flatten", "user/delta", "out", "--private"), ["--private", "--push"]),
         (("export-lora", "FOLDER", "out", "--revision", "main"), ["--revision", "FOLDER"]),
         (("evaluate", "FOLDER", "--revision", "main"), ["--revision", "FOLDER"]),
         (("evaluate", "user/a", "--task", "arc_easy", "--samples", "64"), ["--samples", "--text"]),

@@ -122,6 +122,15 @@ def test_tuning(run: dict[str, Any]) -> None:
     assert run["launches"][0] == 0 and run["launches"][1] > 1000, run["launches"]
 
 
+def test_differences(run: dict[str, Any]) -> None:
+    on_cpu, on_device = (run[kind] for kind in ("cpu", "pretended"))
+    for one, other in zip(on_device["tensors"], on_cpu["tensors"], strict=True):
+        assert one.pop("stable_rank") == pytest.approx(other.pop("stable_rank"), rel=1e-3)
+        assert one.pop("leading") == pytest.approx(other.pop("leading"), rel=1e-3)
+        assert one == other
+    assert on_cpu["launches"][1] == 0 and on_device["launches"][1] > 500, on_device["launches"]
+
+
 def test_merging(run: dict[str, Any]) -> None:
     for method, result in run.items():
         assert result["decodes on"] == [SECOND], method

@@ -40,6 +40,7 @@ from impart_hf import (
     DareQtConfig,
     DeltaComeConfig,
     DeltaModel,
+    ExactConfig,
     ImPartConfig,
     ImPartQtConfig,
     ImPartRdConfig,
@@ -60,8 +61,8 @@ ROWS_TOGETHER = ["gpt-oss", "mamba", "mamba2", "bloom"]
 OFTEN = ["llama-tied", "gpt2", "mixtral"]
 METHODS = [
     BitDeltaConfig(compression_ratio=8), DareConfig(compression_ratio=4), DareQtConfig(compression_ratio=8),
-    DeltaComeConfig(compression_ratio=4), ImPartConfig(compression_ratio=4), ImPartRdConfig(compression_ratio=4),
-    LowRankConfig(compression_ratio=4),
+    DeltaComeConfig(compression_ratio=4), ExactConfig(), ImPartConfig(compression_ratio=4),
+    ImPartRdConfig(compression_ratio=4), LowRankConfig(compression_ratio=4),
 ]  # fmt: skip
 FACTORS = ["dense", "packed"]
 

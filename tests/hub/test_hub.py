@@ -17,6 +17,8 @@ from support.tiny_models import Pair, edit_json
 from support.without_impart_hf import WITHOUT_IMPART_HF
 from transformers import AutoModelForCausalLM
 
+import impart_hf
+
 pytestmark = [pytest.mark.process, pytest.mark.xdist_group("hub")]
 
 # Pushes base, fine-tune and two commits of their delta; then the base moves on.
@@ -104,6 +106,25 @@ print(json.dumps({"url": url, "text": text[0]["generated_text"]}))
 """
 )
 
+# The base as it was and as it is now, a delta with its base, and the tokens that a private base needs.
+COMPARE = """
+import json, sys
+import impart_hf
+
+base, first, token = sys.argv[1:]
+def changed(*models, **options):
+    report = impart_hf.diff(*models, progress=False, spectra=False, **options)
+    return report.total.changed, report.verdict.method, list(report.verdict.commands)
+
+print(json.dumps({
+    "moved": changed("tester/base", "tester/finetuned"),
+    "pair": changed("tester/base", "tester/finetuned", base_revision=base),
+    "delta": changed("tester/delta", finetuned_revision=first),
+    "beside": changed("tester/base", "tester/delta", base_revision=base, finetuned_revision=first),
+    "private": changed("tester/private-base", "tester/base", finetuned_revision=base, token=token),
+}))
+"""
+
 # Each argument is a JSON list: repository, arguments of from_pretrained.
 ERRORS = """
 import json, sys
@@ -190,6 +211,19 @@ def test_loads_by_id_and_revision_although_the_base_moved_on(world: SimpleNamesp
     }
     commits = {world.commits["first"], world.commits["second"]}
     assert {path.split("/")[4] for path in weights} == commits, "all files of a load are of one commit"
+
+
+def test_revisions_are_compared(world: SimpleNamespace) -> None:
+    environment = hub_env(world.hub, world.root / "comparer")
+    token = environment.pop("HF_TOKEN")
+    found = run_client(COMPARE, environment, world.commits["base"], world.commits["first"], token)
+    assert found["moved"][:2] == [0, "equal"] and found["private"][:2] == [0, "equal"]
+    local = impart_hf.diff(str(world.root / "base"), str(world.root / "finetuned"), progress=False, spectra=False)
+    assert found["pair"][:2] == [local.total.changed, "impart-rd"]
+    assert found["pair"][2][0].endswith(f"--base-revision {world.commits['base']}")
+    own = impart_hf.diff(str(world.out / "first"), base_model=str(world.root / "base"), progress=False, spectra=False)
+    assert found["delta"][:2] == [own.total.changed, "stored"] and found["beside"][0] == own.total.changed
+    assert found["beside"][2][0].endswith(f"reconstruct tester/delta DENSE --revision {world.commits['first']}")
 
 
 def test_pushes_the_repository_unchanged(world: SimpleNamespace, loaded: SimpleNamespace) -> None:

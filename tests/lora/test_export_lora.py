@@ -28,7 +28,7 @@ from support.vllm_engines import HEADS, PROMPTS, EngineProcess, delta_of, greedy
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from impart_hf import ImPartConfig, ImPartRdConfig
+from impart_hf import ExactConfig, ImPartConfig, ImPartRdConfig
 from impart_hf.calibration.text import calibration_tokens, load_tokenizer
 from impart_hf.cli.main import main
 from impart_hf.common.files import OutputError
@@ -85,7 +85,9 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("method", [None, ImPartConfig(compression_ratio=4)], ids=["lowrank", "impart"])
+@pytest.mark.parametrize(
+    "method", [None, ImPartConfig(compression_ratio=4), ExactConfig()], ids=["lowrank", "impart", "exact"]
+)
 def test_whole_rank_is_the_fine_tune(method: Any, tmp_path: Path) -> None:
     repository = save_repository(tmp_path, is_linear, method)
     report = export(repository, tmp_path / "adapter", 128)

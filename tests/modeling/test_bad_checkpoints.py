@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from impart_hf import ImPartConfig, compress
 from impart_hf.adapters.adapter_files import find_adapter
 from impart_hf.modeling.checkpoints import Checkpoint
+from impart_hf.modeling.delta_record import DeltaFormatError
 from impart_hf.modeling.model_files import CheckpointError, HubOptions, fetch_file, pinned
 
 
@@ -258,9 +259,10 @@ def test_parameters_in_a_bin_file(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_a_delta_repository_is_no_fine_tune(pair: Pair, tiny_repository: Path) -> None:
+    """And no base, if it is not exact: see test_chains.py."""
     match = naming(tiny_repository, "delta repository", "impart-hf reconstruct")
     refuses(Pair(pair.base, tiny_repository), CheckpointError, match)
-    with pytest.raises(CheckpointError, match=match):
+    with pytest.raises(DeltaFormatError, match=naming(tiny_repository, "--method exact", "impart-hf reconstruct")):
         compress(str(tiny_repository), str(pair.finetuned), pair.base.parent / "delta", METHOD)
 
 

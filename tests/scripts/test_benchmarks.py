@@ -171,6 +171,20 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not list(tmp_path.glob("tmp*")), "the models are gone"
 
 
+@pytest.mark.vllm
+@linux_only
+def test_swaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--repeats", "1", "--work", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    assert load_script("benchmark_swaps").main(arguments) == 0
+    loaded = {row["swap"]: row["tensors"] for row in json.loads((tmp_path / "out.json").read_text())["swaps"]}
+    assert loaded == {
+        "base to fine-tune": 21, "fine-tune to base": 21, "fine-tune to its copy, 1 layers differ": 7,
+        "fine-tune to itself": 0, "vLLM's reload of the dense fine-tune": "all",
+    }  # fmt: skip
+    assert "Machine: " in capsys.readouterr().out
+    assert not list(tmp_path.glob("tmp*")), "the models are gone"
+
+
 @linux_only
 def test_merging_speed(few_processes: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--tiny", "--models", "2", "--work", str(tmp_path), "--json", str(tmp_path / "results.json")]

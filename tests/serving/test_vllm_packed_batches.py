@@ -17,6 +17,7 @@ from support.tiny_models import Pair, edit_json, fine_tune, load_tensors, make_m
 from support.vllm_engines import HEADS, LONG, NEW_TOKENS, PROMPTS, EngineError, EngineProcess, delta_of, tokens_of
 from support.vllm_server import Server
 
+from impart_hf import ExactConfig, LowRankConfig
 from impart_hf.lora.export import export_lora
 from impart_hf.modeling.model_files import HubOptions, read_json
 from impart_hf.repository.open import open_repository
@@ -113,6 +114,17 @@ def test_tensors_that_are_stored_as_they_are(engine: EngineProcess, family: Path
     forge(delta, put_whole)
     found, _ = engine.run(generate, [*ALL, LONG], [delta] * len(ALL) + [None])
     assert found == [*tokens_of(delta, ALL), *tokens_of(family / "base", [LONG])]
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_exact_deltas(process: EngineProcess, tmp_path: Path, kind: str) -> None:
+    """Their values take the place of the base's, as those of tensors that are stored as they are."""
+    pair = save_pair(tmp_path, tiny_config(kind, **HEADS), dtype=torch.float32)
+    exact = delta_of(pair, tmp_path / "exact", ExactConfig())
+    lossy = delta_of(pair, tmp_path / "lossy", LowRankConfig(compression_ratio=12))
+    process.start(pair.base, **OPTIONS)
+    found, _ = process.run(generate, [*ALL, *ALL, LONG], [exact] * len(ALL) + [lossy] * len(ALL) + [None])
+    assert found == [*tokens_of(pair.finetuned, ALL), *tokens_of(lossy, ALL), *tokens_of(pair.base, [LONG])]
 
 
 class TestRefused:

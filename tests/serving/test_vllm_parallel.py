@@ -6,18 +6,21 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.forged_files import forge_record
 from support.messages import naming
-from support.tiny_models import make_model, save_model, tiny_config
-from support.vllm_engines import HEADS, LONG, PROMPTS, EngineError, EngineProcess, swap_to, tokens_of
+from support.tiny_models import Pair, fine_tune, make_model, save_model, tiny_config
+from support.vllm_engines import HEADS, LONG, PROMPTS, EngineError, EngineProcess, delta_of, swap_to, tokens_of
+from transformers import AutoModelForCausalLM
 
-from impart_hf import PrunedLlamaConfig
+from impart_hf import ExactConfig, PrunedLlamaConfig
 
 pytestmark = pytest.mark.vllm
 TWO_ON_ONE_NODE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # it would want a NUMA node for each
+KEY = "model.layers.0.self_attn.k_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,27 @@ def test_swaps_on_two_workers(
         assert engine.tokens([*PROMPTS, LONG]) == family_tokens["two"]
     engine.run(swap_to, None)
     assert engine.tokens([*PROMPTS, LONG]) == family_tokens["base"]
+
+
+def test_swaps_of_some_tensors_on_two_workers(
+    engine: EngineProcess, family: Path, family_tokens: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    """After the test above, which has started the engine; it serves the base again."""
+    base = AutoModelForCausalLM.from_pretrained(family / "base")
+    few = save_model(fine_tune(base, 7, only=lambda name: name == KEY), tmp_path / "few")
+    exact = delta_of(Pair(family / "base", few), tmp_path / "exact", ExactConfig())
+    assert engine.run(count_loaded, exact) == 3
+    assert engine.tokens([*PROMPTS, LONG]) == tokens_of(few, [*PROMPTS, LONG])
+    assert engine.run(count_loaded, None) == 3
+    forge_record(exact, lambda data: data[:-1], KEY, "exact")
+    with pytest.raises(EngineError, match=naming("SwapError", "DeltaFormatError")):
+        engine.run(count_loaded, exact)
+    assert engine.tokens([*PROMPTS, LONG]) == family_tokens["base"]
+
+
+def count_loaded(holder: Any, repo: Path | None) -> int:
+    """Swap to a delta; how many tensors were loaded."""
+    return holder.deltas.load(repo if repo is None else str(repo)).tensors
 
 
 def test_pruned(engine: EngineProcess, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 DELTA = "delta_model.safetensors"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -68,10 +68,12 @@ def forge(folder: Path, edit: Callable[[Entries], Any], checksums: bool = True) 
     write_entries(folder / DELTA, with_checksums(entries) if checksums else entries)
 
 
-def forge_record(folder: Path, edit: Callable[[bytes], bytes], name: str = UP) -> None:
+def forge_record(
+    folder: Path, edit: Callable[[bytes], bytes], name: str = UP, kind: Literal["delta", "exact"] = "delta"
+) -> None:
     def put(entries: Entries) -> None:
-        data = edit(entries[name + ".delta"][2])
-        entries[name + ".delta"] = ("U8", [len(data)], data)
+        data = edit(entries[f"{name}.{kind}"][2])
+        entries[f"{name}.{kind}"] = ("U8", [len(data)], data)
 
     forge(folder, put)
 

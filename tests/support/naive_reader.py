@@ -235,17 +235,18 @@ def decode_exact(data: bytes, dtype: str, shape: list[int], base: bytes) -> byte
     return result
 
 
-def read_repository(folder: Path, base: Path) -> dict[str, np.ndarray]:
-    """Every fine-tuned tensor of an unsharded repository on an unsharded base, in float64, not yet rounded."""
+def opened(folder: Path, base: Path, below: tuple[Path, ...]) -> tuple[dict, dict, dict[str, tuple], list[str]]:
+    """The configuration and the entries of an unsharded repository, its base's tensors by its names, and these."""
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "delta_compressed" and config["format_version"] == 1
-    delta, originals = safetensors(folder / "delta_model.safetensors"), safetensors(base / "model.safetensors")
+    delta = safetensors(folder / "delta_model.safetensors")
+    originals = exact_bits(base, *below) if below else safetensors(base / "model.safetensors")
     plain = {re.sub(r"(^|(?<=\.))_(orig_mod|(fsdp|checkpoint)_wrapped_module)\.", "", n): n for n in originals}
     while prefix := next((p for p in WRAPPERS if all(n.startswith(p) for n in plain)), None):
         plain = {n[len(prefix) :]: stored for n, stored in plain.items()}
     originals = {n: originals[stored] for n, stored in plain.items()}
     tied = config["text_config"].get("tie_word_embeddings", False)
-    others, rows = config.get("base_tensors", {}), config.get("row_counts", {})
+    others = config.get("base_tensors", {})
     names = {n for n in originals if not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")}
     names = sorted((names - set(config.get("absent_tensors", []))) | set(others))
     originals |= {n: originals[other] for n, other in others.items()}
@@ -256,7 +257,38 @@ def read_repository(folder: Path, base: Path) -> dict[str, np.ndarray]:
     table = np.frombuffer(delta["base_checksums"][2], "<u8").tolist()
     assert table[:-1] == [checksum(originals[n][2]) for n in names]
     assert table[-1] == int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:8], "little")
+    return config, delta, originals, names
+
+
+def exact_bits(folder: Path, base: Path, *below: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Every tensor of a repository that another rests on, as `safetensors` gives those of a file."""
+    config, delta, originals, names = opened(folder, base, below)
     result = {}
+    for name in names:
+        dtype, shape, data = originals[name]
+        if (rows := config.get("row_counts", {}).get(name)) is not None:
+            data = data[: len(data) // shape[0] * rows]
+            shape = [rows, *shape[1:]]
+        assert name + ".delta" not in delta
+        if name in delta:
+            dtype, shape, data = delta[name]
+        elif name + ".exact" in delta:
+            data = decode_exact(delta[name + ".exact"][2], dtype, shape, data)
+        if name + ".added_rows" in delta:
+            _, added, more = delta[name + ".added_rows"]
+            shape, data = [shape[0] + added[0], *shape[1:]], data + more
+        result[name] = dtype, shape, data
+    return result
+
+
+def read_repository(folder: Path, base: Path, *below: Path) -> dict[str, np.ndarray]:
+    """Every fine-tuned tensor of an unsharded repository on an unsharded base, in float64, not yet rounded.
+
+    Args:
+        base, below: the base; if it is a delta repository, then its base, and so on, down to a dense one.
+    """
+    config, delta, originals, names = opened(folder, base, below)
+    rows, result = config.get("row_counts", {}), {}
     for name in names:
         tensor = to_float64(*originals[name])
         if name in rows:

@@ -22,7 +22,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from impart_hf import ImPartConfig, ImPartRdConfig, compress
+from impart_hf import ImPartConfig, ImPartRdConfig, compress, diff
 from impart_hf.coding.spectrum import singular_values
 from impart_hf.compression.tune import tune
 from impart_hf.distillation import DistillSettings
@@ -219,6 +219,16 @@ def tuning(folder: Path, pair: Pair) -> dict[str, Any]:
     return found | {"launches": counts.launches, "scores": [candidate.score for candidate in report.candidates]}
 
 
+def differences(pair: Pair) -> dict[str, Any]:
+    """Compare two models on the CPU and on a device."""
+    found: dict[str, Any] = {}
+    for device in ("cpu", SECOND):
+        with counted() as counts:
+            report = diff(str(pair.base), str(pair.finetuned), device=device, progress=False)
+        found[kind_of(device)] = {"launches": counts.launches, "tensors": [t.to_dict() for t in report.tensors]}
+    return found
+
+
 def merging(family: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method in ("ties", "dare_linear", "impart_ties"):
@@ -401,6 +411,7 @@ def main() -> None:
         "compression": lambda: compression(folder, pair),
         "use": lambda: use(folder),
         "tuning": lambda: tuning(folder, pair),
+        "differences": lambda: differences(pair),
         "merging": lambda: merging(family, folder),
         "loading": lambda: loading(folder),
         "offloading": lambda: offloading(folder),
