@@ -85,7 +85,7 @@ def handed_over(dense: Path, way: str, model: Any, base: Path, output: Path, opt
     callback = DeltaCheckpointCallback(str(base), of=way)
     args, state, control = training_settings(output, options), TrainerState(), TrainerControl()
     callback.on_train_begin(args, state, control, model=model)
-    seconds, sizes = [], []
+    seconds = []
     for source in checkpoints_in(dense):
         state.global_step = int(source.name.rpartition("-")[2])
         target = checkpoint_of(output, state.global_step)
@@ -95,7 +95,8 @@ def handed_over(dense: Path, way: str, model: Any, base: Path, output: Path, opt
         started = time.perf_counter()
         callback.on_save(args, state, control)
         seconds.append(time.perf_counter() - started)
-        sizes.append(folder_bytes(target))
+    callback.on_train_end(args, state, control)  # until then the last checkpoint may keep its dense weights
+    sizes = [folder_bytes(checkpoint) for checkpoint in checkpoints_in(output)]
     restoring = []
     for checkpoint in checkpoints_in(output):
         started = time.perf_counter()
