@@ -16,13 +16,9 @@ from support.tiny_models import Pair, edit_tensors, save_model
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, Trainer
 
 from impart_hf import DeltaCheckpointCallback, ExactConfig, compress
-from impart_hf.modeling.configuration_delta_compressed import DeltaCompressedConfig
 from impart_hf.modeling.delta_repository import WrongBaseError
 from impart_hf.modeling.model_files import CheckpointError
 
-needs_chains = pytest.mark.skipif(
-    not hasattr(DeltaCompressedConfig(), "base_is_delta"), reason="deltas of deltas are not there yet"
-)
 WEIGHTS = {"model.safetensors", "delta_model.safetensors"}
 
 
@@ -271,7 +267,6 @@ def test_without_the_optimizer(tiny_pair: Pair, plain: Path, tmp_path: Path) -> 
     assert same_bits(decoded(tmp_path / "checkpoint-6"), dense(plain / "checkpoint-6"))
 
 
-@needs_chains
 def test_deltas_of_the_last_rest_on_it_up_to_the_next_anchor(tiny_pair: Pair, tmp_path: Path) -> None:
     settings = {"max_steps": 5, "save_steps": 1}
     make_trainer(load_start(tiny_pair.base), tmp_path / "plain", [], **settings).train()
@@ -294,7 +289,6 @@ def test_deltas_of_the_last_rest_on_it_up_to_the_next_anchor(tiny_pair: Pair, tm
     assert str(two) in card and ".delta-" not in card
 
 
-@needs_chains
 def test_of_the_last_with_other_names_than_the_base_s(pair_of: Callable[[str], Pair], tmp_path: Path) -> None:
     """The dense weights have the Trainer's names, with which no delta of the last can be made."""
     base = Path(shutil.copytree(pair_of("gpt2").base, tmp_path / "base"))
@@ -306,7 +300,6 @@ def test_of_the_last_with_other_names_than_the_base_s(pair_of: Callable[[str], P
     assert restored is not None and same_bits(dense(Path(restored)), dense(tmp_path / "plain" / "checkpoint-6"))
 
 
-@needs_chains
 def test_what_a_kept_checkpoint_rests_on_is_kept(tiny_pair: Pair, tmp_path: Path) -> None:
     seen = []
 
@@ -320,7 +313,6 @@ def test_what_a_kept_checkpoint_rests_on_is_kept(tiny_pair: Pair, tmp_path: Path
     assert seen == [[1], [1, 2], [1, 2, 3], [4], [4, 5]]
 
 
-@needs_chains
 def test_a_resumed_run_goes_on_with_the_chain(tiny_pair: Pair, plain: Path, tmp_path: Path) -> None:
     make_trainer(load_start(tiny_pair.base), tmp_path, [DeltaCheckpointCallback(of="last")]).train()
     shutil.rmtree(tmp_path / "checkpoint-6")
@@ -330,7 +322,6 @@ def test_a_resumed_run_goes_on_with_the_chain(tiny_pair: Pair, plain: Path, tmp_
     assert same_bits(decoded(tmp_path / "checkpoint-6"), dense(plain / "checkpoint-6"))
 
 
-@needs_chains
 def test_a_training_that_starts_from_a_delta(tiny_pair: Pair, tmp_path: Path) -> None:
     start = tmp_path / "start"
     compress(str(tiny_pair.base), str(tiny_pair.finetuned), start, ExactConfig())

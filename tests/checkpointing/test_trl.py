@@ -1,10 +1,11 @@
-"""TRL's trainers are Trainers: the same callback, if TRL is installed."""
+"""TRL's trainers are Trainers: the same callback."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+import datasets
+import trl
 from support.checkpoint_runs import decoded, dense, load_start, same_bits
 from support.tiny_models import Pair, tiny_tokenizer
 
@@ -12,8 +13,6 @@ from impart_hf import DeltaCheckpointCallback
 
 
 def test_supervised_fine_tuning(tiny_pair: Pair, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
     texts = datasets.Dataset.from_dict({"text": ["A fine-tuned model is its base model and a small difference."] * 8})
 
     def train(name: str, callbacks: list[DeltaCheckpointCallback], checkpoint: str | None = None) -> None:
