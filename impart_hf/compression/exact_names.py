@@ -17,8 +17,8 @@ class ExactNames:
 
     @property
     def are_all(self) -> bool:
-        """Whether they are all tensors."""
-        return self == ALL
+        """Whether they are those of method exact: all, whatever size that has; a pattern for all has a budget."""
+        return self is ALL
 
     def __contains__(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)

@@ -5,11 +5,13 @@ from pathlib import Path
 import torch
 
 from ..common import processes
+from ..common.files import OutputError
 from ..common.names import is_on_hub
 from ..common.progress import Progress
 from ..common.validation import shard_bytes
 from ..modeling.delta_chain import DeltaBase
 from ..modeling.model_files import HubOptions, fetch_config, pinned
+from ..modeling.tensors import Model
 from ..repository.open import open_repository, refuse_adapter_beside
 from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
@@ -52,14 +54,22 @@ def flatten(
     Raises:
         CheckpointError: if a repository of the chain or the first base is missing, or the repository holds an adapter.
         DeltaFormatError, WrongBaseError: if a delta is damaged, or rests on another base.
-        OutputError: as for `compress`.
+        OutputError: as for `compress`, or if `output_dir` holds a delta that the repository rests on.
     """
     shard_size = shard_bytes(max_shard_size)
     processes.connect(True)
     with Workspace(Path(output_dir)) as workspace:
         options = HubOptions(revision, token, cache_dir)
         pair = processes.each(lambda: _flat_pair(repository, options, base_model, base_name, Progress(progress)))
+        _check_output(workspace.output, pair.finetuned)
         return compress_exactly(pair, workspace, shard_size)
+
+
+def _check_output(output: Path, end: Model) -> None:
+    """Check that an output folder is none that the end of a chain rests on: that could not be read any more."""
+    assert isinstance(end, DeltaBase)
+    if any(output.exists() and folder.samefile(output) for folder in end.folders - {end.folder}):
+        raise OutputError(f"{output} holds a delta that '{end.source}' rests on; choose another folder")
 
 
 def _flat_pair(

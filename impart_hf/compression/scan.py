@@ -94,7 +94,7 @@ def order_to_take(tensors: list[TensorPlan]) -> list[TensorPlan]:
     """Return tensors in the order in which the processes of a job take them: those that take longest first."""
     if not processes.is_distributed():
         return tensors
-    return sorted(tensors, key=lambda t: t.dense_bytes * min(t.shape[-2:]), reverse=True)
+    return sorted(tensors, key=lambda t: t.dense_bytes * min(t.shape[-2:], default=1), reverse=True)
 
 
 def scan(base: BaseTensors, finetuned: Model, progress: Progress, exact: ExactNames) -> list[TensorPlan]:
@@ -139,7 +139,8 @@ def scan_tensor(
         _check_numbers(shared[rows], f"{name} of '{finetuned.source}'", _is_matrix(before))
     _check_numbers(added, f"{name} of '{finetuned.source}'", False)
     found = _plan(name, before, after, equal, _is_vocabulary(after, tokens))
-    if is_exact and not equal:
+    # Readers take the dtype of an integer tensor from the base, so that one of another dtype is kept.
+    if is_exact and not equal and _comparable(before, after):
         size = 0 if exact.are_all else len(encode_exact(before, shared))  # then there is no budget
         found = dataclasses.replace(found, kind="exact", max_bytes=size)
     elif found.kind == "encoded" and _is_sparse(before, shared):

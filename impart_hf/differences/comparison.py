@@ -12,6 +12,7 @@ from ..compression.compatibility import is_matrix_shape, vocabulary_size
 from ..methods import Spectrum
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import all_finite
+from ..modeling.exact_record import matrix_shape
 from ..modeling.ordered_bits import rounded
 from ..modeling.tensors import Model
 from .exact_bits import exact_bits
@@ -125,7 +126,8 @@ def _matrices(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as a stack of matrices (b, m, n): of one unless it is a stack; of one row if it has one axis."""
     if tensor.dim() == 3 and is_matrix_shape(tuple(tensor.shape)):
         return tensor
-    return tensor.reshape(1, -1, tensor.shape[-1] if tensor.dim() > 1 else tensor.numel())
+    shape = matrix_shape(tuple(tensor.shape)) if tensor.dim() > 1 else (1, tensor.numel())
+    return tensor.reshape(1, *shape)
 
 
 def _rows(*matrices: torch.Tensor) -> Iterator[tuple]:

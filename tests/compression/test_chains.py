@@ -183,6 +183,15 @@ def test_a_flat_link_still_carries_the_next(trained: tuple[list[Path], list[Path
     assert same(decode_all(last), load_tensors(models[3]))
 
 
+@pytest.mark.parametrize("link", [0, 1])
+def test_flat_in_place_of_a_delta_below(link: int, trained: tuple[list[Path], list[Path]], tmp_path: Path) -> None:
+    deltas = chain_of(tmp_path, trained[0])
+    before = decode_all(deltas[link])
+    with pytest.raises(OutputError, match=naming(str(deltas[link]), "rests on")):
+        flatten(str(deltas[2]), deltas[link])
+    assert same(decode_all(deltas[link]), before) and same(decode_all(deltas[2]), load_tensors(trained[0][3]))
+
+
 def test_flat_of_a_lossy_delta(trained: tuple[list[Path], list[Path]], tiny_pair: Pair, tmp_path: Path) -> None:
     """What it decodes to on this machine is stored exactly."""
     compress(str(trained[1][1]), str(tiny_pair.finetuned), tmp_path / "lossy", LowRankConfig(compression_ratio=3))

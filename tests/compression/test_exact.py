@@ -25,7 +25,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from impart_hf import ExactConfig, ImPartRdConfig, LowRankConfig, QualityTarget, compress, forecast, load_delta
 from impart_hf.cli.main import main
+from impart_hf.common import processes
 from impart_hf.compression.compatibility import IncompatibleModelsError
+from impart_hf.compression.scan import TensorPlan, order_to_take
 from impart_hf.modeling.checksums import tensor_bytes
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.repository.inspection import Inspection
@@ -153,6 +155,17 @@ def test_buffers_of_integers(pair: Pair, tmp_path: Path) -> None:
     assert torch.equal(decode_all(tmp_path / "delta")["steps"], torch.arange(5, 405))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.uint8, torch.bool), (torch.int64, torch.int32)])
+def test_buffers_of_other_integers(dtypes: tuple[torch.dtype, torch.dtype], pair: Pair, tmp_path: Path) -> None:
+    """A mask that the base has as bytes and the fine-tune as booleans is the fine-tune's, in dtype too."""
+    for folder, dtype, start in ((pair.base, dtypes[0], 0), (pair.finetuned, dtypes[1], 5)):
+        edit_tensors(
+            folder, lambda t, dtype=dtype, start=start: t.update(mask=torch.arange(start, start + 40).to(dtype))
+        )
+    exact(pair, tmp_path / "delta")
+    assert same_bits(decode_all(tmp_path / "delta"), load_tensors(pair.finetuned))
+
+
 def test_added_tokens(tmp_path: Path) -> None:
     base = make_model(tiny_config("llama"))
     save_model(base, tmp_path / "base")
@@ -164,6 +177,12 @@ def test_added_tokens(tmp_path: Path) -> None:
     pair = Pair(tmp_path / "base", tmp_path / "finetuned")
     exact(pair, tmp_path / "delta")
     assert same_bits(decode_all(tmp_path / "delta"), load_tensors(pair.finetuned))
+
+
+def test_processes_share_out_tensors_without_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "is_distributed", lambda: True)
+    plans = [TensorPlan("scale", "exact", (), torch.float32), TensorPlan("up", "exact", (4, 4), torch.float32)]
+    assert [plan.name for plan in order_to_take(plans)] == ["up", "scale"]
 
 
 # --- what comes out
@@ -239,6 +258,13 @@ def test_their_bytes_count(tmp_path: Path) -> None:
         assert not report.shortfall and 4 <= report.ratio < 4.3
     sizes = [sum(t.bytes for t in report.encoded_tensors if "up_proj" in t.name) for report in reports.values()]
     assert sizes[1] < sizes[0]  # the others get what is left
+
+
+def test_bytes_of_all_tensors_count(tiny_pair: Pair, tmp_path: Path) -> None:
+    """A pattern for all tensors, beside a method with a limit, keeps the limit."""
+    arguments = dict(exact=["*"], calibration=None, max_bytes="60KB")
+    with pytest.raises(ValueError, match="cannot be made"):
+        compress(str(tiny_pair.base), str(tiny_pair.finetuned), tmp_path / "delta", ImPartRdConfig(), **arguments)
 
 
 def test_exact_tensors_may_hold_nan(pair: Pair, tmp_path: Path) -> None:

@@ -199,3 +199,9 @@ def test_shapes_without_a_matrix(shape: tuple[int, ...]) -> None:
     found = compared("x.weight", base, base + 1)
     assert found.changed == base.numel() and found.stable_rank is None
     assert found.to_dict()["changed_share"] == (1.0 if base.numel() else 0.0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (4, 0), (0, 4), (2, 0, 3)])
+def test_empty_tensors(shape: tuple[int, ...]) -> None:
+    found = compared("empty", torch.zeros(shape), torch.zeros(shape))
+    assert (found.entries, found.changed, found.bits) == (0, 0, 0.0)
