@@ -104,7 +104,7 @@ class ModelPair:
         """Return what a scan depends on: path, size and time of every file in the models' folders, and exact names."""
         files = sorted(path for folder in self._folders for path in folder.iterdir() if path.is_file())
         found: list[list[Any]] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-        return [*found, list(self.exact.patterns)]
+        return [*found, [*self.exact.patterns, self.exact.are_all]]
 
     @property
     def chain_length(self) -> int:
