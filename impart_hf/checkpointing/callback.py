@@ -14,6 +14,8 @@ from ..common.validation import check_whole_number
 from ..compression.compress import compress
 from ..hub import push
 from ..methods import ExactConfig
+from ..modeling.delta_record import DeltaFormatError
+from ..modeling.delta_repository import WrongBaseError
 from ..modeling.model_files import CheckpointError, HubOptions, pinned
 from ..storage.locked_folder import LockedFolder
 from ..storage.output import check_visible
@@ -107,7 +109,8 @@ class DeltaCheckpointCallback(TrainerCallback):
         processes, all call this.
 
         Args:
-            folder: a checkpoint, or the Trainer's output folder, of which the newest whole checkpoint is taken.
+            folder: a checkpoint, or the Trainer's output folder, of which the newest checkpoint is taken that is whole
+                and can be read; one that cannot is logged.
             base: folder or Hub id of the base, instead of the recorded one.
 
         Returns:
@@ -246,11 +249,18 @@ def _restored(folder: Path, base: str | None) -> str | None:
                 f"{folder} is a checkpoint that was not written to its end: resume from one before it"
             )
         inside = [folder]
-    whole = [path for path in inside if is_whole(path)]
-    if not whole:
-        return None
-    restore_dense(whole[-1], base)
-    return str(whole[-1])
+    errors: list[Exception] = []
+    for checkpoint in reversed([path for path in inside if is_whole(path)]):
+        try:
+            restore_dense(checkpoint, base)
+            return str(checkpoint)
+        except (DeltaFormatError, WrongBaseError) as error:
+            # Of the last, it may rest on one that a training that was resumed before it has written again.
+            errors.append(error)
+            logger.warning(f"{checkpoint} cannot be restored, an earlier one is taken: {error}")
+    if errors:
+        raise errors[0]
+    return None
 
 
 def _new_holder(output: Path, stack: ExitStack) -> Path:

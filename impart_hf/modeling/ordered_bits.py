@@ -18,6 +18,7 @@ _MANTISSA_BITS = {
     torch.float8_e5m2: 2,
     torch.float8_e5m2fnuz: 2,
 }
+_WITH_STEPS = {*_MANTISSA_BITS, *_INTEGERS.values(), torch.uint8}
 # Between these, a base is rounded alike on every device.
 _CASTS = {torch.float32, torch.float16, torch.bfloat16}
 
@@ -25,13 +26,10 @@ _CASTS = {torch.float32, torch.float16, torch.bfloat16}
 def has_steps(dtype: torch.dtype, base: torch.dtype) -> bool:
     """Return whether steps from numbers of a base to numbers of a dtype are defined: else they are stored as they are.
 
-    They are for numbers of 8, 16 and 32 bits of one dtype, and if both are float32, float16 or bfloat16.
+    They are for floats and integers of 8, 16 and 32 bits of one dtype, unsigned ones of 8 bits only, and if both are
+    float32, float16 or bfloat16.
     """
-    if dtype.is_complex or dtype == torch.bool or dtype.itemsize not in _INTEGERS:
-        return False
-    if dtype.is_floating_point and dtype not in _MANTISSA_BITS:
-        return False
-    return base == dtype or {base, dtype} <= _CASTS
+    return {base, dtype} <= _CASTS or (base == dtype and dtype in _WITH_STEPS)
 
 
 def rounded(base: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

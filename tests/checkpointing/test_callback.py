@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoint_runs import decoded, dense, load_start, make_trainer, same_bits
+from support.loaded_models import captured_log
 from support.messages import naming
 from support.tiny_models import Pair, edit_tensors, save_model
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, Trainer
@@ -298,6 +299,23 @@ def test_of_the_last_with_other_names_than_the_base_s(pair_of: Callable[[str], P
     assert base_of(tmp_path / "out" / "checkpoint-6") == tmp_path / "out" / "checkpoint-4"
     restored = DeltaCheckpointCallback.restore(tmp_path / "out")
     assert restored is not None and same_bits(dense(Path(restored)), dense(tmp_path / "plain" / "checkpoint-6"))
+
+
+def test_checkpoints_that_rest_on_one_written_again_are_passed_over(
+    tiny_pair: Pair, plain: Path, tmp_path: Path
+) -> None:
+    """A training that goes on from before them, and is killed, leaves them without what they rest on."""
+    output = tmp_path / "out"
+    make_trainer(load_start(tiny_pair.base), output, [DeltaCheckpointCallback(of="last")]).train()
+    assert base_of(output / "checkpoint-6") == output / "checkpoint-4"
+    compress(str(tiny_pair.base), str(plain / "checkpoint-6"), tmp_path / "other", ExactConfig())
+    for name in ("config.json", "delta_model.safetensors"):
+        shutil.copyfile(tmp_path / "other" / name, output / "checkpoint-4" / name)
+    with captured_log() as lines:
+        assert DeltaCheckpointCallback.restore(output) == str(output / "checkpoint-4")
+    assert any("checkpoint-6 cannot be restored" in line for line in lines)
+    with pytest.raises(WrongBaseError, match="checkpoint-4"):
+        DeltaCheckpointCallback.restore(output / "checkpoint-6")
 
 
 def test_what_a_kept_checkpoint_rests_on_is_kept(tiny_pair: Pair, tmp_path: Path) -> None:
