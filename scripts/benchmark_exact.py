@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +202,13 @@ def measure_pair(name: str, base: Path, finetuned: Path, folder: Path, most: int
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", action="append", required=True, metavar="NAME=BASE,FINETUNED", help="local folders")
     parser.add_argument("--sparse", type=float, metavar="SHARE", help="a pair with so many random changes of the base")
     parser.add_argument("--most", type=float, default=60.0, metavar="MB", help="for slow compressors (default: 60)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     print(measure.machine_line())
@@ -231,7 +231,8 @@ def main() -> None:
     if arguments.json:
         text = json.dumps({"machine": measure.machine(), "rows": rows}, indent=2)
         Path(arguments.json).write_text(text + "\n", "utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -305,3 +305,15 @@ def test_benchmark_checkpoints(tiny_pair: Pair, tmp_path: Path, capsys: pytest.C
         assert {name: len(way["bytes"]) for name, way in run["ways"].items()} == {"save_pretrained": 2, "start": 2}
         assert all(size > 100_000 for way in run["ways"].values() for size in way["bytes"])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints.json"], "no checkpoint is left"
+
+
+def test_exact(tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tmp_path / "rows.json"
+    pair = f"tiny={tiny_pair.base},{tiny_pair.finetuned}"
+    assert load_script("benchmark_exact").main(["--pair", pair, "--sparse", "0.02", "--json", str(found)]) == 0
+    assert "| tiny | exact, decoding |" in capsys.readouterr().out
+    rows = json.loads(found.read_text())["rows"]
+    assert {row["pair"] for row in rows} == {"tiny", "tiny's base, 2% changed"}
+    for name in ("tiny", "tiny's base, 2% changed"):
+        bits = {row["way"].split(",")[0]: row["bits per number"] for row in rows if row["pair"] == name}
+        assert 0 < bits["entropy given the exponent"] < bits["exact"] < bits["zlib -9"]
