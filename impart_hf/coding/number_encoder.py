@@ -21,7 +21,7 @@ from ..modeling.coded_numbers import (
 
 # A lane's state and length take six bytes, of which four are lost; the fewer lanes, the more calls of NumPy for each
 # number. The best number of lanes grows with the square root of the numbers, but not beyond a few percent of the bytes.
-_LANES_SQUARED, _LANE_BYTES, _FEW_LANES = 2, 128, 16
+_LANES_SQUARED, _LANE_BYTES, _FEW_LANES = 2, 128, 4
 # Numbers of each lane for which memory is taken at once.
 _STEPS = 32
 _MOST_STEPS = 0xFFFF  # numbers of a lane, so that its words can be counted in 16 bits

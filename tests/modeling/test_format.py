@@ -35,6 +35,7 @@ from impart_hf.modeling.delta_record import (
     pack_record,
     parse_record,
 )
+from impart_hf.modeling.exact_record import restore
 from impart_hf.modeling.model_files import HubOptions
 from impart_hf.modeling.seeded_mask import column_keys, keep_mask, mix32
 from impart_hf.repository.open import open_repository
@@ -72,6 +73,17 @@ def test_mask_vectors() -> None:
     counts = keep_mask(12345, 1, np.full(4, 13106, np.uint16), 4096).sum(1).tolist()
     label = "kept of 4096 entries, seed 12345, side 1, columns 0 to 3, T = 13106"
     assert [str(c) for c in counts] == documented(label)
+
+
+def test_exact_record_vectors() -> None:
+    base = torch.tensor([[1, -1, 0.5], [2, 1.5, -0.25]], dtype=torch.bfloat16)
+    found = restore(base, documented_record("A dense record of 2 × 3 bfloat16 entries"), "dense", torch.bfloat16)
+    expected = torch.tensor([[1.0078125, -1, 0.5], [2, 1.484375, float("nan")]], dtype=torch.bfloat16)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+    ones = torch.ones(4, 3, dtype=torch.float16)
+    found = restore(ones, documented_record("A sparse record of 4 × 3 float16 entries"), "sparse", torch.float16)
+    ones[2] = torch.tensor([1.0009765625, 1, 0.9990234375])
+    assert torch.equal(found, ones)
 
 
 def test_checksum_vectors() -> None:
