@@ -30,7 +30,7 @@ from impart_hf.methods import MethodConfig, method_class, method_names
 _STAGES = {
     "scan": (pair, "scan"),
     "singular values": (pipeline, "find_spectra"),
-    "price": (pipeline, "shared_budgets"),
+    "price": (pipeline, "budgets_or_exact"),
     "calibration": (pipeline, "stream_layers"),
     "vectors and encoding": (encoding.Encoding, "encode_all"),
     "distillation": (pipeline, "_distil"),

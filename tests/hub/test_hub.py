@@ -254,17 +254,17 @@ def test_one_clear_error(world: SimpleNamespace, loaded: SimpleNamespace, tmp_pa
     unpinned = shutil.copytree(world.out / "first", tmp_path / "delta")
     edit_json(unpinned / "config.json", base_model_revision="0" * 40)
     cases: dict[str, tuple[list[Any], str, list[str]]] = {
-        "private base": (["tester/on-private", {}], "CheckpointError", ["tester/private-base", "token"]),
-        "gated base": (["tester/on-gated", {}], "CheckpointError", ["tester/gated-base", "gated", "token"]),
+        "private base": (["tester/on-private", {}], "MissingBaseError", ["tester/private-base", "token"]),
+        "gated base": (["tester/on-gated", {}], "MissingBaseError", ["tester/gated-base", "gated", "token"]),
         "missing base": (
-            ["tester/delta", {"base_model": "tester/none"}], "CheckpointError", ["tester/none", "neither a local"],
+            ["tester/delta", {"base_model": "tester/none"}], "MissingBaseError", ["tester/none", "neither a local"],
         ),
         "base is a delta": (
-            ["tester/delta", {"base_model": "tester/old"}], "CheckpointError", ["tester/old", "delta repository"],
+            ["tester/delta", {"base_model": "tester/old"}], "DeltaFormatError", ["tester/old", "method exact"],
         ),
         "other base": (["tester/delta", {"base_model": "tester/finetuned"}], "WrongBaseError", ["tester/finetuned"]),
         "base not pinned, moved on": (["tester/named", {}], "WrongBaseError", ["tester/base", "tester/named"]),
-        "missing commit of the base": ([str(unpinned), {}], "CheckpointError", ["tester/base", "0" * 40]),
+        "missing commit of the base": ([str(unpinned), {}], "MissingBaseError", ["tester/base", "0" * 40]),
         "missing revision": (["tester/delta", {"revision": "none"}], "OSError", ["tester/delta", "none"]),
         "with a token": (["tester/on-private", {"token": LoopbackHub.token}], "loaded", []),
     }  # fmt: skip
@@ -362,5 +362,5 @@ def test_offline_with_half_of_it(world: SimpleNamespace, tmp_path: Path) -> None
     for (kind, message), file in zip(
         answers, ("'model.safetensors' of 'tester/base'", "'tester/gated-base'"), strict=True
     ):
-        assert kind == "CheckpointError" and "\n" not in message
+        assert kind == "MissingBaseError" and "\n" not in message
         assert file in message and "cache" in message and "offline" in message

@@ -324,7 +324,7 @@ def test_a_resumed_run_has_the_budgets_of_the_first(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(encoding, "tasks_of", interrupts)
         compress(*models, tmp_path / "delta", ImPartRdConfig(8.0))
-    monkeypatch.setattr("impart_hf.compression.pipeline.shared_budgets", None)
+    monkeypatch.setattr("impart_hf.compression.pipeline.budgets_or_exact", None)
     compress(*models, tmp_path / "delta", ImPartRdConfig(8.0))
     assert differing(tmp_path / "unbroken", tmp_path / "delta") == []
 

@@ -233,7 +233,7 @@ class TestRefused:
     def test_base_is_gone(self, engine: EngineProcess, delta: Path, tmp_path: Path) -> None:
         repository = shutil.copytree(delta, tmp_path / "delta")
         edit_json(repository / "config.json", base_model_name_or_path="/nowhere/base")
-        self.start(engine, repository, "CheckpointError", repository, "/nowhere/base")
+        self.start(engine, repository, "MissingBaseError", repository, "/nowhere/base")
 
     def test_truncated(self, engine: EngineProcess, delta: Path, tmp_path: Path) -> None:
         repository = shutil.copytree(delta, tmp_path / "delta")
