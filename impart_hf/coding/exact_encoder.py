@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from ..modeling.checksums import tensor_bytes, tensor_checksum
-from ..modeling.coded_numbers import PART, TOKENS
+from ..modeling.coded_numbers import PART
 from ..modeling.exact_record import DENSE, SOME_COLUMNS, SOME_ROWS, SPARSE, WHOLE, matrix_shape, pack_record
 from ..modeling.ordered_bits import exponents, has_steps, rounded, steps
-from .number_encoder import count_tokens, encode_numbers, entropy_bits, tokens_of
+from .number_encoder import count_tokens, encode_numbers, entropy_bits, symbols_of, token_spans, tokens_of
 
 _TABLE_BITS = 16  # of a class, besides those of its tokens
 _TOKEN_BITS = 12
@@ -85,7 +85,7 @@ class _Plan:
 
 def _plan(moves: np.ndarray, keys: np.ndarray, coding: int | None) -> _Plan:
     """Choose the coding, if it is None, and the classes."""
-    counts = count_tokens(keys.astype(np.uint16) << np.uint16(8) | tokens_of(moves))
+    counts = count_tokens(symbols_of(tokens_of(moves), keys))
     present = np.flatnonzero(counts.any(axis=1))
     first, last = (int(present[0]), int(present[-1])) if len(present) else (0, 0)
     counts = counts[first : last + 1]
@@ -107,9 +107,7 @@ def _dense_bits(counts: np.ndarray) -> np.ndarray:
     Args:
         counts: how often each token occurs, shape (classes, TOKENS).
     """
-    occurs = counts > 0
-    spans = TOKENS - np.argmax(occurs[:, ::-1], axis=1) - np.argmax(occurs, axis=1)
-    return entropy_bits(counts) + _TABLE_BITS + _TOKEN_BITS * np.where(occurs.any(axis=1), spans, 0)
+    return entropy_bits(counts) + _TABLE_BITS + _TOKEN_BITS * token_spans(counts)[1]
 
 
 def _sparse_bits(counts: np.ndarray) -> np.ndarray:

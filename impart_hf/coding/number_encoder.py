@@ -50,11 +50,27 @@ def tokens_of(numbers: np.ndarray) -> np.ndarray:
     return tokens
 
 
+def symbols_of(tokens: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return tokens with their classes: uint16, 256 times the class, and the token; both are uint8."""
+    return classes.astype(np.uint16) << np.uint16(8) | tokens
+
+
+def token_spans(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each class's first token that occurs, and how many tokens there are from it to the last; 0 if none.
+
+    Args:
+        counts: how often each token occurs, shape (classes, TOKENS).
+    """
+    occurs = counts > 0
+    first = np.argmax(occurs, axis=1)
+    return first, np.where(occurs.any(axis=1), TOKENS - np.argmax(occurs[:, ::-1], axis=1) - first, 0)
+
+
 def count_tokens(symbols: np.ndarray) -> np.ndarray:
     """Return how often each token occurs in each class: int64, shape (256, TOKENS).
 
     Args:
-        symbols: uint16: 256 times the class, and the token.
+        symbols: from `symbols_of`.
     """
     counts = np.zeros(1 << 16, np.int64)
     for start in range(0, len(symbols), PART):  # NumPy makes int64 of what it counts
@@ -83,14 +99,10 @@ def encode_numbers(numbers: np.ndarray, classes: np.ndarray | None = None, class
         class_count: 1 to 256.
     """
     tokens = tokens_of(numbers)
-    symbols = tokens.astype(np.uint16)
-    if classes is not None:
-        symbols |= classes.astype(np.uint16) << np.uint16(8)
+    symbols = tokens.astype(np.uint16) if classes is None else symbols_of(tokens, classes)
     counts = count_tokens(symbols)[:class_count]
     frequencies = np.stack([scaled_frequencies(row) for row in counts])
-    occurs = counts > 0
-    first = np.argmax(occurs, axis=1)
-    used = np.where(occurs.any(axis=1), TOKENS - np.argmax(occurs[:, ::-1], axis=1) - first, 0)
+    first, used = token_spans(counts)
     stored = [row[at : at + size] for row, at, size in zip(frequencies, first, used, strict=True) if size > 1]
     packed = pack_frequencies(np.concatenate(stored)) if stored else np.empty(0, np.uint8)
 

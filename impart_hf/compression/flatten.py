@@ -17,7 +17,7 @@ from ..repository.report import CompressionReport
 from ..storage.workspace import Workspace
 from .exact import compress_exactly
 from .exact_names import ALL
-from .pair import ModelPair
+from .pair import ModelPair, is_among
 
 
 def flatten(
@@ -68,7 +68,7 @@ def flatten(
 def _check_output(output: Path, end: Model) -> None:
     """Check that an output folder is none that the end of a chain rests on: that could not be read any more."""
     assert isinstance(end, DeltaBase)
-    if any(output.exists() and folder.samefile(output) for folder in end.folders - {end.folder}):
+    if is_among(output, end.folders - {end.folder}):
         raise OutputError(f"{output} holds a delta that '{end.source}' rests on; choose another folder")
 
 

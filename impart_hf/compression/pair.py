@@ -3,6 +3,7 @@
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class ModelPair:
         Raises:
             OutputError: if it is.
         """
-        if any(output.exists() and folder.samefile(output) for folder in self.base.checkpoint.folders):
+        if is_among(output, self.base.checkpoint.folders):
             raise OutputError(f"{output} holds a delta that the result would rest on; choose another folder")
 
     @property
@@ -199,3 +200,8 @@ class ModelPair:
             logger.warning(f"compressing without a calibration text: {error}")
             return None
         return tokens
+
+
+def is_among(output: Path, folders: Iterable[Path]) -> bool:
+    """Return whether an output folder is one of some folders, under whatever name."""
+    return output.exists() and any(folder.samefile(output) for folder in folders)

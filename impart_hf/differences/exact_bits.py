@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from ..coding.number_encoder import count_tokens, entropy_bits, tokens_of
+from ..coding.number_encoder import count_tokens, entropy_bits, symbols_of, tokens_of
 from ..modeling.coded_numbers import TOKENS
 from ..modeling.ordered_bits import exponents, has_steps, rounded, steps
 
@@ -37,7 +37,7 @@ def exact_bits(base: torch.Tensor, finetuned: torch.Tensor) -> float:
         old = rounded(before[start : start + block], new.dtype)
         moves = steps(old, new).cpu().numpy().view(f"u{new.itemsize}")
         keys = exponents(old).cpu().numpy()
-        counts += count_tokens(keys.astype(np.uint16) << np.uint16(8) | tokens_of(moves))
+        counts += count_tokens(symbols_of(tokens_of(moves), keys))
         moved = moves.reshape(-1, columns).any(axis=1)
         changed_rows += int(moved.sum())
         unchanged += np.bincount(keys.reshape(-1, columns)[~moved].ravel(), minlength=256)

@@ -93,15 +93,19 @@ def pack_record(
     return b"".join([_HEADER.pack(LAYOUT, coding, item_bytes, flags, rows, columns, length, checksum), *parts])
 
 
+def _header(cursor: Cursor) -> tuple[int, ...]:
+    return _HEADER.unpack(cursor.take("u1", _HEADER.size).tobytes())
+
+
 def stated_shape(data: np.ndarray, name: str) -> tuple[int, int]:
     """Return the rows and columns that a record states, for reading it without its base."""
-    fields = _HEADER.unpack(Cursor(data, name).take("u1", _HEADER.size).tobytes())
+    fields = _header(Cursor(data, name))
     return fields[4], fields[5]
 
 
 def stated_checksum(data: np.ndarray, name: str) -> int:
     """Return the checksum of the fine-tuned tensor that a record, of which the header is enough, states."""
-    return _HEADER.unpack(Cursor(data, name).take("u1", _HEADER.size).tobytes())[7]
+    return _header(Cursor(data, name))[7]
 
 
 def parse_exact(data: np.ndarray, shape: tuple[int, ...], item_bytes: int, name: str) -> ExactRecord:
@@ -117,8 +121,7 @@ def parse_exact(data: np.ndarray, shape: tuple[int, ...], item_bytes: int, name:
         DeltaFormatError: if any number in the record is invalid.
     """
     cursor = Cursor(data, name)
-    header = _HEADER.unpack(cursor.take("u1", _HEADER.size).tobytes())
-    layout, coding, stated_bytes, flags, rows, columns, length, checksum = header
+    layout, coding, stated_bytes, flags, rows, columns, length, checksum = _header(cursor)
     if layout != LAYOUT or coding not in (WHOLE, DENSE, SPARSE) or flags > SOME_ROWS | SOME_COLUMNS:
         raise DeltaFormatError(
             f"{name}: unknown exact record ({layout}, {coding}, {flags}); a newer impart-hf may help"
