@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..calibration.text import CalibrationSource, text_name
@@ -98,21 +98,10 @@ def compute_importance(
         ModuleNotFoundError: if peft is not installed.
     """
     require_training()
-    check_whole_number(2, steps=steps)  # in the first step LoRA's B is zero, and so is the gradient of A
-    check_whole_number(1, batch_size=batch_size, rank=rank, alpha=alpha)
-    check_whole_number(2, length=length)
-    check_positive(learning_rate=learning_rate, top_percent=top_percent)
-    check_seed(seed)
-    if top_percent > 100:
-        raise ValueError(f"top_percent must be at most 100, got {top_percent}")
-    defaults = {
-        "max_steps": steps,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "seed": seed,
-    }
-    with training_arguments(device, batch_size, defaults, training, _RESERVED) as arguments:
+    with importance_arguments(
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, rank=rank, alpha=alpha, length=length,
+        seed=seed, top_percent=top_percent, training=training, device=device,
+    ) as arguments:  # fmt: skip
         is_first = arguments.process_index == 0
         if is_first:
             check_output(output_dir)
@@ -152,6 +141,41 @@ def compute_importance(
                     )
         arguments.distributed_state.wait_for_everyone()
     return Importance.load(output_dir)
+
+
+def importance_arguments(
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    rank: int,
+    alpha: int,
+    length: int,
+    seed: int,
+    top_percent: float,
+    training: Mapping[str, Any] | None,
+    device: str | torch.device | None,
+) -> contextlib.AbstractContextManager[TrainingArguments]:
+    """Check the settings of `compute_importance`, and return the context of the Trainer's (`training_arguments`).
+
+    Raises:
+        ValueError: if a setting is invalid; for those that the Trainer has, when the context is entered.
+    """
+    check_whole_number(2, steps=steps)  # in the first step LoRA's B is zero, and so is the gradient of A
+    check_whole_number(1, batch_size=batch_size, rank=rank, alpha=alpha)
+    check_whole_number(2, length=length)
+    check_positive(learning_rate=learning_rate, top_percent=top_percent)
+    check_seed(seed)
+    if top_percent > 100:
+        raise ValueError(f"top_percent must be at most 100, got {top_percent}")
+    defaults = {
+        "max_steps": steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "seed": seed,
+    }
+    return training_arguments(device, batch_size, defaults, training, _RESERVED)
 
 
 class _Gradients(TrainerCallback):

@@ -64,27 +64,19 @@ def prune_layers(
         CheckpointError: if the model cannot be read.
         OutputError: if the output folder is not free or the disk is too small.
     """
-    if sum(choice is not None for choice in (drop, ratio, layers)) != 1:
-        raise ValueError("give exactly one of drop (how many layers), ratio and layers (their numbers)")
-    check_score(score)
-    shard_bytes(max_shard_size)
+    check_layers(drop=drop, ratio=ratio, layers=layers, score=score, max_shard_size=max_shard_size)
     check_output(output_dir)
     checkpoint, shape = open_llama(model, revision)
     if importance is not None:
         importance = importance if isinstance(importance, Importance) else Importance.load(importance)
         importance.check_model(checkpoint, shape)
-    elif merge or layers is None:
+    elif needs_report(layers, merge):
         raise ValueError(
             "an importance report is needed to choose layers or to merge them: run `impart-hf prune importance` first, "
             "or name the layers and do not merge"
         )
-    if layers is not None:
-        dropped = _named(layers, len(shape.layers), protect)
-    else:
-        assert importance is not None
-        candidates = range(1, len(shape.layers) - 1) if protect else range(len(shape.layers))
-        ranked = sorted(candidates, key=lambda n: (importance.layers[score][n].item(), n))
-        dropped = _lowest(ranked, drop, ratio, shape, protect)
+    scores = importance.layers[score].tolist() if importance is not None else []
+    dropped = layers_to_drop(shape, scores, drop=drop, ratio=ratio, layers=layers, protect=protect)
     kept = [number for number in range(len(shape.layers)) if number not in dropped]
     merged = merge_targets(dropped, kept) if merge else {}
     for source, target in merged.items():
@@ -110,6 +102,50 @@ def prune_layers(
         output_dir, checkpoint, shape, after, step, _tensors(checkpoint, kept, merged, importance, after),
         base_name=base_name, max_shard_size=max_shard_size, progress=Progress(progress), notes=notes,
     )  # fmt: skip
+
+
+def check_layers(
+    *, drop: int | None, ratio: float | None, layers: Sequence[int] | None, score: str, max_shard_size: int | str
+) -> None:
+    """Check those settings of `prune_layers` that can be checked without a model.
+
+    Raises:
+        ValueError: if one is invalid, or not exactly one of `drop`, `ratio` and `layers` is given.
+    """
+    if sum(choice is not None for choice in (drop, ratio, layers)) != 1:
+        raise ValueError("give exactly one of drop (how many layers), ratio and layers (their numbers)")
+    check_score(score)
+    shard_bytes(max_shard_size)
+
+
+def needs_report(layers: Sequence[int] | None, merge: bool) -> bool:
+    """Return whether `prune_layers` needs an importance report: to choose layers, or to merge them."""
+    return merge or layers is None
+
+
+def layers_to_drop(
+    shape: LlamaShape,
+    scores: Sequence[float],
+    *,
+    drop: int | None,
+    ratio: float | None,
+    layers: Sequence[int] | None,
+    protect: bool,
+) -> list[int]:
+    """Return the sorted numbers of the layers to drop.
+
+    Args:
+        shape: the model's shape.
+        scores: one per layer; not used if `layers` names them.
+        drop, ratio, layers, protect: as for `prune_layers`.
+
+    Raises:
+        ValueError: if no layer or every layer would be dropped, or a layer does not exist or is protected.
+    """
+    if layers is not None:
+        return _named(layers, len(shape.layers), protect)
+    candidates = range(1, len(shape.layers) - 1) if protect else range(len(shape.layers))
+    return _lowest(sorted(candidates, key=lambda n: (scores[n], n)), drop, ratio, shape, protect)
 
 
 def _named(layers: Sequence[int], count: int, protect: bool) -> list[int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ..calibration.text import CalibrationSource, text_name
 from ..common.files import write_json
@@ -126,18 +127,10 @@ def recover(
     require_training()
     method = "lora" if lora else "full"
     rate = _LEARNING_RATES[method] if learning_rate is None else learning_rate
-    check_whole_number(1, batch_size=batch_size, rank=rank, alpha=alpha, **({} if steps is None else {"steps": steps}))
-    check_whole_number(2, length=length)
-    check_positive(learning_rate=rate, epochs=epochs)
-    check_seed(seed)
-    defaults: dict[str, Any] = {
-        "learning_rate": rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": _WARM_UP,
-        "seed": seed,
-        **({"num_train_epochs": epochs} if steps is None else {"max_steps": steps}),
-    }
-    with training_arguments(device, batch_size, defaults, training) as arguments:
+    with recovery_arguments(
+        steps=steps, epochs=epochs, learning_rate=rate, batch_size=batch_size, length=length, rank=rank, alpha=alpha,
+        seed=seed, training=training, device=device,
+    ) as arguments:  # fmt: skip
         is_first = arguments.process_index == 0
         if is_first:
             check_output(output_dir)
@@ -188,6 +181,38 @@ def recover(
             perplexity_after=after,
             seconds=time.perf_counter() - started,
         )
+
+
+def recovery_arguments(
+    *,
+    steps: int | None,
+    epochs: float,
+    learning_rate: float | None,
+    batch_size: int,
+    length: int,
+    rank: int,
+    alpha: int,
+    seed: int,
+    training: Mapping[str, Any] | None,
+    device: str | torch.device | None,
+) -> contextlib.AbstractContextManager[TrainingArguments]:
+    """Check the settings of `recover`, and return the context of the Trainer's (`training_arguments`).
+
+    Raises:
+        ValueError: if a setting is invalid; for those that the Trainer has, when the context is entered.
+    """
+    check_whole_number(1, batch_size=batch_size, rank=rank, alpha=alpha, **({} if steps is None else {"steps": steps}))
+    check_whole_number(2, length=length)
+    check_positive(epochs=epochs, **({} if learning_rate is None else {"learning_rate": learning_rate}))
+    check_seed(seed)
+    defaults: dict[str, Any] = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": _WARM_UP,
+        "seed": seed,
+        **({} if learning_rate is None else {"learning_rate": learning_rate}),
+        **({"num_train_epochs": epochs} if steps is None else {"max_steps": steps}),
+    }
+    return training_arguments(device, batch_size, defaults, training)
 
 
 def _training_dtype(checkpoint: Checkpoint, lora: bool, device: torch.device) -> torch.dtype:

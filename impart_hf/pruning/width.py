@@ -118,15 +118,8 @@ def prune_width(
         CheckpointError: if the model cannot be read.
         OutputError: if the output folder is not free or the disk is too small.
     """
-    check_score(score)
-    if not parts or (unknown := [part for part in parts if part not in PARTS]):
-        raise ValueError(f"parts must be {' or '.join(PARTS)} or both, not {unknown[0] if parts else 'none'!r}")
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
-    if not 0 <= exponent <= _LARGEST_EXPONENT:
-        raise ValueError(f"exponent must lie between 0 and {_LARGEST_EXPONENT}, not {exponent:g}")
+    check_width(score=score, exponent=exponent, parts=parts, multiple_of=multiple_of, max_shard_size=max_shard_size)
     device = usable_device(device)
-    shard_bytes(max_shard_size)
     output = check_output(output_dir)
     checkpoint, shape = open_llama(model, revision)
     single = all(width.num_attention_heads == width.num_key_value_heads for width in shape.layers)
@@ -169,6 +162,24 @@ def prune_width(
             output, checkpoint, shape, after, step, _tensors(checkpoint, kept, after, corrected),
             base_name=base_name, max_shard_size=max_shard_size, progress=bars, notes=[],
         )  # fmt: skip
+
+
+def check_width(
+    *, score: str, exponent: float, parts: Sequence[str], multiple_of: int, max_shard_size: int | str
+) -> None:
+    """Check those settings of `prune_width` that can be checked without a model.
+
+    Raises:
+        ValueError: if one is invalid.
+    """
+    check_score(score)
+    if not parts or (unknown := [part for part in parts if part not in PARTS]):
+        raise ValueError(f"parts must be {' or '.join(PARTS)} or both, not {unknown[0] if parts else 'none'!r}")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
+    if not 0 <= exponent <= _LARGEST_EXPONENT:
+        raise ValueError(f"exponent must lie between 0 and {_LARGEST_EXPONENT}, not {exponent:g}")
+    shard_bytes(max_shard_size)
 
 
 def kept_units(
