@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, str | Group] = {
             "layers": "drop the least important layers, merging them into those before",
             "width": "remove the least important heads and channels of every layer",
             "recover": "train a pruned model, with LoRA or in full, and save it merged",
+            "run": "do all of it, and compress and push the result, as a recipe in a YAML file says",
         },
     ),
     "evaluate": "measure models: cost, quality on a text or task, and speed",

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.text import CalibrationSource, calibration_tokens, check_vocabulary, load_tokenizer
 from ..common.devices import usable_device
+from ..common.markdown import markdown_table
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint
 from ..modeling.model_files import HubOptions, repository_kind
@@ -52,6 +53,33 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def cells(self) -> dict[str, str]:
+        """Return the evaluation as a row of a table, by column."""
+        cost, latency = self.cost, self.latency
+        cells = {"model": self.model}
+        if self.perplexity is not None:
+            cells["perplexity"] = f"{self.perplexity:.3f}"
+        if self.task_score is not None:
+            cells[str(self.task_metric)] = f"{self.task_score:.4f}"
+        cells |= {
+            "parameters": f"{cost.parameters:,}",
+            "without embeddings": f"{cost.parameters_without_embeddings:,}",
+            "weights": f"{human_bytes(cost.weight_bytes)} ({cost.dtype})",
+            "prefill MFLOP/token": f"{cost.prefill_flops_per_token / 1e6:,.2f}",
+            "decode MFLOP/token": f"{cost.decode_flops_per_token / 1e6:,.2f}",
+            "KV cache B/token": f"{sum(cost.kv_cache_bytes_per_token):,}",
+        }
+        if latency is not None:
+            peaks = (latency.prefill_peak_bytes, latency.decode_peak_bytes)
+            prefill, decode = ("unknown" if peak is None else human_bytes(peak) for peak in peaks)
+            cells |= {
+                "prefill ms": f"{latency.prefill_seconds * 1e3:.2f}",
+                "decode tokens/s": f"{latency.decode_tokens_per_second:.1f}",
+                "prefill peak": prefill,
+                "decode peak": decode,
+            }
+        return cells
+
 
 @dataclass
 class Comparison:
@@ -74,45 +102,7 @@ class Comparison:
 
     def table(self) -> str:
         """Return a Markdown table with a line for each model."""
-        rows = [_cells(evaluation) for evaluation in self.evaluations]
-        columns = list(rows[0])
-        lines = [columns, *([row[column] for column in columns] for row in rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-        lines.insert(1, [widths[0] * "-", *((width - 1) * "-" + ":" for width in widths[1:])])
-        return "\n".join(
-            f"| {line[0].ljust(widths[0])} | "
-            + " | ".join(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
-            + " |"
-            for line in lines
-        )
-
-
-def _cells(evaluation: Evaluation) -> dict[str, str]:
-    """Return a row of the table, by column."""
-    cost, latency = evaluation.cost, evaluation.latency
-    cells = {"model": evaluation.model}
-    if evaluation.perplexity is not None:
-        cells["perplexity"] = f"{evaluation.perplexity:.3f}"
-    if evaluation.task_score is not None:
-        cells[str(evaluation.task_metric)] = f"{evaluation.task_score:.4f}"
-    cells |= {
-        "parameters": f"{cost.parameters:,}",
-        "without embeddings": f"{cost.parameters_without_embeddings:,}",
-        "weights": f"{human_bytes(cost.weight_bytes)} ({cost.dtype})",
-        "prefill MFLOP/token": f"{cost.prefill_flops_per_token / 1e6:,.2f}",
-        "decode MFLOP/token": f"{cost.decode_flops_per_token / 1e6:,.2f}",
-        "KV cache B/token": f"{sum(cost.kv_cache_bytes_per_token):,}",
-    }
-    if latency is not None:
-        peaks = (latency.prefill_peak_bytes, latency.decode_peak_bytes)
-        prefill, decode = ("unknown" if peak is None else human_bytes(peak) for peak in peaks)
-        cells |= {
-            "prefill ms": f"{latency.prefill_seconds * 1e3:.2f}",
-            "decode tokens/s": f"{latency.decode_tokens_per_second:.1f}",
-            "prefill peak": prefill,
-            "decode peak": decode,
-        }
-    return cells
+        return markdown_table([evaluation.cells() for evaluation in self.evaluations])
 
 
 def compare_models(
