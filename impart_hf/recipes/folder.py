@@ -118,5 +118,5 @@ class RunFolder:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Return the size of all files in a model's folder but its card, which states this size."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "README.md")

@@ -10,6 +10,9 @@ from ..common.files import atomic_write
 from ..repository.plot import new_figure
 
 _Model = Mapping[str, Any]
+_Values = Sequence[float | None]  # of all models; None where it is not known
+
+_COLUMNS = 4
 
 
 def draw(models: Sequence[_Model], path: Path) -> bool:
@@ -27,41 +30,50 @@ def draw(models: Sequence[_Model], path: Path) -> bool:
     if not qualities:
         path.unlink(missing_ok=True)
         return True
+    rows_each = -(-len(costs) // _COLUMNS)
+    columns = min(_COLUMNS, len(costs))
     try:
-        figure = new_figure(3.6 * len(costs), 0.6 + 3.0 * len(qualities))
+        figure = new_figure(3.4 * columns, 0.6 + 2.8 * rows_each * len(qualities))
     except ModuleNotFoundError:
         return False
     names = [model["stage"] for model in models]
-    panels = figure.subplots(len(qualities), len(costs), squeeze=False, sharey="row")
-    for row, (quality, heights) in zip(panels, qualities.items(), strict=True):
-        for axes, (cost, widths) in zip(row, costs.items(), strict=True):
-            points = [(x, y, name) for x, y, name in zip(widths, heights, names, strict=True) if None not in (x, y)]
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color="0.75", linewidth=0.8, zorder=1)
-            for x, y, name in points:
-                axes.scatter([x], [y], s=18, color="C0" if name == names[-1] else "C1", zorder=2)
-                axes.annotate(name.partition("-")[0], (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
-            axes.grid(True, color="0.93")
-            axes.set_xlabel(cost)
-            if quality == _PERPLEXITY:
-                axes.set_yscale("log")
-        row[0].set_ylabel(quality)
-    figure.suptitle("  ".join(names), fontsize=7)
+    panels = figure.subplots(rows_each * len(qualities), columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for number, (quality, heights) in enumerate(qualities.items()):
+        own = panels[number * rows_each : (number + 1) * rows_each].flat
+        for axes, (cost, widths) in zip(own, costs.items(), strict=False):
+            axes.set_axis_on()
+            axes.set(xlabel=cost, ylabel=quality)
+            _draw_curve(axes, widths, heights, names)
+    figure.suptitle(", ".join(names), fontsize=8)
     with atomic_write(path) as new:
-        figure.savefig(new, dpi=130, format="png")
+        figure.savefig(new, dpi=110, format="png")
     return True
+
+
+def _draw_curve(axes: Any, widths: _Values, heights: _Values, names: Sequence[str]) -> None:
+    """Draw the models as points in their order, each with its stage's number; the last one is filled."""
+    points = [(x, y, name) for x, y, name in zip(widths, heights, names, strict=True) if None not in (x, y)]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color="0.75", linewidth=0.8, zorder=1)
+    for x, y, name in points:
+        axes.scatter([x], [y], s=22, edgecolor="C0", color="C0" if name == names[-1] else "white", zorder=2)
+        axes.annotate(name.partition("-")[0], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.margins(0.15)
+    axes.grid(True, color="0.93")
 
 
 _PERPLEXITY = "perplexity"
 
 
-def _qualities(models: Sequence[_Model]) -> dict[str, list[float | None]]:
+def _qualities(models: Sequence[_Model]) -> dict[str, _Values]:
     """Return what was measured of the models' quality, by its name."""
     evaluations = [model["evaluation"] for model in models]
     metric = next((e["task_metric"] for e in evaluations if e["task_metric"] is not None), "task score")
     return {_PERPLEXITY: [e["perplexity"] for e in evaluations], metric: [e["task_score"] for e in evaluations]}
 
 
-def _costs(models: Sequence[_Model]) -> dict[str, list[float | None]]:
+def _costs(models: Sequence[_Model]) -> dict[str, _Values]:
     """Return the models' costs, by their names."""
     costs = [model["evaluation"]["cost"] for model in models]
     latencies = [model["evaluation"]["latency"] for model in models]

@@ -110,6 +110,8 @@ class Recipe:
             raise RecipeError(f"eval must map settings to values, got {self.eval!r:.80}")
         if self.keep not in KEEP:
             raise RecipeError(f"keep must be {' or '.join(KEEP)}, got {self.keep!r:.80}")
+        for name in ("data", "eval"):
+            json_form(getattr(self, name), name)
         linked(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,9 +140,7 @@ class Recipe:
             raise RecipeError(f"unknown key {unknown[0]!r}; choose one of {', '.join(keys)}")
         if missing := [key for key in ("model", "stages") if not content.get(key)]:
             raise RecipeError(f"the key {missing[0]} is missing or empty")
-        given = {key: value for key, value in content.items() if value is not None}
-        json_form(given, "the recipe")
-        return cls(**given)
+        return cls(**{key: value for key, value in content.items() if value is not None})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -182,6 +182,8 @@ def linked(recipe: Recipe) -> list[Stage]:
     unused = False
     for number, (kind, settings) in enumerate(written, 1):
         stage = Stage(number, kind, settings, model)
+        for key, value in settings.items():
+            json_form(value, f"{stage.name}: {key}")
         last = stages[-1] if stages else None
         if last is not None and last.kind == "push":
             raise RecipeError(f"{last.name}: push must be the last stage, but {stage.name} follows")

@@ -33,7 +33,7 @@ class StageResult:
         report: the report of its function, shortened.
         evaluation: what was measured of the model that it made, as `Evaluation.to_dict`; None if it makes none.
         cells: the same as text, by column.
-        disk_bytes: size of the model's folder, of a delta without its base; None for a model on the Hub.
+        disk_bytes: size of the model's folder without its card, of a delta without its base; None for one on the Hub.
     """
 
     name: str
@@ -92,20 +92,23 @@ class RecipeReport:
 
     def card_section(self) -> str:
         """Return Markdown for the model card: the recipe and the table, without paths of this machine."""
-        shown = yaml.safe_dump(_public(self.recipe.to_dict()), sort_keys=False, default_flow_style=None)
+        shown = yaml.safe_dump(_public(self.recipe.to_dict()), sort_keys=False, default_flow_style=None, width=100)
         return (
             f"This model was made by `impart-hf prune run` from the recipe below.\n\n{self.table()}\n\n"
             f"```yaml\n{shown}```\n\nLocal files and folders appear in it by name, without their paths."
         )
 
-    def save(self, folder: Path) -> bool:
-        """Write report.json, report.md and report.png.
-
-        Returns:
-            Whether the picture is up to date: False if matplotlib is not installed.
-        """
+    def save(self, folder: Path) -> None:
+        """Write report.json and report.md."""
         _write(folder / REPORT_JSON, json.dumps(self.to_dict(), indent=2) + "\n")
         _write(folder / REPORT_MD, f"# {public_name(self.recipe.model)}, by stages\n\n{self.table()}\n")
+
+    def draw(self, folder: Path) -> bool:
+        """Write report.png, or remove it if no quality was measured.
+
+        Returns:
+            False, with nothing written, if matplotlib is not installed.
+        """
         return draw([result.to_dict() for result in self.measured], folder / REPORT_PNG)
 
 

@@ -101,7 +101,13 @@ class _Run:
             if planned.stage.number in self._to_do:
                 self._do(planned)
             self._measure(planned)
-        return self._described()
+            if planned == self._plan.last_model:  # whose card goes with it, if the next stage pushes it
+                self._add_to_card(planned)
+        report = self._report()
+        report.save(self._folder.path)
+        if not report.draw(self._folder.path):
+            logger.warning("report.png was not drawn, because matplotlib is missing: pip install 'impart-hf[plot]'")
+        return report
 
     def _forget(self) -> None:
         """Forget the stages of earlier runs that no longer hold, and say so."""
@@ -173,7 +179,7 @@ class _Run:
             with errors_of(name):
                 found = self._measured(self._source(stage.number), planned.fingerprint, base=stage.base)
             self._folder.put(name, {**entry, **found})
-            self._described()
+            self._report().save(self._folder.path)
         if self._plan.recipe.keep == "last":
             self._remove_what_is_over(stage.number)
 
@@ -200,17 +206,18 @@ class _Run:
             "disk_bytes": folder_bytes(Path(source)) if revision is None else None,
         }
 
-    def _described(self) -> RecipeReport:
-        """Write the report on what is finished, also into the card of the recipe's result, and return it."""
-        report = self._report()
-        if not report.save(self._folder.path):
-            logger.warning_once(
-                "report.png was not drawn, because matplotlib is missing: pip install 'impart-hf[plot]'"
-            )
-        last = self._folder.stage(self._plan.last_model.name)
-        if report.folder == last:
-            _add_to_card(last / "README.md", report.card_section())
-        return report
+    def _add_to_card(self, planned: PlannedStage) -> None:
+        """Add recipe and measurements to a model's card, in place of earlier ones; a model without a card gets one.
+
+        Titles that are a stage's name become the name of the recipe's folder.
+        """
+        path, title = self._folder.stage(planned.name) / "README.md", self._folder.path.name
+        card = ModelCard.load(path) if path.is_file() else ModelCard(f"# {title}")
+        text = card.text.partition(_SECTION)[0].strip()
+        for other in self._plan.stages:
+            text = text.replace(f"# {other.name}", f"# {title}", 1)
+        card.text = f"{text}\n\n{_SECTION}\n\n{self._report().card_section()}\n"
+        card.save(path)
 
     def _remove_what_is_over(self, done: int) -> None:
         """Remove the folders of stages that neither a later stage needs nor the user."""
@@ -249,11 +256,3 @@ class _Run:
                 folder = self._folder.stage(name)
             urls += entry.get("report", {}).get("urls", [])
         return RecipeReport(self._plan.recipe, results, folder, urls)
-
-
-def _add_to_card(path: Path, section: str) -> None:
-    """Add the section on the recipe to a model card, in place of an earlier one; a model without a card gets one."""
-    card = ModelCard.load(path) if path.is_file() else ModelCard("")
-    text = card.text.partition(_SECTION)[0].rstrip()
-    card.text = f"{text}\n\n{_SECTION}\n\n{section}\n"
-    card.save(path)
