@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.commands import run_with_commands_here
-from support.load_script import SCRIPTS
 from support.messages import naming
 from support.tiny_models import (
     edit_json,
@@ -181,23 +179,6 @@ def test_more_of_the_trainers_settings(model: Path, tmp_path: Path) -> None:
     report = recover(str(model), tmp_path / "out", TEXTS, training=training, **{**SETTINGS, "batch_size": 4})
     assert report.steps == SETTINGS["steps"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
-
-
-@pytest.mark.scripts
-def test_the_script_with_the_published_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From a LLaMA of seven layers to one of three: two without merging, then (by default three, here) two with it."""
-    model = save(tmp_path / "model", "llama", num_hidden_layers=7)
-    data = tmp_path / "train.txt"
-    data.write_text("\n".join(TEXTS))
-    script = [str(SCRIPTS / "gradpruner.sh"), str(model), str(data), str(data), str(tmp_path / "out"), "--steps", "2"]
-    assert run_with_commands_here(script, tmp_path / "bin", {"MERGED_LAYERS": "2"}) == 0
-    pruning = json.loads((tmp_path / "out/recovered/config.json").read_text())["pruning"]
-    dropped, merged, recovery = pruning["steps"]
-    assert len(dropped["removed"]) == 2 and not dropped["merged_into"] and len(merged["merged_into"]) == 2
-    assert (recovery["method"], recovery["steps"], recovery["learning_rate"]) == ("lora", 2, 1e-4)
-    settings = json.loads((tmp_path / "out/scores/importance.json").read_text())["settings"]
-    assert (settings["rank"], settings["alpha"], settings["batch_size"], settings["steps"]) == (8, 32, 4, 40)
-    assert capsys.readouterr().out.count("| ") > 10
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from impart_hf import PrunedLlamaForCausalLM
 from impart_hf.common.files import OutputError
 from impart_hf.evaluation import compare
-from impart_hf.pruning import importance, pruned_writer, recovery
+from impart_hf.pruning import pruned_writer, recovery
 from impart_hf.recipes import RecipeError, RecipeReport, run_recipe
 from impart_hf.recipes.folder import RunFolder
 from impart_hf.storage.folder_lock import FolderLock
@@ -189,13 +189,12 @@ def half_written(folder: Path, *_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "name", "how", "finished"),
     [
-        (importance, "train", stopped, 0),
         (pruned_writer, "write_weights", half_written, 1),
         (recovery, "write_weights", half_written, 4),
         ("impart_hf.compression.compress.compress_pair", "", stopped, 5),
         (compare, "perplexity", stopped, 0),
     ],
-    ids=["importance", "layers", "recover", "compress", "measuring"],
+    ids=["layers", "recover", "compress", "measuring"],
 )
 def test_an_interrupted_run_goes_on(
     place: Any, name: str, how: Callable, finished: int, recipe: dict, done: Path, tmp_path: Path,
