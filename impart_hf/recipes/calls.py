@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -166,6 +166,8 @@ def _fits(value: Any, kind: Any) -> bool:
     """Return whether a value of a YAML file has a type."""
     if get_origin(kind) is Mapping:
         return isinstance(value, dict)
+    if get_origin(kind) is Sequence and isinstance(value, str):  # to Python a text is a sequence, of its letters
+        return False
     try:
         type_validator("value", value, float | int if kind is float else kind)
     except TypeError:

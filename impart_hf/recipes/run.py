@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,7 @@ def _to_do(plan: RecipePlan, folder: RunFolder) -> set[int]:
     needed = set(plan.results)
     for planned in reversed(plan.stages):
         stage, entry = planned.stage, folder.entries.get(planned.name)
-        made = entry is not None and entry["fingerprint"] == planned.fingerprint
+        made = entry is not None and entry.get("fingerprint") == planned.fingerprint
         if made and stage.makes_model and not _is_measured(plan, planned.fingerprint, entry):
             needed.add(stage.number)
         if not made or (stage.number in needed and not folder.stage(planned.name).is_dir()):
@@ -195,7 +196,9 @@ class _Run:
             base: for a delta, the number of the stage that made its base.
         """
         call = self._plan.evaluation
-        local_base = {"base_model": self._source(base)} if base else {}
+        # Of a base that is a folder, the delta may have recorded the name that it has, or will have, on the Hub
+        is_local = base is not None and os.path.isdir(self._source(base))
+        local_base = {"base_model": self._source(base)} if base is not None and is_local else {}
         comparison = call.function([source], revision=revision, progress=False, **local_base, **call.arguments)
         (evaluation,) = comparison.evaluations
         cells = {column: cell for column, cell in evaluation.cells().items() if column != "model"}

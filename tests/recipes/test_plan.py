@@ -57,6 +57,7 @@ def refused(recipe: dict[str, Any], *names: object) -> None:
         (4, {"ratio": 0.99}, ("04-width", "ratio", 0.99)),
         (4, {"parts": ["heads"]}, ("04-width", "parts", "heads")),
         (4, {"parts": 3}, ("04-width", "parts", 3, "list")),
+        (4, {"parts": "mlp"}, ("04-width", "parts", "mlp", "list")),
         (4, {"exponent": 11}, ("04-width", "exponent", 11)),
         (4, {"calibration": "missing.txt"}, ("04-width", "calibration", "missing.txt")),
         (5, {"steps": 0}, ("05-recover", "steps", 0)),

@@ -17,6 +17,13 @@ from support.without_impart_hf import WITHOUT_IMPART_HF
 from transformers import AutoModelForCausalLM
 
 IDS = torch.arange(5, 45).view(2, 20)
+RUN = """
+import sys
+from impart_hf.cli.main import main
+
+for recipe, output in zip(sys.argv[1::2], sys.argv[2::2]):
+    assert main(["prune", "run", recipe, output]) == 0
+"""
 LOAD = """
 import json, sys
 import torch
@@ -46,13 +53,16 @@ def test_killed_resumed_pushed_and_loaded(recipe: dict, tmp_path: Path) -> None:
     assert sorted(before) == ["01-importance", "02-layers", "03-importance", "04-width"]
     push = {"push": {"repo": "tester/delta", "base_repo": "tester/pruned", "private": False}}
     path.write_text(yaml.safe_dump({**recipe, "stages": [*stages, push]}))
+    second = tmp_path / "second.yaml"  # begins with a model that the first has pushed
+    then = [{"recover": recovery}, {"compress": {"method": "lowrank", "ratio": 3}}, {"push": {"repo": "tester/second"}}]
+    second.write_text(yaml.safe_dump({"model": "tester/pruned", "data": recipe["data"], "stages": then}))
     with LoopbackHub(tmp_path / "hub", lfs_threshold=50_000) as hub:
+        command = [sys.executable, "-c", RUN, str(path), str(output), str(second), str(tmp_path / "second")]
         done = subprocess.run(command, env=hub_env(hub, tmp_path / "home"), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        urls = done.stdout.splitlines()[-2:]
-        assert [url.split("/commit/")[0].removeprefix(f"{hub.url}/") for url in urls] == [
-            "tester/pruned", "tester/delta",
-        ]  # fmt: skip
+        urls = [line for line in done.stdout.splitlines() if line.startswith(hub.url)]
+        pushed = [url.removeprefix(f"{hub.url}/").split("/commit/") for url in urls]
+        assert [name for name, _ in pushed] == ["tester/pruned", "tester/delta", "tester/second"]
         run_client(
             WITHOUT_IMPART_HF + LOAD, hub_env(hub, tmp_path / "stranger"), str(tmp_path / "logits.pt"),
             json.dumps(IDS.tolist()),
@@ -68,4 +78,6 @@ def test_killed_resumed_pushed_and_loaded(recipe: dict, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), local(IDS).logits)
     state = json.loads((output / "state.json").read_text())["stages"]
-    assert state["07-push"]["report"]["urls"] == urls
+    assert state["07-push"]["report"]["urls"] == urls[:2]
+    config = json.loads((tmp_path / "second/stages/02-compress/config.json").read_text())
+    assert [config["base_model_name_or_path"], config["base_model_revision"]] == pushed[0]

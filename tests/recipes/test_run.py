@@ -267,7 +267,13 @@ def test_a_run_that_was_killed_before_its_first_entry(recipe: dict, tmp_path: Pa
     assert RunFolder(tmp_path / "out").entries == {}
 
 
-def test_a_model_that_is_never_pruned_gets_a_card(recipe: dict, tmp_path: Path) -> None:
+def test_a_model_that_is_never_pruned(recipe: dict, tmp_path: Path) -> None:
+    """It gets a card, and its delta rests on the recipe's model, by the name that it is said to have on the Hub."""
     report = run({**recipe, "stages": [recipe["stages"][4]]}, tmp_path / "trained")
+    assert report.folder is not None
     card = ModelCard.load(report.folder / "README.md").text.strip()
     assert card.startswith("# trained\n") and "stage by stage" in card
+    report = run({**recipe, "stages": recipe["stages"][4:], "base_name": "me/llama"}, tmp_path / "trained")
+    assert [result.name for result in report.results] == ["model", "01-recover", "02-compress"]
+    config = json.loads((tmp_path / "trained/stages/02-compress/config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/llama"
