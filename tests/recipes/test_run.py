@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from impart_hf import PrunedLlamaForCausalLM
 from impart_hf.common.files import OutputError
 from impart_hf.evaluation import compare
-from impart_hf.pruning import pruned_writer, recovery
+from impart_hf.pruning import importance, pruned_writer, recovery
 from impart_hf.recipes import RecipeError, RecipeReport, run_recipe
 from impart_hf.recipes.folder import RunFolder
 from impart_hf.storage.folder_lock import FolderLock
@@ -186,44 +185,44 @@ def half_written(folder: Path, *_: Any, **__: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "name", "how", "finished"),
-    [
-        (pruned_writer, "write_weights", half_written, 1),
-        (recovery, "write_weights", half_written, 4),
-        ("impart_hf.compression.compress.compress_pair", "", stopped, 5),
-        (compare, "perplexity", stopped, 0),
-    ],
-    ids=["layers", "recover", "compress", "measuring"],
-)
-def test_an_interrupted_run_goes_on(
-    place: Any, name: str, how: Callable, finished: int, recipe: dict, done: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    output = tmp_path / "tiny-llama"
-    with monkeypatch.context() as patched:
-        patched.setattr(place, how) if isinstance(place, str) else patched.setattr(place, name, how)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, output)
-    before = stages_in(output)
-    assert [name for name in before if not name.startswith(".")] == NAMES[:finished]
+def test_a_run_that_is_interrupted_in_every_stage(
+    recipe: dict, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other; each time it goes on, and the result is that of an unbroken run."""
+    output, finished = tmp_path / "tiny-llama", 0
+    for place, how, names in [
+        (f"{compare.__name__}.perplexity", stopped, []),
+        (f"{importance.__name__}.train", stopped, []),
+        (f"{pruned_writer.__name__}.write_weights", half_written, NAMES[:1]),
+        (f"{recovery.__name__}.write_weights", half_written, NAMES[:4]),
+        ("impart_hf.compression.compress.compress_pair", stopped, NAMES[:5]),
+        ("impart_hf.recipes.report.RecipeReport.draw", stopped, NAMES),
+    ]:
+        before = stages_in(output) if output.exists() else {}
+        with monkeypatch.context() as patched:
+            patched.setattr(place, how)
+            with pytest.raises(KeyboardInterrupt):
+                run(recipe, output)
+        after = stages_in(output)
+        assert [name for name in after if not name.startswith(".")] == names
+        assert all(after[name] == before[name] for name in NAMES[:finished])
+        finished = len(names)
     run(recipe, output)
-    after = stages_in(output)
-    assert list(after) == NAMES and all(after[name] == before[name] for name in NAMES[:finished])
+    assert stages_in(output) == after
     one, other = load_tensors(output / "stages/05-recover"), load_tensors(done / "stages/05-recover")
     assert all(torch.equal(one[name], other[name]) for name in other)
+    assert load_tensors(output / "stages/06-compress").keys() == load_tensors(done / "stages/06-compress").keys()
 
 
-def test_a_stage_that_fails_is_named_and_the_others_stay(recipe: dict, tmp_path: Path) -> None:
-    wrong = changed(recipe, 6, ratio=1e6)
+def test_a_stage_that_fails_is_named_and_the_others_stay(recipe: dict, output: Path) -> None:
+    before = stages_in(output)
     with pytest.raises(RecipeError, match=naming("06-compress")):
-        run(wrong, tmp_path / "out")
-    before = stages_in(tmp_path / "out")
-    assert list(before) == NAMES[:5]
-    assert len(json.loads((tmp_path / "out/report.json").read_text())["stages"]) == 6
-    run(recipe, tmp_path / "out")
-    after = stages_in(tmp_path / "out")
-    assert all(after[name] == before[name] for name in NAMES[:5]) and "06-compress" in after
+        run(changed(recipe, 6, ratio=1e6), output)
+    after = stages_in(output)
+    assert list(after) == NAMES[:5] and all(after[name] == before[name] for name in after)
+    run(recipe, output)
+    again = stages_in(output)
+    assert list(again) == NAMES and all(again[name] == before[name] for name in NAMES[:5])
 
 
 def test_measurements_that_fail_are_named(recipe: dict, tmp_path: Path) -> None:
