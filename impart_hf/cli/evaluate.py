@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from ..common.processes import is_first
 from ..evaluation.defaults import NEW_TOKENS, PROMPT_TOKENS
 from .options import (
     add_base_model,
@@ -73,8 +74,10 @@ def check(options: argparse.Namespace) -> None:
     check_text_and_task(options, "text")
     check_text_field(options, options.text)
     check_tasks(options)
+    if options.backend not in (None, "hf"):
+        refuse(options, ["text", "latency"], f"is for the backend hf; leave --backend {options.backend} out")
     if options.backend == "vllm":
-        refuse(options, ["text", "latency", "device"], "is for the backend hf; leave --backend vllm out")
+        refuse(options, ["device"], "has no effect on vLLM, which chooses the device")
     if options.batch_size == "auto" and options.task is None:
         raise ValueError("--batch-size auto is for tasks: give a number, or add --task TASK")
     if options.text is None and options.task is None:
@@ -91,7 +94,10 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from ..evaluation.compare import compare_models
+    from ..evaluation.model_index import read_card, update_card
 
+    for model in options.models if options.update_card else []:
+        read_card(model)  # for its errors, before models are evaluated for hours
     comparison = compare_models(
         options.models,
         latency=bool(options.latency),
@@ -103,6 +109,11 @@ def run(options: argparse.Namespace) -> None:
         **given_tasks(options),
         **given(options, "prompt_tokens", "new_tokens", "repeats", "device", "revision", "base_model"),
     )
+    if not is_first():
+        return
+    if options.update_card:
+        for evaluation in comparison.evaluations:
+            update_card(evaluation.model, evaluation.scores)
     print(json.dumps(comparison.to_dict(), indent=2) if options.json else comparison.table())
     for model in comparison.other_vocabularies:
         print(

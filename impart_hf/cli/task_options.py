@@ -52,13 +52,18 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
         "--data-dir", type=Path, metavar="FOLDER", help="take data sets from FOLDER/DATASET/NAME/, not from the Hub"
     )
     add_flag(group, "--allow-code", "run tasks that execute the programs that the model writes")
-    group.add_argument("--backend", choices=("hf", "vllm"), help="run the models by transformers or vLLM (default: hf)")
+    group.add_argument(
+        "--backend",
+        choices=("hf", "runtime", "vllm"),
+        help="run the models by transformers, as deltas beside one base in memory, or by vLLM (default: hf)",
+    )
     group.add_argument(
         "--model-args",
         metavar="KEY=VALUE,…",
         type=key_values,
         help="further arguments of from_pretrained (hf), or of the engine (vllm), such as max_model_len=4096",
     )
+    add_flag(group, "--update-card", "put the scores into each model's README.md, for the Hub to show them")
     group.add_argument(
         "--results",
         type=Path,
@@ -70,7 +75,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
 def check_tasks(options: argparse.Namespace) -> None:
     """Refuse options that have no effect."""
     if not options.task:
-        refuse(options, [*_SETTINGS, *_OTHERS], "needs a task; add --task TASK")
+        refuse(options, [*_SETTINGS, *_OTHERS, "update_card"], "needs a task; add --task TASK")
     if not options.apply_chat_template:
         refuse(options, ["fewshot_as_multiturn"], "has no effect without a chat; add --apply-chat-template")
 

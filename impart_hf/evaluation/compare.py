@@ -1,6 +1,7 @@
 """Comparison of models: cost, quality on a text or task, and latency."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.text import CalibrationSource, calibration_tokens, check_vocabulary, load_tokenizer
-from ..common.devices import usable_device
+from ..common import processes
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint
 from ..modeling.model_files import HubOptions, repository_kind
@@ -25,8 +26,9 @@ from .cost import (
 )
 from .defaults import NEW_TOKENS, PROMPT_TOKENS
 from .latency import Latency, measure_latency
-from .metrics import perplexity
-from .models import EvaluatedModel, Loading
+from .metrics import perplexity_of
+from .models import EvaluatedModel, ModelLoader
+from .reference import Reference
 from .tables import markdown_table, score_table
 from .tasks import TaskEvaluation, TaskScore, TaskSettings
 
@@ -134,7 +136,7 @@ def compare_models(
     """Evaluate models under the same conditions: cost, and if requested, quality and latency.
 
     Weights are read only for a text, a task or latency, one model at a time, and only after all arguments have been
-    checked.
+    checked. The processes of a job share the sequences of the text and the questions of tasks; each loads every model.
 
     Args:
         models: local folders or Hub ids of dense models, delta repositories and pruned models.
@@ -166,7 +168,10 @@ def compare_models(
     for name, number in (("batch_size", batch_size), ("repeats", repeats)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    loading = Loading(backend, usable_device(device), revision, base_model, model_args or {})
+    if latency and processes.is_distributed():
+        raise ValueError("latency is measured in one process: start it without accelerate launch or torchrun")
+    processes.connect(str(device).startswith("cpu"))
+    loader = ModelLoader(backend, device, revision, base_model, model_args)
     if backend != "hf" and (text is not None or latency):
         raise ValueError(f"a text and latency are measured with the backend 'hf', not with '{backend}'")
     empty = [empty_model(model, dtype, revision) for model in models]
@@ -175,9 +180,9 @@ def compare_models(
     if prompt_tokens is None:
         prompt_tokens = max(1, min([PROMPT_TOKENS, *(limit - following for limit in positions)]))
     evaluations = []
-    for source, model in zip(models, empty, strict=True):
-        check_positions(model, prompt_tokens, following)
-        evaluations.append(Evaluation(source, model_cost(model, prompt_tokens)))
+    for source, shapes in zip(models, empty, strict=True):
+        check_positions(shapes, prompt_tokens, following)
+        evaluations.append(Evaluation(source, model_cost(shapes, prompt_tokens)))
     comparison = Comparison(evaluations, [])
     if text is None and not tasks and not latency:
         return comparison
@@ -189,10 +194,10 @@ def compare_models(
     )
     readers: list[_Reader] = []
     if text is not None:
-        for model, tokenizer in zip(empty, tokenizers, strict=True):
+        for shapes, tokenizer in zip(empty, tokenizers, strict=True):
             reader = next((reader for reader in readers if reader.reads_like(tokenizer)), None)
             reader = reader or _Reader(tokenizer, text, samples, min([length, *positions]))
-            reader.check_vocabulary(model)
+            reader.check_vocabulary(shapes)
             readers.append(reader)
         comparison.other_vocabularies += [s for s, r in zip(models, readers, strict=True) if r is not readers[0]]
     task_evaluation = TaskEvaluation(tasks, task_settings, results, progress) if tasks else None
@@ -200,17 +205,16 @@ def compare_models(
         for source, tokenizer in zip(models, tokenizers, strict=True):
             task_evaluation.check_tokenizer(tokenizer, source)
     for number, source in enumerate(Progress(progress).track(models, "Evaluating")):
-        evaluation = evaluations[number]
-        loaded = EvaluatedModel(source, tokenizers[number] if tokenizers else None, empty[number].dtype, loading)
-        if readers:
-            evaluation.text_tokens, evaluation.perplexity = readers[number].perplexity(loaded.model, batch_size)
-        if task_evaluation is not None:
-            evaluation.scores = task_evaluation.score_source(loaded)
-        if latency:
-            evaluation.latency = measure_latency(
-                loaded.model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
-            )
-        del loaded  # frees its memory before the next one is loaded
+        evaluation, tokenizer = evaluations[number], tokenizers[number] if tokenizers else None
+        with closing(EvaluatedModel(source, empty[number].dtype, loader, tokenizer)) as model:
+            if readers:
+                evaluation.text_tokens, evaluation.perplexity = readers[number].perplexity(model.model, batch_size)
+            if task_evaluation is not None:
+                evaluation.scores = task_evaluation.score_source(model)
+            if latency:
+                evaluation.latency = measure_latency(
+                    model.model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+                )
     return comparison
 
 
@@ -234,7 +238,8 @@ class _Reader:
 
     def perplexity(self, model: PreTrainedModel, batch_size: int) -> tuple[int, float]:
         """Return the number of tokens that are predicted, all except each sequence's first, and the perplexity."""
-        return self._tokens.numel() - len(self._tokens), perplexity(model, self._tokens, batch_size)
+        loss = Reference(model, self._tokens, batch_size, most_kept=0).loss
+        return self._tokens.numel() - len(self._tokens), perplexity_of(loss)
 
 
 def _check_weights(source: str, options: HubOptions, base_model: str | None) -> bool:

@@ -34,7 +34,7 @@ def local_data(folder: str | Path) -> Iterator[None]:
 
     # A task loads its data when it is made, by this method, which lm-eval has classes override for data from elsewhere.
     def download(task: Any, dataset_kwargs: Any = None, **options: Any) -> None:
-        if _is_on_hub(task):
+        if is_on_hub(task):
             task.dataset = _read(task, Path(folder))
         else:
             on_hub(task, dataset_kwargs, **options)
@@ -46,7 +46,8 @@ def local_data(folder: str | Path) -> Iterator[None]:
         ConfigurableTask.download = on_hub
 
 
-def _is_on_hub(task: Any) -> bool:
+def is_on_hub(task: Any) -> bool:
+    """Return whether a task of lm-eval names a data set on the Hub, and not files or code that makes it."""
     path = task.DATASET_PATH
     if path is None or task.config.custom_dataset or Path(path).exists():
         return False

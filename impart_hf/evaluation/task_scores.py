@@ -67,6 +67,7 @@ class TaskScore:
         samples: number of questions.
         num_fewshot: examples before each question; None for a group whose tasks differ.
         version: the task's version in lm-eval.
+        dataset: the data set's name on the Hub; empty for files that the task names, and for a group.
     """
 
     task: str
@@ -78,6 +79,7 @@ class TaskScore:
     samples: int
     num_fewshot: int | None
     version: str
+    dataset: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,12 +92,13 @@ def scores_of(
     higher_is_better: Mapping[str, bool | None],
     num_fewshot: int | None,
     version: Any,
+    dataset: str = "",
 ) -> list[TaskScore]:
     """Return the scores in what lm-eval calls a task's metrics: numbers by "METRIC,FILTER" and "METRIC_stderr,FILTER".
 
     Args:
         metrics: also has "sample_len", the number of questions, and texts, which are no scores.
-        task, higher_is_better, num_fewshot, version: as for `TaskScore`, by metric.
+        task, higher_is_better, num_fewshot, version, dataset: as for `TaskScore`, by metric.
     """
     found = []
     for key, value in metrics.items():
@@ -114,6 +117,7 @@ def scores_of(
                 samples=int(metrics["sample_len"]),
                 num_fewshot=num_fewshot,
                 version=str(version),
+                dataset=dataset,
             )
         )
     return found

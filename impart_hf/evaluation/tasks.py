@@ -1,8 +1,9 @@
 """Evaluation on tasks of lm-eval (EleutherAI's language model evaluation harness)."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..calibration.text import load_tokenizer
 from ..common import processes
-from ..common.devices import usable_device
 from ..modeling.model_files import HubOptions
 from .cost import empty_model
-from .models import EvaluatedModel, Loading
+from .local_data import is_on_hub
+from .models import EvaluatedModel, ModelLoader
 from .task_loading import RequestedTask, load_tasks
 from .task_results import FinishedTask, model_identity, results_folder, task_identity
 from .task_scores import TaskScore, TaskSettings, scores_of
@@ -43,16 +44,16 @@ class TaskEvaluation:
             tasks: names of tasks, groups and tags of lm-eval, and paths of YAML files.
             settings: how they are run.
             results: folder for finished tasks, which are not run again; None for none.
-            progress: show lm-eval's progress bars.
+            progress: show lm-eval's progress bars, on a terminal.
 
         Raises:
             ModuleNotFoundError, ValueError: as for `load_tasks`.
             OutputError: if `results` is a file.
         """
         self.settings = settings or TaskSettings()
-        self._progress = progress and processes.is_first()
+        self._shows_bars = progress and processes.is_first() and sys.stderr.isatty()
         self._results = None if results is None else results_folder(results)
-        with _bars(self._progress):
+        with _bars(self._shows_bars):
             self.requested: list[RequestedTask] = load_tasks(tasks, self.settings)
         self._tasks: dict[str, Any] = {name: task for found in self.requested for name, task in found.tasks.items()}
 
@@ -92,18 +93,17 @@ class TaskEvaluation:
 
     def score_source(self, model: EvaluatedModel) -> list[TaskScore]:
         """Return the scores of a model, which is loaded only if a task is not finished."""
-        if self._results is None:
-            lm = processes.each(lambda: model.lm(self.settings.batch_size))
-            return self._all_scores({name: self._run(lm, name) for name in self._tasks})
-        found, lm = {}, None
-        identity = model_identity(model.source, model.revision)
+        identity = {} if self._results is None else model_identity(model.source, model.revision)
+        found = {}
         for name, task in self._tasks.items():
+            if self._results is None:
+                found[name] = self._run(processes.each(lambda: model.lm(self.settings)), name)
+                continue
             measured = {"model": identity, **model.how, "task": task_identity(task, self.settings)}
             file = FinishedTask(self._results, model.source, measured)
             scores = processes.in_first(file.read)
             if scores is None:
-                lm = lm or processes.each(lambda: model.lm(self.settings.batch_size))
-                started = time.perf_counter()
+                lm, started = processes.each(lambda: model.lm(self.settings)), time.perf_counter()
                 with file.kept_answers(lm) as answering:
                     scores = self._run(answering, name)
                 run = {"batch_size": self.settings.batch_size, "seconds": round(time.perf_counter() - started, 3)}
@@ -128,7 +128,7 @@ class TaskEvaluation:
         # Before each task, so that its examples and samples do not depend on those that were run before it.
         set_seed(settings.seed)
         task.set_fewshot_seed(seed=settings.seed)
-        with _bars(self._progress), _failures_in_job(name):
+        with _bars(self._shows_bars), _failures_in_job(name):
             results = evaluate(
                 lm,
                 {"tasks": {name: task}},
@@ -140,16 +140,18 @@ class TaskEvaluation:
                 fewshot_as_multiturn=settings.apply_chat_template and settings.fewshot_as_multiturn,
                 confirm_run_unsafe_code=settings.allow_code,
             )
-        return processes.from_first(results and _scores(name, results))
+        return processes.from_first(results and _scores(task, results))
 
 
-def _scores(name: str, results: Mapping[str, Any]) -> list[TaskScore]:
+def _scores(task: Any, results: Mapping[str, Any]) -> list[TaskScore]:
+    name = task.task_name
     return scores_of(
         results["results"][name],
         task=name,
         higher_is_better=results["higher_is_better"][name],
         num_fewshot=results["n-shot"][name],
         version=results["versions"][name],
+        dataset=task.DATASET_PATH if is_on_hub(task) else "",
     )
 
 
@@ -174,15 +176,16 @@ def evaluate_tasks(
             "hf", whose tokenizer is read from where it was loaded from.
         tasks: names of tasks, groups and tags of lm-eval, and paths of YAML files.
         settings: how they are run.
-        backend: "hf" for transformers, or "vllm".
-        device: where the model runs; for "hf".
+        backend: "hf" for transformers; "runtime" for transformers with the base in memory and the delta beside it;
+            "vllm" for vLLM.
+        device: where the model runs; for "vllm" it is the engine's choice.
         dtype: dtype of the weights; None for the model's own.
         revision: branch, tag or commit of the model on the Hub.
         base_model: folder or Hub id of the base of a delta repository, instead of the recorded one.
-        model_args: further arguments: of `from_pretrained` for "hf", of lm-eval's class `VLLM` for "vllm".
+        model_args: further arguments of `from_pretrained`, or for "vllm" of lm-eval's class `VLLM`.
         results: folder for finished tasks: a file for each model, task and settings. Tasks that have one are not run
             again, and one that was interrupted continues.
-        progress: show lm-eval's progress bars.
+        progress: show lm-eval's progress bars, on a terminal.
 
     Returns:
         The scores, in the tasks' order: each metric with each filter, of a group before those of its tasks.
@@ -200,11 +203,14 @@ def evaluate_tasks(
         tokenizer = load_tokenizer(str(model.name_or_path), HubOptions())
         evaluation.check_tokenizer(tokenizer, str(model.name_or_path))
         return evaluation.score(model, tokenizer)
-    loading = Loading(backend, usable_device(device), revision, base_model, model_args or {})
+    processes.connect(str(device).startswith("cpu"))
+    loader = ModelLoader(backend, device, revision, base_model, model_args)
     dtype, tokenizer = empty_model(model, dtype, revision).dtype, load_tokenizer(model, HubOptions(revision))
+    loader.check([model])
     evaluation = TaskEvaluation(tasks, settings, results, progress)
     evaluation.check_tokenizer(tokenizer, model)
-    return evaluation.score_source(EvaluatedModel(model, tokenizer, dtype, loading))
+    with closing(EvaluatedModel(model, dtype, loader, tokenizer)) as evaluated:
+        return evaluation.score_source(evaluated)
 
 
 @contextmanager
