@@ -205,8 +205,8 @@ def compare_models(
         for source, tokenizer in zip(models, tokenizers, strict=True):
             task_evaluation.check_tokenizer(tokenizer, source)
     for number, source in enumerate(Progress(progress).track(models, "Evaluating")):
-        evaluation, tokenizer = evaluations[number], tokenizers[number] if tokenizers else None
-        with closing(EvaluatedModel(source, empty[number].dtype, loader, tokenizer)) as model:
+        evaluation, reads_by = evaluations[number], tokenizers[number] if tokenizers else None
+        with closing(EvaluatedModel(source, empty[number].dtype, loader, reads_by)) as model:
             if readers:
                 evaluation.text_tokens, evaluation.perplexity = readers[number].perplexity(model.model, batch_size)
             if task_evaluation is not None:

@@ -1,13 +1,10 @@
 """Data sets of lm-eval's tasks from a local folder, for machines that cannot reach the Hub.
 
-The data set that a task names DATASET, and its configuration NAME if it names one, is the first of
-
-    FOLDER/DATASET/NAME/
-    FOLDER/DATASET/
-
-that exists: `openai/gsm8k` with configuration `main` is FOLDER/openai/gsm8k/main/. It holds what `datasets` reads from
-a folder: a file per split (train.jsonl, test-00000-of-00001.parquet, validation.csv, ...), what `save_to_disk` wrote,
-or a data set's repository as it was downloaded from the Hub.
+The data set that a task names is in FOLDER/DATASET/, and if the task names one of its configurations, in
+FOLDER/DATASET/NAME/: `openai/gsm8k` with configuration `main` is FOLDER/openai/gsm8k/main/. There are files for
+each split that the task reads (train.jsonl, test-00000-of-00001.parquet, validation.csv, ...), or what `save_to_disk`
+wrote. FOLDER/DATASET/ may also be the data set's repository, as it was downloaded from the Hub; its README.md then says
+where configurations and splits are.
 """
 
 from collections.abc import Iterator
@@ -15,6 +12,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # as `datasets` names them
 
 
 @contextmanager
@@ -55,24 +54,42 @@ def is_on_hub(task: Any) -> bool:
 
 
 def _read(task: Any, root: Path) -> Any:
-    """Return a task's data set, a `datasets.DatasetDict`."""
+    """Return a task's data set, a `datasets.DatasetDict` with the splits that the task reads."""
     import datasets
 
-    wanted, name = root / task.DATASET_PATH, task.DATASET_NAME
-    folder = wanted / name if name and (wanted / name).is_dir() else wanted
-    if not folder.is_dir():
-        places = f"'{wanted / name}' or '{wanted}'" if name else f"'{wanted}'"
-        raise ValueError(f"its data set is to be in the folder {places}, which does not exist")
+    repository, name, splits = root / task.DATASET_PATH, task.DATASET_NAME, _splits(task.config)
+    folder = repository / name if name else repository
     if (folder / "dataset_dict.json").is_file():
         found = datasets.load_from_disk(str(folder))
+    elif files := {split: found for split in splits if (found := _files(folder, split))}:
+        found = _read_files(folder, files)
+    elif (repository / "README.md").is_file():
+        found = datasets.load_dataset(str(repository), name)
     else:
-        # A configuration's name is known to a repository of several; a folder of files has none.
-        named = {"name": name} if folder == wanted and name and (folder / "README.md").is_file() else {}
-        found = datasets.load_dataset(str(folder), **named)
-    for split in _splits(task.config):
-        if split not in found:
-            raise ValueError(f"'{folder}' has no split '{split}', such as {split}.jsonl: it has {', '.join(found)}")
+        state = "has none of these files" if folder.is_dir() else "does not exist"
+        wanted = ", ".join(f"{split}.jsonl" for split in splits)
+        raise ValueError(f"its data set is to be in the folder '{folder}' ({wanted}), which {state}")
+    if missing := [split for split in splits if split not in found]:
+        raise ValueError(
+            f"'{folder}' has no split '{missing[0]}', such as {missing[0]}.jsonl: it has {', '.join(found)}"
+        )
     return found
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """Return a split's files: train.jsonl, train-00000-of-00002.parquet and so on."""
+    found = [path for pattern in (f"{split}.*", f"{split}-*") for path in folder.glob(pattern)]
+    return sorted(path for path in found if path.suffix in _FORMATS)
+
+
+def _read_files(folder: Path, files: dict[str, list[Path]]) -> Any:
+    import datasets
+
+    formats = {path.suffix for found in files.values() for path in found}
+    if len(formats) > 1:
+        raise ValueError(f"'{folder}' has files of several formats ({', '.join(sorted(formats))}): keep one")
+    named = {split: [str(path) for path in found] for split, found in files.items()}
+    return datasets.load_dataset(_FORMATS[formats.pop()], data_files=named)
 
 
 def _splits(config: Any) -> list[str]:

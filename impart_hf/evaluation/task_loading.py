@@ -3,9 +3,12 @@
 import difflib
 import functools
 import logging
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .local_data import local_data
@@ -99,7 +102,11 @@ def _task_manager(with_own_tasks: bool) -> Any:
 
 
 def _check_name(manager: Any, name: str) -> None:
-    if name.endswith(_YAML) or name in manager.task_index:
+    if name in manager.task_index:
+        return
+    if name.endswith(_YAML):
+        if os.path.isfile(name) and re.search("^group:", Path(name).read_text("utf-8"), re.MULTILINE):
+            raise ValueError(f"'{name}' is the file of a group, which lm-eval does not load: give its tasks' files")
         return
     near = difflib.get_close_matches(name, manager.all_tasks, n=3)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
