@@ -29,7 +29,7 @@ READABLE_ATTEMPTS = 3
 # As in AlpacaEval, two names that say nothing, and are one token each.
 FIRST, SECOND = "m", "M"
 _MAX_NEW_TOKENS = 2048
-_SYSTEM = "You judge answers of language models. You prefer what a careful human reader would prefer, and reply with one name."
+_SYSTEM = "You judge answers of language models as a careful human reader would, and reply with one name."
 _QUESTION = """Two language models, "{first}" and "{second}", were given the same instruction. Instruction and answers \
 are JSON strings.
 
