@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 from ..common.processes import is_first
@@ -91,6 +92,9 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate the models, and print a table."""
+    if options.backend == "vllm":
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # read when it is imported; it is stdout else
+
     import torch
 
     from ..evaluation.compare import compare_models

@@ -76,6 +76,8 @@ def check_tasks(options: argparse.Namespace) -> None:
     """Refuse options that have no effect."""
     if not options.task:
         refuse(options, [*_SETTINGS, *_OTHERS, "update_card"], "needs a task; add --task TASK")
+    elif not task_names(options):
+        raise ValueError("--task names no task: give at least one")
     if not options.apply_chat_template:
         refuse(options, ["fewshot_as_multiturn"], "has no effect without a chat; add --apply-chat-template")
 

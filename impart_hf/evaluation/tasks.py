@@ -3,7 +3,8 @@
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class TaskEvaluation:
         self.settings = settings or TaskSettings()
         self._shows_bars = progress and processes.is_first() and sys.stderr.isatty()
         self._results = None if results is None else results_folder(results)
-        with _bars(self._shows_bars):
+        with _lm_evals_output(self._shows_bars):
             self.requested: list[RequestedTask] = load_tasks(tasks, self.settings)
         self._tasks: dict[str, Any] = {name: task for found in self.requested for name, task in found.tasks.items()}
 
@@ -128,7 +129,7 @@ class TaskEvaluation:
         # Before each task, so that its examples and samples do not depend on those that were run before it.
         set_seed(settings.seed)
         task.set_fewshot_seed(seed=settings.seed)
-        with _bars(self._shows_bars), _failures_in_job(name):
+        with _lm_evals_output(self._shows_bars), _failures_in_job(name):
             results = evaluate(
                 lm,
                 {"tasks": {name: task}},
@@ -225,18 +226,20 @@ def _failures_in_job(task: str) -> Iterator[None]:
 
 
 @contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Within this context, tqdm's bars are shown or not; lm-eval has no argument for it."""
-    if shown:
-        yield
-        return
+def _lm_evals_output(shown: bool) -> Iterator[None]:
+    """Within this context, lm-eval's progress bars are shown or not, and what it prints is not.
+
+    It has no argument for either. It prints the batch sizes that it tries, in the midst of what we print.
+    """
     on = tqdm.__init__
 
     def without(bar: Any, *args: Any, **options: Any) -> None:
         on(bar, *args, **{**options, "disable": True})
 
-    tqdm.__init__ = without  # type: ignore[method-assign, assignment]
+    if not shown:
+        tqdm.__init__ = without  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with redirect_stdout(StringIO()):
+            yield
     finally:
         tqdm.__init__ = on  # type: ignore[method-assign]

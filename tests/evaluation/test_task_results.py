@@ -128,9 +128,8 @@ def test_what_is_measured_anew(change: str, pair: Pair, tmp_path: Path, calls: C
 def test_what_is_no_part_of_a_measurement(task: Path, tiny_pair: Pair, tmp_path: Path, calls: Calls) -> None:
     """Another number of requests at a time, and the same model at another place."""
     moved = Path(shutil.copytree(tiny_pair.base, tmp_path / "other" / tiny_pair.base.name))
-    for name in ("model.safetensors",):
-        status = (tiny_pair.base / name).stat()
-        os.utime(moved / name, ns=(status.st_atime_ns, status.st_mtime_ns))
+    status = (tiny_pair.base / "model.safetensors").stat()
+    os.utime(moved / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
     (moved / "README.md").write_text("Scores may stand here.\n")
     results = tmp_path / "results"
     first = evaluate_tasks(str(tiny_pair.base), [str(task)], results=results)
