@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
 
+from ..common.processes import is_first
 from ..evaluation.defaults import NEW_TOKENS, PROMPT_TOKENS
 from .options import (
     add_base_model,
@@ -12,7 +14,6 @@ from .options import (
     add_json,
     add_quiet,
     add_revision,
-    add_task,
     add_text_field,
     add_text_size,
     check_revision,
@@ -22,6 +23,7 @@ from .options import (
     given_texts,
     refuse,
 )
+from .task_options import add_tasks, batch_size, check_tasks, given_tasks
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +38,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", help="measure perplexity on this text: a file, a folder or the name of a data set on the Hub"
     )
-    add_text_size(parser, "the text")
+    add_text_size(parser, "the text", batch_size=False)
     add_text_field(parser)
-    add_task(parser, "measure the first metric")
+    parser.add_argument(
+        "--batch-size",
+        type=batch_size,
+        metavar="N|auto",
+        help="sequences of the text, or requests of a task, at a time; auto, for tasks: as many as fit (default: 8)",
+    )
     add_flag(parser, "--latency", "measure time and memory of prefill and decode")
     parser.add_argument(
         "--prompt-tokens",
@@ -59,6 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_base_model(parser)
     add_json(parser, "print JSON instead of a table")
     add_quiet(parser)
+    add_tasks(parser)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -66,6 +74,13 @@ def check(options: argparse.Namespace) -> None:
     check_revision(options, *options.models)
     check_text_and_task(options, "text")
     check_text_field(options, options.text)
+    check_tasks(options)
+    if options.backend not in (None, "hf"):
+        refuse(options, ["text", "latency"], f"is for the backend hf; leave --backend {options.backend} out")
+    if options.backend == "vllm":
+        refuse(options, ["device"], "has no effect on vLLM, which chooses the device")
+    if options.batch_size == "auto" and options.task is None:
+        raise ValueError("--batch-size auto is for tasks: give a number, or add --task TASK")
     if options.text is None and options.task is None:
         refuse(options, ["batch_size"], "needs a text or task; add --text TEXT or --task TASK")
         if not options.latency:
@@ -77,19 +92,32 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate the models, and print a table."""
+    if options.backend == "vllm":
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # read when it is imported; it is stdout else
+
     import torch
 
     from ..evaluation.compare import compare_models
+    from ..evaluation.model_index import read_card, update_card
 
+    for model in options.models if options.update_card else []:
+        read_card(model)  # for its errors, before models are evaluated for hours
     comparison = compare_models(
         options.models,
         latency=bool(options.latency),
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
         progress=not options.quiet,
         **given_texts(options, "text"),
-        **given(options, "samples", "length", "batch_size", "task", "task_limit"),
+        **given(options, "samples", "length"),
+        **({} if options.batch_size == "auto" else given(options, "batch_size")),
+        **given_tasks(options),
         **given(options, "prompt_tokens", "new_tokens", "repeats", "device", "revision", "base_model"),
     )
+    if not is_first():
+        return
+    if options.update_card:
+        for evaluation in comparison.evaluations:
+            update_card(evaluation.model, evaluation.scores)
     print(json.dumps(comparison.to_dict(), indent=2) if options.json else comparison.table())
     for model in comparison.other_vocabularies:
         print(

@@ -225,27 +225,30 @@ def add_calibration(parser: Parser, help: str, of_what: str = "that text") -> No
     )
 
 
-def add_text_size(parser: Parser, text: str) -> None:
+def add_text_size(parser: Parser, text: str, batch_size: bool = True) -> None:
     """Add how much is used of a text on which models are judged.
 
     Args:
         text: the text, for the help.
+        batch_size: whether to add --batch-size as well.
     """
     parser.add_argument("--samples", type=int, help=f"largest number of sequences of {text} (default: 64)")
     parser.add_argument(
         "--length", type=int, help="tokens per sequence (default: 512, or as many as the model has positions)"
     )
-    parser.add_argument("--batch-size", type=int, help="sequences evaluated at a time (default: 8)")
+    if batch_size:
+        parser.add_argument("--batch-size", type=int, help="sequences evaluated at a time (default: 8)")
 
 
-def add_task(parser: Parser, help: str) -> None:
-    """Add an lm-eval task on which models are judged."""
-    parser.add_argument("--task", help=f"{help} of this lm-eval task, or of a task's YAML file")
-    parser.add_argument("--task-limit", type=int, help="largest number of examples of the task")
+def add_limit(parser: Parser) -> None:
+    """Add how much of an lm-eval task is used."""
+    parser.add_argument(
+        "--limit", type=number, help="largest number of questions of a task, or a share of them, such as 0.1"
+    )
 
 
 def check_text_and_task(options: argparse.Namespace, text: str) -> None:
-    """Check the options of `add_text_size` and `add_task`.
+    """Check the options of `add_text_size` and `add_limit`.
 
     Args:
         text: name of the option that gives the text.
@@ -253,7 +256,7 @@ def check_text_and_task(options: argparse.Namespace, text: str) -> None:
     if not getattr(options, text):
         refuse(options, ["samples", "length"], f"needs a text; add {option_of(text)} TEXT")
     if options.task is None:
-        refuse(options, ["task_limit"], "needs a task; add --task TASK")
+        refuse(options, ["limit"], "needs a task; add --task TASK")
 
 
 def add_training_file(parser: Parser) -> None:
@@ -283,6 +286,14 @@ def numbers(kind: type) -> Callable[[str], tuple]:
 
     parse.__name__ = "comma-separated numbers"  # argparse uses it in its error message
     return parse
+
+
+def number(text: str) -> int | float:
+    """Parse a number, for argparse: whole if it is written so."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def listed(values: Sequence[Any]) -> str:

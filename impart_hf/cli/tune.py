@@ -8,8 +8,8 @@ from ..methods.importance_allocation import BETAS, CS, ImportanceAllocation
 from .method_options import add_pair, calibration_text, check_pair, commands_after, method_config, pair_arguments
 from .options import (
     add_device,
+    add_limit,
     add_result,
-    add_task,
     add_text_size,
     check_text_and_task,
     check_text_field,
@@ -35,7 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="validation text: judge by KL(fine-tune || candidate) on it; give either this or --task",
     )
-    add_task(group, "judge by the first metric")
+    group.add_argument("--task", help="judge by the first metric of this lm-eval task, or of a task's YAML file")
+    add_limit(group)
     add_text_size(group, "the validation text")
     for option, kind, default in (("--betas", float, BETAS), ("--cs", float, CS), ("--seeds", int, (0,))):
         group.add_argument(
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         options.output,
         method_config(options),
         validation=with_text_field(options, options.validation[0]) if options.validation else None,
-        **given(options, "task", "task_limit", "betas", "cs", "seeds", "samples", "length", "batch_size"),
+        **given(options, "task", "limit", "betas", "cs", "seeds", "samples", "length", "batch_size"),
         **pair_arguments(options),
     )
     commands = commands_after(options)

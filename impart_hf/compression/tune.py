@@ -17,7 +17,7 @@ from ..common.devices import usable_device
 from ..common.progress import Progress
 from ..common.validation import byte_budget, shard_bytes
 from ..evaluation.reference import Reference
-from ..evaluation.tasks import TaskEvaluation
+from ..evaluation.tasks import TaskEvaluation, TaskSettings
 from ..methods import ImPartConfig, MethodConfig
 from ..methods.importance_allocation import BETAS, CS, ImportanceAllocation
 from ..modeling.model_files import HubOptions
@@ -98,7 +98,7 @@ def tune(
     length: int = 512,
     calibration_samples: int = 128,
     calibration_length: int = 2048,
-    task_limit: int | None = None,
+    limit: int | float | None = None,
     batch_size: int = 8,
     device: str | torch.device = "cpu",
     base_revision: str | None = None,
@@ -126,7 +126,7 @@ def tune(
         betas, cs, seeds: the values to try; only the method's own seed if `seeds` is None.
         calibration, calibration_samples, calibration_length: as for `compress`, but without a text by default.
         samples, length: the most sequences of the validation text, and tokens per sequence.
-        task_limit: the most examples of the task; None for all.
+        limit: the most questions of the task, or a share of them if less than 1; None for all.
         batch_size: sequences evaluated at a time.
         device: where matrices are decomposed and models are evaluated.
         base_revision, finetuned_revision, base_name, token, cache_dir, max_shard_size, progress: as for `compress`.
@@ -168,7 +168,7 @@ def tune(
         scorer = (
             _TextScorer(pair, validation, samples, length, batch_size)
             if validation is not None
-            else _TaskScorer(pair, str(task), task_limit, batch_size)
+            else _TaskScorer(pair, str(task), limit, batch_size)
         )
         svds = SvdCache(scratch / "components")
         tried: list[Candidate] = []
@@ -223,9 +223,11 @@ class _TextScorer:
 class _TaskScorer:
     """Scores candidates by the first metric of a task of lm-eval."""
 
-    def __init__(self, pair: ModelPair, task: str, limit: int | None, batch_size: int):
-        self._evaluation = TaskEvaluation(task, pair.tokenizer(), limit, batch_size)
-        self.metric, self.higher_is_better = self._evaluation.metric, self._evaluation.higher_is_better
+    def __init__(self, pair: ModelPair, task: str, limit: int | float | None, batch_size: int):
+        settings = TaskSettings(limit=limit, batch_size=batch_size, bootstrap_iters=0)
+        self._evaluation, self._tokenizer = TaskEvaluation([task], settings), pair.tokenizer()
+        self.metric, self.higher_is_better = self._evaluation.first_metric()
 
     def score(self, model: PreTrainedModel) -> float:
-        return self._evaluation.score(model)
+        scores = self._evaluation.score(model, self._tokenizer)
+        return next(score.value for score in scores if score.metric == self.metric)

@@ -1,15 +1,16 @@
 """Comparison of models: cost, quality on a text or task, and latency."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.text import CalibrationSource, calibration_tokens, check_vocabulary, load_tokenizer
-from ..common.devices import usable_device
-from ..common.markdown import markdown_table
+from ..common import processes
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint
 from ..modeling.model_files import HubOptions, repository_kind
@@ -25,8 +26,11 @@ from .cost import (
 )
 from .defaults import NEW_TOKENS, PROMPT_TOKENS
 from .latency import Latency, measure_latency
-from .metrics import load, perplexity
-from .tasks import TaskEvaluation
+from .metrics import perplexity_of
+from .models import EvaluatedModel, ModelLoader
+from .reference import Reference
+from .tables import markdown_table, score_table
+from .tasks import TaskEvaluation, TaskScore, TaskSettings
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Evaluation:
         cost: parameters, FLOPs and cache size, computed from shapes.
         perplexity: perplexity on the text, per token; None without a text.
         text_tokens: number of tokens over which the perplexity is the mean; None without a text.
-        task_metric, task_score: name and value of the task's metric; None without a task.
+        scores: the tasks' scores; none without a task.
         latency: measured time and memory; None if not requested.
     """
 
@@ -46,21 +50,18 @@ class Evaluation:
     cost: ModelCost
     perplexity: float | None = None
     text_tokens: int | None = None
-    task_metric: str | None = None
-    task_score: float | None = None
+    scores: list[TaskScore] = field(default_factory=list)
     latency: Latency | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def cells(self) -> dict[str, str]:
-        """Return the evaluation as a row of a table, by column."""
+        """Return the evaluation as a row of a table, by column; tasks have a table of their own."""
         cost, latency = self.cost, self.latency
         cells = {"model": self.model}
         if self.perplexity is not None:
             cells["perplexity"] = f"{self.perplexity:.3f}"
-        if self.task_score is not None:
-            cells[str(self.task_metric)] = f"{self.task_score:.4f}"
         cells |= {
             "parameters": f"{cost.parameters:,}",
             "without embeddings": f"{cost.parameters_without_embeddings:,}",
@@ -101,16 +102,20 @@ class Comparison:
         }
 
     def table(self) -> str:
-        """Return a Markdown table with a line for each model."""
-        return markdown_table([evaluation.cells() for evaluation in self.evaluations])
+        """Return a Markdown table with a line for each model, and one with a line for each score of a task."""
+        tables = [markdown_table([evaluation.cells() for evaluation in self.evaluations])]
+        scores = {evaluation.model: evaluation.scores for evaluation in self.evaluations}
+        if any(scores.values()):
+            tables.append(score_table(scores))
+        return "\n\n".join(tables)
 
 
 def compare_models(
     models: Sequence[str],
     *,
     text: CalibrationSource | None = None,
-    task: str | None = None,
-    task_limit: int | None = None,
+    tasks: Sequence[str] = (),
+    task_settings: TaskSettings | None = None,
     samples: int = 64,
     length: int = 512,
     batch_size: int = 8,
@@ -122,21 +127,24 @@ def compare_models(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     base_model: str | None = None,
+    backend: str = "hf",
+    model_args: Mapping[str, Any] | None = None,
+    results: Path | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Evaluate models under the same conditions: cost, and if requested, quality and latency.
 
     Weights are read only for a text, a task or latency, one model at a time, and only after all arguments have been
-    checked.
+    checked. The processes of a job share the sequences of the text and the questions of tasks; each loads every model.
 
     Args:
         models: local folders or Hub ids of dense models, delta repositories and pruned models.
         text: of the kinds that `compress` takes for calibration; perplexity is measured on the same tokens for all
             models with equal vocabularies.
-        task: a task of lm-eval, or the path of a task's YAML file; the task's first metric is measured.
-        task_limit: the most examples of the task; None for all.
+        tasks: names of tasks, groups and tags of lm-eval, and paths of YAML files.
+        task_settings: how they are run.
         samples, length: the most sequences of the text, and tokens per sequence, at most the positions of any model.
-        batch_size: sequences, or the task's requests, at a time.
+        batch_size: sequences of the text at a time.
         latency: measure time and memory of prefill and decode.
         prompt_tokens: length of the prompt for cost and latency; None for 512, or fewer if some model's positions
             would not leave room for the new tokens.
@@ -145,69 +153,76 @@ def compare_models(
         dtype: dtype of the weights; None for each model's own.
         revision: branch, tag or commit of the models on the Hub.
         base_model: folder or Hub id of the base of delta repositories, instead of the recorded ones.
+        backend, model_args, results: as for `evaluate_tasks`; texts and latency are for "hf".
         progress: show a progress bar.
 
     Raises:
         CheckpointError, DeltaFormatError, WrongBaseError: if a model is missing or damaged.
-        ValueError: if a model is not a causal language model, a number is out of range, the text is empty, the task or
+        ValueError: if a model is not a causal language model, a number is out of range, the text is empty, a task or
             the device is not available, or `base_model` is given and no model is a delta repository.
-        ModuleNotFoundError: if a task is given and lm-eval is not installed.
+        ModuleNotFoundError: if a task is given and lm-eval, or what the task needs, is not installed.
     """
     if not models:
         raise ValueError("there is no model to evaluate: give at least one")
-    for name, number in (("batch_size", batch_size), ("repeats", repeats), ("task_limit", task_limit)):
+    for name, number in (("batch_size", batch_size), ("repeats", repeats)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    device = usable_device(device)
+    if latency and processes.is_distributed():
+        raise ValueError("latency is measured in one process: start it without accelerate launch or torchrun")
+    processes.connect(str(device).startswith("cpu"))
+    loader = ModelLoader(backend, device, revision, base_model, model_args)
+    if backend != "hf" and (text is not None or latency):
+        raise ValueError(f"a text and latency are measured with the backend 'hf', not with '{backend}'")
     empty = [empty_model(model, dtype, revision) for model in models]
     positions = [limit for limit in map(max_positions, empty) if limit is not None]
     following = new_tokens if latency else 1
     if prompt_tokens is None:
         prompt_tokens = max(1, min([PROMPT_TOKENS, *(limit - following for limit in positions)]))
     evaluations = []
-    for source, model in zip(models, empty, strict=True):
-        check_positions(model, prompt_tokens, following)
-        evaluations.append(Evaluation(source, model_cost(model, prompt_tokens)))
+    for source, shapes in zip(models, empty, strict=True):
+        check_positions(shapes, prompt_tokens, following)
+        evaluations.append(Evaluation(source, model_cost(shapes, prompt_tokens)))
     comparison = Comparison(evaluations, [])
-    if text is None and task is None and not latency:
+    if text is None and not tasks and not latency:
         return comparison
-    deltas = {source for source in models if _check_weights(source, HubOptions(revision), base_model)}
+    deltas = [source for source in models if _check_weights(source, HubOptions(revision), base_model)]
     if base_model is not None and not deltas:
         raise ValueError("base_model: none of the models is a delta repository; leave it out")
-    evaluators: list[_Evaluator] = []
-    if text is not None or task is not None:
-        for source in models:
-            tokenizer = load_tokenizer(source, HubOptions(revision))
-            evaluator = next((evaluator for evaluator in evaluators if evaluator.reads_like(tokenizer)), None)
-            if evaluator is None:
-                evaluator = _Evaluator(tokenizer, batch_size)
-                if text is not None:
-                    evaluator.take_text(text, samples, min([length, *positions]))
-                if task is not None:
-                    evaluator.take_task(task, task_limit)
-            evaluator.check_vocabulary(empty[len(evaluators)])
-            evaluators.append(evaluator)
-        comparison.other_vocabularies += [s for s, e in zip(models, evaluators, strict=True) if e is not evaluators[0]]
+    tokenizers = (
+        [load_tokenizer(source, HubOptions(revision)) for source in models] if text is not None or tasks else []
+    )
+    readers: list[_Reader] = []
+    if text is not None:
+        for shapes, tokenizer in zip(empty, tokenizers, strict=True):
+            reader = next((reader for reader in readers if reader.reads_like(tokenizer)), None)
+            reader = reader or _Reader(tokenizer, text, samples, min([length, *positions]))
+            reader.check_vocabulary(shapes)
+            readers.append(reader)
+        comparison.other_vocabularies += [s for s, r in zip(models, readers, strict=True) if r is not readers[0]]
+    task_evaluation = TaskEvaluation(tasks, task_settings, results, progress) if tasks else None
+    if task_evaluation is not None:
+        for source, tokenizer in zip(models, tokenizers, strict=True):
+            task_evaluation.check_tokenizer(tokenizer, source)
     for number, source in enumerate(Progress(progress).track(models, "Evaluating")):
-        options = {"base_model": base_model} if source in deltas else {}
-        loaded = load(source, empty[number].dtype, device, revision=revision, **options)
-        if evaluators:
-            evaluators[number].evaluate(loaded, evaluations[number])
-        if latency:
-            evaluations[number].latency = measure_latency(
-                loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
-            )
-        del loaded  # frees its memory before the next model is loaded
+        evaluation, reads_by = evaluations[number], tokenizers[number] if tokenizers else None
+        with closing(EvaluatedModel(source, empty[number].dtype, loader, reads_by)) as model:
+            if readers:
+                evaluation.text_tokens, evaluation.perplexity = readers[number].perplexity(model.model, batch_size)
+            if task_evaluation is not None:
+                evaluation.scores = task_evaluation.score_source(model)
+            if latency:
+                evaluation.latency = measure_latency(
+                    model.model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+                )
     return comparison
 
 
-class _Evaluator:
-    """Evaluates the models of one vocabulary on a text and a task."""
+class _Reader:
+    """The models of one vocabulary, which read the text as the same tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_size: int):
-        self._tokenizer, self._batch_size = tokenizer, batch_size
-        self._tokens: torch.Tensor | None = None
-        self._task: TaskEvaluation | None = None
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: CalibrationSource, samples: int, length: int):
+        self._tokenizer = tokenizer
+        self._tokens = calibration_tokens(text, tokenizer, samples=samples, length=length)
 
     def reads_like(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Return whether another tokenizer has the same vocabulary and special tokens."""
@@ -215,26 +230,15 @@ class _Evaluator:
         same_ends = (own.bos_token_id, own.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
         return same_ends and own.get_vocab() == tokenizer.get_vocab()
 
-    def take_text(self, text: CalibrationSource, samples: int, length: int) -> None:
-        self._tokens = calibration_tokens(text, self._tokenizer, samples=samples, length=length)
-
     def check_vocabulary(self, model: PreTrainedModel) -> None:
         """Check that a model has every token of the text, as `calibration.text.check_vocabulary` does."""
         embeddings: Any = model.get_input_embeddings()
-        if self._tokens is not None:
-            check_vocabulary(self._tokens, embeddings.num_embeddings, str(model.name_or_path))
+        check_vocabulary(self._tokens, embeddings.num_embeddings, str(model.name_or_path))
 
-    def take_task(self, task: str, limit: int | None) -> None:
-        self._task = TaskEvaluation(task, self._tokenizer, limit, self._batch_size)
-
-    def evaluate(self, model: PreTrainedModel, evaluation: Evaluation) -> None:
-        """Measure a model's perplexity and task score, and set them in its evaluation."""
-        if self._tokens is not None:
-            # The first token of a sequence is not predicted.
-            evaluation.text_tokens = self._tokens.numel() - len(self._tokens)
-            evaluation.perplexity = perplexity(model, self._tokens, self._batch_size)
-        if self._task is not None:
-            evaluation.task_metric, evaluation.task_score = self._task.metric, self._task.score(model)
+    def perplexity(self, model: PreTrainedModel, batch_size: int) -> tuple[int, float]:
+        """Return the number of tokens that are predicted, all except each sequence's first, and the perplexity."""
+        loss = Reference(model, self._tokens, batch_size, most_kept=0).loss
+        return self._tokens.numel() - len(self._tokens), perplexity_of(loss)
 
 
 def _check_weights(source: str, options: HubOptions, base_model: str | None) -> bool:

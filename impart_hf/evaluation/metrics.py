@@ -74,8 +74,12 @@ def evaluate(
             expected = candidate if of_reference is of_model else of_reference(rows).without_last()
         sums = batch_sums(candidate, expected, targets)
         loss, divergence, tokens = loss + sums[0], divergence + sums[1], tokens + len(targets)
-    # torch gives infinity where the perplexity of a broken model exceeds the range of a float; math.exp would raise.
-    return torch.tensor(loss / tokens, dtype=torch.float64).exp().item(), divergence / tokens
+    return perplexity_of(loss / tokens), divergence / tokens
+
+
+def perplexity_of(loss: float) -> float:
+    """Return the perplexity for a cross-entropy in nats per token; infinity where it exceeds the range of a float."""
+    return torch.tensor(loss, dtype=torch.float64).exp().item()  # where math.exp would raise
 
 
 def batch_sums(candidate: Logits, expected: Logits | None, targets: torch.Tensor) -> tuple[float, float]:

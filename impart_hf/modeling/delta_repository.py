@@ -23,6 +23,8 @@ from .transfer import ahead, to_device
 
 # Most bytes of a base tensor that waits on an accelerator: a layer's matrices may, the largest vocabularies' may not.
 _MOST_AHEAD = 512 << 20
+# To vLLM, what `from_pretrained`'s base_model is: a folder or Hub id of the base, which replaces the recorded one.
+BASE_MODEL_VARIABLE = "IMPART_HF_BASE_MODEL"
 
 
 class WrongBaseError(ValueError):

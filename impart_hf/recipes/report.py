@@ -12,8 +12,8 @@ import yaml
 
 from ..calibration.text import text_name
 from ..common.files import atomic_write
-from ..common.markdown import markdown_table
 from ..common.names import public_name
+from ..evaluation.tables import markdown_table
 from ..repository.report import human_bytes
 from .plot import draw
 from .recipe import Recipe

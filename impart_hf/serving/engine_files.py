@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..modeling.checkpoints import Checkpoint
-from ..modeling.delta_repository import DeltaRepository
+from ..modeling.delta_repository import BASE_MODEL_VARIABLE, DeltaRepository
 from ..modeling.model_files import CheckpointError, HubOptions, fetch_config, fetch_file, read_json
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.open import open_repository
@@ -16,8 +16,6 @@ from ..repository.open import open_repository
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
-# Like `from_pretrained`'s base_model: a folder or Hub id of the base, which replaces the recorded one.
-BASE_MODEL_VARIABLE = "IMPART_HF_BASE_MODEL"
 # Set to 1, it lets an engine's adapters be deltas (`packed_batches.py`).
 PACKED_VARIABLE = "IMPART_HF_PACKED"
 # For these files the engine continues to use those that it was started with.

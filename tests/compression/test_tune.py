@@ -240,7 +240,7 @@ def test_some_examples_of_a_task(
     task: Path, tiny_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["tune", str(tiny_pair.base), str(tiny_pair.finetuned), str(tmp_path / "delta"), "--ratio", "4"]
-    command += ["--task", str(task), "--task-limit", "5", "--betas", "0.6", "--cs", "1", "--quiet", "--json"]
+    command += ["--task", str(task), "--limit", "5", "--betas", "0.6", "--cs", "1", "--quiet", "--json"]
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["metric"] == "acc" and found["best"]["score"] * 5 == pytest.approx(round(found["best"]["score"] * 5))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.lm_eval_task import accuracy
 from support.messages import naming
 from support.pruned_models import HEAD_DIM as PRUNED_HEAD_DIM
 from support.pruned_models import KEPT, pruned_and_dense
@@ -28,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, T
 
 from impart_hf.calibration.text import calibration_tokens
 from impart_hf.cli.main import main
-from impart_hf.evaluation import compare as comparison
+from impart_hf.evaluation import models as evaluated_models
 from impart_hf.evaluation.compare import compare_models
 from impart_hf.evaluation.cost import empty_model, model_cost
 from impart_hf.evaluation.latency import measure_latency
@@ -149,7 +148,7 @@ def test_perplexity_of_several_models(
     for row in found["models"]:
         assert row["perplexity"] == pytest.approx(plain_perplexity(Path(row["model"]), sequences), rel=1e-5)
         assert row["text_tokens"] == 5 * 31 and row["cost"]["dtype"] == "float32"
-        assert row["latency"] is None and row["task_score"] is None
+        assert row["latency"] is None and row["scores"] == []
     assert len({row["perplexity"] for row in found["models"]}) == 3
 
 
@@ -180,20 +179,6 @@ def test_another_vocabulary_is_told(
     assert re.search(naming("vocabulary", other, tiny_pair.base), printed.err)
     ours, theirs = (row["text_tokens"] for row in found["models"])
     assert theirs > 1.5 * ours, "without merges there are more tokens in the text"
-
-
-def test_score_of_a_task(
-    task: Path,  # noqa: F811
-    tiny_pair: Pair,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    found = evaluated(capsys, tiny_pair.base, tiny_pair.finetuned, "--task", task, "--dtype", "float32")
-    examples = [json.loads(line) for line in (task.parent / "examples.jsonl").read_text("utf-8").splitlines()]
-    for row in found["models"]:
-        assert row["task_metric"] == "acc" and row["perplexity"] is None
-        # Two choices may be as likely as one another up to rounding.
-        expected = accuracy(load(row["model"], torch.float32, "cpu"), examples)
-        assert row["task_score"] == pytest.approx(expected, abs=1.5 / len(examples))
 
 
 def test_latency_runs_prefill_and_decode_alone(tmp_path: Path) -> None:
@@ -329,7 +314,7 @@ def test_models_that_cannot_be_evaluated(
 ) -> None:
     """The second of two models: no weights of the first have been read when the error comes."""
     other = other_model(tmp_path / "other", kind)
-    monkeypatch.setattr(comparison, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr(evaluated_models, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
     with pytest.raises((ValueError, OSError), match=naming(other, names)):
         compare_models([str(tiny_pair.base), str(other)], text=text, samples=2, length=32)
 
@@ -342,8 +327,7 @@ def test_models_that_cannot_be_evaluated(
         ({"text": ["short"]}, ("text", "tokens", "sequence")),
         ({"text": [TEXT], "samples": 0}, ("sequence", 0)),
         ({"text": [TEXT], "batch_size": 0}, ("batch_size", 0)),
-        ({"task": "/gone/task.yaml"}, ("task", "'/gone/task.yaml'")),
-        ({"task": "arc_easy", "task_limit": 0}, ("task_limit", 0)),
+        ({"tasks": ["/gone/task.yaml"]}, ("task", "'/gone/task.yaml'")),
         ({"device": "cuda:99"}, ("device", "'cuda:99'")),
         ({"device": "abacus"}, ("device", "'abacus'")),
         ({"prompt_tokens": 128}, ("prompt", "128 tokens", 1, "128 positions")),
@@ -358,7 +342,7 @@ def test_models_that_cannot_be_evaluated(
     ],
 )
 def test_bad_input(options: dict[str, Any], names: Any, tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr(evaluated_models, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
     models = options.pop("models", [str(tiny_pair.base)])
     with pytest.raises((ValueError, OSError), match=naming(names)):
         compare_models(models, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,46 @@ metric_list:
         "utf-8",
     )
     return folder / "going_on.yaml"
+
+
+def write_reciting_task(folder: Path, answers: Mapping[str, str]) -> Path:
+    """A task of lm-eval: say at most eight tokens after a text; the answer is taken whole, and without its ends.
+
+    Args:
+        folder: where its files are written.
+        answers: the right answer to each text.
+    """
+    examples = [{"question": question, "answer": answer} for question, answer in answers.items()]
+    (folder / "recited.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples), "utf-8")
+    (folder / "reciting.yaml").write_text(
+        f"""task: reciting
+dataset_path: json
+dataset_kwargs:
+  data_files: {folder / "recited.jsonl"}
+  cache_dir: {folder / "cache"}
+test_split: train
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  until: []
+  max_gen_toks: 8
+  do_sample: false
+filter_list:
+  - name: whole
+    filter: [{{function: take_first}}]
+  - name: stripped
+    filter: [{{function: remove_whitespace}}, {{function: take_first}}]
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 2.5
+""",
+        "utf-8",
+    )
+    return folder / "reciting.yaml"
 
 
 @torch.no_grad()

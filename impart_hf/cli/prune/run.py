@@ -68,7 +68,7 @@ def _print_plan(options: argparse.Namespace) -> None:
 
 def _plan_table(plan: RecipePlan, to_do: list[str]) -> str:
     """Return a table with a line for each stage: its settings, the model's size after it, and whether it is done."""
-    from ...common.markdown import markdown_table
+    from ...evaluation.tables import markdown_table
     from ...repository.report import human_bytes
 
     rows = [{"stage": "model", "settings": plan.recipe.model, "parameters": f"{plan.parameters:,}"}]

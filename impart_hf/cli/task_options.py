@@ -1,0 +1,125 @@
+"""Options of `impart-hf evaluate` about tasks of lm-eval."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .options import add_flag, add_limit, given, refuse
+
+# Options that only tasks use, as `TaskSettings` and `compare_models` name them.
+_SETTINGS = (
+    "limit",
+    "num_fewshot",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+    "system_instruction",
+    "gen_kwargs",
+    "seed",
+    "data_dir",
+    "allow_code",
+)
+_OTHERS = ("backend", "model_args", "results")
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Add the tasks, and how they are run."""
+    group = parser.add_argument_group("tasks", "Tasks are run by lm-eval, and its options have the same names here.")
+    group.add_argument(
+        "--task",
+        metavar="TASK,…",
+        action="append",
+        help="measure the metrics of these lm-eval tasks, groups, tags, or YAML files of tasks; may be repeated",
+    )
+    add_limit(group)
+    group.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's own number)"
+    )
+    add_flag(group, "--apply-chat-template", "ask each question as a chat, by the tokenizer's template")
+    group.add_argument(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        help="whether examples are turns of the chat, or stand in one turn with the question (default: turns)",
+    )
+    group.add_argument("--system-instruction", metavar="TEXT", help="text before everything, or the system's turn")
+    group.add_argument(
+        "--gen-kwargs",
+        metavar="KEY=VALUE,…",
+        type=key_values,
+        help="arguments of generation instead of the task's own, such as max_gen_toks=512,temperature=0.7",
+    )
+    group.add_argument("--seed", type=int, help="of the choice of examples, and of sampling (default: 1234, lm-eval's)")
+    group.add_argument(
+        "--data-dir", type=Path, metavar="FOLDER", help="take data sets from FOLDER/DATASET/NAME/, not from the Hub"
+    )
+    add_flag(group, "--allow-code", "run tasks that execute the programs that the model writes")
+    group.add_argument(
+        "--backend",
+        choices=("hf", "runtime", "vllm"),
+        help="run the models by transformers, as deltas beside one base in memory, or by vLLM (default: hf)",
+    )
+    group.add_argument(
+        "--model-args",
+        metavar="KEY=VALUE,…",
+        type=key_values,
+        help="further arguments of from_pretrained (hf), or of the engine (vllm), such as max_model_len=4096",
+    )
+    add_flag(group, "--update-card", "put the scores into each model's README.md, for the Hub to show them")
+    group.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="keep a JSON file for each finished model and task; the same command does not run these again",
+    )
+
+
+def check_tasks(options: argparse.Namespace) -> None:
+    """Refuse options that have no effect."""
+    if not options.task:
+        refuse(options, [*_SETTINGS, *_OTHERS, "update_card"], "needs a task; add --task TASK")
+    elif not task_names(options):
+        raise ValueError("--task names no task: give at least one")
+    if not options.apply_chat_template:
+        refuse(options, ["fewshot_as_multiturn"], "has no effect without a chat; add --apply-chat-template")
+
+
+def task_names(options: argparse.Namespace) -> list[str]:
+    """Return the tasks that are asked for."""
+    return [name.strip() for text in options.task or [] for name in text.split(",") if name.strip()]
+
+
+def given_tasks(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `add_tasks` that are given, as arguments for `compare_models`."""
+    if not options.task:
+        return {}
+    from ..evaluation.tasks import TaskSettings
+
+    settings = TaskSettings(**given(options, *_SETTINGS, "batch_size"))
+    return {"tasks": task_names(options), "task_settings": settings, **given(options, *_OTHERS)}
+
+
+def key_values(text: str) -> dict[str, Any]:
+    """Parse "key=value,key=value", for argparse: values are numbers, booleans, None or text, as lm-eval has it."""
+    found = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise argparse.ArgumentTypeError(f"'{part}' is not KEY=VALUE")
+        found[key.strip()] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def batch_size(text: str) -> int | str:
+    """Parse a number, or "auto", for argparse."""
+    return text if text == "auto" else int(text)

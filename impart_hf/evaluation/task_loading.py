@@ -1,0 +1,169 @@
+"""Tasks of lm-eval found by name, group, tag or YAML file, and loaded with their data."""
+
+import difflib
+import functools
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .local_data import local_data
+from .task_scores import TaskScore, TaskSettings, metrics_of, scores_of
+
+_YAML = (".yaml", ".yml")
+
+
+@dataclass
+class RequestedTask:
+    """What a name stands for.
+
+    Attributes:
+        name: a task's, group's or tag's name, or the path of a YAML file.
+        tasks: its tasks of lm-eval by name; one if it is a task.
+        groups: the groups in it, by name.
+    """
+
+    name: str
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+
+    def group_scores(self, scores: Mapping[str, list[TaskScore]]) -> list[TaskScore]:
+        """Return the scores of its groups, as lm-eval makes them of their tasks'.
+
+        Args:
+            scores: the scores of all of its tasks, by name.
+        """
+        metrics = {task: metrics_of(found) for task, found in scores.items()}
+        found = []
+        for group in self.groups.values():
+            inside = [score for task in group.get_all_tasks() for score in scores[task.task_name]]
+            shots = {score.num_fewshot for score in inside}
+            better: dict[str, bool | None] = {}
+            for score in inside:
+                same = better.setdefault(score.metric, score.higher_is_better) == score.higher_is_better
+                better[score.metric] = score.higher_is_better if same else None
+            found += scores_of(
+                group.aggregate(metrics),
+                task=group.name,
+                higher_is_better=better,
+                num_fewshot=shots.pop() if len(shots) == 1 else None,
+                version=group.version,
+            )
+        return found
+
+
+def load_tasks(names: Sequence[str], settings: TaskSettings) -> list[RequestedTask]:
+    """Find tasks, load their data, and set what `settings` say of them.
+
+    Args:
+        names: tasks, groups and tags of lm-eval, and YAML files of tasks.
+        settings: `num_fewshot`, `gen_kwargs`, `seed`, `data_dir` and `allow_code` are used.
+
+    Raises:
+        ModuleNotFoundError: if lm-eval, or what a task imports, is not installed.
+        ValueError: if there is no such task, its data cannot be loaded, or it executes code and that is not allowed.
+    """
+    if not names:
+        raise ValueError("there is no task: give at least one")
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("running tasks needs lm-eval: pip install 'impart-hf[eval]'") from error
+    manager = _task_manager(not all(name.endswith(_YAML) for name in names))
+    requested = []
+    for name in dict.fromkeys(names):
+        _check_name(manager, name)
+        code = [] if settings.allow_code else _executing_code(manager, name)
+        found = None if code else _load(manager, name, settings)
+        if found is not None and not settings.allow_code:
+            code = [task for task, loaded in found.tasks.items() if getattr(loaded, "UNSAFE_CODE", False)]
+        if code:
+            raise ValueError(
+                f"task '{code[0]}' executes the programs that the model writes: allow it with --allow-code "
+                "(allow_code=True), on a machine where that may be done"
+            )
+        assert found is not None
+        requested.append(found)
+    for task in {name: task for found in requested for name, task in found.tasks.items()}.values():
+        _configure(task, settings)
+    return requested
+
+
+@functools.cache
+def _task_manager(with_own_tasks: bool) -> Any:
+    """Return lm-eval's index of tasks; that of its own ones takes it ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=with_own_tasks)
+
+
+def _check_name(manager: Any, name: str) -> None:
+    if name in manager.task_index:
+        return
+    if name.endswith(_YAML):
+        if os.path.isfile(name) and re.search("^group:", Path(name).read_text("utf-8"), re.MULTILINE):
+            raise ValueError(f"'{name}' is the file of a group, which lm-eval does not load: give its tasks' files")
+        return
+    near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    raise ValueError(f"lm-eval has no task, group or tag '{name}', and it is no YAML file{hint}")
+
+
+def _executing_code(manager: Any, name: str) -> list[str]:
+    """Return the tasks of lm-eval in a task, group or tag that execute code.
+
+    It must be known before they are loaded, as some of them execute some when they are.
+    """
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return []
+    config, members = entry.cfg or {}, sorted(entry.tags)
+    if isinstance(config.get("task"), list):
+        members = [member if isinstance(member, str) else member.get("task", "") for member in config["task"]]
+    elif config:
+        members = []
+    found = [name] if config.get("unsafe_code") else []
+    return found + [task for member in members for task in _executing_code(manager, member)]
+
+
+def _load(manager: Any, name: str, settings: TaskSettings) -> RequestedTask:
+    data = nullcontext() if settings.data_dir is None else local_data(settings.data_dir)
+    try:
+        with data, lm_eval_says_less():
+            loaded = manager.load([name])
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"task '{name}' needs a package that is not installed, '{error.name}'; many come with "
+            "pip install 'lm-eval[math,ifeval]'"
+        ) from error
+    except Exception as error:  # tasks run code and load data of third parties, which can raise anything
+        raise ValueError(f"task '{name}' cannot be loaded, check its name and its data: {error}") from error
+    return RequestedTask(name, loaded["tasks"], loaded.get("groups", {}))
+
+
+def _configure(task: Any, settings: TaskSettings) -> None:
+    """Set the number and choice of examples and the arguments of generation, as lm-eval's own command does."""
+    own = task.get_config("num_fewshot")
+    if settings.num_fewshot is not None and own != 0:  # 0 says that the task has no examples, or has them in its text
+        task.set_config(key="num_fewshot", value=settings.num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=settings.seed)
+    if settings.gen_kwargs and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value=dict(settings.gen_kwargs), update=True)
+
+
+@contextmanager
+def lm_eval_says_less() -> Iterator[None]:
+    """Within this context, lm-eval logs errors alone: its warnings are about settings that are meant."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,177 @@
+"""Finished tasks are not run again, and one that was interrupted continues where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.lm_eval_task import write_reciting_task, write_task
+from support.messages import naming
+from support.tiny_models import Pair, edit_json
+
+from impart_hf import __version__
+from impart_hf.evaluation import models as evaluated_models
+from impart_hf.evaluation.task_results import model_identity
+from impart_hf.evaluation.tasks import TaskScore, TaskSettings, evaluate_tasks
+
+
+@pytest.fixture
+def reciting(tmp_path: Path) -> Path:
+    (tmp_path / "reciting").mkdir()
+    return write_reciting_task(tmp_path / "reciting", {f"Question {i}": "no" for i in range(4)})
+
+
+class Calls:
+    """How often models were loaded and called; the call after `most` is interrupted."""
+
+    def __init__(self) -> None:
+        self.loads = self.calls = 0
+        self.most: float = float("inf")
+
+    def count(self, *_: Any) -> None:
+        if self.calls >= self.most:
+            raise KeyboardInterrupt
+        self.calls += 1
+
+    def since(self) -> tuple[int, int]:
+        """Loads and calls since this was asked last."""
+        found = self.loads, self.calls
+        self.loads = self.calls = 0
+        return found
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    counted, load = Calls(), evaluated_models.load
+
+    def counting(*args: Any, **options: Any) -> Any:
+        counted.loads += 1
+        model = load(*args, **options)
+        model.register_forward_pre_hook(counted.count)
+        return model
+
+    monkeypatch.setattr(evaluated_models, "load", counting)
+    return counted
+
+
+def files_of(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_finished_tasks_are_not_run_again(
+    task: Path, reciting: Path, tiny_pair: Pair, tmp_path: Path, calls: Calls
+) -> None:
+    results, model = tmp_path / "results", str(tiny_pair.base)
+    first = evaluate_tasks(model, [str(task)], results=results)
+    assert calls.since()[0] == 1
+    before = files_of(results)
+    assert [path.parent.name for path in before] == ["base"] and len(before) == 1
+    both = evaluate_tasks(model, [str(task), str(reciting)], results=results)
+    assert both[:1] == first and len(both) == 3
+    loads, made = calls.since()
+    assert loads == 1 and made == 8, "the task that generates, eight tokens of four answers at once"
+    after = files_of(results)
+    assert len(after) == 2 and before.items() <= after.items()
+    assert evaluate_tasks(model, [str(reciting), str(task)], results=results) == both[1:] + first
+    assert calls.since() == (0, 0) and files_of(results) == after
+
+
+def test_what_a_file_says(task: Path, tiny_repository: Path, tmp_path: Path) -> None:
+    settings = TaskSettings(limit=6, num_fewshot=1)
+    scores = evaluate_tasks(str(tiny_repository), [str(task)], settings, dtype=torch.float32, results=tmp_path)
+    (path,) = files_of(tmp_path)
+    found = json.loads(path.read_text("utf-8"))
+    assert [TaskScore(**score) for score in found["scores"]] == scores
+    measured = found["measured"]
+    assert measured["model"]["folder"] == tiny_repository.name and len(measured["model"]["sha256"]) == 64
+    assert (measured["backend"], measured["dtype"]) == ("hf", "float32")
+    assert measured["task"] | {"task": "going_on", "limit": 6, "num_fewshot": 1, "seed": 1234} == measured["task"]
+    assert measured["task"]["impart_hf"] == __version__ and "lm_eval" in measured["task"]
+    assert {"python", "torch", "transformers"} <= set(found["run"]["versions"]) and found["run"]["batch_size"] == 8
+    assert str(tmp_path) not in path.read_text("utf-8"), "the machine's folders are no part of it"
+
+
+@pytest.mark.parametrize(
+    "change", ["settings", "dtype", "config", "weights", "tokenizer", "documents", "configuration"]
+)
+def test_what_is_measured_anew(change: str, pair: Pair, tmp_path: Path, calls: Calls) -> None:
+    (tmp_path / "task").mkdir()
+    task, settings, dtype = write_task(tmp_path / "task"), TaskSettings(limit=4), torch.float32
+    evaluate_tasks(str(pair.base), [str(task)], settings, dtype=dtype, results=tmp_path / "results")
+    assert calls.since()[0] == 1
+    if change == "settings":
+        settings = TaskSettings(limit=4, num_fewshot=1)
+    elif change == "dtype":
+        dtype = torch.bfloat16
+    elif change == "config":
+        edit_json(pair.base / "config.json", rms_norm_eps=1e-3)
+    elif change == "weights":
+        (pair.base / "model.safetensors").unlink()
+        shutil.copy(pair.finetuned / "model.safetensors", pair.base)
+    elif change == "tokenizer":
+        edit_json(pair.base / "tokenizer_config.json", add_bos_token=True)
+    elif change == "documents":
+        lines = (task.parent / "examples.jsonl").read_text("utf-8").splitlines()
+        (task.parent / "examples.jsonl").write_text("\n".join(lines[::-1]) + "\n", "utf-8")
+    else:
+        task.write_text(task.read_text("utf-8").replace("answer\n", "1\n"), "utf-8")
+    evaluate_tasks(str(pair.base), [str(task)], settings, dtype=dtype, results=tmp_path / "results")
+    assert calls.since()[0] == 1 and len(files_of(tmp_path / "results")) == 2
+
+
+def test_what_is_no_part_of_a_measurement(task: Path, tiny_pair: Pair, tmp_path: Path, calls: Calls) -> None:
+    """Another number of requests at a time, and the same model at another place."""
+    moved = Path(shutil.copytree(tiny_pair.base, tmp_path / "other" / tiny_pair.base.name))
+    status = (tiny_pair.base / "model.safetensors").stat()
+    os.utime(moved / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (moved / "README.md").write_text("Scores may stand here.\n")
+    results = tmp_path / "results"
+    first = evaluate_tasks(str(tiny_pair.base), [str(task)], results=results)
+    second = evaluate_tasks(str(moved), [str(task)], TaskSettings(batch_size=3), results=results)
+    assert second == first and calls.since()[0] == 1
+
+
+@pytest.mark.parametrize("name", ["choice", "generation"])
+def test_an_interrupted_task_continues(
+    name: str, task: Path, reciting: Path, tiny_pair: Pair, tmp_path: Path, calls: Calls
+) -> None:
+    path, settings = {"choice": task, "generation": reciting}[name], TaskSettings(batch_size=1)
+    run: Callable[[], list[TaskScore]] = lambda: evaluate_tasks(  # noqa: E731
+        str(tiny_pair.base), [str(path)], settings, dtype=torch.float32, results=tmp_path / "results"
+    )
+    expected = evaluate_tasks(str(tiny_pair.base), [str(path)], settings, dtype=torch.float32)
+    whole = calls.since()[1]
+    calls.most = whole // 2
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not list((tmp_path / "results").rglob("*.json"))
+    calls.most = float("inf")
+    calls.since()
+    assert run() == expected
+    # What was interrupted in its midst is asked again: a choice is one call, an answer eight.
+    assert calls.since()[1] <= whole - whole // 2 + 8
+    assert [found.suffix for found in files_of(tmp_path / "results")] == [".json"], "the answers are not kept"
+
+
+def test_a_damaged_file_is_named(task: Path, tiny_pair: Pair, tmp_path: Path) -> None:
+    settings = TaskSettings(limit=2)
+    evaluate_tasks(str(tiny_pair.base), [str(task)], settings, results=tmp_path)
+    (path,) = files_of(tmp_path)
+    for content in ("{", '{"scores": [{"task": "going_on"}]}', '{"scores": 1}', "[]"):
+        path.write_text(content)
+        with pytest.raises(OSError, match=naming(path)):
+            evaluate_tasks(str(tiny_pair.base), [str(task)], settings, results=tmp_path)
+
+
+def test_identity_of_a_delta(repository: Path) -> None:
+    """Of the same size, another content of the delta file is another model: its time of change tells."""
+    before = model_identity(str(repository), None)
+    (path,) = repository.glob("*.safetensors")
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert model_identity(str(repository), None) != before
