@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..modeling.configuration_pruned_llama import PrunedLlamaConfig
+from ..modeling.configuration_pruned import PrunedLlamaConfig
 
 # The matrices of a decoder layer. Heads are rows of the first three and columns of the fourth; channels are rows of the
 # fifth and sixth and columns of the last.

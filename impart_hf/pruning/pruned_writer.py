@@ -13,11 +13,11 @@ from typing import Any
 from ..common.files import write_json
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint
-from ..modeling.configuration_pruned_llama import PrunedLlamaConfig
+from ..modeling.configuration_pruned import PrunedLlamaConfig
 from ..modeling.model_files import fetch_file
-from ..modeling.pruned_llama_card import pruned_model_card
+from ..modeling.pruned_card import pruned_model_card
 from ..repository.cards import inherited_card_data
-from ..repository.reader_files import copy_pruned_reader
+from ..repository.reader_files import with_pruned_reader
 from ..repository.sidecar_files import copy_sidecar_files
 from ..storage.checkpoint_writer import DenseTensor, new_folder, write_weights
 from .history import with_step
@@ -79,9 +79,8 @@ def write_pruned(
     config = _pruned_config(checkpoint, before, after, with_step(checkpoint, before, step, base_name))
     with new_folder(output) as folder:
         write_weights(folder, tensors, max_shard_size, progress, "Writing")
-        write_json(folder / "config.json", config)
         copy_sidecar_files(checkpoint.source, checkpoint.options, folder)
-        copy_pruned_reader(config["model_type"], folder)
+        write_json(folder / "config.json", with_pruned_reader(config, folder))
         metadata = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
         card = pruned_model_card(config, Path(os.path.abspath(output)).name, after.parameters, metadata)
         (folder / "README.md").write_text(card, "utf-8")
@@ -104,7 +103,7 @@ def _pruned_config(
         widths = [dataclasses.asdict(layer) for layer in after.layers]
         # The configuration with every layer as it was before any width was pruned: per_layer_config differs from it.
         usual = {k: v for k, v in config.items() if k not in ("model_type", "per_layer_config")}
-        pruned = PrunedLlamaConfig.from_llama(
+        pruned = PrunedLlamaConfig.with_widths(
             PrunedLlamaConfig.from_dict(usual), **{name: [width[name] for width in widths] for name in widths[0]}
         )
         config = json.loads(pruned.to_json_string())

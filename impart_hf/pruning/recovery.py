@@ -22,10 +22,10 @@ from ..common.weight_bytes import weight_bytes
 from ..evaluation.metrics import perplexity
 from ..modeling.checkpoints import Checkpoint, all_finite
 from ..modeling.model_files import fetch_file
-from ..modeling.pruned_llama_card import pruned_model_card
+from ..modeling.pruned_card import pruned_model_card
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.cards import inherited_card_data
-from ..repository.reader_files import copy_pruned_reader
+from ..repository.reader_files import with_pruned_reader
 from ..repository.sidecar_files import copy_sidecar_files
 from ..storage.checkpoint_writer import DenseTensor, check_room, new_folder, write_weights
 from ..storage.output import check_output
@@ -232,7 +232,7 @@ def _write_config(
     config = dict(checkpoint.config)
     if kind_of(config) is RepositoryKind.PRUNED:
         config["pruning"] = with_step(checkpoint, shape, step)
-        copy_pruned_reader(config["model_type"], folder)
+        config = with_pruned_reader(config, folder)
         card = pruned_model_card(config, name, shape.parameters, card_data)
         (folder / "README.md").write_text(card, "utf-8")
     write_json(folder / "config.json", config)

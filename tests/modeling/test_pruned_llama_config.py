@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.messages import naming
-from support.pruned_models import HEAD_DIM, KEPT_MHA, llama_config, logits, pruned_config
+from support.pruned_models import HEAD_DIM, KEPT_MHA, dense_config, logits, pruned_config
 from transformers import AutoConfig
 
 from impart_hf import PrunedLlamaConfig, PrunedLlamaForCausalLM
@@ -38,13 +38,13 @@ def test_widths() -> None:
 def test_pruned_again_keeps_the_first_widths() -> None:
     config = pruned_config()
     config.pruning = {"base_model": "org/name", "steps": []}
-    again = PrunedLlamaConfig.from_llama(
+    again = PrunedLlamaConfig.with_widths(
         config, num_attention_heads=[1, 1, 4, 8], num_key_value_heads=[1, 1, 4, 4], intermediate_size=[5, 7, 53, 64]
     )
     assert again.widths == [(1, 1, 5), (1, 1, 7), (4, 4, 53), (8, 4, 64)]
     assert again.pruning == config.pruning and again.to_dict()["intermediate_size"] == 64
     assert config.widths == WIDTHS, "the original stays"
-    whole = PrunedLlamaConfig.from_llama(
+    whole = PrunedLlamaConfig.with_widths(
         config, num_attention_heads=[8] * 4, num_key_value_heads=[4] * 4, intermediate_size=[64] * 4
     )
     assert whole.widths == [(8, 4, 64)] * 4
@@ -133,7 +133,7 @@ def test_wrong_widths_from_a_writer() -> None:
         ("intermediate_size", [8, 8, 0, 8], "layer 2"),
     ):
         with pytest.raises(ValueError, match=naming(name, named)):
-            PrunedLlamaConfig.from_llama(llama_config(), **{**counts, name: values})
+            PrunedLlamaConfig.with_widths(dense_config(), **{**counts, name: values})
     config = pruned_config()
     config.per_layer_config = {1: {"num_attention_heads": 3}}
     with pytest.raises(Exception, match=naming("layer 1", "num_attention_heads 3")):

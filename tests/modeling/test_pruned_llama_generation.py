@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.pruned_models import IDS, greedy, left_padded, llama_config, load_pruned
+from support.pruned_models import IDS, dense_config, greedy, left_padded, load_pruned
 from support.tiny_models import make_model, tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache, pipeline
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
@@ -51,7 +51,7 @@ def test_assisted_generation(models: tuple[PreTrainedModel, PreTrainedModel]) ->
     pruned, dense = models
     ids = IDS[:1]
     assert greedy(dense, ids, assistant_model=pruned) == greedy(dense, ids) == greedy(pruned, ids)
-    other = make_model(llama_config(num_hidden_layers=1), seed=5, dtype=torch.float32)
+    other = make_model(dense_config(num_hidden_layers=1), seed=5, dtype=torch.float32)
     assert greedy(pruned, ids, assistant_model=other) == greedy(dense, ids)
     assert greedy(pruned, ids, prompt_lookup_num_tokens=3) == greedy(dense, ids)
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import impart_hf  # noqa: F401  # registers the pruned model's classes
 from impart_hf.calibration.text import calibration_tokens
-from impart_hf.modeling.configuration_pruned_llama import PrunedLlamaConfig
+from impart_hf.modeling.configuration_pruned import PrunedLlamaConfig
 from impart_hf.pruning import importance_plot
 from impart_hf.pruning.checks import open_llama
 from impart_hf.pruning.gradient_sums import MatrixSums
@@ -49,7 +49,7 @@ def save(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16) -> Path
 
 def pruned_config() -> PrunedLlamaConfig:
     """Two layers of different widths, the first narrower than the global ones, with GQA."""
-    return PrunedLlamaConfig.from_llama(
+    return PrunedLlamaConfig.with_widths(
         tiny_config("llama"), num_attention_heads=[2, 4], num_key_value_heads=[1, 2], intermediate_size=[48, 128]
     )
 

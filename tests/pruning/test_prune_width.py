@@ -150,7 +150,7 @@ def test_dtype_shards_card_and_reader_files(tmp_path: Path) -> None:
     )
     assert (tmp_path / "out/model.safetensors.index.json").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-    assert (tmp_path / "out/modeling_pruned_llama.py").exists()
+    assert (tmp_path / "out/modeling_pruned.py").exists()
     card = (tmp_path / "out/README.md").read_text()
     assert "license: mit" in card and "| layer |" in card
 

@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from impart_hf.calibration.text import calibration_tokens
 from impart_hf.common.files import OutputError
 from impart_hf.evaluation.metrics import evaluate
-from impart_hf.modeling.configuration_pruned_llama import PrunedLlamaConfig
+from impart_hf.modeling.configuration_pruned import PrunedLlamaConfig
 from impart_hf.modeling.model_files import CheckpointError
-from impart_hf.modeling.modeling_pruned_llama import PrunedLlamaForCausalLM
+from impart_hf.modeling.modeling_pruned import PrunedLlamaForCausalLM
 from impart_hf.pruning.recovery import recover
 
 pytest.importorskip("peft")
@@ -52,7 +52,7 @@ def save(folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **changes
     """A model, its biases and norms random too, with a history of pruning where it has one."""
     config: Any = tiny_config(kind.removeprefix("pruned-"), **changes)
     if kind.startswith("pruned"):
-        config = PrunedLlamaConfig.from_llama(
+        config = PrunedLlamaConfig.with_widths(
             config, num_attention_heads=[2, 4], num_key_value_heads=[1, 2], intermediate_size=[48, 128]
         )
     if not changes:
@@ -115,9 +115,7 @@ def check_checkpoint(source: Path, output: Path, step: dict[str, Any]) -> None:
     card = (output / "README.md").read_text()
     assert "owner/base" in card and "ecovery" in card
     readers = {p.name for p in output.glob("*.py")}
-    assert (readers >= {"modeling_pruned_llama.py", "configuration_pruned_llama.py"}) == bool(
-        configs[0].get("auto_map")
-    )
+    assert (readers >= {"modeling_pruned.py", "configuration_pruned.py"}) == bool(configs[0].get("auto_map"))
 
 
 @pytest.mark.slow
