@@ -10,7 +10,7 @@ from .modeling.delta_repository import read_config
 from .modeling.model_files import CheckpointError, HubOptions, repository_kind
 from .modeling.repository_files import push_folder
 from .modeling.repository_kind import RepositoryKind
-from .pruning.checks import open_llama
+from .pruning.checks import open_decoder
 from .repository.reader_files import pruned_reader_files
 
 
@@ -64,7 +64,7 @@ def is_pruned_model(source: str, options: HubOptions) -> bool:
 
 def _check_pruned_model(folder: str) -> None:
     """Check that config.json and weights are complete and match, and that the model loads without impart-hf."""
-    checkpoint, _ = open_llama(folder)
+    checkpoint, _ = open_decoder(folder)
     has_own_class = is_pruned_type(checkpoint.config["model_type"])
     reader_files = [path.name for path in pruned_reader_files()] if has_own_class else []
     if reader_files and not checkpoint.config.get("auto_map"):

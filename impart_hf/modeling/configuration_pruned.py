@@ -122,13 +122,13 @@ class PrunedConfig(_Base):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Build from a dict as any configuration.
+        """Build from a dict as any configuration; the dict is not changed, those in it neither.
 
         Raises:
             ValueError: also for fields of the wrong type, where transformers raises an error of another class.
         """
         try:
-            return super().from_dict(config_dict, **kwargs)
+            return super().from_dict(copy.deepcopy(dict(config_dict)), **kwargs)
         except StrictDataclassError as error:
             raise ValueError(f"config.json of a {cls.model_type}: {textwrap.shorten(str(error), 250)}") from error
 

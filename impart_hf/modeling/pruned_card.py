@@ -1,6 +1,5 @@
 """The model card of a pruned model: what was removed, what remains, how to load it."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -68,8 +67,7 @@ def pruned_model_card(
     family = pruned_config_class(config.get("model_type"))
     if family is None:
         raise ValueError(f"model_type '{config.get('model_type')!s:.40}' is not one of models that can be pruned")
-    fields = {k: copy.deepcopy(v) for k, v in config.items() if k not in ("model_type", "pruning")}
-    parsed = family.from_dict(fields)
+    parsed = family.from_dict({k: v for k, v in config.items() if k not in ("model_type", "pruning")})
     history = _mapping(config.get("pruning"))
     base = _line(history.get("base_model"))
     before = history.get("base_parameters")

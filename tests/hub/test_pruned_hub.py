@@ -22,7 +22,7 @@ from support.without_impart_hf import WITHOUT_IMPART_HF
 from impart_hf import PrunedLlamaForCausalLM
 from impart_hf.hub import push
 from impart_hf.modeling.pruned_card import pruned_model_card
-from impart_hf.pruning.llama_shape import LlamaShape
+from impart_hf.pruning.decoder_shape import DecoderShape
 from impart_hf.repository.reader_files import pruned_reader_files
 
 HISTORY = {
@@ -62,7 +62,7 @@ READER = {path.name for path in pruned_reader_files()}
 def test_parameters_are_counted_from_the_configuration(kept: tuple, changes: dict[str, Any]) -> None:
     for model in (PrunedLlamaForCausalLM(pruned_config(kept, **changes)), make_model(dense_config(kept, **changes))):
         count = model.num_parameters()
-        assert LlamaShape.of(model.config.to_dict()).parameters == count
+        assert DecoderShape.of(model.config.to_dict()).parameters == count
         card = pruned_model_card({**model.config.to_dict(), "pruning": HISTORY}, "tester/pruned", count)
         assert re.search(naming(f"{count:,}", "200,000", f"{1 - count / 200_000:.1%}"), card)
 
