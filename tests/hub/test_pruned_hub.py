@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from support.hub_client import run_client
 from support.loopback_hub import LoopbackHub, hub_env
 from support.messages import naming
-from support.pruned_models import KEPT, KEPT_MHA, dense_config, pruned_and_dense, pruned_config
+from support.pruned_models import FAMILIES, KEPT, KEPT_MHA, dense_config, pruned_and_dense, pruned_config
 from support.tiny_models import edit_json, edit_tensors, make_model, save_model, tiny_config
 from support.without_impart_hf import WITHOUT_IMPART_HF
 
@@ -65,6 +65,16 @@ def test_parameters_are_counted_from_the_configuration(kept: tuple, changes: dic
         assert DecoderShape.of(model.config.to_dict()).parameters == count
         card = pruned_model_card({**model.config.to_dict(), "pruning": HISTORY}, "tester/pruned", count)
         assert re.search(naming(f"{count:,}", "200,000", f"{1 - count / 200_000:.1%}"), card)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES)[1:])
+def test_parameters_and_card_of_every_family(family: str) -> None:
+    for model in (make_model(pruned_config(family=family)), make_model(dense_config(family=family))):
+        count = model.num_parameters()
+        assert DecoderShape.of(model.config.to_dict()).parameters == count
+        card = pruned_model_card({**model.config.to_dict(), "pruning": HISTORY}, "tester/pruned", count)
+        pruned = model.config.model_type.startswith("pruned_")
+        assert ("| 1 | 1 | 1 | 7 |" in card) == ("trust_remote_code=True" in card) == pruned
 
 
 def test_card_of_a_width_pruned_model() -> None:
