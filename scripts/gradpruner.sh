@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run GradPruner with its published settings: prune a LLaMA, fine-tune the result and measure it.
+# Run GradPruner with its published settings: prune a model, fine-tune the result and measure it.
 #
 #     scripts/gradpruner.sh MODEL TRAIN_TEXT HELD_OUT_TEXT FOLDER [options of `prune recover`]
 #
