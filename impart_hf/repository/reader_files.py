@@ -37,8 +37,9 @@ def is_reader_file(name: str, names: Container[str]) -> bool:
         name: the file's.
         names: of all files of the repository.
     """
-    if name in _PRUNED_READER_FILES or name in _FORMER_READER_FILES:
-        return True
+    for files in (_PRUNED_READER_FILES, _FORMER_READER_FILES):
+        if name in files and all(each in names for each in files):  # others may have a modeling_pruned.py of their own
+            return True
     return _OF_THE_READER in names and name in {path.name for path in reader_files()}
 
 

@@ -11,7 +11,7 @@ import torch
 from support.messages import naming
 from support.pruned_models import FAMILIES, dense_config
 from support.pruning_reports import made_up_importance
-from support.tiny_models import VOCABULARY, fine_tune, make_model, save_model, tiny_config
+from support.tiny_models import VOCABULARY, edit_json, fine_tune, make_model, save_model, tiny_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from impart_hf import PrunedLlamaForCausalLM
@@ -192,6 +192,30 @@ def test_dtype_shards_card_and_reader_files(tmp_path: Path) -> None:
     assert (tmp_path / "out/modeling_pruned.py").exists()
     card = (tmp_path / "out/README.md").read_text()
     assert "license: mit" in card and "| layer |" in card
+
+
+def test_a_checkpoint_whose_reader_has_its_former_names(gqa: Path, tmp_path: Path) -> None:
+    """It was written when LLaMA alone could be pruned; the result has the present files, and names them."""
+    narrow = tmp_path / "narrow"
+    prune_width(str(gqa), narrow, made_up_importance(gqa), ratio=0.2, progress=False)
+    present = {path.name for path in narrow.glob("*.py")}
+    for name in present:
+        (narrow / name).rename(narrow / name.replace("pruned", "pruned_llama"))
+    config = json.loads((narrow / "config.json").read_text())
+    auto_map = {auto: name.replace("pruned.", "pruned_llama.") for auto, name in config["auto_map"].items()}
+    edit_json(narrow / "config.json", auto_map=auto_map)
+    assert AutoModelForCausalLM.from_pretrained(narrow).config.auto_map == auto_map
+    prune_layers(str(narrow), tmp_path / "out", layers=[1], merge=False, progress=False)
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == present
+    assert json.loads((tmp_path / "out/config.json").read_text())["auto_map"] == config["auto_map"]
+
+
+def test_code_of_others_under_one_of_our_names(tmp_path: Path) -> None:
+    model = make_llama(tmp_path / "llama")
+    (model / "modeling_pruned.py").write_text("X = 1\n")
+    edit_json(model / "config.json", auto_map={"AutoModel": "modeling_pruned.X"})
+    prune_layers(str(model), tmp_path / "out", layers=[1], merge=False, progress=False)
+    assert (tmp_path / "out/modeling_pruned.py").read_text() == "X = 1\n"
 
 
 def test_both_ways_one_after_the_other(gqa: Path, tmp_path: Path) -> None:
