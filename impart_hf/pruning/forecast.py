@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
+from .decoder_shape import DecoderShape, LayerWidth
 from .layers import layers_to_drop
-from .llama_shape import LayerWidth, LlamaShape
 from .width_budget import width_budget
 
 
 def without_layers(
-    shape: LlamaShape, *, drop: int | None, ratio: float | None, layers: Sequence[int] | None, protect: bool
-) -> LlamaShape:
+    shape: DecoderShape, *, drop: int | None, ratio: float | None, layers: Sequence[int] | None, protect: bool
+) -> DecoderShape:
     """Return the shape after `prune_layers` with these settings; exact if all layers have one size.
 
     Raises:
@@ -26,8 +26,8 @@ def without_layers(
 
 
 def narrowed(
-    shape: LlamaShape, *, ratio: float, parts: Sequence[str], multiple_of: int, query_heads: bool
-) -> LlamaShape:
+    shape: DecoderShape, *, ratio: float, parts: Sequence[str], multiple_of: int, query_heads: bool
+) -> DecoderShape:
     """Return a shape with as many parameters as after `prune_width` with these settings, to within one unit.
 
     Raises:

@@ -15,9 +15,9 @@ from ..common.validation import shard_bytes
 from ..modeling.checkpoints import Checkpoint
 from ..storage.checkpoint_writer import DenseTensor
 from ..storage.output import check_output
-from .checks import open_llama
+from .checks import open_decoder
+from .decoder_shape import DecoderShape, layer_prefix
 from .importance_report import Importance, check_score
-from .llama_shape import LINEAR, LlamaShape, layer_prefix
 from .pruned_writer import PruningReport, write_pruned
 
 
@@ -37,9 +37,10 @@ def prune_layers(
     max_shard_size: int | str = "5GB",
     progress: bool = True,
 ) -> PruningReport:
-    """Drop decoder layers of a LLaMA, and merge their most important weights into the layers before them.
+    """Drop decoder layers, and merge their most important weights into the layers before them.
 
-    A plain LLaMA stays a plain LLaMA. Exactly one of `drop`, `ratio` and `layers` chooses the layers.
+    A plain model stays a plain model of its family. Layers of sliding and of full attention are merged like any others:
+    the windows are no weights. Exactly one of `drop`, `ratio` and `layers` chooses the layers.
 
     Args:
         model: local folder or Hub id.
@@ -59,14 +60,15 @@ def prune_layers(
         progress: show progress bars.
 
     Raises:
-        ValueError: if the model is not LLaMA-shaped, the report is missing or of another model, no layer or every
-            layer would be dropped, or layers to be merged have different widths.
+        ValueError: if the model is of a family that cannot be pruned, the report is missing or of another model, no
+            layer or every layer would be dropped, layers to be merged have different widths, or config.json has a list
+            by layer that is not known.
         CheckpointError: if the model cannot be read.
         OutputError: if the output folder is not free or the disk is too small.
     """
     check_layers(drop=drop, ratio=ratio, layers=layers, score=score, max_shard_size=max_shard_size)
     check_output(output_dir)
-    checkpoint, shape = open_llama(model, revision)
+    checkpoint, shape = open_decoder(model, revision)
     if importance is not None:
         importance = importance if isinstance(importance, Importance) else Importance.load(importance)
         importance.check_model(checkpoint, shape)
@@ -95,11 +97,11 @@ def prune_layers(
         step["score"] = score
     if merged:
         assert importance is not None
-        importance.mask(dropped[0], LINEAR[0])  # raises a clear error if the report has no masks
+        importance.mask(dropped[0], shape.linear_names[0])  # raises a clear error if the report has no masks
         step["top_percent"] = importance.top_percent
     notes = [f"layer {n} has no kept layer before it and was not merged" for n in dropped if merge and n not in merged]
     return write_pruned(
-        output_dir, checkpoint, shape, after, step, _tensors(checkpoint, kept, merged, importance, after),
+        output_dir, checkpoint, shape, after, kept, step, _tensors(checkpoint, kept, merged, importance, after),
         base_name=base_name, max_shard_size=max_shard_size, progress=Progress(progress), notes=notes,
     )  # fmt: skip
 
@@ -124,7 +126,7 @@ def needs_report(layers: Sequence[int] | None, merge: bool) -> bool:
 
 
 def layers_to_drop(
-    shape: LlamaShape,
+    shape: DecoderShape,
     scores: Sequence[float],
     *,
     drop: int | None,
@@ -164,7 +166,7 @@ def _named(layers: Sequence[int], count: int, protect: bool) -> list[int]:
 
 
 def _lowest(
-    ranked: Sequence[int], drop: int | None, ratio: float | None, shape: LlamaShape, protect: bool
+    ranked: Sequence[int], drop: int | None, ratio: float | None, shape: DecoderShape, protect: bool
 ) -> list[int]:
     """Return the first of the ranked layers: `drop` of them, or as many as come nearest to the ratio, sorted."""
     most = min(len(ranked), len(shape.layers) - 1)
@@ -203,7 +205,7 @@ def _tensors(
     kept: Sequence[int],
     merged: dict[int, int],
     importance: Importance | None,
-    after: LlamaShape,
+    after: DecoderShape,
 ) -> list[DenseTensor]:
     tensors = []
     for name, size in after.tensors().items():
@@ -215,7 +217,7 @@ def _tensors(
             stored = layer_prefix(old) + local
             make = partial(checkpoint.tensor, stored)
             linear = local.removesuffix(".weight")
-            if sources and linear in LINEAR:
+            if sources and linear in after.linear_names:
                 assert importance is not None
                 make = partial(_merged, checkpoint, importance, old, sources, linear)
             tensors.append(DenseTensor(layer_prefix(number) + local, size, checkpoint.dtype(stored), make))

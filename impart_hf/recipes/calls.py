@@ -40,7 +40,7 @@ _FUNCTIONS: Mapping[str, tuple[Callable, frozenset[str]]] = {
     ),
     "push": (hub.push, frozenset({"folder", "repo_id", "token"})),
 }
-_OWN_OF_EVAL = frozenset({"models", "device", "dtype", "revision", "base_model", "progress"})
+_OWN_OF_EVAL = frozenset({"models", "device", "dtype", "revision", "base_model", "results", "progress"})
 _PUSH_KEYS = ("repo", "base_repo")  # checked with the order of the stages
 
 

@@ -12,10 +12,11 @@ from typing import Any
 from ..calibration.text import CalibrationSource, TextField, calibration_tokens, load_tokenizer
 from ..common.devices import usable_device
 from ..common.weight_bytes import weight_bytes
+from ..evaluation.task_results import model_identity
 from ..modeling.checkpoints import Checkpoint
-from ..pruning.checks import open_llama
+from ..pruning.checks import open_decoder
+from ..pruning.decoder_shape import DecoderShape
 from ..pruning.forecast import narrowed, without_layers
-from ..pruning.llama_shape import LlamaShape
 from .calls import Call, call_of, eval_call
 from .recipe import PRUNING, Recipe, Stage, errors_of, json_form, linked
 
@@ -108,10 +109,10 @@ def plan_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, *, device: str 
     calls = [call_of(stage, recipe, device) for stage in stages]
     evaluation = eval_call(recipe, device)
     with errors_of("model"):
-        checkpoint, shape = open_llama(recipe.model, recipe.revision)
+        checkpoint, shape = open_decoder(recipe.model, recipe.revision)
     _check_texts(checkpoint, [(stage.name, call) for stage, call in zip(stages, calls, strict=True)], evaluation)
     revision = None if os.path.isdir(recipe.model) else checkpoint.options.revision
-    source = _hash(recipe.model, revision or _state(sorted(Path(recipe.model).iterdir())))
+    source = _hash(recipe.model, model_identity(recipe.model, revision))
     conditions = _hash(dict(recipe.eval), [_text_state(text) for text in evaluation.texts.values()])
     shapes, fingerprints, planned = {0: shape}, {0: source}, []
     for stage, call in zip(stages, calls, strict=True):
@@ -141,7 +142,7 @@ def recorded_name(recipe: Recipe, stages: Sequence[Stage], stage: Stage) -> str 
     return stages[-1].settings.get("base_repo") if stage.kind == "compress" else None
 
 
-def _after(stage: Stage, call: Call, shape: LlamaShape) -> LlamaShape:
+def _after(stage: Stage, call: Call, shape: DecoderShape) -> DecoderShape:
     """Return the shape of the model after a stage."""
     forecasts: dict[str, Callable] = {"layers": without_layers, "width": narrowed}
     forecast = forecasts.get(stage.kind)

@@ -13,10 +13,13 @@ _Model = Mapping[str, Any]
 _Values = Sequence[float | None]  # of all models; None where it is not known
 
 _COLUMNS = 4
+_MOST_TASKS = 4  # that are drawn, of groups of dozens
 
 
 def draw(models: Sequence[_Model], path: Path) -> bool:
-    """Draw a row for each quality that was measured and a column for each cost, into a PNG file.
+    """Draw each quality that was measured against each cost, into a PNG file.
+
+    Qualities are perplexity, and the first score of each task, of the first four tasks, with its standard error.
 
     Args:
         models: of every measured model its `StageResult.to_dict()`, in the order in which they were made.
@@ -25,7 +28,7 @@ def draw(models: Sequence[_Model], path: Path) -> bool:
         Whether the picture is as it should be: drawn, or not there because no quality was measured. False if
         matplotlib is not installed.
     """
-    qualities = {name: values for name, values in _qualities(models).items() if any(v is not None for v in values)}
+    qualities = {name: found for name, found in _qualities(models).items() if any(v is not None for v, _ in found)}
     costs = {name: values for name, values in _costs(models).items() if any(v is not None for v in values)}
     if not qualities:
         path.unlink(missing_ok=True)
@@ -52,25 +55,38 @@ def draw(models: Sequence[_Model], path: Path) -> bool:
     return True
 
 
-def _draw_curve(axes: Any, widths: _Values, heights: _Values, names: Sequence[str]) -> None:
-    """Draw the models as points in their order, each with its stage's number; the last one is filled."""
-    points = [(x, y, name) for x, y, name in zip(widths, heights, names, strict=True) if None not in (x, y)]
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color="0.75", linewidth=0.8, zorder=1)
-    for x, y, name in points:
+def _draw_curve(
+    axes: Any, widths: _Values, heights: Sequence[tuple[float | None, float | None]], names: Sequence[str]
+) -> None:
+    """Draw the models as points in their order, each with its stage's number; the last one is filled.
+
+    Args:
+        heights: values, each with its standard error if it has one.
+    """
+    points = [
+        (x, y, error or 0.0, name)
+        for x, (y, error), name in zip(widths, heights, names, strict=True)
+        if None not in (x, y)
+    ]
+    axes.errorbar(*([point[i] for point in points] for i in range(3)), color="0.75", linewidth=0.8, zorder=1)
+    for x, y, _, name in points:
         axes.scatter([x], [y], s=22, edgecolor="C0", color="C0" if name == names[-1] else "white", zorder=2)
         axes.annotate(name.partition("-")[0], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.margins(0.15)
     axes.grid(True, color="0.93")
 
 
-_PERPLEXITY = "perplexity"
-
-
-def _qualities(models: Sequence[_Model]) -> dict[str, _Values]:
-    """Return what was measured of the models' quality, by its name."""
+def _qualities(models: Sequence[_Model]) -> dict[str, list[tuple[float | None, float | None]]]:
+    """Return what was measured of the models' quality, with standard errors where there are some, by its name."""
     evaluations = [model["evaluation"] for model in models]
-    metric = next((e["task_metric"] for e in evaluations if e["task_metric"] is not None), "task score")
-    return {_PERPLEXITY: [e["perplexity"] for e in evaluations], metric: [e["task_score"] for e in evaluations]}
+    found: dict[str, list[tuple[float | None, float | None]]] = {
+        "perplexity": [(evaluation["perplexity"], None) for evaluation in evaluations]
+    }
+    tasks = list(dict.fromkeys(score["task"] for score in evaluations[0]["scores"]))
+    for task in tasks[:_MOST_TASKS]:
+        firsts = [next(score for score in e["scores"] if score["task"] == task) for e in evaluations]
+        found[f"{task}, {firsts[0]['metric']}"] = [(score["value"], score["stderr"]) for score in firsts]
+    return found
 
 
 def _costs(models: Sequence[_Model]) -> dict[str, _Values]:

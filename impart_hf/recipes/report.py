@@ -13,12 +13,14 @@ import yaml
 from ..calibration.text import text_name
 from ..common.files import atomic_write
 from ..common.names import public_name
-from ..evaluation.tables import markdown_table
+from ..evaluation.tables import markdown_table, score_table
+from ..evaluation.task_scores import TaskScore
 from ..repository.report import human_bytes
 from .plot import draw
 from .recipe import Recipe
 
 REPORT_JSON, REPORT_MD, REPORT_PNG = "report.json", "report.md", "report.png"
+RESULTS = "results"  # folder of the tasks' scores, which are kept one by one
 MODEL = "model"  # the name of the recipe's model among the stages
 
 
@@ -87,8 +89,16 @@ class RecipeReport:
         }
 
     def table(self) -> str:
-        """Return a Markdown table with a line for each model."""
-        return markdown_table([_row(result) for result in self.measured])
+        """Return a Markdown table with a line for each model, and one with a line for each score of a task."""
+        tables = [markdown_table([_row(result) for result in self.measured])]
+        scores = {
+            result.name: [TaskScore(**score) for score in result.evaluation["scores"]]
+            for result in self.results
+            if result.evaluation is not None
+        }
+        if any(scores.values()):
+            tables.append(score_table(scores))
+        return "\n\n".join(tables)
 
     def card_section(self) -> str:
         """Return Markdown for the model card: the recipe and the table, without paths of this machine."""

@@ -15,7 +15,7 @@ from ..common.progress import Progress
 from .folder import RunFolder, folder_bytes
 from .plan import PlannedStage, RecipePlan, plan_recipe, recorded_name
 from .recipe import PRUNING, Recipe, errors_of
-from .report import MODEL, RecipeReport, StageResult
+from .report import MODEL, RESULTS, RecipeReport, StageResult
 
 logger = logging.get_logger(__name__)
 
@@ -199,7 +199,10 @@ class _Run:
         # Of a base that is a folder, the delta may have recorded the name that it has, or will have, on the Hub
         is_local = base is not None and os.path.isdir(self._source(base))
         local_base = {"base_model": self._source(base)} if base is not None and is_local else {}
-        comparison = call.function([source], revision=revision, progress=False, **local_base, **call.arguments)
+        comparison = call.function(
+            [source], revision=revision, results=self._folder.path / RESULTS, progress=self._progress, **local_base,
+            **call.arguments,
+        )  # fmt: skip
         (evaluation,) = comparison.evaluations
         cells = {column: cell for column, cell in evaluation.cells().items() if column != "model"}
         return {

@@ -134,22 +134,23 @@ def test_texts_with_a_field(recipe: dict, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"),
+    ("kind", "settings", "family"),
     [
-        ("layers", {"drop": 2}),
-        ("layers", {"ratio": 0.3}),
-        ("layers", {"layers": [0, 2], "protect": False}),
-        ("width", {"ratio": 0.3}),
-        ("width", {"ratio": 0.4, "parts": ["mlp"], "multiple_of": 8}),
-        ("width", {"ratio": 0.2, "query_heads": True}),
+        ("layers", {"drop": 2}, "llama"),
+        ("layers", {"ratio": 0.3}, "qwen3"),
+        ("layers", {"layers": [0, 2], "protect": False}, "llama"),
+        ("width", {"ratio": 0.3}, "llama"),
+        ("width", {"ratio": 0.4, "parts": ["mlp"], "multiple_of": 8}, "llama"),
+        ("width", {"ratio": 0.2, "query_heads": True}, "qwen2"),
     ],
     ids=str,
 )
-def test_the_sizes_to_expect(recipe: dict, llama: Path, tmp_path: Path, kind: str, settings: dict) -> None:
+def test_the_sizes_to_expect(recipe: dict, tmp_path: Path, kind: str, settings: dict, family: str) -> None:
     """Exact for layers of one size; for widths to within a channel or what they are multiples of."""
+    model = save_model(make_model(tiny_config(family, num_hidden_layers=4)), tmp_path / "model")
     prune = {"layers": prune_layers, "width": prune_width}[kind]
-    report = prune(str(llama), tmp_path / "out", made_up_importance(llama), progress=False, **settings)
-    plan = plan_recipe({**recipe, "stages": [{"importance": {}}, {kind: settings}]})
+    report = prune(str(model), tmp_path / "out", made_up_importance(model), progress=False, **settings)
+    plan = plan_recipe({**recipe, "model": str(model), "stages": [{"importance": {}}, {kind: settings}]})
     unit = 3 * 64 * settings.get("multiple_of", 1) if kind == "width" else 0
     assert plan.stages[-1].parameters == pytest.approx(report.parameters_after, abs=unit)
     assert plan.parameters == report.parameters_before and plan.bytes_per_parameter == 2

@@ -154,9 +154,13 @@ def test_costs_alone(output: Path, recipe: dict) -> None:
 
 
 def test_tasks(output: Path, recipe: dict, task: Path) -> None:
-    report = run({**recipe, "eval": {"task": str(task), "task_limit": 4}}, output)
-    assert all(0 <= result.evaluation["task_score"] <= 1 for result in report.measured)
-    assert "acc" in report.table() and (output / "report.png").exists()
+    report = run({**recipe, "eval": {"tasks": [str(task)], "task_settings": {"limit": 4}}}, output)
+    scores = {result.name: result.evaluation["scores"] for result in report.measured if result.evaluation}
+    assert all(0 <= found[0]["value"] <= 1 and found[0]["samples"] == 4 for found in scores.values())
+    assert report.table().count("| going_on |") == len(scores) == 5 and "stderr" in report.table()
+    assert "| going_on |" in (output / "stages/06-compress/README.md").read_text()
+    assert len(list(output.glob("results/*/going_on-*.json"))) == 5
+    assert (output / "report.png").exists()
 
 
 def test_the_last_model_and_its_base_alone_are_kept(recipe: dict, tmp_path: Path, done: Path) -> None:
@@ -191,7 +195,7 @@ def test_a_run_that_is_interrupted_in_every_stage(
     """One after the other; each time it goes on, and the result is that of an unbroken run."""
     output, finished = tmp_path / "tiny-llama", 0
     for place, how, names in [
-        (f"{compare.__name__}.perplexity", stopped, []),
+        (f"{compare.__name__}.perplexity_of", stopped, []),
         (f"{importance.__name__}.train", stopped, []),
         (f"{pruned_writer.__name__}.write_weights", half_written, NAMES[:1]),
         (f"{recovery.__name__}.write_weights", half_written, NAMES[:4]),
