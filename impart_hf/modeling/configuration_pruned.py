@@ -135,7 +135,7 @@ class PrunedConfig(_Base):
         try:
             return super().from_dict(copy.deepcopy(dict(config_dict)), **kwargs)
         except StrictDataclassError as error:
-            raise ValueError(f"config.json of a {cls.model_type}: {textwrap.shorten(str(error), 250)}") from error
+            raise ValueError(textwrap.shorten(str(error), 290)) from error
 
     @classmethod
     def with_widths(
