@@ -120,6 +120,11 @@ class PrunedConfig(_Base):
             "AutoModelForCausalLM": f"modeling_pruned.{language_model}",
         }
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as any configuration; `auto_map` names the files that are saved beside it, wherever it came from."""
+        self.auto_map = self.auto_classes()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Build from a dict as any configuration; the dict is not changed, those in it neither.
@@ -130,7 +135,7 @@ class PrunedConfig(_Base):
         try:
             return super().from_dict(copy.deepcopy(dict(config_dict)), **kwargs)
         except StrictDataclassError as error:
-            raise ValueError(f"config.json of a {cls.model_type}: {textwrap.shorten(str(error), 250)}") from error
+            raise ValueError(textwrap.shorten(str(error), 290)) from error
 
     @classmethod
     def with_widths(

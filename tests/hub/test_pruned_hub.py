@@ -274,7 +274,7 @@ SPOILED: dict[str, Any] = {
         lambda f: edit_json(f / "config.json", per_layer_config={"9": {"intermediate_size": 7}}), "layers 0 to 3"
     ),
     "no auto_map": (lambda f: edit_json(f / "config.json", auto_map=None), "auto_map"),
-    "no reader": (lambda f: (f / "modeling_pruned.py").unlink(), "modeling_pruned_llama.py"),
+    "no reader": (lambda f: (f / "modeling_pruned.py").unlink(), "modeling_pruned.py"),
 }  # fmt: skip
 
 

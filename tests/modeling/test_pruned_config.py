@@ -96,7 +96,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert PRUNED_CONFIGS.keys() == {f"pruned_{name}" for name in SHAPES} and list(SHAPES) == list(FAMILIES)
     for name in (type(config).__name__, *config.model_classes()):
         assert name in impart_hf.__all__ and getattr(impart_hf, name)
-    with pytest.raises(ValueError, match=naming(config.model_type, "num_key_value_heads")):
+    with pytest.raises(ValueError, match=naming("num_key_value_heads", "'4'")):
         type(config).from_dict({**config.to_dict(), "num_key_value_heads": "4"})
 
 

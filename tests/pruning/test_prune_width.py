@@ -204,7 +204,10 @@ def test_a_checkpoint_whose_reader_has_its_former_names(gqa: Path, tmp_path: Pat
     config = json.loads((narrow / "config.json").read_text())
     auto_map = {auto: name.replace("pruned.", "pruned_llama.") for auto, name in config["auto_map"].items()}
     edit_json(narrow / "config.json", auto_map=auto_map)
-    assert AutoModelForCausalLM.from_pretrained(narrow).config.auto_map == auto_map
+    loaded = AutoModelForCausalLM.from_pretrained(narrow)
+    assert loaded.config.auto_map == auto_map
+    loaded.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["auto_map"] == config["auto_map"]
     prune_layers(str(narrow), tmp_path / "out", layers=[1], merge=False, progress=False)
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == present
     assert json.loads((tmp_path / "out/config.json").read_text())["auto_map"] == config["auto_map"]
