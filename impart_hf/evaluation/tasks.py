@@ -1,10 +1,10 @@
 """Evaluation on tasks of lm-eval (EleutherAI's language model evaluation harness)."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -232,14 +232,16 @@ def _lm_evals_output(shown: bool) -> Iterator[None]:
     It has no argument for either. It prints the batch sizes that it tries, in the midst of what we print.
     """
     on = tqdm.__init__
+    with open(os.devnull, "w") as nowhere:
 
-    def without(bar: Any, *args: Any, **options: Any) -> None:
-        on(bar, *args, **{**options, "disable": True})
+        def unseen(bar: Any, *args: Any, **options: Any) -> None:
+            # Not disabled: vLLM asks its bars for the time taken.
+            on(bar, *args, **{**options, "file": nowhere})
 
-    if not shown:
-        tqdm.__init__ = without  # type: ignore[method-assign, assignment]
-    try:
-        with redirect_stdout(StringIO()):
-            yield
-    finally:
-        tqdm.__init__ = on  # type: ignore[method-assign]
+        if not shown:
+            tqdm.__init__ = unseen  # type: ignore[method-assign, assignment]
+        try:
+            with redirect_stdout(nowhere):
+                yield
+        finally:
+            tqdm.__init__ = on  # type: ignore[method-assign]
