@@ -56,13 +56,11 @@ class AlpacaSettings:
             if there are no `references`. AlpacaEval's own files are such.
         references: a file of the same format with the reference's answers, by instruction.
         judge: the judge.
-        verdicts: a file for verdicts, which are then not asked for again; None for none.
     """
 
     instructions: str | Path
     judge: JudgeSettings
     references: str | Path | None = None
-    verdicts: Path | None = None
 
 
 def read_questions(instructions: str | Path, references: str | Path | None = None) -> list[dict[str, str]]:
@@ -226,10 +224,15 @@ def answer_scores(question: dict[str, str], answer: str, judge: PairwiseJudge) -
     return scores
 
 
-def alpaca_task(settings: AlpacaSettings) -> Any:
+def alpaca_task(settings: AlpacaSettings, verdicts: Path | None = None) -> Any:
     """Return AlpacaEval as a task of lm-eval: an `lm_eval.api.task.ConfigurableTask`.
 
     Its verdicts are asked for when all answers are there. Standard errors are those of a mean over the instructions.
+    The judge's name stands where others have that of a filter.
+
+    Args:
+        settings: what is asked, and by whom.
+        verdicts: a file for verdicts, which are then not asked for again; None for none.
 
     Raises:
         ValueError, OSError: as for `read_questions`.
@@ -238,7 +241,7 @@ def alpaca_task(settings: AlpacaSettings) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     questions = read_questions(settings.instructions, settings.references)
-    judge = PairwiseJudge(settings.judge, settings.verdicts)
+    judge = PairwiseJudge(settings.judge, verdicts)
     better = {"win_rate": True, "weighted_win_rate": True, "judged": True, "length": None, "reference_length": None}
     config = {
         "task": TASK,
@@ -252,6 +255,7 @@ def alpaca_task(settings: AlpacaSettings) -> Any:
             {"metric": name, "aggregation": "mean", "higher_is_better": higher} for name, higher in better.items()
         ],
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": _MAX_NEW_TOKENS},
+        "filter_list": [{"name": settings.judge.model, "filter": [{"function": "take_first"}]}],
         "num_fewshot": 0,
         "metadata": {"version": PROMPT_VERSION, "judge": settings.judge.model},
     }
