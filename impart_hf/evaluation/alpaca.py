@@ -160,9 +160,9 @@ class PairwiseJudge:
                 for done in tqdm(as_completed(work), "Judging answers", len(work), leave=False):
                     done.result()
             except BaseException:
-                judge.close()
+                judge.stop()
                 raise
-            finally:
+            finally:  # the answers to requests that have been sent are kept
                 pool.shutdown(cancel_futures=True)
 
     def verdict(self, comparison: Comparison) -> dict[str, Any]:
@@ -210,18 +210,16 @@ def answer_scores(question: dict[str, str], answer: str, judge: PairwiseJudge) -
     """Return an answer's part in each metric: means over both orders, if both verdicts can be read.
 
     Returns:
-        "judged", whether both can be read; if so "win_rate", and "weighted_win_rate" if the judge gives probabilities;
-        "length" and "reference_length" in characters.
+        "win_rate" if both can be read, and "weighted_win_rate" if the judge gives probabilities; "judged", whether both
+        can be read; "length" and "reference_length" in characters.
     """
-    scores = {"length": float(len(answer)), "reference_length": float(len(question["output"]))}
     verdicts = [judge.verdict(comparison) for comparison in comparisons(question, answer)]
     wins, weights = ([verdict[name] for verdict in verdicts] for name in ("model_wins", "weight"))
-    scores["judged"] = float(None not in wins)
-    if None not in wins:
-        scores["win_rate"] = sum(wins) / 2
-        if None not in weights:
-            scores["weighted_win_rate"] = sum(weights) / 2
-    return scores
+    scores = {} if None in wins else {"win_rate": sum(wins) / 2}
+    if scores and None not in weights:
+        scores["weighted_win_rate"] = sum(weights) / 2
+    lengths = {"length": float(len(answer)), "reference_length": float(len(question["output"]))}
+    return {**scores, "judged": float(None not in wins), **lengths}
 
 
 def alpaca_task(settings: AlpacaSettings, verdicts: Path | None = None) -> Any:

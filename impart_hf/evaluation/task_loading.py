@@ -122,7 +122,9 @@ def _alpaca_task(settings: TaskSettings, results: Path | None) -> Any:
         )
     if not settings.apply_chat_template:
         raise ValueError(f"task '{alpaca.TASK}' asks for the answers of a chat: add --apply-chat-template")
-    return alpaca.alpaca_task(settings.alpaca, None if results is None else results / f"{alpaca.TASK}-verdicts.jsonl")
+    with lm_eval_says_less():
+        verdicts = None if results is None else results / f"{alpaca.TASK}-verdicts.jsonl"
+        return alpaca.alpaca_task(settings.alpaca, verdicts)
 
 
 def _load(manager: Any, name: str, settings: TaskSettings, sandbox: Sandbox | None) -> RequestedTask:
