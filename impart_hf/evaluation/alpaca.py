@@ -56,13 +56,11 @@ class AlpacaSettings:
             if there are no `references`. AlpacaEval's own files are such.
         references: a file of the same format with the reference's answers, by instruction.
         judge: the judge.
-        verdicts: a file for verdicts, which are then not asked for again; None for none.
     """
 
     instructions: str | Path
     judge: JudgeSettings
     references: str | Path | None = None
-    verdicts: Path | None = None
 
 
 def read_questions(instructions: str | Path, references: str | Path | None = None) -> list[dict[str, str]]:
@@ -162,9 +160,9 @@ class PairwiseJudge:
                 for done in tqdm(as_completed(work), "Judging answers", len(work), leave=False):
                     done.result()
             except BaseException:
-                judge.close()
+                judge.stop()
                 raise
-            finally:
+            finally:  # the answers to requests that have been sent are kept
                 pool.shutdown(cancel_futures=True)
 
     def verdict(self, comparison: Comparison) -> dict[str, Any]:
@@ -212,24 +210,27 @@ def answer_scores(question: dict[str, str], answer: str, judge: PairwiseJudge) -
     """Return an answer's part in each metric: means over both orders, if both verdicts can be read.
 
     Returns:
-        "judged", whether both can be read; if so "win_rate", and "weighted_win_rate" if the judge gives probabilities;
-        "length" and "reference_length" in characters.
+        "win_rate" if both can be read, and "weighted_win_rate" if the judge gives probabilities; "judged", whether both
+        can be read; "length" and "reference_length" in characters.
     """
-    scores = {"length": float(len(answer)), "reference_length": float(len(question["output"]))}
     verdicts = [judge.verdict(comparison) for comparison in comparisons(question, answer)]
     wins, weights = ([verdict[name] for verdict in verdicts] for name in ("model_wins", "weight"))
-    scores["judged"] = float(None not in wins)
-    if None not in wins:
-        scores["win_rate"] = sum(wins) / 2
-        if None not in weights:
-            scores["weighted_win_rate"] = sum(weights) / 2
-    return scores
+    scores = {} if None in wins else {"win_rate": sum(wins) / 2}
+    if scores and None not in weights:
+        scores["weighted_win_rate"] = sum(weights) / 2
+    lengths = {"length": float(len(answer)), "reference_length": float(len(question["output"]))}
+    return {**scores, "judged": float(None not in wins), **lengths}
 
 
-def alpaca_task(settings: AlpacaSettings) -> Any:
+def alpaca_task(settings: AlpacaSettings, verdicts: Path | None = None) -> Any:
     """Return AlpacaEval as a task of lm-eval: an `lm_eval.api.task.ConfigurableTask`.
 
     Its verdicts are asked for when all answers are there. Standard errors are those of a mean over the instructions.
+    The judge's name stands where others have that of a filter.
+
+    Args:
+        settings: what is asked, and by whom.
+        verdicts: a file for verdicts, which are then not asked for again; None for none.
 
     Raises:
         ValueError, OSError: as for `read_questions`.
@@ -238,7 +239,7 @@ def alpaca_task(settings: AlpacaSettings) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     questions = read_questions(settings.instructions, settings.references)
-    judge = PairwiseJudge(settings.judge, settings.verdicts)
+    judge = PairwiseJudge(settings.judge, verdicts)
     better = {"win_rate": True, "weighted_win_rate": True, "judged": True, "length": None, "reference_length": None}
     config = {
         "task": TASK,
@@ -252,6 +253,7 @@ def alpaca_task(settings: AlpacaSettings) -> Any:
             {"metric": name, "aggregation": "mean", "higher_is_better": higher} for name, higher in better.items()
         ],
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": _MAX_NEW_TOKENS},
+        "filter_list": [{"name": settings.judge.model, "filter": [{"function": "take_first"}]}],
         "num_fewshot": 0,
         "metadata": {"version": PROMPT_VERSION, "judge": settings.judge.model},
     }

@@ -88,15 +88,18 @@ class Judge:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=settings.concurrency),
         )
-        self._closed = threading.Event()
+        self._stopped = threading.Event()
         # Some servers refuse one or the other, and are then asked without it.
         self._options: dict[str, Any] = {"temperature": 0, "logprobs": True, "top_logprobs": 5}
         if settings.max_tokens is not None:
             self._options["max_tokens"] = settings.max_tokens
 
+    def stop(self) -> None:
+        """Make no further attempts: requests that wait for another end with a `JudgeError`."""
+        self._stopped.set()
+
     def close(self) -> None:
-        """Close the connections; requests that wait for another attempt end with a `JudgeError`."""
-        self._closed.set()
+        """Close the connections."""
         self._client.close()
 
     def choose(self, messages: Sequence[Mapping[str, str]], names: tuple[str, str]) -> Choice:
@@ -125,7 +128,7 @@ class Judge:
         failure, asked_to_wait = "", 0.0
         for attempt in range(self.settings.attempts):
             wait = min(self.settings.first_wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25), LONGEST_WAIT)
-            if attempt and self._closed.wait(max(wait, asked_to_wait)):
+            if attempt and self._stopped.wait(max(wait, asked_to_wait)):
                 break
             asked_to_wait, options = 0.0, self._options
             body = {"model": self.settings.model, "messages": list(messages), **options}

@@ -125,10 +125,10 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert "secret" not in str(caught.value) + repr(Judge(JudgeSettings(judge.url, "tester")))
 
 
-def test_a_closed_judge_waits_no_longer() -> None:
+def test_a_stopped_judge_waits_no_longer() -> None:
     with LoopbackJudge(lambda question: Failure(503)) as judge:
         client = Judge(JudgeSettings(judge.url, "tester", first_wait=60.0))
-        threading.Timer(0.3, client.close).start()
+        threading.Timer(0.3, client.stop).start()
         started = time.monotonic()
         with pytest.raises(JudgeError):
             client.choose(CHAT, ("m", "M"))
