@@ -136,8 +136,8 @@ def _load(manager: Any, name: str, settings: TaskSettings, sandbox: Sandbox | No
         raise
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"task '{name}' needs a package that is not installed, '{error.name}'; many come with "
-            "pip install 'lm-eval[math,ifeval]'"
+            f"task '{name}' needs a package that is not installed, many of which come with "
+            f"pip install 'lm-eval[ifeval,math]': {error}"
         ) from error
     except Exception as error:  # tasks run code and load data of third parties, which can raise anything
         raise ValueError(f"task '{name}' cannot be loaded, check its name and its data: {error}") from error
