@@ -11,7 +11,7 @@ models' answers stand beside the win rate instead.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .journal import Journal
-from .judge import Judge, JudgeSettings
+from .judge import Choice, Judge, JudgeSettings
 
 TASK = "alpaca_eval"
 PROMPT_VERSION = 1
@@ -130,6 +130,9 @@ class Comparison:
         return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
 
 
+CHECK = Comparison("Reply with the word yes.", "yes", "I would rather not.", model_first=True)
+
+
 class PairwiseJudge:
     """Verdicts of a judge, which are asked for several at a time, and kept."""
 
@@ -142,6 +145,21 @@ class PairwiseJudge:
         """
         self._settings, self._journal = settings, Journal(verdicts)
         self._unreadable: dict[str, dict[str, Any]] = {}
+
+    def check(self) -> None:
+        """Ask one simple question, for errors before hours of other work.
+
+        Raises:
+            JudgeError: if the judge does not answer.
+            ValueError: if its answer cannot be read.
+        """
+        with closing(Judge(self._settings)) as judge:
+            choice = self._choice(judge, CHECK)
+        if choice.name is None:
+            raise ValueError(
+                f"the judge '{self._settings.model}' is to say '{FIRST}' or '{SECOND}', and said '{choice.text:.80}'; one "
+                "that thinks first needs more --judge-max-tokens"
+            )
 
     def ask(self, comparisons: Sequence[Comparison]) -> None:
         """Ask for those verdicts that are not known yet.
@@ -176,10 +194,7 @@ class PairwiseJudge:
         return self._journal[key] if key in self._journal else self._unreadable[key]
 
     def _judge(self, judge: Judge, key: str, comparison: Comparison) -> None:
-        for _ in range(READABLE_ATTEMPTS):
-            choice = judge.choose(comparison.messages(), (FIRST, SECOND))
-            if choice.name is not None:
-                break
+        choice = self._choice(judge, comparison)
         weight = choice.weight if comparison.model_first or choice.weight is None else 1 - choice.weight
         record = {
             "model_wins": None if choice.name is None else (choice.name == FIRST) == comparison.model_first,
@@ -195,6 +210,13 @@ class PairwiseJudge:
             self._unreadable[key] = record  # and asked for again in another run
         else:
             self._journal.add(key, record)
+
+    def _choice(self, judge: Judge, comparison: Comparison) -> Choice:
+        for _ in range(READABLE_ATTEMPTS):
+            choice = judge.choose(comparison.messages(), (FIRST, SECOND))
+            if choice.name is not None:
+                break
+        return choice
 
     def _key(self, comparison: Comparison) -> str:
         """A name of all on which a verdict depends."""
@@ -225,8 +247,8 @@ def answer_scores(question: dict[str, str], answer: str, judge: PairwiseJudge) -
 def alpaca_task(settings: AlpacaSettings, verdicts: Path | None = None) -> Any:
     """Return AlpacaEval as a task of lm-eval: an `lm_eval.api.task.ConfigurableTask`.
 
-    Its verdicts are asked for when all answers are there. Standard errors are those of a mean over the instructions.
-    The judge's name stands where others have that of a filter.
+    The judge is tried before the model answers, and asked for its verdicts when all answers are there. Standard errors
+    are those of a mean over the instructions. The judge's name stands where others have that of a filter.
 
     Args:
         settings: what is asked, and by whom.
@@ -258,7 +280,11 @@ def alpaca_task(settings: AlpacaSettings, verdicts: Path | None = None) -> Any:
         "metadata": {"version": PROMPT_VERSION, "judge": settings.judge.model},
     }
     task = ConfigurableTask(config=config)
-    apply_filters: Callable[[], Any] = task.apply_filters
+    build_all_requests, apply_filters = task.build_all_requests, task.apply_filters
+
+    def check_and_build_all_requests(**options: Any) -> Any:
+        judge.check()
+        return build_all_requests(**options)
 
     def apply_filters_and_judge() -> Any:
         result = apply_filters()
@@ -278,5 +304,5 @@ def alpaca_task(settings: AlpacaSettings, verdicts: Path | None = None) -> Any:
             logging.getLogger(__name__).warning("%s, %s; their instructions are left out", said, example)
         return result
 
-    task.apply_filters = apply_filters_and_judge
+    task.build_all_requests, task.apply_filters = check_and_build_all_requests, apply_filters_and_judge
     return task

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 KEY_VARIABLE = "JUDGE_API_KEY"
 LONGEST_WAIT = 120.0  # seconds between two attempts
@@ -45,8 +46,9 @@ class JudgeSettings:
     first_wait: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"the judge's URL must begin with http:// or https://, got '{self.url}'")
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"the judge's URL must be http://HOST… or https://HOST…, got '{self.url}'")
         if not self.model:
             raise ValueError("the judge's model has no name")
         for name in ("max_tokens", "concurrency", "attempts"):
@@ -81,7 +83,7 @@ class Judge:
         import httpx
 
         self.settings = settings
-        key = os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(KEY_VARIABLE, "").strip()
         self._url = settings.url.rstrip("/") + "/chat/completions"
         self._client = httpx.Client(
             timeout=settings.timeout,

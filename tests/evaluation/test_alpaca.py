@@ -110,6 +110,17 @@ def test_verdicts_that_cannot_be_read(instructions: Path, caplog: pytest.LogCapt
             scores(settings(judge, instructions))
 
 
+@pytest.mark.parametrize("failure, names", [(Failure(401, "no key"), (401, "no key")), ("Yes!", ("tester", "'Yes!'"))])
+def test_the_judge_is_tried_before_the_model_answers(failure: Any, names: Any, instructions: Path) -> None:
+    with LoopbackJudge(prefers_mine) as judge:
+        judge.fails_check = failure
+        with pytest.raises((JudgeError, ValueError), match=naming(names)):
+            scores(settings(judge, instructions), answer=lambda prompt: pytest.fail("the model was asked"))
+        judge.fails_check = None
+        assert scores(settings(judge, instructions))["win_rate"] == pytest.approx(0.7)
+        assert judge.checks > 1
+
+
 def test_failures_of_the_judge_do_not_change_the_score(instructions: Path) -> None:
     def answer(question: Question) -> Any:
         failures = {3: Failure(429, Retry_After="0.05"), 7: Failure(500), 11: Failure(0), 13: b"nonsense"}

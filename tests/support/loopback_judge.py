@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from impart_hf.evaluation.alpaca import CHECK
+
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -53,7 +55,8 @@ class LoopbackJudge:
     """The server, usable as a context manager.
 
     `requests` lists the bodies of all requests, `keys` their Authorization headers, in the order of arrival;
-    `at_once` is the most requests that were answered at one time.
+    `at_once` is the most requests that were answered at one time. The question by which `PairwiseJudge.check` tries a
+    judge is no part of these: `checks` counts it, and `fails_check` answers it, rightly if None.
     """
 
     def __init__(self, answer: Callable[[Question], Any], probabilities: bool = False):
@@ -67,7 +70,8 @@ class LoopbackJudge:
         self.answer, self.probabilities = answer, probabilities
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
-        self.at_once = self.now = 0
+        self.at_once = self.now = self.checks = 0
+        self.fails_check: Any = None
         self.lock = threading.Lock()
         self.url = ""
         self._server: Any = None
@@ -114,6 +118,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer a request."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         judge = self.judge
+        question = Question(body, 0)
+        if set(question.answers.values()) == {CHECK.answer, CHECK.reference}:
+            judge.checks += 1
+            self._answer(judge.fails_check or question.name_of(CHECK.answer))
+            return
         with judge.lock:
             judge.requests.append(body)
             judge.keys.append(self.headers.get("Authorization"))
@@ -124,19 +133,21 @@ class _Handler(BaseHTTPRequestHandler):
             if self.path != "/v1/chat/completions":
                 self._send(404, b"no such path")
                 return
-            found = judge.answer(Question(body, number))
-            if isinstance(found, Failure):
-                time.sleep(found.seconds)
-                if found.status:
-                    headers = {name.replace("_", "-"): value for name, value in found.headers.items()}
-                    self._send(found.status, json.dumps({"error": {"message": found.message}}).encode(), headers)
-                else:
-                    self.close_connection = True
-            else:
-                self._send(200, found if isinstance(found, bytes) else json.dumps(judge.response(found)).encode())
+            self._answer(judge.answer(Question(body, number)))
         finally:
             with judge.lock:
                 judge.now -= 1
+
+    def _answer(self, found: Any) -> None:
+        if isinstance(found, Failure):
+            time.sleep(found.seconds)
+            if found.status:
+                headers = {name.replace("_", "-"): value for name, value in found.headers.items()}
+                self._send(found.status, json.dumps({"error": {"message": found.message}}).encode(), headers)
+            else:
+                self.close_connection = True
+        else:
+            self._send(200, found if isinstance(found, bytes) else json.dumps(self.judge.response(found)).encode())
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
