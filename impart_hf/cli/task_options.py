@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import add_flag, add_limit, given, refuse
+from .options import add_flag, add_limit, given, option_of, refuse
 
 # Options that only tasks use, as `TaskSettings` and `compare_models` name them.
 _SETTINGS = (
@@ -19,6 +19,7 @@ _SETTINGS = (
     "allow_code",
 )
 _OTHERS = ("backend", "model_args", "results")
+_ALPACA, _JUDGED = "alpaca_eval", ("judge", "judge_model", "judge_max_tokens", "instructions", "references")
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,11 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-dir", type=Path, metavar="FOLDER", help="take data sets from FOLDER/DATASET/NAME/, not from the Hub"
     )
-    add_flag(group, "--allow-code", "run tasks that execute the programs that the model writes")
+    group.add_argument(
+        "--allow-code",
+        choices=("isolated", "unisolated"),
+        help="run tasks that execute what the model writes: isolated, or able to read and write your files",
+    )
     group.add_argument(
         "--backend",
         choices=("hf", "runtime", "vllm"),
@@ -70,6 +75,35 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="keep a JSON file for each finished model and task; the same command does not run these again",
     )
+    _add_alpaca(parser)
+
+
+def _add_alpaca(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "task alpaca_eval",
+        "A judge compares the models' answers with a reference's. Its key is read from JUDGE_API_KEY.",
+    )
+    group.add_argument(
+        "--judge",
+        metavar="URL",
+        help="where the judge's OpenAI-compatible interface is, such as http://localhost:8000/v1",
+    )
+    group.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
+    group.add_argument(
+        "--judge-max-tokens",
+        type=int,
+        metavar="N",
+        help="the most tokens of a verdict (default: 16); more for a judge that thinks before it answers",
+    )
+    group.add_argument(
+        "--instructions",
+        type=Path,
+        metavar="FILE",
+        help='JSON or JSONL records with "instruction" and, as "output", the reference\'s answer',
+    )
+    group.add_argument(
+        "--references", type=Path, metavar="FILE", help="take the reference's answers from this file of the same format"
+    )
 
 
 def check_tasks(options: argparse.Namespace) -> None:
@@ -78,6 +112,10 @@ def check_tasks(options: argparse.Namespace) -> None:
         refuse(options, [*_SETTINGS, *_OTHERS, "update_card"], "needs a task; add --task TASK")
     elif not task_names(options):
         raise ValueError("--task names no task: give at least one")
+    if _ALPACA not in task_names(options):
+        refuse(options, _JUDGED, f"needs the task {_ALPACA}; add --task {_ALPACA}")
+    elif missing := [name for name in ("judge", "judge_model", "instructions") if getattr(options, name) is None]:
+        raise ValueError(f"task {_ALPACA} needs {', '.join(map(option_of, missing))}")
     if not options.apply_chat_template:
         refuse(options, ["fewshot_as_multiturn"], "has no effect without a chat; add --apply-chat-template")
 
@@ -93,8 +131,19 @@ def given_tasks(options: argparse.Namespace) -> dict[str, Any]:
         return {}
     from ..evaluation.tasks import TaskSettings
 
-    settings = TaskSettings(**given(options, *_SETTINGS, "batch_size"))
+    settings = TaskSettings(**given(options, *_SETTINGS, "batch_size"), alpaca=_given_alpaca(options))
     return {"tasks": task_names(options), "task_settings": settings, **given(options, *_OTHERS)}
+
+
+def _given_alpaca(options: argparse.Namespace) -> Any:
+    if options.judge is None:
+        return None
+    from ..evaluation.alpaca import AlpacaSettings
+    from ..evaluation.judge import JudgeSettings
+
+    more = {} if options.judge_max_tokens is None else {"max_tokens": options.judge_max_tokens}
+    judge = JudgeSettings(options.judge, options.judge_model, **more)
+    return AlpacaSettings(judge=judge, **given(options, "instructions", "references"))
 
 
 def key_values(text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ models' answers stand beside the win rate instead.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .journal import Journal
-from .judge import Judge, JudgeSettings
+from .judge import Choice, Judge, JudgeSettings
 
 TASK = "alpaca_eval"
 PROMPT_VERSION = 1
@@ -56,13 +56,11 @@ class AlpacaSettings:
             if there are no `references`. AlpacaEval's own files are such.
         references: a file of the same format with the reference's answers, by instruction.
         judge: the judge.
-        verdicts: a file for verdicts, which are then not asked for again; None for none.
     """
 
     instructions: str | Path
     judge: JudgeSettings
     references: str | Path | None = None
-    verdicts: Path | None = None
 
 
 def read_questions(instructions: str | Path, references: str | Path | None = None) -> list[dict[str, str]]:
@@ -132,6 +130,9 @@ class Comparison:
         return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
 
 
+CHECK = Comparison("Reply with the word yes.", "yes", "I would rather not.", model_first=True)
+
+
 class PairwiseJudge:
     """Verdicts of a judge, which are asked for several at a time, and kept."""
 
@@ -144,6 +145,21 @@ class PairwiseJudge:
         """
         self._settings, self._journal = settings, Journal(verdicts)
         self._unreadable: dict[str, dict[str, Any]] = {}
+
+    def check(self) -> None:
+        """Ask one simple question, for errors before hours of other work.
+
+        Raises:
+            JudgeError: if the judge does not answer.
+            ValueError: if its answer cannot be read.
+        """
+        with closing(Judge(self._settings)) as judge:
+            choice = self._choice(judge, CHECK)
+        if choice.name is None:
+            raise ValueError(
+                f"the judge '{self._settings.model}' is to say '{FIRST}' or '{SECOND}', and said '{choice.text:.80}'; one "
+                "that thinks first needs more --judge-max-tokens"
+            )
 
     def ask(self, comparisons: Sequence[Comparison]) -> None:
         """Ask for those verdicts that are not known yet.
@@ -162,9 +178,9 @@ class PairwiseJudge:
                 for done in tqdm(as_completed(work), "Judging answers", len(work), leave=False):
                     done.result()
             except BaseException:
-                judge.close()
+                judge.stop()
                 raise
-            finally:
+            finally:  # the answers to requests that have been sent are kept
                 pool.shutdown(cancel_futures=True)
 
     def verdict(self, comparison: Comparison) -> dict[str, Any]:
@@ -178,10 +194,7 @@ class PairwiseJudge:
         return self._journal[key] if key in self._journal else self._unreadable[key]
 
     def _judge(self, judge: Judge, key: str, comparison: Comparison) -> None:
-        for _ in range(READABLE_ATTEMPTS):
-            choice = judge.choose(comparison.messages(), (FIRST, SECOND))
-            if choice.name is not None:
-                break
+        choice = self._choice(judge, comparison)
         weight = choice.weight if comparison.model_first or choice.weight is None else 1 - choice.weight
         record = {
             "model_wins": None if choice.name is None else (choice.name == FIRST) == comparison.model_first,
@@ -198,6 +211,13 @@ class PairwiseJudge:
         else:
             self._journal.add(key, record)
 
+    def _choice(self, judge: Judge, comparison: Comparison) -> Choice:
+        for _ in range(READABLE_ATTEMPTS):
+            choice = judge.choose(comparison.messages(), (FIRST, SECOND))
+            if choice.name is not None:
+                break
+        return choice
+
     def _key(self, comparison: Comparison) -> str:
         """A name of all on which a verdict depends."""
         return hashlib.sha256(json.dumps([self._settings.model, comparison.messages()]).encode()).hexdigest()
@@ -212,24 +232,27 @@ def answer_scores(question: dict[str, str], answer: str, judge: PairwiseJudge) -
     """Return an answer's part in each metric: means over both orders, if both verdicts can be read.
 
     Returns:
-        "judged", whether both can be read; if so "win_rate", and "weighted_win_rate" if the judge gives probabilities;
-        "length" and "reference_length" in characters.
+        "win_rate" if both can be read, and "weighted_win_rate" if the judge gives probabilities; "judged", whether both
+        can be read; "length" and "reference_length" in characters.
     """
-    scores = {"length": float(len(answer)), "reference_length": float(len(question["output"]))}
     verdicts = [judge.verdict(comparison) for comparison in comparisons(question, answer)]
     wins, weights = ([verdict[name] for verdict in verdicts] for name in ("model_wins", "weight"))
-    scores["judged"] = float(None not in wins)
-    if None not in wins:
-        scores["win_rate"] = sum(wins) / 2
-        if None not in weights:
-            scores["weighted_win_rate"] = sum(weights) / 2
-    return scores
+    scores = {} if None in wins else {"win_rate": sum(wins) / 2}
+    if scores and None not in weights:
+        scores["weighted_win_rate"] = sum(weights) / 2
+    lengths = {"length": float(len(answer)), "reference_length": float(len(question["output"]))}
+    return {**scores, "judged": float(None not in wins), **lengths}
 
 
-def alpaca_task(settings: AlpacaSettings) -> Any:
+def alpaca_task(settings: AlpacaSettings, verdicts: Path | None = None) -> Any:
     """Return AlpacaEval as a task of lm-eval: an `lm_eval.api.task.ConfigurableTask`.
 
-    Its verdicts are asked for when all answers are there. Standard errors are those of a mean over the instructions.
+    The judge is tried before the model answers, and asked for its verdicts when all answers are there. Standard errors
+    are those of a mean over the instructions. The judge's name stands where others have that of a filter.
+
+    Args:
+        settings: what is asked, and by whom.
+        verdicts: a file for verdicts, which are then not asked for again; None for none.
 
     Raises:
         ValueError, OSError: as for `read_questions`.
@@ -238,7 +261,7 @@ def alpaca_task(settings: AlpacaSettings) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     questions = read_questions(settings.instructions, settings.references)
-    judge = PairwiseJudge(settings.judge, settings.verdicts)
+    judge = PairwiseJudge(settings.judge, verdicts)
     better = {"win_rate": True, "weighted_win_rate": True, "judged": True, "length": None, "reference_length": None}
     config = {
         "task": TASK,
@@ -252,11 +275,16 @@ def alpaca_task(settings: AlpacaSettings) -> Any:
             {"metric": name, "aggregation": "mean", "higher_is_better": higher} for name, higher in better.items()
         ],
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": _MAX_NEW_TOKENS},
+        "filter_list": [{"name": settings.judge.model, "filter": [{"function": "take_first"}]}],
         "num_fewshot": 0,
         "metadata": {"version": PROMPT_VERSION, "judge": settings.judge.model},
     }
     task = ConfigurableTask(config=config)
-    apply_filters: Callable[[], Any] = task.apply_filters
+    build_all_requests, apply_filters = task.build_all_requests, task.apply_filters
+
+    def check_and_build_all_requests(**options: Any) -> Any:
+        judge.check()
+        return build_all_requests(**options)
 
     def apply_filters_and_judge() -> Any:
         result = apply_filters()
@@ -276,5 +304,5 @@ def alpaca_task(settings: AlpacaSettings) -> Any:
             logging.getLogger(__name__).warning("%s, %s; their instructions are left out", said, example)
         return result
 
-    task.apply_filters = apply_filters_and_judge
+    task.build_all_requests, task.apply_filters = check_and_build_all_requests, apply_filters_and_judge
     return task

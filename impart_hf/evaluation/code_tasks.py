@@ -179,9 +179,10 @@ def confine(name: str, task: Any, sandbox: Sandbox | None) -> None:
 
 
 def _metric_of(task: Any) -> SandboxedCodeEval | None:
-    """The stand-in that a task's metrics use: a global of the file that defines them."""
-    for entry in task.get_config("metric_list") or []:
-        for value in getattr(entry.get("metric"), "__globals__", {}).values():
+    """The stand-in that a task's functions use: a global of the file that defines them."""
+    functions = [entry.get("metric") for entry in task.get_config("metric_list") or []]
+    for function in [*functions, task.get_config("process_results")]:
+        for value in getattr(function, "__globals__", {}).values():
             if isinstance(value, SandboxedCodeEval):
                 return value
     return None

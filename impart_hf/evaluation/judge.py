@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 KEY_VARIABLE = "JUDGE_API_KEY"
 LONGEST_WAIT = 120.0  # seconds between two attempts
@@ -45,8 +46,9 @@ class JudgeSettings:
     first_wait: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"the judge's URL must begin with http:// or https://, got '{self.url}'")
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"the judge's URL must be http://HOST… or https://HOST…, got '{self.url}'")
         if not self.model:
             raise ValueError("the judge's model has no name")
         for name in ("max_tokens", "concurrency", "attempts"):
@@ -81,22 +83,25 @@ class Judge:
         import httpx
 
         self.settings = settings
-        key = os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(KEY_VARIABLE, "").strip()
         self._url = settings.url.rstrip("/") + "/chat/completions"
         self._client = httpx.Client(
             timeout=settings.timeout,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=settings.concurrency),
         )
-        self._closed = threading.Event()
+        self._stopped = threading.Event()
         # Some servers refuse one or the other, and are then asked without it.
         self._options: dict[str, Any] = {"temperature": 0, "logprobs": True, "top_logprobs": 5}
         if settings.max_tokens is not None:
             self._options["max_tokens"] = settings.max_tokens
 
+    def stop(self) -> None:
+        """Make no further attempts: requests that wait for another end with a `JudgeError`."""
+        self._stopped.set()
+
     def close(self) -> None:
-        """Close the connections; requests that wait for another attempt end with a `JudgeError`."""
-        self._closed.set()
+        """Close the connections."""
         self._client.close()
 
     def choose(self, messages: Sequence[Mapping[str, str]], names: tuple[str, str]) -> Choice:
@@ -125,7 +130,7 @@ class Judge:
         failure, asked_to_wait = "", 0.0
         for attempt in range(self.settings.attempts):
             wait = min(self.settings.first_wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25), LONGEST_WAIT)
-            if attempt and self._closed.wait(max(wait, asked_to_wait)):
+            if attempt and self._stopped.wait(max(wait, asked_to_wait)):
                 break
             asked_to_wait, options = 0.0, self._options
             body = {"model": self.settings.model, "messages": list(messages), **options}

@@ -85,10 +85,10 @@ class Sandbox:
             SandboxError: if they cannot.
         """
         self.isolation, self.limits = isolation, limits or Limits()
-        self.workers = workers or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
         if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
             system = f"{platform.system()} on {platform.machine()}"
             raise SandboxError(f"programs are confined on Linux on x86_64 and aarch64 alone, this is {system}")
+        self.workers = workers or len(os.sched_getaffinity(0))
         try:
             self.run("pass")
         except SandboxError as error:
@@ -120,19 +120,20 @@ class Sandbox:
             source.write(secret + b"\n" + program.encode("utf-8", "surrogatepass"))
             source.seek(0)
             answers, result = os.pipe()
+            os.set_blocking(answers, False)
             with os.fdopen(answers, "rb", buffering=0) as answer_file:
                 try:
                     process = self._start(folder, source.fileno(), result, errors)
                 finally:
                     os.close(result)
                 with process:
-                    status = self._wait(process, answers)
+                    started, status = self._wait(process, answer_file)
                 answer = _available(answer_file)
-            if not answer and status is not None:
+            if not started:
                 errors.seek(0)
                 lines = errors.read(ANSWER_BYTES).decode("utf-8", "replace").split("\n")
-                raise SandboxError(next(filter(None, reversed(lines)), f"its process ended with status {status}"))
-        return self._outcome(answer[1:], status, secret)
+                raise SandboxError(next(filter(None, reversed(lines)), f"no program started in {START_SECONDS:g} s"))
+        return self._outcome(answer, status, secret)
 
     def _start(self, folder: str, source: int, result: int, errors: Any) -> subprocess.Popen:
         settings = json.dumps(self._settings(source, result))
@@ -143,7 +144,7 @@ class Sandbox:
             stderr=errors,
             pass_fds=(source, result),
             cwd=folder,
-            env={},
+            env=_libraries(),
             start_new_session=True,
         )
 
@@ -157,6 +158,7 @@ class Sandbox:
             "python": sys.executable,
             "harness": PROGRAM.read_text("utf-8"),
             "prefixes": sorted(prefixes),
+            "libraries": _libraries(),
             "disk_bytes": limits.disk_bytes,
             "limits": {
                 "CPU": ceil(limits.seconds) + 1,
@@ -166,14 +168,15 @@ class Sandbox:
             },
         }
 
-    def _wait(self, process: subprocess.Popen, answers: int) -> int | None:
-        """Wait for the program's end; None if its time ended before."""
+    def _wait(self, process: subprocess.Popen, answers: Any) -> tuple[bool, int | None]:
+        """Wait for the program's end; return whether it started, and its status, None if its time ended before."""
         assert process.stdin is not None
-        started, _, _ = select.select([answers], [], [], START_SECONDS)
+        readable, _, _ = select.select([answers], [], [], START_SECONDS)
+        started = bool(readable) and answers.read(1) != b""  # the line feed, unless all have closed the pipe
         try:
-            return process.wait(self.limits.seconds if started else 0)
+            return started, process.wait(self.limits.seconds if started else 0)
         except subprocess.TimeoutExpired:
-            return None
+            return started, None
         finally:
             process.stdin.close()  # upon which the launcher ends the program
 
@@ -189,9 +192,13 @@ class Sandbox:
 
 
 def _available(file: Any) -> bytes:
-    """What has been written to a pipe, up to `ANSWER_BYTES`."""
-    os.set_blocking(file.fileno(), False)
+    """What has been written to a pipe that does not block, up to `ANSWER_BYTES`."""
     return file.read(ANSWER_BYTES) or b""
+
+
+def _libraries() -> dict[str, str]:
+    """The variable without which some installations of Python do not start."""
+    return {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
 
 
 @contextmanager
@@ -201,6 +208,9 @@ def _folder() -> Iterator[str]:
     try:
         yield folder
     finally:
-        # A program can make folders deeper than Python's shutil can go, and folders without rights.
-        subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
-        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
+        try:
+            os.rmdir(folder)  # what an isolated program wrote went with its namespace
+        except OSError:
+            # A program can make folders deeper than Python's shutil can go, and folders without rights.
+            subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+            subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)

@@ -212,7 +212,7 @@ def become_program(settings: dict[str, Any]) -> None:
     # One thread in numpy, and the same order of sets and dicts' hashes in each run: a program has one verdict.
     environment = dict.fromkeys(("HOME", "TMPDIR", "PWD"), os.getcwd())
     environment |= {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-    environment |= {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment |= {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **settings["libraries"]}
     # Not -I, which would ignore the seed: the environment has nothing else for Python, and -s leaves out the user's own
     # packages.
     python = settings["python"]

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import alpaca
+from .code_tasks import CodeNotAllowedError, confine, sandboxed_code_eval
 from .local_data import local_data
+from .sandbox import Sandbox, SandboxError
 from .task_scores import TaskScore, TaskSettings, metrics_of, scores_of
 
 _YAML = (".yaml", ".yml")
@@ -56,16 +59,21 @@ class RequestedTask:
         return found
 
 
-def load_tasks(names: Sequence[str], settings: TaskSettings) -> list[RequestedTask]:
+def load_tasks(names: Sequence[str], settings: TaskSettings, results: Path | None = None) -> list[RequestedTask]:
     """Find tasks, load their data, and set what `settings` say of them.
 
     Args:
-        names: tasks, groups and tags of lm-eval, and YAML files of tasks.
-        settings: `num_fewshot`, `gen_kwargs`, `seed`, `data_dir` and `allow_code` are used.
+        names: tasks, groups and tags of lm-eval, YAML files of tasks, and alpaca_eval.
+        settings: `num_fewshot`, `gen_kwargs`, `seed`, `data_dir`, `allow_code`, `apply_chat_template` and `alpaca` are
+            used.
+        results: folder that keeps the verdicts of a judge; None for none.
 
     Raises:
         ModuleNotFoundError: if lm-eval, or what a task imports, is not installed.
-        ValueError: if there is no such task, its data cannot be loaded, or it executes code and that is not allowed.
+        ValueError: if there is no such task, its data cannot be loaded, it executes code and that is not allowed, or
+            cannot be confined.
+        SandboxError: if code cannot be confined on this machine as it is to be.
+        OSError: if a file of alpaca_eval cannot be read.
     """
     if not names:
         raise ValueError("there is no task: give at least one")
@@ -73,21 +81,15 @@ def load_tasks(names: Sequence[str], settings: TaskSettings) -> list[RequestedTa
         import lm_eval.tasks  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("running tasks needs lm-eval: pip install 'impart-hf[eval]'") from error
-    manager = _task_manager(not all(name.endswith(_YAML) for name in names))
+    manager = _task_manager(not all(name == alpaca.TASK or name.endswith(_YAML) for name in names))
+    sandbox = None if settings.allow_code is None else Sandbox(settings.allow_code)
     requested = []
     for name in dict.fromkeys(names):
+        if name == alpaca.TASK:
+            requested.append(RequestedTask(name, {name: _alpaca_task(settings, results)}, {}))
+            continue
         _check_name(manager, name)
-        code = [] if settings.allow_code else _executing_code(manager, name)
-        found = None if code else _load(manager, name, settings)
-        if found is not None and not settings.allow_code:
-            code = [task for task, loaded in found.tasks.items() if getattr(loaded, "UNSAFE_CODE", False)]
-        if code:
-            raise ValueError(
-                f"task '{code[0]}' executes the programs that the model writes: allow it with --allow-code "
-                "(allow_code=True), on a machine where that may be done"
-            )
-        assert found is not None
-        requested.append(found)
+        requested.append(_load(manager, name, settings, sandbox))
     for task in {name: task for found in requested for name, task in found.tasks.items()}.values():
         _configure(task, settings)
     return requested
@@ -113,35 +115,34 @@ def _check_name(manager: Any, name: str) -> None:
     raise ValueError(f"lm-eval has no task, group or tag '{name}', and it is no YAML file{hint}")
 
 
-def _executing_code(manager: Any, name: str) -> list[str]:
-    """Return the tasks of lm-eval in a task, group or tag that execute code.
-
-    It must be known before they are loaded, as some of them execute some when they are.
-    """
-    entry = manager.task_index.get(name)
-    if entry is None:
-        return []
-    config, members = entry.cfg or {}, sorted(entry.tags)
-    if isinstance(config.get("task"), list):
-        members = [member if isinstance(member, str) else member.get("task", "") for member in config["task"]]
-    elif config:
-        members = []
-    found = [name] if config.get("unsafe_code") else []
-    return found + [task for member in members for task in _executing_code(manager, member)]
+def _alpaca_task(settings: TaskSettings, results: Path | None) -> Any:
+    if settings.alpaca is None:
+        raise ValueError(
+            f"task '{alpaca.TASK}' needs a judge and instructions: --judge URL --judge-model NAME --instructions FILE"
+        )
+    if not settings.apply_chat_template:
+        raise ValueError(f"task '{alpaca.TASK}' asks for the answers of a chat: add --apply-chat-template")
+    with lm_eval_says_less():
+        verdicts = None if results is None else results / f"{alpaca.TASK}-verdicts.jsonl"
+        return alpaca.alpaca_task(settings.alpaca, verdicts)
 
 
-def _load(manager: Any, name: str, settings: TaskSettings) -> RequestedTask:
+def _load(manager: Any, name: str, settings: TaskSettings, sandbox: Sandbox | None) -> RequestedTask:
     data = nullcontext() if settings.data_dir is None else local_data(settings.data_dir)
     try:
-        with data, lm_eval_says_less():
+        with data, sandboxed_code_eval(name, sandbox), lm_eval_says_less():
             loaded = manager.load([name])
+    except (CodeNotAllowedError, SandboxError):
+        raise
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"task '{name}' needs a package that is not installed, '{error.name}'; many come with "
-            "pip install 'lm-eval[math,ifeval]'"
+            f"task '{name}' needs a package that is not installed, many of which come with "
+            f"pip install 'lm-eval[ifeval,math]': {error}"
         ) from error
     except Exception as error:  # tasks run code and load data of third parties, which can raise anything
         raise ValueError(f"task '{name}' cannot be loaded, check its name and its data: {error}") from error
+    for task_name, task in loaded["tasks"].items():
+        confine(task_name, task, sandbox)
     return RequestedTask(name, loaded["tasks"], loaded.get("groups", {}))
 
 

@@ -54,7 +54,14 @@ def task_identity(task: Any, settings: TaskSettings) -> dict[str, Any]:
         settings: of them, those that no part of the task's configuration holds.
     """
     given = asdict(settings)
-    for name in ("batch_size", "data_dir", "allow_code", "num_fewshot", "gen_kwargs"):  # no part, or in the task's own
+    for name in (
+        "batch_size",
+        "data_dir",
+        "allow_code",
+        "num_fewshot",
+        "gen_kwargs",
+        "alpaca",
+    ):  # no part, or in the task's
         given.pop(name)
     config = task.config.to_dict(keep_callable=True)
     (config.get("metadata") or {}).pop("config_source", None)  # a path

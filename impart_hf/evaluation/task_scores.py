@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .alpaca import AlpacaSettings
+from .sandbox import Isolation
+
 
 @dataclass(frozen=True)
 class TaskSettings:
@@ -22,7 +25,8 @@ class TaskSettings:
         gen_kwargs: arguments of generation that replace a task's own, such as {"max_gen_toks": 512}.
         seed: of the choice of examples, and of sampling. 1234 is lm-eval's own.
         data_dir: folder with the tasks' data sets, for machines without the Hub; see `local_data`.
-        allow_code: run tasks that execute what the model writes.
+        allow_code: how tasks run that execute what the model writes, see `sandbox.Sandbox`; None to refuse them.
+        alpaca: of the task alpaca_eval; None if it is not run.
         bootstrap_iters: samples by which standard errors are estimated that have no formula; 0 for no standard errors.
 
     Raises:
@@ -38,7 +42,8 @@ class TaskSettings:
     gen_kwargs: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 1234
     data_dir: str | Path | None = None
-    allow_code: bool = False
+    allow_code: Isolation | None = None
+    alpaca: AlpacaSettings | None = None
     bootstrap_iters: int = 100_000
 
     def __post_init__(self) -> None:
@@ -60,7 +65,7 @@ class TaskScore:
     Attributes:
         task: the task's name.
         metric, filter: name of the metric, and of the filter that takes the answer from what the model says ("none" if
-            it is taken as it is).
+            it is taken as it is); for alpaca_eval, of the judge.
         value: the metric over all questions.
         stderr: its standard error; None where lm-eval has none.
         higher_is_better: None where the task does not say.

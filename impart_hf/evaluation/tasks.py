@@ -1,10 +1,10 @@
 """Evaluation on tasks of lm-eval (EleutherAI's language model evaluation harness)."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,14 @@ class TaskEvaluation:
             progress: show lm-eval's progress bars, on a terminal.
 
         Raises:
-            ModuleNotFoundError, ValueError: as for `load_tasks`.
+            ModuleNotFoundError, ValueError, OSError: as for `load_tasks`.
             OutputError: if `results` is a file.
         """
         self.settings = settings or TaskSettings()
         self._shows_bars = progress and processes.is_first() and sys.stderr.isatty()
         self._results = None if results is None else results_folder(results)
         with _lm_evals_output(self._shows_bars):
-            self.requested: list[RequestedTask] = load_tasks(tasks, self.settings)
+            self.requested: list[RequestedTask] = load_tasks(tasks, self.settings, self._results)
         self._tasks: dict[str, Any] = {name: task for found in self.requested for name, task in found.tasks.items()}
 
     def first_metric(self) -> tuple[str, bool]:
@@ -129,7 +129,7 @@ class TaskEvaluation:
         # Before each task, so that its examples and samples do not depend on those that were run before it.
         set_seed(settings.seed)
         task.set_fewshot_seed(seed=settings.seed)
-        with _lm_evals_output(self._shows_bars), _failures_in_job(name):
+        with _lm_evals_output(self._shows_bars), _failures(name):
             results = evaluate(
                 lm,
                 {"tasks": {name: task}},
@@ -139,17 +139,20 @@ class TaskEvaluation:
                 system_instruction=settings.system_instruction,
                 apply_chat_template=settings.apply_chat_template,
                 fewshot_as_multiturn=settings.apply_chat_template and settings.fewshot_as_multiturn,
-                confirm_run_unsafe_code=settings.allow_code,
+                confirm_run_unsafe_code=settings.allow_code is not None,
             )
         return processes.from_first(results and _scores(task, results))
 
 
 def _scores(task: Any, results: Mapping[str, Any]) -> list[TaskScore]:
     name = task.task_name
+    better = results["higher_is_better"][name]
+    if len(better) == 1:  # a metric that gives several numbers, such as pass@1 and pass@10
+        better = dict.fromkeys((key.partition(",")[0] for key in results["results"][name]), *better.values())
     return scores_of(
         results["results"][name],
         task=name,
-        higher_is_better=results["higher_is_better"][name],
+        higher_is_better=better,
         num_fewshot=results["n-shot"][name],
         version=results["versions"][name],
         dataset=task.DATASET_PATH if is_on_hub(task) else "",
@@ -195,6 +198,8 @@ def evaluate_tasks(
         ModuleNotFoundError: if lm-eval, or what a task or the backend needs, is not installed.
         ValueError: if there is no such task, its data cannot be loaded, it executes code and that is not allowed, or
             options do not fit one another.
+        SandboxError: if code cannot be confined on this machine as it is to be.
+        JudgeError: if the judge of alpaca_eval does not answer; its verdicts until then are kept in `results`.
         CheckpointError, DeltaFormatError, WrongBaseError: if the model is missing or damaged.
     """
     if not isinstance(model, str):
@@ -215,10 +220,12 @@ def evaluate_tasks(
 
 
 @contextmanager
-def _failures_in_job(task: str) -> Iterator[None]:
-    """In a job, convert errors of torch, which may come from a connection to a process that has ended."""
+def _failures(task: str) -> Iterator[None]:
+    """Convert lm-eval's assertions; and in a job errors of torch, which may come from a connection that has ended."""
     try:
         yield
+    except AssertionError as error:  # such as that a model has too few positions for the tokens to generate
+        raise ValueError(f"task '{task}' cannot be run: {error}") from error
     except RuntimeError as error:
         if not processes.is_distributed():
             raise
@@ -232,14 +239,16 @@ def _lm_evals_output(shown: bool) -> Iterator[None]:
     It has no argument for either. It prints the batch sizes that it tries, in the midst of what we print.
     """
     on = tqdm.__init__
+    with open(os.devnull, "w") as nowhere:
 
-    def without(bar: Any, *args: Any, **options: Any) -> None:
-        on(bar, *args, **{**options, "disable": True})
+        def unseen(bar: Any, *args: Any, **options: Any) -> None:
+            # Not disabled: vLLM asks its bars for the time taken.
+            on(bar, *args, **{**options, "file": nowhere})
 
-    if not shown:
-        tqdm.__init__ = without  # type: ignore[method-assign, assignment]
-    try:
-        with redirect_stdout(StringIO()):
-            yield
-    finally:
-        tqdm.__init__ = on  # type: ignore[method-assign]
+        if not shown:
+            tqdm.__init__ = unseen  # type: ignore[method-assign, assignment]
+        try:
+            with redirect_stdout(nowhere):
+                yield
+        finally:
+            tqdm.__init__ = on  # type: ignore[method-assign]

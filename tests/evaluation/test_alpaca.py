@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,20 @@ def instructions(tmp_path: Path) -> Path:
     return tmp_path / "instructions.json"
 
 
-def settings(judge: LoopbackJudge, instructions: Path, verdicts: Path | None = None, **changes: Any) -> AlpacaSettings:
+def settings(judge: LoopbackJudge, instructions: Path, **changes: Any) -> AlpacaSettings:
     quick = {"first_wait": 0.01, "timeout": 10.0, "attempts": 3, **changes}
-    return AlpacaSettings(instructions, JudgeSettings(judge.url, "tester", **quick), verdicts=verdicts)
+    return AlpacaSettings(instructions, JudgeSettings(judge.url, "tester", **quick))
 
 
-def scores(settings: AlpacaSettings, answer: Callable[[str], str] | None = None) -> dict[str, Any]:
+def scores(
+    settings: AlpacaSettings, verdicts: Path | None = None, answer: Callable[[str], str] | None = None
+) -> dict[str, Any]:
     """What lm-eval makes of the task and a model's answers, which are "mine" if none are given."""
     from lm_eval import evaluate
 
     model = ScriptedModel(answer or (lambda prompt: f"mine to: {prompt}"))
-    results = evaluate(model, {"tasks": {"alpaca_eval": alpaca_task(settings)}}, log_samples=False)
-    return {name.removesuffix(",none"): value for name, value in results["results"]["alpaca_eval"].items()}
+    results = evaluate(model, {"tasks": {"alpaca_eval": alpaca_task(settings, verdicts)}}, log_samples=False)
+    return {name.removesuffix(",tester"): value for name, value in results["results"]["alpaca_eval"].items()}
 
 
 def prefers_mine(question: Question) -> str:
@@ -61,7 +64,11 @@ def prefers_mine(question: Question) -> str:
 
 
 def test_win_rate_and_standard_error(instructions: Path) -> None:
-    with LoopbackJudge(prefers_mine) as judge:
+    def slowly(question: Question) -> str:
+        time.sleep(0.05)
+        return prefers_mine(question)
+
+    with LoopbackJudge(slowly) as judge:
         found = scores(settings(judge, instructions))
     assert found["win_rate"] == pytest.approx(0.7)
     assert found["win_rate_stderr"] == pytest.approx(statistics.stdev([1] * 7 + [0] * 3) / COUNT**0.5)
@@ -103,6 +110,17 @@ def test_verdicts_that_cannot_be_read(instructions: Path, caplog: pytest.LogCapt
             scores(settings(judge, instructions))
 
 
+@pytest.mark.parametrize("failure, names", [(Failure(401, "no key"), (401, "no key")), ("Yes!", ("tester", "'Yes!'"))])
+def test_the_judge_is_tried_before_the_model_answers(failure: Any, names: Any, instructions: Path) -> None:
+    with LoopbackJudge(prefers_mine) as judge:
+        judge.fails_check = failure
+        with pytest.raises((JudgeError, ValueError), match=naming(names)):
+            scores(settings(judge, instructions), answer=lambda prompt: pytest.fail("the model was asked"))
+        judge.fails_check = None
+        assert scores(settings(judge, instructions))["win_rate"] == pytest.approx(0.7)
+        assert judge.checks > 1
+
+
 def test_failures_of_the_judge_do_not_change_the_score(instructions: Path) -> None:
     def answer(question: Question) -> Any:
         failures = {3: Failure(429, Retry_After="0.05"), 7: Failure(500), 11: Failure(0), 13: b"nonsense"}
@@ -134,17 +152,17 @@ def test_verdicts_are_kept(instructions: Path, tmp_path: Path) -> None:
 
     with LoopbackJudge(failing) as judge:
         with pytest.raises(JudgeError, match=naming(judge.url, 503)):
-            scores(settings(judge, instructions, verdicts, concurrency=1))
+            scores(settings(judge, instructions, concurrency=1), verdicts)
         kept = len(verdicts.read_text().splitlines())
         assert kept == 6
         judge.answer = prefers_mine
         judge.requests.clear()
-        assert scores(settings(judge, instructions, verdicts))["win_rate"] == pytest.approx(0.7)
+        assert scores(settings(judge, instructions), verdicts)["win_rate"] == pytest.approx(0.7)
         assert len(judge.requests) == 2 * COUNT - kept
-        scores(settings(judge, instructions, verdicts))
+        scores(settings(judge, instructions), verdicts)
         assert len(judge.requests) == 2 * COUNT - kept
         one = {"Count to 3.": "mine, but another"}
-        scores(settings(judge, instructions, verdicts), lambda prompt: one.get(prompt, f"mine to: {prompt}"))
+        scores(settings(judge, instructions), verdicts, lambda prompt: one.get(prompt, f"mine to: {prompt}"))
         assert len(judge.requests) == 2 * COUNT - kept + 2
     records = [json.loads(line) for line in verdicts.read_text().splitlines()]
     assert len(records) == 2 * COUNT + 2
@@ -180,7 +198,7 @@ judge.ask([pair for question, answer in asked for pair in comparisons(question, 
         assert process.wait(120) == -signal.SIGKILL
         judge.requests.clear()
         judge.answer = prefers_mine
-        assert scores(settings(judge, instructions, verdicts))["win_rate"] == pytest.approx(0.7)
+        assert scores(settings(judge, instructions), verdicts)["win_rate"] == pytest.approx(0.7)
     assert len(judge.requests) == 2 * COUNT - 7
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import evaluate
 import pytest
-from support.code_tasks import HUMANEVAL, MBPP, ScriptedModel, write_code_task
+from support.code_tasks import HUMANEVAL, MBPP, ScriptedModel, usable_isolation, write_code_task
 from support.messages import naming
 
 from impart_hf.evaluation.code_tasks import (
@@ -20,7 +20,7 @@ from impart_hf.evaluation.code_tasks import (
     pass_at_k,
     sandboxed_code_eval,
 )
-from impart_hf.evaluation.sandbox import Limits, Outcome, Sandbox, SandboxError
+from impart_hf.evaluation.sandbox import Limits, Outcome, Sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux alone")
 
@@ -37,11 +37,8 @@ class CountingSandbox(Sandbox):
 
 @pytest.fixture
 def sandbox() -> CountingSandbox:
-    """A new one; if the machine has no namespaces to give, on which nothing here depends, without them."""
-    try:
-        return CountingSandbox("isolated", Limits(seconds=30))
-    except SandboxError:
-        return CountingSandbox("unisolated", Limits(seconds=30))
+    """A new one; what is tested here does not depend on namespaces."""
+    return CountingSandbox(usable_isolation(), Limits(seconds=30))
 
 
 @pytest.mark.parametrize("samples, correct, k", [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 5), (6, 1, 6), (7, 3, 5)])

@@ -116,7 +116,7 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         choose(judge)
         monkeypatch.setenv("OPENAI_API_KEY", "another's")
         choose(judge)
-        monkeypatch.setenv("JUDGE_API_KEY", "secret")
+        monkeypatch.setenv("JUDGE_API_KEY", "secret\n")
         choose(judge)
         judge.answer = lambda question: Failure(403)
         with pytest.raises(JudgeError) as caught:
@@ -125,10 +125,10 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert "secret" not in str(caught.value) + repr(Judge(JudgeSettings(judge.url, "tester")))
 
 
-def test_a_closed_judge_waits_no_longer() -> None:
+def test_a_stopped_judge_waits_no_longer() -> None:
     with LoopbackJudge(lambda question: Failure(503)) as judge:
         client = Judge(JudgeSettings(judge.url, "tester", first_wait=60.0))
-        threading.Timer(0.3, client.close).start()
+        threading.Timer(0.3, client.stop).start()
         started = time.monotonic()
         with pytest.raises(JudgeError):
             client.choose(CHAT, ("m", "M"))
@@ -139,6 +139,8 @@ def test_a_closed_judge_waits_no_longer() -> None:
     "settings, names",
     [
         ({"url": "localhost:8000"}, "'localhost:8000'"),
+        ({"url": "https:///v1"}, "'https:///v1'"),
+        ({"url": "http://host/v1?key=x"}, "'http://host/v1?key=x'"),
         ({"model": ""}, "model"),
         ({"concurrency": 0}, ("concurrency", 0)),
         ({"attempts": 0}, ("attempts", 0)),

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from support.code_tasks import HUMANEVAL, MBPP, usable_isolation
 from support.messages import naming
 from support.tiny_models import Pair, make_model, save_model, tiny_config
 
@@ -141,3 +142,24 @@ def test_unknown_names_and_code(model: str, data: Path) -> None:
         with pytest.raises(ValueError, match=naming(f"'{name}'", "--allow-code")) as raised:
             evaluate_tasks(model, [name], TaskSettings(data_dir=data))
         assert not re.search("cannot be loaded", str(raised.value))
+
+
+def test_tasks_that_execute_code(model: str, tmp_path: Path) -> None:
+    """All of lm-eval's, on a model whose programs are wrong, and on one problem that is solved in its prompt."""
+    solved = {**HUMANEVAL[0], "prompt": "def one():\n    return 1\n\n\n#", "entry_point": "one"}
+    solved["test"] = "def check(candidate):\n    assert candidate() == 1\n"
+    for name in ("openai/openai_humaneval", "evalplus/humanevalplus"):
+        write_lines(tmp_path / name / "test.jsonl", [solved, HUMANEVAL[1]])
+    for name in ("google-research-datasets/mbpp/full", "evalplus/mbppplus"):
+        write_lines(tmp_path / name / "test.jsonl", MBPP[:2])
+    settings = TaskSettings(data_dir=tmp_path, allow_code=usable_isolation(), gen_kwargs={"max_gen_toks": 1})
+    names = ["humaneval", "humaneval_plus", "humaneval_instruct", "humaneval_64"]
+    others = ["mbpp", "mbpp_plus", "mbpp_instruct", "mbpp_plus_instruct"]
+    scores = evaluate_tasks(model, [*names, *others], settings)
+    found = {(score.task, score.metric): score.value for score in scores}
+    assert {key: found[key] for key in found if key[0] in names} == {
+        **{(name, "pass@1"): 0.5 for name in names[:3]},
+        **{("humaneval_64", f"pass@{k}"): 0.5 for k in (2, 8, 16, 32, 64)},
+    }
+    assert {key: found[key] for key in found if key[0] in others} == {(name, "pass_at_1"): 0.0 for name in others}
+    assert all(score.higher_is_better and score.samples == 2 for score in scores)

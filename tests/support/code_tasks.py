@@ -10,6 +10,8 @@ from typing import Any
 import lm_eval
 from lm_eval.api.model import LM
 
+from impart_hf.evaluation.sandbox import Isolation, Sandbox, SandboxError
+
 TASKS = Path(str(lm_eval.__file__)).parent / "tasks"
 # In the format of openai/openai_humaneval.
 HUMANEVAL = [
@@ -32,6 +34,15 @@ MBPP = [
     }
     for i in range(4)
 ]
+
+
+def usable_isolation() -> Isolation:
+    """How programs can run here: some containers have no namespaces to give."""
+    try:
+        Sandbox("isolated")
+    except SandboxError:
+        return "unisolated"
+    return "isolated"
 
 
 def write_code_task(folder: Path, task: str, records: Sequence[dict]) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+
+from impart_hf.evaluation.alpaca import CHECK
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
@@ -52,7 +55,8 @@ class LoopbackJudge:
     """The server, usable as a context manager.
 
     `requests` lists the bodies of all requests, `keys` their Authorization headers, in the order of arrival;
-    `at_once` is the most requests that were answered at one time.
+    `at_once` is the most requests that were answered at one time. The question by which `PairwiseJudge.check` tries a
+    judge is no part of these: `checks` counts it, and `fails_check` answers it, rightly if None.
     """
 
     def __init__(self, answer: Callable[[Question], Any], probabilities: bool = False):
@@ -66,14 +70,14 @@ class LoopbackJudge:
         self.answer, self.probabilities = answer, probabilities
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
-        self.at_once = self.now = 0
+        self.at_once = self.now = self.checks = 0
+        self.fails_check: Any = None
         self.lock = threading.Lock()
         self.url = ""
         self._server: Any = None
 
     def __enter__(self) -> LoopbackJudge:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"judge": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"judge": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
@@ -97,6 +101,15 @@ class LoopbackJudge:
         return {"id": "x", "object": "chat.completion", "choices": [choice]}
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Stay quiet when a client goes away; tests kill clients on purpose."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     judge: LoopbackJudge
@@ -105,6 +118,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer a request."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         judge = self.judge
+        question = Question(body, 0)
+        if set(question.answers.values()) == {CHECK.answer, CHECK.reference}:
+            judge.checks += 1
+            self._answer(judge.fails_check or question.name_of(CHECK.answer))
+            return
         with judge.lock:
             judge.requests.append(body)
             judge.keys.append(self.headers.get("Authorization"))
@@ -115,21 +133,21 @@ class _Handler(BaseHTTPRequestHandler):
             if self.path != "/v1/chat/completions":
                 self._send(404, b"no such path")
                 return
-            found = judge.answer(Question(body, number))
-            if isinstance(found, Failure):
-                time.sleep(found.seconds)
-                if found.status:
-                    headers = {name.replace("_", "-"): value for name, value in found.headers.items()}
-                    self._send(found.status, json.dumps({"error": {"message": found.message}}).encode(), headers)
-                else:
-                    self.close_connection = True
-            else:
-                self._send(200, found if isinstance(found, bytes) else json.dumps(judge.response(found)).encode())
-        except ConnectionError:
-            pass  # the client gave up
+            self._answer(judge.answer(Question(body, number)))
         finally:
             with judge.lock:
                 judge.now -= 1
+
+    def _answer(self, found: Any) -> None:
+        if isinstance(found, Failure):
+            time.sleep(found.seconds)
+            if found.status:
+                headers = {name.replace("_", "-"): value for name, value in found.headers.items()}
+                self._send(found.status, json.dumps({"error": {"message": found.message}}).encode(), headers)
+            else:
+                self.close_connection = True
+        else:
+            self._send(200, found if isinstance(found, bytes) else json.dumps(self.judge.response(found)).encode())
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
