@@ -6,6 +6,7 @@ Nothing here imports torch or reads a model: what is wrong with the file's form 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,7 +105,7 @@ class Recipe:
             value = getattr(self, name)
             if (value is not None or name == "model") and (not isinstance(value, str) or not value):
                 raise RecipeError(f"{name} must be a text, got {value!r:.80}")
-        if self.data is not None and not isinstance(self.data, str | list | Mapping):
+        if self.data is not None and (not isinstance(self.data, str | list | Mapping) or not self.data):
             raise RecipeError(f"data must be a text's path or name, got {self.data!r:.80}")
         if not isinstance(self.eval, Mapping):
             raise RecipeError(f"eval must map settings to values, got {self.eval!r:.80}")
@@ -154,10 +155,10 @@ class Recipe:
             raise FileNotFoundError(f"'{path}' does not exist or is not a file")
         try:
             content = yaml.load(Path(path).read_text("utf-8"), _Loader)
-        except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+            with errors_of(str(path)):
+                return cls.from_dict(content)
+        except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:  # an alias may stand for what it is in
             raise RecipeError(f"{path} is not valid YAML: {error}") from error
-        with errors_of(str(path)):
-            return cls.from_dict(content)
 
     @classmethod
     def of(cls, recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -173,9 +174,9 @@ def linked(recipe: Recipe) -> list[Stage]:
     Raises:
         RecipeError: if a stage has no valid form, or cannot stand where it does.
     """
-    written = list(_written_out(recipe.stages, "stages"))
+    written = list(itertools.islice(_written_out(recipe.stages, "stages"), _MOST_STAGES + 1))
     if len(written) > _MOST_STAGES:
-        raise RecipeError(f"stages: there are {len(written)}, more than {_MOST_STAGES}: repeat fewer")
+        raise RecipeError(f"stages: there are more than {_MOST_STAGES}: repeat fewer")
     stages: list[Stage] = []
     model, base = 0, 0  # numbers of the stages that made the model so far, and what it was before its recovery
     report: int | None = None  # of the importance of that model, unless a stage has used it

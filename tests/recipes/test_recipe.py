@@ -96,7 +96,11 @@ def test_the_shipped_recipes_are_found() -> None:
         ([{"repeat": {"times": True, "stages": ["recover"]}}], ("entry 1", "times")),
         ([{"repeat": {"times": 2}}], ("entry 1", "repeat", "stages")),
         ([{"repeat": {"times": 2, "stages": ["recover"], "until": 3}}], ("entry 1", "'until'", "times")),
-        ([{"repeat": {"times": 60, "stages": ["recover", "recover"]}}], ("stages", 120, 99)),
+        ([{"repeat": {"times": 60, "stages": ["recover", "recover"]}}], ("stages", 99)),
+        (
+            [{"repeat": {"times": 99, "stages": [{"repeat": {"times": 99, "stages": ["recover"] * 99}}]}}],
+            ("stages", 99),
+        ),
     ],
     ids=str,
 )
@@ -114,6 +118,7 @@ def test_stages_that_cannot_be(stages: Any, names: tuple) -> None:
         ({"revision": 7}, ("revision", 7)),
         ({"base_name": ["x"]}, ("base_name",)),
         ({"data": 7}, ("data", 7)),
+        ({"data": ""}, ("data", "''")),
         ({"eval": "text.txt"}, ("eval", "text.txt")),
         ({"keep": "some"}, ("keep", "all", "last", "'some'")),
         ({"eval": {"length": float("nan")}}, ("eval",)),
@@ -136,6 +141,7 @@ def test_a_delta_on_a_folder_is_not_pushed_without_the_folders_name_on_the_hub(t
     ("content", "names"),
     [
         ("model: [", ("YAML",)),
+        ("model: a\nstages: &all\n- repeat: {times: 2, stages: *all}", ("YAML",)),
         ("- recover", ("model", "stages")),
         ("", ("model", "stages")),
         ("model: a\nmodel: b\nstages: [recover]", ("model", "twice")),
