@@ -1,4 +1,4 @@
-"""The plugin that vLLM calls in each of its processes, to register delta repositories and pruned LLaMA."""
+"""The plugin that vLLM calls in each of its processes, to register delta repositories and pruned models."""
 
 import os
 from logging import getLogger
@@ -37,6 +37,7 @@ def _register() -> None:
     from .config_parser import DeltaConfigParser
     from .delta_loader import delta_settings
     from .engine_files import PACKED_VARIABLE
+    from .pruned_models import PRUNED_ARCHITECTURES
     from .worker import load_delta
 
     register_with_transformers()  # the import of impart_hf leaves it to the command line, which vLLM may run in
@@ -48,8 +49,9 @@ def _register() -> None:
         # the properties of vLLM's own, so the string includes vLLM's version.
         ModelRegistry.register_model(name, f"{model_classes.__name__}:{name}@{vllm.__version__}")
 
-    register_class(model_classes.PRUNED_LLAMA)
-    inner = {model_classes.PRUNED_LLAMA, "TransformersForCausalLM", "TransformersMoEForCausalLM"}
+    for name in PRUNED_ARCHITECTURES:
+        register_class(name)
+    inner = {*PRUNED_ARCHITECTURES, "TransformersForCausalLM", "TransformersMoEForCausalLM"}
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         inner.update([names] if isinstance(names, str) else names)
     for name in sorted(inner & set(ModelRegistry.get_supported_archs())):
