@@ -26,12 +26,14 @@ def _register() -> None:
     import vllm
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
+    from vllm.config import model as vllm_model
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.platforms import current_platform
     from vllm.transformers_utils import config as vllm_config
     from vllm.v1.worker.worker_base import WorkerBase
 
+    from ..modeling.configuration_pruned import pruned_config_class
     from ..registration import register_with_transformers
     from . import model_classes
     from .config_parser import DeltaConfigParser
@@ -51,6 +53,11 @@ def _register() -> None:
 
     for name in PRUNED_ARCHITECTURES:
         register_class(name)
+    # vLLM's table of model types that are unsound in float16; pruned models are as their families. It is private.
+    no_float16 = getattr(vllm_model, "_FLOAT16_NOT_SUPPORTED_MODELS", {})
+    for family, reason in list(no_float16.items()):
+        if pruned := pruned_config_class(family):
+            no_float16[pruned.model_type] = reason
     inner = {*PRUNED_ARCHITECTURES, "TransformersForCausalLM", "TransformersMoEForCausalLM"}
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         inner.update([names] if isinstance(names, str) else names)

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import inspect
 import pkgutil
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,13 +16,14 @@ class _Family(NamedTuple):
     Attributes:
         model: the class of the language model.
         layer: the class of its decoder layers.
-        name: where the model finds that class; None if it takes it as the argument `layer_type`.
+        found_at: the module or class, and its attribute, where the model finds the decoder layer's class; None if it
+            takes it as the argument `layer_type`.
         fields: further fields of a layer's configuration.
     """
 
     model: str
     layer: str
-    name: str | None = None
+    found_at: tuple[str, str] | None = None
     fields: dict[str, Any] = {}
 
 
@@ -36,13 +36,13 @@ _FAMILIES = {
     # LLaMA computes the same with biases on query, key and value, and also takes windows on some of the layers.
     "PrunedQwen2ForCausalLM": _Family(_LLAMA, _LLAMA_LAYER, fields={"qkv_bias": True}),
     "PrunedQwen3ForCausalLM": _Family(
-        "qwen3:Qwen3ForCausalLM", "qwen3:Qwen3DecoderLayer", name="qwen3:Qwen3Model.decoder_layer_type"
+        "qwen3:Qwen3ForCausalLM", "qwen3:Qwen3DecoderLayer", ("qwen3:Qwen3Model", "decoder_layer_type")
     ),
     "PrunedGemma2ForCausalLM": _Family(
-        "gemma2:Gemma2ForCausalLM", "gemma2:Gemma2DecoderLayer", name="gemma2:Gemma2DecoderLayer"
+        "gemma2:Gemma2ForCausalLM", "gemma2:Gemma2DecoderLayer", ("gemma2", "Gemma2DecoderLayer")
     ),
     "PrunedGemma3ForCausalLM": _Family(
-        "gemma3:Gemma3ForCausalLM", "gemma3:Gemma3DecoderLayer", name="gemma3:Gemma3DecoderLayer"
+        "gemma3:Gemma3ForCausalLM", "gemma3:Gemma3DecoderLayer", ("gemma3", "Gemma3DecoderLayer")
     ),
 }
 PRUNED_ARCHITECTURES = tuple(_FAMILIES)
@@ -61,10 +61,10 @@ def pruned_class(architecture: str) -> type[nn.Module]:
     layer = _layer_class(_resolve(family.layer), family.fields)
 
     def init(self: nn.Module, *, vllm_config: Any, prefix: str = "") -> None:
-        if family.name is None:
+        if family.found_at is None:
             inner.__init__(self, vllm_config=vllm_config, prefix=prefix, layer_type=layer)
         else:
-            with _replaced(family.name, layer):
+            with _replaced(*family.found_at, layer):
                 inner.__init__(self, vllm_config=vllm_config, prefix=prefix)
 
     return type(architecture, (inner,), {"__init__": init, "__module__": __name__})
@@ -97,15 +97,15 @@ def _layer_class(inner: type[nn.Module], fields: dict[str, Any]) -> type[nn.Modu
 
 
 @contextlib.contextmanager
-def _replaced(name: str, layer: type[nn.Module]) -> Iterator[None]:
-    """Let vLLM find another layer class under a name, while a model is built.
+def _replaced(place: str, attribute: str, layer: type[nn.Module]) -> Iterator[None]:
+    """Let vLLM find another class of decoder layers in a place, while a model is built.
 
-    Its models name their layer class in the middle of `__init__`, so the alternative is a copy of vLLM's code. If vLLM
-    renames the class, this raises an AttributeError; if it finds the class elsewhere, its own layers raise transformers'
-    AmbiguousGlobalPerLayerAttributeError. A model without widths per layer that is built meanwhile, by another thread,
-    is what it would be: all its layers have the model's configuration.
+    These models name the class in the middle of their constructor, whose only alternative is a copy of it. vLLM's
+    decorator for compilation has wrapped it, so that it cannot be run with other names either. If vLLM renames the
+    class, this raises an AttributeError; if it looks elsewhere, its own layers raise transformers'
+    AmbiguousGlobalPerLayerAttributeError. Another model that is built meanwhile, by another thread, becomes what it
+    would have been: all its layers have the model's configuration.
     """
-    place, attribute = re.split(r"[.:](?=\w+$)", name)
     holder = _resolve(place)
     before = getattr(holder, attribute)
     setattr(holder, attribute, layer)
