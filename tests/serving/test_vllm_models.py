@@ -100,7 +100,7 @@ def delta(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned LLaMA in which no two layers have the same width."""
     llama = tiny_config("llama", num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=3, **HEADS)
-    config = PrunedLlamaConfig.from_llama(llama, **WIDTHS)
+    config = PrunedLlamaConfig.with_widths(llama, **WIDTHS)
     return save_model(make_model(config, dtype=torch.float32), tmp_path_factory.mktemp("pruned") / "model")
 
 
