@@ -157,8 +157,8 @@ class PairwiseJudge:
             choice = self._choice(judge, CHECK)
         if choice.name is None:
             raise ValueError(
-                f"the judge '{self._settings.model}' is to say '{FIRST}' or '{SECOND}', and said '{choice.text:.80}'; one "
-                "that thinks first needs more --judge-max-tokens"
+                f"the judge '{self._settings.model}' is to say '{FIRST}' or '{SECOND}', and said '{choice.text:.80}'; "
+                "it needs more --judge-max-tokens if it thinks first"
             )
 
     def ask(self, comparisons: Sequence[Comparison]) -> None:
