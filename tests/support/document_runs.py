@@ -56,8 +56,7 @@ class Worker:
         return Done(**json.loads(line))
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        _end(self._process)
 
 
 class Server:
@@ -66,7 +65,9 @@ class Server:
     def __init__(self, command: str, cwd: Path, env: dict[str, str], port: int, log: Path):
         self._log = log
         with log.open("w") as file:
-            self._process = subprocess.Popen(["bash", "-c", command], cwd=cwd, env=env, stdout=file, stderr=file)
+            self._process = subprocess.Popen(
+                ["bash", "-c", command], cwd=cwd, env=env, stdout=file, stderr=file, text=True
+            )
         self._url = f"http://localhost:{port}/health"
 
     def wait(self) -> Done:
@@ -80,12 +81,8 @@ class Server:
                 time.sleep(0.5)
         return Done(1, "", self._log.read_text()[-6000:])
 
-    def stop(self) -> None:
-        if self._process.poll() is None:
-            for process in psutil.Process(self._process.pid).children(recursive=True):
-                process.kill()
-            self._process.kill()
-        self._process.wait(30)
+    def close(self) -> None:
+        _end(self._process)
 
 
 @dataclass
@@ -122,9 +119,7 @@ class DocumentRun:
 
     def __exit__(self, *error: object) -> None:
         for part in (self._server, self._own_worker):
-            if isinstance(part, Server):
-                part.stop()
-            elif part:
+            if part:
                 part.close()
 
     def run(self, blocks: list[Block], update: bool = False) -> None:
@@ -205,7 +200,7 @@ class DocumentRun:
 
     def _serve(self, command: str) -> Done:
         if self._server:
-            self._server.stop()
+            self._server.close()
         self._server = Server(command, self.cwd, self.env, self.port, self.cwd.parent / "server.log")
         return self._server.wait()
 
@@ -214,21 +209,33 @@ class DocumentRun:
         after = self.cwd.parent / "environment"
         script = f"{command}\nstatus=$?\nenv -0 > {shlex.quote(str(after))}\nexit $status"
         after.unlink(missing_ok=True)
-        try:
-            done = subprocess.run(
-                ["bash", "-o", "pipefail", "-c", script],
-                cwd=self.cwd,
-                env=self.env,
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-            )
-        except subprocess.TimeoutExpired as error:
-            return Done(-1, "", f"not done within {SECONDS} s: {error.stderr!r}"[-3000:])
+        with subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", script],
+            cwd=self.cwd,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=SECONDS)
+            except subprocess.TimeoutExpired:
+                _end(process)
+                return Done(-1, "", f"not done within {SECONDS} s")
         if after.exists():
             self.env = dict(entry.split("=", 1) for entry in after.read_text().split("\0") if "=" in entry)
             self.cwd = Path(self.env.get("PWD", str(self.cwd)))
-        return Done(done.returncode, done.stdout, done.stderr)
+        return Done(process.returncode, stdout, stderr)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill a process with all that it has started."""
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+    process.wait(30)
 
 
 def _free_port() -> int:
