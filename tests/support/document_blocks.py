@@ -30,7 +30,9 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 README_MARKS = ROOT / "tests" / "docs" / "readme_marks.yaml"
-PROGRAMS = "impart-hf impart-hf-reproduce python pip make vllm curl accelerate torchrun cat cp mkdir export .".split()
+PROGRAMS = set("impart-hf impart-hf-reproduce python pip make vllm curl accelerate torchrun".split()) | set(
+    "cat cp echo export mkdir mv printf .".split()
+)
 
 # Commands that are not run in any document, and why
 NEVER = {

@@ -75,6 +75,7 @@ def small_ground(folder: Path) -> Ground:
         lines = (f"The statement {i} has {i * 7 + number} words, and says why.\n" for i in range(300))
         (demo / "pair" / f"{name}.txt").write_text("".join(lines))
     compress(str(pair.base), str(pair.finetuned), demo / "delta", ImPartRdConfig(compression_ratio=16))
+    shutil.copytree(ROOT / "docs" / "recipes", checkout / "docs" / "recipes")
     return _with_names(checkout, folder / "hub", "", small=True)
 
 
