@@ -22,6 +22,15 @@ def test_every_package_is_installed() -> None:
     assert sorted(listed) == sorted([*(".".join(folder.parts) for folder in folders), "optimum.commands.register"])
 
 
+def test_templates_of_cards_are_installed_but_not_the_examples() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="in the standard library since Python 3.11")
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "impart_hf" / "model_cards"
+    installed = [path for pattern in data["impart_hf.model_cards"] for path in folder.glob(pattern)]
+    assert installed and all(path.parent == folder for path in installed)
+    assert list((folder / "examples").rglob("README.md"))
+
+
 def test_the_reader_and_the_cards_are_visible_at_the_top_level() -> None:
     for name in ("modeling", "model_cards"):
         assert (ROOT / name).resolve() == ROOT / "impart_hf" / name
