@@ -1,7 +1,6 @@
 """The inputs of a merge: a base and fine-tunes of it, dense or delta repositories, opened and compared."""
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping

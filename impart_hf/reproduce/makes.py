@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,12 @@ from ..common.model_names import split_revision
 from ..methods import MethodConfig
 
 SEED = 0  # of every row: the papers name none
-_LORA = {"rank": 8, "alpha": 32, "learning_rate": 1e-4, "batch_size": 4}  # GradPruner's, as its README and code say
+_LORA: dict[str, Any] = {
+    "rank": 8,
+    "alpha": 32,
+    "learning_rate": 1e-4,
+    "batch_size": 4,
+}  # GradPruner's, as its README and code say
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Stored(Making):
     name: str
 
     def needs(self) -> str:
-        return "" if self.model else f"--model {self.name}=FOLDER, as it was not published"
+        return "" if self.model else _model_needed(self.name)
 
     @property
     def stored(self) -> str | None:
@@ -110,7 +115,7 @@ class Compressed(Making):
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `compress` and `forecast`."""
         (base, base_revision), (finetuned, revision) = map(split_revision, self.pair)
-        arguments = {"base": base, "base_revision": base_revision, "finetuned": finetuned}
+        arguments: dict[str, Any] = {"base": base, "base_revision": base_revision, "finetuned": finetuned}
         arguments |= {"finetuned_revision": revision, "method": self.method, "calibration": self.calibration}
         if self.distill is not None:
             from ..distillation import DistillSettings
@@ -162,8 +167,9 @@ class Merged(Making):
     length: int = 512
 
     def needs(self) -> str:
-        lacking = [f"--model {name}=FOLDER, as it was not published" for name, model in self.models.items() if not model]
-        lacking += [_text_needed("validation", task) for task, text in self.validation.items() if not text]
+        lacking = [_model_needed(name) for name, model in self.models.items() if not model]
+        if texts := [task for task, text in self.validation.items() if not text]:
+            lacking.append(_texts_needed("validation", texts))
         return "; ".join(lacking)
 
     def build(self, folder: Path, device: str) -> dict[str, Any]:
@@ -183,7 +189,7 @@ class Merged(Making):
 
 @dataclass(frozen=True)
 class Pruned(Making):
-    """A model that was pruned by GradPruner, and fine-tuned on a task's text; or only fine-tuned, if nothing is dropped.
+    """A model that was pruned by GradPruner and fine-tuned on a task's text; or only that, if nothing is dropped.
 
     Attributes:
         model: the dense model.
@@ -211,7 +217,12 @@ class Pruned(Making):
     learning_rate: float | None = None
 
     def needs(self) -> str:
-        return "" if self.text else _text_needed("train", self.task)
+        return "" if self.text else _texts_needed("train", [self.task])
+
+    def identity(self) -> dict[str, Any]:
+        identity = super().identity()
+        del identity["task"]  # what counts is the text
+        return identity
 
     def build(self, folder: Path, device: str) -> dict[str, Any]:
         from ..pruning import compute_importance, prune_layers, recover
@@ -250,8 +261,12 @@ class Unavailable(Making):
         return "a method that impart-hf does not have"
 
 
-def _text_needed(purpose: str, task: str) -> str:
-    return f"--texts FOLDER with the text {purpose}/{task}.jsonl (or .json, .parquet, .txt)"
+def _model_needed(name: str) -> str:
+    return f"--model {name}=FOLDER, as it was not published"
+
+
+def _texts_needed(purpose: str, tasks: Sequence[str]) -> str:
+    return f"--texts FOLDER with {', '.join(f'{purpose}/{task}.jsonl' for task in tasks)}"
 
 
 def identified(value: Any) -> Any:

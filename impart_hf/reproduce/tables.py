@@ -5,8 +5,8 @@ A file has
     title, paper, place     what it is, and where its numbers are from
     unit                    "percent" or "share": of the published numbers
     columns                 what tells columns apart: [model, task], or [task]
-    lines                   by name: `label`, `make` (how its models are made, see `makes.py`), the settings of that, and
-                            under `of_model` those of single models
+    lines                   by name: `label`, `make` (how its models are made, see `makes.py`), the settings of that,
+                            and under `of_model` those of single models
     rows                    one for each entry: `line`, `model`, `task`, `published`, and the `reason` if that is null
     means                   published means: `id`, `of` (a pattern of rows' ids), `published`
 
@@ -36,15 +36,15 @@ class Model:
         name: its name in the tables.
         base: the base: folder or Hub id, with @REVISION.
         finetuned: the fine-tune, likewise; None if there is none, or none was published.
-        merges: names of the fine-tunes that are merged; empty for one model.
+        merges: the models whose fine-tunes are merged; empty for one model.
         shape: sizes of its layers, as fields of `compression.shapes.Shapes`.
     """
 
     name: str
     base: str
     finetuned: str | None = None
-    merges: tuple[str, ...] = ()
-    shape: Mapping[str, int] = field(default_factory=dict)
+    merges: tuple[Model, ...] = ()
+    shape: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,18 +150,7 @@ class Table:
     means: tuple[Mean, ...]
 
     def selected(self, patterns: Sequence[str]) -> list[Row]:
-        """Return the rows whose id, or line, matches one of the patterns; all without a pattern.
-
-        Raises:
-            ValueError: if a pattern matches none.
-        """
-        for pattern in patterns:
-            if not any(_matches(row, pattern) for row in self.rows):
-                lines = ", ".join(dict.fromkeys(row.line.name for row in self.rows))
-                raise ValueError(
-                    f"--rows {pattern}: table '{self.name}' has no such row, which is LINE/MODEL/TASK with wildcards, "
-                    f"or LINE, one of {lines}"
-                )
+        """Return the rows whose id, or line, matches one of the patterns; all if there is no pattern."""
         return [row for row in self.rows if not patterns or any(_matches(row, pattern) for pattern in patterns)]
 
 
@@ -243,13 +232,12 @@ def _published(entry: Mapping[str, Any]) -> float | None:
 def models() -> dict[str, Model]:
     """Return the papers' models by name."""
     content = _shared("models")
-    return {
-        name: Model(
-            name, fields["base"], fields.get("finetuned"), tuple(fields.get("merges", ())),
-            content["shapes"][fields["shape"]],
-        )
-        for name, fields in content["models"].items()
-    }  # fmt: skip
+    found: dict[str, Model] = {}
+    for name, fields in content["models"].items():
+        merges = tuple(found[other] for other in fields.get("merges", ()))
+        shape = content["shapes"][fields["shape"]]
+        found[name] = Model(name, fields["base"], fields.get("finetuned"), merges, shape)
+    return found
 
 
 @functools.cache

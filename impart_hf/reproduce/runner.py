@@ -1,0 +1,189 @@
+"""Running what is missing: each model is made once, scored on its tasks, and removed; each score is kept at once."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ..common.files import OutputError, atomic_write, write_json
+from ..common.json_lines import JsonLines
+from ..common.model_names import split_revision
+from ..storage.folder_lock import FolderLock
+from .planning import Conditions, Entry
+from .tables import Task
+
+RESULTS = "results.jsonl"
+_FACTS = "facts.json"  # beside a model that is complete
+# What a model that does not fit, a wrong setting, a full disk or a missing package raises; other rows can still be run.
+_FAILURES = (ValueError, OSError, ImportError, RuntimeError)
+
+
+class Results:
+    """The scores in an output folder, one JSON line each.
+
+    Attributes:
+        by_key: the lines, by the keys of entries.
+    """
+
+    def __init__(self, folder: Path):
+        """Read those that are there.
+
+        Raises:
+            OutputError: if the folder is a file.
+            ValueError: if the file of results is damaged.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"--output: '{folder}' is not a folder")
+        self._file = JsonLines(folder / RESULTS)
+        self.by_key: dict[str, dict[str, Any]] = {line["key"]: line for line in self._file.lines if "key" in line}
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        self._file.append(line)
+        self.by_key[line["key"]] = dict(line)
+
+
+class Runner:
+    """Runs entries that have no result.
+
+    Attributes:
+        results: those there are.
+        failed: why an entry failed, by its key.
+        unreachable: why an entry cannot be run with this model, by its key.
+    """
+
+    def __init__(
+        self, conditions: Conditions, results: Results, *, keep: bool = False, say: Callable[[str], None] = print
+    ):
+        """Prepare; nothing is run yet.
+
+        Args:
+            keep: keep the models that are made.
+            say: prints a line on what is being done.
+        """
+        self.results = results
+        self.failed: dict[str, str] = {}
+        self.unreachable: dict[str, str] = {}
+        self._conditions, self._keep, self._say = conditions, keep, say
+
+    def run(self, entries: Sequence[Entry]) -> None:
+        """Run all entries that have no result and lack nothing.
+
+        A killed run is continued by the same call: scores are kept one by one, a compression resumes, and a model that
+        was complete is not made again.
+
+        Raises:
+            OutputError: if another process works in the output folder.
+        """
+        waiting: dict[str, list[Entry]] = {}
+        for entry in entries:
+            known = entry.key in self.results.by_key or entry.key in self.failed or entry.key in self.unreachable
+            if not entry.needs and not known:
+                same = waiting.setdefault(entry.making_key, [])
+                if all(other.key != entry.key for other in same):
+                    same.append(entry)
+        if not waiting:
+            return
+        output = self._conditions.output
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(output)
+        if not lock.take():
+            raise OutputError(f"another process runs tables in '{output}': wait for it, or give another --output")
+        try:
+            for number, same in enumerate(waiting.values(), start=1):
+                self._say(f"{number} of {len(waiting)}: {same[0].row.line.label} on {same[0].row.model.name}")
+                self._run_model(same)
+        finally:
+            lock.release()
+
+    def _run_model(self, entries: list[Entry]) -> None:
+        """Make a model, and score it for each of these entries, which all have it."""
+        from ..compression.plan import UnreachableRatioError
+
+        first = entries[0]
+        folder = self._conditions.output / "models" / first.making_key
+        made = False
+        try:
+            facts = {} if first.making.stored else self._made(first, folder)
+            made = True
+            for entry in entries:
+                self._score(entry, folder, facts)
+        except UnreachableRatioError as error:
+            self.unreachable |= {entry.key: str(error) for entry in entries}
+        except _FAILURES as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            left = [entry for entry in entries if entry.key not in self.results.by_key]
+            self.failed |= {entry.key: reason for entry in left}
+            self._say(f"  failed: {reason}")
+        # A compression that failed on the way can be resumed; a model that was made is made again if it is needed.
+        if made and not self._keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _made(self, entry: Entry, folder: Path) -> dict[str, Any]:
+        """Make an entry's model, unless it is complete, and return the facts about it."""
+        from ..modeling.model_files import read_json
+
+        if (folder / _FACTS).is_file():
+            return read_json(folder / _FACTS)
+        if folder.is_dir():  # what a killed run left; the workspace of a compression is hidden, and resumes
+            for path in folder.iterdir():
+                if not path.name.startswith("."):
+                    shutil.rmtree(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        facts = entry.making.build(folder, self._conditions.device)
+        facts["seconds"] = round(time.perf_counter() - started, 2)
+        with atomic_write(folder / _FACTS) as temporary:
+            write_json(temporary, facts)
+        return facts
+
+    def _score(self, entry: Entry, folder: Path, facts: Mapping[str, Any]) -> None:
+        from ..common.machine import machine
+        from ..evaluation.tasks import TaskSettings, evaluate_tasks
+
+        task, conditions = entry.task, self._conditions
+        assert task.lm_eval is not None
+        model, revision = split_revision(entry.making.stored or str(folder / "model"))
+        base = None if entry.making.base is None else split_revision(entry.making.base)[0]
+        settings = TaskSettings(
+            num_fewshot=task.num_fewshot, limit=conditions.limit, batch_size=conditions.batch_size,
+            data_dir=conditions.data_dir, allow_code=conditions.allow_code,
+        )  # fmt: skip
+        started = time.perf_counter()
+        scores = evaluate_tasks(
+            model, [task.lm_eval], settings, backend=conditions.backend, device=conditions.device, revision=revision,
+            base_model=base,
+        )  # fmt: skip
+        score = _chosen(scores, task)
+        self.results.add(
+            {
+                "key": entry.key,
+                "row": entry.row.id,
+                "value": score.value,
+                "stderr": score.stderr,
+                "samples": score.samples,
+                "num_fewshot": score.num_fewshot,
+                "task_version": score.version,
+                "seconds": round(time.perf_counter() - started, 2),
+                "model": dict(facts),
+                "identity": entry.identity(),
+                "machine": machine(conditions.device),
+                "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            }
+        )
+
+
+def _chosen(scores: Sequence[Any], task: Task) -> Any:
+    """Return a task's score among all that lm-eval gives.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    found = [score for score in scores if (score.metric, score.filter) == (task.metric, task.filter)]
+    if not found:
+        there = ", ".join(dict.fromkeys(f"{score.metric} ({score.filter})" for score in scores))
+        raise ValueError(f"task '{task.lm_eval}' has no score {task.metric} ({task.filter}), but {there}")
+    return found[0]  # of a group of tasks, its own score comes first
