@@ -133,7 +133,8 @@ def _run(options: argparse.Namespace) -> int:
     for table in tables:
         own = entries[table.name]
         runner.run(own)
-        text = rendered(table, own, results.by_key, runner.failed | runner.unreachable, _remarks(pair))
+        why_not = runner.failed | runner.unreachable
+        text = rendered(table, own, results.by_key, why_not, _remark(pair, conditions), compares=pair is None)
         conditions.output.mkdir(parents=True, exist_ok=True)
         with atomic_write(conditions.output / f"{table.name}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -185,14 +186,15 @@ def _print_rows(table: Table, entries: Sequence[Entry], results: Results) -> Non
         print(f"  {entry.row.id:<{width}}  {published:>6}  {state}")
 
 
-def _remarks(pair: SmallPair | None) -> list[str]:
+def _remark(pair: SmallPair | None, conditions: Conditions) -> str:
+    """Return what must be known of a trial run; empty if it is none."""
     if pair is None:
-        return []
-    return [
-        f"**A trial run on toys** (`{pair.folder.name}`). The published numbers are of other models, texts and tasks, "
-        "and only show where they stand. Ratios are the papers'; texts, training, searches and the number of pruned "
-        f"layers are cut down, and each score is of {LIMIT} questions unless `--limit` says otherwise."
-    ]
+        return ""
+    return (
+        "**A trial run on toys.** The published numbers are of other models, texts and tasks, and only show where they "
+        "stand. Ratios are the papers'; texts, training, searches and the number of pruned layers are cut down, and "
+        f"each score is of {conditions.limit} questions."
+    )
 
 
 def _say(line: str) -> None:

@@ -4,65 +4,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .planning import Entry
 from .tables import Mean, Row, Table
 
 _NOTHING = "–"
+_MEAN, _RATIO = "mean", "ratio on disk"
 
 
 def rendered(
-    table: Table, entries: Sequence[Entry], results: Mapping[str, Mapping[str, Any]], why_not: Mapping[str, str],
-    remarks: Iterable[str] = (),
-) -> str:  # fmt: skip
+    table: Table,
+    entries: Sequence[Entry],
+    results: Mapping[str, Mapping[str, Any]],
+    why_not: Mapping[str, str],
+    remark: str = "",
+    *,
+    compares: bool = True,
+) -> str:
     """Return a table in Markdown.
-
-    A cell is "measured ± standard error (published, difference)"; a dash stands for what there is not.
 
     Args:
         entries: the rows that are shown.
         results: lines of results, by the keys of entries.
         why_not: why an entry has no result, by its key, for those for which something is known.
-        remarks: what is said before the table.
+        remark: what is said before the table; empty for nothing.
+        compares: whether measured and published numbers can be compared, so that differences are shown.
     """
+    rows = [entry.row for entry in entries]
     found = {entry.row.id: results[entry.key] for entry in entries if entry.key in results}
-    reasons = {
-        entry.row.id: entry.needs and f"needs {entry.needs}" or why_not.get(entry.key, "not run yet")
+    numbers = _Numbers(found, table.factor, compares)
+    means = [mean for mean in table.means if not mean.rows or any(row.id in mean.rows for row in rows)]
+    parts = [f"## {table.title}", *([remark] if remark else []), _lines(table, rows, means, numbers)]
+    if others := [mean for mean in means if _line_of(mean) is None]:
+        parts.append(markdown([["mean of several", "score"], *([mean.id, numbers.mean(mean)] for mean in others)]))
+    parts.append(
+        f"Measured ± standard error (published{', difference' if compares else ''}), in "
+        f"{'percent' if table.factor == 100 else 'shares of 1'}. Published: {table.paper}, {table.place}. The ratio on "
+        "disk counts all bytes of a repository, embeddings and norms included; the papers' ratios count parameters of "
+        "linear layers."
+    )
+    if differs := dict.fromkeys(f"{e.task.label}: {e.task.differs}" for e in entries if e.task.differs):
+        parts.append(f"Asked otherwise than in the paper: {'; '.join(differs)}.")
+    missing = {
+        entry.row: f"needs {entry.needs}" if entry.needs else why_not.get(entry.key, "not run yet")
         for entry in entries
         if entry.key not in results
     }
-    rows = {entry.row.id: entry.row for entry in entries}
-    columns = list(dict.fromkeys(_column(row, table) for row in rows.values()))
-    means = [mean for mean in table.means if not mean.rows or any(row in rows for row in mean.rows)]
-    headings = ["", *columns, *(["mean"] if any(_of_line(mean) for mean in means) else []), "ratio on disk"]
-    lines = [headings]
-    for line in dict.fromkeys(row.line for row in rows.values()):
-        own = [row for row in rows.values() if row.line == line]
-        cells = {_column(row, table): _cell(row, found.get(row.id), table.factor) for row in own}
-        if mean := next((mean for mean in means if _of_line(mean) == line.name), None):
-            cells["mean"] = _mean_cell(mean, found, table.factor)
-        cells["ratio on disk"] = _ratios(found[row.id] for row in own if row.id in found)
-        lines.append([line.label, *(cells.get(column, "") for column in headings[1:])])
-    parts = [f"## {table.title}", *remarks, markdown(lines)]
-    others = [mean for mean in means if _of_line(mean) is None]
-    if others:
-        parts.append(markdown([["mean", "score"], *([m.id, _mean_cell(m, found, table.factor)] for m in others)]))
-    parts.append(
-        f"Measured ± standard error (published, difference), in {'percent' if table.factor == 100 else 'shares'}. "
-        f"Published: {table.paper}, {table.place}. Ratios on disk count all bytes of the repository, embeddings and "
-        "norms included; the papers' count kept parameters of linear layers."
-    )
-    if differs := dict.fromkeys(f"{e.task.label}: {e.task.differs}" for e in entries if e.task.differs):
-        parts.append("Asked otherwise than in the paper: " + "; ".join(differs) + ".")
-    if reasons:
-        parts.append("Not measured:\n\n" + "\n".join(_grouped(reasons)))
-    unpublished = {row.id: row.reason for row in rows.values() if row.published is None}
-    unpublished |= {mean.id: mean.reason for mean in means if mean.published is None}
-    if unpublished:
-        parts.append("Without a published number:\n\n" + "\n".join(_grouped(unpublished)))
-    if machines := dict.fromkeys(_machine(line) for line in found.values()):
-        parts.append("Measured on: " + "; ".join(machines) + ".")
+    for title, reasons in (
+        ("Not measured", missing),
+        ("Ratio missed", numbers.shortfalls(rows)),
+        ("Without a published number", {row: row.reason for row in rows if row.published is None}),
+    ):
+        if reasons:
+            parts.append(f"{title}:\n\n" + "\n".join(_grouped(reasons, rows)))
+    parts += [f"`{mean.id}` has no published number: {mean.reason}." for mean in means if mean.published is None]
+    if machines := dict.fromkeys(map(_machine, found.values())):
+        parts.append(f"Measured on: {'; '.join(machines)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -72,62 +71,102 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+def _lines(table: Table, rows: Sequence[Row], means: Sequence[Mean], numbers: _Numbers) -> str:
+    """Return a line for each line of the table, and a column for each model and task."""
+    columns = list(dict.fromkeys(_column(row, table) for row in rows))
+    by_line = {line: mean for mean in means if (line := _line_of(mean)) is not None}
+    headings = ["", *columns, *([_MEAN] if by_line else []), _RATIO]
+    lines = [headings]
+    for kind in dict.fromkeys(row.line for row in rows):
+        own = [row for row in rows if row.line is kind]
+        cells = {_column(row, table): numbers.row(row) for row in own}
+        if kind.name in by_line:
+            cells[_MEAN] = numbers.mean(by_line[kind.name])
+        cells[_RATIO] = numbers.ratios(own)
+        lines.append([kind.label, *(cells.get(column, "") for column in headings[1:])])
+    return markdown(lines)
+
+
 def _column(row: Row, table: Table) -> str:
     parts = {"model": row.model.name, "task": row.task.label}
     return " ".join(parts[name] for name in table.columns)
 
 
-def _of_line(mean: Mean) -> str | None:
-    """Return the line whose mean it is; None if it is over several lines, or over one of several models of a line."""
+def _line_of(mean: Mean) -> str | None:
+    """Return the line whose mean it is; None if it is of several lines, or of one of several models."""
     line, _, rest = mean.id.partition("/")
     return line if rest == "mean" else None
 
 
-def _cell(row: Row, result: Mapping[str, Any] | None, factor: float) -> str:
-    value = None if result is None else factor * result["value"]
-    error = None if result is None or result["stderr"] is None else factor * result["stderr"]
-    return _text(value, error, row.published, factor)
+@dataclass(frozen=True)
+class _Numbers:
+    """Measured numbers with the published ones, as text.
+
+    Attributes:
+        found: lines of results, by rows' ids.
+        factor: of the table.
+        compares: whether differences are shown.
+    """
+
+    found: Mapping[str, Mapping[str, Any]]
+    factor: float
+    compares: bool
+
+    def row(self, row: Row) -> str:
+        line = self.found.get(row.id)
+        return self._text(row.published, *((None, None) if line is None else (line["value"], line["stderr"])))
+
+    def mean(self, mean: Mean) -> str:
+        lines = [self.found[row] for row in mean.rows if row in self.found]
+        if not lines or len(lines) < len(mean.rows):
+            return self._text(mean.published, None, None)
+        value, error = sum(line["value"] for line in lines) / len(lines), None
+        if all(line["stderr"] is not None for line in lines):
+            # Results are independent of each other, but rows may have one result in common.
+            counts = {line["key"]: sum(other["key"] == line["key"] for other in lines) for line in lines}
+            errors = {line["key"]: line["stderr"] for line in lines}
+            error = math.hypot(*(errors[key] * count for key, count in counts.items())) / len(lines)
+        return self._text(mean.published, value, error)
+
+    def shortfalls(self, rows: Sequence[Row]) -> dict[Row, str]:
+        """Return why the ratio of a repository was missed, by row."""
+        models = {row: self.found[row.id]["model"] for row in rows if row.id in self.found}
+        return {row: model["shortfall"] for row, model in models.items() if "shortfall" in model}
+
+    def ratios(self, rows: Sequence[Row]) -> str:
+        """Return the ratio of the rows' repositories, or the smallest and the largest."""
+        models = [self.found[row.id]["model"] for row in rows if row.id in self.found]
+        ratios = sorted({round(model["ratio"], 1) for model in models if "ratio" in model})
+        return " to ".join(f"{ratio:g}" for ratio in dict.fromkeys([*ratios[:1], *ratios[-1:]]))
+
+    def _text(self, published: float | None, value: float | None, error: float | None) -> str:
+        digits = 2 if self.factor == 100 else 3
+        measured = _NOTHING if value is None else f"{self.factor * value:.{digits}f}"
+        if error is not None:
+            measured += f" ± {self.factor * error:.{digits}f}"
+        if published is None:
+            return measured
+        difference = ""
+        if value is not None and self.compares:
+            difference = f", {self.factor * value - published:+.{digits}f}"
+        return f"{measured} ({published:.{digits}f}{difference})"
 
 
-def _mean_cell(mean: Mean, found: Mapping[str, Mapping[str, Any]], factor: float) -> str:
-    lines = [found[row] for row in mean.rows if row in found]
-    value = error = None
-    if lines and len(lines) == len(mean.rows):
-        value = factor * sum(line["value"] for line in lines) / len(lines)
-        if all(line["stderr"] is not None for line in lines):  # of independent questions
-            error = factor * math.sqrt(sum(line["stderr"] ** 2 for line in lines)) / len(lines)
-    return _text(value, error, mean.published, factor)
-
-
-def _text(value: float | None, error: float | None, published: float | None, factor: float) -> str:
-    digits = 2 if factor == 100 else 3
-    measured = _NOTHING if value is None else f"{value:.{digits}f}"
-    if error is not None:
-        measured += f" ± {error:.{digits}f}"
-    if published is None:
-        return measured
-    difference = "" if value is None else f", {value - published:+.{digits}f}"
-    return f"{measured} ({published:.{digits}f}{difference})"
-
-
-def _ratios(lines: Iterable[Mapping[str, Any]]) -> str:
-    """Return the ratio of a line's repositories, or the smallest and largest of them."""
-    ratios = sorted({round(line["model"]["ratio"], 1) for line in lines if "ratio" in line["model"]})
-    if not ratios:
-        return ""
-    return f"{ratios[0]:g}" if len(ratios) == 1 else f"{ratios[0]:g} to {ratios[-1]:g}"
-
-
-def _grouped(reasons: Mapping[str, str]) -> list[str]:
-    """Return a line for each reason, with the rows that have it."""
-    by_reason: dict[str, list[str]] = {}
-    for row, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(row)
-    return [f"- {', '.join(f'`{row}`' for row in rows)}: {reason}" for reason, rows in by_reason.items()]
+def _grouped(reasons: Mapping[Row, str], rows: Iterable[Row]) -> list[str]:
+    """Return a line for each reason, with the rows that have it; LINE/* for all of a line's."""
+    shown, lines = list(rows), []
+    for reason in dict.fromkeys(reasons.values()):
+        names = []
+        for line in dict.fromkeys(row.line for row in reasons):
+            own = [row for row in shown if row.line is line]
+            having = [row.id for row in own if reasons.get(row) == reason]
+            names += [f"{line.name}/*"] if len(having) == len(own) > 1 else having
+        lines.append(f"- {', '.join(f'`{name}`' for name in names)}: {reason}")
+    return lines
 
 
 def _machine(line: Mapping[str, Any]) -> str:
     machine, limit = line["machine"], line["identity"]["limit"]
-    parts = [f"{machine['cpu']}, {machine['cores']} cores", *([machine["gpu"]] if "gpu" in machine else [])]
+    parts = [machine["cpu"], f"{machine['cores']} cores", *([machine["gpu"]] if "gpu" in machine else [])]
     parts += [f"torch {machine['torch']}", f"impart-hf {line['identity']['impart_hf']}"]
-    return ", ".join([*parts, *([f"limit {limit}"] if limit is not None else [])])
+    return ", ".join([*parts, *([f"at most {limit} questions of a task"] if limit is not None else [])])

@@ -96,7 +96,7 @@ class SmallPair:
             content = _read(path)
             filters = content.get("filter_list") or [{"name": "none"}]
             found[name] = Task(
-                name, f"{path.stem} for {task.label}", str(path), content["metric_list"][0]["metric"],
+                name, f"{task.label}: {path.stem}", str(path), content["metric_list"][0]["metric"],
                 filters[0]["name"],
             )  # fmt: skip
         return found

@@ -72,7 +72,7 @@ class Task:
     differs: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a line is one of a table's
 class Line:
     """A line of a table: a way to make models.
 
@@ -90,7 +90,7 @@ class Line:
     of_model: Mapping[str, Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # likewise
 class Row:
     """One entry of a table.
 
