@@ -182,7 +182,8 @@ def _chosen(scores: Sequence[Any], task: Task) -> Any:
     Raises:
         ValueError: if it is not there.
     """
-    found = [score for score in scores if (score.metric, score.filter) == (task.metric, task.filter)]
+    wanted = (task.metric, task.filter)
+    found = [score for score in scores if wanted in (("", ""), (score.metric, score.filter))]
     if not found:
         there = ", ".join(dict.fromkeys(f"{score.metric} ({score.filter})" for score in scores))
         raise ValueError(f"task '{task.lm_eval}' has no score {task.metric} ({task.filter}), but {there}")

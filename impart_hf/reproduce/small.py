@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .tables import Line, Model, Row, Table, Task, tasks
 
 LIMIT = 16  # questions of a task
@@ -93,24 +91,8 @@ class SmallPair:
         files, found = self.task_files(), {}
         for number, (name, task) in enumerate(tasks().items()):
             path = files[number % len(files)]
-            content = _read(path)
-            filters = content.get("filter_list") or [{"name": "none"}]
-            found[name] = Task(
-                name, f"{task.label}: {path.stem}", str(path), content["metric_list"][0]["metric"],
-                filters[0]["name"],
-            )  # fmt: skip
+            found[name] = Task(name, f"{task.label}: {path.stem}", str(path))
         return found
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads the YAML of lm-eval's tasks, whose functions do not count here."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return yaml.load(path.read_text("utf-8"), _Loader)
 
 
 def _line(line: Line, text: Path) -> Line:

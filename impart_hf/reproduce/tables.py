@@ -54,7 +54,7 @@ class Task:
     Attributes:
         name, label: its name in the tables, and in what is printed.
         lm_eval: a task of lm-eval, or the path of its YAML file; None if it has none.
-        metric, filter: the score that is taken.
+        metric, filter: the score that is taken; "" for a task that has only one.
         num_fewshot: examples before each question; None for the task's own number.
         code: whether it executes what the model writes.
         judge: whether another model judges the answers.
@@ -65,7 +65,7 @@ class Task:
     label: str
     lm_eval: str | None = None
     metric: str = ""
-    filter: str = "none"
+    filter: str = ""
     num_fewshot: int | None = None
     code: bool = False
     judge: bool = False
