@@ -33,7 +33,7 @@ from typing import Any
 
 import measure
 from measure import comma_separated
-from results_log import Log
+from results_log import Log, read_lines
 from tenant_load import (
     Answer,
     Client,
@@ -60,7 +60,6 @@ from tenant_ways import EXACT, WAYS, PeakResident, Servers, Settings, engines_th
 from transformers.utils import logging
 
 from impart_hf.calibration.text import BUILT_IN
-from impart_hf.common.json_lines import read_json_lines
 from impart_hf.methods import method_names
 
 _CHECKED_PROMPTS = 24
@@ -270,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             benchmark(arguments, Log(path, log_settings(arguments), "WORK"))
         elif not path.exists():
             raise ValueError(f"there is no {path}: run the benchmark first")
-        print(write_report(read_json_lines(path), arguments.work, arguments.document))
+        print(write_report(read_lines(path), arguments.work, arguments.document))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"benchmark_tenants.py: error: {error}", file=sys.stderr)
         return 1

@@ -38,11 +38,10 @@ from pair_training import delta_size
 from question_answers import read_records
 from real_jobs import SERVED, Benchmark, Generation, Job, Pair, Run, jobs
 from real_report import COST_AT, write_report
-from results_log import Log
+from results_log import Log, read_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from impart_hf.common.json_lines import read_json_lines
 from impart_hf.methods import method_names
 
 METHODS = ("impart-rd", "impart-qt", "delta-come", "dare-qt", "bitdelta", "impart", "dare", "lowrank")
@@ -249,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.report:
             _run(arguments, folder, path)
         elif path.exists():
-            for line in write_report(read_json_lines(path), arguments.checkout):
+            for line in write_report(read_lines(path), arguments.checkout):
                 print(f"measured with earlier code, --renew measures it again: {line}", file=sys.stderr)
         else:
             raise ValueError(f"there is no {path}: run the study first")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from impart_hf.common.json_lines import JsonLines
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 class Log:
@@ -26,8 +29,13 @@ class Log:
         Raises:
             ValueError: if the file was made with other settings.
         """
-        self._file, self._settings = JsonLines(path), dict(settings)
-        self.lines = self._file.lines
+        self._path, self._settings = path, dict(settings)
+        self.lines: list[dict[str, Any]] = []
+        if path.exists():
+            data = path.read_bytes()
+            if not data.endswith(b"\n"):  # a killed run left an incomplete last line
+                path.write_bytes(data[: data.rfind(b"\n") + 1])
+            self.lines = read_lines(path)
         for line in self.lines:
             if line["settings"] != self._settings:
                 raise ValueError(
@@ -35,7 +43,10 @@ class Log:
                 )
 
     def append(self, line: Mapping[str, Any]) -> None:
-        self._file.append({**line, "settings": self._settings})
+        line = {**line, "settings": self._settings}
+        self.lines.append(line)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def has(self, key: Mapping[str, Any]) -> bool:
         """Return whether a line has all of these fields."""

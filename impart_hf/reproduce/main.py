@@ -10,11 +10,13 @@ from pathlib import Path
 
 from .. import __version__
 from ..cli.main import load_libraries
-from ..cli.options import add_device, add_flag, given, refuse
+from ..cli.options import add_device, add_flag, add_limit, given, refuse
+from ..cli.task_options import JUDGED, add_alpaca, add_running, batch_size, check_alpaca, given_alpaca, warn_of_code
 from ..common.files import atomic_write
+from ..evaluation.journal import Journal
 from .planning import Conditions, Entry, entries_of
 from .rendering import rendered
-from .runner import Results, Runner
+from .runner import Runner, results_in
 from .small import LIMIT, SmallPair
 from .tables import Table, load_table, table_names
 
@@ -73,17 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     add_flag(models, "--small", "take a small pair, its texts and its tasks in place of the papers': a trial run")
     models.add_argument("--pair", metavar="FOLDER", type=Path, help="the small pair (default: demo/pair)")
     running = parser.add_argument_group("running")
-    running.add_argument("--limit", type=float, help="largest number of questions of a task, or a share below 1")
-    running.add_argument("--batch-size", type=_batch_size, help="requests at a time, or auto (default: 8)")
-    running.add_argument("--backend", choices=("hf", "vllm"), help="what models are evaluated with (default: hf)")
-    running.add_argument("--data-dir", metavar="FOLDER", help="folder with the tasks' data sets, instead of the Hub")
-    add_flag(running, "--allow-code", "run tasks that execute what the models write")
+    add_limit(running)
+    running.add_argument("--batch-size", type=batch_size, metavar="N|auto", help="requests at a time (default: 8)")
+    add_running(running)
     add_device(running, "models are made and evaluated")
+    add_alpaca(parser)
     return parser
-
-
-def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -93,9 +90,11 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"name a table: {', '.join(table_names())}, or {_ALL}; --list says what they are")
         refuse(options, ["rows"], "needs a table; add TABLE")
     if options.small:
-        refuse(options, ["model", "texts", "allow_code", "data_dir"], "has no effect with --small, which has its own")
+        refuse(options, ["model", "texts", "allow_code", "data_dir", *JUDGED], "has no effect with --small")
     else:
         refuse(options, ["pair"], "needs --small; add it")
+    if given(options, *JUDGED):
+        check_alpaca(options)
     if options.list or options.dry_run:
         what = "--list" if options.list else "--dry-run"
         refuse(options, ["keep"], f"has no effect with {what}, which makes nothing; remove {what}")
@@ -115,7 +114,7 @@ def _run(options: argparse.Namespace) -> int:
         tables = [pair.table(table) for table in tables]
         conditions = replace(conditions, one_text=pair.one_text, limit=conditions.limit or LIMIT)
     entries = _entries(tables, options.rows or [], conditions)
-    results = Results(conditions.output)
+    results = results_in(conditions.output)
     if options.list:
         for table in tables:
             _print_rows(table, entries[table.name], results)
@@ -125,11 +124,12 @@ def _run(options: argparse.Namespace) -> int:
     from .forecasts import forecast_table
 
     usable_device(conditions.device)  # raises an error if there is none
-
+    conditions.settings_for(tables[0].rows[0].task)  # likewise for numbers
     if options.dry_run:
-        missing = [e for own in entries.values() for e in own if not e.needs and e.key not in results.by_key]
+        missing = [e for own in entries.values() for e in own if not e.needs and e.key not in results]
         print(forecast_table(missing, conditions, _say))
         return 0
+    warn_of_code(options)
     if pair is not None and any(row.model.merges for table in tables for row in table.rows):
         pair.prepare(conditions.device)
     runner = Runner(conditions, results, keep=bool(options.keep), say=_say)
@@ -137,7 +137,7 @@ def _run(options: argparse.Namespace) -> int:
         own = entries[table.name]
         runner.run(own)
         why_not = runner.failed | runner.unreachable
-        text = rendered(table, own, results.by_key, why_not, _remark(pair, conditions), compares=pair is None)
+        text = rendered(table, own, results, why_not, _remark(pair, conditions), compares=pair is None)
         conditions.output.mkdir(parents=True, exist_ok=True)
         with atomic_write(conditions.output / f"{table.name}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -146,11 +146,6 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _conditions(options: argparse.Namespace) -> Conditions:
-    limit = options.limit
-    if limit is not None:
-        if limit <= 0 or (limit > 1 and not limit.is_integer()):
-            raise ValueError(f"--limit must be a whole number of questions, or a share below 1, got {limit:g}")
-        limit = limit if limit < 1 else int(limit)
     replaced = {}
     for given_model in options.model or []:
         name, _, model = given_model.partition("=")
@@ -159,8 +154,8 @@ def _conditions(options: argparse.Namespace) -> Conditions:
         replaced[name] = model
     output = Path(options.output or ("reproduced-small" if options.small else "reproduced"))
     return Conditions(
-        output, limit=limit, allow_code=bool(options.allow_code), replaced=replaced,
-        **given(options, "device", "backend", "batch_size", "data_dir", "texts"),
+        output, replaced=replaced, alpaca=given_alpaca(options),
+        **given(options, "device", "backend", "limit", "batch_size", "data_dir", "allow_code", "texts"),
     )  # fmt: skip
 
 
@@ -179,13 +174,13 @@ def _entries(tables: Sequence[Table], patterns: Sequence[str], conditions: Condi
     return {table.name: entries_of(table, patterns, conditions) for table in tables}
 
 
-def _print_rows(table: Table, entries: Sequence[Entry], results: Results) -> None:
+def _print_rows(table: Table, entries: Sequence[Entry], results: Journal) -> None:
     """Print a table's rows with their published numbers and what is left to do."""
     print(f"{table.name}: {table.title}")
     width = max(map(len, (entry.row.id for entry in entries)), default=0)
     for entry in entries:
         published = "–" if entry.row.published is None else f"{entry.row.published:g}"
-        state = "done" if entry.key in results.by_key else f"needs {entry.needs}" if entry.needs else "to run"
+        state = "done" if entry.key in results else f"needs {entry.needs}" if entry.needs else "to run"
         print(f"  {entry.row.id:<{width}}  {published:>6}  {state}")
 
 

@@ -271,6 +271,8 @@ def _texts_needed(purpose: str, tasks: Sequence[str]) -> str:
 
 def identified(value: Any) -> Any:
     """Return a value as JSON, with the content's checksum in place of local paths."""
+    if isinstance(value, Path):
+        value = os.fspath(value)
     if isinstance(value, Mapping):
         return {name: identified(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -6,15 +6,20 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.version import __version__
 from ..methods import method_class
 from .makes import SEED, Compressed, Making, Merged, Pruned, Stored, Unavailable, identified
 from .tables import Model, Row, Table, Task, models
+
+if TYPE_CHECKING:
+    from ..evaluation.alpaca import AlpacaSettings
+    from ..evaluation.sandbox import Isolation
+    from ..evaluation.task_scores import TaskSettings
 
 _TEXT_TYPES = (".jsonl", ".json", ".parquet", ".txt")
 
@@ -26,11 +31,12 @@ class Conditions:
     Attributes:
         output: folder of results and models.
         device: where models are made and evaluated.
-        backend: "hf" or "vllm", for evaluation.
+        backend: what models are evaluated with, as for `evaluate_tasks`.
         limit: the most questions of a task, or a share of them; None for all.
         batch_size: requests at a time, or "auto".
         data_dir: folder with the tasks' data sets, as for `evaluate_tasks`.
-        allow_code: run tasks that execute what a model writes.
+        allow_code: how tasks run that execute what a model writes, "isolated" or "unisolated"; None to refuse them.
+        alpaca: judge and instructions of AlpacaEval, an `AlpacaSettings`; None for none.
         texts: folder with texts of tasks for training and validation; None for none.
         one_text: a text for all tasks instead, by purpose: "train", "validation".
         replaced: folders or Hub ids of fine-tunes that replace the tables', by name.
@@ -41,8 +47,9 @@ class Conditions:
     backend: str = "hf"
     limit: int | float | None = None
     batch_size: int | str = 8
-    data_dir: str | None = None
-    allow_code: bool = False
+    data_dir: Path | None = None
+    allow_code: Isolation | None = None
+    alpaca: AlpacaSettings | None = None
     texts: Path | None = None
     one_text: Mapping[str, str] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
@@ -57,6 +64,20 @@ class Conditions:
             raise ValueError(f"--model {unknown[0]}: no table has such a model; they have {', '.join(models())}")
         if self.texts is not None and not self.texts.is_dir():
             raise FileNotFoundError(f"--texts: '{self.texts}' is not a folder")
+
+    def settings_for(self, task: Task) -> TaskSettings:
+        """Return the settings with which a task is run.
+
+        Raises:
+            ValueError: if a number is out of range.
+        """
+        from ..evaluation.task_scores import TaskSettings
+
+        return TaskSettings(
+            num_fewshot=task.num_fewshot, limit=self.limit, batch_size=self.batch_size,
+            apply_chat_template=task.judge, data_dir=self.data_dir, allow_code=self.allow_code,
+            alpaca=self.alpaca if task.judge else None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,14 +99,14 @@ class Entry:
     @cached_property
     def needs(self) -> str:
         """What is missing to run it, for the user; empty if nothing is."""
-        if self.task.judge:
-            return "a judge: generate the answers with `impart-hf evaluate`"
+        if self.task.judge and self.conditions.alpaca is None:
+            return "--judge, --judge-model and --instructions"
         if self.task.lm_eval is None:
             return "a task that lm-eval does not have"
         if lacking := self.making.needs():
             return lacking
-        if self.task.code and not self.conditions.allow_code:
-            return "--allow-code, as the task executes what the model writes"
+        if self.task.code and self.conditions.allow_code is None:
+            return "--allow-code isolated, as the task executes what the model writes"
         return ""
 
     @cached_property
@@ -109,6 +130,7 @@ class Entry:
                 "filter": task.filter,
                 "num_fewshot": task.num_fewshot,
             },
+            **({"judge": identified(asdict(conditions.alpaca))} if task.judge and conditions.alpaca else {}),
             "limit": conditions.limit,
             "backend": conditions.backend,
             "impart_hf": __version__,

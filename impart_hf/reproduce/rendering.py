@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..evaluation.journal import Journal
 from .planning import Entry
 from .tables import Mean, Row, Table
 
@@ -17,7 +18,7 @@ _MEAN, _RATIO = "mean", "ratio on disk"
 def rendered(
     table: Table,
     entries: Sequence[Entry],
-    results: Mapping[str, Mapping[str, Any]],
+    results: Journal,
     why_not: Mapping[str, str],
     remark: str = "",
     *,
@@ -27,7 +28,7 @@ def rendered(
 
     Args:
         entries: the rows that are shown.
-        results: lines of results, by the keys of entries.
+        results: the results, by the keys of entries.
         why_not: why an entry has no result, by its key, for those for which something is known.
         remark: what is said before the table; empty for nothing.
         compares: whether measured and published numbers can be compared, so that differences are shown.

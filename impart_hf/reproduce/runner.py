@@ -10,40 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import OutputError, atomic_write, write_json
-from ..common.json_lines import JsonLines
 from ..common.model_names import split_revision
+from ..evaluation.journal import Journal
 from ..storage.folder_lock import FolderLock
 from .planning import Conditions, Entry
 from .tables import Task
 
-RESULTS = "results.jsonl"
 _FACTS = "facts.json"  # beside a model that is complete
 # What a model that does not fit, a wrong setting, a full disk or a missing package raises; other rows can still be run.
 _FAILURES = (ValueError, OSError, ImportError, RuntimeError)
 
 
-class Results:
-    """The scores in an output folder, one JSON line each.
+def results_in(folder: Path) -> Journal:
+    """Return the scores in an output folder, one JSON line each, by the keys of entries.
 
-    Attributes:
-        by_key: the lines, by the keys of entries.
+    Raises:
+        OutputError: if the folder is a file.
     """
-
-    def __init__(self, folder: Path):
-        """Read those that are there.
-
-        Raises:
-            OutputError: if the folder is a file.
-            ValueError: if the file of results is damaged.
-        """
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(f"--output: '{folder}' is not a folder")
-        self._file = JsonLines(folder / RESULTS)
-        self.by_key: dict[str, dict[str, Any]] = {line["key"]: line for line in self._file.lines if "key" in line}
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        self._file.append(line)
-        self.by_key[line["key"]] = dict(line)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"--output: '{folder}' is not a folder")
+    return Journal(folder / "results.jsonl")
 
 
 class Runner:
@@ -56,7 +42,7 @@ class Runner:
     """
 
     def __init__(
-        self, conditions: Conditions, results: Results, *, keep: bool = False, say: Callable[[str], None] = print
+        self, conditions: Conditions, results: Journal, *, keep: bool = False, say: Callable[[str], None] = print
     ):
         """Prepare; nothing is run yet.
 
@@ -80,7 +66,7 @@ class Runner:
         """
         waiting: dict[str, list[Entry]] = {}
         for entry in entries:
-            known = entry.key in self.results.by_key or entry.key in self.failed or entry.key in self.unreachable
+            known = entry.key in self.results or entry.key in self.failed or entry.key in self.unreachable
             if not entry.needs and not known:
                 same = waiting.setdefault(entry.making_key, [])
                 if all(other.key != entry.key for other in same):
@@ -115,7 +101,7 @@ class Runner:
             self.unreachable |= {entry.key: str(error) for entry in entries}
         except _FAILURES as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            left = [entry for entry in entries if entry.key not in self.results.by_key]
+            left = [entry for entry in entries if entry.key not in self.results]
             self.failed |= {entry.key: reason for entry in left}
             self._say(f"  failed: {reason}")
         # A compression that failed on the way can be resumed; a model that was made is made again if it is needed.
@@ -142,25 +128,21 @@ class Runner:
 
     def _score(self, entry: Entry, folder: Path, facts: Mapping[str, Any]) -> None:
         from ..common.machine import machine
-        from ..evaluation.tasks import TaskSettings, evaluate_tasks
+        from ..evaluation.tasks import evaluate_tasks
 
         task, conditions = entry.task, self._conditions
         assert task.lm_eval is not None
         model, revision = split_revision(entry.making.stored or str(folder / "model"))
         base = None if entry.making.base is None else split_revision(entry.making.base)[0]
-        settings = TaskSettings(
-            num_fewshot=task.num_fewshot, limit=conditions.limit, batch_size=conditions.batch_size,
-            data_dir=conditions.data_dir, allow_code=conditions.allow_code,
-        )  # fmt: skip
         started = time.perf_counter()
         scores = evaluate_tasks(
-            model, [task.lm_eval], settings, backend=conditions.backend, device=conditions.device, revision=revision,
-            base_model=base,
+            model, [task.lm_eval], conditions.settings_for(task), backend=conditions.backend, device=conditions.device, revision=revision,
+            base_model=base, results=conditions.output / "verdicts" if task.judge else None,
         )  # fmt: skip
         score = _chosen(scores, task)
         self.results.add(
+            entry.key,
             {
-                "key": entry.key,
                 "row": entry.row.id,
                 "value": score.value,
                 "stderr": score.stderr,
@@ -172,7 +154,7 @@ class Runner:
                 "identity": entry.identity(),
                 "machine": machine(conditions.device),
                 "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            }
+            },
         )
 
 
@@ -182,9 +164,8 @@ def _chosen(scores: Sequence[Any], task: Task) -> Any:
     Raises:
         ValueError: if it is not there.
     """
-    wanted = (task.metric, task.filter)
-    found = [score for score in scores if wanted in (("", ""), (score.metric, score.filter))]
+    found = [s for s in scores if task.metric in ("", s.metric) and task.filter in ("", s.filter)]
     if not found:
         there = ", ".join(dict.fromkeys(f"{score.metric} ({score.filter})" for score in scores))
-        raise ValueError(f"task '{task.lm_eval}' has no score {task.metric} ({task.filter}), but {there}")
+        raise ValueError(f"task '{task.lm_eval}' has no score {task.metric} ({task.filter or 'any'}), but {there}")
     return found[0]  # of a group of tasks, its own score comes first

@@ -58,12 +58,14 @@ def test_rows_are_listed_with_what_they_need(capsys: pytest.CaptureFixture[str],
         (["impart-ratios", "--pair", "demo"], ("--pair", "--small")),
         (["impart-ratios", "--small", "--pair", "nowhere"], ("--pair", "nowhere", "base/config.json")),
         (["impart-ratios", "--small", "--texts", "folder"], ("--texts", "--small")),
-        (["impart-ratios", "--small", "--allow-code"], ("--allow-code", "--small")),
+        (["impart-ratios", "--small", "--allow-code", "isolated"], ("--allow-code", "--small")),
+        (["impart-ratios", "--small", "--judge", "http://localhost"], ("--judge", "--small")),
+        (["impart-ratios", "--judge", "http://localhost"], ("--judge-model", "--instructions")),
         (["impart-ratios", "--model", "wizardmath-13b"], ("--model", "wizardmath-13b")),
         (["impart-ratios", "--model", "wizard=folder"], ("--model", "wizard")),
         (["impart-ratios", "--texts", "nowhere"], ("--texts", "nowhere")),
-        (["impart-ratios", "--limit", "0"], ("--limit", 0)),
-        (["impart-ratios", "--limit", "2.5"], ("--limit", 2.5)),
+        (["impart-ratios", "--limit", "0"], ("limit", 0)),
+        (["impart-ratios", "--limit", "2.5"], ("limit", 2.5)),
         (["impart-ratios", "--device", "nothing"], "nothing"),
     ],
     ids=str,
@@ -78,13 +80,6 @@ def test_bad_input_is_one_line_and_no_work(
 def test_an_output_that_is_a_file_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert re.search(naming("--output", "file"), failure(capsys, "impart-ratios", "--output", "file"))
-
-
-def test_damaged_results_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "results.jsonl").write_text("no JSON\n")
-    message = failure(capsys, "impart-ratios", "--list", "--output", "out")
-    assert re.search(naming("results.jsonl", 1), message)
 
 
 @pytest.mark.slow

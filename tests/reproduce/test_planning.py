@@ -55,7 +55,7 @@ def test_a_key_depends_on_a_text_s_content(conditions: Conditions, tmp_path: Pat
 @pytest.mark.parametrize(
     ("table", "row", "named"),
     [
-        ("impart-sparsification", "dare/llama2-chat-13b/alpacaeval", "judge"),
+        ("impart-sparsification", "dare/llama2-chat-13b/alpacaeval", ("--judge", "--instructions")),
         ("impart-sparsification", "dare/wizardcoder-13b/humaneval", "--allow-code"),
         ("impart-merging", "fine-tuned/llamacoder-13b/humaneval", ("--model", "llamacoder-13b")),
         ("impart-merging", "ta/merged-13b/gsm8k", ("llamacoder-13b", "--texts", "validation/gsm8k.jsonl")),
@@ -75,7 +75,7 @@ def test_what_is_given_is_no_longer_needed(conditions: Conditions, tmp_path: Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     found = replace(
-        conditions, texts=tmp_path / "texts", allow_code=True, replaced={"llamacoder-13b": "mine/llamacoder"}
+        conditions, texts=tmp_path / "texts", allow_code="isolated", replaced={"llamacoder-13b": "mine/llamacoder"}
     )
     merged = entry("impart-merging", "ties-impart/merged-13b/humaneval", found)
     assert merged.needs == ""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from impart_hf.evaluation.journal import Journal
 from impart_hf.reproduce.planning import Conditions, Entry, entries_of
 from impart_hf.reproduce.rendering import rendered
 from impart_hf.reproduce.tables import Table, read_table
@@ -51,8 +52,15 @@ def result(entry: Entry, value: float, stderr: float | None = 0.03, **model: obj
     }  # fmt: skip
 
 
+def kept(*results: dict) -> Journal:
+    journal = Journal(None)
+    for one in results:
+        journal.add(one["key"], one)
+    return journal
+
+
 def test_measured_stands_beside_published(table: Table, entries: list[Entry]) -> None:
-    results = {e.key: result(e, v, ratio=32.44) for e, v in zip(entries[2:], (0.48, 0.64), strict=True)}
+    results = kept(*(result(e, v, ratio=32.44) for e, v in zip(entries[2:], (0.48, 0.64), strict=True)))
     text = rendered(table, entries, results, {})
     lines = text.splitlines()
     assert lines[0] == "## A table"
@@ -69,30 +77,32 @@ def test_measured_stands_beside_published(table: Table, entries: list[Entry]) ->
 
 
 def test_why_a_row_was_not_measured(table: Table, entries: list[Entry]) -> None:
-    text = rendered(table, entries, {}, {entries[0].key: "no room on the disk"})
+    text = rendered(table, entries, kept(), {entries[0].key: "no room on the disk"})
     assert "- `base/wizardmath-13b/gsm8k`: no room on the disk" in text
     assert "- `base/wizardmath-13b/ifeval`, `dare/*`: not run yet" in text
 
 
 def test_a_missed_ratio_is_said(table: Table, entries: list[Entry]) -> None:
-    text = rendered(table, entries, {entries[2].key: result(entries[2], 0.5, ratio=20.0, shortfall="too small")}, {})
+    text = rendered(table, entries, kept(result(entries[2], 0.5, ratio=20.0, shortfall="too small")), {})
     assert "Ratio missed:\n\n- `dare/wizardmath-13b/gsm8k`: too small" in text
 
 
 def test_numbers_that_cannot_be_compared_have_no_difference(table: Table, entries: list[Entry]) -> None:
-    text = rendered(table, entries, {entries[2].key: result(entries[2], 0.48)}, {}, "A remark.", compares=False)
+    text = rendered(table, entries, kept(result(entries[2], 0.48)), {}, "A remark.", compares=False)
     assert "| 48.00 ± 3.00 (50.00) |" in text
     assert text.splitlines()[2] == "A remark."
 
 
 def test_one_result_of_two_rows_is_no_less_certain_in_their_mean(table: Table, entries: list[Entry]) -> None:
-    one = result(entries[2], 0.5)
-    text = rendered(table, entries, {entry.key: one for entry in entries[2:]}, {})
+    results = Journal(None)
+    for entry in entries[2:]:
+        results.add(entry.key, {**result(entry, 0.5), "key": "one"})
+    text = rendered(table, entries, results, {})
     assert "| 50.00 ± 3.00 (55.00, -5.00) |" in text
 
 
 def test_a_score_without_standard_error(table: Table, entries: list[Entry]) -> None:
-    results = {entry.key: result(entry, 0.5, None) for entry in entries[2:]}
+    results = kept(*(result(entry, 0.5, None) for entry in entries[2:]))
     assert "| DARE | 50.00 (50.00, +0.00) | 50.00 (60.00, -10.00) | 50.00 (55.00, -5.00) |" in rendered(
         table, entries, results, {}
     )

@@ -11,7 +11,7 @@ import pytest
 from support.reproduced import make_small_pair, run
 
 from impart_hf.reproduce.planning import Conditions
-from impart_hf.reproduce.runner import Results, Runner
+from impart_hf.reproduce.runner import Runner, results_in
 from impart_hf.reproduce.tables import load_table, table_names
 from impart_hf.storage.folder_lock import FolderLock
 
@@ -169,7 +169,7 @@ def test_two_runs_in_one_folder_are_refused(locked: Path, pair: Path, capsys: py
 
 
 def test_nothing_to_run_takes_no_lock(locked: Path) -> None:
-    Runner(Conditions(locked), Results(locked)).run([])
+    Runner(Conditions(locked), results_in(locked)).run([])
 
 
 def test_a_score_that_a_task_does_not_give_is_named(tmp_path: Path, pair: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_score_that_a_task_does_not_give_is_named(tmp_path: Path, pair: Path) 
     conditions = Conditions(tmp_path, limit=2)
     (entry,) = entries_of(table, ["backbone/wizardmath-13b/gsm8k"], conditions)
     wrong = replace(entry, task=replace(entry.task, metric="bleu", filter="none"))
-    runner = Runner(conditions, Results(tmp_path), say=lambda line: None)
+    runner = Runner(conditions, results_in(tmp_path), say=lambda line: None)
     runner.run([wrong])
     (reason,) = runner.failed.values()
     assert "bleu" in reason and "acc" in reason

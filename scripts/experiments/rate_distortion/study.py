@@ -28,12 +28,11 @@ import torch
 from measure import comma_separated
 from pairs import TRAINED, Pair, trained
 from report import write_report
-from results_log import Log
+from results_log import Log, read_lines
 from transformers import AutoTokenizer
 from transformers.utils import logging
 from variants import DEFAULT, SEEDS, Effort, Variant
 
-from impart_hf.common.json_lines import read_json_lines
 from impart_hf.evaluation.metrics import evaluate, load
 
 _BATCH = 8  # sequences evaluated at a time
@@ -170,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.report:
             _run(arguments, path)
         docs = arguments.docs or arguments.work
-        write_report(read_json_lines(path), docs)
+        write_report(read_lines(path), docs)
     except (ValueError, OSError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 1
