@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,19 +37,18 @@ def forecast_table(entries: Sequence[Entry], conditions: Conditions, say: Callab
         makings.setdefault(entry.making_key, entry)
     if not makings:
         return "Nothing is left to run."
-    times: RunTimes | None = None
-    rows = [list(_HEADINGS)]
+    rows, from_shapes = [list(_HEADINGS)], _ShapeForecasts(conditions)
     for number, entry in enumerate(makings.values(), start=1):
         say(f"forecast {number} of {len(makings)}: {entry.row.line.label} on {entry.row.model.name}")
-        making = entry.making
+        making, source = entry.making, "shapes"
         cells = [_UNKNOWN] * 4
-        source = "shapes" if entry.row.model.shape else "headers"
         if isinstance(making, Compressed):
-            here = all(_is_here(model) for model in making.pair)
-            source = "headers" if here else "shapes"
-            times = times or (None if here else machine_times(conditions.device, trains=True))
             try:
-                cells = _cells(_forecast_here(making, conditions) if here else _from_shapes(entry, conditions, times))
+                if all(map(_is_here, making.pair)):
+                    source = "headers"
+                    cells = _cells(forecast(device=conditions.device, **making.arguments()))
+                else:
+                    cells = _cells(from_shapes.of(making, entry.row.model.shape))
             except UnreachableRatioError as error:
                 source = str(error)
         elif entry.row.model.shape:
@@ -62,18 +63,28 @@ def _is_here(model: str) -> bool:
     return os.path.isdir(source) or isinstance(try_to_load_from_cache(source, "config.json", revision=revision), str)
 
 
-def _forecast_here(making: Compressed, conditions: Conditions) -> Forecast:
-    return forecast(device=conditions.device, **making.arguments())
+class _ShapeForecasts:
+    """Forecasts from shapes, one for all models of one shape."""
 
+    def __init__(self, conditions: Conditions):
+        self._device = conditions.device
+        self._found: dict[str, Forecast] = {}
 
-def _from_shapes(entry: Entry, conditions: Conditions, times: RunTimes | None) -> Forecast:
-    making = entry.making
-    assert isinstance(making, Compressed) and times is not None
-    text = torch.zeros(making.calibration_samples, making.calibration_length, dtype=torch.int64)
-    return forecast_shapes(
-        Shapes(**entry.row.model.shape), making.method, times, seconds=_SECONDS, device=conditions.device,
-        calibration=text if making.calibration else None, distillation=text if making.distill else None,
-    )  # fmt: skip
+    @cached_property
+    def _times(self) -> RunTimes:
+        return machine_times(self._device, trains=True)
+
+    def of(self, making: Compressed, shape: Mapping[str, Any]) -> Forecast:
+        """Return the forecast of a compression of a model of this shape."""
+        text = torch.zeros(making.calibration_samples, making.calibration_length, dtype=torch.int64)
+        texts = [text if source else None for source in (making.calibration, making.distill)]
+        key = json.dumps([shape, making.method.to_dict(), [text is not None for text in texts]])
+        if key not in self._found:
+            self._found[key] = forecast_shapes(
+                Shapes(**shape), making.method, self._times, seconds=_SECONDS, device=self._device,
+                calibration=texts[0], distillation=texts[1],
+            )  # fmt: skip
+        return self._found[key]
 
 
 def _cells(found: Forecast) -> list[str]:
@@ -92,7 +103,7 @@ def _by_rule(making: Making, dense: int) -> list[str]:
     if isinstance(making, Pruned):
         memory = dense // 2 * (_TRAINED if making.tuning == "full" else _FLOAT)
         return [_UNKNOWN, human_bytes(memory), human_bytes(3 * dense), human_bytes(dense)]
-    return [_UNKNOWN, human_bytes(dense), _UNKNOWN, human_bytes(dense)]
+    return [_UNKNOWN, human_bytes(dense), _UNKNOWN, _UNKNOWN]
 
 
 def _bytes(entry: Entry) -> int:

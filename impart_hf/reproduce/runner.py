@@ -6,19 +6,21 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.files import OutputError, atomic_write, write_json
-from ..common.model_names import split_revision
 from ..evaluation.journal import Journal
 from ..storage.folder_lock import FolderLock
 from .planning import Conditions, Entry
 from .tables import Task
 
+if TYPE_CHECKING:
+    from ..evaluation.task_scores import TaskScore
+    from .scoring import Scorer
+
 _FACTS = "facts.json"  # beside a model that is complete
-# What a model that does not fit, a wrong setting, a full disk or a missing package raises; other rows can still be run.
-_FAILURES = (ValueError, OSError, ImportError, RuntimeError)
 
 
 def results_in(folder: Path) -> Journal:
@@ -89,24 +91,30 @@ class Runner:
         """Make a model, and score it for each of these entries, which all have it."""
         from ..compression.plan import UnreachableRatioError
 
-        first = entries[0]
-        folder = self._conditions.output / "models" / first.making_key
-        made = False
+        making = entries[0].making
+        folder = self._conditions.output / "models" / entries[0].making_key
+        resumes = True
         try:
-            facts = {} if first.making.stored else self._made(first, folder)
-            made = True
-            for entry in entries:
-                self._score(entry, folder, facts)
+            facts = {} if making.stored else self._made(entries[0], folder)
+            resumes = False
+            with self._scorer.of(making, folder) as score:
+                for entry in entries:
+                    self._keep_score(entry, score, facts)
         except UnreachableRatioError as error:
+            resumes = False
             self.unreachable |= {entry.key: str(error) for entry in entries}
-        except _FAILURES as error:
+        except Exception as error:  # models and tasks run code of third parties; other rows can still be run
             reason = " ".join(str(error).split()) or type(error).__name__
-            left = [entry for entry in entries if entry.key not in self.results]
-            self.failed |= {entry.key: reason for entry in left}
+            self.failed |= {entry.key: reason for entry in entries if entry.key not in self.results}
             self._say(f"  failed: {reason}")
-        # A compression that failed on the way can be resumed; a model that was made is made again if it is needed.
-        if made and not self._keep:
+        if not resumes and not self._keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        from .scoring import Scorer
+
+        return Scorer(self._conditions)
 
     def _made(self, entry: Entry, folder: Path) -> dict[str, Any]:
         """Make an entry's model, unless it is complete, and return the facts about it."""
@@ -126,20 +134,12 @@ class Runner:
             write_json(temporary, facts)
         return facts
 
-    def _score(self, entry: Entry, folder: Path, facts: Mapping[str, Any]) -> None:
+    def _keep_score(self, entry: Entry, score_on: Callable[[Task], TaskScore], facts: Mapping[str, Any]) -> None:
+        """Score the entry's model, and keep the result."""
         from ..common.machine import machine
-        from ..evaluation.tasks import evaluate_tasks
 
-        task, conditions = entry.task, self._conditions
-        assert task.lm_eval is not None
-        model, revision = split_revision(entry.making.stored or str(folder / "model"))
-        base = None if entry.making.base is None else split_revision(entry.making.base)[0]
         started = time.perf_counter()
-        scores = evaluate_tasks(
-            model, [task.lm_eval], conditions.settings_for(task), backend=conditions.backend, device=conditions.device, revision=revision,
-            base_model=base, results=conditions.output / "verdicts" if task.judge else None,
-        )  # fmt: skip
-        score = _chosen(scores, task)
+        score = score_on(entry.task)
         self.results.add(
             entry.key,
             {
@@ -152,20 +152,7 @@ class Runner:
                 "seconds": round(time.perf_counter() - started, 2),
                 "model": dict(facts),
                 "identity": entry.identity(),
-                "machine": machine(conditions.device),
+                "machine": machine(self._conditions.device),
                 "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             },
         )
-
-
-def _chosen(scores: Sequence[Any], task: Task) -> Any:
-    """Return a task's score among all that lm-eval gives.
-
-    Raises:
-        ValueError: if it is not there.
-    """
-    found = [s for s in scores if task.metric in ("", s.metric) and task.filter in ("", s.filter)]
-    if not found:
-        there = ", ".join(dict.fromkeys(f"{score.metric} ({score.filter})" for score in scores))
-        raise ValueError(f"task '{task.lm_eval}' has no score {task.metric} ({task.filter or 'any'}), but {there}")
-    return found[0]  # of a group of tasks, its own score comes first

@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on(done: Path, pair: Path, capsys: pytest.CaptureFixt
     status, out, err = small(capsys, pair, done, *FIRST)
     assert status == 0 and err == "1 of 1: Backbone on wizardmath-13b\n"
     measured = json.loads(lines[0])
-    again = lines_of(done)[-1]
+    again = json.loads((done / "results.jsonl").read_text("utf-8").splitlines()[-1])
     assert (again["key"], again["value"]) == (measured["key"], measured["value"])
     assert (done / "impart-sparsification.md").read_text("utf-8") == out[:-1]
 
