@@ -36,13 +36,31 @@ if TYPE_CHECKING:  # names for the type checker
     from .methods import ImPartRdConfig as ImPartRdConfig
     from .methods import LowRankConfig as LowRankConfig
     from .modeling.configuration_delta_compressed import DeltaCompressedConfig as DeltaCompressedConfig
-    from .modeling.configuration_pruned_llama import PrunedLlamaConfig as PrunedLlamaConfig
+    from .modeling.configuration_pruned import PrunedGemma2Config as PrunedGemma2Config
+    from .modeling.configuration_pruned import PrunedGemma3TextConfig as PrunedGemma3TextConfig
+    from .modeling.configuration_pruned import PrunedLlamaConfig as PrunedLlamaConfig
+    from .modeling.configuration_pruned import PrunedMistralConfig as PrunedMistralConfig
+    from .modeling.configuration_pruned import PrunedPhi3Config as PrunedPhi3Config
+    from .modeling.configuration_pruned import PrunedQwen2Config as PrunedQwen2Config
+    from .modeling.configuration_pruned import PrunedQwen3Config as PrunedQwen3Config
     from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM as DeltaCompressedForCausalLM
     from .modeling.modeling_delta_compressed import (
         DeltaCompressedForSequenceClassification as DeltaCompressedForSequenceClassification,
     )
-    from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM as PrunedLlamaForCausalLM
-    from .modeling.modeling_pruned_llama import PrunedLlamaModel as PrunedLlamaModel
+    from .modeling.modeling_pruned import PrunedGemma2ForCausalLM as PrunedGemma2ForCausalLM
+    from .modeling.modeling_pruned import PrunedGemma2Model as PrunedGemma2Model
+    from .modeling.modeling_pruned import PrunedGemma3ForCausalLM as PrunedGemma3ForCausalLM
+    from .modeling.modeling_pruned import PrunedGemma3TextModel as PrunedGemma3TextModel
+    from .modeling.modeling_pruned import PrunedLlamaForCausalLM as PrunedLlamaForCausalLM
+    from .modeling.modeling_pruned import PrunedLlamaModel as PrunedLlamaModel
+    from .modeling.modeling_pruned import PrunedMistralForCausalLM as PrunedMistralForCausalLM
+    from .modeling.modeling_pruned import PrunedMistralModel as PrunedMistralModel
+    from .modeling.modeling_pruned import PrunedPhi3ForCausalLM as PrunedPhi3ForCausalLM
+    from .modeling.modeling_pruned import PrunedPhi3Model as PrunedPhi3Model
+    from .modeling.modeling_pruned import PrunedQwen2ForCausalLM as PrunedQwen2ForCausalLM
+    from .modeling.modeling_pruned import PrunedQwen2Model as PrunedQwen2Model
+    from .modeling.modeling_pruned import PrunedQwen3ForCausalLM as PrunedQwen3ForCausalLM
+    from .modeling.modeling_pruned import PrunedQwen3Model as PrunedQwen3Model
 
 # The modules of the public names, except the methods' classes.
 _MODULES = {
@@ -64,9 +82,27 @@ _MODULES = {
     "DeltaCompressedConfig": "modeling.configuration_delta_compressed",
     "DeltaCompressedForCausalLM": "modeling.modeling_delta_compressed",
     "DeltaCompressedForSequenceClassification": "modeling.modeling_delta_compressed",
-    "PrunedLlamaConfig": "modeling.configuration_pruned_llama",
-    "PrunedLlamaForCausalLM": "modeling.modeling_pruned_llama",
-    "PrunedLlamaModel": "modeling.modeling_pruned_llama",
+    "PrunedGemma2Config": "modeling.configuration_pruned",
+    "PrunedGemma3TextConfig": "modeling.configuration_pruned",
+    "PrunedLlamaConfig": "modeling.configuration_pruned",
+    "PrunedMistralConfig": "modeling.configuration_pruned",
+    "PrunedPhi3Config": "modeling.configuration_pruned",
+    "PrunedQwen2Config": "modeling.configuration_pruned",
+    "PrunedQwen3Config": "modeling.configuration_pruned",
+    "PrunedGemma2ForCausalLM": "modeling.modeling_pruned",
+    "PrunedGemma2Model": "modeling.modeling_pruned",
+    "PrunedGemma3ForCausalLM": "modeling.modeling_pruned",
+    "PrunedGemma3TextModel": "modeling.modeling_pruned",
+    "PrunedLlamaForCausalLM": "modeling.modeling_pruned",
+    "PrunedLlamaModel": "modeling.modeling_pruned",
+    "PrunedMistralForCausalLM": "modeling.modeling_pruned",
+    "PrunedMistralModel": "modeling.modeling_pruned",
+    "PrunedPhi3ForCausalLM": "modeling.modeling_pruned",
+    "PrunedPhi3Model": "modeling.modeling_pruned",
+    "PrunedQwen2ForCausalLM": "modeling.modeling_pruned",
+    "PrunedQwen2Model": "modeling.modeling_pruned",
+    "PrunedQwen3ForCausalLM": "modeling.modeling_pruned",
+    "PrunedQwen3Model": "modeling.modeling_pruned",
 }
 
 

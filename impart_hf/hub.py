@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 from .common.names import is_on_hub
-from .modeling.configuration_pruned_llama import PrunedLlamaConfig
+from .modeling.configuration_pruned import is_pruned_type
 from .modeling.delta_file import DeltaFile, find_delta_files
 from .modeling.delta_repository import read_config
 from .modeling.model_files import CheckpointError, HubOptions, repository_kind
 from .modeling.repository_files import push_folder
 from .modeling.repository_kind import RepositoryKind
-from .pruning.checks import open_llama
+from .pruning.checks import open_decoder
 from .repository.reader_files import pruned_reader_files
 
 
@@ -64,8 +64,8 @@ def is_pruned_model(source: str, options: HubOptions) -> bool:
 
 def _check_pruned_model(folder: str) -> None:
     """Check that config.json and weights are complete and match, and that the model loads without impart-hf."""
-    checkpoint, _ = open_llama(folder)
-    has_own_class = checkpoint.config["model_type"] == PrunedLlamaConfig.model_type
+    checkpoint, _ = open_decoder(folder)
+    has_own_class = is_pruned_type(checkpoint.config["model_type"])
     reader_files = [path.name for path in pruned_reader_files()] if has_own_class else []
     if reader_files and not checkpoint.config.get("auto_map"):
         raise CheckpointError(

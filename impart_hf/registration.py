@@ -18,9 +18,9 @@ def register_with_transformers() -> None:
     )
 
     from .modeling.configuration_delta_compressed import DeltaCompressedConfig
-    from .modeling.configuration_pruned_llama import PrunedLlamaConfig
+    from .modeling.configuration_pruned import PRUNED_CONFIGS
     from .modeling.modeling_delta_compressed import DeltaCompressedForCausalLM, DeltaCompressedForSequenceClassification
-    from .modeling.modeling_pruned_llama import PrunedLlamaForCausalLM, PrunedLlamaModel
+    from .modeling.modeling_pruned import PRUNED_DECODERS, PRUNED_LANGUAGE_MODELS
 
     AutoConfig.register("delta_compressed", DeltaCompressedConfig, exist_ok=True)
     AutoModelForCausalLM.register(DeltaCompressedConfig, DeltaCompressedForCausalLM, exist_ok=True)
@@ -28,9 +28,12 @@ def register_with_transformers() -> None:
     AutoModelForSequenceClassification.register(
         DeltaCompressedConfig, DeltaCompressedForSequenceClassification, exist_ok=True
     )
-    AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
-    AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)
-    AutoModelForCausalLM.register(PrunedLlamaConfig, PrunedLlamaForCausalLM, exist_ok=True)
+    for model_type, config in PRUNED_CONFIGS.items():
+        AutoConfig.register(model_type, config, exist_ok=True)
+    for decoder in PRUNED_DECODERS:
+        AutoModel.register(decoder.config_class, decoder, exist_ok=True)
+    for model in PRUNED_LANGUAGE_MODELS:
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
 
 
 def is_command_line() -> bool:

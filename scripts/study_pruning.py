@@ -1,4 +1,4 @@
-"""Measure perplexity against parameters of a pruned LLaMA: layers by several rules, widths, both; and recovery.
+"""Measure perplexity against parameters of a pruned model: layers by several rules, widths, both; and recovery.
 
 The model is scored by early gradients on a text, pruned in every way to the same sizes, and recovered by the same short
 full training on that text. Perplexity is measured on another text. Every finished run is recorded, and the same command
@@ -38,7 +38,7 @@ from transformers.utils import logging
 from impart_hf.common.files import atomic_write
 from impart_hf.evaluation.metrics import load, perplexity
 from impart_hf.pruning import Importance, PruningReport, compute_importance, prune_layers, prune_width, recover
-from impart_hf.pruning.checks import open_llama
+from impart_hf.pruning.checks import open_decoder
 
 REFERENCE = "unpruned"
 _LAYER_RULES = {"IGIA layers": "igia", "gradient-norm layers": "gradient_norm"}
@@ -89,7 +89,7 @@ class Study:
         """
         self.arguments, self.folder = arguments, arguments.output
         self.model = str(arguments.model)
-        _, self.shape = open_llama(self.model)
+        _, self.shape = open_decoder(self.model)
         self.count = len(self.shape.layers)
         if not all(0 < count <= self.count - 2 for count in arguments.counts):
             raise ValueError(
@@ -121,7 +121,7 @@ class Study:
         if not folder.exists():
             self._score(self.model, folder)
         importance = Importance.load(folder)
-        importance.check_model(*open_llama(self.model))
+        importance.check_model(*open_decoder(self.model))
         return importance
 
     def _score(self, model: str, folder: Path) -> Importance:
@@ -338,7 +338,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="study_pruning.py", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL", help="LLaMA to prune: local folder or Hub id")
+    parser.add_argument("model", metavar="MODEL", help="model to prune: local folder or Hub id")
     parser.add_argument("--data", type=Path, required=True, help="text file for scoring, correction and recovery")
     parser.add_argument("--text", type=Path, required=True, help="held-out text file to measure on")
     parser.add_argument(

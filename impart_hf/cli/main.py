@@ -42,12 +42,13 @@ COMMANDS: Mapping[str, str | Group] = {
     "export-lora": "write a delta's leading components as a LoRA adapter",
     "push": "upload a delta repository or pruned model to the Hub",
     "prune": Group(
-        "prune a LLaMA: score its layers, heads and channels, remove the least important, retrain the rest",
+        "prune a model: score its layers, heads and channels, remove the least important, retrain the rest",
         {
             "importance": "score layers, heads and channels by the gradients of the first LoRA steps",
             "layers": "drop the least important layers, merging them into those before",
             "width": "remove the least important heads and channels of every layer",
             "recover": "train a pruned model, with LoRA or in full, and save it merged",
+            "run": "do all of it, and compress and push the result, as a recipe in a YAML file says",
         },
     ),
     "evaluate": "measure models: cost, quality on a text or task, and speed",
@@ -90,7 +91,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="impart-hf",
         allow_abbrev=False,
-        description="Keep fine-tuned language models as small compressed deltas against their base, and prune LLaMA.",
+        description="Keep fine-tuned language models as small compressed deltas against their base, and prune models.",
     )
     parser.add_argument("--version", action="version", version=f"impart-hf {__version__}")
     _add_commands(parser, COMMANDS, __name__.rpartition(".")[0], arguments)

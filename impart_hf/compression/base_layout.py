@@ -20,6 +20,7 @@ from ..common.configs import model_config, untied
 from ..common.meta_model import takes_images
 from ..modeling.base_tensors import BaseTensors
 from ..modeling.checkpoints import Checkpoint, same_values
+from ..modeling.configuration_pruned import is_pruned_type
 from ..modeling.delta_chain import BaseModel, DeltaBase
 from ..modeling.model_files import CheckpointError, HubOptions
 from ..modeling.modeling_delta_compressed import is_classifier
@@ -175,7 +176,7 @@ def match(base: ReadModel, finetuned: ReadModel) -> MatchedPair:
     """
     types = tuple(model.checkpoint.config.get("model_type") for model in (base, finetuned))
     if types[0] != types[1]:
-        advice = ": give the pruned model that it was trained from as the base" if types[1] == "pruned_llama" else ""
+        advice = ": give the pruned model that it was trained from as the base" if is_pruned_type(types[1]) else ""
         raise IncompatibleModelsError(f"the base is a '{types[0]}' model, the fine-tune a '{types[1]}' model{advice}")
     stored = base.checkpoint
     assert isinstance(stored, Checkpoint | DeltaBase)  # a fine-tune may be an adapter, a base is not

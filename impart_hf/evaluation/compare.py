@@ -56,6 +56,31 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def cells(self) -> dict[str, str]:
+        """Return the evaluation as a row of a table, by column; tasks have a table of their own."""
+        cost, latency = self.cost, self.latency
+        cells = {"model": self.model}
+        if self.perplexity is not None:
+            cells["perplexity"] = f"{self.perplexity:.3f}"
+        cells |= {
+            "parameters": f"{cost.parameters:,}",
+            "without embeddings": f"{cost.parameters_without_embeddings:,}",
+            "weights": f"{human_bytes(cost.weight_bytes)} ({cost.dtype})",
+            "prefill MFLOP/token": f"{cost.prefill_flops_per_token / 1e6:,.2f}",
+            "decode MFLOP/token": f"{cost.decode_flops_per_token / 1e6:,.2f}",
+            "KV cache B/token": f"{sum(cost.kv_cache_bytes_per_token):,}",
+        }
+        if latency is not None:
+            peaks = (latency.prefill_peak_bytes, latency.decode_peak_bytes)
+            prefill, decode = ("unknown" if peak is None else human_bytes(peak) for peak in peaks)
+            cells |= {
+                "prefill ms": f"{latency.prefill_seconds * 1e3:.2f}",
+                "decode tokens/s": f"{latency.decode_tokens_per_second:.1f}",
+                "prefill peak": prefill,
+                "decode peak": decode,
+            }
+        return cells
+
 
 @dataclass
 class Comparison:
@@ -78,37 +103,11 @@ class Comparison:
 
     def table(self) -> str:
         """Return a Markdown table with a line for each model, and one with a line for each score of a task."""
-        tables = [markdown_table([_cells(evaluation) for evaluation in self.evaluations])]
+        tables = [markdown_table([evaluation.cells() for evaluation in self.evaluations])]
         scores = {evaluation.model: evaluation.scores for evaluation in self.evaluations}
         if any(scores.values()):
             tables.append(score_table(scores))
         return "\n\n".join(tables)
-
-
-def _cells(evaluation: Evaluation) -> dict[str, str]:
-    """Return a row of the table, by column."""
-    cost, latency = evaluation.cost, evaluation.latency
-    cells = {"model": evaluation.model}
-    if evaluation.perplexity is not None:
-        cells["perplexity"] = f"{evaluation.perplexity:.3f}"
-    cells |= {
-        "parameters": f"{cost.parameters:,}",
-        "without embeddings": f"{cost.parameters_without_embeddings:,}",
-        "weights": f"{human_bytes(cost.weight_bytes)} ({cost.dtype})",
-        "prefill MFLOP/token": f"{cost.prefill_flops_per_token / 1e6:,.2f}",
-        "decode MFLOP/token": f"{cost.decode_flops_per_token / 1e6:,.2f}",
-        "KV cache B/token": f"{sum(cost.kv_cache_bytes_per_token):,}",
-    }
-    if latency is not None:
-        peaks = (latency.prefill_peak_bytes, latency.decode_peak_bytes)
-        prefill, decode = ("unknown" if peak is None else human_bytes(peak) for peak in peaks)
-        cells |= {
-            "prefill ms": f"{latency.prefill_seconds * 1e3:.2f}",
-            "decode tokens/s": f"{latency.decode_tokens_per_second:.1f}",
-            "prefill peak": prefill,
-            "decode peak": decode,
-        }
-    return cells
 
 
 def compare_models(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
 from ..common.meta_model import meta_model
 from ..modeling.model_files import HubOptions, fetch_config
@@ -69,6 +69,7 @@ def empty_model(source: str, dtype: torch.dtype | None = None, revision: str | N
     config = AutoConfig.from_pretrained(source, revision=revision)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{source}' is a quantised checkpoint: give a model with float weights")
+    _fix_rope(config.get_text_config())
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
         # This implementation of experts works without real weights to route by, and its products are counted.
@@ -85,6 +86,17 @@ def empty_model(source: str, dtype: torch.dtype | None = None, revision: str | N
         raise ValueError(f"'{source}' is a {named[0]}; `evaluate` measures causal language models only")
     model.name_or_path = source
     return model.eval()
+
+
+def _fix_rope(config: PreTrainedConfig) -> None:
+    """Set kinds of RoPE that read the length of a text to the usual one, because the meta device knows no lengths.
+
+    No product of matrices depends on it.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for kind in (parameters, *parameters.values()):  # some models have one for each kind of layer
+        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope"):
+            kind["rope_type"] = "default"
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -28,7 +28,7 @@ from ..modeling.checkpoints import all_finite
 from ..modeling.model_files import HubOptions
 from ..modeling.transfer import to_device
 from ..repository.cards import merge_card, merge_origin
-from ..repository.reader_files import copy_pruned_reader
+from ..repository.reader_files import with_pruned_reader
 from ..repository.report import CompressionReport
 from ..repository.sidecar_files import copy_files
 from ..storage.checkpoint_writer import dense_tensors, new_folder_of_job, write_weights
@@ -347,8 +347,7 @@ class Merge:
         if self.config.dtype is not None:
             content.pop("torch_dtype", None)
             content["dtype"] = self.config.dtype
-        write_json(folder / "config.json", content)
-        copy_pruned_reader(str(content.get("model_type")), folder)
+        write_json(folder / "config.json", with_pruned_reader(content, folder))
         copy_files(self.inputs.companions.files, folder)
         if self.inputs.chat_template is not None:
             write_chat_template(folder, self.inputs.chat_template)

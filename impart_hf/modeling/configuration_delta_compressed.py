@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_pruned_llama import PrunedLlamaConfig
+from .configuration_pruned import PRUNED_CONFIGS
 
 FORMAT_VERSION = 1
 # Fields of `text_config` that transformers looks for in any configuration in order to check, convert or write them.
@@ -63,8 +63,8 @@ class DeltaCompressedConfig(PreTrainedConfig):
             if not isinstance(model_type, str):
                 raise ValueError("text_config has no model_type: this config.json is not that of a delta repository")
             fields = {k: v for k, v in self.text_config.items() if k != "model_type"}
-            if model_type == PrunedLlamaConfig.model_type:  # the Auto classes know it only if impart_hf is imported
-                self.text_config = PrunedLlamaConfig.from_dict(fields)
+            if model_type in PRUNED_CONFIGS:  # the Auto classes know it only if impart_hf is imported
+                self.text_config = PRUNED_CONFIGS[model_type].from_dict(fields)
             else:
                 self.text_config = AutoConfig.for_model(model_type, **fields)
         if self.text_config is not None:

@@ -19,12 +19,11 @@ from transformers.utils import logging
 
 from .checkpoints import config_for
 from .configuration_delta_compressed import DeltaCompressedConfig
-from .configuration_pruned_llama import PrunedLlamaConfig
 from .delta_record import DeltaFormatError
 from .delta_repository import DeltaRepository
 from .four_bit_weights import put_in_order
 from .model_files import HubOptions, fetch_file, pinned
-from .modeling_pruned_llama import PrunedLlamaForCausalLM
+from .modeling_pruned import PRUNED_LANGUAGE_MODELS
 from .repository_files import delta_digest, holds_delta, push_folder, repository_folder, save_repository
 from .saved_configs import changed_configs
 from .spread_models import is_spread, one_process_writes, true_in_any, values_are_dropped
@@ -273,8 +272,9 @@ def inner_class(text_config: PreTrainedConfig) -> Any:
         ValueError: if transformers has no model that generates text for the configuration.
     """
     # By name: the Auto classes know it only if impart_hf is imported, and remote code may be imported twice.
-    if text_config.model_type == PrunedLlamaConfig.model_type:
-        return PrunedLlamaForCausalLM
+    for model in PRUNED_LANGUAGE_MODELS:
+        if text_config.model_type == model.config_class.model_type:
+            return model
     candidates: list[Any] = []
     for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification):
         if auto_class is AutoModelForSequenceClassification and not candidates:

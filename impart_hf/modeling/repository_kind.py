@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .configuration_delta_compressed import DeltaCompressedConfig
-from .configuration_pruned_llama import PrunedLlamaConfig
+from .configuration_pruned import is_pruned_type
 
 
 class RepositoryKind(enum.Enum):
@@ -24,6 +24,6 @@ def kind_of(config: Mapping[str, Any]) -> RepositoryKind:
     """
     if config.get("model_type") == DeltaCompressedConfig.model_type:
         return RepositoryKind.DELTA
-    if config.get("model_type") == PrunedLlamaConfig.model_type or config.get("pruning") is not None:
+    if is_pruned_type(config.get("model_type")) or config.get("pruning") is not None:
         return RepositoryKind.PRUNED
     return RepositoryKind.DENSE

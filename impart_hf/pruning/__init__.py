@@ -1,4 +1,4 @@
-"""Pruning LLaMA (GradPruner): importance scores from early gradients, layer and width pruning, recovery training."""
+"""Pruning (GradPruner): importance scores from early gradients, layer and width pruning, recovery training."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -10,13 +10,13 @@ from ..adapters.adapter_files import refuse_adapter
 from ..modeling.checkpoints import Checkpoint
 from ..modeling.checksums import tensor_bytes
 from ..modeling.model_files import CheckpointError, HubOptions, pinned
-from .llama_shape import LlamaShape
+from .decoder_shape import DecoderShape
 
 _SAMPLES = 256  # entries of each tensor that go into a model's fingerprint
 
 
-def open_llama(source: str, revision: str | None = None) -> tuple[Checkpoint, LlamaShape]:
-    """Open a LLaMA-shaped checkpoint and check its tensors against its config.json.
+def open_decoder(source: str, revision: str | None = None) -> tuple[Checkpoint, DecoderShape]:
+    """Open a checkpoint of a family that can be pruned, and check its tensors against its config.json.
 
     Args:
         source: local folder or Hub id.
@@ -27,20 +27,20 @@ def open_llama(source: str, revision: str | None = None) -> tuple[Checkpoint, Ll
 
     Raises:
         CheckpointError: if it is missing or cannot be read, or its tensors do not match its config.json.
-        ValueError: if it is not LLaMA-shaped.
+        ValueError: if it is of another family, or its config.json is not valid.
     """
     options = pinned(source, HubOptions(revision))
     checkpoint = Checkpoint(source, options)
     refuse_adapter(source, options)
     try:
-        shape = LlamaShape.of(checkpoint.config)
+        shape = DecoderShape.of(checkpoint.config)
     except ValueError as error:
         raise ValueError(f"'{source}' cannot be pruned: {error}") from error
     expected, stored = shape.tensors(), set(checkpoint.names())
     if missing := expected.keys() - stored:
         raise CheckpointError(f"'{source}' lacks {min(missing)}, which its config.json requires")
     if unknown := stored - expected.keys():
-        raise CheckpointError(f"'{source}' holds {min(unknown)}, which a LLaMA with its config.json does not have")
+        raise CheckpointError(f"'{source}' holds {min(unknown)}, which a model with its config.json does not have")
     for name, size in expected.items():
         if checkpoint.shape(name) != size:
             raise CheckpointError(

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..common.names import public_name
 from ..modeling.checkpoints import Checkpoint
-from .llama_shape import LlamaShape
+from .decoder_shape import DecoderShape
 
 
 def with_step(
-    checkpoint: Checkpoint, shape: LlamaShape, step: Mapping[str, Any], base_name: str | None = None
+    checkpoint: Checkpoint, shape: DecoderShape, step: Mapping[str, Any], base_name: str | None = None
 ) -> dict[str, Any]:
     """Return the field `pruning` of config.json after one more step.
 

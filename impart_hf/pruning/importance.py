@@ -3,7 +3,7 @@
 LoRA trains W + s * B A instead of W. G = ∇B ∇A has W's shape and is used in place of W's own gradient. It is read
 before every step of the optimiser and never clipped. Two scores are computed from the G of all steps:
 
-    IGIA: F is the mean of G² over the steps, entry by entry; a layer's score is the sum of F over its seven matrices
+    IGIA: F is the mean of G² over the steps, entry by entry; a layer's score is the sum of F over its matrices
     gradient norm: the sum of ‖G‖_F over steps and matrices
 
 Heads, KV groups and channels get the same scores from their rows and columns. The scores do not need G itself: the
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..calibration.text import CalibrationSource, text_name
@@ -29,12 +29,12 @@ from ..common.validation import check_positive, check_seed, check_whole_number
 from ..storage.checkpoint_writer import new_folder
 from ..storage.output import check_output
 from ..training.trainer import train, training_arguments
-from .checks import open_llama, weights_fingerprint
+from .checks import open_decoder, weights_fingerprint
 from .choices import SCORES
+from .decoder_shape import GROUPS, HEADS, UNITS, DecoderShape, layer_prefix
 from .gradient_sums import MatrixSums
 from .importance_plot import draw
 from .importance_report import Importance
-from .llama_shape import LINEAR, LlamaShape, layer_prefix
 from .lora import add_lora, load_model, require_training, training_tokens
 
 logger = logging.get_logger(__name__)
@@ -62,9 +62,9 @@ def compute_importance(
     revision: str | None = None,
     progress: bool = True,
 ) -> Importance:
-    """Score the layers, heads, KV groups and channels of a LLaMA-shaped model on text, and write a report.
+    """Score the layers, heads, KV groups and channels of a model on text, and write a report.
 
-    The model is trained for a few steps with LoRA on the seven linear layers of every decoder layer, at a constant
+    The model is trained for a few steps with LoRA on all linear layers of every decoder layer, at a constant
     learning rate; the checkpoint itself is not changed. Memory holds the model, in float32 on a CPU and in bfloat16 on
     a GPU. With masks, the CPU's memory also holds the gradient factors of every matrix, or one float32 number per
     entry where that is less.
@@ -90,7 +90,7 @@ def compute_importance(
         progress: show a bar over the steps.
 
     Raises:
-        ValueError: for invalid settings, a model that is not LLaMA-shaped, too little text, and losses or gradients
+        ValueError: for invalid settings, a model that cannot be pruned, too little text, and losses or gradients
             that are not finite.
         CheckpointError: if the model cannot be read.
         FileNotFoundError: if the text does not exist.
@@ -98,29 +98,19 @@ def compute_importance(
         ModuleNotFoundError: if peft is not installed.
     """
     require_training()
-    check_whole_number(2, steps=steps)  # in the first step LoRA's B is zero, and so is the gradient of A
-    check_whole_number(1, batch_size=batch_size, rank=rank, alpha=alpha)
-    check_whole_number(2, length=length)
-    check_positive(learning_rate=learning_rate, top_percent=top_percent)
-    check_seed(seed)
-    if top_percent > 100:
-        raise ValueError(f"top_percent must be at most 100, got {top_percent}")
-    defaults = {
-        "max_steps": steps,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "seed": seed,
-    }
-    with training_arguments(device, batch_size, defaults, training, _RESERVED) as arguments:
+    with importance_arguments(
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, rank=rank, alpha=alpha, length=length,
+        seed=seed, top_percent=top_percent, training=training, device=device,
+    ) as arguments:  # fmt: skip
         is_first = arguments.process_index == 0
         if is_first:
             check_output(output_dir)
-        checkpoint, shape = open_llama(os.fspath(model), revision)
+        checkpoint, shape = open_decoder(os.fspath(model), revision)
         tokens = training_tokens(data, checkpoint, shape, samples=steps * batch_size, length=length, seed=seed)
         with new_folder(output_dir) if is_first else contextlib.nullcontext() as folder:
             on_cuda = arguments.device.type == "cuda"
-            lora = add_lora(load_model(checkpoint, torch.bfloat16 if on_cuda else torch.float32), rank, alpha, seed)
+            whole = load_model(checkpoint, torch.bfloat16 if on_cuda else torch.float32)
+            lora = add_lora(whole, shape, rank, alpha, seed)
             gradients = _Gradients(lora, shape, keep=masks and is_first)
             losses = train(lora, tokens, arguments, gradients, title="Scoring", progress=Progress(progress))
             if folder is not None:
@@ -154,10 +144,45 @@ def compute_importance(
     return Importance.load(output_dir)
 
 
+def importance_arguments(
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    rank: int,
+    alpha: int,
+    length: int,
+    seed: int,
+    top_percent: float,
+    training: Mapping[str, Any] | None,
+    device: str | torch.device | None,
+) -> contextlib.AbstractContextManager[TrainingArguments]:
+    """Check the settings of `compute_importance`, and return the context of the Trainer's (`training_arguments`).
+
+    Raises:
+        ValueError: if a setting is invalid; for those that the Trainer has, when the context is entered.
+    """
+    check_whole_number(2, steps=steps)  # in the first step LoRA's B is zero, and so is the gradient of A
+    check_whole_number(1, batch_size=batch_size, rank=rank, alpha=alpha)
+    check_whole_number(2, length=length)
+    check_positive(learning_rate=learning_rate, top_percent=top_percent)
+    check_seed(seed)
+    if top_percent > 100:
+        raise ValueError(f"top_percent must be at most 100, got {top_percent}")
+    defaults = {
+        "max_steps": steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "seed": seed,
+    }
+    return training_arguments(device, batch_size, defaults, training, _RESERVED)
+
+
 class _Gradients(TrainerCallback):
     """A callback that sums the gradients of a model's LoRA weights before every step of the optimiser."""
 
-    def __init__(self, model: Any, shape: LlamaShape, keep: bool):
+    def __init__(self, model: Any, shape: DecoderShape, keep: bool):
         """Find the LoRA modules.
 
         Args:
@@ -169,11 +194,10 @@ class _Gradients(TrainerCallback):
         self._sums = {}
         modules = dict(model.get_base_model().named_modules())
         for layer, width in enumerate(shape.layers):
-            blocks = (width.num_attention_heads, *[width.num_key_value_heads] * 2, width.num_attention_heads)
-            for name, units in zip(LINEAR, blocks + (width.intermediate_size,) * 3, strict=True):
-                module = modules[layer_prefix(layer) + name]
-                by_rows = name not in ("self_attn.o_proj", "mlp.down_proj")
-                self._sums[layer, name] = module, MatrixSums(units, by_rows, keep)
+            for linear in shape.linears:
+                units = sum(map(width.count, linear.units))
+                module = modules[layer_prefix(layer) + linear.name]
+                self._sums[layer, linear.name] = module, MatrixSums(units, bool(linear.rows), keep)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for (layer, name), (module, sums) in self._sums.items():
@@ -188,18 +212,19 @@ class _Gradients(TrainerCallback):
     def scores(self, top_percent: float) -> dict[str, Any]:
         """Return the arguments of `Importance` that come from the gradients, and free the sums for the masks."""
         layers: dict[str, list[float]] = {score: [] for score in SCORES}
-        units: dict[str, dict[str, list[torch.Tensor]]] = {
-            name: {score: [] for score in SCORES} for name in ("heads", "groups", "channels")
-        }
+        units: dict[str, dict[str, list[torch.Tensor]]] = {unit: {score: [] for score in SCORES} for unit in UNITS}
         for layer, width in enumerate(self._shape.layers):
-            sums = [self._sums[layer, name][1] for name in LINEAR]
+            sums = [(linear.units, self._sums[layer, linear.name][1]) for linear in self._shape.linears]
             for score in SCORES:
-                layers[score].append(sum(matrix.total(score) for matrix in sums))
-                query, key, value, output, gate, up, down = (matrix.units(score) for matrix in sums)
-                heads = query + output
-                group = key + value + heads.view(width.num_key_value_heads, -1).sum(1)
-                for name, values in (("heads", heads), ("groups", group), ("channels", gate + up + down)):
-                    units[name][score].append(values.float())
+                layers[score].append(sum(matrix.total(score) for _, matrix in sums))
+                found = {unit: torch.zeros(width.count(unit), dtype=torch.float64) for unit in UNITS}
+                for kinds, matrix in sums:
+                    parts = matrix.units(score).split([width.count(unit) for unit in kinds])
+                    for unit, part in zip(kinds, parts, strict=True):
+                        found[unit] += part
+                found[GROUPS] += found[HEADS].view(width.count(GROUPS), -1).sum(1)
+                for unit, values in found.items():
+                    units[unit][score].append(values.float())
         masks = {
             layer_prefix(layer) + name: packed
             for (layer, name), (_, matrix) in self._sums.items()

@@ -18,10 +18,11 @@ from ..modeling.checksums import tensor_bytes
 from ..storage.safetensors_writer import Entry, write_safetensors
 from .checks import weights_fingerprint
 from .choices import SCORES
-from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
+from .decoder_shape import FAMILIES, UNITS, DecoderShape, LayerWidth, layer_prefix
 from .report_fields import (
     DamagedError,
     checked_flag,
+    checked_names,
     checked_number,
     checked_text,
     checked_whole,
@@ -29,11 +30,10 @@ from .report_fields import (
     read_report,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REPORT, UNIT_SCORES, MASKS = "importance.json", "importance.safetensors", "masks.safetensors"
-_UNITS = ("heads", "groups", "channels")
 _WIDTHS = tuple(field.name for field in dataclasses.fields(LayerWidth))  # the fields that count a layer's units
-_SHAPE = tuple(field.name for field in dataclasses.fields(LlamaShape) if field.name != "layers")
+_SHAPE = tuple(field.name for field in dataclasses.fields(DecoderShape) if field.name != "layers")
 _AGAIN = "run `impart-hf prune importance` again"
 
 UnitScores = Mapping[str, Sequence[torch.Tensor]]
@@ -62,7 +62,7 @@ class Importance:
         *,
         model: str,
         fingerprint: str,
-        shape: LlamaShape,
+        shape: DecoderShape,
         settings: Mapping[str, Any],
         top_percent: float,
         losses: Sequence[float],
@@ -100,14 +100,14 @@ class Importance:
 
         Args:
             layer: number of the decoder layer.
-            linear_name: one of `llama_shape.LINEAR`.
+            linear_name: one of the shape's `linear_names`.
 
         Raises:
             ValueError: if the report has no masks, the matrix does not exist, or the file is damaged.
         """
         if self._masks is None:
             raise ValueError(f"the importance report holds no masks: {_AGAIN}, without --no-masks")
-        if linear_name not in LINEAR or not 0 <= layer < len(self.shape.layers):
+        if linear_name not in self.shape.linear_names or not 0 <= layer < len(self.shape.layers):
             raise ValueError(f"the model has no matrix {linear_name} in layer {layer}")
         out_features, in_features = _matrix_shape(self.shape, layer, linear_name)
         size = out_features * in_features
@@ -116,11 +116,11 @@ class Importance:
             raise ValueError(f"the mask of {_matrix_name(layer, linear_name)} is damaged: {_AGAIN}")
         return torch.from_numpy(bits.view(np.bool_)).view(out_features, in_features)
 
-    def check_model(self, checkpoint: Checkpoint, shape: LlamaShape) -> None:
+    def check_model(self, checkpoint: Checkpoint, shape: DecoderShape) -> None:
         """Check that the report was made for this model.
 
         Args:
-            checkpoint, shape: from `checks.open_llama`.
+            checkpoint, shape: from `checks.open_decoder`.
 
         Raises:
             ValueError: if it was made for another model, or its scores are no longer valid.
@@ -136,7 +136,7 @@ class Importance:
     def _check_scores(self) -> None:
         counts = [dataclasses.astuple(width) for width in self.shape.layers]
         for score in SCORES:
-            found = [self.layers.get(score), *(getattr(self, units).get(score) for units in _UNITS)]
+            found = [self.layers.get(score), *(getattr(self, units).get(score) for units in UNITS)]
             if any(values is None for values in found):
                 raise ValueError(f"the importance report lacks the score '{score}': {_AGAIN}")
             sizes = [tuple(len(values) for values in per_layer) for per_layer in zip(*found[1:], strict=False)]
@@ -174,7 +174,7 @@ class Importance:
         }
         write_json(target / REPORT, report)
         entries = []
-        for units in _UNITS:
+        for units in UNITS:
             for score in SCORES:
                 values = torch.cat([tensor.to(torch.float32) for tensor in getattr(self, units)[score]])
                 data = tensor_bytes(values).tobytes()
@@ -217,13 +217,16 @@ class Importance:
             raise DamagedError(f"{REPORT} has no valid shape, layers or masks")
         if not all(isinstance(row, dict) and row.get("layer") == number for number, row in enumerate(rows)):
             raise DamagedError("its layers are not numbered from 0 upwards")
-        shape = LlamaShape(
+        family = checked_text(fields, "family")
+        if family not in FAMILIES:
+            raise DamagedError(f"family is {family!r:.40}, not one of {', '.join(FAMILIES)}")
+        shape = DecoderShape(
+            family=family,
             hidden_size=checked_whole(fields, "hidden_size"),
             head_dim=checked_whole(fields, "head_dim"),
             vocab_size=checked_whole(fields, "vocab_size"),
             tied=checked_flag(fields, "tied"),
-            attention_bias=checked_flag(fields, "attention_bias"),
-            mlp_bias=checked_flag(fields, "mlp_bias"),
+            biased=checked_names(fields, "biased", {linear.name for linear in FAMILIES[family].linears}),
             layers=tuple(LayerWidth(*(checked_whole(row, name) for name in _WIDTHS)) for row in rows),
         )
         for number, width in enumerate(shape.layers):
@@ -266,26 +269,26 @@ def _matrix_name(layer: int, linear_name: str) -> str:
     return layer_prefix(layer) + linear_name
 
 
-def _matrix_shape(shape: LlamaShape, layer: int, linear_name: str) -> tuple[int, int]:
+def _matrix_shape(shape: DecoderShape, layer: int, linear_name: str) -> tuple[int, int]:
     out_features, in_features = shape.layer_tensors(layer)[f"{linear_name}.weight"]
     return out_features, in_features
 
 
-def _packed_sizes(shape: LlamaShape) -> dict[str, int]:
+def _packed_sizes(shape: DecoderShape) -> dict[str, int]:
     """Return the bytes of every matrix's packed mask, by the matrix's name."""
     return {
         _matrix_name(layer, name): -(-math.prod(_matrix_shape(shape, layer, name)) // 8)
         for layer in range(len(shape.layers))
-        for name in LINEAR
+        for name in shape.linear_names
     }
 
 
-def _read_units(path: Path, shape: LlamaShape) -> dict[str, dict[str, list[torch.Tensor]]]:
-    counts = {units: [getattr(w, name) for w in shape.layers] for units, name in zip(_UNITS, _WIDTHS, strict=True)}
-    file = open_vectors(path, "F32", {f"{units}.{score}": sum(counts[units]) for units in _UNITS for score in SCORES})
+def _read_units(path: Path, shape: DecoderShape) -> dict[str, dict[str, list[torch.Tensor]]]:
+    counts = {units: [getattr(w, name) for w in shape.layers] for units, name in zip(UNITS, _WIDTHS, strict=True)}
+    file = open_vectors(path, "F32", {f"{units}.{score}": sum(counts[units]) for units in UNITS for score in SCORES})
     return {
         units: {
             score: list(torch.from_numpy(file.get_tensor(f"{units}.{score}")).split(counts[units])) for score in SCORES
         }
-        for units in _UNITS
+        for units in UNITS
     }

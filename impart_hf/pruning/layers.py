@@ -15,9 +15,9 @@ from ..common.validation import shard_bytes
 from ..modeling.checkpoints import Checkpoint
 from ..storage.checkpoint_writer import DenseTensor
 from ..storage.output import check_output
-from .checks import open_llama
+from .checks import open_decoder
+from .decoder_shape import DecoderShape, layer_prefix
 from .importance_report import Importance, check_score
-from .llama_shape import LINEAR, LlamaShape, layer_prefix
 from .pruned_writer import PruningReport, write_pruned
 
 
@@ -37,9 +37,10 @@ def prune_layers(
     max_shard_size: int | str = "5GB",
     progress: bool = True,
 ) -> PruningReport:
-    """Drop decoder layers of a LLaMA, and merge their most important weights into the layers before them.
+    """Drop decoder layers, and merge their most important weights into the layers before them.
 
-    A plain LLaMA stays a plain LLaMA. Exactly one of `drop`, `ratio` and `layers` chooses the layers.
+    A plain model stays a plain model of its family. Layers of sliding and of full attention are merged like any others:
+    the windows are no weights. Exactly one of `drop`, `ratio` and `layers` chooses the layers.
 
     Args:
         model: local folder or Hub id.
@@ -59,32 +60,25 @@ def prune_layers(
         progress: show progress bars.
 
     Raises:
-        ValueError: if the model is not LLaMA-shaped, the report is missing or of another model, no layer or every
-            layer would be dropped, or layers to be merged have different widths.
+        ValueError: if the model is of a family that cannot be pruned, the report is missing or of another model, no
+            layer or every layer would be dropped, layers to be merged have different widths, or config.json has a list
+            by layer that is not known.
         CheckpointError: if the model cannot be read.
         OutputError: if the output folder is not free or the disk is too small.
     """
-    if sum(choice is not None for choice in (drop, ratio, layers)) != 1:
-        raise ValueError("give exactly one of drop (how many layers), ratio and layers (their numbers)")
-    check_score(score)
-    shard_bytes(max_shard_size)
+    check_layers(drop=drop, ratio=ratio, layers=layers, score=score, max_shard_size=max_shard_size)
     check_output(output_dir)
-    checkpoint, shape = open_llama(model, revision)
+    checkpoint, shape = open_decoder(model, revision)
     if importance is not None:
         importance = importance if isinstance(importance, Importance) else Importance.load(importance)
         importance.check_model(checkpoint, shape)
-    elif merge or layers is None:
+    elif needs_report(layers, merge):
         raise ValueError(
             "an importance report is needed to choose layers or to merge them: run `impart-hf prune importance` first, "
             "or name the layers and do not merge"
         )
-    if layers is not None:
-        dropped = _named(layers, len(shape.layers), protect)
-    else:
-        assert importance is not None
-        candidates = range(1, len(shape.layers) - 1) if protect else range(len(shape.layers))
-        ranked = sorted(candidates, key=lambda n: (importance.layers[score][n].item(), n))
-        dropped = _lowest(ranked, drop, ratio, shape, protect)
+    scores = importance.layers[score].tolist() if importance is not None else []
+    dropped = layers_to_drop(shape, scores, drop=drop, ratio=ratio, layers=layers, protect=protect)
     kept = [number for number in range(len(shape.layers)) if number not in dropped]
     merged = merge_targets(dropped, kept) if merge else {}
     for source, target in merged.items():
@@ -103,13 +97,57 @@ def prune_layers(
         step["score"] = score
     if merged:
         assert importance is not None
-        importance.mask(dropped[0], LINEAR[0])  # raises a clear error if the report has no masks
+        importance.mask(dropped[0], shape.linear_names[0])  # raises a clear error if the report has no masks
         step["top_percent"] = importance.top_percent
     notes = [f"layer {n} has no kept layer before it and was not merged" for n in dropped if merge and n not in merged]
     return write_pruned(
-        output_dir, checkpoint, shape, after, step, _tensors(checkpoint, kept, merged, importance, after),
+        output_dir, checkpoint, shape, after, kept, step, _tensors(checkpoint, kept, merged, importance, after),
         base_name=base_name, max_shard_size=max_shard_size, progress=Progress(progress), notes=notes,
     )  # fmt: skip
+
+
+def check_layers(
+    *, drop: int | None, ratio: float | None, layers: Sequence[int] | None, score: str, max_shard_size: int | str
+) -> None:
+    """Check those settings of `prune_layers` that can be checked without a model.
+
+    Raises:
+        ValueError: if one is invalid, or not exactly one of `drop`, `ratio` and `layers` is given.
+    """
+    if sum(choice is not None for choice in (drop, ratio, layers)) != 1:
+        raise ValueError("give exactly one of drop (how many layers), ratio and layers (their numbers)")
+    check_score(score)
+    shard_bytes(max_shard_size)
+
+
+def needs_report(layers: Sequence[int] | None, merge: bool) -> bool:
+    """Return whether `prune_layers` needs an importance report: to choose layers, or to merge them."""
+    return merge or layers is None
+
+
+def layers_to_drop(
+    shape: DecoderShape,
+    scores: Sequence[float],
+    *,
+    drop: int | None,
+    ratio: float | None,
+    layers: Sequence[int] | None,
+    protect: bool,
+) -> list[int]:
+    """Return the sorted numbers of the layers to drop.
+
+    Args:
+        shape: the model's shape.
+        scores: one per layer; not used if `layers` names them.
+        drop, ratio, layers, protect: as for `prune_layers`.
+
+    Raises:
+        ValueError: if no layer or every layer would be dropped, or a layer does not exist or is protected.
+    """
+    if layers is not None:
+        return _named(layers, len(shape.layers), protect)
+    candidates = range(1, len(shape.layers) - 1) if protect else range(len(shape.layers))
+    return _lowest(sorted(candidates, key=lambda n: (scores[n], n)), drop, ratio, shape, protect)
 
 
 def _named(layers: Sequence[int], count: int, protect: bool) -> list[int]:
@@ -128,7 +166,7 @@ def _named(layers: Sequence[int], count: int, protect: bool) -> list[int]:
 
 
 def _lowest(
-    ranked: Sequence[int], drop: int | None, ratio: float | None, shape: LlamaShape, protect: bool
+    ranked: Sequence[int], drop: int | None, ratio: float | None, shape: DecoderShape, protect: bool
 ) -> list[int]:
     """Return the first of the ranked layers: `drop` of them, or as many as come nearest to the ratio, sorted."""
     most = min(len(ranked), len(shape.layers) - 1)
@@ -167,7 +205,7 @@ def _tensors(
     kept: Sequence[int],
     merged: dict[int, int],
     importance: Importance | None,
-    after: LlamaShape,
+    after: DecoderShape,
 ) -> list[DenseTensor]:
     tensors = []
     for name, size in after.tensors().items():
@@ -179,7 +217,7 @@ def _tensors(
             stored = layer_prefix(old) + local
             make = partial(checkpoint.tensor, stored)
             linear = local.removesuffix(".weight")
-            if sources and linear in LINEAR:
+            if sources and linear in after.linear_names:
                 assert importance is not None
                 make = partial(_merged, checkpoint, importance, old, sources, linear)
             tensors.append(DenseTensor(layer_prefix(number) + local, size, checkpoint.dtype(stored), make))

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from ..calibration.text import CalibrationSource, check_vocabulary, model_tokens
 from ..modeling.checkpoints import Checkpoint
-from .llama_shape import LINEAR, LlamaShape
+from .decoder_shape import DecoderShape
 
 
 def require_training() -> None:
@@ -25,7 +25,7 @@ def require_training() -> None:
 
 
 def training_tokens(
-    source: CalibrationSource, checkpoint: Checkpoint, shape: LlamaShape, *, samples: int, length: int, seed: int
+    source: CalibrationSource, checkpoint: Checkpoint, shape: DecoderShape, *, samples: int, length: int, seed: int
 ) -> torch.Tensor:
     """Return token sequences for training or judging a model.
 
@@ -50,17 +50,20 @@ def training_tokens(
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Load a checkpoint as a model, on the CPU, whose calls return objects whatever its config.json says."""
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         checkpoint.source,
         revision=checkpoint.options.revision,
         dtype=dtype,
         trust_remote_code=False,
         return_dict=True,  # transformers' own models fail with False
     )
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers' default, sdpa, leaves the capping out
+    return model
 
 
-def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
-    """Return a PEFT model with LoRA on the seven linear layers of every decoder layer, LoRA's weights in float32.
+def add_lora(model: Any, shape: DecoderShape, rank: int, alpha: int, seed: int) -> Any:
+    """Return a PEFT model with LoRA on all linear layers of every decoder layer, LoRA's weights in float32.
 
     PEFT changes the model that is given.
     """
@@ -68,6 +71,11 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
 
     set_seed(seed)
     settings = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(LINEAR), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(shape.linear_names),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ..calibration.text import CalibrationSource, text_name
 from ..common.files import write_json
@@ -22,17 +23,17 @@ from ..common.weight_bytes import weight_bytes
 from ..evaluation.metrics import perplexity
 from ..modeling.checkpoints import Checkpoint, all_finite
 from ..modeling.model_files import fetch_file
-from ..modeling.pruned_llama_card import pruned_model_card
+from ..modeling.pruned_card import pruned_model_card
 from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.cards import inherited_card_data
-from ..repository.reader_files import copy_pruned_reader
+from ..repository.reader_files import with_pruned_reader
 from ..repository.sidecar_files import copy_sidecar_files
 from ..storage.checkpoint_writer import DenseTensor, check_room, new_folder, write_weights
 from ..storage.output import check_output
 from ..training.trainer import train, training_arguments
-from .checks import open_llama
+from .checks import open_decoder
+from .decoder_shape import DecoderShape
 from .history import with_step
-from .llama_shape import LlamaShape
 from .lora import add_lora, load_model, require_training, training_tokens
 
 _LEARNING_RATES = {"lora": 1e-4, "full": 2e-5}
@@ -90,7 +91,7 @@ def recover(
     revision: str | None = None,
     progress: bool = True,
 ) -> RecoveryReport:
-    """Train a LLaMA-shaped model, pruned or not, and write it as a checkpoint of the same kind and dtypes.
+    """Train a model, pruned or not, and write it as a checkpoint of the same kind and dtypes.
 
     The learning rate rises over 3 % of the steps and then follows a cosine to zero. LoRA's weights are trained in
     float32 and merged; full training takes 16 bytes per parameter. On a GPU both compute in bfloat16. Under
@@ -100,7 +101,7 @@ def recover(
         model: local folder or Hub id.
         output_dir: folder to make.
         data: text, as for `calibration.text.calibration_tokens`.
-        lora: train LoRA on the seven linear layers of every decoder layer; otherwise train all weights.
+        lora: train LoRA on all linear layers of every decoder layer; otherwise train all weights.
         steps: optimiser steps; text that is too short is repeated. None to train for `epochs`.
         epochs: how often all of the text is used, if `steps` is None.
         learning_rate: of AdamW, its highest value; None for 1e-4 with LoRA and 2e-5 without.
@@ -115,7 +116,7 @@ def recover(
         progress: show a bar over the steps.
 
     Raises:
-        ValueError: for invalid settings, a model that is not LLaMA-shaped, too little text, and losses or weights that
+        ValueError: for invalid settings, a model that cannot be pruned, too little text, and losses or weights that
             are not finite; nothing is written then.
         CheckpointError: if the model cannot be read.
         FileNotFoundError: if the text does not exist.
@@ -126,22 +127,14 @@ def recover(
     require_training()
     method = "lora" if lora else "full"
     rate = _LEARNING_RATES[method] if learning_rate is None else learning_rate
-    check_whole_number(1, batch_size=batch_size, rank=rank, alpha=alpha, **({} if steps is None else {"steps": steps}))
-    check_whole_number(2, length=length)
-    check_positive(learning_rate=rate, epochs=epochs)
-    check_seed(seed)
-    defaults: dict[str, Any] = {
-        "learning_rate": rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": _WARM_UP,
-        "seed": seed,
-        **({"num_train_epochs": epochs} if steps is None else {"max_steps": steps}),
-    }
-    with training_arguments(device, batch_size, defaults, training) as arguments:
+    with recovery_arguments(
+        steps=steps, epochs=epochs, learning_rate=rate, batch_size=batch_size, length=length, rank=rank, alpha=alpha,
+        seed=seed, training=training, device=device,
+    ) as arguments:  # fmt: skip
         is_first = arguments.process_index == 0
         if is_first:
             check_output(output_dir)
-        checkpoint, shape = open_llama(os.fspath(model), revision)
+        checkpoint, shape = open_decoder(os.fspath(model), revision)
         sequences = _ALL if steps is None else steps * batch_size
         tokens = training_tokens(data, checkpoint, shape, samples=sequences, length=length, seed=seed)
         held_out = None
@@ -160,7 +153,7 @@ def recover(
             bar = Progress(progress)
             bar.plan(["Training", "Writing"])
             if lora:
-                adapted = add_lora(trained, rank, alpha, seed)
+                adapted = add_lora(trained, shape, rank, alpha, seed)
                 losses = train(adapted, tokens, arguments, title="Training", progress=bar)
                 trained = adapted.merge_and_unload()
             else:
@@ -188,6 +181,38 @@ def recover(
             perplexity_after=after,
             seconds=time.perf_counter() - started,
         )
+
+
+def recovery_arguments(
+    *,
+    steps: int | None,
+    epochs: float,
+    learning_rate: float | None,
+    batch_size: int,
+    length: int,
+    rank: int,
+    alpha: int,
+    seed: int,
+    training: Mapping[str, Any] | None,
+    device: str | torch.device | None,
+) -> contextlib.AbstractContextManager[TrainingArguments]:
+    """Check the settings of `recover`, and return the context of the Trainer's (`training_arguments`).
+
+    Raises:
+        ValueError: if a setting is invalid; for those that the Trainer has, when the context is entered.
+    """
+    check_whole_number(1, batch_size=batch_size, rank=rank, alpha=alpha, **({} if steps is None else {"steps": steps}))
+    check_whole_number(2, length=length)
+    check_positive(epochs=epochs, **({} if learning_rate is None else {"learning_rate": learning_rate}))
+    check_seed(seed)
+    defaults: dict[str, Any] = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": _WARM_UP,
+        "seed": seed,
+        **({} if learning_rate is None else {"learning_rate": learning_rate}),
+        **({"num_train_epochs": epochs} if steps is None else {"max_steps": steps}),
+    }
+    return training_arguments(device, batch_size, defaults, training)
 
 
 def _training_dtype(checkpoint: Checkpoint, lora: bool, device: torch.device) -> torch.dtype:
@@ -221,7 +246,7 @@ def _write_config(
     folder: Path,
     name: str,
     checkpoint: Checkpoint,
-    shape: LlamaShape,
+    shape: DecoderShape,
     step: Mapping[str, Any],
     card_data: Mapping[str, Any],
 ) -> None:
@@ -232,7 +257,7 @@ def _write_config(
     config = dict(checkpoint.config)
     if kind_of(config) is RepositoryKind.PRUNED:
         config["pruning"] = with_step(checkpoint, shape, step)
-        copy_pruned_reader(config["model_type"], folder)
+        config = with_pruned_reader(config, folder)
         card = pruned_model_card(config, name, shape.parameters, card_data)
         (folder / "README.md").write_text(card, "utf-8")
     write_json(folder / "config.json", config)

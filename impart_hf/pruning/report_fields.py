@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,13 @@ def checked_text(fields: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise DamagedError(f"{name} is {value!r:.40}, not a text")
     return value
+
+
+def checked_names(fields: Mapping[str, Any], name: str, known: Set[str]) -> tuple[str, ...]:
+    values = fields.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, str) and value in known for value in values):
+        raise DamagedError(f"{name} is {values!r:.40}, not a list of {', '.join(sorted(known))}")
+    return tuple(values)
 
 
 def open_vectors(path: Path, dtype: str, sizes: Mapping[str, int]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,11 @@ from ..modeling.checkpoints import Checkpoint
 from ..storage.checkpoint_writer import DenseTensor
 from ..storage.locked_folder import LockedFolder
 from ..storage.output import check_output
-from .checks import open_llama
+from .checks import open_decoder
 from .choices import PARTS
 from .correction import corrected_weights
+from .decoder_shape import UNITS, DecoderShape, LayerWidth, layer_prefix
 from .importance_report import Importance, check_score
-from .llama_shape import LINEAR, LayerWidth, LlamaShape, layer_prefix
 from .pruned_writer import PruningReport, write_pruned
 from .width_budget import WidthBudget, width_budget
 
@@ -38,34 +38,37 @@ class KeptUnits:
 
     Attributes:
         heads: query heads.
-        key_value_heads: KV heads.
+        groups: KV heads.
         channels: channels of the MLP.
+        before: the layer's widths before.
     """
 
     heads: Tensor
-    key_value_heads: Tensor
+    groups: Tensor
     channels: Tensor
+    before: LayerWidth
 
     @property
     def width(self) -> LayerWidth:
-        return LayerWidth(len(self.heads), len(self.key_value_heads), len(self.channels))
+        return LayerWidth(*(len(getattr(self, unit)) for unit in UNITS))
 
-    def rows(self, linear: str, head_dim: int) -> Tensor | None:
-        """Return the rows of a linear layer that are kept; None for all."""
-        return {
-            "self_attn.q_proj": _entries(self.heads, head_dim),
-            "self_attn.k_proj": _entries(self.key_value_heads, head_dim),
-            "self_attn.v_proj": _entries(self.key_value_heads, head_dim),
-            "mlp.gate_proj": self.channels,
-            "mlp.up_proj": self.channels,
-        }.get(linear)
+    def entries(self, units: Sequence[str], shape: DecoderShape) -> Tensor | None:
+        """Return the kept rows or columns of a weight.
 
-    def columns(self, linear: str, head_dim: int) -> Tensor | None:
-        """Return the columns of a linear layer that are kept; None for all."""
-        return {
-            "self_attn.o_proj": _entries(self.heads, head_dim),
-            "mlp.down_proj": self.channels,
-        }.get(linear)
+        Args:
+            units: what they consist of, part after part.
+            shape: the model's shape.
+
+        Returns:
+            int64 indices; None for all, if they consist of no units.
+        """
+        parts, start = [], 0
+        for unit in units:
+            size = shape.unit_size(unit)
+            kept = getattr(self, unit)[:, None] * size + torch.arange(size)
+            parts.append(start + kept.flatten())
+            start += self.before.count(unit) * size
+        return torch.cat(parts) if parts else None
 
 
 def prune_width(
@@ -88,9 +91,10 @@ def prune_width(
     max_shard_size: int | str = "5GB",
     progress: bool = True,
 ) -> PruningReport:
-    """Remove the least important attention heads and MLP channels of every layer of a LLaMA.
+    """Remove the least important attention heads and MLP channels of every layer.
 
-    The result is a `PrunedLlamaForCausalLM`. head_dim does not change; biases lose the entries of removed rows.
+    The result is of the family's pruned class, such as `PrunedLlamaForCausalLM`. head_dim does not change; biases lose
+    the entries of removed rows.
 
     Args:
         model: local folder or Hub id.
@@ -113,22 +117,15 @@ def prune_width(
         progress: show progress bars.
 
     Raises:
-        ValueError: if the model is not LLaMA-shaped, the report is of another model, a setting is out of range, the
-            ratio would leave a layer without heads or channels, or the calibration text is empty.
+        ValueError: if the model is of a family that cannot be pruned, the report is of another model, a setting is out
+            of range, the ratio would leave a layer without heads or channels, or the calibration text is empty.
         CheckpointError: if the model cannot be read.
         OutputError: if the output folder is not free or the disk is too small.
     """
-    check_score(score)
-    if not parts or (unknown := [part for part in parts if part not in PARTS]):
-        raise ValueError(f"parts must be {' or '.join(PARTS)} or both, not {unknown[0] if parts else 'none'!r}")
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
-    if not 0 <= exponent <= _LARGEST_EXPONENT:
-        raise ValueError(f"exponent must lie between 0 and {_LARGEST_EXPONENT}, not {exponent:g}")
+    check_width(score=score, exponent=exponent, parts=parts, multiple_of=multiple_of, max_shard_size=max_shard_size)
     device = usable_device(device)
-    shard_bytes(max_shard_size)
     output = check_output(output_dir)
-    checkpoint, shape = open_llama(model, revision)
+    checkpoint, shape = open_decoder(model, revision)
     single = all(width.num_attention_heads == width.num_key_value_heads for width in shape.layers)
     if query_heads and "attention" in parts and single:
         raise ValueError("query_heads: every KV group has a single query head, so only whole groups can be removed")
@@ -161,18 +158,36 @@ def prune_width(
         corrected: dict[str, Path] = {}
         if calibration is not None:
             bars.plan(["Calibrating", "Writing"])
-            columns = _columns(kept, shape.head_dim)
+            columns = _columns(kept, shape)
             corrected = corrected_weights(
                 checkpoint, columns, calibration, calibration_samples, calibration_length, device, scratch, bars
             )
         return write_pruned(
-            output, checkpoint, shape, after, step, _tensors(checkpoint, kept, after, corrected),
+            output, checkpoint, shape, after, range(len(kept)), step, _tensors(checkpoint, kept, after, corrected),
             base_name=base_name, max_shard_size=max_shard_size, progress=bars, notes=[],
         )  # fmt: skip
 
 
+def check_width(
+    *, score: str, exponent: float, parts: Sequence[str], multiple_of: int, max_shard_size: int | str
+) -> None:
+    """Check those settings of `prune_width` that can be checked without a model.
+
+    Raises:
+        ValueError: if one is invalid.
+    """
+    check_score(score)
+    if not parts or (unknown := [part for part in parts if part not in PARTS]):
+        raise ValueError(f"parts must be {' or '.join(PARTS)} or both, not {unknown[0] if parts else 'none'!r}")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
+    if not 0 <= exponent <= _LARGEST_EXPONENT:
+        raise ValueError(f"exponent must lie between 0 and {_LARGEST_EXPONENT}, not {exponent:g}")
+    shard_bytes(max_shard_size)
+
+
 def kept_units(
-    shape: LlamaShape, budget: WidthBudget, importance: Importance, score: str, query_heads: bool, layer: int
+    shape: DecoderShape, budget: WidthBudget, importance: Importance, score: str, query_heads: bool, layer: int
 ) -> KeptUnits:
     """Return the heads, KV groups and channels with the highest scores, as many as the budget leaves in a layer."""
     width = shape.layers[layer]
@@ -186,7 +201,7 @@ def kept_units(
         kept_groups = _highest(importance.groups[score][layer], groups - budget.heads[layer])
         kept_heads = heads[kept_groups]
     channels = _highest(importance.channels[score][layer], width.intermediate_size - budget.channels[layer])
-    return KeptUnits(kept_heads.flatten(), kept_groups, channels)
+    return KeptUnits(kept_heads.flatten(), kept_groups, channels, width)
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:
@@ -194,37 +209,29 @@ def _highest(scores: Tensor, count: int) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
 
 
-def _entries(heads: Tensor, head_dim: int) -> Tensor:
-    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
-
-
-def _columns(kept: Sequence[KeptUnits], head_dim: int) -> dict[str, Tensor]:
+def _columns(kept: Sequence[KeptUnits], shape: DecoderShape) -> dict[str, Tensor]:
     """Return the kept columns of the weights that lose columns, by the weight's name."""
     return {
-        f"{layer_prefix(number)}{linear}.weight": columns
+        f"{layer_prefix(number)}{linear.name}.weight": columns
         for number, units in enumerate(kept)
-        for linear in LINEAR
-        if (columns := units.columns(linear, head_dim)) is not None
+        for linear in shape.linears
+        if (columns := units.entries(linear.columns, shape)) is not None
     }
 
 
 def _tensors(
-    checkpoint: Checkpoint, kept: Sequence[KeptUnits], after: LlamaShape, corrected: dict[str, Path]
+    checkpoint: Checkpoint, kept: Sequence[KeptUnits], after: DecoderShape, corrected: dict[str, Path]
 ) -> list[DenseTensor]:
-    tensors = []
-    for name, size in after.tensors().items():
-        make = partial(checkpoint.tensor, name)
-        if name.startswith("model.layers."):
-            _, _, number, local = name.split(".", 3)
-            linear = local.rpartition(".")[0]
-            units = kept[int(number)]
-            make = partial(
-                _cut, checkpoint, name, units.rows(linear, after.head_dim), units.columns(linear, after.head_dim)
-            )
-        if name in corrected:
-            make = partial(_stored, corrected[name])
-        tensors.append(DenseTensor(name, size, checkpoint.dtype(name), make))
-    return tensors
+    makers: dict[str, Callable[[], Tensor]] = {name: partial(_stored, path) for name, path in corrected.items()}
+    for number, units in enumerate(kept):
+        for linear in after.linears:
+            rows, columns = units.entries(linear.rows, after), units.entries(linear.columns, after)
+            for name in (f"{layer_prefix(number)}{linear.name}.{part}" for part in ("weight", "bias")):
+                makers.setdefault(name, partial(_cut, checkpoint, name, rows, columns))
+    return [
+        DenseTensor(name, size, checkpoint.dtype(name), makers.get(name, partial(checkpoint.tensor, name)))
+        for name, size in after.tensors().items()
+    ]
 
 
 def _stored(path: Path) -> Tensor:

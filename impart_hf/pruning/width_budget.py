@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .choices import PARTS
-from .llama_shape import LayerWidth, LlamaShape
+from .decoder_shape import CHANNELS, GROUPS, HEADS, DecoderShape, LayerWidth
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class HeadUnit:
     count: int
 
 
-def head_unit(shape: LlamaShape, width: LayerWidth, query_heads: bool) -> HeadUnit:
+def head_unit(shape: DecoderShape, width: LayerWidth, query_heads: bool) -> HeadUnit:
     """Return the head unit of a layer.
 
     Args:
@@ -33,16 +33,10 @@ def head_unit(shape: LlamaShape, width: LayerWidth, query_heads: bool) -> HeadUn
     """
     groups = width.num_key_value_heads
     per_group = width.num_attention_heads // groups
-    head = shape.head_dim * (2 * shape.hidden_size + shape.attention_bias)  # rows of q, columns of o
-    key_value = 2 * shape.head_dim * (shape.hidden_size + shape.attention_bias)
+    head = shape.unit_parameters(HEADS)
     if query_heads:
         return HeadUnit(groups * head, per_group)
-    return HeadUnit(per_group * head + key_value, groups)
-
-
-def channel_parameters(shape: LlamaShape) -> int:
-    """Return the number of parameters of one MLP channel."""
-    return 3 * shape.hidden_size + 2 * shape.mlp_bias
+    return HeadUnit(per_group * head + shape.unit_parameters(GROUPS), groups)
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ class WidthBudget:
 
 
 def width_budget(
-    shape: LlamaShape,
+    shape: DecoderShape,
     scores: torch.Tensor,
     ratio: float,
     *,
@@ -90,7 +84,7 @@ def width_budget(
     """
     target = ratio * shape.decoder_parameters
     units = [head_unit(shape, width, query_heads) for width in shape.layers]
-    per_channel = channel_parameters(shape)
+    per_channel = shape.unit_parameters(CHANNELS)
     head_steps = [[unit.parameters] * (unit.count - 1) if "attention" in parts else [] for unit in units]
     channel_steps = [
         [per_channel * n for n in _removals(width.intermediate_size, multiple_of)] if "mlp" in parts else []

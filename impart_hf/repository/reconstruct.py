@@ -12,7 +12,7 @@ from ..modeling.delta_repository import DeltaRepository
 from ..modeling.model_files import fetch_config
 from ..storage.checkpoint_writer import DenseTensor, new_folder, write_weights
 from .open import refuse_adapter_beside
-from .reader_files import copy_pruned_reader
+from .reader_files import with_pruned_reader
 from .sidecar_files import copy_sidecar_files
 
 
@@ -59,7 +59,7 @@ def _write_texts(repository: DeltaRepository, target: Path) -> None:
     copy_sidecar_files(repository.source, repository.options, target)
     # Not as transformers would write it: programs of before transformers 5 read other fields, such as `rope_theta`.
     fields = dict(fetch_config(repository.source, repository.options)[0]["text_config"])
-    copy_pruned_reader(fields["model_type"], target)
+    fields = with_pruned_reader(fields, target)
     if isinstance(fields.get("auto_map"), dict):
         fields["auto_map"] = {name: code for name, code in fields["auto_map"].items() if _is_available(code, target)}
         if not fields["auto_map"]:

@@ -1,6 +1,6 @@
 """Serving with vLLM.
 
-Once installed, this package makes `vllm serve` and `LLM` accept delta repositories and pruned LLaMA like any other
+Once installed, this package makes `vllm serve` and `LLM` accept delta repositories and pruned models like any other
 model. Its public names are for swapping the delta of a running engine.
 """
 

@@ -8,16 +8,15 @@ fine-tuned model. vLLM's models are imported only then, because the plugin must 
 import functools
 from typing import Any
 
+from .pruned_models import PRUNED_ARCHITECTURES, pruned_class
+
 DELTA_PREFIX = "DeltaCompressed"
-PRUNED_LLAMA = "PrunedLlamaForCausalLM"
 
 
 @functools.cache
 def _model_class(name: str) -> type:
-    if name == PRUNED_LLAMA:
-        from .pruned_llama import PrunedLlamaForCausalLM
-
-        return PrunedLlamaForCausalLM
+    if name in PRUNED_ARCHITECTURES:
+        return pruned_class(name)
     from vllm import ModelRegistry
 
     inner = ModelRegistry.models[name.removeprefix(DELTA_PREFIX)].load_model_cls()

@@ -1,4 +1,4 @@
-"""The plugin that vLLM calls in each of its processes, to register delta repositories and pruned LLaMA."""
+"""The plugin that vLLM calls in each of its processes, to register delta repositories and pruned models."""
 
 import os
 from logging import getLogger
@@ -26,17 +26,20 @@ def _register() -> None:
     import vllm
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
+    from vllm.config import model as vllm_model
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.platforms import current_platform
     from vllm.transformers_utils import config as vllm_config
     from vllm.v1.worker.worker_base import WorkerBase
 
+    from ..modeling.configuration_pruned import pruned_config_class
     from ..registration import register_with_transformers
     from . import model_classes
     from .config_parser import DeltaConfigParser
     from .delta_loader import delta_settings
     from .engine_files import PACKED_VARIABLE
+    from .pruned_models import PRUNED_ARCHITECTURES
     from .worker import load_delta
 
     register_with_transformers()  # the import of impart_hf leaves it to the command line, which vLLM may run in
@@ -48,8 +51,14 @@ def _register() -> None:
         # the properties of vLLM's own, so the string includes vLLM's version.
         ModelRegistry.register_model(name, f"{model_classes.__name__}:{name}@{vllm.__version__}")
 
-    register_class(model_classes.PRUNED_LLAMA)
-    inner = {model_classes.PRUNED_LLAMA, "TransformersForCausalLM", "TransformersMoEForCausalLM"}
+    for name in PRUNED_ARCHITECTURES:
+        register_class(name)
+    # vLLM's table of model types that are unsound in float16; pruned models are as their families. It is private.
+    no_float16 = getattr(vllm_model, "_FLOAT16_NOT_SUPPORTED_MODELS", {})
+    for family, reason in list(no_float16.items()):
+        if pruned := pruned_config_class(family):
+            no_float16[pruned.model_type] = reason
+    inner = {*PRUNED_ARCHITECTURES, "TransformersForCausalLM", "TransformersMoEForCausalLM"}
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         inner.update([names] if isinstance(names, str) else names)
     for name in sorted(inner & set(ModelRegistry.get_supported_archs())):

@@ -109,8 +109,8 @@ def test_json(model: Path, report: Path, tmp_path: Path, capsys) -> None:
             "tpu9",
         ),
         (("width", "OTHER", "OUT", "--importance", "REPORT", "--ratio", "0.2"), ("importance report", "OTHER")),
-        (("layers", "QWEN", "OUT", "--importance", "REPORT", "--drop", "1"), ("QWEN", "'qwen2'")),
-        (("importance", "QWEN", "--data", "TEXT", "--output", "OUT"), ("QWEN", "'qwen2'")),
+        (("layers", "MIXTRAL", "OUT", "--importance", "REPORT", "--drop", "1"), ("MIXTRAL", "'mixtral'")),
+        (("importance", "MIXTRAL", "--data", "TEXT", "--output", "OUT"), ("MIXTRAL", "'mixtral'")),
         (("importance", "MODEL", "--data", "EMPTY", "--output", "OUT"), ("EMPTY", "no text")),
         (("importance", "MODEL", "--data", "nowhere.txt", "--output", "OUT"), "nowhere.txt"),
         (("importance", "MODEL", "--data", "TALKS", "--output", "OUT"), ("TALKS", "turns", "--text-field")),
@@ -125,7 +125,7 @@ def test_json(model: Path, report: Path, tmp_path: Path, capsys) -> None:
             + ("--text-field", "body"),
             ("TALKS", "'body'"),
         ),
-        (("recover", "QWEN", "OUT", "--data", "TEXT"), ("QWEN", "'qwen2'")),
+        (("recover", "MIXTRAL", "OUT", "--data", "TEXT"), ("MIXTRAL", "'mixtral'")),
         (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "BAD"), "no_such_setting"),
         (("recover", "MODEL", "OUT", "--data", "TEXT", "--training", "TWICE"), "learning_rate"),
         (("importance", "MODEL", "--data", "TEXT", "--output", "OUT", "--steps", "1"), ("steps", 2, 1)),
@@ -137,7 +137,7 @@ def test_json(model: Path, report: Path, tmp_path: Path, capsys) -> None:
 )
 def test_bad_input(model: Path, text: Path, report: Path, tmp_path: Path, arguments, names, capsys) -> None:
     other = save_model(make_model(tiny_config("llama", num_hidden_layers=5), seed=7), tmp_path / "other")
-    qwen = save_model(make_model(tiny_config("qwen2")), tmp_path / "qwen")
+    mixtral = save_model(make_model(tiny_config("mixtral")), tmp_path / "mixtral")
     (tmp_path / "empty.txt").write_text(" \n ")
     (tmp_path / "talks.jsonl").write_text('{"id": "x", "turns": ["One.", "Two."]}')
     (tmp_path / "bad.json").write_text('{"no_such_setting": 1}')
@@ -147,7 +147,7 @@ def test_bad_input(model: Path, text: Path, report: Path, tmp_path: Path, argume
     nan.model.norm.weight.data[3] = float("nan")
     save_model(nan, tmp_path / "nan")
     places = {
-        "MODEL": model, "OUT": tmp_path / "out", "REPORT": report, "TEXT": text, "OTHER": other, "QWEN": qwen,
+        "MODEL": model, "OUT": tmp_path / "out", "REPORT": report, "TEXT": text, "OTHER": other, "MIXTRAL": mixtral,
         "EMPTY": tmp_path / "empty.txt", "BAD": tmp_path / "bad.json", "TWICE": tmp_path / "twice.json",
         "OPTIMISER": tmp_path / "optimiser.json", "NAN": tmp_path / "nan",
         "TALKS": tmp_path / "talks.jsonl",

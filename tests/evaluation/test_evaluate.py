@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from support.messages import naming
+from support.pruned_models import FAMILIES, KEPT, pruned_and_dense
 from support.pruned_models import HEAD_DIM as PRUNED_HEAD_DIM
-from support.pruned_models import KEPT, pruned_and_dense
 from support.tiny_models import (
     Pair,
     edit_json,
@@ -23,7 +23,7 @@ from support.tiny_models import (
     tiny_config,
     tiny_tokenizer,
 )
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, T5Config
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForSequenceClassification, T5Config
 
 from impart_hf.calibration.text import calibration_tokens
 from impart_hf.cli.main import main
@@ -115,15 +115,18 @@ def test_a_delta_repository_costs_what_its_fine_tune_does(tiny_pair: Pair, tiny_
     assert found == expected
 
 
-def test_cost_of_a_pruned_llama(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cost_of_a_pruned_model(family: str, tmp_path: Path) -> None:
     """Heads and channels differ from layer to layer: the sums go over the matrices that are there."""
-    pruned, _ = pruned_and_dense(dtype=torch.bfloat16)
+    pruned, _ = pruned_and_dense(dtype=torch.bfloat16, family=family)
     folder = save_model(pruned, tmp_path / "pruned")
     found, tensors = model_cost(empty_model(str(folder)), 16), load_tensors(folder)
     assert found.parameters == sum(tensor.numel() for tensor in tensors.values())
-    matrices = sum(tensor.numel() for name, tensor in tensors.items() if tensor.dim() == 2 and "embed" not in name)
-    heads = [len(kept.groups) * len(kept.queries) for kept in KEPT]
-    assert found.decode_flops_per_token == 2 * matrices + 4 * 17 * PRUNED_HEAD_DIM * sum(heads)
+    output = "embed" if pruned.config.tie_word_embeddings else "lm_head"
+    matrices = sum(t.numel() for name, t in tensors.items() if t.dim() == 2 and ("layers" in name or output in name))
+    windows = [getattr(layer, "sliding_window", 17) for layer in DynamicCache(config=pruned.config).layers]
+    pairs = sum(len(kept.groups) * len(kept.queries) * min(17, w) for kept, w in zip(KEPT, windows, strict=True))
+    assert found.decode_flops_per_token == 2 * matrices + 4 * PRUNED_HEAD_DIM * pairs
     assert found.kv_cache_bytes_per_token == tuple(2 * len(kept.groups) * PRUNED_HEAD_DIM * 2 for kept in KEPT)
 
 

@@ -15,14 +15,14 @@ from huggingface_hub import ModelCard
 from support.hub_client import run_client
 from support.loopback_hub import LoopbackHub, hub_env
 from support.messages import naming
-from support.pruned_models import KEPT, KEPT_MHA, llama_config, pruned_and_dense, pruned_config
+from support.pruned_models import FAMILIES, KEPT, KEPT_MHA, dense_config, pruned_and_dense, pruned_config
 from support.tiny_models import edit_json, edit_tensors, make_model, save_model, tiny_config
 from support.without_impart_hf import WITHOUT_IMPART_HF
 
 from impart_hf import PrunedLlamaForCausalLM
 from impart_hf.hub import push
-from impart_hf.modeling.pruned_llama_card import pruned_model_card
-from impart_hf.pruning.llama_shape import LlamaShape
+from impart_hf.modeling.pruned_card import pruned_model_card
+from impart_hf.pruning.decoder_shape import DecoderShape
 from impart_hf.repository.reader_files import pruned_reader_files
 
 HISTORY = {
@@ -60,11 +60,21 @@ READER = {path.name for path in pruned_reader_files()}
     "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"vocab_size": 333}]
 )
 def test_parameters_are_counted_from_the_configuration(kept: tuple, changes: dict[str, Any]) -> None:
-    for model in (PrunedLlamaForCausalLM(pruned_config(kept, **changes)), make_model(llama_config(kept, **changes))):
+    for model in (PrunedLlamaForCausalLM(pruned_config(kept, **changes)), make_model(dense_config(kept, **changes))):
         count = model.num_parameters()
-        assert LlamaShape.of(model.config.to_dict()).parameters == count
+        assert DecoderShape.of(model.config.to_dict()).parameters == count
         card = pruned_model_card({**model.config.to_dict(), "pruning": HISTORY}, "tester/pruned", count)
         assert re.search(naming(f"{count:,}", "200,000", f"{1 - count / 200_000:.1%}"), card)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES)[1:])
+def test_parameters_and_card_of_every_family(family: str) -> None:
+    for model in (make_model(pruned_config(family=family)), make_model(dense_config(family=family))):
+        count = model.num_parameters()
+        assert DecoderShape.of(model.config.to_dict()).parameters == count
+        card = pruned_model_card({**model.config.to_dict(), "pruning": HISTORY}, "tester/pruned", count)
+        pruned = model.config.model_type.startswith("pruned_")
+        assert ("| 1 | 1 | 1 | 7 |" in card) == ("trust_remote_code=True" in card) == pruned
 
 
 def test_card_of_a_width_pruned_model() -> None:
@@ -264,7 +274,7 @@ SPOILED: dict[str, Any] = {
         lambda f: edit_json(f / "config.json", per_layer_config={"9": {"intermediate_size": 7}}), "layers 0 to 3"
     ),
     "no auto_map": (lambda f: edit_json(f / "config.json", auto_map=None), "auto_map"),
-    "no reader": (lambda f: (f / "modeling_pruned_llama.py").unlink(), "modeling_pruned_llama.py"),
+    "no reader": (lambda f: (f / "modeling_pruned.py").unlink(), "modeling_pruned.py"),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 
 import pytest
-from support.pruned_models import pruned_and_dense
+from support.pruned_models import FAMILIES, pruned_and_dense
 from support.tiny_models import save_model
 from transformers import PreTrainedModel
 
@@ -20,6 +20,20 @@ def shared_models() -> tuple[PreTrainedModel, PreTrainedModel]:
 def models(shared_models: tuple[PreTrainedModel, PreTrainedModel]) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A pruned model and its dense oracle, to be used up."""
     return copy.deepcopy(shared_models)
+
+
+@pytest.fixture(scope="session")
+def models_by_family() -> dict[str, tuple[PreTrainedModel, PreTrainedModel]]:
+    """For every family a pruned model and its dense oracle, not to be changed."""
+    return {family: pruned_and_dense(family=family) for family in FAMILIES}
+
+
+@pytest.fixture(params=list(FAMILIES)[1:])
+def family_models(
+    request: pytest.FixtureRequest, models_by_family: dict[str, tuple[PreTrainedModel, PreTrainedModel]]
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """As `models`, of each family but LLaMA."""
+    return copy.deepcopy(models_by_family[request.param])
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.messages import naming
+from support.pruned_models import FAMILIES, KEPT, dense_config
 from support.tiny_models import fine_tune, make_model, save_model, tiny_config, tiny_tokenizer
 from torch import nn
 from torch.nn import functional
@@ -22,13 +24,13 @@ from transformers import AutoModelForCausalLM
 
 import impart_hf  # noqa: F401  # registers the pruned model's classes
 from impart_hf.calibration.text import calibration_tokens
-from impart_hf.modeling.configuration_pruned_llama import PrunedLlamaConfig
+from impart_hf.modeling.configuration_pruned import PrunedLlamaConfig
 from impart_hf.pruning import importance_plot
-from impart_hf.pruning.checks import open_llama
+from impart_hf.pruning.checks import open_decoder
+from impart_hf.pruning.decoder_shape import DecoderShape
 from impart_hf.pruning.gradient_sums import MatrixSums
 from impart_hf.pruning.importance import compute_importance
 from impart_hf.pruning.importance_report import Importance
-from impart_hf.pruning.llama_shape import LINEAR
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -39,6 +41,10 @@ pytestmark = pytest.mark.xdist_group("importance")
 
 TEXTS = [f"{n} is the number, {n * n} is its square, and {n} texts come before this one. " * 2 for n in range(60)]
 SETTINGS: dict[str, Any] = {"steps": 7, "batch_size": 2, "length": 24, "device": "cpu", "progress": False}
+TWO_LAYERS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "qwen2": {"max_window_layers": 1},
+}
 RATE = 1e-2  # large, so that a step that went otherwise would show
 
 
@@ -49,7 +55,7 @@ def save(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16) -> Path
 
 def pruned_config() -> PrunedLlamaConfig:
     """Two layers of different widths, the first narrower than the global ones, with GQA."""
-    return PrunedLlamaConfig.from_llama(
+    return PrunedLlamaConfig.with_widths(
         tiny_config("llama"), num_attention_heads=[2, 4], num_key_value_heads=[1, 2], intermediate_size=[48, 128]
     )
 
@@ -83,12 +89,15 @@ def direct_gradients(
     folder: Path, *, steps: int, batch_size: int, length: int, rank: int, seed: int, **_: Any
 ) -> dict[tuple[int, str], list[torch.Tensor]]:
     """G of every step for every matrix, dense and in float64, by a loop of our own."""
-    lora = add_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), rank, 32, seed)
-    starts = {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in lora_modules(lora)}
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    shape = open_decoder(str(folder))[1]
+    # eager: sdpa leaves out what Gemma 2 does to the scores of attention
+    load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32, attn_implementation="eager")
+    lora = add_lora(load(), shape, rank, 32, seed)
+    starts = {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in lora_modules(lora, shape)}
+    plain = load().requires_grad_(False)
     ours = {}
     for layer, decoder in enumerate(plain.model.layers):
-        for name in LINEAR:
+        for name in shape.linear_names:
             block, leaf = name.split(".")
             owner = getattr(decoder, block)
             ours[layer, name] = DirectLora(getattr(owner, leaf), *starts[layer, name], 32 / rank)
@@ -108,9 +117,9 @@ def direct_gradients(
     return gradients
 
 
-def lora_modules(model: Any) -> Iterator[tuple[tuple[int, str], Any]]:
+def lora_modules(model: Any, shape: DecoderShape) -> Iterator[tuple[tuple[int, str], Any]]:
     for layer, decoder in enumerate(model.get_base_model().model.layers):
-        for name in LINEAR:
+        for name in shape.linear_names:
             block, leaf = name.split(".")
             yield (layer, name), getattr(getattr(decoder, block), leaf)
 
@@ -126,17 +135,25 @@ def batches(sequences: int, steps: int, batch_size: int, seed: int) -> Iterator[
         epoch += 1
 
 
-def norms(parts: list[torch.Tensor]) -> float:
+def norms(parts: Sequence[torch.Tensor]) -> float:
     return sum(part.norm().item() for part in parts)
 
 
 def expected(gradients: dict[tuple[int, str], list[torch.Tensor]], layer: int, widths: Any) -> dict[str, Any]:
     """All scores of a layer, spelt out."""
-    query, key, value, output, gate, up, down = (gradients[layer, name] for name in LINEAR)
-    steps, groups = len(query), widths.num_key_value_heads
-    head_dim = query[0].shape[0] // widths.num_attention_heads
+    matrices = {name: of for (number, name), of in gradients.items() if number == layer}
+    output, down = matrices["self_attn.o_proj"], matrices["mlp.down_proj"]
+    steps, groups = len(output), widths.num_key_value_heads
+    head_dim = output[0].shape[1] // widths.num_attention_heads
+    if "self_attn.qkv_proj" in matrices:
+        sizes = [widths.num_attention_heads * head_dim, groups * head_dim, groups * head_dim]
+        query, key, value = zip(*(g.split(sizes) for g in matrices["self_attn.qkv_proj"]), strict=True)
+        gate, up = zip(*(g.chunk(2) for g in matrices["mlp.gate_up_proj"]), strict=True)
+    else:
+        query, key, value = (matrices[f"self_attn.{name}_proj"] for name in "qkv")
+        gate, up = matrices["mlp.gate_proj"], matrices["mlp.up_proj"]
 
-    def rows(of: list[torch.Tensor], unit: int, size: int) -> list[torch.Tensor]:
+    def rows(of: Sequence[torch.Tensor], unit: int, size: int) -> list[torch.Tensor]:
         return [g[unit * size : (unit + 1) * size] for g in of]
 
     def columns(of: list[torch.Tensor], unit: int, size: int) -> list[torch.Tensor]:
@@ -152,7 +169,7 @@ def expected(gradients: dict[tuple[int, str], list[torch.Tensor]], layer: int, w
             for g in range(groups)
         ],
         "channels": [(rows(gate, c, 1), rows(up, c, 1), columns(down, c, 1)) for c in range(widths.intermediate_size)],
-        "layer": [(query, key, value, output, gate, up, down)],
+        "layer": [tuple(matrices.values())],
     }
     return {
         name: {
@@ -174,8 +191,9 @@ def expected(gradients: dict[tuple[int, str], list[torch.Tensor]], layer: int, w
         (tiny_config("llama-tied", attention_bias=True, mlp_bias=True), {"top_percent": 100}),
         (tiny_config("llama", head_dim=8), {"seed": 5}),  # heads that do not fill the hidden size
         (pruned_config(), {}),
+        *((dense_config(KEPT[:2], family, **TWO_LAYERS.get(family, {})), {}) for family in list(FAMILIES)[1:]),
     ],
-    ids=["gqa", "factors", "mha", "mqa", "biases", "head_dim", "pruned"],
+    ids=["gqa", "factors", "mha", "mqa", "biases", "head_dim", "pruned", *list(FAMILIES)[1:]],
 )
 def test_scores_and_masks_equal_autograd(config: Any, changes: dict[str, Any], tmp_path: Path) -> None:
     folder = save(tmp_path / "model", config, torch.float32)
@@ -183,7 +201,8 @@ def test_scores_and_masks_equal_autograd(config: Any, changes: dict[str, Any], t
     found = compute_importance(str(folder), tmp_path / "importance", TEXTS, learning_rate=RATE, **settings)
     gradients = direct_gradients(folder, **settings)
     assert found.steps == settings["steps"]
-    for layer, widths in enumerate(open_llama(str(folder))[1].layers):
+    shape = open_decoder(str(folder))[1]
+    for layer, widths in enumerate(shape.layers):
         wanted = expected(gradients, layer, widths)
         for score in ("igia", "gradient_norm"):
             assert found.layers[score].dtype == torch.float64
@@ -194,7 +213,7 @@ def test_scores_and_masks_equal_autograd(config: Any, changes: dict[str, Any], t
                 scores = getattr(found, name)[score][layer]
                 assert scores.dtype == torch.float32
                 torch.testing.assert_close(scores, wanted[name][score], rtol=1e-3, atol=0)
-        for name in LINEAR:
+        for name in shape.linear_names:
             check_mask(found.mask(layer, name), gradients[layer, name], settings["top_percent"])
 
 

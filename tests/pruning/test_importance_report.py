@@ -16,8 +16,10 @@ from support.pruning_reports import made_up_importance
 from support.tiny_models import edit_json, fine_tune, make_model, save_model, tiny_config
 
 import impart_hf  # noqa: F401  # registers the pruned model's classes
-from impart_hf.pruning.checks import open_llama
+from impart_hf.pruning.checks import open_decoder
 from impart_hf.pruning.importance_report import Importance
+
+SHAPE = {"family": "llama", "hidden_size": 64, "head_dim": 16, "vocab_size": 320, "tied": False}
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +45,18 @@ def copied(report: Path, target: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"format_version": 2}, ("format", "version 2")),
+        ({"format_version": 1}, ("format", "version 1")),
         ({"format_version": None}, ("format", "version None")),
         ({"fingerprint": 5}, ("fingerprint", 5)),
         ({"model": ""}, ("model", "''")),
         ({"shape": [1]}, ("importance.json", "shape")),
-        ({"shape": {"hidden_size": "64"}}, ("hidden_size", "'64'")),
-        ({"shape": {"hidden_size": 64, "head_dim": -16}}, ("head_dim", -16)),
+        ({"shape": {"hidden_size": 64}}, ("family", "None")),
+        ({"shape": {"family": "mixtral"}}, ("family", "'mixtral'", "qwen2")),
+        ({"shape": {"family": "llama", "hidden_size": "64"}}, ("hidden_size", "'64'")),
+        ({"shape": {"family": "llama", "hidden_size": 64, "head_dim": -16}}, ("head_dim", -16)),
+        ({"shape": {**SHAPE, "biased": ["mlp.gate_up_proj"]}}, ("biased", "mlp.gate_up_proj")),
+        ({"shape": {**SHAPE, "biased": [["mlp.up_proj"]]}}, "biased"),
+        ({"shape": {**SHAPE, "biased": False}}, ("biased", "False")),
         ({"layers": []}, ("importance.json", "layers")),
         ({"layers": [3]}, "layers"),
         ({"layers": [{"layer": 0}]}, ("num_attention_heads", "None")),
@@ -132,7 +139,7 @@ def test_hostile_masks(report: Path, tmp_path: Path) -> None:
         Importance.load(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"format_version": 1}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"format_version": 2}', "\udcff"])
 def test_no_json_of_ours(report: Path, tmp_path: Path, content: str) -> None:
     folder = copied(report, tmp_path / "report")
     (folder / "importance.json").write_text(content, "utf-8", "surrogateescape")
@@ -149,17 +156,17 @@ def test_a_report_with_another_shape(report: Path, model: Path, tmp_path: Path) 
     content["shape"]["vocab_size"] += 1
     (folder / "importance.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=naming("importance report", "fingerprint", model)):
-        Importance.load(folder).check_model(*open_llama(str(model)))
+        Importance.load(folder).check_model(*open_decoder(str(model)))
 
 
 def test_a_report_of_another_model(report: Path, model: Path, tmp_path: Path) -> None:
     found = Importance.load(report)
-    found.check_model(*open_llama(str(model)))
+    found.check_model(*open_decoder(str(model)))
     trained = save_model(fine_tune(make_model(tiny_config("llama")), seed=9), tmp_path / "trained")
     wider = save_model(make_model(tiny_config("llama", intermediate_size=136)), tmp_path / "wider")
     for other in (trained, wider):
         with pytest.raises(ValueError, match=naming("importance report", "fingerprint", other)):
-            found.check_model(*open_llama(str(other)))
+            found.check_model(*open_decoder(str(other)))
     found.channels["igia"][1][3] = math.nan
     with pytest.raises(ValueError, match=naming("score", "finite")):
-        found.check_model(*open_llama(str(model)))
+        found.check_model(*open_decoder(str(model)))

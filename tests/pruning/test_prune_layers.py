@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from support.messages import naming
+from support.pruned_models import dense_config
 from support.pruning_reports import made_up_importance
-from support.tiny_models import VOCABULARY, load_tensors, make_model, save_model, tiny_config
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from support.tiny_models import VOCABULARY, edit_json, load_tensors, make_model, save_model, tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from impart_hf.modeling.checkpoints import Checkpoint
 from impart_hf.pruning import prune_layers
+from impart_hf.pruning.decoder_shape import FAMILIES, DecoderShape
 from impart_hf.pruning.layers import merge_targets
-from impart_hf.pruning.llama_shape import LINEAR, LlamaShape
 
 LAYERS = 6
 
@@ -33,7 +34,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(0))
 
 
-def skipping(model: Path, layers: list[int]) -> LlamaForCausalLM:
+def skipping(model: Path, layers: list[int]) -> PreTrainedModel:
     """The whole model, with layers that hand on what they are given."""
     whole = AutoModelForCausalLM.from_pretrained(model)
     for number in layers:
@@ -49,6 +50,46 @@ def test_a_dropped_layer_equals_one_that_is_skipped(model: Path, tmp_path: Path)
         assert torch.equal(pruned(tokens(), use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_keep_their_kind_of_attention(family: str, tmp_path: Path) -> None:
+    """Sliding or full, also where config.json says it by a rule that the layers' numbers follow."""
+    config = dense_config(family=family)
+    model = save_model(make_model(config, dtype=torch.float32), tmp_path / "model")
+    by_rule = {"layer_types": None, "sliding_window_pattern": 2} if family == "gemma3_text" else {"layer_types": None}
+    edit_json(model / "config.json", **by_rule)
+    before = AutoConfig.from_pretrained(model)
+    for number, layers in enumerate(([1], [0, 2])):
+        out = tmp_path / f"out-{number}"
+        prune_layers(str(model), out, layers=layers, merge=False, protect=False, progress=False)
+        pruned = AutoModelForCausalLM.from_pretrained(out)
+        assert type(pruned.config) is type(config) and len(pruned.model.layers) == 4 - len(layers)
+        if (layer_types := getattr(before, "layer_types", None)) is not None:
+            assert pruned.config.layer_types == [t for n, t in enumerate(layer_types) if n not in layers]
+        with torch.no_grad():
+            expected = skipping(model, layers)(tokens(), use_cache=False).logits
+            assert torch.equal(pruned(tokens(), use_cache=False).logits, expected)
+        assert pruned.generate(tokens(), max_new_tokens=9, do_sample=False).shape == (2, 26)
+    if family == "qwen2":
+        assert (before.max_window_layers, pruned.config.max_window_layers) == (2, 1)
+
+
+def test_a_list_by_layer_that_is_not_known(tmp_path: Path) -> None:
+    model = save_model(make_model(dense_config()), tmp_path / "model")
+    edit_json(model / "config.json", eos_token_id=[2, 5, 6, 7], scale_of_layer=[1.0, 1.0, 1.0, 0.5])
+    with pytest.raises(ValueError, match=naming(model, "scale_of_layer", 4)):
+        prune_layers(str(model), tmp_path / "out", layers=[1], merge=False, progress=False)
+    assert not (tmp_path / "out").exists()
+    edit_json(model / "config.json", scale_of_layer=None)
+    prune_layers(str(model), tmp_path / "out", layers=[1], merge=False, progress=False)
+
+
+def test_a_model_of_both_directions(tmp_path: Path) -> None:
+    model = save_model(make_model(dense_config(family="gemma3_text")), tmp_path / "model")
+    edit_json(model / "config.json", use_bidirectional_attention=True)
+    with pytest.raises(ValueError, match=naming(model, "use_bidirectional_attention")):
+        prune_layers(str(model), tmp_path / "out", layers=[1], merge=False, progress=False)
+
+
 def test_the_result_is_a_plain_llama_with_its_tokenizer(model: Path, tmp_path: Path) -> None:
     report = prune_layers(str(model), tmp_path / "out", made_up_importance(model), drop=2, progress=False)
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -56,7 +97,7 @@ def test_the_result_is_a_plain_llama_with_its_tokenizer(model: Path, tmp_path: P
     assert "auto_map" not in config and not list((tmp_path / "out").glob("*.py"))
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(pruned) is LlamaForCausalLM
-    assert pruned.num_parameters() == report.parameters_after == LlamaShape.of(config).parameters
+    assert pruned.num_parameters() == report.parameters_after == DecoderShape.of(config).parameters
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     assert config["pruning"]["base_model"] == "llama"
     assert config["pruning"]["base_parameters"] == report.parameters_before
@@ -84,11 +125,17 @@ def test_a_ratio_is_met_as_nearly_as_layers_come(model: Path, tmp_path: Path, ra
     assert report.decoder_after == report.decoder_before * (LAYERS - count) // LAYERS
 
 
-def test_merging_adds_masked_entries_of_the_same_sign(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_merging_adds_masked_entries_of_the_same_sign(family: str, tmp_path: Path) -> None:
+    """Into the nearest kept layer before, whatever the windows of its attention are."""
+    changes = {"layer_types": ["full_attention", "sliding_attention"] * 3} if family == "gemma3_text" else {}
+    config = dense_config(family=family, num_hidden_layers=LAYERS, **changes)
+    model = save_model(make_model(config, dtype=torch.float32), tmp_path / "model")
     importance = made_up_importance(model)
+    linears = importance.shape.linear_names
     prune_layers(str(model), tmp_path / "out", importance, layers=[2, 3, 4], progress=False)
     before, after = load_tensors(model), load_tensors(tmp_path / "out")
-    for linear in LINEAR:
+    for linear in linears:
         expected = before[f"model.layers.1.{linear}.weight"].double().clone()
         kept = expected.clone()
         for source in (2, 3, 4):
@@ -101,7 +148,7 @@ def test_merging_adds_masked_entries_of_the_same_sign(model: Path, tmp_path: Pat
         torch.testing.assert_close(after[f"model.layers.1.{linear}.weight"].double(), expected, rtol=1e-6, atol=0)
     names = {0: 0, 2: 5}  # what follows is renumbered and unchanged
     for new, old in names.items():
-        for linear in LINEAR:
+        for linear in linears:
             assert torch.equal(
                 after[f"model.layers.{new}.{linear}.weight"], before[f"model.layers.{old}.{linear}.weight"]
             )
@@ -186,10 +233,11 @@ def test_the_report_of_another_model(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gpt-neox", "mistral"])
-def test_models_that_are_no_llama(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["gemma", "gpt-neox", "mixtral", "mamba", "gemma3-vision"])
+def test_models_of_other_families(tmp_path: Path, kind: str) -> None:
     other = save_model(make_model(tiny_config(kind)), tmp_path / "other")
-    with pytest.raises(ValueError, match=naming(other, f"'{kind.replace('-', '_')}'")):
+    model_type = tiny_config(kind).model_type
+    with pytest.raises(ValueError, match=naming(other, f"'{model_type}'", *FAMILIES)):
         prune_layers(str(other), tmp_path / "out", layers=[1], merge=False, protect=False, progress=False)
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from support.messages import naming
+from support.pruned_models import FAMILIES, dense_config
 from support.pruning_reports import made_up_importance
-from support.tiny_models import VOCABULARY, make_model, save_model, tiny_config
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from support.tiny_models import VOCABULARY, edit_json, fine_tune, make_model, save_model, tiny_config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from impart_hf import PrunedLlamaForCausalLM
 from impart_hf.pruning import Importance, prune_layers, prune_width
 from impart_hf.pruning.correction import least_squares
-from impart_hf.pruning.llama_shape import LlamaShape
+from impart_hf.pruning.decoder_shape import DecoderShape
 
 TEXT = [" ".join(f"{a} and {b} are {a + b}." for a in range(20) for b in range(10))]
 KINDS = {
@@ -26,10 +27,17 @@ KINDS = {
     "tied": {"tie_word_embeddings": True},
     "wide-heads": {"head_dim": 32},
 }
+FAMILY_NAMES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "gemma2": "Gemma 2"}
+FAMILY_NAMES |= {"gemma3_text": "Gemma 3", "phi3": "Phi-3"}
 
 
 def tokens() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+def make_family(folder: Path, family: str) -> Path:
+    """Four layers of eight heads, four KV heads and 64 channels, float32; biases and norms are random."""
+    return save_model(fine_tune(make_model(dense_config(family=family), dtype=torch.float32)), folder)
 
 
 def make_llama(folder: Path, kind: str = "gqa", **changes: object) -> Path:
@@ -49,15 +57,15 @@ def gqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("gqa") / "llama")
 
 
-def masked_dense(model: Path, importance: Importance, pruned: Path, score: str) -> LlamaForCausalLM:
+def masked_dense(model: Path, importance: Importance, pruned: Path, score: str) -> PreTrainedModel:
     """The whole model with zeros where nothing but the removed heads and channels is read; found without our code."""
     dense = AutoModelForCausalLM.from_pretrained(model)
     config = AutoModelForCausalLM.from_pretrained(pruned).config
     head_dim = dense.config.head_dim
-    per_group = dense.config.num_attention_heads // dense.config.num_key_value_heads
     for number, layer in enumerate(dense.model.layers):
-        width = config.per_layer_config[number]
-        gone_groups = dense.config.num_key_value_heads - width.num_key_value_heads
+        before, width = dense.config.per_layer_config[number], config.per_layer_config[number]
+        per_group = before.num_attention_heads // before.num_key_value_heads
+        gone_groups = before.num_key_value_heads - width.num_key_value_heads
         with torch.no_grad():
             for group in importance.groups[score][number].argsort()[:gone_groups].tolist():
                 start = group * per_group * head_dim
@@ -69,7 +77,7 @@ def masked_dense(model: Path, importance: Importance, pruned: Path, score: str) 
                     for query in scores.argsort()[: per_group - kept_queries].tolist():
                         start = (group * per_group + query) * head_dim
                         layer.self_attn.o_proj.weight[:, start : start + head_dim] = 0
-            gone = dense.config.intermediate_size - width.intermediate_size
+            gone = before.intermediate_size - width.intermediate_size
             layer.mlp.down_proj.weight[:, importance.channels[score][number].argsort()[:gone]] = 0
     return dense
 
@@ -94,6 +102,37 @@ def test_the_pruned_model_equals_the_masked_dense_one(tmp_path: Path, kind: str,
     assert report.step["removed_parameters"] == pytest.approx(0.35 * report.decoder_before, abs=3 * 64 + 2)
 
 
+@pytest.mark.parametrize("family", list(FAMILIES)[1:])
+def test_the_same_for_every_family(tmp_path: Path, family: str) -> None:
+    """Widths, then layers, then widths again; and query heads."""
+    model = make_family(tmp_path / "model", family)
+    importance = made_up_importance(model)
+    report = prune_width(str(model), tmp_path / "narrow", importance, ratio=0.35, progress=False)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow")
+    assert pruned.config.model_type == f"pruned_{family}" and type(pruned).__name__.startswith("Pruned")
+    assert sum(report.step["key_value_heads_removed"]) > 0 and sum(report.step["channels_removed"]) > 0
+    torch.testing.assert_close(logits(pruned), logits(masked_dense(model, importance, tmp_path / "narrow", "igia")))
+    assert pruned.num_parameters() == report.parameters_after
+    assert FAMILY_NAMES[family] in (tmp_path / "narrow/README.md").read_text()
+
+    prune_layers(str(tmp_path / "narrow"), tmp_path / "fewer", layers=[1], merge=False, progress=False)
+    fewer = AutoModelForCausalLM.from_pretrained(tmp_path / "fewer")
+    assert fewer.config.widths == [w for n, w in enumerate(pruned.config.widths) if n != 1]
+    if hasattr(pruned.config, "layer_types"):
+        assert fewer.config.layer_types == [t for n, t in enumerate(pruned.config.layer_types) if n != 1]
+    pruned.model.layers[1].forward = lambda hidden_states, **_: hidden_states
+    with torch.no_grad():
+        expected = pruned(tokens(), use_cache=False).logits
+        assert torch.equal(fewer(tokens(), use_cache=False).logits, expected)
+
+    again = made_up_importance(tmp_path / "fewer", seed=1)
+    prune_width(str(tmp_path / "fewer"), tmp_path / "out", again, ratio=0.1, query_heads=True, progress=False)
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    masked = masked_dense(tmp_path / "fewer", again, tmp_path / "out", "igia")
+    torch.testing.assert_close(logits(narrow), logits(masked))
+    assert [step["kind"] for step in narrow.config.pruning["steps"]] == ["width", "layers", "width"]
+
+
 def test_removing_what_is_zero_changes_no_logit(tmp_path: Path) -> None:
     """Group 1 and channels 3 to 40 of every layer are zero, and have the lowest scores."""
     dense = make_model(tiny_config("llama", num_attention_heads=8, num_key_value_heads=4), dtype=torch.float32)
@@ -115,7 +154,7 @@ def test_removing_what_is_zero_changes_no_logit(tmp_path: Path) -> None:
         channels=dict.fromkeys(("igia", "gradient_norm"), [channels] * 2),
     )
     for out, parts, removed in [("a", ("attention",), 2 * 48 * 64), ("b", ("mlp",), 2 * 38 * 3 * 64)]:
-        ratio = removed / LlamaShape.of(json.loads((model / "config.json").read_text())).decoder_parameters
+        ratio = removed / DecoderShape.of(json.loads((model / "config.json").read_text())).decoder_parameters
         report = prune_width(
             str(model), tmp_path / out, importance, ratio=ratio, parts=parts, exponent=0.0, progress=False
         )
@@ -150,9 +189,36 @@ def test_dtype_shards_card_and_reader_files(tmp_path: Path) -> None:
     )
     assert (tmp_path / "out/model.safetensors.index.json").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-    assert (tmp_path / "out/modeling_pruned_llama.py").exists()
+    assert (tmp_path / "out/modeling_pruned.py").exists()
     card = (tmp_path / "out/README.md").read_text()
     assert "license: mit" in card and "| layer |" in card
+
+
+def test_a_checkpoint_whose_reader_has_its_former_names(gqa: Path, tmp_path: Path) -> None:
+    """It was written when LLaMA alone could be pruned; the result has the present files, and names them."""
+    narrow = tmp_path / "narrow"
+    prune_width(str(gqa), narrow, made_up_importance(gqa), ratio=0.2, progress=False)
+    present = {path.name for path in narrow.glob("*.py")}
+    for name in present:
+        (narrow / name).rename(narrow / name.replace("pruned", "pruned_llama"))
+    config = json.loads((narrow / "config.json").read_text())
+    auto_map = {auto: name.replace("pruned.", "pruned_llama.") for auto, name in config["auto_map"].items()}
+    edit_json(narrow / "config.json", auto_map=auto_map)
+    loaded = AutoModelForCausalLM.from_pretrained(narrow)
+    assert loaded.config.auto_map == auto_map
+    loaded.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["auto_map"] == config["auto_map"]
+    prune_layers(str(narrow), tmp_path / "out", layers=[1], merge=False, progress=False)
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == present
+    assert json.loads((tmp_path / "out/config.json").read_text())["auto_map"] == config["auto_map"]
+
+
+def test_code_of_others_under_one_of_our_names(tmp_path: Path) -> None:
+    model = make_llama(tmp_path / "llama")
+    (model / "modeling_pruned.py").write_text("X = 1\n")
+    edit_json(model / "config.json", auto_map={"AutoModel": "modeling_pruned.X"})
+    prune_layers(str(model), tmp_path / "out", layers=[1], merge=False, progress=False)
+    assert (tmp_path / "out/modeling_pruned.py").read_text() == "X = 1\n"
 
 
 def test_both_ways_one_after_the_other(gqa: Path, tmp_path: Path) -> None:
@@ -195,15 +261,17 @@ def test_least_squares_is_the_minimum() -> None:
     assert loss(found) < 0.7 * loss(weight.double()[:, stay])
 
 
-def test_correction_brings_the_outputs_nearer(gqa: Path, tmp_path: Path) -> None:
-    importance = made_up_importance(gqa)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_correction_brings_the_outputs_nearer(family: str, tmp_path: Path) -> None:
+    whole = make_family(tmp_path / "model", family)
+    importance = made_up_importance(whole)
     for name, text in [("plain", None), ("corrected", TEXT)]:
         report = prune_width(
-            str(gqa), tmp_path / name, importance, ratio=0.35, calibration=text, calibration_length=64, progress=False
+            str(whole), tmp_path / name, importance, ratio=0.35, calibration=text, calibration_length=64, progress=False
         )
         assert report.step["corrected"] == (text is not None)
     dense, plain, corrected = (
-        AutoModelForCausalLM.from_pretrained(p) for p in (gqa, tmp_path / "plain", tmp_path / "corrected")
+        AutoModelForCausalLM.from_pretrained(p) for p in (whole, tmp_path / "plain", tmp_path / "corrected")
     )
     assert plain.config.widths == corrected.config.widths
     for name, parameter in corrected.named_parameters():

@@ -14,7 +14,7 @@ import torch
 from support.hub_client import run_client
 from support.loopback_hub import LoopbackHub, hub_env
 from support.messages import naming
-from support.pruned_models import KEPT, pruned_and_dense, run_without_impart_hf
+from support.pruned_models import FAMILIES, KEPT, pruned_and_dense, run_without_impart_hf
 from support.tiny_models import Pair, fine_tune, make_model, save_model, tiny_config
 from support.without_impart_hf import WITHOUT_IMPART_HF
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, dynamic_module_utils
@@ -105,6 +105,26 @@ def test_the_pruned_model_comes_back(repository: Path, pair: Pair) -> None:
     assert answers[0] == answers[1]
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(twin) is type(model) and torch.equal(logits(twin), logits(model))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES)[1:])
+def test_every_family(family: str, tmp_path: Path) -> None:
+    """Made, loaded, reconstructed; the delta is far from the base, and near the fine-tune."""
+    pruned, _ = pruned_and_dense(dtype=torch.bfloat16, family=family)
+    pruned.config.pruning = HISTORY
+    base, finetuned = save_model(pruned, tmp_path / "base"), save_model(fine_tune(pruned), tmp_path / "finetuned")
+    compress(str(base), str(finetuned), tmp_path / "delta", LowRankConfig(compression_ratio=3))
+    verify(opened(tmp_path / "delta"))
+    model = load(tmp_path / "delta")
+    assert isinstance(model, DeltaCompressedForCausalLM) and isinstance(model, type(pruned))
+    assert type(model.config) is type(pruned.config) and model.config.widths == WIDTHS
+    expected = logits(load(finetuned))
+    assert distance(logits(model), expected) < 0.8 * distance(logits(load(base)), expected)
+    reconstruct(opened(tmp_path / "delta"), tmp_path / "dense")
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    assert config["auto_map"] == type(pruned.config).auto_classes() and config["pruning"] == HISTORY
+    dense = load(tmp_path / "dense")
+    assert type(dense) is type(pruned) and torch.equal(logits(dense), logits(model))
 
 
 def test_reader_files_of_both_kinds(repository: Path) -> None:

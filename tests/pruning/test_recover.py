@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -12,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.commands import run_with_commands_here
-from support.load_script import SCRIPTS
 from support.messages import naming
 from support.tiny_models import (
     edit_json,
@@ -30,9 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from impart_hf.calibration.text import calibration_tokens
 from impart_hf.common.files import OutputError
 from impart_hf.evaluation.metrics import evaluate
-from impart_hf.modeling.configuration_pruned_llama import PrunedLlamaConfig
+from impart_hf.modeling.configuration_pruned import PRUNED_CONFIGS, is_pruned_type
 from impart_hf.modeling.model_files import CheckpointError
-from impart_hf.modeling.modeling_pruned_llama import PrunedLlamaForCausalLM
+from impart_hf.modeling.modeling_pruned import PrunedLanguageModel
 from impart_hf.pruning.recovery import recover
 
 pytest.importorskip("peft")
@@ -52,7 +51,7 @@ def save(folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **changes
     """A model, its biases and norms random too, with a history of pruning where it has one."""
     config: Any = tiny_config(kind.removeprefix("pruned-"), **changes)
     if kind.startswith("pruned"):
-        config = PrunedLlamaConfig.from_llama(
+        config = PRUNED_CONFIGS[f"pruned_{config.model_type}"].with_widths(
             config, num_attention_heads=[2, 4], num_key_value_heads=[1, 2], intermediate_size=[48, 128]
         )
     if not changes:
@@ -72,13 +71,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def perplexity(folder: Path) -> float:
     tokens = calibration_tokens(HELD_OUT, tiny_tokenizer(), samples=64, length=32, seed=0)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # eager: sdpa leaves out what Gemma 2 does to the scores of attention
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     return evaluate(model, model, tokens, 4)[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "pruned-llama", "pruned-llama-tied"])
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        *itertools.product(["llama", "llama-tied", "pruned-llama", "pruned-llama-tied", "pruned-phi3"], [True, False]),
+        *((kind, True) for kind in ("pruned-qwen2", "qwen3", "pruned-mistral", "pruned-gemma2", "pruned-gemma3")),
+    ],
+)
 def test_recovery_lowers_the_loss(kind: str, lora: bool, tmp_path: Path) -> None:
     source, output = save(tmp_path / "model", kind), tmp_path / "recovered"
     before = contents(source)
@@ -107,7 +112,7 @@ def check_checkpoint(source: Path, output: Path, step: dict[str, Any]) -> None:
     configs[0].pop("pruning")
     assert configs[1] == configs[0]
     model = AutoModelForCausalLM.from_pretrained(output)
-    assert isinstance(model, PrunedLlamaForCausalLM) == (configs[0]["model_type"] == "pruned_llama")
+    assert isinstance(model, PrunedLanguageModel) == is_pruned_type(configs[0]["model_type"])
     assert model.config.use_cache
     if configs[0]["tie_word_embeddings"]:
         assert model.lm_head.weight is model.model.embed_tokens.weight and "lm_head.weight" not in new
@@ -115,9 +120,7 @@ def check_checkpoint(source: Path, output: Path, step: dict[str, Any]) -> None:
     card = (output / "README.md").read_text()
     assert "owner/base" in card and "ecovery" in card
     readers = {p.name for p in output.glob("*.py")}
-    assert (readers >= {"modeling_pruned_llama.py", "configuration_pruned_llama.py"}) == bool(
-        configs[0].get("auto_map")
-    )
+    assert (readers >= {"modeling_pruned.py", "configuration_pruned.py"}) == bool(configs[0].get("auto_map"))
 
 
 @pytest.mark.slow
@@ -183,23 +186,6 @@ def test_more_of_the_trainers_settings(model: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
 
 
-@pytest.mark.scripts
-def test_the_script_with_the_published_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From a LLaMA of seven layers to one of three: two without merging, then (by default three, here) two with it."""
-    model = save(tmp_path / "model", "llama", num_hidden_layers=7)
-    data = tmp_path / "train.txt"
-    data.write_text("\n".join(TEXTS))
-    script = [str(SCRIPTS / "gradpruner.sh"), str(model), str(data), str(data), str(tmp_path / "out"), "--steps", "2"]
-    assert run_with_commands_here(script, tmp_path / "bin", {"MERGED_LAYERS": "2"}) == 0
-    pruning = json.loads((tmp_path / "out/recovered/config.json").read_text())["pruning"]
-    dropped, merged, recovery = pruning["steps"]
-    assert len(dropped["removed"]) == 2 and not dropped["merged_into"] and len(merged["merged_into"]) == 2
-    assert (recovery["method"], recovery["steps"], recovery["learning_rate"]) == ("lora", 2, 1e-4)
-    settings = json.loads((tmp_path / "out/scores/importance.json").read_text())["settings"]
-    assert (settings["rank"], settings["alpha"], settings["batch_size"], settings["steps"]) == (8, 32, 4, 40)
-    assert capsys.readouterr().out.count("| ") > 10
-
-
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
@@ -236,12 +222,12 @@ def test_bad_data_and_models(model: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=naming(tmp_path / "nothing.txt")):
         recover(str(model), tmp_path / "out", tmp_path / "nothing.txt", **SETTINGS)
     assert not any(tmp_path.iterdir())
-    other = save_model(make_model(tiny_config("qwen2")), tmp_path / "qwen2")
-    with pytest.raises(ValueError, match=naming(other, "'qwen2'")):
+    other = save_model(make_model(tiny_config("gemma")), tmp_path / "gemma")
+    with pytest.raises(ValueError, match=naming(other, "'gemma'", "qwen2")):
         recover(str(other), tmp_path / "out", TEXTS, **SETTINGS)
     with pytest.raises(OutputError, match=naming(other)):
         recover(str(model), other, TEXTS, **SETTINGS)
-    assert [p.name for p in tmp_path.iterdir()] == ["qwen2"]
+    assert [p.name for p in tmp_path.iterdir()] == ["gemma"]
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.messages import naming
 
-from impart_hf.pruning.llama_shape import LayerWidth, LlamaShape
-from impart_hf.pruning.width_budget import channel_parameters, head_unit, width_budget
+from impart_hf.pruning.decoder_shape import CHANNELS, FAMILIES, DecoderShape, LayerWidth
+from impart_hf.pruning.width_budget import head_unit, width_budget
 
-LLAMA_3_8B = LlamaShape(4096, 128, 128256, False, False, False, (LayerWidth(32, 8, 14336),) * 32)
-LLAMA_2_7B = LlamaShape(4096, 128, 32000, False, False, False, (LayerWidth(32, 32, 11008),) * 32)
-SMALL = LlamaShape(320, 32, 4096, True, False, False, (LayerWidth(10, 5, 864),) * 8)
+LLAMA_3_8B = DecoderShape("llama", 4096, 128, 128256, False, (), (LayerWidth(32, 8, 14336),) * 32)
+LLAMA_2_7B = DecoderShape("llama", 4096, 128, 32000, False, (), (LayerWidth(32, 32, 11008),) * 32)
+SMALL = DecoderShape("llama", 320, 32, 4096, True, (), (LayerWidth(10, 5, 864),) * 8)
 
 
-def removed_by_formula(shape: LlamaShape, budget, query_heads: bool) -> int:
+def removed_by_formula(shape: DecoderShape, budget, query_heads: bool) -> int:
     """The difference of the parameter counts of the shapes before and after."""
     layers = []
     for width, heads, channels in zip(shape.layers, budget.heads, budget.channels, strict=True):
@@ -38,13 +38,13 @@ def removed_by_formula(shape: LlamaShape, budget, query_heads: bool) -> int:
 )
 @settings(max_examples=60, deadline=None)
 def test_the_budget_is_met_within_half_a_unit(
-    shape: LlamaShape, ratio: float, exponent: float, multiple_of: int, seed: int
+    shape: DecoderShape, ratio: float, exponent: float, multiple_of: int, seed: int
 ) -> None:
     scores = torch.rand(len(shape.layers), generator=torch.Generator().manual_seed(seed)).double() + 0.01
     budget = width_budget(shape, scores, ratio, exponent=exponent, multiple_of=multiple_of)
     assert budget.parameters == removed_by_formula(shape, budget, query_heads=False)
     missed = abs(budget.parameters - ratio * shape.decoder_parameters)
-    assert missed <= multiple_of * channel_parameters(shape) / 2
+    assert missed <= multiple_of * shape.unit_parameters(CHANNELS) / 2
     for width, heads, channels in zip(shape.layers, budget.heads, budget.channels, strict=True):
         assert 0 <= heads < width.num_key_value_heads and 0 <= channels < width.intermediate_size
         assert channels == 0 or (width.intermediate_size - channels) % multiple_of == 0
@@ -61,11 +61,13 @@ def test_attention_alone_is_met_within_half_a_unit_of_heads(query_heads: bool, r
     assert abs(budget.parameters - 0.7 * ratio * LLAMA_3_8B.decoder_parameters) <= unit / 2
 
 
-def test_biases_count() -> None:
-    shape = LlamaShape(64, 16, 320, False, True, True, (LayerWidth(4, 2, 128),) * 3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_count(family: str) -> None:
+    biased = tuple(linear.name for linear in FAMILIES[family].linears)
+    shape = DecoderShape(family, 64, 16, 320, False, biased, (LayerWidth(4, 2, 128),) * 3)
     budget = width_budget(shape, torch.ones(3).double(), 0.4, exponent=0.5)
     assert budget.parameters == removed_by_formula(shape, budget, query_heads=False)
-    assert abs(budget.parameters - 0.4 * shape.decoder_parameters) <= channel_parameters(shape) / 2
+    assert abs(budget.parameters - 0.4 * shape.decoder_parameters) <= shape.unit_parameters(CHANNELS) / 2
 
 
 def test_important_layers_lose_less() -> None:

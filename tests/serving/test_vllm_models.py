@@ -1,4 +1,4 @@
-"""vLLM serves delta repositories and pruned LLaMA without a flag; its greedy tokens are those of transformers."""
+"""vLLM serves delta repositories and pruned models without a flag; its greedy tokens are those of transformers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.messages import naming
+from support.pruned_models import KEPT, pruned_config
 from support.tiny_models import (
     VOCABULARY,
     Pair,
@@ -22,7 +23,17 @@ from support.tiny_models import (
     save_pair,
     tiny_config,
 )
-from support.vllm_engines import HEADS, EngineError, EngineProcess, delta_of, greedy_tokens, tokens_of
+from support.vllm_engines import (
+    HEADS,
+    LONG,
+    PROMPTS,
+    EngineError,
+    EngineProcess,
+    delta_of,
+    greedy_tokens,
+    swap_to,
+    tokens_of,
+)
 from transformers import AutoModelForCausalLM
 
 from impart_hf import BitDeltaConfig, ImPartConfig, LowRankConfig, PrunedLlamaConfig, PrunedLlamaForCausalLM, compress
@@ -48,6 +59,26 @@ WIDTHS = {
     "num_key_value_heads": [4, 1, 3],
     "intermediate_size": [72, 33, 128],
 }
+# All but LLaMA, with fields beside those of `support.pruned_models`.
+PRUNED_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": HEADS,
+    "qwen3": {**HEADS, "attention_bias": False},  # vLLM's Qwen3 leaves out the bias of o_proj
+    "mistral": HEADS,
+    "gemma2": HEADS,
+    "gemma3_text": HEADS,
+    "phi3": {
+        **HEADS,
+        "hidden_size": 256,  # the heads of a Phi-3 before pruning have this divided by their number
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [2.0] * 8,
+            "long_factor": [4.0] * 8,
+        },
+        "original_max_position_embeddings": 128,  # or vLLM has the long factors for short texts as well
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +101,7 @@ def delta(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned LLaMA in which no two layers have the same width."""
     llama = tiny_config("llama", num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=3, **HEADS)
-    config = PrunedLlamaConfig.from_llama(llama, **WIDTHS)
+    config = PrunedLlamaConfig.with_widths(llama, **WIDTHS)
     return save_model(make_model(config, dtype=torch.float32), tmp_path_factory.mktemp("pruned") / "model")
 
 
@@ -168,11 +199,48 @@ def test_pruned(engine: EngineProcess, pruned: Path) -> None:
     assert engine.tokens() == tokens_of(pruned)
 
 
+@pytest.mark.parametrize("family", PRUNED_FAMILIES)
+def test_every_pruned_family(engine: EngineProcess, family: str, tmp_path: Path) -> None:
+    """The model itself, and then a delta of it."""
+    base = save_pruned(family, tmp_path / "base")
+    tuned = save_model(fine_tune(AutoModelForCausalLM.from_pretrained(base)), tmp_path / "finetuned")
+    repository = delta_of(Pair(base, tuned), tmp_path / "delta")
+    prompts = [*PROMPTS, LONG]
+    expected = {folder: tokens_of(folder, prompts) for folder in (base, repository)}
+    other = AutoModelForCausalLM.from_pretrained(base, sliding_window=3)
+    assert expected[base] not in (expected[repository], [] if family == "qwen3" else greedy_tokens(other, prompts))
+
+    engine.start(base)
+
+    assert engine.tokens(prompts) == expected[base]
+    engine.run(swap_to, repository)
+    assert engine.tokens(prompts) == expected[repository]
+
+
+def save_pruned(family: str, folder: Path) -> Path:
+    """Save a pruned model in which no two layers have the same width; its biases and norms are not as they start."""
+    config = pruned_config(family=family, **PRUNED_FAMILIES[family])
+    return save_model(fine_tune(make_model(config, dtype=torch.float32)), folder)
+
+
 def test_pruned_layers_have_the_cache_of_their_own_heads(engine: EngineProcess, pruned: Path) -> None:
     engine.start(pruned, block_size=32)
+    assert_own_heads(engine, WIDTHS["num_key_value_heads"])
+
+
+def test_so_have_layers_with_and_without_windows(engine: EngineProcess, tmp_path: Path) -> None:
+    """If the option is given; else vLLM has pages of one size for all layers."""
+    folder = save_pruned("gemma2", tmp_path / "model")
+    engine.start(folder, block_size=32, disable_hybrid_kv_cache_manager=True)
+    assert_own_heads(engine, [len(layer.groups) for layer in KEPT])
+    assert engine.tokens([LONG]) == tokens_of(folder, [LONG])
+
+
+def assert_own_heads(engine: EngineProcess, kv_heads: list[int]) -> None:
+    """Check the KV cache's blocks of 32 tokens."""
     block = engine.run(bytes_of_a_cache_block)
     two = 2 * 32 * HEADS["head_dim"] * 4  # keys and values of 32 tokens of one head, in float32
-    assert [block[layer] for layer in sorted(block)] == [two * heads for heads in WIDTHS["num_key_value_heads"]]
+    assert [block[layer] for layer in sorted(block)] == [two * heads for heads in kv_heads]
     assert engine.run(bytes_of_allocated_blocks) == sum(block.values())
 
 
@@ -263,6 +331,9 @@ class TestRefused:
 
     def test_another_load_format(self, engine: EngineProcess, delta: Path) -> None:
         self.start(engine, delta, "--load-format npcache", load_format="npcache")
+
+    def test_float16_where_it_is_for_the_family(self, engine: EngineProcess, tmp_path: Path) -> None:
+        self.start(engine, save_pruned("gemma2", tmp_path / "model"), "pruned_gemma2", "float16", dtype="float16")
 
     def test_unknown_format_version(self, engine: EngineProcess, delta: Path, tmp_path: Path) -> None:
         repository = shutil.copytree(delta, tmp_path / "delta")

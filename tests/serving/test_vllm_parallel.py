@@ -31,7 +31,7 @@ def engine() -> Iterator[EngineProcess]:
 
 def save_pruned(folder: Path, widths: dict[str, list[int]]) -> Path:
     llama = tiny_config("llama", num_attention_heads=8, num_key_value_heads=4, **HEADS)
-    return save_model(make_model(PrunedLlamaConfig.from_llama(llama, **widths), dtype=torch.float32), folder)
+    return save_model(make_model(PrunedLlamaConfig.with_widths(llama, **widths), dtype=torch.float32), folder)
 
 
 def test_swaps_on_two_workers(

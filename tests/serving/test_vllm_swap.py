@@ -200,7 +200,7 @@ def test_differences_that_do_not_matter(
 def test_deltas_of_a_pruned_model(process: EngineProcess, tmp_path: Path) -> None:
     llama = tiny_config("llama", num_attention_heads=8, num_key_value_heads=4, **HEADS)
     widths = {"num_attention_heads": [4, 6], "num_key_value_heads": [4, 1], "intermediate_size": [72, 33]}
-    base = make_model(PrunedLlamaConfig.from_llama(llama, **widths), dtype=torch.float32)
+    base = make_model(PrunedLlamaConfig.with_widths(llama, **widths), dtype=torch.float32)
     save_model(base, tmp_path / "base")
     for seed, name in ((1, "one"), (2, "two")):
         tuned = save_model(fine_tune(base, seed), tmp_path / f"{name}-dense")

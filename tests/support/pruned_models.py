@@ -1,4 +1,4 @@
-"""Width-pruned LLaMAs and their oracle: the dense LLaMA in which everything that was removed contributes nothing.
+"""Width-pruned models and their oracle: the dense model in which everything that was removed contributes nothing.
 
     pruned, dense = pruned_and_dense()
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from impart_hf import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from impart_hf.modeling.configuration_pruned import PRUNED_CONFIGS, PrunedConfig
 from support.tiny_models import make_model, tiny_config
 from support.without_impart_hf import WITHOUT_IMPART_HF
 
@@ -52,18 +52,56 @@ KEPT_MHA = (
 )
 
 
-def llama_config(kept: tuple[Kept, ...] = KEPT, **changes: Any) -> LlamaConfig:
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_GEMMA = {"hidden_size": 48, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 20.0, "sliding_window": 6}
+# Every family, by model type, with what is special about it: the kind of `tiny_config`, and fields.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {"hidden_size": 48, "attention_bias": True}),
+    "mistral": ("mistral", {"sliding_window": 6, "hidden_size": 48}),
+    "gemma2": ("gemma2", {**_GEMMA, "final_logit_softcapping": 10.0}),
+    "gemma3_text": (
+        "gemma3",
+        {
+            **_GEMMA,
+            "layer_types": [_SLIDING, _FULL, _SLIDING, _SLIDING],
+            "rope_parameters": {
+                _FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                _SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {
+            "sliding_window": 6,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [2.0] * 2,
+                "long_factor": [4.0] * 2,
+            },
+        },
+    ),
+}
+
+
+def dense_config(kept: tuple[Kept, ...] = KEPT, family: str = "llama", **changes: Any) -> PreTrainedConfig:
     """The dense model's configuration; `changes` are fields of it."""
     grouped = kept is not KEPT_MHA
     fields = {"num_attention_heads": 8, "num_key_value_heads": 4 if grouped else 8, "head_dim": HEAD_DIM}
     fields |= {"intermediate_size": INTERMEDIATE, "num_hidden_layers": len(kept)}
-    return tiny_config("llama", **{**fields, **changes})
+    kind, special = FAMILIES[family]
+    return tiny_config(kind, **{**fields, **special, **changes})
 
 
-def pruned_config(kept: tuple[Kept, ...] = KEPT, **changes: Any) -> PrunedLlamaConfig:
+def pruned_config(kept: tuple[Kept, ...] = KEPT, family: str = "llama", **changes: Any) -> PrunedConfig:
     """The pruned model's configuration."""
-    return PrunedLlamaConfig.from_llama(
-        llama_config(kept, **changes),
+    return PRUNED_CONFIGS[f"pruned_{family}"].with_widths(
+        dense_config(kept, family, **changes),
         num_attention_heads=[len(k.groups) * len(k.queries) for k in kept],
         num_key_value_heads=[len(k.groups) for k in kept],
         intermediate_size=[len(k.channels) for k in kept],
@@ -72,16 +110,19 @@ def pruned_config(kept: tuple[Kept, ...] = KEPT, **changes: Any) -> PrunedLlamaC
 
 @torch.no_grad()
 def pruned_and_dense(
-    kept: tuple[Kept, ...] = KEPT, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
-) -> tuple[PrunedLlamaForCausalLM, LlamaForCausalLM]:
+    kept: tuple[Kept, ...] = KEPT,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    family: str = "llama",
+    **changes: Any,
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A pruned model and the dense one that computes the same; `changes` are fields of the configuration."""
-    dense = make_model(llama_config(kept, **changes), seed, dtype)
+    dense = make_model(dense_config(kept, family, **changes), seed, dtype)
     for name, parameter in dense.named_parameters():  # biases start as zeros, norms as ones: nothing would show
         if parameter.dim() == 1:
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
             parameter.add_(0.3 * noise.to(dtype))
-    pruned = PrunedLlamaForCausalLM(pruned_config(kept, **changes)).to(dtype).eval()
-    pruned.config.dtype = dtype
+    pruned = make_model(pruned_config(kept, family, **changes), seed, dtype)
     weights = {name: cut(name, tensor, kept, dense.config) for name, tensor in dense.state_dict().items()}
     pruned.load_state_dict(weights)
     for layer, keep in zip(dense.model.layers, kept, strict=True):
@@ -95,12 +136,19 @@ def pruned_and_dense(
     return pruned, dense
 
 
-def cut(name: str, tensor: torch.Tensor, kept: tuple[Kept, ...], config: LlamaConfig) -> torch.Tensor:
+def cut(name: str, tensor: torch.Tensor, kept: tuple[Kept, ...], config: PreTrainedConfig) -> torch.Tensor:
     """What stays of one of the dense model's tensors."""
     if not name.startswith("model.layers."):
         return tensor
     keep = kept[int(name.split(".")[2])]
     linear, what = name.split(".")[-2:]
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if linear == "qkv_proj":
+        queries, rest = head_rows(_query_heads(keep, config)), head_rows(keep.groups)
+        keys = [heads * HEAD_DIM + row for row in rest]
+        return tensor[[*queries, *keys, *(groups * HEAD_DIM + row for row in keys)]]
+    if linear == "gate_up_proj":
+        return tensor[[*keep.channels, *(INTERMEDIATE + channel for channel in keep.channels)]]
     if linear == "q_proj":
         return tensor[head_rows(_query_heads(keep, config))]
     if linear in ("k_proj", "v_proj"):
@@ -119,7 +167,7 @@ def head_rows(heads: tuple[int, ...]) -> list[int]:
     return [head * HEAD_DIM + i for head in heads for i in range(HEAD_DIM)]
 
 
-def _query_heads(keep: Kept, config: LlamaConfig) -> tuple[int, ...]:
+def _query_heads(keep: Kept, config: PreTrainedConfig) -> tuple[int, ...]:
     size = config.num_attention_heads // config.num_key_value_heads
     return tuple(group * size + query for group in keep.groups for query in keep.queries)
 

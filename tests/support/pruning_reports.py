@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from impart_hf.pruning.checks import open_llama, weights_fingerprint
+from impart_hf.pruning.checks import open_decoder, weights_fingerprint
+from impart_hf.pruning.decoder_shape import DecoderShape, layer_prefix
 from impart_hf.pruning.importance_report import Importance, masked_entries
-from impart_hf.pruning.llama_shape import LINEAR, LlamaShape, layer_prefix
 
 
 def made_up_importance(model: Path, *, seed: int = 0, top_percent: float = 20.0, **changes: Any) -> Importance:
@@ -19,7 +19,7 @@ def made_up_importance(model: Path, *, seed: int = 0, top_percent: float = 20.0,
     Args:
         changes: fields of `Importance` to be given in place of these; `layers` may be a list, for both scores.
     """
-    checkpoint, shape = open_llama(str(model))
+    checkpoint, shape = open_decoder(str(model))
     generator = torch.Generator().manual_seed(seed)
 
     def units(counts: list[int]) -> dict[str, list[torch.Tensor]]:
@@ -44,11 +44,11 @@ def made_up_importance(model: Path, *, seed: int = 0, top_percent: float = 20.0,
     return Importance(**fields)
 
 
-def _random_masks(shape: LlamaShape, top_percent: float, generator: torch.Generator) -> Any:
+def _random_masks(shape: DecoderShape, top_percent: float, generator: torch.Generator) -> Any:
     packed = {}
     for layer in range(len(shape.layers)):
         sizes = shape.layer_tensors(layer)
-        for linear in LINEAR:
+        for linear in shape.linear_names:
             entries = torch.Size(sizes[f"{linear}.weight"]).numel()
             bits = np.zeros(entries, np.uint8)
             bits[torch.randperm(entries, generator=generator)[: masked_entries(top_percent, entries)].numpy()] = 1

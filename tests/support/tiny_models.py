@@ -38,6 +38,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -85,6 +86,7 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "gpt-neox": (GPTNeoXConfig, {}),  # transformers renames its output projection
     "mamba": (MambaConfig, {"state_size": 8}),  # no attention
     "mamba2": (Mamba2Config, {"state_size": 8, "head_dim": 16, "num_heads": 8, "n_groups": 1}),  # infinity in a field
+    "phi3": (Phi3Config, {}),  # query, key and value are one matrix, gate and up another
     "phi": (PhiConfig, {}),  # its output projection has a bias
     "gpt2": (GPT2Config, {"tie_word_embeddings": True}),  # Conv1D in place of linear layers
     "bloom": (BloomConfig, {"tie_word_embeddings": True}),

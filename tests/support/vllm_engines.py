@@ -138,6 +138,7 @@ def _start(holder: _Holder, model: str, options: dict[str, Any]) -> None:
 
     holder.llm = holder.deltas = None
     gc.collect()
+    gc.freeze()  # a start collects garbage several times, and need not look through all that imports have made
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "disable_log_stats": True}
     holder.llm = LLM(model, **{**settings, **options})
 

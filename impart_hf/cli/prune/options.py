@@ -35,7 +35,7 @@ REPORT_FOLDER = "importance"
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the model that a command reads, and the options for its report."""
-    parser.add_argument("model", metavar="MODEL", help="LLaMA-shaped model: local folder or Hub id")
+    parser.add_argument("model", metavar="MODEL", help="model of a family that can be pruned: local folder or Hub id")
     add_revision(parser)
     add_json(parser)
     add_quiet(parser)

@@ -1,4 +1,4 @@
-"""PrunedLlama generates what the masked dense LLaMA generates, with every cache."""
+"""A pruned model generates what the masked dense one generates, with every cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.pruned_models import IDS, greedy, left_padded, llama_config, load_pruned
+from support.pruned_models import IDS, assert_same, dense_config, greedy, left_padded, load_pruned
 from support.tiny_models import make_model, tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache, pipeline
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
@@ -26,6 +26,23 @@ def test_caches(implementation: str | None, models: tuple[PreTrainedModel, PreTr
     expected = greedy(dense, ids, attention_mask=mask, use_cache=False)
     assert greedy(pruned, ids, attention_mask=mask, cache_implementation=implementation) == expected
     assert expected[0][:2] != expected[1][:2], "the two prompts have different answers"
+
+
+def test_caches_of_every_family(family_models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    """Beyond the windows of 6 tokens; keys by layer, and of a layer's own heads."""
+    pruned, dense = family_models
+    ids, mask = left_padded()
+    expected = greedy(dense, ids, attention_mask=mask, use_cache=False)
+    for implementation in ("dynamic", "static"):
+        settings = {"cache_implementation": implementation, "disable_compile": True}
+        assert greedy(pruned, ids, attention_mask=mask, **settings) == expected, implementation
+    cache, theirs = DynamicCache(config=pruned.config), DynamicCache(config=dense.config)
+    with torch.no_grad():
+        one, other = pruned(IDS, past_key_values=cache).logits, dense(IDS, past_key_values=theirs).logits
+    assert_same(one, other)
+    assert [layer.keys.shape[1] for layer in cache.layers] == [kv_heads for _, kv_heads, _ in WIDTHS]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [layer.keys.shape[2] for layer in theirs.layers]
+    assert [type(layer) for layer in cache.layers] == [type(layer) for layer in theirs.layers]
 
 
 def test_cache_objects_and_none(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
@@ -51,7 +68,7 @@ def test_assisted_generation(models: tuple[PreTrainedModel, PreTrainedModel]) ->
     pruned, dense = models
     ids = IDS[:1]
     assert greedy(dense, ids, assistant_model=pruned) == greedy(dense, ids) == greedy(pruned, ids)
-    other = make_model(llama_config(num_hidden_layers=1), seed=5, dtype=torch.float32)
+    other = make_model(dense_config(num_hidden_layers=1), seed=5, dtype=torch.float32)
     assert greedy(pruned, ids, assistant_model=other) == greedy(dense, ids)
     assert greedy(pruned, ids, prompt_lookup_num_tokens=3) == greedy(dense, ids)
 

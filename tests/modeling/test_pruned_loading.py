@@ -1,4 +1,4 @@
-"""PrunedLlama saved and loaded: by the Auto classes, by remote code, on devices; and what cannot be loaded."""
+"""Pruned models saved and loaded: by the Auto classes, by remote code, on devices; and what cannot be loaded."""
 
 from __future__ import annotations
 
@@ -91,6 +91,51 @@ def test_trust_remote_code_without_impart_hf(saved: Path, models: tuple, tmp_pat
         assert (other / name).read_bytes() == (saved / name).read_bytes()
     again = load_pruned(other, trust_remote_code=True)  # with impart_hf there as well
     assert torch.equal(logits(again), logits(models[0]))
+
+
+ALL_BY_REMOTE_CODE = """
+import json
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+ids = torch.tensor(json.loads(sys.argv[1]))
+for repo in sys.argv[2:]:
+    assert AutoConfig.from_pretrained(repo, trust_remote_code=True).widths[1] == (1, 1, 7)
+    AutoModel.from_pretrained(repo, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(ids).logits
+    model.save_pretrained(repo + "/again")
+    model = AutoModelForCausalLM.from_pretrained(repo + "/again", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, logits)
+    torch.save(logits, repo + "/logits.pt")
+assert not any(name.split(".")[0] == "impart_hf" for name in sys.modules)
+"""
+
+
+@pytest.mark.process
+def test_every_family_by_remote_code(models_by_family: dict, tmp_path: Path) -> None:
+    for family, (pruned, _) in models_by_family.items():
+        pruned.save_pretrained(tmp_path / family)
+    folders = [str(tmp_path / family) for family in models_by_family]
+    run_without_impart_hf(ALL_BY_REMOTE_CODE, tmp_path / "modules", json.dumps(IDS.tolist()), *folders)
+    for family, (pruned, _) in models_by_family.items():
+        assert torch.equal(torch.load(tmp_path / family / "logits.pt"), logits(pruned)), family
+        for name in ("config.json", *READER):
+            again = (tmp_path / family / "again" / name).read_bytes()
+            assert again == (tmp_path / family / name).read_bytes(), (family, name)
+
+
+def test_device_maps_of_every_family(family_models: tuple, tmp_path: Path) -> None:
+    pruned, dense = family_models
+    pruned.save_pretrained(tmp_path / "model")
+    device_map = {**OFFLOAD, "lm_head": "cpu"}  # as the embeddings, which two families tie it to
+    model = load_pruned(tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offload"))
+    assert_same(logits(model), logits(dense))
+    half = load_pruned(tmp_path / "model", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert_same(logits(half).float(), logits(pruned), 0.5)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, OFFLOAD], ids=["cpu", "auto", "all", "disk"])

@@ -1,7 +1,9 @@
-"""PrunedLlama computes what the masked dense LLaMA computes, wherever transformers takes a LLaMA."""
+"""A pruned model computes what the masked dense one computes, wherever transformers takes a model of its family."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from support.pruned_models import (
     pruned_and_dense,
 )
 from support.tiny_models import load_tensors
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -48,6 +50,51 @@ def test_logits(kept: tuple, changes: dict[str, Any], tmp_path: Path) -> None:
     loaded = load_pruned(tmp_path)
     assert torch.equal(logits(loaded), logits(pruned))
     assert ("lm_head.weight" in load_tensors(tmp_path)) != ("tie_word_embeddings" in changes)
+
+
+def test_every_family(family_models: tuple[PreTrainedModel, PreTrainedModel], tmp_path: Path) -> None:
+    pruned, dense = family_models
+    assert isinstance(pruned, type(dense)) and type(pruned.model).__name__ == f"Pruned{type(dense.model).__name__}"
+    assert pruned.state_dict().keys() == dense.state_dict().keys() and pruned.config.widths == WIDTHS
+    assert_same(logits(pruned), logits(dense))
+    assert (logits(pruned) - logits(pruned)[:, :1]).abs().max() > 1
+    ids, mask = left_padded()
+    with torch.no_grad():
+        one, other = (model(ids, attention_mask=mask).logits[mask.bool()] for model in (pruned, dense))
+    assert_same(one, other)
+    pruned.save_pretrained(tmp_path)
+    loaded = load_pruned(tmp_path, attn_implementation="eager")
+    assert type(loaded) is type(pruned) and loaded.config.to_diff_dict() == pruned.config.to_diff_dict()
+    dense.set_attn_implementation("eager")
+    assert_same(logits(loaded), logits(dense))
+    assert_same(AutoModel.from_pretrained(tmp_path)(IDS).last_hidden_state, pruned.model(IDS).last_hidden_state)
+
+
+def test_what_makes_a_family_is_seen(models_by_family: dict) -> None:
+    """Windows, RoPE by layer, capped scores: what is left out changes the logits, so the oracle would notice."""
+    for family, changes in (
+        ("qwen2", {"use_sliding_window": False}),
+        ("mistral", {"sliding_window": None}),
+        ("gemma2", {"attn_logit_softcapping": 0.5}),
+        ("gemma2", {"query_pre_attn_scalar": 4}),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 4}),
+        ("phi3", {"sliding_window": None}),
+    ):
+        pruned = models_by_family[family][0]
+        other, _ = pruned_and_dense(family=family, **changes)
+        for model in (copy.deepcopy(pruned), other):
+            model.set_attn_implementation("eager")
+            model.load_state_dict(pruned.state_dict())
+        assert (logits(other) - logits(pruned)).abs().max() > 0.05, (family, changes)
+
+
+def test_a_copy_is_on_its_own(models_by_family: dict) -> None:
+    pruned, _ = models_by_family["phi3"]
+    for twin in (copy.deepcopy(pruned), pickle.loads(pickle.dumps(pruned))):
+        assert torch.equal(logits(twin), logits(pruned))
+        twin.set_attn_implementation("eager")
+        assert {layer.self_attn.config._attn_implementation for layer in twin.model.layers} == {"eager"}
+        assert {layer.self_attn.config._attn_implementation for layer in pruned.model.layers} == {"sdpa"}
 
 
 def test_the_oracle_notices_one_wrong_head(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:

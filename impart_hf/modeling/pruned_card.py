@@ -1,6 +1,5 @@
-"""The model card of a pruned LLaMA: what was removed, what remains, how to load it."""
+"""The model card of a pruned model: what was removed, what remains, how to load it."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .configuration_pruned_llama import LAYER_WIDTHS, PrunedLlamaConfig
+from .configuration_pruned import LAYER_WIDTHS, is_pruned_type, pruned_config_class
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -16,7 +15,7 @@ _TEMPLATE = """---
 
 # {{ name }}
 
-A pruned LLaMA{% if base %}, made of `{{ base }}`{% endif %}: {{ after }} parameters
+A pruned {{ family }}{% if base %}, made of `{{ base }}`{% endif %}: {{ after }} parameters
 {%- if before %}, of {{ before }} before pruning ({{ removed }} removed){% endif %}.
 
 ```python
@@ -56,22 +55,24 @@ def pruned_model_card(
     """Return the README.md of a pruned model.
 
     Args:
-        config: the model's config.json, of model type "pruned_llama", or of a LLaMA from which only layers were
+        config: the model's config.json, of a family's pruned or own model type: from the latter, only layers were
             removed. `pruning` may be missing or damaged: steps that cannot be read are omitted.
         name: the model's Hub id, or the name of its folder.
         parameters: its number of parameters.
         metadata: more entries of the card's data, such as license and language; its tags are added to the card's.
 
     Raises:
-        ValueError: if the configuration is not that of a LLaMA.
+        ValueError: if the configuration is not that of a family that can be pruned.
     """
-    fields = {k: copy.deepcopy(v) for k, v in config.items() if k not in ("model_type", "pruning")}
-    llama = PrunedLlamaConfig.from_dict(fields)
+    family = pruned_config_class(config.get("model_type"))
+    if family is None:
+        raise ValueError(f"model_type '{config.get('model_type')!s:.40}' is not one of models that can be pruned")
+    parsed = family.from_dict({k: v for k, v in config.items() if k not in ("model_type", "pruning")})
     history = _mapping(config.get("pruning"))
     base = _line(history.get("base_model"))
     before = history.get("base_parameters")
     before = before if isinstance(before, int) and before > parameters else 0
-    usual = tuple(llama.to_dict()[key] for key in LAYER_WIDTHS)
+    usual = tuple(parsed.to_dict()[key] for key in LAYER_WIDTHS)
     own = dict(metadata or {})
     tags = own.pop("tags", None)
     data = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -83,14 +84,15 @@ def pruned_model_card(
         ),
         template_str=_TEMPLATE,
         name=_line(name),
+        family=family.family_name,
         base=base,
         after=f"{parameters:,}",
         before=f"{before:,}" if before else "",
         removed=f"{1 - parameters / before:.1%}" if before else "",
         repository=name if _is_hub_id(name) else "REPO_ID",
-        trust=", trust_remote_code=True" if config.get("model_type") == PrunedLlamaConfig.model_type else "",
+        trust=", trust_remote_code=True" if is_pruned_type(config.get("model_type")) else "",
         steps=list(_steps(history)),
-        layers=[(number, *widths) for number, widths in enumerate(llama.widths) if widths != usual],
+        layers=[(number, *widths) for number, widths in enumerate(parsed.widths) if widths != usual],
         usual=usual,
     )
     return str(card).rstrip("\n") + "\n"

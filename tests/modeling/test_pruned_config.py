@@ -1,4 +1,4 @@
-"""PrunedLlamaConfig: widths per layer, checked, and kept by every way of copying."""
+"""Configurations of pruned models: widths per layer, checked, and kept by every way of copying."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from typing import Any
 import pytest
 import torch
 from support.messages import naming
-from support.pruned_models import HEAD_DIM, KEPT_MHA, llama_config, logits, pruned_config
-from transformers import AutoConfig
+from support.pruned_models import FAMILIES, HEAD_DIM, KEPT_MHA, dense_config, logits, pruned_config
+from transformers import AutoConfig, Qwen3Config
 
-from impart_hf import PrunedLlamaConfig, PrunedLlamaForCausalLM
+import impart_hf
+from impart_hf import (
+    PrunedLlamaConfig,
+    PrunedLlamaForCausalLM,
+    PrunedPhi3Config,
+    PrunedQwen2Config,
+    PrunedQwen3Config,
+)
+from impart_hf.modeling.configuration_pruned import PRUNED_CONFIGS
+from impart_hf.pruning.decoder_shape import FAMILIES as SHAPES
 
 pytestmark = pytest.mark.usefixtures("seeded")
 WIDTHS = [(6, 3, 32), (1, 1, 7), (4, 4, 53), (8, 4, 64)]
@@ -38,13 +47,13 @@ def test_widths() -> None:
 def test_pruned_again_keeps_the_first_widths() -> None:
     config = pruned_config()
     config.pruning = {"base_model": "org/name", "steps": []}
-    again = PrunedLlamaConfig.from_llama(
+    again = PrunedLlamaConfig.with_widths(
         config, num_attention_heads=[1, 1, 4, 8], num_key_value_heads=[1, 1, 4, 4], intermediate_size=[5, 7, 53, 64]
     )
     assert again.widths == [(1, 1, 5), (1, 1, 7), (4, 4, 53), (8, 4, 64)]
     assert again.pruning == config.pruning and again.to_dict()["intermediate_size"] == 64
     assert config.widths == WIDTHS, "the original stays"
-    whole = PrunedLlamaConfig.from_llama(
+    whole = PrunedLlamaConfig.with_widths(
         config, num_attention_heads=[8] * 4, num_key_value_heads=[4] * 4, intermediate_size=[64] * 4
     )
     assert whole.widths == [(8, 4, 64)] * 4
@@ -68,6 +77,42 @@ def test_config_survives_every_way_of_copying(tmp_path: Path) -> None:
         assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
         config = PrunedLlamaConfig.from_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["pruning"] == config.pruning
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    config, dense = pruned_config(family=family), dense_config(family=family)
+    assert config.model_type == f"pruned_{family}" and config.widths == WIDTHS
+    assert [config.per_layer_config[2].num_attention_heads, config.per_layer_config[2].head_dim] == [4, HEAD_DIM]
+    before = config.before_pruning
+    assert before.widths == [(8, 4, 64)] * 4 and not before.is_heterogeneous and config.is_heterogeneous
+    own = {"model_type", "per_layer_config", "architectures", "auto_map", "pruning", "head_dim"}
+    same = {name: value for name, value in config.to_dict().items() if name not in own}
+    assert same == {name: value for name, value in dense.to_dict().items() if name not in own}
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is type(config) and loaded.to_diff_dict() == config.to_diff_dict()
+    assert copy.copy(config) == config != before
+    assert PRUNED_CONFIGS.keys() == {f"pruned_{name}" for name in SHAPES} and list(SHAPES) == list(FAMILIES)
+    for name in (type(config).__name__, *config.model_classes()):
+        assert name in impart_hf.__all__ and getattr(impart_hf, name)
+    with pytest.raises(ValueError, match=naming("num_key_value_heads", "'4'")):
+        type(config).from_dict({**config.to_dict(), "num_key_value_heads": "4"})
+
+
+def test_head_dim_and_kv_heads_that_are_left_out() -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": None}
+    for config in (PrunedQwen2Config(**sizes), PrunedPhi3Config(**sizes)):
+        assert (config.head_dim, config.num_key_value_heads) == (16, 4)
+    assert PrunedQwen3Config(**sizes).head_dim == Qwen3Config().head_dim == 128
+
+
+def test_a_dict_is_not_changed() -> None:
+    fields = pruned_config(family="gemma3_text").to_dict()
+    fields["rope_parameters"] = {"full_attention": {"rope_type": "default"}}
+    before = copy.deepcopy(fields)
+    PRUNED_CONFIGS["pruned_gemma3_text"].from_dict(fields)
+    assert fields == before
 
 
 HOSTILE: dict[str, tuple[dict[str, Any], Any]] = {
@@ -133,7 +178,7 @@ def test_wrong_widths_from_a_writer() -> None:
         ("intermediate_size", [8, 8, 0, 8], "layer 2"),
     ):
         with pytest.raises(ValueError, match=naming(name, named)):
-            PrunedLlamaConfig.from_llama(llama_config(), **{**counts, name: values})
+            PrunedLlamaConfig.with_widths(dense_config(), **{**counts, name: values})
     config = pruned_config()
     config.per_layer_config = {1: {"num_attention_heads": 3}}
     with pytest.raises(Exception, match=naming("layer 1", "num_attention_heads 3")):

@@ -1,4 +1,4 @@
-"""PrunedLlama trained as any model: gradients, compilation, LoRA, Trainer."""
+"""A pruned model trained as any model: gradients, compilation, LoRA, Trainer."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ def test_gradients_and_checkpointing(models: tuple[PreTrainedModel, PreTrainedMo
     assert pruned.is_gradient_checkpointing and checkpointed.keys() == plain.keys()
     for name, gradient in checkpointed.items():
         assert torch.equal(gradient, plain[name]), name
+
+
+def test_gradients_of_every_family(family_models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    pruned, dense = family_models
+    plain, oracle = gradients(pruned), gradients(dense)
+    compared = [name for name, gradient in plain.items() if gradient.shape == oracle[name].shape]
+    assert sum("norm" in name for name in compared) >= 9
+    for name in compared:
+        assert_same(plain[name], oracle[name], 1e-3)
+    pruned.gradient_checkpointing_enable()
+    for name, gradient in gradients(pruned).items():
+        assert torch.equal(gradient, plain[name]), name
+    adapted = get_peft_model(pruned, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    targets = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    assert len(targets) == sum(name.endswith("proj.weight") for name in plain)
+    assert_same(logits(adapted.eval()), logits(dense.eval()))
 
 
 @pytest.mark.slow
