@@ -209,6 +209,13 @@ def test_an_argument_that_a_model_does_not_take(task: Path, tiny_pair: Pair) -> 
         evaluate_tasks(str(tiny_pair.base), [str(task)], model_args={"abacus": 1})
 
 
+def test_more_processes_than_questions(task: Path, tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_pair.base)
+    monkeypatch.setattr("impart_hf.common.processes.count", lambda: 6)
+    with pytest.raises(ValueError, match=naming("'going_on'", 5, 6)):
+        TaskEvaluation([str(task)], TaskSettings(limit=5)).score(model, tiny_tokenizer())
+
+
 def test_one_number_is_of_one_task(task: Path, reciting: Path) -> None:
     assert TaskEvaluation([str(task)]).first_metric() == ("acc", True)
     with pytest.raises(ValueError, match=naming(task, "group")):
