@@ -1,7 +1,9 @@
 """Models as they are evaluated: by transformers, as deltas beside one base in memory, or by vLLM."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from .metrics import load
 from .task_scores import TaskSettings
 
 BACKENDS = ("hf", "runtime", "vllm")
+# What functions and commands have arguments and options of their own for.
+_NO_MODEL_ARGS = ("base_model", "batch_size", "device", "dtype", "pretrained", "revision", "seed")
 
 
 class ModelLoader:
@@ -47,7 +51,9 @@ class ModelLoader:
             model_args: as above.
 
         Raises:
-            ValueError: if there is no such backend, it cannot run in several processes, or the device is not available.
+            ValueError: if there is no such backend, it cannot run in several processes, the device is not available, or
+                an argument is none of `model_args`.
+            ModuleNotFoundError: if vLLM is asked for and not installed.
         """
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not '{backend}'")
@@ -56,6 +62,11 @@ class ModelLoader:
                 "the backend vllm runs in one process: start it without accelerate launch or torchrun, and let the "
                 "engine use several devices by tensor_parallel_size among the model's arguments"
             )
+        if backend == "vllm" and find_spec("vllm") is None:
+            raise ModuleNotFoundError("the backend vllm needs vLLM: pip install 'impart-hf[vllm]'")
+        for name in _NO_MODEL_ARGS:
+            if name in (model_args or {}):
+                raise ValueError(f"model_args: '{name}' is an argument of its own, and none of the model's")
         self.backend, self.revision, self.model_args = backend, revision, dict(model_args or {})
         self._device, self._base_model = usable_device(device), base_model
         self._deltas: DeltaModel | None = None
@@ -145,7 +156,9 @@ class EvaluatedModel:
     @property
     def model(self) -> PreTrainedModel:
         """The model of transformers."""
-        self._model = self._model or self._loader.model(self.source, self._dtype)
+        if self._model is None:
+            with self._taking_arguments():
+                self._model = self._loader.model(self.source, self._dtype)
         return self._model
 
     def lm(self, settings: TaskSettings) -> Any:
@@ -156,12 +169,23 @@ class EvaluatedModel:
         """
         assert self._tokenizer is not None
         if self._lm is None and self._loader.backend == "vllm":
-            self._lm = self._loader.engine(self.source, self._dtype, settings)
+            with self._taking_arguments():
+                self._lm = self._loader.engine(self.source, self._dtype, settings)
         elif self._lm is None:
             from .hf_lm import TransformersLM
 
             self._lm = TransformersLM(self.model, self._tokenizer, settings.batch_size)
         return self._lm
+
+    @contextmanager
+    def _taking_arguments(self) -> Iterator[None]:
+        """Within this context, convert errors of arguments that a model does not take."""
+        try:
+            yield
+        except TypeError as error:
+            if not self._loader.model_args:
+                raise
+            raise ValueError(f"model_args: '{self.source}' does not take one of them: {error}") from error
 
     def close(self) -> None:
         """Free the memory, for the next model."""

@@ -64,8 +64,7 @@ def load_tasks(names: Sequence[str], settings: TaskSettings, results: Path | Non
 
     Args:
         names: tasks, groups and tags of lm-eval, YAML files of tasks, and alpaca_eval.
-        settings: `num_fewshot`, `gen_kwargs`, `seed`, `data_dir`, `allow_code`, `apply_chat_template` and `alpaca` are
-            used.
+        settings: `num_fewshot`, `gen_kwargs`, `data_dir`, `allow_code`, `apply_chat_template` and `alpaca` are used.
         results: folder that keeps the verdicts of a judge; None for none.
 
     Raises:
@@ -89,6 +88,8 @@ def load_tasks(names: Sequence[str], settings: TaskSettings, results: Path | Non
             requested.append(RequestedTask(name, {name: _alpaca_task(settings, results)}, {}))
             continue
         _check_name(manager, name)
+        if sandbox is None and (code := _executing_code(manager, name)):
+            raise CodeNotAllowedError(code[0])
         requested.append(_load(manager, name, settings, sandbox))
     for task in {name: task for found in requested for name, task in found.tasks.items()}.values():
         _configure(task, settings)
@@ -113,6 +114,20 @@ def _check_name(manager: Any, name: str) -> None:
     near = difflib.get_close_matches(name, manager.all_tasks, n=3)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     raise ValueError(f"lm-eval has no task, group or tag '{name}', and it is no YAML file{hint}")
+
+
+def _executing_code(manager: Any, name: str) -> list[str]:
+    """Return the tasks of lm-eval in a task, group or tag that say that they execute code, before they are loaded."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return []
+    config, members = entry.cfg or {}, sorted(entry.tags)
+    if isinstance(config.get("task"), list):
+        members = [member if isinstance(member, str) else member.get("task", "") for member in config["task"]]
+    elif config:
+        members = []
+    found = [name] if config.get("unsafe_code") else []
+    return found + [task for member in members for task in _executing_code(manager, member)]
 
 
 def _alpaca_task(settings: TaskSettings, results: Path | None) -> Any:
@@ -147,13 +162,12 @@ def _load(manager: Any, name: str, settings: TaskSettings, sandbox: Sandbox | No
 
 
 def _configure(task: Any, settings: TaskSettings) -> None:
-    """Set the number and choice of examples and the arguments of generation, as lm-eval's own command does."""
+    """Set the number of examples and the arguments of generation, as lm-eval's own command does."""
     own = task.get_config("num_fewshot")
     if settings.num_fewshot is not None and own != 0:  # 0 says that the task has no examples, or has them in its text
         task.set_config(key="num_fewshot", value=settings.num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=settings.seed)
     if settings.gen_kwargs and task.get_config("output_type") == "generate_until":
         task.set_config(key="generation_kwargs", value=dict(settings.gen_kwargs), update=True)
 

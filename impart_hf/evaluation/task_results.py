@@ -148,7 +148,7 @@ class FinishedTask:
         """Within this context, what a model of lm-eval answers is kept in a file, and not asked for again.
 
         The file, a cache of lm-eval's, is of this model, task and settings alone. It is removed at the end, unless the
-        work is interrupted.
+        work is interrupted. Each process of a job has one.
         """
         from lm_eval.api.model import CacheHook, CachingLM
 
@@ -160,7 +160,10 @@ class FinishedTask:
         finally:
             caching.dbdict.close()
             lm.set_cache_hook(CacheHook(None))
-        file.unlink()
+        for left in file.parent.glob(
+            f"{self._path.stem}.answers-*.db"
+        ):  # also of an interrupted job with more processes
+            left.unlink(missing_ok=True)
 
 
 def _file_name(name: str) -> str:

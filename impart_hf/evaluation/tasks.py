@@ -124,8 +124,12 @@ class TaskEvaluation:
     def _run(self, lm: Any, name: str) -> list[TaskScore]:
         """Run one task, in all processes of the job; each returns its scores."""
         from lm_eval import evaluate
+        from lm_eval.evaluator_utils import get_sample_size
 
         settings, task = self.settings, self._tasks[name]
+        questions = min(len(task.eval_docs), get_sample_size(task, settings.limit) or len(task.eval_docs))
+        if questions < processes.count():
+            raise ValueError(f"task '{name}' has {questions} questions for {processes.count()} processes: start fewer")
         # Before each task, so that its examples and samples do not depend on those that were run before it.
         set_seed(settings.seed)
         task.set_fewshot_seed(seed=settings.seed)

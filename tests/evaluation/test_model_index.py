@@ -91,10 +91,7 @@ def test_a_model_without_a_card_gets_one(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["README.md"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["---\nmodel-index: 3\n---\n", "---\nmodel-index:\n- name: a\n  results:\n  - task: {}\n---\n", "---\n: [\n---\n"],
-)
+@pytest.mark.parametrize("metadata", ["model-index: 3", "model-index:\n- name: a\n  results:\n  - task: {}", ": ["])
 def test_a_card_that_cannot_be_read_is_left_as_it_is(metadata: str, tmp_path: Path) -> None:
     path, text = tmp_path / "README.md", f"---\n{metadata}\n---\n"
     path.write_text(text, "utf-8")

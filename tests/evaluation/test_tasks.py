@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from impart_hf.evaluation import models as evaluated_models
 from impart_hf.evaluation.task_scores import metrics_of, scores_of
-from impart_hf.evaluation.tasks import TaskScore, TaskSettings, evaluate_tasks
+from impart_hf.evaluation.tasks import TaskEvaluation, TaskScore, TaskSettings, evaluate_tasks
 
 QUESTIONS = ["A fine-tuned model", "is its base", "and a small", "difference", "The quick", "brown fox"]
 
@@ -192,6 +192,7 @@ def test_numbers_out_of_range(settings: dict[str, Any], names: tuple) -> None:
         ({"settings": TaskSettings(data_dir="/gone")}, ("data_dir", "'/gone'")),
         ({"results": Path(__file__)}, (Path(__file__), "folder")),
         ({"device": "abacus"}, ("device", "'abacus'")),
+        ({"model_args": {"dtype": "float16"}}, ("model_args", "'dtype'")),
     ],
 )
 def test_bad_input(
@@ -201,6 +202,24 @@ def test_bad_input(
     options = {"tasks": [str(task)], **options}
     with pytest.raises((ValueError, OSError), match=naming(names)):
         evaluate_tasks(str(tiny_pair.base), **options)
+
+
+def test_an_argument_that_a_model_does_not_take(task: Path, tiny_pair: Pair) -> None:
+    with pytest.raises(ValueError, match=naming("model_args", tiny_pair.base, "abacus")):
+        evaluate_tasks(str(tiny_pair.base), [str(task)], model_args={"abacus": 1})
+
+
+def test_more_processes_than_questions(task: Path, tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_pair.base)
+    monkeypatch.setattr("impart_hf.common.processes.count", lambda: 6)
+    with pytest.raises(ValueError, match=naming("'going_on'", 5, 6)):
+        TaskEvaluation([str(task)], TaskSettings(limit=5)).score(model, tiny_tokenizer())
+
+
+def test_one_number_is_of_one_task(task: Path, reciting: Path) -> None:
+    assert TaskEvaluation([str(task)]).first_metric() == ("acc", True)
+    with pytest.raises(ValueError, match=naming(task, "group")):
+        TaskEvaluation([str(task), str(reciting)]).first_metric()
 
 
 def test_deltas_of_two_bases_are_not_beside_one(
