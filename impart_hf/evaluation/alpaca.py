@@ -11,6 +11,7 @@ models' answers stand beside the win rate instead.
 import hashlib
 import json
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -54,7 +55,8 @@ class AlpacaSettings:
     Attributes:
         instructions: a JSON or JSONL file of records with "instruction"; also with "output", the reference's answer,
             if there are no `references`. AlpacaEval's own files are such.
-        references: a file of the same format with the reference's answers, by instruction.
+        references: a file of the same format with the reference's answers, by instruction; the verdicts' file of one
+            model is such, too.
         judge: the judge.
     """
 
@@ -67,17 +69,23 @@ def read_questions(instructions: str | Path, references: str | Path | None = Non
     """Return the records that are asked, each with "instruction", "output" (the reference's) and "generator".
 
     Raises:
-        ValueError: if a record has no instruction, or no reference's answer.
+        ValueError: if a record has no instruction, or not one reference's answer.
         OSError: if a file cannot be read.
     """
     records = _records(instructions)
     if references is not None:
-        answers = {record["instruction"]: record for record in reversed(_records(references))}
+        answers: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
+        for record in _records(references):
+            answers[record["instruction"]].setdefault(str(record.get("output")), record)
+        times, asked = Counter(record["instruction"] for record in records), Counter[str]()
         for number, record in enumerate(records):
-            if (found := answers.get(record["instruction"])) is None:
-                short = f"{record['instruction']:.60}"
-                raise ValueError(f"{references} has no answer to record {number} of {instructions}: '{short}'")
-            records[number] = {**found, "instruction": record["instruction"]}
+            found = list(answers[record["instruction"]].values())
+            if not 1 <= len(found) <= times[record["instruction"]]:
+                which = f"record {number} of {instructions}, '{record['instruction']:.60}'"
+                raise ValueError(f"{references} has {len(found)} different answers to {which}: it must have one")
+            # An instruction that is asked several times may have an answer each time.
+            asked[record["instruction"]] += 1
+            records[number] = found[min(asked[record["instruction"]], len(found)) - 1]
     where = instructions if references is None else references
     for number, record in enumerate(records):
         if not isinstance(record.get("output"), str):
@@ -157,8 +165,8 @@ class PairwiseJudge:
             choice = self._choice(judge, CHECK)
         if choice.name is None:
             raise ValueError(
-                f"the judge '{self._settings.model}' is to say '{FIRST}' or '{SECOND}', and said '{choice.text:.80}'; one "
-                "that thinks first needs more --judge-max-tokens"
+                f"the judge '{self._settings.model}' is to say '{FIRST}' or '{SECOND}', and said '{choice.text:.80}'; "
+                "it needs more --judge-max-tokens if it thinks first"
             )
 
     def ask(self, comparisons: Sequence[Comparison]) -> None:
@@ -203,7 +211,7 @@ class PairwiseJudge:
             "judge": self._settings.model,
             "model_first": comparison.model_first,
             "instruction": comparison.instruction,
-            "answer": comparison.answer,
+            "output": comparison.answer,  # as in AlpacaEval's files
             "reference": comparison.reference,
         }
         if choice.name is None:

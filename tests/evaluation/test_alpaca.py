@@ -164,10 +164,12 @@ def test_verdicts_are_kept(instructions: Path, tmp_path: Path) -> None:
         one = {"Count to 3.": "mine, but another"}
         scores(settings(judge, instructions), verdicts, lambda prompt: one.get(prompt, f"mine to: {prompt}"))
         assert len(judge.requests) == 2 * COUNT - kept + 2
+    with pytest.raises(ValueError, match=naming(verdicts, 2, "record 3", "'Count to 3.'")):  # two answers to one
+        read_questions(instructions, verdicts)
     records = [json.loads(line) for line in verdicts.read_text().splitlines()]
     assert len(records) == 2 * COUNT + 2
     assert {record["judge"] for record in records} == {"tester"}
-    assert sum(record["model_wins"] for record in records if record["answer"].startswith("mine to")) == 14
+    assert sum(record["model_wins"] for record in records if record["output"].startswith("mine to")) == 14
 
 
 @pytest.mark.process
@@ -242,6 +244,20 @@ def test_references_in_a_file_of_their_own(suffix: str, tmp_path: Path) -> None:
     whole = write(tmp_path / f"whole{suffix}", *RECORDS)
     assert [question["output"] for question in read_questions(whole, references)][:2] == ["REFERENCE 0", "REFERENCE 1"]
     assert read_questions(whole) == RECORDS
+    # An instruction that is asked twice, with one answer or two.
+    twice = write(tmp_path / f"twice{suffix}", RECORDS[1], RECORDS[1])
+    assert [q["output"] for q in read_questions(twice, references)] == ["REFERENCE 1", "REFERENCE 1"]
+    two = write(tmp_path / f"two{suffix}", RECORDS[1], {**RECORDS[1], "output": "another"})
+    assert [q["output"] for q in read_questions(twice, two)] == ["reference 1", "another"]
+
+
+def test_another_model_as_the_reference(instructions: Path, tmp_path: Path) -> None:
+    """By the file of its verdicts."""
+    verdicts = tmp_path / "verdicts.jsonl"
+    with LoopbackJudge(prefers_mine) as judge:
+        scores(settings(judge, instructions), verdicts)
+    expected = [f"mine to: {record['instruction']}" for record in RECORDS]
+    assert [question["output"] for question in read_questions(instructions, verdicts)] == expected
 
 
 @pytest.mark.parametrize(
@@ -251,7 +267,7 @@ def test_references_in_a_file_of_their_own(suffix: str, tmp_path: Path) -> None:
         ([{"output": "x"}], None, ("asked.json", "record 0", "'instruction'")),
         (["text"], None, ("asked.json", "record 0", "'instruction'")),
         ([RECORDS[0], {"instruction": "Go."}], None, ("asked.json", "record 1", "'output'", "--references")),
-        (RECORDS, RECORDS[:4], ("references.json", "record 4", "'Count to 4.'")),
+        (RECORDS, RECORDS[:4], ("references.json", 0, "record 4", "'Count to 4.'")),
         (RECORDS, [{"instruction": r["instruction"]} for r in RECORDS], ("references.json", "record 0", "'output'")),
     ],
 )

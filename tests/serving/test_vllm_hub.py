@@ -51,7 +51,9 @@ def world(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Si
     root = tmp_path_factory.mktemp("world")
     llama = tiny_config("llama", num_attention_heads=4, num_key_value_heads=4, **HEADS)
     widths = {"num_attention_heads": [4, 3], "num_key_value_heads": [2, 3], "intermediate_size": [72, 128]}
-    pruned = save_model(make_model(PrunedLlamaConfig.with_widths(llama, **widths), dtype=torch.float32), root / "pruned")
+    pruned = save_model(
+        make_model(PrunedLlamaConfig.with_widths(llama, **widths), dtype=torch.float32), root / "pruned"
+    )
     (root / "out").mkdir()
     with LoopbackHub(root / "hub_root", lfs_threshold=50_000) as hub:
         command = [sys.executable, "-c", PUBLISH, str(family), str(pruned), str(root / "out")]

@@ -67,7 +67,8 @@ PRUNED_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": HEADS,
     "gemma3_text": HEADS,
     "phi3": {
-        "hidden_size": 256,  # Phi-3's heads have this divided by their number
+        **HEADS,
+        "hidden_size": 256,  # the heads of a Phi-3 before pruning have this divided by their number
         "rope_parameters": {
             "rope_type": "longrope",
             "rope_theta": 10000.0,
