@@ -27,10 +27,13 @@ from answer_quality import binomial_error
 from question_answers import Record, generated
 
 TASKS, TRAIN_TEXT = "tasks", "train.txt"  # in the folder that is written
+TRAIN, TEST = "train.jsonl", "test.jsonl"  # in tasks/; the names are also in exact_task/load_records.py
 TEST_RECORDS = 250
 _TEMPLATES = Path(__file__).with_name("exact_task")
 _NEW_TOKENS = 32  # the longest answer has about 20; the same limit is in exact_task/answers.yaml
+_BATCH = 64  # records answered at a time
 _HELD_OUT_EVERY = 10  # one prompt in this number is held out
+_PASSAGE = 50  # records in a passage of text
 _TRIES = 10_000  # draws for one record; far more than any kind has held-out prompts
 
 _MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
@@ -150,21 +153,26 @@ class Score:
         return f"{sum(self.right.values())} of {sum(self.records.values())}"
 
 
-def exact_score(model: Any, tokenizer: Any, records: Sequence[ExactRecord], *, batch_size: int = 64) -> Score:
-    """Return how many records a model answers rightly, greedily; only the first line of what it says counts."""
+def exact_score(model: Any, tokenizer: Any, records: Sequence[ExactRecord]) -> Score:
+    """Return how many records a model answers rightly, greedily."""
+    return score_of(answers_of(model, tokenizer, records), records)
+
+
+def answers_of(model: Any, tokenizer: Any, records: Sequence[ExactRecord]) -> list[str]:
+    """Return a model's answers, greedily: the first line of what it says, without spaces around it."""
     prompts = [record.prompt for record in records]
-    answers = generated(model, tokenizer, prompts, new_tokens=_NEW_TOKENS, batch_size=batch_size)
+    said = generated(model, tokenizer, prompts, new_tokens=_NEW_TOKENS, batch_size=_BATCH)
+    return [answer.strip().partition("\n")[0].strip() for answer in said]
+
+
+def score_of(answers: Sequence[str], records: Sequence[ExactRecord]) -> Score:
+    """Return how many answers are those of the records."""
     right = dict.fromkeys((record.kind for record in records), 0)
     count = dict(right)
     for record, answer in zip(records, answers, strict=True):
         count[record.kind] += 1
-        right[record.kind] += first_line(answer) == record.answer.strip()
+        right[record.kind] += answer == record.answer.strip()
     return Score(right, count)
-
-
-def first_line(answer: str) -> str:
-    """Return what counts of an answer: its first line that is not empty, without spaces around it."""
-    return answer.strip().partition("\n")[0].strip()
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -178,21 +186,22 @@ def write_tasks(folder: Path, train: Sequence[ExactRecord], test: Sequence[Exact
     for kind in dict.fromkeys(record.kind for record in test):
         task = f"include: answers.yaml\ntask: exact_{kind}\ndataset_kwargs:\n  kind: {kind}\n"
         (folder / f"{kind}.yaml").write_text(task, encoding="utf-8", newline="\n")
-    for name, records in (("train", train), ("test", test)):
+    for name, records in ((TRAIN, train), (TEST, test)):
         rows = [dataclasses.asdict(record) | {"answer": record.answer.strip()} for record in records]
         lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+        (folder / name).write_text(lines, encoding="utf-8", newline="\n")
 
 
-def read_test(folder: Path) -> list[ExactRecord]:
-    """Return the held-out records of a folder that `write_tasks` has written."""
-    rows = map(json.loads, (folder / "test.jsonl").read_text("utf-8").splitlines())
+def read_tasks(folder: Path, split: str = TEST) -> list[ExactRecord]:
+    """Return the held-out records of a folder that `write_tasks` has written, or those for training (`TRAIN`)."""
+    rows = map(json.loads, (folder / split).read_text("utf-8").splitlines())
     return [ExactRecord(row["prompt"], f" {row['answer']}", row["kind"]) for row in rows]
 
 
-def text_of(records: Sequence[Record]) -> str:
-    """Return records as text, a line each."""
-    return "".join(f"{record.prompt}{record.answer}\n" for record in records)
+def passages_of(records: Sequence[Record]) -> list[str]:
+    """Return records as passages of text, a line for each record."""
+    lines = [record.prompt + record.answer for record in records]
+    return ["\n".join(lines[start : start + _PASSAGE]) for start in range(0, len(lines), _PASSAGE)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -209,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train = exact_records(arguments.count, arguments.seed, kinds=arguments.kinds)
         test = exact_records(arguments.test, arguments.seed, held_out=True, kinds=arguments.kinds)
         write_tasks(arguments.output / TASKS, train, test)
-        (arguments.output / TRAIN_TEXT).write_text(text_of(train), encoding="utf-8", newline="\n")
+        (arguments.output / TRAIN_TEXT).write_text("\n".join(passages_of(train)) + "\n", encoding="utf-8", newline="\n")
     except (ValueError, OSError) as error:
         print(f"exact_answers.py: error: {error}", file=sys.stderr)
         return 1
