@@ -32,7 +32,7 @@ TEST_RECORDS = 250
 _TEMPLATES = Path(__file__).with_name("exact_task")
 _NEW_TOKENS = 32  # the longest answer has about 20; the same limit is in exact_task/answers.yaml
 _BATCH = 64  # records answered at a time
-_HELD_OUT_EVERY = 10  # one prompt in this number is held out
+_HELD_OUT_EVERY = 4  # one prompt in this number is held out: at least TEST_RECORDS of every kind
 _PASSAGE = 50  # records in a passage of text
 _TRIES = 10_000  # draws for one record; far more than any kind has held-out prompts
 
@@ -59,24 +59,24 @@ def _date(draw: random.Random) -> tuple[str, str]:
 
 def _unit(draw: random.Random) -> tuple[str, str]:
     large, small = _UNITS[draw.randrange(len(_UNITS))]
-    number, rest = 1 + draw.randrange(9), draw.randrange(100)
+    number, rest = 2 + draw.randrange(8), draw.randrange(100)
     return f"Unit {number} {large} {rest:02} {small}", f"{100 * number + rest} {small}"
 
 
 def _sum(draw: random.Random) -> tuple[str, str]:
-    one, other = 10 + draw.randrange(90), draw.randrange(10)
+    one, other = 10 + draw.randrange(90), draw.randrange(12)
     return f"Sum {one} + {other}", f"{one + other}"
 
 
 def _sorting(draw: random.Random) -> tuple[str, str]:
     digits = list(range(10))
-    drawn = [digits.pop(draw.randrange(len(digits))) for _ in range(3)]
-    return f"Sort {' '.join(map(str, drawn))}", " ".join(map(str, sorted(drawn)))
+    drawn = [digits.pop(draw.randrange(len(digits))) for _ in range(3 + draw.randrange(2))]
+    return f"Sort {''.join(map(str, drawn))}", "".join(map(str, sorted(drawn)))
 
 
 def _json(draw: random.Random) -> tuple[str, str]:
     name, age = _NAMES[draw.randrange(len(_NAMES))], 10 + draw.randrange(90)
-    return f"JSON name {name} age {age}", json.dumps({"name": name, "age": age})
+    return f"JSON {name} {age}", json.dumps({"name": name, "age": age})
 
 
 KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
