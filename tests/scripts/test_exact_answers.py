@@ -59,6 +59,19 @@ WORKED_OUT: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
+# Of seed 0.
+VECTORS = {
+    False: [
+        "Date 28 Jul 2047 = 2047-07-28", "Unit 2 euros 33 cents = 233 cents", "Sum 75 + 7 = 82", "Sort 825 = 258",
+        'JSON Gus 22 = {"name": "Gus", "age": 22}',
+    ],
+    True: [
+        "Date 17 Mar 1986 = 1986-03-17", "Unit 9 euros 71 cents = 971 cents", "Sum 71 + 7 = 78", "Sort 871 = 178",
+        'JSON Eva 48 = {"name": "Eva", "age": 48}',
+    ],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("kind", WORKED_OUT)
 def test_answers_are_right(kind: str, held_out: bool) -> None:
@@ -90,11 +103,9 @@ def test_every_kind_in_turn_and_one_answer_to_a_prompt() -> None:
 
 
 def test_a_seed_gives_the_same_everywhere() -> None:
-    assert [record.prompt + record.answer for record in exact_records(5, 0)] == VECTOR
+    for held_out, expected in VECTORS.items():
+        assert [record.prompt + record.answer for record in exact_records(5, 0, held_out=held_out)] == expected
     assert exact_records(20, 0) != exact_records(20, 1)
-
-
-VECTOR: list[str] = []
 
 
 @pytest.mark.parametrize(
