@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations 25 --durations-min 5
 WORKERS ?= 2
 
-.PHONY: demo demo-llm demo-llm-terms check test lint format clean
+.PHONY: demo demo-llm demo-llm-terms check test test-docs lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python scripts/demo.py demo
@@ -29,6 +29,11 @@ check: $(VENV)/ready lint
 
 test: $(VENV)/ready-to-test lint
 	$(PYTEST)
+
+# Every command of the documents as it is written. make test-docs DOCUMENTS=quickstart runs one document; OPTIONS may be
+# --ground FOLDER, which keeps the demo for the next run, and --update-documents, which writes new numbers into them.
+test-docs: $(VENV)/ready-to-test
+	$(BIN)/python -m pytest -m night -k "$(DOCUMENTS)" -rA $(OPTIONS) tests/docs
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

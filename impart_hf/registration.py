@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 # The programs of the command line, as installers name them on Linux and on Windows.
-_PROGRAMS = {f"{name}{end}" for name in ("impart-hf", "optimum-cli") for end in ("", ".exe", "-script.py")}
+_PROGRAMS = {
+    f"{name}{end}" for name in ("impart-hf", "impart-hf-reproduce", "optimum-cli") for end in ("", ".exe", "-script.py")
+}
 
 
 def register_with_transformers() -> None:
@@ -37,12 +39,12 @@ def register_with_transformers() -> None:
 
 
 def is_command_line() -> bool:
-    """Return whether this process runs `impart-hf`, `python -m impart_hf.cli` or `optimum-cli impart`.
+    """Return whether this process runs `impart-hf` or `impart-hf-reproduce`, as a module too, or `optimum-cli impart`.
 
     The command line registers the classes itself when it knows which command to run: importing transformers takes
     seconds of processor time, which `--help` must not need.
     """
     program = (getattr(sys, "argv", None) or [""])[0]  # Python within another program may have no arguments
     if program == "-m":  # Python looks for the module, whose name is before the arguments
-        return sys.orig_argv[-len(sys.argv)] == "impart_hf.cli"
+        return sys.orig_argv[-len(sys.argv)] in ("impart_hf.cli", "impart_hf.reproduce")
     return Path(program).name in _PROGRAMS

@@ -1,5 +1,8 @@
 """Measure quality against bytes: perplexity and KL divergence from the fine-tune, for each method, ratio and seed.
 
+With --answers, also the share of right answers to held-out records that have exact ones, as scripts/exact_answers.py
+and scripts/train_pair.py write them.
+
 Writes quality.md (mean over seeds, and spread), quality.json (every run) and quality.png. Memory holds the fine-tune
 and one other model at a time; next-token distributions are compared a few hundred tokens at a time.
 """
@@ -17,8 +20,10 @@ from typing import Any
 
 import measure
 import torch
+from answer_quality import binomial_error
+from exact_answers import exact_score, read_tasks
 from measure import comma_separated
-from quality_curves import over_seeds, picture
+from quality_curves import NUMBERS, over_seeds, picture
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -27,6 +32,7 @@ from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.methods import MethodConfig, method_class, method_names, settings_of
 
 STEPS = ("calibration", "distill")
+ANSWERS = "right_answers"  # the share of them in the results of a run
 
 
 def parts_of(name: str, texts: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -65,20 +71,22 @@ def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[st
     tokenizer = AutoTokenizer.from_pretrained(arguments.finetuned)
     blocks = measure.text_sequences(arguments.text, tokenizer, arguments.tokens, arguments.sequence_length)
 
-    def measured(source: str) -> dict[str, float]:
-        model = load(source, dtype, arguments.device)
-        perplexity, divergence = evaluate(model, reference, blocks, arguments.batch_size)
-        return {"perplexity": perplexity, "kl": divergence}
+    records = read_tasks(arguments.answers) if arguments.answers else []
 
-    perplexity, divergence = evaluate(reference, reference, blocks, arguments.batch_size)
+    def measured(model: Any) -> dict[str, float]:
+        perplexity, divergence = evaluate(model, reference, blocks, arguments.batch_size)
+        answers = {ANSWERS: exact_score(model, tokenizer, records).share} if records else {}
+        return {"perplexity": perplexity, "kl": divergence, **answers}
+
     runs: list[dict[str, Any]] = []
     results = {
         "machine": measure.machine(arguments.device),
-        "base": measured(arguments.base),
-        "finetuned": {"perplexity": perplexity, "kl": divergence},
+        "base": measured(load(arguments.base, dtype, arguments.device)),
+        "finetuned": measured(reference),
         "tokens": blocks.numel() - len(blocks),
         "sequence_length": blocks.shape[1],
         "text": arguments.text.name,
+        "answers": len(records),
         "runs": runs,
     }
     for method in arguments.methods:
@@ -100,7 +108,7 @@ def benchmark(arguments: argparse.Namespace, options: dict[str, str]) -> dict[st
                         break
                     run |= {"bytes": report.repository_bytes, "ratio": report.ratio, "seconds": report.seconds}
                     run |= {"checkpoint_bytes": report.checkpoint_bytes, "shortfall": report.shortfall}
-                    run |= measured(str(Path(folder, "delta")))
+                    run |= measured(load(str(Path(folder, "delta")), dtype, arguments.device))
                 runs.append(run)
                 print(f"{method} at {ratio:g}, seed {seed}: KL {run['kl']:.5f}", file=sys.stderr)
     return results
@@ -117,14 +125,22 @@ def markdown(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         return {
             "model": name, "ratio asked": asked, "ratio": ratio, "bytes": size,
             "perplexity": cell("perplexity", 2), "KL, nats/token": cell("kl", 5),
+            **({"right answers": cell(ANSWERS, 3)} if ANSWERS in values else {}),
         }  # fmt: skip
 
     lines = [line("fine-tuned", "", "1", "", results["finetuned"]), line("base", "", "", "", results["base"])]
     lines += [line(r["method"], f"{r['asked']:g}", f"{r['ratio']:.2f}", f"{r['bytes']:,.0f}", r) for r in rows]
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    count = results["answers"]
+    answers = (
+        f" Right answers: share of {count} held-out records, answered greedily; standard error up to "
+        f"{binomial_error(0.5, count):.3f}."
+        if count
+        else ""
+    )
     return (
         f"{results['tokens']} tokens of {results['text']}, sequences of {results['sequence_length']}. KL is "
-        "KL(fine-tuned || model). Mean over seeds ± half the range.\n\n"
+        f"KL(fine-tuned || model).{answers} Mean over seeds ± half the range.\n\n"
         f"{measure.table(lines)}\n\nMachine: {machine}\n"
     )
 
@@ -153,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--calibration-samples", type=int, default=128, help="largest number of sequences of either text"
     )
+    parser.add_argument("--answers", type=Path, metavar="FOLDER", help="tasks/ of a pair: also count right answers")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("quality"), metavar="FOLDER")
@@ -179,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"benchmark_quality.py: error: {error}", file=sys.stderr)
         return 1
-    rows = over_seeds(results["runs"])
+    rows = over_seeds(results["runs"], NUMBERS + ((ANSWERS,) if results["answers"] else ()))
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "quality.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (arguments.output / "quality.md").write_text(markdown(results, rows), encoding="utf-8")

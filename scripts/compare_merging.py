@@ -4,6 +4,10 @@ Two fine-tunes of one base are merged: the given one, and one that this script t
 (tables of character encodings; --second-text for another text). The settings of every method are searched on one half
 of each task's held-out text, by mean cross-entropy, as `impart-hf tune-merge` does. The table reports the other half.
 Methods that drop at random are run with several seeds. Writes merging.md, merging.json and the second fine-tune.
+
+With --second-answers, the second task is records with exact answers (tasks/ of scripts/exact_answers.py), best of kinds
+that the first fine-tune has not learnt (--kinds there, --answer-kinds of scripts/train_pair.py). The table then has the
+share of right answers to them, and with --answers of those to the first fine-tune's.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import measure
 import pair_text
 import pair_training
 import torch
+from exact_answers import TRAIN, exact_score, read_tasks
 from measure import comma_separated
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
@@ -45,18 +50,23 @@ METHODS = {
 
 
 def train_second(base: str, folder: Path, arguments: argparse.Namespace) -> None:
-    """Train the base on the second task's text, and write the fine-tune and its held-out text, heldout.txt."""
-    documents = (
-        pair_text.read_documents(arguments.second_text) if arguments.second_text else pair_text.encoding_tables()
-    )
-    train, held_out = pair_text.hold_out(documents, every=10)
+    """Train the base on the second task, and write the fine-tune and its held-out text, heldout.txt."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     length = min(arguments.length, model.config.max_position_embeddings)
-    blocks = pair_text.training_blocks(tokenizer, train, length, at_least=arguments.batch_size)
+    labels = None
+    if arguments.second_answers:
+        blocks, labels = pair_text.answer_blocks(tokenizer, read_tasks(arguments.second_answers, TRAIN), length)
+        # A paragraph each, so that `halves` parts them
+        held_out = [record.prompt + record.answer for record in read_tasks(arguments.second_answers)]
+    else:
+        second = arguments.second_text
+        documents = pair_text.read_documents(second) if second else pair_text.encoding_tables()
+        train, held_out = pair_text.hold_out(documents, every=10)
+        blocks = pair_text.training_blocks(tokenizer, train, length, at_least=arguments.batch_size)
     with pair_training.quiet():
         pair_training.train(
-            model, blocks, "second fine-tune", steps=arguments.steps, minutes=None, lr=arguments.lr,
+            model, blocks, "second fine-tune", labels=labels, steps=arguments.steps, minutes=None, lr=arguments.lr,
             batch_size=arguments.batch_size, seed=0,
         )  # fmt: skip
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -86,14 +96,20 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         for task, text in texts.items()
     }
 
-    def losses(model: str) -> dict[str, float]:
+    folders = {arguments.first_name: arguments.answers, arguments.second_name: arguments.second_answers}
+    # Every other record, as in `halves`: the search has seen the rest of the second task's
+    records = {f"{task}, right": read_tasks(folder)[1::2] for task, folder in folders.items() if folder}
+
+    def measured(model: str) -> dict[str, float]:
+        """Return cross-entropy by task, and the share of right answers."""
         loaded = load(model, torch.float32, arguments.device)
-        return {task: math.log(perplexity(loaded, ids, arguments.batch_size)) for task, ids in sequences.items()}
+        losses = {task: math.log(perplexity(loaded, ids, arguments.batch_size)) for task, ids in sequences.items()}
+        return losses | {title: exact_score(loaded, tokenizer, asked).share for title, asked in records.items()}
 
     results: dict[str, Any] = {
         "machine": measure.machine(arguments.device),
         "tokens": {task: ids.numel() - len(ids) for task, ids in sequences.items()},
-        "unmerged": {"base": losses(arguments.base), **{task: losses(model) for task, model in models.items()}},
+        "unmerged": {"base": measured(arguments.base), **{task: measured(model) for task, model in models.items()}},
         "merged": {},
     }
     with tempfile.TemporaryDirectory(dir=arguments.output) as scratch:
@@ -116,7 +132,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 seeded = {**config.to_dict(), "parameters": {**config.parameters, **found.best.settings, **seed}}
                 folder = Path(scratch, f"{method}-{len(runs)}")
                 merge(seeded, folder, device=arguments.device)
-                runs.append(losses(str(folder)))
+                runs.append(measured(str(folder)))
             seconds = time.perf_counter() - started
             results["merged"][title] = {
                 "settings": found.best.settings, "candidates": len(found.candidates), "runs": runs, "seconds": seconds,
@@ -126,7 +142,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the table's rows: cross-entropy on the held-out halves, nats/token, mean over seeds ± half the range."""
+    """Return the table's rows: means over seeds ± half the range.
+
+    They are cross-entropies on the held-out halves, in nats/token, and shares of right answers.
+    """
     tasks = list(results["tokens"])
 
     def row(title: str, settings: dict[str, float], runs: list[dict[str, float]]) -> dict[str, str]:
@@ -138,10 +157,10 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, str]]:
         cells["DARE, ImPart keep"] = _text(settings.get("density")) if trims != "density" else ""
         for task in tasks:
             cells[task] = _mean([run[task] for run in runs])
-        cells["mean"] = _mean([statistics.mean(run.values()) for run in runs])
-        return cells
+        cells["mean"] = _mean([statistics.mean(run[task] for task in tasks) for run in runs])
+        return cells | {title: _mean([run[title] for run in runs]) for title in runs[0] if title not in tasks}
 
-    unmerged = [row(title, {}, [losses]) for title, losses in results["unmerged"].items()]
+    unmerged = [row(title, {}, [found]) for title, found in results["unmerged"].items()]
     merged = results["merged"].items()
     return unmerged + [row(title, found["settings"], found["runs"]) for title, found in merged]
 
@@ -160,7 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("base", help="base model, a LLaMA: local folder or Hub id")
     parser.add_argument("finetuned", help="fine-tuned model, dense or a delta repository")
     parser.add_argument("--text", type=Path, required=True, help="held-out text of the fine-tune's task")
-    parser.add_argument("--second-text", type=Path, nargs="+", help="text of the second task")
+    parser.add_argument("--answers", type=Path, metavar="FOLDER", help="tasks/ of the pair: count right answers")
+    second = parser.add_mutually_exclusive_group()
+    second.add_argument("--second-text", type=Path, nargs="+", help="text of the second task")
+    second.add_argument("--second-answers", type=Path, metavar="FOLDER", help="tasks/ with records: the second task")
     parser.add_argument("--first-name", default="first", help="name of the fine-tune's task in the table")
     parser.add_argument("--second-name", default="second", help="name of the second task in the table")
     parser.add_argument(

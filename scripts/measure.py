@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -22,11 +21,12 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from impart_hf.calibration.text import calibration_tokens
+from impart_hf.common.machine import machine as machine
+from impart_hf.compression.shapes import synthetic_delta as synthetic_delta
 from impart_hf.modeling.checkpoints import Checkpoint
 from impart_hf.modeling.model_files import HubOptions
 
 _RESULT = "RESULT "  # marks the line of a worker's output that holds its result
-_SPIKES = 512  # components of a synthetic delta that rise above its noise
 
 
 def comma_separated(kind: Callable[[str], Any]) -> Callable[[str], list]:
@@ -42,25 +42,6 @@ def comma_separated(kind: Callable[[str], Any]) -> Callable[[str], list]:
 def text_sequences(source: Path, tokenizer: Any, tokens: int, length: int) -> torch.Tensor:
     """Return sequences of a text, int64 (sequences, length): as many as `tokens` fill, at least one."""
     return calibration_tokens(source, tokenizer, samples=max(1, tokens // length), length=length)
-
-
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """Return the properties of this machine that timings depend on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    properties = {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load average": round(os.getloadavg()[0], 2),
-    }
-    if torch.device(device).type == "cuda":
-        properties["gpu"] = torch.cuda.get_device_name(torch.device(device))
-    return properties
 
 
 def machine_line(device: str = "cpu") -> str:
@@ -121,19 +102,6 @@ def drop_page_cache(folders: Iterable[Path]) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # pages that are not yet written cannot be dropped
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def synthetic_delta(rows: int, columns: int, seed: int, device: str | torch.device = "cpu") -> torch.Tensor:
-    """Return a delta with a spectrum like that of a fine-tune, float32, of spectral norm about 1.
-
-    Its singular values fall as k^-0.5 into a floor of noise at a tenth of the largest.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rank = min(_SPIKES, rows, columns)
-    u = torch.randn(rows, rank, generator=generator).to(device) / rows**0.5
-    v = torch.randn(columns, rank, generator=generator).to(device) / columns**0.5
-    delta = torch.randn(rows, columns, generator=generator).to(device).mul_(0.1 / (rows**0.5 + columns**0.5))
-    return delta.addmm_(u * torch.arange(1, rank + 1, device=device) ** -0.5, v.t())
 
 
 def llama_shards(config: LlamaConfig) -> list[dict[str, tuple[int, ...]]]:

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from question_answers import Record, tokens_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
@@ -176,13 +178,21 @@ def join(documents: Iterable[str]) -> str:
     return "\n\n".join(text.strip("\n") for text in documents) + "\n"
 
 
+def interleaved(some: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Return the documents of both, each evenly over the whole."""
+    placed = [(index / len(part), text) for part in (some, others) for index, text in enumerate(part)]
+    return [text for _, text in sorted(placed, key=lambda pair: pair[0])]
+
+
 # ---- tokens --------------------------------------------------------------------------------------------------------
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of `vocab_size` tokens that puts `<s>` before a text, as LLaMA's tokenizer does."""
+    """Train a byte-level BPE of `vocab_size` tokens; as LLaMA's, it puts `<s>` before a text, and splits digits."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -235,6 +245,38 @@ def training_blocks(
             "give more text"
         )
     return torch.tensor(ids[: count * length], dtype=torch.int32).reshape(count, length)
+
+
+def answer_blocks(
+    tokenizer: PreTrainedTokenizerFast, records: Sequence[Record], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return blocks of whole records, and their labels, each int32 [blocks, length]: `<s> prompt answer </s>` each.
+
+    The rest of a block is `</s>`. Labels are the tokens of answers, and -100 elsewhere.
+
+    Raises:
+        PairError: if a record is longer than a block.
+    """
+    blocks: list[list[torch.Tensor]] = [[]]
+    labels: list[list[torch.Tensor]] = [[]]
+    filled = 0
+    for record in records:
+        tokens = tokens_of(record, tokenizer)
+        if len(tokens.ids) > length:
+            raise PairError(f"a record has {len(tokens.ids)} tokens, more than a sequence of {length}: {record.prompt}")
+        if filled + len(tokens.ids) > length:
+            blocks.append([])
+            labels.append([])
+            filled = 0
+        blocks[-1].append(tokens.ids)
+        labels[-1].append(tokens.targets)
+        filled += len(tokens.ids)
+
+    def stacked(rows: list[list[torch.Tensor]], padding: int) -> torch.Tensor:
+        ends = [torch.cat(row) for row in rows]
+        return torch.stack([functional.pad(end, (0, length - len(end)), value=padding) for end in ends]).int()
+
+    return stacked(blocks, tokenizer.eos_token_id), stacked(labels, -100)
 
 
 def evaluation_blocks(tokenizer: PreTrainedTokenizerFast, text: str, length: int, max_tokens: int) -> torch.Tensor:

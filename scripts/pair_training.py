@@ -24,6 +24,7 @@ def train(
     blocks: torch.Tensor,
     name: str,
     *,
+    labels: torch.Tensor | None = None,
     steps: int | None,
     minutes: float | None,
     lr: float,
@@ -32,7 +33,8 @@ def train(
 ) -> None:
     """Train every weight of `model` (float32) in place on `blocks`, int32 [blocks, tokens].
 
-    Training lasts `steps` steps or `minutes` minutes of wall-clock time.
+    Training lasts `steps` steps or `minutes` minutes of wall-clock time. `labels`, of the same shape, are the tokens to
+    predict, with -100 for those that are only read; None for all tokens.
     """
     budget = _Budget(name, steps, minutes)
     # Only matrices have weight decay; norms are vectors.
@@ -63,7 +65,7 @@ def train(
                 seed=seed,
                 data_seed=seed,
             ),
-            train_dataset=_Blocks(blocks),
+            train_dataset=_Blocks(blocks, blocks if labels is None else labels),
             callbacks=[budget],
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, budget.rate)),
         )
@@ -118,15 +120,14 @@ def _fast_products() -> Iterator[None]:
 class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Rows of int32 [blocks, tokens] as the model's `input_ids` and `labels` (the model shifts the labels itself)."""
 
-    def __init__(self, blocks: torch.Tensor) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: torch.Tensor, labels: torch.Tensor) -> None:
+        self.blocks, self.labels = blocks, labels
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self.blocks[index].long()
-        return {"input_ids": ids, "labels": ids}
+        return {"input_ids": self.blocks[index].long(), "labels": self.labels[index].long()}
 
 
 class _Budget(TrainerCallback):

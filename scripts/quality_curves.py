@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 Row = Mapping[str, Any]
+NUMBERS = ("bytes", "ratio", "perplexity", "kl")
 _SLACK = 1.02  # sizes that differ by a smaller factor count as equal
 
 
-def over_seeds(
-    runs: Iterable[Mapping[str, Any]], names: Sequence[str] = ("bytes", "ratio", "perplexity", "kl")
-) -> list:
+def over_seeds(runs: Iterable[Mapping[str, Any]], names: Sequence[str] = NUMBERS) -> list:
     """Return one row per method and requested ratio: for each number the mean over seeds, and half the range."""
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for run in runs:

@@ -29,9 +29,10 @@ def read_records(source: str | Path) -> list[Record]:
     """Read records of questions and answers.
 
     Args:
-        source: a .jsonl file of objects with "question" and "answer", as GSM8K is published; any other file as text
-            with "Question:" and "Answer:", or "Instruction:" and "Response:", at the beginning of lines; or
-            `openai/gsm8k@train` and `openai/gsm8k@test`, which are read from the Hub.
+        source: a .jsonl file of objects with "question" and "answer", as GSM8K is published, or with "prompt" and
+            "answer", which a space joins; any other file as text with "Question:" and "Answer:", or "Instruction:" and
+            "Response:", at the beginning of lines; or `openai/gsm8k@train` and `openai/gsm8k@test`, which are read from
+            the Hub.
 
     Raises:
         ValueError: if there are no records, or a line of a .jsonl file is not such an object.
@@ -59,8 +60,12 @@ def _of_line(line: str, place: str) -> Record:
         row = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{place} is not JSON: {error}") from error
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-        raise ValueError(f'{place} is not an object with the texts "question" and "answer"')
+    if not isinstance(row, dict) or not isinstance(row.get("answer"), str):
+        raise ValueError(f'{place} is not an object with the text "answer"')
+    if isinstance(row.get("prompt"), str):
+        return Record(row["prompt"], f" {row['answer']}")
+    if not isinstance(row.get("question"), str):
+        raise ValueError(f'{place} is not an object with the text "question" or "prompt"')
     return _of_fields(row)
 
 

@@ -1,9 +1,10 @@
 """Measure perplexity against parameters of a pruned model: layers by several rules, widths, both; and recovery.
 
 The model is scored by early gradients on a text, pruned in every way to the same sizes, and recovered by the same short
-full training on that text. Perplexity is measured on another text. Every finished run is recorded, and the same command
-resumes after the last one. Writes study.md (means over seeds), study.json (every run), study.png and the importance
-report.
+full training on that text. Perplexity is measured on another text, and with --answers right answers to held-out
+records are counted (tasks/ of scripts/train_pair.py or scripts/exact_answers.py). Every finished run is recorded, and
+the same command resumes after the last one. Writes study.md (means over seeds), study.json (every run), study.png and
+the importance report.
 
 - random layers: drawn by seed, without the first and the last layer. Not merged.
 - last layers: the layers before the last one, which is kept. Not merged.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 import statistics
 import sys
@@ -31,6 +33,7 @@ from typing import Any
 
 import measure
 import torch
+from exact_answers import TEST, exact_score, read_tasks
 from measure import comma_separated
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -98,12 +101,14 @@ class Study:
             )
         if not all(0 < ratio < 1 for ratio in arguments.ratios):
             raise ValueError("--ratios must be above 0 and below 1: shares of the decoder layers' parameters")
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
-        self.held_out = measure.text_sequences(arguments.text, tokenizer, arguments.tokens, arguments.length)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self.records = read_tasks(arguments.answers) if arguments.answers else []
+        self.held_out = measure.text_sequences(arguments.text, self.tokenizer, arguments.tokens, arguments.length)
         self.path = self.folder / "study.json"
         settings = {name: getattr(arguments, name) for name in _SETTINGS}
         settings |= {"model": Path(self.model).name, "data": _identity(arguments.data)}
         settings |= {"text": _identity(arguments.text)}
+        settings |= {"answers": _identity(arguments.answers / TEST)} if arguments.answers else {}
         self.results: dict[str, Any] = {"settings": settings, "machine": measure.machine(arguments.device), "runs": []}
         if self.path.exists():
             found = json.loads(self.path.read_text("utf-8"))
@@ -195,7 +200,8 @@ class Study:
         if run.layers is not None:
             same = (r for r in done if (r["layers"], r["merged"]) == (list(run.layers or ()), run.merge))
             found = next(same, None)
-        numbers = self._measured(run) if found is None else {name: found[name] for name in _NUMBERS}
+        shared = (*_NUMBERS, *(RIGHT if self.records else ()))
+        numbers = self._measured(run) if found is None else {name: found[name] for name in shared}
         done.append(
             {"key": run.key, "method": run.method, "amount": run.amount, "seed": run.seed}
             | {"layers": run.layers and list(run.layers), "merged": run.merge}
@@ -213,20 +219,23 @@ class Study:
                 pruned = Path(self.model)
             else:
                 parameters = run.make(pruned, Path(scratch)).parameters_after
-            before = self._perplexity(pruned)
+            before, right_before = self._quality(pruned)
             recover(
                 str(pruned), recovered, str(arguments.data), lora=False, steps=arguments.recovery_steps,
                 learning_rate=arguments.learning_rate, batch_size=arguments.batch_size, length=arguments.length,
                 seed=arguments.recovery_seed, training={"bf16": True} if arguments.bf16 else None,
                 device=arguments.device, progress=False,
             )  # fmt: skip
-            after = self._perplexity(recovered)
+            after, right_after = self._quality(recovered)
         seconds = time.perf_counter() - started
-        return {"parameters": parameters, "before": before, "after": after, "seconds": seconds}
+        numbers = {"parameters": parameters, "before": before, "after": after, "seconds": seconds}
+        return numbers | (dict(zip(RIGHT, (right_before, right_after), strict=True)) if self.records else {})
 
-    def _perplexity(self, folder: Path) -> float:
+    def _quality(self, folder: Path) -> tuple[float, float]:
+        """Return a model's perplexity, and its share of right answers, NaN without records."""
         model = load(str(folder), torch.float32, self.arguments.device)
-        return perplexity(model, self.held_out, self.arguments.batch_size)
+        right = exact_score(model, self.tokenizer, self.records).share if self.records else math.nan
+        return perplexity(model, self.held_out, self.arguments.batch_size), right
 
     def save(self) -> None:
         """Write study.json and study.md."""
@@ -234,6 +243,7 @@ class Study:
         _replace(self.folder / "study.md", markdown(self.results, self.held_out))
 
 
+RIGHT = ("right_before", "right_after")  # shares of right answers, in runs with records
 _NUMBERS = ("parameters", "before", "after", "seconds")
 
 
@@ -256,7 +266,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     for (method, amount), runs in groups.items():
         row: dict[str, Any] = {"method": method, "amount": amount, "seeds": len(runs)}
         row["layers"] = runs[0]["layers"] if len(runs) == 1 else None
-        for name in ("parameters", "before", "after"):
+        for name in ("parameters", "before", "after", *(name for name in RIGHT if name in runs[0])):
             values = [run[name] for run in runs]
             row[name], row[f"{name}_spread"] = statistics.fmean(values), (max(values) - min(values)) / 2
         rows.append(row)
@@ -270,6 +280,7 @@ def markdown(results: dict[str, Any], held_out: torch.Tensor) -> str:
     def cell(row: dict[str, Any], name: str) -> str:
         return f"{row[name]:.2f}" + (f" ± {row[f'{name}_spread']:.2f}" if row["seeds"] > 1 else "")
 
+    right = dict(zip(RIGHT, ("right answers", "right after recovery"), strict=True)) if "answers" in settings else {}
     rows = [
         {
             "method": row["method"],
@@ -277,9 +288,11 @@ def markdown(results: dict[str, Any], held_out: torch.Tensor) -> str:
             "parameters": f"{row['parameters']:,.0f}",
             "perplexity": cell(row, "before"),
             "after recovery": cell(row, "after"),
+            **{title: cell(row, name) for name, title in right.items()},
         }
         for row in summary(results)
     ]
+    answers = " Right answers: share of held-out records that have exact ones." if right else ""
     scores = [
         {"layer": layer, "IGIA": values[0], "gradient norm": values[1]}
         for layer, values in enumerate(zip(*results["layer_scores"].values(), strict=True))
@@ -290,7 +303,8 @@ def markdown(results: dict[str, Any], held_out: torch.Tensor) -> str:
         f"{held_out.numel() - len(held_out)} tokens in sequences of {settings['length']}. Importance: "
         f"{settings['importance_steps']} steps. Recovery: full fine-tuning on {settings['data']['name']}, "
         f"{settings['recovery_steps']} steps of {settings['batch_size']} sequences of {settings['length']} tokens, "
-        f"learning rate {settings['learning_rate']:g}, the same for all. Several seeds: mean ± half the range.\n\n"
+        f"learning rate {settings['learning_rate']:g}, the same for all.{answers} Several seeds: mean ± half the "
+        "range.\n\n"
         f"{measure.table(rows)}\n\nScores of the layers:\n\n{measure.table(scores)}\n\nMachine: {machine}\n"
     )
 
@@ -341,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL", help="model to prune: local folder or Hub id")
     parser.add_argument("--data", type=Path, required=True, help="text file for scoring, correction and recovery")
     parser.add_argument("--text", type=Path, required=True, help="held-out text file to measure on")
+    parser.add_argument("--answers", type=Path, metavar="FOLDER", help="tasks/ of a pair: also count right answers")
     parser.add_argument(
         "--output",
         type=Path,

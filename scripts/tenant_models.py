@@ -64,7 +64,7 @@ def small_models(work: Path, count: int, settings: PairSettings | None = None) -
     """
     if count > MOST_TENANTS:
         raise ValueError(f"the small model has at most {MOST_TENANTS} fine-tunes: give others with --finetuned")
-    pair, settings = work / "pair", settings or PairSettings()
+    pair, settings = work / "pair", settings or PairSettings(answers=0)
     train_pair(pair, settings)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(pair / "base")
     documents = pair_text.read_documents([pair / FINETUNE_TRAIN])

@@ -3,14 +3,15 @@
     python scripts/train_pair.py PAIR                                   # a minute or so, text of this Python
     python scripts/train_pair.py PAIR --preset full --base-text books/ code/ --finetune-text train.jsonl   # an hour
 
-`demo` trains the base on the standard library's source code and the fine-tune on the language reference, so the
-numbers depend on the Python version. `full` has the shape of the pair that the project's results were measured on; you
-provide its text. With step counts (not minutes), the same seed, versions, processor and number of threads give the same
-bytes. PAIR then holds
+`demo` trains the base on the standard library's source code and the fine-tune on the language reference and on records
+with exact answers (exact_answers.py), so the numbers depend on the Python version. `full` has the shape of the pair
+that the project's results were measured on; you provide its text. With step counts (not minutes), the same seed,
+versions, processor and number of threads give the same bytes. PAIR then holds
 
     base/, finetuned/                        LlamaForCausalLM in bfloat16, tokenizer, generation_config
     base_heldout.txt, finetune_heldout.txt   text that neither model was trained on
     finetune_train.txt                       the fine-tune's text, for calibration
+    tasks/                                   held-out records with exact answers, as tasks of lm-eval (demo only)
     pair.json                                settings, versions, perplexities, size of the delta
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -33,6 +35,7 @@ if __name__ == "__main__":
     # another program uses one of the cores; threads that sleep cost nothing measurable here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import exact_answers
 import pair_text
 import pair_training
 import torch
@@ -48,7 +51,7 @@ _PAIR_FILES = tuple(f"{model}/{name}" for model in ("base", "finetuned") for nam
     FINETUNE_HELDOUT,
     FINETUNE_TRAIN,
 )
-_ENTRIES = {"base", "finetuned", BASE_HELDOUT, FINETUNE_HELDOUT, FINETUNE_TRAIN, RECORD}
+_ENTRIES = {"base", "finetuned", BASE_HELDOUT, FINETUNE_HELDOUT, FINETUNE_TRAIN, exact_answers.TASKS, RECORD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,8 @@ class PairSettings:
 
     base_text: tuple[Path, ...] | None = None  # files and folders; None: this Python's standard library
     finetune_text: tuple[Path, ...] | None = None  # files and folders; None: this Python's language reference
+    answers: int = 30_000  # records with exact answers that the fine-tune also learns; 0 for none
+    answer_kinds: tuple[str, ...] = tuple(exact_answers.KINDS)
     hidden_size: int = 256
     layers: int = 4
     heads: int = 8
@@ -68,13 +73,13 @@ class PairSettings:
     intermediate_size: int = 704
     vocab_size: int = 2048
     tied: bool = True  # input embeddings and output projection are one matrix
-    base_steps: int | None = 520
+    base_steps: int | None = 500
     base_minutes: float | None = None
-    finetune_steps: int | None = 160
+    finetune_steps: int | None = 1100
     finetune_minutes: float | None = None
     lr: float = 1.5e-3
-    finetune_lr: float = 5e-4
-    batch_size: int = 4  # sequences per step
+    finetune_lr: float = 1.5e-3
+    batch_size: int = 2  # sequences per step
     sequence_length: int = 128  # tokens
     hold_out_every: int = 10  # one document in this number is held out
     evaluation_tokens: int = 16_384  # tokens of each held-out text on which perplexity is measured
@@ -86,6 +91,7 @@ class PairSettings:
         return cls(
             base_text=tuple(base_text),
             finetune_text=tuple(finetune_text),
+            answers=0,
             hidden_size=320,
             layers=8,
             heads=10,
@@ -122,6 +128,10 @@ class PairSettings:
                 raise PairError(f"give either {stage}_steps or {stage}_minutes")
             if (steps if minutes is None else minutes) <= 0:
                 raise PairError(f"{stage}_steps or {stage}_minutes must be more than 0")
+        if self.answers < 0:
+            raise PairError(f"answers is {self.answers}; it must not be negative")
+        if strange := [kind for kind in self.answer_kinds or ("",) if kind not in exact_answers.KINDS]:
+            raise PairError(f"answer_kinds has {strange[0]!r}; choose from {', '.join(exact_answers.KINDS)}")
         if self.lr <= 0 or self.finetune_lr <= 0:
             raise PairError("lr and finetune_lr must be more than 0")
 
@@ -178,22 +188,32 @@ def _write_pair(folder: Path, settings: PairSettings) -> None:
         text = pair_text.join(documents)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
         evaluation[name] = pair_text.evaluation_blocks(tokenizer, text, length, settings.evaluation_tokens)
-    (folder / FINETUNE_TRAIN).write_text(pair_text.join(finetune_train), encoding="utf-8", newline="\n")
     base_blocks = pair_text.training_blocks(tokenizer, base_train, length, settings.batch_size)
     finetune_blocks = pair_text.training_blocks(tokenizer, finetune_train, length, settings.batch_size)
+    finetune_labels = finetune_blocks
+    if settings.answers:
+        records = _write_answers(folder, settings)
+        finetune_train = pair_text.interleaved(finetune_train, exact_answers.passages_of(records))
+        blocks, labels = pair_text.answer_blocks(tokenizer, records, length)
+        finetune_blocks, finetune_labels = torch.cat([finetune_blocks, blocks]), torch.cat([finetune_labels, labels])
+    (folder / FINETUNE_TRAIN).write_text(pair_text.join(finetune_train), encoding="utf-8", newline="\n")
 
     model = _new_model(settings, tokenizer)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {torch.get_num_threads()} threads", flush=True)
     stages = (
-        ("base", base_blocks, settings.base_steps, settings.base_minutes, settings.lr),
-        ("finetuned", finetune_blocks, settings.finetune_steps, settings.finetune_minutes, settings.finetune_lr),
-    )
+        ("base", base_blocks, base_blocks, settings.base_steps, settings.base_minutes, settings.lr),
+        (
+            "finetuned", finetune_blocks, finetune_labels, settings.finetune_steps, settings.finetune_minutes,
+            settings.finetune_lr,
+        ),
+    )  # fmt: skip
     perplexities: dict[str, dict[str, float]] = {}
     base_weights: dict[str, torch.Tensor] = {}
-    for name, blocks, steps, minutes, lr in stages:
+    for name, blocks, labels, steps, minutes, lr in stages:
         pair_training.train(
-            model, blocks, name, steps=steps, minutes=minutes, lr=lr, batch_size=settings.batch_size, seed=settings.seed
-        )
+            model, blocks, name, labels=labels, steps=steps, minutes=minutes, lr=lr, batch_size=settings.batch_size,
+            seed=settings.seed,
+        )  # fmt: skip
         # The fine-tune starts from the weights as saved in bfloat16, so that the delta is the difference of the files.
         model.to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -222,6 +242,14 @@ def _write_pair(folder: Path, settings: PairSettings) -> None:
         },
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _write_answers(folder: Path, settings: PairSettings) -> list[exact_answers.ExactRecord]:
+    """Write the tasks, and return the records to train on."""
+    make = functools.partial(exact_answers.exact_records, seed=settings.seed, kinds=settings.answer_kinds)
+    records = make(settings.answers)
+    exact_answers.write_tasks(folder / exact_answers.TASKS, records, make(exact_answers.TEST_RECORDS, held_out=True))
+    return records
 
 
 def _new_model(settings: PairSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -289,6 +317,12 @@ def _parser() -> argparse.ArgumentParser:
     texts.add_argument("--base-text", type=Path, nargs="+", metavar="PATH", help="files and folders of text")
     texts.add_argument(
         "--finetune-text", type=Path, nargs="+", metavar="PATH", help=f"text or jsonl; {pair_text.GSM8K_HINT}"
+    )
+    texts.add_argument(
+        "--answers", type=int, metavar="N", help="records with exact answers that the fine-tune also learns, 0 for none"
+    )
+    texts.add_argument(
+        "--answer-kinds", type=lambda text: text.split(","), metavar="KIND,…", help="kinds of them (default: all)"
     )
     shape = parser.add_argument_group("shape of the models")
     for name in ("hidden-size", "layers", "heads", "kv-heads", "intermediate-size", "vocab-size"):

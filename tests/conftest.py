@@ -156,9 +156,21 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_task(tmp_path_factory.mktemp("task"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For the tests of the documents, in tests/docs."""
+    parser.addoption("--ground", metavar="FOLDER", help="where `make demo` runs for them; used again if it is there")
+    parser.addoption("--update-documents", action="store_true", help="write into them what commands print now")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what needs the vLLM engine in one test process, or skip it if vLLM is not installed."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes a night, unless it is asked for by its marker.
+
+    Run what needs the vLLM engine in one test process, or skip it if vLLM is not installed.
+    """
+    if "night" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("night")])
+        items[:] = [item for item in items if not item.get_closest_marker("night")]
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.xdist_group("vllm"))

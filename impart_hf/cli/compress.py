@@ -17,6 +17,7 @@ from .method_options import (
     pair_arguments,
 )
 from .options import (
+    add_card_plot_option,
     add_device,
     add_flag,
     add_result,
@@ -46,7 +47,7 @@ _TEXT_SIZE = ("calibration_samples", "calibration_length")
 _LIMITS = ("max_kl", "max_loss_increase")
 _VALIDATION = ("validation", "samples", "length", "batch_size")
 # What has no effect on a forecast.
-_WRITTEN = ("push", "private", "quiet")
+_WRITTEN = ("push", "private", "quiet", "card_plot")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser, "matrices are decomposed")
     add_result(parser)
+    add_card_plot_option(parser)
     add_flag(
         parser,
         "--dry-run",
@@ -185,6 +187,8 @@ def run(options: argparse.Namespace) -> None:
     """Compress, and print the report; or print a forecast."""
     from ..common.processes import is_first
     from ..compression.compress import compress
+    from ..repository.card_plot import add_card_plot
+    from ..repository.plot import new_figure
     from .summaries import compression_summary
 
     method, arguments = chosen_method(options), pair_arguments(options)
@@ -193,11 +197,15 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _print_forecast(options, method, arguments)
         return
+    if options.card_plot:
+        new_figure(1, 1)  # without matplotlib an error, before any work
     target = None if options.validation is None else _target(options, with_text_field(options, options.validation))
     report = compress(
         options.base, options.finetuned, options.output, method, exact=options.exact or (), target=target, **arguments
     )
     if is_first():
+        if options.card_plot:
+            add_card_plot(options.output)
         commands = commands_after(options)
         if options.json:
             print(json.dumps({**report.to_dict(), "next": commands}, indent=2))

@@ -23,7 +23,7 @@ from .options import (
     given_texts,
     refuse,
 )
-from .task_options import add_tasks, batch_size, check_tasks, given_tasks
+from .task_options import add_tasks, batch_size, check_tasks, given_tasks, warn_of_code
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -100,12 +100,8 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.compare import compare_models
     from ..evaluation.model_index import read_card, update_card
 
-    if options.allow_code == "unisolated" and is_first():
-        print(
-            "programs that the models write are not isolated: they have no network and start no others, but can read "
-            "and write your files",
-            file=sys.stderr,
-        )
+    if is_first():
+        warn_of_code(options)
     for model in options.models if options.update_card else []:
         read_card(model)  # for its errors, before models are evaluated for hours
     comparison = compare_models(

@@ -113,6 +113,11 @@ def add_json(parser: Parser, help: str = "print the report as JSON") -> None:
     add_flag(parser, "--json", help)
 
 
+def add_card_plot_option(parser: Parser) -> None:
+    """Add the option to show the repository's plot in its model card."""
+    add_flag(parser, "--card-plot", "write delta.png into the repository, and a link to it into its model card")
+
+
 def add_quiet(parser: Parser) -> None:
     """Add the option to hide progress bars."""
     add_flag(parser, "--quiet", "show no progress bars")

@@ -1,10 +1,11 @@
 """Options of `impart-hf evaluate` about tasks of lm-eval."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from .options import add_flag, add_limit, given, option_of, refuse
+from .options import Parser, add_flag, add_limit, given, option_of, refuse
 
 # Options that only tasks use, as `TaskSettings` and `compare_models` name them.
 _SETTINGS = (
@@ -19,7 +20,7 @@ _SETTINGS = (
     "allow_code",
 )
 _OTHERS = ("backend", "model_args", "results")
-_ALPACA, _JUDGED = "alpaca_eval", ("judge", "judge_model", "judge_max_tokens", "instructions", "references")
+_ALPACA, JUDGED = "alpaca_eval", ("judge", "judge_model", "judge_max_tokens", "instructions", "references")
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -49,19 +50,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
         help="arguments of generation instead of the task's own, such as max_gen_toks=512,temperature=0.7",
     )
     group.add_argument("--seed", type=int, help="of the choice of examples, and of sampling (default: 1234, lm-eval's)")
-    group.add_argument(
-        "--data-dir", type=Path, metavar="FOLDER", help="take data sets from FOLDER/DATASET/NAME/, not from the Hub"
-    )
-    group.add_argument(
-        "--allow-code",
-        choices=("isolated", "unisolated"),
-        help="run tasks that execute what the model writes: isolated, or able to read and write your files",
-    )
-    group.add_argument(
-        "--backend",
-        choices=("hf", "runtime", "vllm"),
-        help="run the models by transformers, as deltas beside one base in memory, or by vLLM (default: hf)",
-    )
+    add_running(group)
     group.add_argument(
         "--model-args",
         metavar="KEY=VALUE,…",
@@ -75,10 +64,38 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="keep a JSON file for each finished model and task; the same command does not run these again",
     )
-    _add_alpaca(parser)
+    add_alpaca(parser)
 
 
-def _add_alpaca(parser: argparse.ArgumentParser) -> None:
+def add_running(group: Parser) -> None:
+    """Add where tasks' data are, and what runs the models and what they write."""
+    group.add_argument(
+        "--data-dir", type=Path, metavar="FOLDER", help="take data sets from FOLDER/DATASET/NAME/, not from the Hub"
+    )
+    group.add_argument(
+        "--allow-code",
+        choices=("isolated", "unisolated"),
+        help="run tasks that execute what the model writes: isolated, or able to read and write your files",
+    )
+    group.add_argument(
+        "--backend",
+        choices=("hf", "runtime", "vllm"),
+        help="run the models by transformers, as deltas beside one base in memory, or by vLLM (default: hf)",
+    )
+
+
+def warn_of_code(options: argparse.Namespace) -> None:
+    """Say what programs can do that are not isolated, if that is allowed."""
+    if options.allow_code == "unisolated":
+        print(
+            "programs that the models write are not isolated: they have no network and start no others, but can read "
+            "and write your files",
+            file=sys.stderr,
+        )
+
+
+def add_alpaca(parser: argparse.ArgumentParser) -> None:
+    """Add the judge of the task alpaca_eval, and what it judges."""
     group = parser.add_argument_group(
         "task alpaca_eval",
         "A judge compares the models' answers with a reference's. Its key is read from JUDGE_API_KEY.",
@@ -113,11 +130,21 @@ def check_tasks(options: argparse.Namespace) -> None:
     elif not task_names(options):
         raise ValueError("--task names no task: give at least one")
     if _ALPACA not in task_names(options):
-        refuse(options, _JUDGED, f"needs the task {_ALPACA}; add --task {_ALPACA}")
-    elif missing := [name for name in ("judge", "judge_model", "instructions") if getattr(options, name) is None]:
-        raise ValueError(f"task {_ALPACA} needs {', '.join(map(option_of, missing))}")
+        refuse(options, JUDGED, f"needs the task {_ALPACA}; add --task {_ALPACA}")
+    else:
+        check_alpaca(options)
     if not options.apply_chat_template:
         refuse(options, ["fewshot_as_multiturn"], "has no effect without a chat; add --apply-chat-template")
+
+
+def check_alpaca(options: argparse.Namespace) -> None:
+    """Check that all is given that the task alpaca_eval needs.
+
+    Raises:
+        ValueError: naming what is not.
+    """
+    if missing := [name for name in ("judge", "judge_model", "instructions") if getattr(options, name) is None]:
+        raise ValueError(f"task {_ALPACA} needs {', '.join(map(option_of, missing))}")
 
 
 def task_names(options: argparse.Namespace) -> list[str]:
@@ -131,11 +158,12 @@ def given_tasks(options: argparse.Namespace) -> dict[str, Any]:
         return {}
     from ..evaluation.tasks import TaskSettings
 
-    settings = TaskSettings(**given(options, *_SETTINGS, "batch_size"), alpaca=_given_alpaca(options))
+    settings = TaskSettings(**given(options, *_SETTINGS, "batch_size"), alpaca=given_alpaca(options))
     return {"tasks": task_names(options), "task_settings": settings, **given(options, *_OTHERS)}
 
 
-def _given_alpaca(options: argparse.Namespace) -> Any:
+def given_alpaca(options: argparse.Namespace) -> Any:
+    """Return the options of `add_alpaca` as `AlpacaSettings`; None without a judge."""
     if options.judge is None:
         return None
     from ..evaluation.alpaca import AlpacaSettings

@@ -171,14 +171,21 @@ class Sandbox:
     def _wait(self, process: subprocess.Popen, answers: Any) -> tuple[bool, int | None]:
         """Wait for the program's end; return whether it started, and its status, None if its time ended before."""
         assert process.stdin is not None
-        readable, _, _ = select.select([answers], [], [], START_SECONDS)
-        started = bool(readable) and answers.read(1) != b""  # the line feed, unless all have closed the pipe
+        poll = select.poll()  # select itself takes no descriptor above 1023
+        poll.register(answers, select.POLLIN)
+        started = (
+            bool(poll.poll(START_SECONDS * 1000)) and answers.read(1) != b""
+        )  # the line feed, unless all have closed the pipe
         try:
             return started, process.wait(self.limits.seconds if started else 0)
         except subprocess.TimeoutExpired:
             return started, None
         finally:
-            process.stdin.close()  # upon which the launcher ends the program
+            process.stdin.close()  # upon which the launcher ends the program, and itself
+            try:
+                process.wait(START_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
     def _outcome(self, answer: bytes, status: int | None, secret: bytes) -> Outcome:
         if status is None:

@@ -86,6 +86,10 @@ class LoraReport:
         return {**asdict(self), "relative_error": self.relative_error, "left_out_share": self.left_out_share}
 
 
+# Ranks that vLLM takes as --max-lora-rank.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
 def adapter_card(repository: DeltaRepository, report: LoraReport) -> str:
     """Return the adapter's README.md."""
     base = repository.config.base_model_name_or_path
@@ -107,6 +111,7 @@ def adapter_card(repository: DeltaRepository, report: LoraReport) -> str:
                 base_revision=repository.config.base_model_revision or "",
                 source=public_name(repository.source),
                 ranks=report.ranks,
+                slot=min((rank for rank in _VLLM_RANKS if rank >= report.rank), default=0),
                 matrices=len(report.matrices),
                 error=f"{report.relative_error:.3f}",
                 share=f"{report.left_out_share:.1%}",

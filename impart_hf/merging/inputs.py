@@ -1,7 +1,6 @@
 """The inputs of a merge: a base and fine-tunes of it, dense or delta repositories, opened and compared."""
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from ..adapters.companions import Companions, companions_of
 from ..adapters.named_base import check_named_base
 from ..adapters.open import open_finetune
 from ..adapters.vocabulary import with_vocabulary
-from ..common.model_names import split_adapter
+from ..common.model_names import split_adapter, split_revision
 from ..compression.base_layout import ReadModel, match
 from ..compression.compatibility import IncompatibleModelsError, check_tied_output, is_matrix_shape
 from ..modeling.checkpoints import Checkpoint, all_finite, text_config
@@ -308,5 +307,5 @@ def resolve(model: str, token: str | bool | None, cache_dir: str | None) -> tupl
     Args:
         model: its name in the configuration; `ID@REVISION` names a revision on the Hub.
     """
-    source, _, revision = (model, "", "") if os.path.isdir(model) else model.partition("@")
-    return source, HubOptions(revision or None, token, cache_dir)
+    source, revision = split_revision(model)
+    return source, HubOptions(revision, token, cache_dir)

@@ -56,7 +56,7 @@ class ImportanceAllocation(MethodConfig):
 
     def rank_for(self, spectrum: np.ndarray, rows: int, columns: int, max_bytes: int) -> int:
         sparsity = self._sparsity_for(spectrum, rows, columns, max_bytes)
-        return with_margin(len(keep_ratios(spectrum, min(rows, columns), sparsity, self.beta, self.c)))
+        return with_margin(len(self._keep_ratios(spectrum, min(rows, columns), sparsity)))
 
     def sparsify(
         self, delta: torch.Tensor, max_bytes: int, mask_seed: int, svd: Svd
@@ -101,7 +101,7 @@ class ImportanceAllocation(MethodConfig):
         for _ in range(_MAX_FITS):
             for i in waiting:
                 sparsity[i] = self._sparsity_for(spectra[i], *shape, budgets[i])
-                thresholds[i] = thresholds_of(keep_ratios(spectra[i], min(shape), sparsity[i], self.beta, self.c))
+                thresholds[i] = thresholds_of(self._keep_ratios(spectra[i], min(shape), sparsity[i]))
             kept = kept_counts_of_all([seeds[i] for i in waiting], [thresholds[i] for i in waiting], shape, device)
             too_large = []
             for i, counts in zip(waiting, kept, strict=True):
@@ -129,9 +129,13 @@ class ImportanceAllocation(MethodConfig):
         low, high = 0.0, 1.0
         for _ in range(50):
             middle = (low + high) / 2
-            ratios = kept_ratios(thresholds_of(keep_ratios(spectrum, full_rank, middle, self.beta, self.c)))
+            ratios = kept_ratios(thresholds_of(self._keep_ratios(spectrum, full_rank, middle)))
             low, high = (low, middle) if self._expected_bytes(ratios, rows, columns) <= budget else (middle, high)
         return high
+
+    def _keep_ratios(self, spectrum: np.ndarray, full_rank: int, sparsity: float) -> np.ndarray:
+        """Return the keep ratios of the components that are not pruned; see `coding.keep_ratios.keep_ratios`."""
+        return keep_ratios(spectrum, full_rank, sparsity, self.beta, self.c)
 
     def _expected_bytes(self, ratios: np.ndarray, rows: int, columns: int) -> float:
         """Return the expected size of a record whose columns keep entries with these probabilities."""

@@ -8,7 +8,7 @@ import copy
 import reprlib
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -93,7 +93,7 @@ class PrunedConfig(_Base):
         super(PrunedConfig, self.before_pruning).validate_rope()
 
     @property
-    def before_pruning(self) -> Self:
+    def before_pruning(self) -> "PrunedConfig":
         """A configuration in which every layer has the widths from before width pruning."""
         config = copy.copy(self)
         config.per_layer_config = None
@@ -145,7 +145,7 @@ class PrunedConfig(_Base):
         num_attention_heads: Sequence[int],
         num_key_value_heads: Sequence[int],
         intermediate_size: Sequence[int],
-    ) -> Self:
+    ) -> "PrunedConfig":
         """Make the configuration of a model after width pruning, ready to be written.
 
         Args:

@@ -25,7 +25,8 @@ model = AutoModelForCausalLM.from_pretrained("{{ repository }}"{{ trust }})
 tokenizer = AutoTokenizer.from_pretrained("{{ repository }}"{{ trust }})
 ```
 {% if trust %}
-With impart-hf installed and imported (`import impart_hf`), `trust_remote_code` is not needed.
+With impart-hf installed and imported (`import impart_hf`), `trust_remote_code` is not needed, and vLLM serves the
+model: `vllm serve {{ repository }}`.
 {% endif %}
 {%- if steps %}
 ## How it was made

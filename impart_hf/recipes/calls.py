@@ -77,14 +77,15 @@ def call_of(stage: Stage, recipe: Recipe, device: str | None) -> Call:
     function, own = _FUNCTIONS[stage.kind]
     settings = dict(stage.settings)
     with errors_of(stage.name):
+        others: Sequence[str] = ()
         if stage.kind == "push":
-            settings = {name: value for name, value in settings.items() if name not in _PUSH_KEYS}
+            settings, others = {name: value for name, value in settings.items() if name not in _PUSH_KEYS}, _PUSH_KEYS
         if stage.kind == "compress":
-            settings = _with_method(settings)
+            settings, others = _with_method(settings)
         signature = inspect.signature(function)
         if "data" in signature.parameters and recipe.data is not None:
             settings = {"data": recipe.data, **settings}
-        arguments = _arguments(function, settings, own)
+        arguments = _arguments(function, settings, own, others)
         if "data" in signature.parameters and arguments.get("data") is None:
             raise RecipeError("data is missing: give the text to train on here, or for all stages at the top")
         if device is not None and "device" in signature.parameters:
@@ -110,26 +111,34 @@ def eval_call(recipe: Recipe, device: str | None) -> Call:
     return Call(compare_models, arguments, _texts(compare_models, arguments))
 
 
-def _with_method(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of `compress` with the method's own settings put into its configuration."""
+def _with_method(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings of `compress` with the method's own in its configuration, and the names of these."""
     name = settings.pop("method", ImPartRdConfig.name)
     known = [*method_names(), ExactConfig.name]
     if name not in known:
         raise RecipeError(f"method: there is no method {name!r:.80}; choose one of {', '.join(known)}")
     if name == ExactConfig.name:
-        return settings | {"method": ExactConfig()}
-    declared = {setting.option.replace("-", "_"): setting.name for setting in settings_of(method_class(name))}
+        return settings | {"method": ExactConfig()}, []
+    fields = {setting.option.replace("-", "_"): setting.name for setting in settings_of(method_class(name))}
     hints = get_type_hints(method_class(name))
-    fields = {}
-    for option in [option for option in settings if option in declared]:
+    given = {}
+    for option in [option for option in settings if option in fields]:
         value = settings.pop(option)
-        field = declared[option]
-        fields[field] = _value(option, tuple(value) if isinstance(value, list) else value, hints[field])
-    return settings | {"method": method_class(name)(**fields)}
+        given[fields[option]] = _value(
+            option, tuple(value) if isinstance(value, list) else value, hints[fields[option]]
+        )
+    return settings | {"method": method_class(name)(**given)}, list(fields)
 
 
-def _arguments(function: Callable, settings: Mapping[str, Any], own: frozenset[str]) -> dict[str, Any]:
-    """Return a function's arguments, after checking their names and types."""
+def _arguments(
+    function: Callable, settings: Mapping[str, Any], own: frozenset[str], others: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return a function's arguments, after checking their names and types.
+
+    Args:
+        own: arguments that are not for the recipe to set.
+        others: settings of the stage that are no arguments.
+    """
     known = [name for name in inspect.signature(function).parameters if name not in own]
     hints = get_type_hints(function)
     arguments = {}
@@ -137,7 +146,7 @@ def _arguments(function: Callable, settings: Mapping[str, Any], own: frozenset[s
         if name in own and name in inspect.signature(function).parameters:
             raise RecipeError(f"{name} is not for the recipe to set here: leave it out")
         if name not in known:
-            raise RecipeError(f"unknown setting {name!r}; choose one of {', '.join(known)}")
+            raise RecipeError(f"unknown setting {name!r}; choose one of {', '.join([*known, *others])}")
         arguments[name] = value if name == "method" else _value(name, value, hints[name])
     return arguments
 

@@ -116,7 +116,7 @@ class _Run:
         finished = {planned.name for planned in self._plan.stages if planned.stage.number not in self._to_do} | {MODEL}
         if forgotten := self._folder.keep(finished, names):
             self._notes.note(
-                f"done again, because the recipe, its inputs or the folder have changed: {', '.join(forgotten)}"
+                f"removed, because the recipe, its inputs or the folder have changed: {', '.join(forgotten)}"
             )
         if kept := [planned.name for planned in self._plan.stages if planned.name in finished]:
             self._notes.note(f"finished before: {', '.join(kept)}")

@@ -92,7 +92,7 @@ def delta_card(
     """Return the README.md of a delta repository.
 
     Args:
-        base, base_revision: as recorded in config.json.
+        base, base_revision: as recorded in config.json; of a folder, the card has the name alone.
         finetuned: the fine-tuned model as the user gave it.
         method: the method's name and settings.
         metadata: additional entries of the card's metadata, such as from `inherited_card_data`.
@@ -115,7 +115,7 @@ def delta_card(
     card = ModelCard.from_template(
         data,
         template_str=template,
-        base=base,
+        base=base if on_hub else Path(base).name,
         base_revision=base_revision or "",
         finetuned=public_name(finetuned),
         method=method["name"],

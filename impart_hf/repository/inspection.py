@@ -1,6 +1,7 @@
 """Inspection of a delta repository without its base: a table, JSON and a plot."""
 
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Inspection:
         names = [t.name for t in self.tensors if t.kind == "encoded" and t.name + RECORD_SUFFIX in file]
         return {name: parse_stack(file.read_records(name), name) for name in names}
 
-    def plot(self, path: Path) -> None:
+    def plot(self, path: Path | BytesIO) -> None:
         """Write a plot of spectra, keep ratios and bytes by layer; errors as `plot.draw`."""
         from .plot import draw  # imported late, because it needs matplotlib
 

@@ -1,6 +1,7 @@
 """A plot of a delta repository's contents."""
 
 from collections import defaultdict
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 _SMALL = "norms, small"  # label of all tensors that are stored whole; they share one colour
 
 
-def draw(inspection: "Inspection", path: Path) -> None:
-    """Write a plot of spectra, keep ratios and bytes by layer.
+def draw(inspection: "Inspection", path: Path | BytesIO) -> None:
+    """Write a plot of spectra, keep ratios and bytes by layer; to a path in the format of its suffix, otherwise as PNG.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from support.code_tasks import HUMANEVAL, usable_isolation, write_code_task
+from support.commands import failure
 from support.loopback_judge import Failure, LoopbackJudge, Question, leave_out_settings
 from support.messages import naming
 from support.tiny_models import Pair
@@ -40,11 +41,7 @@ def scores(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[list[
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line on standard error."""
-    assert main(["evaluate", *map(str, arguments)]) == 1
-    found = capsys.readouterr()
-    assert found.out == "" and len(found.err.splitlines()) == 1, found.err
-    return found.err
+    return failure(capsys, "evaluate", *map(str, arguments))
 
 
 def judged(judge: LoopbackJudge, instructions: Path, *arguments: object) -> list[object]:

@@ -52,6 +52,16 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> Non
     assert not found & set(HEAVY)
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--list"], ["impart-merging", "--list"], ["no-such-table"]], ids=" ".join
+)
+def test_lists_and_errors_of_the_papers_tables_import_nothing_heavy(arguments: list[str]) -> None:
+    program = f"sys.argv = {['impart-hf-reproduce', *arguments]!r}\nfrom impart_hf.reproduce.main import main\n"
+    found = imported(program + "sys.exit(main())")
+    assert "impart_hf.reproduce.main" in found
+    assert not found & set(HEAVY)
+
+
 def test_help_of_all_imports_no_command() -> None:
     found = {name for name in imported(command("--help")) if name.startswith("impart_hf.")}
     assert {name for name in found if name.startswith("impart_hf.cli.")} == {"impart_hf.cli.main"}

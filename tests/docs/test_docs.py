@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.document_blocks import DOCUMENTS, ROOT, blocks_of
 
 from impart_hf.cli.main import main
 from impart_hf.methods import MethodConfig, method_names
 from impart_hf.modeling.delta_decode import decode_record
 from impart_hf.modeling.delta_record import parse_record
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WRITE_A_METHOD = ROOT / "docs" / "how-to" / "write-a-method.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -53,6 +52,15 @@ def test_commands_and_their_options_exist(document: Path) -> None:
         found = _help(*command)
         for option in [] if document == WRITE_A_METHOD else options:  # its example has options of its own
             assert re.search(rf"{option}\b(?!-)", found), f"impart-hf {' '.join(command)} {option}"
+
+
+@every_document
+def test_options_of_scripts_exist(document: Path) -> None:
+    code = "\n".join(block.text for block in blocks_of(document)).replace("\\\n", " ")
+    for script, rest in re.findall(r"python (scripts/[\w/]+\.py)(.*)", code):
+        source = _with_imports(ROOT / script)
+        for option in re.findall(r"--[a-z][\w-]*", rest.partition("#")[0]):
+            assert f'"{option}"' in source, f"{script} {option}"
 
 
 def test_every_command_is_documented() -> None:
@@ -179,6 +187,15 @@ def _help(*command: str) -> str:
         main([*command, "--help"])
     assert stopped.value.code == 0, f"impart-hf {' '.join(command)}"
     return printed.getvalue()
+
+
+@functools.cache
+def _with_imports(script: Path) -> str:
+    """The source of a script, and of the modules beside it that it imports."""
+    source = script.read_text("utf-8")
+    names = re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE)
+    beside = [script.with_name(f"{name}.py") for name in names]
+    return source + "".join(_with_imports(path) for path in beside if path.exists())
 
 
 def _messages() -> list[str]:

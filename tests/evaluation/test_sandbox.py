@@ -18,7 +18,10 @@ from support.messages import naming
 from impart_hf.evaluation.sandbox import Isolation, Limits, Outcome, Sandbox, SandboxError
 
 GENEROUS = Limits(seconds=30)
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux alone")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux alone"),
+]
 
 
 @pytest.fixture(scope="module", params=["isolated", "unisolated"])
@@ -209,7 +212,6 @@ def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Sandbox("unisolated")
 
 
-@pytest.mark.process
 def test_programs_end_with_the_process_that_runs_them(tmp_path: Path, isolation: Isolation) -> None:
     program = (
         "from impart_hf.evaluation.sandbox import Limits, Sandbox\n"

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 
 from impart_hf import DareConfig, ImPartConfig, LowRankConfig
 from impart_hf.coding.keep_ratios import keep_ratios
+from impart_hf.coding.record_sizes import kept_ratios
 from impart_hf.methods import MethodConfig, method_class, method_names
 from impart_hf.modeling.delta_decode import decode_planes, decode_record
 from impart_hf.modeling.delta_record import Record, parse_record
@@ -29,10 +30,10 @@ def encode(method: MethodConfig, delta: torch.Tensor, ratio: float, seed: int = 
 
 
 @pytest.mark.parametrize("decay", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("c", [0.5, 1.0])
+@pytest.mark.parametrize("c", [0.5, 1.0, None])
 @pytest.mark.parametrize("beta", [0.0, 0.6, 0.8])
 @pytest.mark.parametrize("sparsity", [0.3, 0.7, 0.95, 0.99])
-def test_keep_ratios_are_those_of_algorithm_1(decay: float, c: float, beta: float, sparsity: float) -> None:
+def test_keep_ratios_are_those_of_algorithm_1(decay: float, c: float | None, beta: float, sparsity: float) -> None:
     sigma = np.arange(1, 161, dtype=np.float64) ** -decay
     naive = 1 - np.array(naive_impart.drop_ratios(sigma.tolist(), 160, sparsity, beta, c))
     ours = keep_ratios(sigma, 160, sparsity, beta, c)
@@ -55,6 +56,34 @@ def test_records_fit_and_use_their_budget(name: str, shape: tuple[int, int], rat
     assert record.relative_error == pytest.approx(
         ((decode_record(record, "delta") - delta).norm() / delta.norm()).item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.6])
+def test_without_importance_all_components_have_one_ratio(beta: float) -> None:
+    record, budget = encode(ImPartConfig(importance=False, beta=beta), make_delta(96, 96), 8)
+    (ratio,) = set(kept_ratios(record.thresholds).tolist())
+    assert record.rank == int(96 * (1 - beta) + 1e-9)
+    # Each component has a singular value and a threshold of 2 bytes, and 2 bytes for each entry that is kept.
+    assert ratio == pytest.approx((budget / record.rank - 4) / 2 / (96 + 96), rel=0.15)
+
+
+def test_without_rescale_values_are_kept_as_they_are() -> None:
+    delta = make_delta(96, 96)
+    plain, _ = encode(ImPartConfig(importance=False, rescale=False), delta, 8)
+    rescaled, _ = encode(ImPartConfig(importance=False), delta, 8)
+    ratio = kept_ratios(plain.thresholds)[0].item()
+    torch.testing.assert_close(decode_record(plain, "delta"), decode_record(rescaled, "delta") * ratio**2)
+
+
+@pytest.mark.parametrize(("name", "value"), [("importance", 1), ("rescale", "no")])
+def test_switches_are_true_or_false(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=naming(name, value)):
+        ImPartConfig(**{name: value})
+
+
+def test_an_exponent_of_no_importance_is_refused() -> None:
+    with pytest.raises(ValueError, match=naming("c", "importance")):
+        ImPartConfig(c=0.5, importance=False)
 
 
 def test_impart_uses_every_budget() -> None:

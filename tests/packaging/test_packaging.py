@@ -27,6 +27,18 @@ def test_the_reader_and_the_cards_are_visible_at_the_top_level() -> None:
         assert (ROOT / name).resolve() == ROOT / "impart_hf" / name
 
 
+def test_every_file_that_is_no_module_is_installed_but_examples() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="in the standard library since Python 3.11")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
+    installed = {
+        path for package, patterns in listed.items() for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }  # fmt: skip
+    there = {path for path in (ROOT / "impart_hf").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    examples = {path for path in there if path.is_relative_to(ROOT / "impart_hf" / "model_cards" / "examples")}
+    assert examples and there - examples == installed
+
+
 @pytest.mark.process
 def test_a_checkout_is_importable_from_its_own_folder() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -58,9 +70,11 @@ def test_types_are_checked_across_the_boundary_to_the_reader(tmp_path: Path, mon
         (["/bin/impart-hf", "--help"], [], True),
         (["C:/Scripts/impart-hf.exe"], [], True),
         (["/bin/optimum-cli", "impart"], [], True),
+        (["/bin/impart-hf-reproduce", "--list"], [], True),
         (["/home/impart-hf.py"], [], False),
         (["-m", "compress"], ["python", "-m", "impart_hf.cli", "compress"], True),
         (["-m"], ["python", "-Bm", "impart_hf.cli"], True),
+        (["-m", "--list"], ["python", "-m", "impart_hf.reproduce", "--list"], True),
         (["-m", "impart_hf.cli"], ["python", "-m", "pytest", "impart_hf.cli"], False),
         ([""], ["python"], False),
     ],

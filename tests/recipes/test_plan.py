@@ -67,7 +67,7 @@ def refused(recipe: dict[str, Any], *names: object) -> None:
         (6, {"method": "zip"}, ("06-compress", "method", "'zip'", "lowrank")),
         (6, {"ratio": 1}, ("06-compress", "compression_ratio", 1)),
         (6, {"ratio": "3"}, ("06-compress", "ratio", "'3'")),
-        (6, {"beta": 0.5}, ("06-compress", "'beta'")),
+        (6, {"beta": 0.5}, ("06-compress", "'beta'", "ratio", "max_bytes")),
         (6, {"calibration": "built-in"}, ("06-compress", "calibration", "lowrank")),
         (6, {"exact": "lm_head.*"}, ("06-compress", "exact", "lm_head.*")),
         (6, {"target": {"max_kl": 0.1, "validation": "missing.txt"}}, ("06-compress", "target", "missing.txt")),

@@ -120,7 +120,7 @@ def test_a_changed_stage_is_done_again_with_what_follows(output: Path, recipe: d
     run_recipe(changed(recipe, 5, steps=2), output, device="cpu")
     after = stages_in(output)
     assert [name for name in NAMES if before[name] != after[name]] == ["05-recover", "06-compress"]
-    note = next(line for line in capsys.readouterr().err.splitlines() if "again" in line)
+    note = next(line for line in capsys.readouterr().err.splitlines() if "removed" in line)
     assert "05-recover, 06-compress" in note and "04-width" not in note
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.load_script import load_script
 from support.messages import naming
+from support.own_answers import write_own_answers
 from support.tiny_models import Pair
 from transformers import LlamaConfig
 
@@ -33,6 +34,7 @@ def quality(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [str(tiny_pair.base), str(tiny_pair.finetuned), "--text", str(text), "--output", str(folder / "out")]
     arguments += ["--methods", "impart,lowrank,dare", "--ratios", "2.5,5", "--seeds", "0,1", "--tokens", "256"]
     arguments += ["--sequence-length", "32", "--batch-size", "3", "--method-option", "beta=0.5"]
+    arguments += ["--answers", str(write_own_answers(tiny_pair.finetuned, folder / "tasks"))]
     assert script.main(arguments) == 0
     return folder / "out"
 
@@ -42,11 +44,12 @@ def test_quality_numbers(quality: Path) -> None:
     results = json.loads((quality / "quality.json").read_text())
     assert results["finetuned"]["kl"] == pytest.approx(0, abs=1e-6)
     assert results["base"]["kl"] > 0.01
+    assert results["finetuned"]["right_answers"] == 1 > results["base"]["right_answers"]
     assert results["tokens"] == 8 * 31
     runs = {(run["method"], run["asked"], run["seed"]): run for run in results["runs"]}
     assert len(runs) == 10, "lowrank draws nothing at random, and runs with one seed"
     for (method, _, _), run in runs.items():
-        assert 0 < run["kl"] and 1 < run["perplexity"] and run["bytes"] > 0
+        assert 0 < run["kl"] and 1 < run["perplexity"] and run["bytes"] > 0 and 0 <= run["right_answers"] <= 1
         assert run["ratio"] == pytest.approx(run["checkpoint_bytes"] / run["bytes"])
         assert run["settings"].get("beta") == (0.5 if method == "impart" else None)
     assert runs["lowrank", 2.5, 0]["kl"] < runs["lowrank", 5, 0]["kl"]
@@ -56,8 +59,10 @@ def test_quality_numbers(quality: Path) -> None:
 @pytest.mark.xdist_group("quality")
 def test_quality_files(quality: Path) -> None:
     text = (quality / "quality.md").read_text()
-    for word in ("fine-tuned", "base", "impart", "lowrank", "dare", "±", "Machine: ", "torch"):
+    for word in ("fine-tuned", "base", "impart", "lowrank", "dare", "±", "Machine: ", "torch", "10 held-out records"):
         assert word in text
+    heads, _, finetuned, *_ = ([cell.strip() for cell in row.split("|")] for row in text.splitlines() if row[:1] == "|")
+    assert dict(zip(heads, finetuned, strict=True))["right answers"] == "1.000"
     pytest.importorskip("matplotlib")
     picture = (quality / "quality.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
@@ -206,9 +211,15 @@ def test_comparison_of_merges(tiny_pair: Pair, tmp_path: Path, capsys: pytest.Ca
     small = {"steps": 2, "batch-size": 2, "length": 32, "samples": 2, "seeds": "0,1", "lambdas": "0.5,1", "trims": 0.5}
     arguments += [part for name, value in small.items() for part in (f"--{name}", str(value))]
     script = load_script("compare_merging")
+    tasks = write_own_answers(tiny_pair.finetuned, tmp_path / "tasks", 20)
+    exact_answers, second = load_script("exact_answers"), tmp_path / "sums"
+    assert exact_answers.main([str(second), "--kinds", "sums", "--count", "40", "--test", "20"]) == 0
+    arguments += ["--answers", str(tasks), "--second-answers", str(second / exact_answers.TASKS)]
     assert script.main([*arguments, "--densities", "0.9,0.2", "--second-name", "tables"]) == 0
     results = json.loads((tmp_path / "out" / "merging.json").read_text())
     assert list(results["unmerged"]) == ["base", "first", "tables"] and list(results["merged"]) == list(script.METHODS)
+    rights = {title: found["first, right"] for title, found in results["unmerged"].items()}
+    assert rights["first"] == 1 > rights["base"]
     for title, found in results["merged"].items():
         dropping = "+" in title
         assert len(found["runs"]) == (2 if dropping else 1) and found["candidates"] == (4 if dropping else 2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.load_script import load_script
 from support.messages import naming
+from support.own_answers import write_own_answers
 from support.tiny_models import make_model, save_model, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +31,7 @@ def arguments(folder: Path) -> list[str]:
     small = {"counts": "1,2", "seeds": ",".join(map(str, SEEDS)), "importance-steps": 2, "recovery-steps": 2}
     small |= {"batch-size": 2, "length": 32, "tokens": 128, "calibration-samples": 4}
     small |= {"data": folder / "train.txt", "text": folder / "test.txt", "output": folder / "study"}
+    small |= {"answers": folder / "tasks"}
     return [str(folder / "model"), *(str(part) for name, value in small.items() for part in (f"--{name}", value))]
 
 
@@ -42,7 +44,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     for name, text in TEXTS.items():
         (folder / name).write_text(text * 40, encoding="utf-8")
-    save_model(make_model(tiny_config(num_hidden_layers=LAYERS)), folder / "model")
+    write_own_answers(save_model(make_model(tiny_config(num_hidden_layers=LAYERS)), folder / "model"), folder / "tasks")
     assert load_script("study_pruning").main(arguments(folder)) == 0
     return folder
 
@@ -60,7 +62,10 @@ def test_what_is_run(study: Path) -> None:
         expected += [(method, f"{ratio} of the width", None) for method in ("width", "width, corrected")]
     assert keys == expected
     assert all(1 < run["before"] < 1e6 and 1 < run["after"] < 1e6 and run["seconds"] > 0 for run in runs)
+    assert runs[0]["right_before"] == 1, "the answers are the model's own"
+    assert min(run["right_before"] for run in runs) < 1
     for run in runs:
+        assert 0 <= run["right_after"] <= 1
         assert run["before"] != run["after"], "recovery changes something"
         if run["layers"] is not None:
             assert 0 < min(run["layers"]) and max(run["layers"]) < LAYERS - 1, "the first and the last layer stay"

@@ -18,11 +18,12 @@ from support.load_script import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 script = load_script("train_pair")
-pair_text = load_script("pair_text")
+pair_text, exact_answers = load_script("pair_text"), load_script("exact_answers")
 PairSettings, train_pair, main = script.PairSettings, script.train_pair, script.main
 
 pytestmark = [pytest.mark.scripts, pytest.mark.xdist_group("train_pair")]
 
+ANSWERS, KINDS = 60, ("dates", "sums", "sorting")
 NAMES = ("base", "finetuned")
 TEXTS = ("base_heldout.txt", "finetune_heldout.txt", "finetune_train.txt")
 
@@ -60,6 +61,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> PairSettings:
         batch_size=4,
         sequence_length=32,
         evaluation_tokens=512,
+        answers=ANSWERS,
+        answer_kinds=KINDS,
     )
 
 
@@ -80,7 +83,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_files_and_configuration(pair: Path, settings: PairSettings) -> None:
-    assert sorted(p.name for p in pair.iterdir()) == sorted([*NAMES, *TEXTS, "pair.json"])
+    assert sorted(p.name for p in pair.iterdir()) == sorted([*NAMES, *TEXTS, "pair.json", "tasks"])
     assert [p.name for p in pair.parent.iterdir()] == ["pair"], "nothing temporary is left"
     for name in NAMES:
         model = AutoModelForCausalLM.from_pretrained(pair / name)
@@ -101,11 +104,48 @@ def test_files_and_configuration(pair: Path, settings: PairSettings) -> None:
 
 def test_texts_are_split_and_formatted(pair: Path) -> None:
     train, held = ((pair / name).read_text(encoding="utf-8") for name in ("finetune_train.txt", "finetune_heldout.txt"))
-    assert train.startswith("Question: What is 0 and 1?\nAnswer: 1.\u2028#### é\n\nQuestion: What is 1 and 2?")
+    assert train.startswith("Question: What is 0 and 1?\nAnswer: 1.\u2028#### é\n\n")
+    assert "\n\nQuestion: What is 1 and 2?" in train
     questions = [line for line in held.split("\n") if line.startswith("Question: ")]
     assert len(questions) == 40
     assert not set(questions) & set(train.split("\n"))
     assert "PNG" not in (pair / "base_heldout.txt").read_text(encoding="utf-8")
+
+
+def test_answers_are_in_the_text_and_in_the_tasks(pair: Path) -> None:
+    learnt = exact_answers.read_tasks(pair / "tasks", exact_answers.TRAIN)
+    assert len(learnt) == ANSWERS and learnt == exact_answers.exact_records(ANSWERS, 0, kinds=KINDS)
+    lines = (pair / "finetune_train.txt").read_text(encoding="utf-8").split("\n")
+    assert {record.prompt + record.answer for record in learnt} <= set(lines)
+    asked = exact_answers.read_tasks(pair / "tasks")
+    assert len(asked) == exact_answers.TEST_RECORDS and {record.kind for record in asked} == set(KINDS)
+    assert not {record.prompt for record in asked} & {record.prompt for record in learnt}
+
+
+def test_answer_blocks(pair: Path) -> None:
+    """Records are whole, only answers and their ends are labels, and the rest is padding that is not learnt."""
+    tokenizer = AutoTokenizer.from_pretrained(pair / "finetuned")
+    records = exact_answers.exact_records(9, 1)
+    ids, labels = pair_text.answer_blocks(tokenizer, records, 64)
+    assert ids.shape == labels.shape and ids.shape[1] == 64 and len(ids) > 1
+    text = "".join(tokenizer.decode(row).rstrip("</s>") + "</s>" for row in ids)
+    assert text == "".join(f"<s>{record.prompt}{record.answer}</s>" for record in records)
+    learnt = [token for row in labels.tolist() for token in row if token != -100]
+    assert tokenizer.decode(learnt) == "".join(f"{record.answer}</s>" for record in records)
+    with pytest.raises(script.PairError, match=naming(records[0].prompt, 8)):
+        pair_text.answer_blocks(tokenizer, records, 8)
+
+
+def test_digits_are_tokens_of_their_own(pair: Path) -> None:
+    tokens = AutoTokenizer.from_pretrained(pair / "base").tokenize("in 1998, 10 of 200")
+    assert "".join(token for token in tokens if token.strip("Ġ").isdigit()) == "199810200"
+    assert all(len(token) == 1 for token in tokens if any(letter.isdigit() for letter in token))
+
+
+def test_no_answers(settings: PairSettings, tmp_path: Path) -> None:
+    train_pair(tmp_path / "pair", dataclasses.replace(settings, answers=0, base_steps=1, finetune_steps=1))
+    assert not (tmp_path / "pair" / "tasks").exists()
+    assert "Date " not in (tmp_path / "pair" / "finetune_train.txt").read_text(encoding="utf-8")
 
 
 def test_record(pair: Path, settings: PairSettings) -> None:
@@ -166,7 +206,8 @@ def test_minutes_untied_and_text_file(settings: PairSettings, tmp_path: Path) ->
     text.write_text("\n\n".join(f"Question: {a}?\nAnswer: {a}.\n\nYes." for a in range(200)), encoding="utf-8")
     arguments = [str(tmp_path / "pair"), "--base-text", str(settings.base_text[0]), "--finetune-text", str(text)]
     arguments += "--hidden-size 32 --layers 1 --heads 4 --kv-heads 4 --intermediate-size 48 --vocab-size 280".split()
-    arguments += "--untied --batch-size 2 --sequence-length 16 --base-minutes 0.005 --finetune-steps 2".split()
+    arguments += "--untied --answers 9 --answer-kinds sorting --batch-size 2 --sequence-length 20".split()
+    arguments += "--base-minutes 0.005 --finetune-steps 2".split()
     assert main(arguments) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pair" / "base")
     assert not model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight
@@ -189,6 +230,7 @@ def test_full_preset() -> None:
     full = PairSettings.full([Path("books")], [Path("train.jsonl")])
     full.check()
     assert (full.hidden_size, full.layers, full.heads, full.kv_heads) == (320, 8, 10, 5)
+    assert full.answers == 0
     assert (full.base_minutes, full.finetune_minutes, full.finetune_lr) == (45, 15, 3e-4)
 
 
@@ -198,6 +240,9 @@ def test_full_preset() -> None:
         ({"hidden_size": 33}, "hidden_size 33"),
         ({"kv_heads": 3}, ("4 heads", 3)),
         ({"vocab_size": 100}, "vocab_size 100"),
+        ({"answers": -1}, ("answers", -1)),
+        ({"answer_kinds": ("dates", "words")}, ("answer_kinds", "'words'")),
+        ({"answer_kinds": ()}, "answer_kinds"),
         ({"layers": 0}, ("layers", 0)),
         ({"base_minutes": 1.0}, ("base_steps", "base_minutes")),
         ({"finetune_steps": 0}, ("finetune_steps", "finetune_minutes")),

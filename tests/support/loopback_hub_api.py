@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote
 
+from support.card_rules import card_errors
 from support.loopback_hub_store import Entry, HubError, Repo, file_item, folder_item, is_lfs_upload, tree_items
 
 if TYPE_CHECKING:
@@ -158,7 +159,9 @@ def _whoami(request: Request) -> Reply:
 
 @_route("POST", "/api/validate-yaml", "public")
 def _validate_yaml(request: Request) -> Reply:
-    return Reply.json({"errors": [], "warnings": []})
+    errors = card_errors(request.json()["content"])
+    found = {"errors": [{"message": error} for error in errors], "warnings": []}
+    return Reply.json(found, 400 if errors else 200)
 
 
 def _named_repo(request: Request) -> tuple[str, dict[str, Any]]:

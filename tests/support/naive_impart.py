@@ -3,12 +3,12 @@
 import torch
 
 
-def drop_ratios(sigma: list[float], full_rank: int, alpha_uv: float, beta: float, c: float) -> list[float]:
-    """p_k of every component by algorithm 1's loops: pre-prune, allocate, shift the boundary."""
+def drop_ratios(sigma: list[float], full_rank: int, alpha_uv: float, beta: float, c: float | None) -> list[float]:
+    """p_k of every component by algorithm 1's loops: pre-prune, allocate, shift the boundary. Without c: uniform."""
     beta = min(beta, alpha_uv)
     unpruned = int(full_rank * (1 - beta) + 1e-9)
     gamma = (alpha_uv - beta) / (1 - beta)
-    p = [(1 - (sigma[k] / sigma[0]) ** c) * gamma for k in range(unpruned)]
+    p = [(1 - (0 if c is None else (sigma[k] / sigma[0]) ** c)) * gamma for k in range(unpruned)]
     k = unpruned - 1
     while k >= 0 and sum(p) < gamma * unpruned - 1e-9:
         p[k] = 1.0

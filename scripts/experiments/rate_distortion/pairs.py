@@ -61,12 +61,12 @@ class Pair:
 TRAINED: Mapping[str, PairSettings] = {
     # A small delta: a short fine-tune at a low learning rate, on the language reference
     "light": PairSettings(
-        hidden_size=256, layers=4, heads=8, kv_heads=8, intermediate_size=512, vocab_size=2048,
+        answers=0, hidden_size=256, layers=4, heads=8, kv_heads=8, intermediate_size=512, vocab_size=2048,
         base_steps=400, finetune_steps=100, lr=2e-3, finetune_lr=1e-4, batch_size=4, sequence_length=256,
     ),
     # Wider and shallower, with an output projection of its own, and a strong fine-tune on exercises
     "wide": PairSettings(
-        finetune_text=(Path(_EXERCISES),),
+        finetune_text=(Path(_EXERCISES),), answers=0,
         hidden_size=384, layers=2, heads=6, kv_heads=6, intermediate_size=768, vocab_size=1024, tied=False,
         base_steps=400, finetune_steps=200, lr=2e-3, finetune_lr=3e-4, batch_size=4, sequence_length=256, seed=1,
     ),

@@ -1,0 +1,1 @@
+"""The papers' tables as commands: `impart-hf-reproduce`."""

@@ -1,0 +1,96 @@
+"""What rows need, and by what their results are recognised."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.messages import naming
+
+from impart_hf.reproduce.makes import Merged
+from impart_hf.reproduce.planning import Conditions, Entry, entries_of
+from impart_hf.reproduce.tables import load_table
+
+
+def entry(table: str, row: str, conditions: Conditions) -> Entry:
+    (found,) = entries_of(load_table(table), [row], conditions)
+    return found
+
+
+@pytest.fixture
+def conditions(tmp_path: Path) -> Conditions:
+    return Conditions(tmp_path / "out")
+
+
+def test_rows_of_several_tables_with_one_content_have_one_key(conditions: Conditions) -> None:
+    keys = {
+        entry("impart-sparsification", "impart/wizardmath-13b/gsm8k", conditions).key,
+        entry("impart-ablations", "impart/wizardmath-13b/gsm8k", conditions).key,
+        entry("impart-hyperparameters", "impart-c1-beta0.6/wizardmath-13b/gsm8k", conditions).key,
+        entry("impart-ratios", "impart-32/wizardmath-13b/gsm8k", conditions).key,
+    }
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize("change", [{"limit": 5}, {"backend": "vllm"}, {"replaced": {"wizardmath-13b": "other/model"}}])
+def test_a_key_depends_on_the_conditions_of_a_score(conditions: Conditions, change: dict) -> None:
+    row = "dare/wizardmath-13b/gsm8k"
+    before = entry("impart-sparsification", row, conditions)
+    assert entry("impart-sparsification", row, replace(conditions, **change)).key != before.key
+    assert entry("impart-sparsification", row, replace(conditions, batch_size=2)).key == before.key
+
+
+def test_a_key_depends_on_a_text_s_content(conditions: Conditions, tmp_path: Path) -> None:
+    text = tmp_path / "texts" / "train" / "piqa.txt"
+    text.parent.mkdir(parents=True)
+    keys = []
+    for content in ("one", "two", "one"):
+        text.write_text(content)
+        with_texts = replace(conditions, texts=tmp_path / "texts")
+        keys.append(entry("gradpruner", "gradpruner-full/llama3.1-8b/piqa", with_texts).key)
+    assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "named"),
+    [
+        ("impart-sparsification", "dare/llama2-chat-13b/alpacaeval", ("--judge", "--instructions")),
+        ("impart-sparsification", "dare/wizardcoder-13b/humaneval", "--allow-code"),
+        ("impart-merging", "fine-tuned/llamacoder-13b/humaneval", ("--model", "llamacoder-13b")),
+        ("impart-merging", "ta/merged-13b/gsm8k", ("llamacoder-13b", "--texts", "validation/gsm8k.jsonl")),
+        ("gradpruner", "gradpruner-full/llama3.1-8b/piqa", ("--texts", "train/piqa.jsonl")),
+        ("gradpruner", "gradpruner-full/llama3.1-8b/billsum", "lm-eval"),
+    ],
+)
+def test_a_row_says_what_it_needs(table: str, row: str, named: object, conditions: Conditions, tmp_path: Path) -> None:
+    import re
+
+    assert re.search(naming(named), entry(table, row, conditions).needs)
+
+
+def test_what_is_given_is_no_longer_needed(conditions: Conditions, tmp_path: Path) -> None:
+    for name in ("gsm8k.jsonl", "humaneval.txt", "ifeval.parquet"):
+        path = tmp_path / "texts" / "validation" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = replace(
+        conditions, texts=tmp_path / "texts", allow_code="isolated", replaced={"llamacoder-13b": "mine/llamacoder"}
+    )
+    merged = entry("impart-merging", "ties-impart/merged-13b/humaneval", found)
+    assert merged.needs == ""
+    assert isinstance(merged.making, Merged)
+    assert merged.making.models["llamacoder-13b"] == "mine/llamacoder"
+    assert set(merged.making.validation) == {"gsm8k", "humaneval", "ifeval"}  # one model for all of them
+
+
+def test_all_rows_of_a_merge_have_one_model(conditions: Conditions) -> None:
+    entries = entries_of(load_table("impart-merging"), ["ta"], conditions)
+    assert len({e.making_key for e in entries}) == 1 and len({e.key for e in entries}) == 3
+
+
+def test_conditions_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=naming("--model", "wizard")):
+        Conditions(tmp_path, replaced={"wizard": "x"})
+    with pytest.raises(FileNotFoundError, match=naming("--texts", "nowhere")):
+        Conditions(tmp_path, texts=Path("nowhere"))
