@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,7 @@ class TaskEvaluation:
                 with file.kept_answers(lm) as answering:
                     scores = self._run(answering, name)
                 run = {"batch_size": self.settings.batch_size, "seconds": round(time.perf_counter() - started, 3)}
-                if processes.is_first():
-                    file.write(scores, run)
+                processes.in_first(partial(file.write, scores, run))
             found[name] = scores
         return self._all_scores(found)
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lm_eval
 import pytest
@@ -28,12 +29,13 @@ QUESTIONS = ["A fine-tuned model", "is its base", "and a small", "difference", "
 def lm_evals_own(model: Path, task: Path, **options: Any) -> dict[str, Any]:
     """What lm-eval itself gives for a model in a folder, in float32."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return lm_eval.simple_evaluate(
-        model=HFLM(pretrained=loaded, tokenizer=tiny_tokenizer(), batch_size=4),
-        tasks=[str(task)],
-        task_manager=TaskManager(include_defaults=False),
-        **options,
-    )
+    with mock.patch("lm_eval.evaluator.add_env_info"):  # it lists all installed packages, for two seconds
+        return lm_eval.simple_evaluate(
+            model=HFLM(pretrained=loaded, tokenizer=tiny_tokenizer(), batch_size=4),
+            tasks=[str(task)],
+            task_manager=TaskManager(include_defaults=False),
+            **options,
+        )
 
 
 def said(model: Path, text: str) -> str:
