@@ -14,6 +14,7 @@ from ..cli.options import add_device, add_flag, add_limit, given, refuse
 from ..cli.task_options import JUDGED, add_alpaca, add_running, batch_size, check_alpaca, given_alpaca, warn_of_code
 from ..common.files import atomic_write
 from ..evaluation.journal import Journal
+from .makes import Merged
 from .planning import Conditions, Entry, entries_of
 from .rendering import rendered
 from .runner import Runner, results_in
@@ -114,6 +115,7 @@ def _run(options: argparse.Namespace) -> int:
         tables = [pair.table(table) for table in tables]
         conditions = replace(conditions, one_text=pair.one_text, limit=conditions.limit or LIMIT)
     entries = _entries(tables, options.rows or [], conditions)
+    tables = [table for table in tables if table.name in entries]
     results = results_in(conditions.output)
     if options.list:
         for table in tables:
@@ -130,7 +132,7 @@ def _run(options: argparse.Namespace) -> int:
         print(forecast_table(missing, conditions, _say))
         return 0
     warn_of_code(options)
-    if pair is not None and any(row.model.merges for table in tables for row in table.rows):
+    if pair is not None and any(isinstance(e.making, Merged) for own in entries.values() for e in own):
         pair.prepare(conditions.device)
     runner = Runner(conditions, results, keep=bool(options.keep), say=_say)
     for table in tables:
@@ -160,7 +162,7 @@ def _conditions(options: argparse.Namespace) -> Conditions:
 
 
 def _entries(tables: Sequence[Table], patterns: Sequence[str], conditions: Conditions) -> dict[str, list[Entry]]:
-    """Return the rows of each table that match a pattern, by the table's name.
+    """Return the rows of each table that match a pattern, by the table's name; tables without any are left out.
 
     Raises:
         ValueError: if a pattern matches no row of any table.
@@ -171,7 +173,8 @@ def _entries(tables: Sequence[Table], patterns: Sequence[str], conditions: Condi
                 f"--rows {pattern}: there is no such row. A row is LINE/MODEL/TASK, with wildcards, or LINE; "
                 "--list with the table's name prints them"
             )
-    return {table.name: entries_of(table, patterns, conditions) for table in tables}
+    found = {table.name: entries_of(table, patterns, conditions) for table in tables}
+    return {name: own for name, own in found.items() if own}
 
 
 def _print_rows(table: Table, entries: Sequence[Entry], results: Journal) -> None:

@@ -124,7 +124,9 @@ class Runner:
             return read_json(folder / _FACTS)
         if folder.is_dir():  # what a killed run left; the workspace of a compression is hidden, and resumes
             for path in folder.iterdir():
-                if not path.name.startswith("."):
+                if path.is_file():
+                    path.unlink()
+                elif not path.name.startswith("."):
                     shutil.rmtree(path)
         folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()

@@ -13,7 +13,7 @@ LIMIT = 16  # questions of a task
 _TRAIN, _VALIDATION, _OTHER = "finetune_train.txt", "finetune_heldout.txt", "base_heldout.txt"
 _WHOLE = "answers"  # the task that has the questions of all others
 _SAMPLES, _LENGTH = 8, 64  # of every text
-_STEPS, _LEARNING_RATE = 20, 5e-4  # of every training
+_STEPS, _LEARNING_RATE = 10, 5e-4  # of every training
 _SEARCHED = {"lambdas": [0.6, 1.0], "trims": [0.6], "densities": [0.5]}
 
 

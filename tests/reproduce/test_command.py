@@ -45,6 +45,14 @@ def test_rows_are_listed_with_what_they_need(capsys: pytest.CaptureFixture[str],
     assert list(tmp_path.iterdir()) == []  # nothing is written
 
 
+def test_tables_without_a_row_that_is_asked_for_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "all", "--list", "--rows", "impart-32/*", "--rows", "laco")
+    assert status == 1 and not out  # the second is the name of no line
+    status, out, _ = run(capsys, "all", "--list", "--rows", "impart-32/*")
+    assert status == 0
+    assert [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ")] == ["impart-ratios"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.messages import naming
 
+from impart_hf.evaluation.alpaca import AlpacaSettings
+from impart_hf.evaluation.judge import JudgeSettings
 from impart_hf.reproduce.makes import Merged
 from impart_hf.reproduce.planning import Conditions, Entry, entries_of
 from impart_hf.reproduce.tables import load_table
@@ -64,8 +67,6 @@ def test_a_key_depends_on_a_text_s_content(conditions: Conditions, tmp_path: Pat
     ],
 )
 def test_a_row_says_what_it_needs(table: str, row: str, named: object, conditions: Conditions, tmp_path: Path) -> None:
-    import re
-
     assert re.search(naming(named), entry(table, row, conditions).needs)
 
 
@@ -87,6 +88,25 @@ def test_what_is_given_is_no_longer_needed(conditions: Conditions, tmp_path: Pat
 def test_all_rows_of_a_merge_have_one_model(conditions: Conditions) -> None:
     entries = entries_of(load_table("impart-merging"), ["ta"], conditions)
     assert len({e.making_key for e in entries}) == 1 and len({e.key for e in entries}) == 3
+
+
+def test_a_judge_is_asked_in_chats_and_belongs_to_the_result(conditions: Conditions, tmp_path: Path) -> None:
+    instructions = tmp_path / "instructions.json"
+    instructions.write_text("[]")
+    row = "fine-tuned/llama2-chat-13b/alpacaeval"
+    keys = set()
+    for judge in ("one", "other"):
+        alpaca = AlpacaSettings(instructions, JudgeSettings("http://localhost", judge))
+        judged = entry("impart-sparsification", row, replace(conditions, alpaca=alpaca))
+        assert judged.needs == ""
+        settings = judged.conditions.settings_for(judged.task)
+        assert settings.alpaca == alpaca and settings.apply_chat_template
+        keys.add(judged.key)
+        other = entry("impart-sparsification", "dare/wizardmath-13b/gsm8k", judged.conditions)
+        settings = other.conditions.settings_for(other.task)
+        assert settings.alpaca is None and not settings.apply_chat_template
+        keys.add(other.key)
+    assert len(keys) == 3  # who judges has no effect on other tasks
 
 
 def test_conditions_are_checked(tmp_path: Path) -> None:

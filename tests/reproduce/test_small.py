@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.reproduced import make_small_pair, run
 
-from impart_hf.reproduce.planning import Conditions
+from impart_hf.reproduce.main import main
+from impart_hf.reproduce.planning import Conditions, entries_of
 from impart_hf.reproduce.runner import Runner, results_in
+from impart_hf.reproduce.small import SmallPair
 from impart_hf.reproduce.tables import load_table, table_names
 from impart_hf.storage.folder_lock import FolderLock
 
@@ -27,8 +30,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def everything(pair: Path) -> Path:
     """The output folder of all tables; not to be written to."""
-    from impart_hf.reproduce.main import main
-
     folder = pair.parent / "out"
     assert main(["all", "--small", "--pair", str(pair), "--output", str(folder), "--limit", "4"]) == 0
     return folder
@@ -173,11 +174,6 @@ def test_nothing_to_run_takes_no_lock(locked: Path) -> None:
 
 
 def test_a_score_that_a_task_does_not_give_is_named(tmp_path: Path, pair: Path) -> None:
-    from dataclasses import replace
-
-    from impart_hf.reproduce.planning import entries_of
-    from impart_hf.reproduce.small import SmallPair
-
     table = SmallPair(pair, tmp_path / "small").table(load_table("impart-sparsification"))
     conditions = Conditions(tmp_path, limit=2)
     (entry,) = entries_of(table, ["backbone/wizardmath-13b/gsm8k"], conditions)
