@@ -23,7 +23,7 @@ import torch
 from answer_quality import binomial_error
 from exact_answers import exact_score, read_tasks
 from measure import comma_separated
-from quality_curves import NUMBERS, over_seeds, picture
+from quality_curves import ANSWERS, NUMBERS, over_seeds, picture
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -32,7 +32,6 @@ from impart_hf.evaluation.metrics import evaluate, load
 from impart_hf.methods import MethodConfig, method_class, method_names, settings_of
 
 STEPS = ("calibration", "distill")
-ANSWERS = "right_answers"  # the share of them in the results of a run
 
 
 def parts_of(name: str, texts: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -201,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (arguments.output / "quality.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (arguments.output / "quality.md").write_text(markdown(results, rows), encoding="utf-8")
     if rows:
-        picture(results["runs"], results["base"]["kl"], arguments.output / "quality.png")
+        shares = {name: results[name][ANSWERS] for name in ("base", "finetuned")} if results["answers"] else None
+        picture(results["runs"], results["base"]["kl"], arguments.output / "quality.png", shares)
     print(markdown(results, rows))
     print(f"Written: quality.md, quality.json and quality.png in {arguments.output}", file=sys.stderr)
     return 0

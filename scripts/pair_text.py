@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from question_answers import Record, tokens_of
+from question_answers import Record, Tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
@@ -260,17 +260,20 @@ def answer_blocks(
     blocks: list[list[torch.Tensor]] = [[]]
     labels: list[list[torch.Tensor]] = [[]]
     filled = 0
-    for record in records:
-        tokens = tokens_of(record, tokenizer)
-        if len(tokens.ids) > length:
-            raise PairError(f"a record has {len(tokens.ids)} tokens, more than a sequence of {length}: {record.prompt}")
-        if filled + len(tokens.ids) > length:
+    prompts, answers = ([getattr(record, name) for record in records] for name in ("prompt", "answer"))
+    for prompt, answer in zip(_encode(tokenizer, prompts), _encode(tokenizer, answers), strict=True):
+        ids = [tokenizer.bos_token_id, *prompt, *answer, tokenizer.eos_token_id]
+        tokens = Tokens(torch.tensor(ids), 1 + len(prompt))
+        if len(ids) > length:
+            text = tokenizer.decode(ids)
+            raise PairError(f"a record has {len(ids)} tokens, more than a sequence of {length}: {text}")
+        if filled + len(ids) > length:
             blocks.append([])
             labels.append([])
             filled = 0
         blocks[-1].append(tokens.ids)
         labels[-1].append(tokens.targets)
-        filled += len(tokens.ids)
+        filled += len(ids)
 
     def stacked(rows: list[list[torch.Tensor]], padding: int) -> torch.Tensor:
         ends = [torch.cat(row) for row in rows]

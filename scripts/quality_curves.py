@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 Row = Mapping[str, Any]
+ANSWERS = "right_answers"  # in runs: the share of them
 NUMBERS = ("bytes", "ratio", "perplexity", "kl")
 _SLACK = 1.02  # sizes that differ by a smaller factor count as equal
 
@@ -80,36 +81,53 @@ def curve_at(rows: Iterable[Row], size: float) -> float | None:
     return math.exp(np.interp(math.log(size), sizes, values))
 
 
-def picture(runs: Sequence[Row], base_kl: float, path: Path) -> None:
+def picture(runs: Sequence[Row], base_kl: float, path: Path, shares: Mapping[str, float] | None = None) -> None:
     """Draw KL against bytes, both on logarithmic axes, with one line per method: the means over seeds.
 
     Args:
         runs: each with method, asked, seed, bytes, kl and checkpoint_bytes.
         base_kl: the base's KL, or NaN.
+        shares: the shares of right answers of models to compare with, by name. They are drawn below, with those of the
+            runs, if given.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = over_seeds(runs, ("bytes", "kl"))
-    figure, axes = pyplot.subplots(figsize=(9.5, 4.8), layout="constrained")
+    panels, height = (2, 8.0) if shares else (1, 4.8)
+    figure, found = pyplot.subplots(panels, squeeze=False, sharex=True, figsize=(9.5, height), layout="constrained")
+    axes, lowest = found[0, 0], found[-1, 0]
+    _lines(axes, [{**run, "kl": max(run["kl"], 1e-9)} for run in runs], "kl")
+    if math.isfinite(base_kl):
+        axes.axhline(base_kl, color="0.35", linestyle="--", linewidth=1, label="base (no delta)")
+    bytes_axes(axes, [run["bytes"] for run in runs], [run["asked"] for run in runs], runs[0]["checkpoint_bytes"])
+    axes.set_ylabel("KL(fine-tuned || compressed), nats per token")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    if shares:
+        _lines(lowest, runs, ANSWERS)
+        styles = zip(shares.items(), itertools.cycle(("--", ":")))
+        drawn = [lowest.axhline(share, color="0.35", linestyle=line, label=name) for (name, share), line in styles]
+        lowest.legend(handles=drawn, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        lowest.set_ylabel("share of right answers")
+    lowest.set_xlabel("bytes on disk of the delta repository")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _lines(axes: Any, runs: Sequence[Row], name: str) -> None:
+    """Draw a number of the runs against their bytes, a line per method."""
+    from matplotlib import pyplot
+
+    rows = over_seeds(runs, ("bytes", name))
     # 10 colors and 11 markers have no common divisor, so their pairs suffice for all methods
     styles = zip(itertools.cycle(pyplot.get_cmap("tab10").colors), itertools.cycle("osD^vP*Xhp<"))
     for method in dict.fromkeys(row["method"] for row in rows):
         color, marker = next(styles)
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bytes"])
-        sizes, values = [row["bytes"] for row in own], [max(row["kl"], 1e-9) for row in own]
+        sizes, values = [row["bytes"] for row in own], [row[name] for row in own]
         axes.plot(sizes, values, color=color, marker=marker, markersize=5, label=method)
         seeds = [r for r in runs if r["method"] == method]
         if len({r["seed"] for r in seeds}) > 1:  # each seed is a faint point
-            axes.plot([r["bytes"] for r in seeds], [max(r["kl"], 1e-9) for r in seeds], ".", color=color, alpha=0.4)
-    if math.isfinite(base_kl):
-        axes.axhline(base_kl, color="0.35", linestyle="--", linewidth=1, label="base (no delta)")
-    bytes_axes(axes, [row["bytes"] for row in rows], [row["asked"] for row in rows], runs[0]["checkpoint_bytes"])
-    axes.set_xlabel("bytes on disk of the delta repository")
-    axes.set_ylabel("KL(fine-tuned || compressed), nats per token")
+            axes.plot([r["bytes"] for r in seeds], [r[name] for r in seeds], ".", color=color, alpha=0.4)
     axes.grid(True, which="major", color="0.9")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
