@@ -29,16 +29,17 @@ models:
   - model: code
     parameters: {weight: 0.7, density: 0.5}
 """
+TRAINING = "--full --steps 40 --learning-rate 5e-4 --length 128"
 # By the name of the example, or of what the next ones need: how its repository is made
 COMMANDS = {
     "delta": f"compress pair/base pair/finetuned delta --ratio 16 --base-name {BASE} --card-plot",
     "exact": f"compress pair/base pair/finetuned exact --method exact --base-name {BASE}",
     "lora": "export-lora delta lora --rank 64 --base-model pair/base",
-    "code": "prune recover pair/base code --data pair/base_heldout.txt --full --steps 40 --length 128",
+    "code": f"prune recover pair/base code --data pair/base_heldout.txt {TRAINING}",
     "merged": "merge merge.yaml merged",
     "scores": "prune importance pair/base --data pair/finetune_train.txt --output scores --length 128",
     "narrow": f"prune width pair/base narrow --importance scores --ratio 0.25 --base-name {BASE}",
-    "pruned": "prune recover narrow pruned --data pair/finetune_train.txt --full --steps 40 --length 128",
+    "pruned": f"prune recover narrow pruned --data pair/finetune_train.txt {TRAINING}",
 }
 SHOWN = ("delta", "exact", "lora", "merged", "pruned")
 

@@ -161,7 +161,7 @@ def test_values_in_tables_and_text() -> None:
 def ground(tmp_path: Path) -> Ground:
     for name in ("checkout", "hub"):
         (tmp_path / name).mkdir()
-    return Ground(tmp_path / "checkout", tmp_path / "hub", "demo 12\n", small=False)
+    return Ground(tmp_path / "checkout", tmp_path / "hub", "demo 12\n")
 
 
 @pytest.mark.process
@@ -199,7 +199,7 @@ nothing
 """
     path = tmp_path / "document.md"
     path.write_text(text)
-    with LoopbackHub(ground.store) as hub, DocumentRun(ground, hub, whole=True) as run:
+    with LoopbackHub(ground.store) as hub, DocumentRun(ground, hub) as run:
         run.run(blocks_of(path, {}))
         places = [failure.split(": ")[0].rpartition(":")[2] for failure in run.failures]
         lines = text.splitlines()

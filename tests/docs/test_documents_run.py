@@ -59,7 +59,7 @@ def test_quick_blocks_run(
 ) -> None:
     ground = small.copy(tmp_path)
     small_hub.store = Store(ground.store)
-    with DocumentRun(ground, small_hub, whole=False, worker=worker) as run:
+    with DocumentRun(ground, small_hub, worker) as run:
         run.run(blocks_of(document))
     assert not run.failures, "\n\n".join(run.failures)
 
@@ -75,7 +75,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_whole_documents_run(document: Path, whole: Ground, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     ground = whole.copy(tmp_path)
     blocks = blocks_of(document)
-    with LoopbackHub(ground.store, user="ME") as hub, DocumentRun(ground, hub, whole=True) as run:
+    with LoopbackHub(ground.store, user="ME") as hub, DocumentRun(ground, hub) as run:
         run.run(blocks, update=request.config.getoption("--update-documents"))
     assert not run.failures, "\n\n".join(run.failures)
 

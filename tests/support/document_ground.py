@@ -18,8 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from impart_hf import ImPartRdConfig, compress
 from support.adapters import lora, save_adapter
@@ -48,19 +47,17 @@ class Ground:
         checkout: the folder, of which each document has a copy.
         store: the Hub's repositories, of which each document has a copy.
         demo_output: what `make demo` printed; "" on the small ground.
-        small: whether the demo is a stand-in of random weights.
     """
 
     checkout: Path
     store: Path
     demo_output: str
-    small: bool
 
     def copy(self, folder: Path) -> Ground:
         """A copy that a document may change."""
         for name, source in (("checkout", self.checkout), ("hub", self.store)):
             shutil.copytree(source, folder / name, symlinks=True)
-        return Ground(folder / "checkout", folder / "hub", self.demo_output, self.small)
+        return Ground(folder / "checkout", folder / "hub", self.demo_output)
 
 
 def small_ground(folder: Path) -> Ground:
@@ -76,7 +73,8 @@ def small_ground(folder: Path) -> Ground:
         (demo / "pair" / f"{name}.txt").write_text("".join(lines))
     compress(str(pair.base), str(pair.finetuned), demo / "delta", ImPartRdConfig(compression_ratio=16))
     shutil.copytree(ROOT / "docs" / "recipes", checkout / "docs" / "recipes")
-    return _with_names(checkout, folder / "hub", "", small=True)
+    _add_names(checkout, folder / "hub")
+    return Ground(checkout, folder / "hub", "")
 
 
 def whole_ground(folder: Path) -> Ground:
@@ -94,12 +92,12 @@ def whole_ground(folder: Path) -> Ground:
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
         done = subprocess.run(["make", "demo"], cwd=checkout, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        _with_names(checkout, folder / "hub", done.stdout, small=False)
+        _add_names(checkout, folder / "hub")
         printed.write_text(done.stdout)
-    return Ground(checkout, folder / "hub", printed.read_text(), small=False)
+    return Ground(checkout, folder / "hub", printed.read_text())
 
 
-def _with_names(checkout: Path, hub: Path, printed: str, small: bool) -> Ground:
+def _add_names(checkout: Path, hub: Path) -> None:
     """Add the models that documents name beside the demo's."""
     pair = checkout / "demo" / "pair"
     for name, model in (("BASE", "base"), ("MODEL", "base"), ("FINETUNED", "finetuned")):
@@ -110,24 +108,23 @@ def _with_names(checkout: Path, hub: Path, printed: str, small: bool) -> Ground:
     finetuned = AutoModelForCausalLM.from_pretrained(pair / "finetuned")
     files = [path.name for path in (pair / "base").glob("tokenizer*")]
 
-    def save(folder: Path, model: torch.nn.Module) -> Path:
+    def save(folder: Path, model: PreTrainedModel) -> Path:
         model.save_pretrained(folder)
         for name in files:
             shutil.copy(pair / "base" / name, folder)
         return folder
 
     for step in (1000, 2000, 3000):
-        save(checkout / "run" / f"step-{step}", fine_tune(finetuned, seed=step, strength=0.001 * step / 1000))
+        save(checkout / "run" / f"step-{step}", fine_tune(finetuned, seed=step, strength=1e-6 * step))
     store, work = Store(hub), hub.with_name("work")
     base = _publish(store, "ORG/BASE", pair / "base")
     _publish(store, "ME/FINETUNE", pair / "finetuned")
     _publish(store, "ME/ADAPTER", save_adapter(pair / "base", lora(), work / "adapter"))
     classifier = LlamaForSequenceClassification.from_pretrained(pair / "base", num_labels=1)
     _publish(store, "ME/REWARD-MODEL", save(work / "reward", fine_tune(classifier)))
-    method, named = ImPartRdConfig(compression_ratio=16), {"base_name": "ORG/BASE", "base_revision": base}
-    compress(str(pair / "base"), str(pair / "finetuned"), work / "delta", method, **named)
+    models, method = (str(pair / "base"), str(pair / "finetuned")), ImPartRdConfig(compression_ratio=16)
+    compress(*models, work / "delta", method, base_name="ORG/BASE", base_revision=base)
     _publish(store, "user/my-finetune-delta", work / "delta")
-    return Ground(checkout, hub, printed, small)
 
 
 def _publish(store: Store, repo_id: str, folder: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from support.document_blocks import Block, Command, MarkError
+from support.document_blocks import ROOT, Block, Command, MarkError
 from support.document_ground import Ground
 from support.document_output import TOLERANCE, differences, missing_values, updated
 from support.loopback_hub import LoopbackHub, hub_env
@@ -89,16 +89,18 @@ class Server:
 class DocumentRun:
     """The run of one document.
 
+    A run is quick or whole. A quick one, on the stand-in for the demo, leaves slow blocks out, hands the commands of
+    impart-hf to a worker, and compares outputs but for their numbers. In a whole one every command is a process.
+
     Attributes:
         ground: its own copy.
-        whole: whether slow blocks run as well; outputs are compared with their numbers then.
-        worker: of several documents, or None for one of its own.
+        hub: with the ground's repositories.
+        worker: of a quick run, which other documents may share; None for a whole run.
         failures: what went wrong so far, with the place of the block.
     """
 
     ground: Ground
     hub: LoopbackHub
-    whole: bool
     worker: Worker | None = None
     failures: list[str] = field(default_factory=list)
 
@@ -106,13 +108,16 @@ class DocumentRun:
         home = self.ground.checkout.parent / "client"
         self.env = hub_env(self.hub, home)
         self.env["PATH"] = f"{Path(sys.executable).parent}:{self.env['PATH']}"
-        source = _SUPPORT.parents[1] if self.ground.small else self.ground.checkout
-        self.env["PYTHONPATH"] = str(source)
+        self.env["PYTHONPATH"] = str(self.ground.checkout if self.whole else ROOT)
         self.cwd = self.ground.checkout
         self.port = _free_port()
         self._own_worker: Worker | None = None
         self._server: Server | None = None
         self._printed: str | None = None  # by the last block that ran; None if a block before was left out
+
+    @property
+    def whole(self) -> bool:
+        return self.worker is None
 
     def __enter__(self) -> DocumentRun:
         return self
@@ -185,7 +190,7 @@ class DocumentRun:
             return Done(0, self.ground.demo_output, "")
         if re.search(r"(?m)^\s*(\w+=\S*\s+)*vllm serve", text):
             return self._serve(text)
-        words = shlex.split(text.replace("\\\n", " "), comments=True) if self.ground.small else []
+        words = shlex.split(text.replace("\\\n", " "), comments=True) if not self.whole else []
         if words and words[0] == "impart-hf":
             return self._worker().ask(argv=words[1:], cwd=str(self.cwd), env=self.env)
         if words[:2] == ["python", "-c"]:
