@@ -23,7 +23,7 @@ from support.document_ground import Ground
 from support.document_output import TOLERANCE, differences, missing_values, updated
 from support.loopback_hub import LoopbackHub, hub_env
 
-SECONDS = 900  # for a command, or until a server answers
+SECONDS = 1800  # for a command, or until a server answers
 _SUPPORT = Path(__file__).parent
 
 
