@@ -188,6 +188,10 @@ python -c "print(3); assert __import__('os').path.basename(__import__('os').getc
 <!-- docs: values -->
 It is 4.
 
+```sh
+curl -s "$HF_ENDPOINT/api/whoami-v2?nobody"
+```
+
 <!-- docs: skip, why -->
 
     something
@@ -203,7 +207,7 @@ nothing
         run.run(blocks_of(path, {}))
         places = [failure.split(": ")[0].rpartition(":")[2] for failure in run.failures]
         lines = text.splitlines()
-        assert [lines[int(place) - 1].split()[0] for place in places] == ["cat", "X", "It", "nothing"]
+        assert [lines[int(place) - 1].split()[0] for place in places] == ["cat", "X", "It", "curl", "nothing"]
         run.failures.clear()
         run.run(blocks_of(path, {})[1:3], update=True)
     assert "\nX is 5\n" in path.read_text()

@@ -106,7 +106,9 @@ class DocumentRun:
 
     def __post_init__(self) -> None:
         home = self.ground.checkout.parent / "client"
-        self.env = hub_env(self.hub, home)
+        home.mkdir()
+        (home / ".curlrc").write_text("fail\n")  # an HTTP error is a failure, also of a quiet curl
+        self.env = hub_env(self.hub, home) | {"CURL_HOME": str(home)}
         self.env["PATH"] = f"{Path(sys.executable).parent}:{self.env['PATH']}"
         self.env["PYTHONPATH"] = str(self.ground.checkout if self.whole else ROOT)
         self.cwd = self.ground.checkout
