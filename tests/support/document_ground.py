@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, P
 from impart_hf import ImPartRdConfig, compress
 from support.adapters import lora, save_adapter
 from support.document_blocks import ROOT
+from support.load_script import load_script
 from support.loopback_hub_store import Store
 from support.tiny_models import fine_tune, save_pair, tiny_config
 
@@ -71,6 +72,9 @@ def small_ground(folder: Path) -> Ground:
     for number, name in enumerate(("finetune_train", "base_heldout", "finetune_heldout")):
         lines = (f"The statement {i} has {i * 7 + number} words, and says why.\n" for i in range(300))
         (demo / "pair" / f"{name}.txt").write_text("".join(lines))
+    exact_answers = load_script("exact_answers")
+    train, test = exact_answers.exact_records(20, seed=0), exact_answers.exact_records(10, seed=0, held_out=True)
+    exact_answers.write_tasks(demo / "pair" / "tasks", train, test)
     compress(str(pair.base), str(pair.finetuned), demo / "delta", ImPartRdConfig(compression_ratio=16))
     shutil.copytree(ROOT / "docs" / "recipes", checkout / "docs" / "recipes")
     _add_names(checkout, folder / "hub")
