@@ -65,6 +65,8 @@ def _result(score: TaskScore) -> EvalResult:
         task_type=_TASK,
         dataset_type=score.dataset or score.task,
         dataset_name=score.task,
+        # The Hub's client gives results of one data set and configuration the name of the first of them.
+        dataset_config=score.task,
         dataset_args={**shots, "samples": score.samples, "task_version": score.version},
         metric_type=score.metric,
         metric_name=score.metric if score.filter == "none" else f"{score.metric} ({score.filter})",

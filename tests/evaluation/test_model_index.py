@@ -82,6 +82,14 @@ model-index:
     assert (data.model_name, data.license) == ("Its own name", "mit")
 
 
+def test_tasks_of_one_data_set_keep_their_names(tmp_path: Path) -> None:
+    tasks = [replace(STRICT, task=name, dataset="allenai/ai2_arc") for name in ("arc_easy", "arc_challenge")]
+    update_card(tmp_path, tasks)
+    update_card(tmp_path, [replace(tasks[1], value=0.5)])
+    values = {task: result.metric_value for (task, _), result in results_in(tmp_path).items()}
+    assert values == {"arc_easy": 0.25, "arc_challenge": 0.5}
+
+
 def test_a_model_without_a_card_gets_one(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
