@@ -47,8 +47,10 @@ class JudgeSettings:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"the judge's URL must be http://HOST… or https://HOST…, got '{self.url}'")
+        is_url = parts.scheme in ("http", "https") and parts.hostname and self.url.isprintable()
+        if not is_url or parts.query or parts.fragment:
+            raise ValueError(f"the judge's URL must be http://HOST… or https://HOST…, got {self.url!r}")
+        parts.port  # noqa: B018  (raises a ValueError if it is no port)
         if not self.model:
             raise ValueError("the judge's model has no name")
         for name in ("max_tokens", "concurrency", "attempts"):
@@ -119,7 +121,7 @@ class Judge:
         weight = None
         try:
             weight = _weight(choice["logprobs"]["content"], names)
-        except (KeyError, TypeError):  # none, or not as OpenAI gives them
+        except (KeyError, TypeError, AttributeError, OverflowError):  # none, or not as OpenAI gives them
             pass
         return Choice(text, text.strip() if text.strip() in names else None, weight)
 
@@ -138,7 +140,7 @@ class Judge:
                 response = self._client.post(self._url, json=body)
                 if response.status_code == 200:
                     choice = response.json()["choices"][0]
-                    choice["message"].get("content")
+                    (choice["message"].get("content") or "").strip()
                     return choice
             except (httpx.TransportError, ValueError, LookupError, TypeError, AttributeError) as error:
                 failure = f"{type(error).__name__}: {error}"  # no answer, or none as OpenAI gives them
@@ -173,7 +175,7 @@ def _weight(tokens: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> floa
             if (name := other["token"].strip()) in found:
                 found[name] += math.exp(other["logprob"])
         total = sum(found.values())
-        return found[names[0]] / total if total > 0 else None
+        return found[names[0]] / total if 0 < total < math.inf else None
     return None
 
 

@@ -43,6 +43,16 @@ def test_the_weight_is_the_share_of_the_first_name(share: float) -> None:
     assert found.name == ("m" if share > 0.5 else "M") and found.weight == pytest.approx(share)
 
 
+@pytest.mark.parametrize("logprob", ["1e999", "1e300", "NaN", "null", '"x"', "-1e999"])
+@pytest.mark.parametrize("token", ['"m"', "1"])
+def test_probabilities_that_are_none(logprob: str, token: str) -> None:
+    found = f'{{"token": {token}, "logprob": {logprob}}}'
+    logprobs = f'{{"content": [{{"token": "m", "top_logprobs": [{found}]}}]}}'
+    body = f'{{"choices": [{{"message": {{"content": "m"}}, "logprobs": {logprobs}}}]}}'
+    with LoopbackJudge(lambda question: body.encode()) as judge:
+        assert choose(judge) == Choice("m", "m", None)
+
+
 @pytest.mark.parametrize(
     "failure",
     [
@@ -55,9 +65,10 @@ def test_the_weight_is_the_share_of_the_first_name(share: float) -> None:
         b"no JSON",
         b'{"choices": []}',
         b'{"choices": [{"message": null}]}',
+        b'{"choices": [{"message": {"content": [{"text": "m"}]}}]}',
         b"[]",
     ],
-    ids=["429", "429 until", "500", "503", "closed", "slow", "text", "no choice", "no message", "list"],
+    ids=["429", "429 until", "500", "503", "closed", "slow", "text", "no choice", "no message", "parts", "list"],
 )
 def test_failures_that_pass(failure: Any) -> None:
     with LoopbackJudge(lambda question: "M" if question.number > 2 else failure) as judge:
@@ -141,6 +152,9 @@ def test_a_stopped_judge_waits_no_longer() -> None:
         ({"url": "localhost:8000"}, "'localhost:8000'"),
         ({"url": "https:///v1"}, "'https:///v1'"),
         ({"url": "http://host/v1?key=x"}, "'http://host/v1?key=x'"),
+        ({"url": "http://host\n/v1"}, r"host\n"),
+        ({"url": "http://host:99999/v1"}, "65535"),
+        ({"url": "http://host:x/v1"}, "'x'"),
         ({"model": ""}, "model"),
         ({"concurrency": 0}, ("concurrency", 0)),
         ({"attempts": 0}, ("attempts", 0)),
