@@ -117,13 +117,13 @@ def run(options: argparse.Namespace) -> None:
     )
     if not is_first():
         return
-    if options.update_card:
-        for evaluation in comparison.evaluations:
-            update_card(evaluation.model, evaluation.scores)
-    print(json.dumps(comparison.to_dict(), indent=2) if options.json else comparison.table())
+    # Before the cards, which a full disk or a folder without rights would stop.
+    print(json.dumps(comparison.to_dict(), indent=2) if options.json else comparison.table(), flush=True)
     for model in comparison.other_vocabularies:
         print(
             f"{model} has another vocabulary than {options.models[0]}, so it reads the text in its own tokens: "
             "perplexities per token cannot be compared",
             file=sys.stderr,
         )
+    for evaluation in comparison.evaluations if options.update_card else []:
+        update_card(evaluation.model, evaluation.scores)

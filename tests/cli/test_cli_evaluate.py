@@ -83,6 +83,14 @@ def test_results_and_cards(task: Path, repository: Path, tmp_path: Path, capsys:
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("going_on", "acc", score["value"])
 
 
+def test_scores_are_printed_though_a_card_cannot_be_written(
+    task: Path, pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pair.base / "README.md").mkdir()
+    assert main(["evaluate", str(pair.base), "--task", str(task), "--limit", "2", "--update-card", "--quiet"]) == 1
+    assert "going_on" in capsys.readouterr().out
+
+
 def test_deltas_beside_their_base(
     task: Path, tiny_repository: Path, tiny_pair: Pair, capsys: pytest.CaptureFixture[str]
 ) -> None:
