@@ -15,6 +15,7 @@ from . import alpaca
 from .code_tasks import CodeNotAllowedError, confine, sandboxed_code_eval
 from .local_data import local_data
 from .sandbox import Sandbox, SandboxError
+from .task_results import configuration
 from .task_scores import TaskScore, TaskSettings, metrics_of, scores_of
 
 _YAML = (".yaml", ".yml")
@@ -88,12 +89,27 @@ def load_tasks(names: Sequence[str], settings: TaskSettings, results: Path | Non
             requested.append(RequestedTask(name, {name: _alpaca_task(settings, results)}, {}))
             continue
         _check_name(manager, name)
-        if sandbox is None and (code := _executing_code(manager, name)):
+        if sandbox is None and (code := executing_code(manager, name)):
             raise CodeNotAllowedError(code[0])
         requested.append(_load(manager, name, settings, sandbox))
-    for task in {name: task for found in requested for name, task in found.tasks.items()}.values():
-        _configure(task, settings)
+    for found in requested:
+        for task in found.tasks.values():
+            _configure(task, settings)
+    _refuse_one_name(requested)
     return requested
+
+
+def _refuse_one_name(requested: Sequence[RequestedTask]) -> None:
+    """Refuse two tasks of one name that ask otherwise, as a group has a task with examples of its own."""
+    known: dict[str, tuple[RequestedTask, Any]] = {}
+    for request in requested:
+        for name, task in request.tasks.items():
+            config = configuration(task)
+            other, before = known.setdefault(name, (request, config))
+            if config != before:
+                raise ValueError(
+                    f"'{other.name}' and '{request.name}' have two different tasks '{name}': run one after the other"
+                )
 
 
 @functools.cache
@@ -116,18 +132,24 @@ def _check_name(manager: Any, name: str) -> None:
     raise ValueError(f"lm-eval has no task, group or tag '{name}', and it is no YAML file{hint}")
 
 
-def _executing_code(manager: Any, name: str) -> list[str]:
+def executing_code(manager: Any, name: str) -> list[str]:
     """Return the tasks of lm-eval in a task, group or tag that say that they execute code, before they are loaded."""
     entry = manager.task_index.get(name)
     if entry is None:
         return []
-    config, members = entry.cfg or {}, sorted(entry.tags)
-    if isinstance(config.get("task"), list):
-        members = [member if isinstance(member, str) else member.get("task", "") for member in config["task"]]
-    elif config:
-        members = []
+    config = entry.cfg or {}
+    members = _members(config.get("task")) if config else sorted(entry.tags)
     found = [name] if config.get("unsafe_code") else []
-    return found + [task for member in members for task in _executing_code(manager, member)]
+    return found + [task for member in members if member != name for task in executing_code(manager, member)]
+
+
+def _members(entries: Any) -> list[str]:
+    """Return the names in a group's list, whose entries may be groups with lists of their own."""
+    if isinstance(entries, Mapping):
+        entries = entries.get("task")
+    if isinstance(entries, list):
+        return [name for entry in entries for name in _members(entry)]
+    return [entries] if isinstance(entries, str) else []
 
 
 def _alpaca_task(settings: TaskSettings, results: Path | None) -> Any:

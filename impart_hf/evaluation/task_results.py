@@ -1,5 +1,6 @@
 """Finished tasks as files, so that a run which was interrupted continues: one JSON file a model, task and settings."""
 
+import functools
 import hashlib
 import inspect
 import json
@@ -9,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from ..common import processes
 from ..common.files import OutputError, atomic_write, write_json
 from ..common.names import public_name
-from ..common.version import __version__
+from ..common.version import __version__, package_version
 from ..modeling.model_files import CheckpointError, HubOptions, pinned, read_json
 from .task_scores import TaskScore, TaskSettings
 
@@ -63,8 +63,6 @@ def task_identity(task: Any, settings: TaskSettings) -> dict[str, Any]:
         "alpaca",
     ):  # no part, or in the task's
         given.pop(name)
-    config = task.config.to_dict(keep_callable=True)
-    (config.get("metadata") or {}).pop("config_source", None)  # a path
     count = None if settings.limit is None or settings.limit < 1 else int(settings.limit)
     digest = hashlib.sha256()
     for document in islice(task.eval_docs, count):
@@ -75,14 +73,21 @@ def task_identity(task: Any, settings: TaskSettings) -> dict[str, Any]:
     return {
         "task": task.task_name,
         "version": str(task.VERSION),
-        "configuration_sha256": hashlib.sha256(_canonical(config).encode()).hexdigest(),
+        "configuration_sha256": hashlib.sha256(configuration(task).encode()).hexdigest(),
         "documents_sha256": digest.hexdigest(),
         "num_fewshot": task.get_config("num_fewshot"),
         "generation_kwargs": task.get_config("generation_kwargs"),
         **given,
-        "lm_eval": version("lm_eval"),
+        "lm_eval": package_version("lm_eval"),
         "impart_hf": __version__,
     }
+
+
+def configuration(task: Any) -> str:
+    """Return all that a task of lm-eval is made of but its data, as text that is the same in each run."""
+    config = task.config.to_dict(keep_callable=True)
+    (config.get("metadata") or {}).pop("config_source", None)  # a path
+    return _canonical(config)
 
 
 def results_folder(folder: str | Path) -> Path:
@@ -134,7 +139,7 @@ class FinishedTask:
             scores: the task's scores.
             run: what else there is to know of the run.
         """
-        versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+        versions = {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}}
         content = {
             "scores": [score.to_dict() for score in scores],
             "measured": self._measured,
@@ -170,20 +175,20 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=_source)
 
 
-def _source(value: Any) -> str:
-    """Return a function's source; where it has none its name, without the address that differs from run to run."""
+def _source(value: Any) -> Any:
+    """Return what tells whether a function has changed: the file that defines it, whose other functions it may call.
+
+    Of what has none it is the name, without the address that differs from run to run.
+    """
+    if isinstance(value, functools.partial):
+        return [_source(value.func), value.args, value.keywords]
     try:
-        return inspect.getsource(value)
+        file = inspect.getsourcefile(value)
+        content = Path(file).read_bytes() if file else b""
+        return [inspect.getsource(value), hashlib.sha256(content).hexdigest()]
     except (TypeError, OSError):
         return str(getattr(value, "__qualname__", value))

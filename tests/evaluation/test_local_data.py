@@ -11,10 +11,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from support.code_tasks import HUMANEVAL, MBPP, usable_isolation
 from support.messages import naming
 from support.tiny_models import Pair, make_model, save_model, tiny_config
 
+from impart_hf.evaluation.task_loading import executing_code
 from impart_hf.evaluation.tasks import TaskSettings, evaluate_tasks
 
 # The index of lm-eval's tasks takes ten seconds, once in a process.
@@ -142,6 +144,14 @@ def test_unknown_names_and_code(model: str, data: Path) -> None:
         with pytest.raises(ValueError, match=naming(f"'{name}'", "--allow-code")) as raised:
             evaluate_tasks(model, [name], TaskSettings(data_dir=data))
         assert not re.search("cannot be loaded", str(raised.value))
+
+
+def test_code_in_groups_that_a_group_lists(model: str, tmp_path: Path) -> None:
+    """As mmlu_continuation lists its own, in place of their names."""
+    (tmp_path / "a.yaml").write_text("task: a\nunsafe_code: true\n", "utf-8")
+    (tmp_path / "outer.yaml").write_text("group: outer\ntask:\n- group: inner\n  task: [a, {task: a}]\n", "utf-8")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    assert set(executing_code(manager, "outer")) == {"a"}
 
 
 def test_tasks_that_execute_code(model: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from support.tiny_models import Pair, edit_json
 
 from impart_hf import __version__
 from impart_hf.evaluation import models as evaluated_models
-from impart_hf.evaluation.task_results import model_identity
+from impart_hf.evaluation.task_loading import load_tasks
+from impart_hf.evaluation.task_results import configuration, model_identity
 from impart_hf.evaluation.tasks import TaskScore, TaskSettings, evaluate_tasks
 
 
@@ -98,11 +100,17 @@ def test_what_a_file_says(task: Path, tiny_repository: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "change", ["settings", "dtype", "config", "weights", "tokenizer", "documents", "configuration"]
+    "change", ["settings", "dtype", "config", "weights", "tokenizer", "documents", "configuration", "function"]
 )
 def test_what_is_measured_anew(change: str, pair: Pair, tmp_path: Path, calls: Calls) -> None:
     (tmp_path / "task").mkdir()
     task, settings, dtype = write_task(tmp_path / "task"), TaskSettings(limit=4), torch.float32
+    functions = task.parent / "functions.py"
+    functions.write_text(
+        "def text(question): return begin(question)\ndef begin(question): return question['question']\n"
+    )
+    given = task.read_text("utf-8").replace('"{{question}}"', "!function functions.text")
+    task.write_text(given, "utf-8")
     evaluate_tasks(str(pair.base), [str(task)], settings, dtype=dtype, results=tmp_path / "results")
     assert calls.since()[0] == 1
     if change == "settings":
@@ -119,6 +127,8 @@ def test_what_is_measured_anew(change: str, pair: Pair, tmp_path: Path, calls: C
     elif change == "documents":
         lines = (task.parent / "examples.jsonl").read_text("utf-8").splitlines()
         (task.parent / "examples.jsonl").write_text("\n".join(lines[::-1]) + "\n", "utf-8")
+    elif change == "function":  # one that the task's own calls
+        functions.write_text(functions.read_text("utf-8").replace("['question']", "['question'][:9]"), "utf-8")
     else:
         task.write_text(task.read_text("utf-8").replace("answer\n", "1\n"), "utf-8")
     evaluate_tasks(str(pair.base), [str(task)], settings, dtype=dtype, results=tmp_path / "results")
@@ -169,6 +179,16 @@ def test_a_damaged_file_is_named(task: Path, tiny_pair: Pair, tmp_path: Path) ->
         path.write_text(content)
         with pytest.raises(OSError, match=naming(path)):
             evaluate_tasks(str(tiny_pair.base), [str(task)], settings, results=tmp_path)
+
+
+def test_functions_with_some_arguments_given_are_recognised(task: Path) -> None:
+    """As mmlu_pro has them; without the address that differs from run to run."""
+    loaded = next(iter(load_tasks([str(task)], TaskSettings())[0].tasks.values()))
+    found = []
+    for number in (1, 1, 2):
+        loaded.set_config(key="doc_to_text", value=functools.partial(model_identity, revision=str(number)))
+        found.append(configuration(loaded))
+    assert found[0] == found[1] != found[2] and " at 0x" not in found[0]
 
 
 def test_identity_of_a_delta(repository: Path) -> None:

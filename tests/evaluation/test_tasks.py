@@ -244,6 +244,16 @@ def test_the_file_of_a_group(tiny_pair: Pair, tmp_path: Path) -> None:
         evaluate_tasks(str(tiny_pair.base), [str(tmp_path / "group.yaml")])
 
 
+def test_two_tasks_of_one_name(task: Path, tiny_pair: Pair, tmp_path: Path) -> None:
+    """One would have the other's score. The same one twice is one."""
+    same, other = tmp_path / "same.yaml", tmp_path / "other.yaml"
+    same.write_text(task.read_text("utf-8"), "utf-8")
+    other.write_text(task.read_text("utf-8").replace("answer\n", "1\n"), "utf-8")
+    assert len(TaskEvaluation([str(task), str(same)]).requested) == 2
+    with pytest.raises(ValueError, match=naming(task, other, "'going_on'")):
+        evaluate_tasks(str(tiny_pair.base), [str(task), str(other)])
+
+
 def test_results_are_not_kept_of_loaded_models(task: Path, tiny_pair: Pair, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_pair.base)
     with pytest.raises(ValueError, match=naming("results", "Hub id")):
