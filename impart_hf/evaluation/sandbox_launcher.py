@@ -29,7 +29,8 @@ SECCOMP_MODE_FILTER, SECCOMP_KILL, SECCOMP_ERRNO, SECCOMP_ALLOW = 2, 0x80000000,
 BPF_LOAD, BPF_JUMP_EQUAL, BPF_JUMP_AT_LEAST, BPF_JUMP_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 EPERM, ENOSYS = 1, 38
 
-# Calls that make processes, reach other processes or the network, or widen the kernel that is in reach (<asm/unistd.h>)
+# Calls that make processes, reach other processes or the network, leave memory behind, or widen the kernel that is in
+# reach (<asm/unistd.h>)
 PROCESSORS: dict[str, dict[str, Any]] = {
     "x86_64": {
         "audit": 0xC000003E,
@@ -38,7 +39,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
             "socket": 41, "fork": 57, "vfork": 58, "kill": 62, "tkill": 200, "tgkill": 234, "rt_sigqueueinfo": 129,
             "rt_tgsigqueueinfo": 297, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "unshare": 272,
             "setns": 308, "mount": 165, "add_key": 248, "request_key": 249, "keyctl": 250, "perf_event_open": 298,
-            "bpf": 321, "userfaultfd": 323, "pidfd_send_signal": 424, "io_uring_setup": 425,
+            "bpf": 321, "userfaultfd": 323, "pidfd_send_signal": 424, "io_uring_setup": 425, "shmget": 29, "semget": 64,
+            "msgget": 68, "mq_open": 240,
         },
     },
     "aarch64": {
@@ -48,7 +50,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
             "socket": 198, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240,
             "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "unshare": 97, "setns": 268, "mount": 40,
             "add_key": 217, "request_key": 218, "keyctl": 219, "perf_event_open": 241, "bpf": 280, "userfaultfd": 282,
-            "pidfd_send_signal": 424, "io_uring_setup": 425,
+            "pidfd_send_signal": 424, "io_uring_setup": 425, "shmget": 194, "semget": 190, "msgget": 186,
+            "mq_open": 180,
         },
     },
 }  # fmt: skip

@@ -95,6 +95,11 @@ HOSTILE = {
         "assert libc.ptrace(16, os.getppid(), None, None) == 0, os.strerror(ctypes.get_errno())",
         "not permitted",
     ),
+    "memory that stays": (
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "assert libc.shmget(0, 1 << 20, 0o1600) >= 0, os.strerror(ctypes.get_errno())",
+        "not permitted",
+    ),
     "namespaces of its own": (
         "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         "assert libc.unshare(0x10000000) == 0, os.strerror(ctypes.get_errno())",
