@@ -113,7 +113,7 @@ def plan_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, *, device: str 
     _check_texts(checkpoint, [(stage.name, call) for stage, call in zip(stages, calls, strict=True)], evaluation)
     revision = None if os.path.isdir(recipe.model) else checkpoint.options.revision
     source = _hash(recipe.model, model_identity(recipe.model, revision))
-    conditions = _hash(dict(recipe.eval), [_text_state(text) for text in evaluation.texts.values()])
+    conditions = _hash(dict(recipe.eval), [_text_state(text) for text in _read_by(evaluation)])
     shapes, fingerprints, planned = {0: shape}, {0: source}, []
     for stage, call in zip(stages, calls, strict=True):
         with errors_of(stage.name):
@@ -159,6 +159,14 @@ def _check_texts(checkpoint: Checkpoint, calls: Sequence[tuple[str, Call]], eval
                     tokenizer = load_tokenizer(checkpoint.source, checkpoint.options)
                     calibration_tokens(text, tokenizer, samples=1, length=2)
                 found[repr(text)] = None
+
+
+def _read_by(evaluation: Call) -> list[CalibrationSource]:
+    """Return the texts that measuring reads, the files of tasks, and the folder of their data."""
+    settings = evaluation.arguments.get("task_settings")
+    data = [] if settings is None or settings.data_dir is None else [str(settings.data_dir)]
+    files = [task for task in evaluation.arguments.get("tasks", ()) if os.path.isfile(task)]
+    return [*evaluation.texts.values(), *files, *data]
 
 
 def _text_state(source: CalibrationSource) -> Any:

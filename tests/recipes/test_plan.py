@@ -164,6 +164,18 @@ def test_sizes_of_several_stages(recipe: dict) -> None:
     assert [stage["stage"] for stage in plan.to_dict()["stages"]] == [planned.name for planned in plan.stages]
 
 
+def test_conditions_change_with_what_measuring_reads(recipe: dict, tmp_path: Path) -> None:
+    task, data = tmp_path / "task.yaml", tmp_path / "data"
+    data.mkdir()
+    measured = {**recipe, "eval": {"tasks": [str(task), "gsm8k"], "task_settings": {"data_dir": str(data)}}}
+    found = {plan_recipe(measured).conditions}
+    for path in (task, data / "test.jsonl"):
+        path.write_text("{}")
+        assert plan_recipe(measured).conditions == plan_recipe(measured).conditions
+        found.add(plan_recipe(measured).conditions)
+    assert len(found) == 3
+
+
 def test_fingerprints_change_from_the_changed_stage_on(recipe: dict, text: Path, tmp_path: Path) -> None:
     def same(other: dict) -> list[bool]:
         pairs = zip(plan_recipe(recipe).stages, plan_recipe(other).stages, strict=True)
