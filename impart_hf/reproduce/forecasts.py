@@ -36,7 +36,7 @@ def forecast_table(entries: Sequence[Entry], conditions: Conditions, say: Callab
     for entry in entries:
         makings.setdefault(entry.making_key, entry)
     if not makings:
-        return "Nothing is left to run."
+        return "Nothing can be run: all rows are done or need something; --list says what."
     rows, from_shapes = [list(_HEADINGS)], _ShapeForecasts(conditions)
     for number, entry in enumerate(makings.values(), start=1):
         say(f"forecast {number} of {len(makings)}: {entry.row.line.label} on {entry.row.model.name}")

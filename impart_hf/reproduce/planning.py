@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.version import __version__
+from ..common.version import __version__, package_version
 from ..methods import method_class
 from .makes import SEED, Compressed, Making, Merged, Pruned, Stored, Unavailable, identified
 from .tables import Model, Row, Table, Task, models
@@ -65,6 +65,15 @@ class Conditions:
         if self.texts is not None and not self.texts.is_dir():
             raise FileNotFoundError(f"--texts: '{self.texts}' is not a folder")
 
+    @cached_property
+    def data_state(self) -> str | None:
+        """A checksum over the names, sizes and times of change of the files in `data_dir`; None without one."""
+        if self.data_dir is None:
+            return None
+        files = sorted(path for path in self.data_dir.rglob("*") if path.is_file())
+        states = [(path.relative_to(self.data_dir).as_posix(), path.stat()) for path in files]
+        return _digest({name: [status.st_size, status.st_mtime_ns] for name, status in states})
+
     def settings_for(self, task: Task) -> TaskSettings:
         """Return the settings with which a task is run.
 
@@ -112,7 +121,7 @@ class Entry:
     @cached_property
     def making_key(self) -> str:
         """The key of its model."""
-        return _digest(self.making.identity())
+        return _digest({**self.making.identity(), "impart_hf": __version__})
 
     @cached_property
     def key(self) -> str:
@@ -132,7 +141,9 @@ class Entry:
             },
             **({"judge": identified(asdict(conditions.alpaca))} if task.judge and conditions.alpaca else {}),
             "limit": conditions.limit,
+            "data": conditions.data_state,
             "backend": conditions.backend,
+            "lm_eval": package_version("lm_eval"),
             "impart_hf": __version__,
         }
 

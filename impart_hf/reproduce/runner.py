@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -93,22 +94,30 @@ class Runner:
 
         making = entries[0].making
         folder = self._conditions.output / "models" / entries[0].making_key
-        resumes = True
+        with self._failures_of(entries):
+            try:
+                facts = {} if making.stored else self._made(entries[0], folder)
+            except UnreachableRatioError as error:
+                self.unreachable |= {entry.key: str(error) for entry in entries}
+            else:
+                with self._scorer.of(making, folder) as score:
+                    for entry in entries:
+                        with self._failures_of([entry]):
+                            self._keep_score(entry, score, facts)
+        # What failed is tried again by the next run, which goes on with the model.
+        if not self._keep and not any(entry.key in self.failed for entry in entries):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _failures_of(self, entries: Sequence[Entry]) -> Iterator[None]:
+        """Within this context, an error is why these entries failed, if they have no result."""
         try:
-            facts = {} if making.stored else self._made(entries[0], folder)
-            resumes = False
-            with self._scorer.of(making, folder) as score:
-                for entry in entries:
-                    self._keep_score(entry, score, facts)
-        except UnreachableRatioError as error:
-            resumes = False
-            self.unreachable |= {entry.key: str(error) for entry in entries}
+            yield
         except Exception as error:  # models and tasks run code of third parties; other rows can still be run
             reason = " ".join(str(error).split()) or type(error).__name__
-            self.failed |= {entry.key: reason for entry in entries if entry.key not in self.results}
+            known = self.results, self.failed
+            self.failed |= {entry.key: reason for entry in entries if not any(entry.key in one for one in known)}
             self._say(f"  failed: {reason}")
-        if not resumes and not self._keep:
-            shutil.rmtree(folder, ignore_errors=True)
 
     @cached_property
     def _scorer(self) -> Scorer:

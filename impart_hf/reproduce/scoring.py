@@ -49,7 +49,7 @@ class Scorer:
             def score(task: Task) -> TaskScore:
                 evaluation = self._evaluation(task)
                 evaluation.check_tokenizer(tokenizer, source)
-                return _chosen(evaluation.score_source(model), task)
+                return chosen(evaluation.score_source(model), task)
 
             yield score
 
@@ -62,14 +62,18 @@ class Scorer:
         return self._tasks[task]
 
 
-def _chosen(scores: Sequence[TaskScore], task: Task) -> TaskScore:
+def chosen(scores: Sequence[TaskScore], task: Task) -> TaskScore:
     """Return a task's score among all that lm-eval gives.
 
     Raises:
         ValueError: if it is not there.
     """
-    found = [s for s in scores if task.metric in ("", s.metric) and task.filter in ("", s.filter)]
+    # Of a group, not those of its tasks: it may have no score of its own, or not this one.
+    own = [s for s in scores if s.task == task.lm_eval] or scores
+    if len({score.task for score in own}) > 1:
+        raise ValueError(f"'{task.lm_eval}' is several tasks without a common score: name one of them")
+    found = [s for s in own if task.metric in ("", s.metric) and task.filter in ("", s.filter)]
     if not found:
-        there = ", ".join(dict.fromkeys(f"{score.metric} ({score.filter})" for score in scores))
+        there = ", ".join(f"{score.metric} ({score.filter})" for score in own)
         raise ValueError(f"task '{task.lm_eval}' has no score {task.metric} ({task.filter}), but {there}")
-    return found[0]  # of a group of tasks, its own score comes first
+    return found[0]

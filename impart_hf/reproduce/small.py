@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from .tables import Line, Model, Row, Table, Task, tasks
 
 LIMIT = 16  # questions of a task
 _TRAIN, _VALIDATION, _OTHER = "finetune_train.txt", "finetune_heldout.txt", "base_heldout.txt"
+_FURTHER = (_OTHER, _VALIDATION)  # on which the further fine-tunes are trained
 _WHOLE = "answers"  # the task that has the questions of all others
 _SAMPLES, _LENGTH = 8, 64  # of every text
 _STEPS, _LEARNING_RATE = 10, 5e-4  # of every training
@@ -50,8 +54,18 @@ class SmallPair:
 
     @property
     def finetunes(self) -> tuple[Path, ...]:
-        """Its fine-tune, and two more for merges, which `prepare` makes."""
-        return self.folder / "finetuned", self.work / "second", self.work / "third"
+        """Its fine-tune, and two more for merges, which `prepare` makes; of another pair there are others."""
+        work = self.work / self._key
+        return self.folder / "finetuned", work / "second", work / "third"
+
+    @cached_property
+    def _key(self) -> str:
+        from ..evaluation.task_results import model_identity
+
+        content = json.dumps(model_identity(str(self.folder / "base"), None)).encode()
+        return hashlib.sha256(content + b"".join((self.folder / text).read_bytes() for text in _FURTHER)).hexdigest()[
+            :20
+        ]
 
     @property
     def one_text(self) -> dict[str, str]:
@@ -62,7 +76,7 @@ class SmallPair:
         """Train the further fine-tunes, unless they are there."""
         from ..pruning import recover
 
-        for finetune, text in zip(self.finetunes[1:], (_OTHER, _VALIDATION), strict=True):
+        for finetune, text in zip(self.finetunes[1:], _FURTHER, strict=True):
             if not finetune.is_dir():
                 recover(
                     self.folder / "base", finetune, str(self.folder / text), lora=False, steps=_STEPS,

@@ -11,9 +11,11 @@ from support.messages import naming
 
 from impart_hf.evaluation.alpaca import AlpacaSettings
 from impart_hf.evaluation.judge import JudgeSettings
+from impart_hf.evaluation.task_scores import TaskScore
 from impart_hf.reproduce.makes import Merged
 from impart_hf.reproduce.planning import Conditions, Entry, entries_of
-from impart_hf.reproduce.tables import load_table
+from impart_hf.reproduce.scoring import chosen
+from impart_hf.reproduce.tables import Task, load_table
 
 
 def entry(table: str, row: str, conditions: Conditions) -> Entry:
@@ -42,6 +44,44 @@ def test_a_key_depends_on_the_conditions_of_a_score(conditions: Conditions, chan
     before = entry("impart-sparsification", row, conditions)
     assert entry("impart-sparsification", row, replace(conditions, **change)).key != before.key
     assert entry("impart-sparsification", row, replace(conditions, batch_size=2)).key == before.key
+
+
+def test_a_key_depends_on_the_tasks_data(conditions: Conditions, tmp_path: Path) -> None:
+    """A trial on a few questions is not the result of all of them."""
+    folder, keys = tmp_path / "data", []
+    (folder / "openai").mkdir(parents=True)
+    for content in (None, "one", "three"):
+        if content is not None:
+            (folder / "openai" / "test.jsonl").write_text(content)
+            conditions = replace(conditions, data_dir=folder)
+        keys.append(entry("impart-sparsification", "dare/wizardmath-13b/gsm8k", conditions).key)
+    assert len(set(keys)) == 3
+
+
+def test_another_version_makes_and_scores_its_own_models(
+    conditions: Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = ("impart-sparsification", "dare/wizardmath-13b/gsm8k", conditions)
+    before = entry(*row)
+    keys = {before.key, before.making_key}
+    monkeypatch.setattr("impart_hf.reproduce.planning.package_version", lambda package: "another")
+    keys.add(entry(*row).key)
+    assert entry(*row).making_key == before.making_key
+    monkeypatch.setattr("impart_hf.reproduce.planning.__version__", "another")
+    keys |= {entry(*row).key, entry(*row).making_key}
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_group_has_a_score_of_its_own_or_none(own: bool) -> None:
+    task = Task("math", "MATH", "maths", "acc", "none")
+    inside = [TaskScore(f"maths_{n}", "acc", "none", 0.25, None, True, 4, 0, "1") for n in range(2)]
+    if own:
+        assert chosen([replace(inside[0], task="maths", value=0.5), *inside], task).value == 0.5
+        assert chosen(inside[:1], task).value == 0.25, "a YAML file is no name of a task"
+    else:
+        with pytest.raises(ValueError, match=naming("'maths'", "several")):
+            chosen(inside, task)
 
 
 def test_a_key_depends_on_a_text_s_content(conditions: Conditions, tmp_path: Path) -> None:

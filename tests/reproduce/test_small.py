@@ -179,6 +179,24 @@ def test_a_score_that_a_task_does_not_give_is_named(tmp_path: Path, pair: Path) 
     (entry,) = entries_of(table, ["backbone/wizardmath-13b/gsm8k"], conditions)
     wrong = replace(entry, task=replace(entry.task, metric="bleu", filter="none"))
     runner = Runner(conditions, results_in(tmp_path), say=lambda line: None)
-    runner.run([wrong])
-    (reason,) = runner.failed.values()
-    assert "bleu" in reason and "acc" in reason
+    runner.run([wrong, entry])
+    assert list(runner.failed) == [wrong.key] and entry.key in runner.results, "the model's other tasks are scored"
+    assert "bleu" in runner.failed[wrong.key] and "acc" in runner.failed[wrong.key]
+
+
+def test_a_model_is_kept_until_all_its_tasks_are_scored(tmp_path: Path, pair: Path) -> None:
+    table = SmallPair(pair, tmp_path / "small").table(load_table("impart-sparsification"))
+    conditions = Conditions(tmp_path, limit=2)
+    (entry,) = entries_of(table, ["dare/wizardmath-13b/gsm8k"], conditions)
+    wrong, folder = replace(entry, task=replace(entry.task, metric="bleu")), tmp_path / "models" / entry.making_key
+    for each, left in ((wrong, True), (entry, False)):
+        Runner(conditions, results_in(tmp_path), say=lambda line: None).run([each])
+        assert (folder / "facts.json").exists() == left
+
+
+def test_another_pair_has_other_fine_tunes(pair: Path, tmp_path: Path) -> None:
+    """Though both write to one folder."""
+    other = Path(shutil.copytree(pair, tmp_path / "other"))
+    (other / "base_heldout.txt").write_text("Another text.", "utf-8")
+    first, again, second = (SmallPair(folder, tmp_path / "out").finetunes for folder in (pair, pair, other))
+    assert first == again and set(first).isdisjoint(second)
