@@ -70,6 +70,7 @@ class ModelLoader:
         self.backend, self.revision, self.model_args = backend, revision, dict(model_args or {})
         self._device, self._base_model = usable_device(device), base_model
         self._deltas: DeltaModel | None = None
+        self._deltas_dtype: torch.dtype | None = None
 
     def check(self, models: Sequence[str]) -> None:
         """Check that models can be loaded as the backend does, by reading headers.
@@ -114,10 +115,12 @@ class ModelLoader:
         return EngineLM(source, dtype, self.revision, self._base_model, self.model_args, settings)
 
     def _beside_base(self, source: str, dtype: torch.dtype) -> DeltaModel:
+        if self._deltas is not None and self._deltas_dtype != dtype:
+            self._deltas = None
         if self._deltas is None:
             checkpoint = open_repository(source, HubOptions(self.revision), self._base_model).base.checkpoint
             base = load(checkpoint.source, dtype, self._device, revision=checkpoint.options.revision, **self.model_args)
-            self._deltas = DeltaModel(base)
+            self._deltas, self._deltas_dtype = DeltaModel(base), dtype
         if self._deltas.active_adapter:
             self._deltas.delete_adapter(self._deltas.active_adapter)
         self._deltas.load_adapter(source, "default", revision=self.revision, base_files=self._base_model)

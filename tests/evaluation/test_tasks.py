@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from support.lm_eval_task import accuracy, write_reciting_task, write_task
 from support.messages import naming
 from support.pruned_models import pruned_and_dense
-from support.tiny_models import Pair, save_model, tiny_tokenizer
+from support.tiny_models import Pair, edit_json, save_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from impart_hf.evaluation import models as evaluated_models
@@ -104,6 +105,16 @@ def test_deltas_beside_their_base(task: Path, reciting: Path, tiny_repository: P
     names = [str(task), str(reciting)]
     expected = evaluate_tasks(str(tiny_repository), names, dtype=torch.float32)
     assert evaluate_tasks(str(tiny_repository), names, backend="runtime", dtype=torch.float32) == expected
+
+
+def test_deltas_of_two_dtypes(repository: Path, tmp_path: Path) -> None:
+    """Each has its own, as it has alone."""
+    other = Path(shutil.copytree(repository, tmp_path / "other"))
+    edit_json(other / "config.json", dtype="float16")
+    loader = evaluated_models.ModelLoader("runtime")
+    for source, dtype in ((repository, torch.bfloat16), (other, torch.float16)):
+        parameters = loader.model(str(source), dtype).parameters()
+        assert {parameter.dtype for parameter in parameters} == {dtype}
 
 
 def test_a_loaded_model(task: Path, reciting: Path, tiny_pair: Pair) -> None:
