@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,11 +20,13 @@ from ..common.files import OutputError, atomic_write, write_json
 from ..common.names import public_name
 from ..common.version import __version__, package_version
 from ..modeling.model_files import CheckpointError, HubOptions, pinned, read_json
+from ..storage.folder_lock import FolderLock
 from .task_scores import TaskScore, TaskSettings
 
 # Files whose content is part of a model's identity; of weights, which are large, it is size and time of change.
 _SMALL = (".json", ".jinja", ".txt", ".model", ".py")
 _WEIGHTS = (".safetensors", ".bin")
+_ANSWERS = "answers.db"
 _PACKAGES = ("torch", "transformers", "datasets", "vllm")
 
 
@@ -153,22 +156,33 @@ class FinishedTask:
         """Within this context, what a model of lm-eval answers is kept in a file, and not asked for again.
 
         The file, a cache of lm-eval's, is of this model, task and settings alone. It is removed at the end, unless the
-        work is interrupted. Each process of a job has one.
+        work is interrupted. Each process of a job has one, in a folder that it locks.
+
+        Raises:
+            OutputError: if another job is at this task, or the file is damaged or cannot be written.
         """
         from lm_eval.api.model import CacheHook, CachingLM
 
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = self._path.with_suffix(f".answers-{processes.number()}.db")
-        caching = CachingLM(lm, str(file))
+        folder = self._path.with_suffix(f".answers-{processes.number()}")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder)
+        if not lock.take():
+            raise OutputError(f"another process works on {self._path}: wait for it, or keep results elsewhere")
         try:
-            yield caching
+            caching = CachingLM(lm, str(folder / _ANSWERS))
+            try:
+                yield caching
+            finally:
+                caching.dbdict.close()
+                lm.set_cache_hook(CacheHook(None))
+        except sqlite3.Error as error:
+            raise OutputError(f"answers cannot be kept in {folder / _ANSWERS}, delete it: {error}") from error
         finally:
-            caching.dbdict.close()
-            lm.set_cache_hook(CacheHook(None))
-        for left in file.parent.glob(
-            f"{self._path.stem}.answers-*.db"
-        ):  # also of an interrupted job with more processes
-            left.unlink(missing_ok=True)
+            lock.release()
+        for left in folder.parent.glob(f"{self._path.stem}.answers-*"):  # also of an interrupted job of more processes
+            lock = FolderLock(left)
+            if lock.take():
+                lock.remove_folder()
 
 
 def _file_name(name: str) -> str:

@@ -17,9 +17,10 @@ from support.messages import naming
 from support.tiny_models import Pair, edit_json
 
 from impart_hf import __version__
+from impart_hf.common.files import OutputError
 from impart_hf.evaluation import models as evaluated_models
 from impart_hf.evaluation.task_loading import load_tasks
-from impart_hf.evaluation.task_results import configuration, model_identity
+from impart_hf.evaluation.task_results import FinishedTask, configuration, model_identity
 from impart_hf.evaluation.tasks import TaskScore, TaskSettings, evaluate_tasks
 
 
@@ -160,15 +161,45 @@ def test_an_interrupted_task_continues(
     calls.most = whole // 2
     with pytest.raises(KeyboardInterrupt):
         run()
-    (answers,) = files_of(tmp_path / "results")
-    assert answers.suffix == ".db"
-    shutil.copy(answers, str(answers).replace("answers-0", "answers-1"))  # as if of a job's second process
+    (answers,) = (tmp_path / "results").rglob("*.db")
+    shutil.copytree(answers.parent, str(answers.parent).replace("answers-0", "answers-1"))  # of a job's second process
     calls.most = float("inf")
     calls.since()
     assert run() == expected
     # What was interrupted in its midst is asked again: a choice is one call, an answer eight.
     assert calls.since()[1] <= whole - whole // 2 + 8
-    assert [found.suffix for found in files_of(tmp_path / "results")] == [".json"], "the answers are not kept"
+    (model,) = (tmp_path / "results").iterdir()
+    assert [found.suffix for found in model.iterdir()] == [".json"], "the answers are not kept"
+
+
+class NoModel:
+    """What a cache of lm-eval needs of a model that is not asked."""
+
+    def set_cache_hook(self, hook: Any) -> None:
+        self.hook = hook
+
+
+def test_two_runs_of_one_task_with_one_folder(tmp_path: Path) -> None:
+    first, second = (FinishedTask(tmp_path, "model", {"task": {"task": "a"}}) for _ in range(2))
+    other = FinishedTask(tmp_path, "model", {"task": {"task": "b"}})
+    with first.kept_answers(NoModel()), other.kept_answers(NoModel()):
+        with pytest.raises(OutputError, match=naming(tmp_path, "another process")):
+            with second.kept_answers(NoModel()):
+                pytest.fail("both write to one file")
+    with second.kept_answers(NoModel()):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the database's own thread
+def test_damaged_answers_are_named(tmp_path: Path) -> None:
+    task = FinishedTask(tmp_path, "model", {"task": {"task": "a"}})
+    with pytest.raises(KeyboardInterrupt), task.kept_answers(NoModel()):
+        raise KeyboardInterrupt
+    (answers,) = tmp_path.rglob("*.db")
+    answers.write_bytes(b"no database" * 100)
+    with pytest.raises(OutputError, match=naming(answers, "delete")):
+        with task.kept_answers(NoModel()) as answering:
+            len(answering.dbdict)
 
 
 def test_a_damaged_file_is_named(task: Path, tiny_pair: Pair, tmp_path: Path) -> None:
