@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, metadata_load
 
 from ..common.files import atomic_write
 from ..common.names import public_name
@@ -20,7 +20,7 @@ def read_card(folder: str | Path) -> ModelCard:
     """Return the card of a model's folder, a new one if it has none.
 
     Raises:
-        ValueError: if it is no folder, or its card's metadata cannot be read.
+        ValueError: if it is no folder, or its card's metadata cannot be read or are of several models.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"'{folder}' is no local folder, and only the card of one can be updated: download it first")
@@ -28,9 +28,14 @@ def read_card(folder: str | Path) -> ModelCard:
     if not path.is_file():
         return ModelCard("---\n{}\n---\n\n" + f"# {public_name(str(folder))}\n")
     try:
-        return ModelCard.load(path)
+        card, index = ModelCard.load(path), (metadata_load(path) or {}).get("model-index")
     except Exception as error:  # huggingface_hub has no error of its own for this
         raise ValueError(f"the metadata of '{path}' cannot be read, correct them first: {error}") from error
+    if index and len(index) > 1:  # the Hub's client would give all of their results to the last one
+        raise ValueError(
+            f"the model-index of '{path}' has {len(index)} models, and scores are of one: remove the others"
+        )
+    return card
 
 
 def update_card(folder: str | Path, scores: Sequence[TaskScore]) -> None:

@@ -99,7 +99,13 @@ def test_a_model_without_a_card_gets_one(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["README.md"]
 
 
-@pytest.mark.parametrize("metadata", ["model-index: 3", "model-index:\n- name: a\n  results:\n  - task: {}", ": ["])
+RESULTS = "results: [{task: {type: a}, dataset: {name: a, type: a}, metrics: [{type: acc, value: 1}]}]"
+SEVERAL = f"model-index:\n- name: a\n  {RESULTS}\n- name: b\n  {RESULTS}"
+
+
+@pytest.mark.parametrize(
+    "metadata", ["model-index: 3", "model-index:\n- name: a\n  results:\n  - task: {}", SEVERAL, ": ["]
+)
 def test_a_card_that_cannot_be_read_is_left_as_it_is(metadata: str, tmp_path: Path) -> None:
     path, text = tmp_path / "README.md", f"---\n{metadata}\n---\n"
     path.write_text(text, "utf-8")
