@@ -19,12 +19,14 @@ class _Family(NamedTuple):
         found_at: the module or class, and its attribute, where the model finds the decoder layer's class; None if it
             takes it as the argument `layer_type`.
         fields: further fields of a layer's configuration.
+        ignored: fields that must not be set, as vLLM would leave out without a word what they ask for.
     """
 
     model: str
     layer: str
     found_at: tuple[str, str] | None = None
     fields: dict[str, Any] = {}
+    ignored: tuple[str, ...] = ()
 
 
 _LLAMA, _LLAMA_LAYER = "llama:LlamaForCausalLM", "llama:LlamaDecoderLayer"
@@ -36,7 +38,10 @@ _FAMILIES = {
     # LLaMA computes the same with biases on query, key and value, and also takes windows on some of the layers.
     "PrunedQwen2ForCausalLM": _Family(_LLAMA, _LLAMA_LAYER, fields={"qkv_bias": True}),
     "PrunedQwen3ForCausalLM": _Family(
-        "qwen3:Qwen3ForCausalLM", "qwen3:Qwen3DecoderLayer", ("qwen3:Qwen3Model", "decoder_layer_type")
+        "qwen3:Qwen3ForCausalLM",
+        "qwen3:Qwen3DecoderLayer",
+        ("qwen3:Qwen3Model", "decoder_layer_type"),
+        ignored=("attention_bias",),  # its part on o_proj
     ),
     "PrunedGemma2ForCausalLM": _Family(
         "gemma2:Gemma2ForCausalLM", "gemma2:Gemma2DecoderLayer", ("gemma2", "Gemma2DecoderLayer")
@@ -58,7 +63,7 @@ def pruned_class(architecture: str) -> type[nn.Module]:
     """
     family = _FAMILIES[architecture]
     inner = _resolve(family.model)
-    layer = _layer_class(_resolve(family.layer), family.fields)
+    layer = _layer_class(_resolve(family.layer), architecture)
 
     def init(self: nn.Module, *, vllm_config: Any, prefix: str = "") -> None:
         if family.found_at is None:
@@ -75,7 +80,7 @@ def _resolve(name: str) -> Any:
     return pkgutil.resolve_name(f"vllm.model_executor.models.{name}")
 
 
-def _layer_class(inner: type[nn.Module], fields: dict[str, Any]) -> type[nn.Module]:
+def _layer_class(inner: type[nn.Module], architecture: str) -> type[nn.Module]:
     """Return a decoder layer with the widths that the model's configuration gives its layer number."""
     from vllm.distributed import get_tensor_model_parallel_world_size
     from vllm.model_executor.models.utils import extract_layer_index
@@ -87,8 +92,9 @@ def _layer_class(inner: type[nn.Module], fields: dict[str, Any]) -> type[nn.Modu
         config = given.arguments.get("config") or given.arguments["vllm_config"].model_config.hf_config
         number = extract_layer_index(given.arguments["prefix"])
         layer = copy.copy(config.per_layer_config[number])
+        check_ignored(layer, architecture)
         _check_parallel(layer, number, get_tensor_model_parallel_world_size())
-        for name, value in fields.items():
+        for name, value in _FAMILIES[architecture].fields.items():
             setattr(layer, name, value)
         given.arguments["config"] = layer
         inner.__init__(*given.args, **given.kwargs)
@@ -113,6 +119,16 @@ def _replaced(place: str, attribute: str, layer: type[nn.Module]) -> Iterator[No
         yield
     finally:
         setattr(holder, attribute, before)
+
+
+def check_ignored(layer: Any, architecture: str) -> None:
+    """Check that vLLM's class computes all that a layer's configuration asks for.
+
+    Raises:
+        ValueError: if not; the message names the field.
+    """
+    if ignored := [name for name in _FAMILIES[architecture].ignored if getattr(layer, name, False)]:
+        raise ValueError(f"{ignored[0]} is set, part of which vLLM's {_FAMILIES[architecture].model} leaves out")
 
 
 def _check_parallel(layer: Any, number: int, processes: int) -> None:

@@ -1,8 +1,17 @@
 """Which pruned models vLLM gets a class for; what the classes do is tested in test_vllm_models.py."""
 
-from impart_hf.modeling.configuration_pruned import PRUNED_CONFIGS
-from impart_hf.serving.pruned_models import PRUNED_ARCHITECTURES
+import pytest
+from support.messages import naming
+
+from impart_hf.modeling.configuration_pruned import PRUNED_CONFIGS, PrunedQwen3Config
+from impart_hf.serving.pruned_models import PRUNED_ARCHITECTURES, check_ignored
 
 
 def test_every_family_has_a_class() -> None:
     assert set(PRUNED_ARCHITECTURES) == {config.model_classes()[1] for config in PRUNED_CONFIGS.values()}
+
+
+def test_a_bias_that_vllm_would_leave_out() -> None:
+    check_ignored(PrunedQwen3Config(), "PrunedQwen3ForCausalLM")
+    with pytest.raises(ValueError, match=naming("attention_bias")):
+        check_ignored(PrunedQwen3Config(attention_bias=True), "PrunedQwen3ForCausalLM")
