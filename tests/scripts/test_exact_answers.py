@@ -193,6 +193,9 @@ def test_lm_eval_gives_the_same_score(
     """From a folder that was moved, and from another working directory."""
     moved = shutil.copytree(written / "tasks", tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    evaluation = TaskEvaluation(str(moved / f"{task}.yaml"), tiny_tokenizer(), None, 8)
-    assert evaluation.metric == "exact_match" and evaluation.higher_is_better
-    assert evaluation.score(half_right) == pytest.approx(score)
+    evaluation = TaskEvaluation([str(moved / f"{task}.yaml")])
+    assert evaluation.first_metric() == ("exact_match", True)
+    (found,) = evaluation.score(half_right, tiny_tokenizer())
+    questions = 25 if task == "answers" else 5
+    assert found.value == pytest.approx(score) and found.samples == questions
+    assert found.stderr == pytest.approx((score * (1 - score) / (questions - 1)) ** 0.5)
