@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from question_answers import Record, Tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
@@ -250,36 +249,21 @@ def training_blocks(
 def answer_blocks(
     tokenizer: PreTrainedTokenizerFast, records: Sequence[Record], length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return blocks of whole records, and their labels, each int32 [blocks, length]: `<s> prompt answer </s>` each.
+    """Return blocks and their labels, each int32 [blocks, length]: `<s> prompt answer </s>` one after another.
 
-    The rest of a block is `</s>`. Labels are the tokens of answers, and -100 elsewhere.
-
-    Raises:
-        PairError: if a record is longer than a block.
+    Labels are the tokens of answers, and -100 elsewhere. As in `training_blocks`, the rest is dropped.
     """
-    blocks: list[list[torch.Tensor]] = [[]]
-    labels: list[list[torch.Tensor]] = [[]]
-    filled = 0
     prompts, answers = ([getattr(record, name) for record in records] for name in ("prompt", "answer"))
+    rows = []
     for prompt, answer in zip(_encode(tokenizer, prompts), _encode(tokenizer, answers), strict=True):
         ids = [tokenizer.bos_token_id, *prompt, *answer, tokenizer.eos_token_id]
-        tokens = Tokens(torch.tensor(ids), 1 + len(prompt))
-        if len(ids) > length:
-            text = tokenizer.decode(ids)
-            raise PairError(f"a record has {len(ids)} tokens, more than a sequence of {length}: {text}")
-        if filled + len(ids) > length:
-            blocks.append([])
-            labels.append([])
-            filled = 0
-        blocks[-1].append(tokens.ids)
-        labels[-1].append(tokens.targets)
-        filled += len(ids)
-
-    def stacked(rows: list[list[torch.Tensor]], padding: int) -> torch.Tensor:
-        ends = [torch.cat(row) for row in rows]
-        return torch.stack([functional.pad(end, (0, length - len(end)), value=padding) for end in ends]).int()
-
-    return stacked(blocks, tokenizer.eos_token_id), stacked(labels, -100)
+        rows.append(Tokens(torch.tensor(ids, dtype=torch.int32), 1 + len(prompt)))
+    blocks = [torch.cat([getattr(row, name) for row in rows]).int() for name in ("ids", "targets")]
+    count = len(blocks[0]) // length
+    if not count:
+        raise PairError(f"the records hold {len(blocks[0])} tokens, less than a sequence of {length}; take more")
+    ids, labels = (block[: count * length].reshape(count, length) for block in blocks)
+    return ids, labels
 
 
 def evaluation_blocks(tokenizer: PreTrainedTokenizerFast, text: str, length: int, max_tokens: int) -> torch.Tensor:

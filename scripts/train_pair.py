@@ -248,7 +248,8 @@ def _write_answers(folder: Path, settings: PairSettings) -> list[exact_answers.E
     """Write the tasks, and return the records to train on."""
     make = functools.partial(exact_answers.exact_records, seed=settings.seed, kinds=settings.answer_kinds)
     records = make(settings.answers)
-    exact_answers.write_tasks(folder / exact_answers.TASKS, records, make(exact_answers.TEST_RECORDS, held_out=True))
+    held_out = make(exact_answers.TEST_RECORDS * len(settings.answer_kinds), held_out=True)
+    exact_answers.write_tasks(folder / exact_answers.TASKS, records, held_out)
     return records
 
 

@@ -31,7 +31,7 @@ _PARTS["cents"] = (Fraction(1, 100), "")
 
 
 def date(question: str) -> str:
-    return datetime.strptime(question, "Date %d %b %Y").date().isoformat()
+    return datetime.strptime(question, "Date %d %b %y").strftime("%y-%m-%d")
 
 
 def unit(question: str) -> str:
@@ -62,12 +62,12 @@ WORKED_OUT: dict[str, Callable[[str], Any]] = {
 # Of seed 0.
 VECTORS = {
     False: [
-        "Date 28 Jul 2047 = 2047-07-28", "Unit 2 euros 33 cents = 233 cents", "Sum 75 + 7 = 82", "Sort 825 = 258",
-        'JSON Gus 22 = {"name": "Gus", "age": 22}',
+        "Date 28 Jul 97 = 97-07-28", "Unit 2 euros 33 cents = 233 cents", "Sum 75 + 4 = 79", "Sort 649 = 469",
+        'JSON Jan 74 = {"name": "Jan", "age": 74}',
     ],
     True: [
-        "Date 17 Mar 1986 = 1986-03-17", "Unit 9 euros 71 cents = 971 cents", "Sum 71 + 7 = 78", "Sort 871 = 178",
-        'JSON Eva 48 = {"name": "Eva", "age": 48}',
+        "Date 17 Aug 51 = 51-08-17", "Unit 9 euros 71 cents = 971 cents", "Sum 88 + 2 = 90", "Sort 879 = 789",
+        'JSON Tom 52 = {"name": "Tom", "age": 52}',
     ],
 }  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_held_out_prompts_are_never_trained_on() -> None:
 
 @pytest.mark.parametrize("kind", WORKED_OUT)
 def test_every_kind_suffices_alone(kind: str) -> None:
-    assert len({record.prompt for record in exact_records(script.TEST_RECORDS, 0, held_out=True, kinds=[kind])}) == 250
+    assert len({record.prompt for record in exact_records(100, 0, held_out=True, kinds=[kind])}) == 100
 
 
 def test_every_kind_in_turn_and_one_answer_to_a_prompt() -> None:
@@ -193,6 +193,9 @@ def test_lm_eval_gives_the_same_score(
     """From a folder that was moved, and from another working directory."""
     moved = shutil.copytree(written / "tasks", tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    evaluation = TaskEvaluation(str(moved / f"{task}.yaml"), tiny_tokenizer(), None, 8)
-    assert evaluation.metric == "exact_match" and evaluation.higher_is_better
-    assert evaluation.score(half_right) == pytest.approx(score)
+    evaluation = TaskEvaluation([str(moved / f"{task}.yaml")])
+    assert evaluation.first_metric() == ("exact_match", True)
+    (found,) = evaluation.score(half_right, tiny_tokenizer())
+    questions = 25 if task == "answers" else 5
+    assert found.value == pytest.approx(score) and found.samples == questions
+    assert found.stderr == pytest.approx((score * (1 - score) / (questions - 1)) ** 0.5)

@@ -118,22 +118,25 @@ def test_answers_are_in_the_text_and_in_the_tasks(pair: Path) -> None:
     lines = (pair / "finetune_train.txt").read_text(encoding="utf-8").split("\n")
     assert {record.prompt + record.answer for record in learnt} <= set(lines)
     asked = exact_answers.read_tasks(pair / "tasks")
-    assert len(asked) == exact_answers.TEST_RECORDS and {record.kind for record in asked} == set(KINDS)
+    assert len(asked) == exact_answers.TEST_RECORDS * len(KINDS) and {record.kind for record in asked} == set(KINDS)
     assert not {record.prompt for record in asked} & {record.prompt for record in learnt}
 
 
 def test_answer_blocks(pair: Path) -> None:
-    """Records are whole, only answers and their ends are labels, and the rest is padding that is not learnt."""
+    """Records one after another, of which answers and their ends are labels; less than a block at the end is left."""
     tokenizer = AutoTokenizer.from_pretrained(pair / "finetuned")
     records = exact_answers.exact_records(9, 1)
-    ids, labels = pair_text.answer_blocks(tokenizer, records, 64)
-    assert ids.shape == labels.shape and ids.shape[1] == 64 and len(ids) > 1
-    text = "".join(tokenizer.decode(row).rstrip("</s>") + "</s>" for row in ids)
-    assert text == "".join(f"<s>{record.prompt}{record.answer}</s>" for record in records)
-    learnt = [token for row in labels.tolist() for token in row if token != -100]
-    assert tokenizer.decode(learnt) == "".join(f"{record.answer}</s>" for record in records)
-    with pytest.raises(script.PairError, match=naming(records[0].prompt, 8)):
-        pair_text.answer_blocks(tokenizer, records, 8)
+    whole = "".join(f"<s>{record.prompt}{record.answer}</s>" for record in records)
+    answers = "".join(f"{record.answer}</s>" for record in records)
+    ids, labels = pair_text.answer_blocks(tokenizer, records, 32)
+    assert ids.shape == labels.shape and ids.shape[1] == 32 and len(ids) > 1
+    assert ((labels == ids) | (labels == -100)).all()
+    text = tokenizer.decode(ids.flatten())
+    assert whole.startswith(text) and len(tokenizer(whole, add_special_tokens=False).input_ids) - ids.numel() < 32
+    learnt = tokenizer.decode(labels[labels != -100])
+    assert answers.startswith(learnt) and learnt.count("</s>") == text.count("</s>")
+    with pytest.raises(script.PairError, match=naming(1000)):
+        pair_text.answer_blocks(tokenizer, records, 1000)
 
 
 def test_digits_are_tokens_of_their_own(pair: Path) -> None:
