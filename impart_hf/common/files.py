@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -28,9 +28,18 @@ def sync_path(path: Path) -> None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end the file is flushed and renamed to `path`."""
     temporary = path.with_suffix(".writing")
-    yield temporary
-    sync_path(temporary)
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        sync_path(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def file_states(paths: Iterable[Path]) -> list[list[str | int]]:
+    """Return path, size and time of change of the files among these paths, to tell whether one has changed."""
+    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths) if p.is_file()]
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,6 +1,7 @@
 """What is asked of a task of lm-eval, and what it gives: settings and scores."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 
 from .alpaca import AlpacaSettings
 from .sandbox import Isolation
+
+# Files that a task's YAML file may read
+_OF_TASKS = (".yaml", ".yml", ".py", ".json", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -135,3 +139,10 @@ def metrics_of(scores: list[TaskScore]) -> dict[str, Any]:
         metrics[f"{score.metric},{score.filter}"] = score.value
         metrics[f"{score.metric}_stderr,{score.filter}"] = "N/A" if score.stderr is None else score.stderr
     return metrics
+
+
+def task_files(task: str) -> list[Path]:
+    """Return a task's YAML file, and the files beside it that it may read; none of a task that has a name."""
+    if not os.path.isfile(task):
+        return []
+    return sorted(path for path in Path(task).parent.iterdir() if path.suffix in _OF_TASKS and path.is_file())

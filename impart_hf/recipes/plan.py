@@ -11,8 +11,10 @@ from typing import Any
 
 from ..calibration.text import CalibrationSource, TextField, calibration_tokens, load_tokenizer
 from ..common.devices import usable_device
+from ..common.files import file_states
 from ..common.weight_bytes import weight_bytes
 from ..evaluation.task_results import model_identity
+from ..evaluation.task_scores import task_files
 from ..modeling.checkpoints import Checkpoint
 from ..pruning.checks import open_decoder
 from ..pruning.decoder_shape import DecoderShape
@@ -165,7 +167,7 @@ def _read_by(evaluation: Call) -> list[CalibrationSource]:
     """Return the texts that measuring reads, the files of tasks, and the folder of their data."""
     settings = evaluation.arguments.get("task_settings")
     data = [] if settings is None or settings.data_dir is None else [str(settings.data_dir)]
-    files = [task for task in evaluation.arguments.get("tasks", ()) if os.path.isfile(task)]
+    files = [str(file) for task in evaluation.arguments.get("tasks", ()) for file in task_files(task)]
     return [*evaluation.texts.values(), *files, *data]
 
 
@@ -174,13 +176,8 @@ def _text_state(source: CalibrationSource) -> Any:
     if isinstance(source, TextField):
         return [_text_state(source.source), source.field]
     if isinstance(source, str) and os.path.exists(source):
-        return _state(sorted(Path(source).rglob("*")) if os.path.isdir(source) else [Path(source)])
+        return file_states(Path(source).rglob("*") if os.path.isdir(source) else [Path(source)])
     return source
-
-
-def _state(paths: Sequence[Path]) -> list[list[Any]]:
-    """Return path, size and time of the files among these paths."""
-    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths if p.is_file()]
 
 
 def _hash(*values: Any) -> str:

@@ -17,11 +17,11 @@ from ..compression.forecast import forecast
 from ..compression.plan import UnreachableRatioError
 from ..compression.resources import Forecast, RunTimes, duration
 from ..compression.shapes import Shapes, forecast_shapes, machine_times
+from ..evaluation.tables import markdown_table
 from ..repository.report import human_bytes
 from ..storage.output import existing_parent
 from .makes import Compressed, Making, Merged, Pruned
 from .planning import Conditions, Entry
-from .rendering import markdown
 
 _SECONDS = 2.0  # for the matrices of a model that is not here
 _HEADINGS = ("model", "made by", "time", "memory", "disk", "result", "from")
@@ -37,7 +37,7 @@ def forecast_table(entries: Sequence[Entry], conditions: Conditions, say: Callab
         makings.setdefault(entry.making_key, entry)
     if not makings:
         return "Nothing can be run: all rows are done or need something; --list says what."
-    rows, from_shapes = [list(_HEADINGS)], _ShapeForecasts(conditions)
+    rows, from_shapes = [], _ShapeForecasts(conditions)
     for number, entry in enumerate(makings.values(), start=1):
         say(f"forecast {number} of {len(makings)}: {entry.row.line.label} on {entry.row.model.name}")
         making, source = entry.making, "shapes"
@@ -53,8 +53,9 @@ def forecast_table(entries: Sequence[Entry], conditions: Conditions, say: Callab
                 source = str(error)
         elif entry.row.model.shape:
             cells = _by_rule(making, _bytes(entry))
-        rows.append([entry.row.model.name, entry.row.line.label, *cells, source])
-    return "\n\n".join([markdown(rows), _downloads(list(makings.values()), conditions)])
+        named = (entry.row.model.name, entry.row.line.label, *cells, source)
+        rows.append(dict(zip(_HEADINGS, named, strict=True)))
+    return "\n\n".join([markdown_table(rows, left=2), _downloads(list(makings.values()), conditions)])
 
 
 def _is_here(model: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,11 +139,14 @@ def _run(options: argparse.Namespace) -> int:
         own = entries[table.name]
         runner.run(own)
         why_not = runner.failed | runner.unreachable
-        text = rendered(table, own, results, why_not, _remark(pair, conditions), compares=pair is None)
+
+        def text(of: Sequence[Entry], table: Table = table, why_not: Mapping[str, str] = why_not) -> str:
+            return rendered(table, of, results, why_not, _remark(pair, conditions), compares=pair is None)
+
         conditions.output.mkdir(parents=True, exist_ok=True)
         with atomic_write(conditions.output / f"{table.name}.md") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        print(text)
+            temporary.write_text(text(entries_of(table, [], conditions)), encoding="utf-8")  # all, whatever is run now
+        print(text(own))
     return 1 if runner.failed else 0
 
 

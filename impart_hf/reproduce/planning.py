@@ -11,7 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.files import file_states
 from ..common.version import __version__, package_version
+from ..evaluation.task_scores import task_files
 from ..methods import method_class
 from .makes import SEED, Compressed, Making, Merged, Pruned, Stored, Unavailable, identified
 from .tables import Model, Row, Table, Task, models
@@ -67,12 +69,10 @@ class Conditions:
 
     @cached_property
     def data_state(self) -> str | None:
-        """A checksum over the names, sizes and times of change of the files in `data_dir`; None without one."""
+        """A checksum over the paths, sizes and times of change of the files in `data_dir`; None without one."""
         if self.data_dir is None:
             return None
-        files = sorted(path for path in self.data_dir.rglob("*") if path.is_file())
-        states = [(path.relative_to(self.data_dir).as_posix(), path.stat()) for path in files]
-        return _digest({name: [status.st_size, status.st_mtime_ns] for name, status in states})
+        return _digest({"files": file_states(self.data_dir.rglob("*"))})
 
     def settings_for(self, task: Task) -> TaskSettings:
         """Return the settings with which a task is run.
@@ -135,6 +135,7 @@ class Entry:
             **self.making.identity(),
             "task": {
                 "lm_eval": identified(task.lm_eval),
+                "files": file_states(task_files(str(task.lm_eval))),
                 "metric": task.metric,
                 "filter": task.filter,
                 "num_fewshot": task.num_fewshot,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..evaluation.journal import Journal
+from ..evaluation.tables import markdown_table
 from .planning import Entry
 from .tables import Mean, Row, Table
 
@@ -39,7 +40,7 @@ def rendered(
     means = [mean for mean in table.means if not mean.rows or any(row.id in mean.rows for row in rows)]
     parts = [f"## {table.title}", *([remark] if remark else []), _lines(table, rows, means, numbers)]
     if others := [mean for mean in means if _line_of(mean) is None]:
-        parts.append(markdown([["mean of several", "score"], *([mean.id, numbers.mean(mean)] for mean in others)]))
+        parts.append(markdown_table([{"mean of several": mean.id, "score": numbers.mean(mean)} for mean in others]))
     parts.append(
         f"Measured ± standard error (published{', difference' if compares else ''}), in "
         f"{'percent' if table.factor == 100 else 'shares of 1'}. Published: {table.paper}, {table.place}. The ratio on "
@@ -66,26 +67,20 @@ def rendered(
     return "\n\n".join(parts) + "\n"
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; the first row has the headings."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
 def _lines(table: Table, rows: Sequence[Row], means: Sequence[Mean], numbers: _Numbers) -> str:
     """Return a line for each line of the table, and a column for each model and task."""
     columns = list(dict.fromkeys(_column(row, table) for row in rows))
     by_line = {line: mean for mean in means if (line := _line_of(mean)) is not None}
     headings = ["", *columns, *([_MEAN] if by_line else []), _RATIO]
-    lines = [headings]
+    lines = []
     for kind in dict.fromkeys(row.line for row in rows):
         own = [row for row in rows if row.line is kind]
-        cells = {_column(row, table): numbers.row(row) for row in own}
+        cells = {"": kind.label} | {_column(row, table): numbers.row(row) for row in own}
         if kind.name in by_line:
             cells[_MEAN] = numbers.mean(by_line[kind.name])
         cells[_RATIO] = numbers.ratios(own)
-        lines.append([kind.label, *(cells.get(column, "") for column in headings[1:])])
-    return markdown(lines)
+        lines.append({heading: cells.get(heading, "") for heading in headings})
+    return markdown_table(lines)
 
 
 def _column(row: Row, table: Table) -> str:
