@@ -204,7 +204,7 @@ def test_between_measured_sizes() -> None:
 def test_a_pair_of_its_own(tmp_path: Path) -> None:
     base = tmp_path / "base.txt"
     base.write_text("\n\n".join(f"def f{n}(x):\n    return x * {n} - {n % 7}" for n in range(900)), encoding="utf-8")
-    tiny = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 290, "base_steps": 2, "finetune_steps": 2}
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 270, "base_steps": 2, "finetune_steps": 2}
     settings = dataclasses.replace(pairs.TRAINED["wide"], base_text=(base,), heads=2, kv_heads=2, **tiny)
     pair = pairs.trained("wide", tmp_path, dataclasses.replace(settings, sequence_length=32))
     first = (tmp_path / "exercises.jsonl").read_bytes()
