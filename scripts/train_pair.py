@@ -73,9 +73,9 @@ class PairSettings:
     intermediate_size: int = 704
     vocab_size: int = 2048
     tied: bool = True  # input embeddings and output projection are one matrix
-    base_steps: int | None = 380
+    base_steps: int | None = 300
     base_minutes: float | None = None
-    finetune_steps: int | None = 340
+    finetune_steps: int | None = 480
     finetune_minutes: float | None = None
     lr: float = 1.5e-3
     finetune_lr: float = 1.5e-3
