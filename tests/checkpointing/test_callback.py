@@ -287,7 +287,7 @@ def test_deltas_of_the_last_rest_on_it_up_to_the_next_anchor(tiny_pair: Pair, tm
         found, expected = ((folder / name).read_bytes() for folder in (output / "checkpoint-3", tmp_path / "third"))
         assert json.loads(found) == json.loads(expected) if name == "config.json" else found == expected
     card = (output / "checkpoint-3" / "README.md").read_text("utf-8")
-    assert str(two) in card and ".delta-" not in card
+    assert f"base model `{two.name}`" in card and ".delta-" not in card
 
 
 def test_of_the_last_with_other_names_than_the_base_s(pair_of: Callable[[str], Pair], tmp_path: Path) -> None:

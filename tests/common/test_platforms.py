@@ -17,10 +17,13 @@ from transformers import AutoModelForCausalLM
 import impart_hf
 
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+LINUX_PROGRAMS = {"sandbox_launcher.py"}  # run as a program, where the system has its namespaces; no module imports it
 
 
 def test_no_module_of_one_platform_is_imported() -> None:
     for path in Path(impart_hf.__file__).parent.rglob("*.py"):
+        if path.name in LINUX_PROGRAMS:
+            continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:

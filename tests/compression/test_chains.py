@@ -63,7 +63,7 @@ def test_base_and_length_are_stated(trained: tuple[list[Path], list[Path]]) -> N
     assert last["base_model_name_or_path"] == str(deltas[1]) and last["base_is_delta"] is True
     assert last["base_model_revision"] is None and last["text_config"]["rope_theta"] == 5000.0
     card = (deltas[2] / "README.md").read_text()
-    assert str(deltas[1]) in card and "chain of 3 deltas" in card
+    assert f"base model `{deltas[1].name}`" in card and "chain of 3 deltas" in card
     assert "chain of" not in (deltas[0] / "README.md").read_text()
 
 

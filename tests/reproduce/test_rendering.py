@@ -62,12 +62,11 @@ def kept(*results: dict) -> Journal:
 def test_measured_stands_beside_published(table: Table, entries: list[Entry]) -> None:
     results = kept(*(result(e, v, ratio=32.44) for e, v in zip(entries[2:], (0.48, 0.64), strict=True)))
     text = rendered(table, entries, results, {})
-    lines = text.splitlines()
+    lines = [" ".join(line.split()) for line in text.splitlines()]  # columns are aligned
     assert lines[0] == "## A table"
-    assert lines[2:6] == [
-        "|  | GSM8K | IFEval | mean | ratio on disk |",
-        "|---|---|---|---|---|",
-        "| Base | – (10.00) | – |  |  |",
+    assert [lines[2], *lines[4:6]] == [
+        "| | GSM8K | IFEval | mean | ratio on disk |",
+        "| Base | – (10.00) | – | | |",
         "| DARE | 48.00 ± 3.00 (50.00, -2.00) | 64.00 ± 3.00 (60.00, +4.00) | 56.00 ± 2.12 (55.00, +1.00) | 32.4 |",
     ]
     assert "| all | – (40.00) |" in lines
