@@ -13,7 +13,7 @@ from typing import Any
 from ..common.files import write_json
 from ..common.progress import Progress
 from ..modeling.checkpoints import Checkpoint
-from ..modeling.configuration_pruned import PRUNED_CONFIGS, is_pruned_type, pruned_config_class
+from ..modeling.configuration_pruned import is_pruned_type, pruned_config_class
 from ..modeling.model_files import fetch_file
 from ..modeling.pruned_card import pruned_model_card
 from ..repository.cards import inherited_card_data
@@ -108,7 +108,8 @@ def _pruned_config(
         checkpoint.config if len(kept) == len(before.layers) else _with_layers(checkpoint, len(before.layers), kept)
     )
     if is_pruned_type(config["model_type"]) or set(after.layers) != set(before.layers):
-        family = PRUNED_CONFIGS[f"pruned_{after.family}"]
+        family = pruned_config_class(after.family)
+        assert family is not None
         widths = [dataclasses.asdict(layer) for layer in after.layers]
         # The configuration with every layer as it was before any width was pruned: per_layer_config differs from it.
         usual = {k: v for k, v in config.items() if k not in ("model_type", "per_layer_config")}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from .. import __version__
@@ -139,14 +140,14 @@ def _run(options: argparse.Namespace) -> int:
         own = entries[table.name]
         runner.run(own)
         why_not = runner.failed | runner.unreachable
-
-        def text(of: Sequence[Entry], table: Table = table, why_not: Mapping[str, str] = why_not) -> str:
-            return rendered(table, of, results, why_not, _remark(pair, conditions), compares=pair is None)
-
+        render = partial(
+            rendered, table, results=results, why_not=why_not, remark=_remark(pair, conditions), compares=pair is None
+        )
+        every = entries_of(table, [], conditions) if options.rows else own  # the file has all, whatever is run now
         conditions.output.mkdir(parents=True, exist_ok=True)
         with atomic_write(conditions.output / f"{table.name}.md") as temporary:
-            temporary.write_text(text(entries_of(table, [], conditions)), encoding="utf-8")  # all, whatever is run now
-        print(text(own))
+            temporary.write_text(render(every), encoding="utf-8")
+        print(render(own))
     return 1 if runner.failed else 0
 
 

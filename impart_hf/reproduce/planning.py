@@ -135,7 +135,7 @@ class Entry:
             **self.making.identity(),
             "task": {
                 "lm_eval": identified(task.lm_eval),
-                "files": file_states(task_files(str(task.lm_eval))),
+                "files": identified(task_files(str(task.lm_eval))),
                 "metric": task.metric,
                 "filter": task.filter,
                 "num_fewshot": task.num_fewshot,
