@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration.text import load_tokenizer
 from ..common import processes
 from ..common.devices import usable_device
 from ..delta_adapters.model import DeltaModel
 from ..modeling.model_files import HubOptions, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 from ..repository.open import open_repository, refuse_chain
+from .cost import empty_model
 from .metrics import load
 from .task_scores import TaskSettings
 
@@ -95,6 +97,22 @@ class ModelLoader:
                 f"'{other}': evaluate them one after the other"
             )
 
+    def opened(self, source: str, dtype: torch.dtype | None = None) -> "EvaluatedModel":
+        """Return a model with its tokenizer, whose weights are loaded when they are first needed.
+
+        Args:
+            source: folder or Hub id.
+            dtype: dtype of the weights; None for the model's own.
+
+        Raises:
+            ValueError: if it is no causal language model, or as for `check`.
+            CheckpointError, DeltaFormatError, WrongBaseError: as for `check`.
+        """
+        own = empty_model(source, dtype, self.revision).dtype
+        tokenizer = load_tokenizer(source, HubOptions(self.revision))
+        self.check([source])
+        return EvaluatedModel(source, own, self, tokenizer)
+
     def how(self, dtype: torch.dtype) -> dict[str, Any]:
         """Return what a score depends on beside the model and the task, as JSON."""
         return {"backend": self.backend, "dtype": str(dtype).removeprefix("torch."), "model_args": self.model_args}
@@ -157,6 +175,12 @@ class EvaluatedModel:
         self._lm: Any = None
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer, which it must have been given."""
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    @property
     def model(self) -> PreTrainedModel:
         """The model of transformers."""
         if self._model is None:
@@ -170,14 +194,13 @@ class EvaluatedModel:
         Args:
             settings: the tasks', the same in each call.
         """
-        assert self._tokenizer is not None
         if self._lm is None and self._loader.backend == "vllm":
             with self._taking_arguments():
                 self._lm = self._loader.engine(self.source, self._dtype, settings)
         elif self._lm is None:
             from .hf_lm import TransformersLM
 
-            self._lm = TransformersLM(self.model, self._tokenizer, settings.batch_size)
+            self._lm = TransformersLM(self.model, self.tokenizer, settings.batch_size)
         return self._lm
 
     @contextmanager

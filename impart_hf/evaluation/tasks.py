@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ..calibration.text import load_tokenizer
 from ..common import processes
 from ..modeling.model_files import HubOptions
-from .cost import empty_model
 from .local_data import is_on_hub
 from .models import EvaluatedModel, ModelLoader
 from .task_loading import RequestedTask, load_tasks
@@ -215,11 +214,9 @@ def evaluate_tasks(
         return evaluation.score(model, tokenizer)
     processes.connect(str(device).startswith("cpu"))
     loader = ModelLoader(backend, device, revision, base_model, model_args)
-    dtype, tokenizer = empty_model(model, dtype, revision).dtype, load_tokenizer(model, HubOptions(revision))
-    loader.check([model])
-    evaluation = TaskEvaluation(tasks, settings, results, progress)
-    evaluation.check_tokenizer(tokenizer, model)
-    with closing(EvaluatedModel(model, dtype, loader, tokenizer)) as evaluated:
+    with closing(loader.opened(model, dtype)) as evaluated:
+        evaluation = TaskEvaluation(tasks, settings, results, progress)
+        evaluation.check_tokenizer(evaluated.tokenizer, model)
         return evaluation.score_source(evaluated)
 
 

@@ -6,14 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from ..calibration.text import load_tokenizer
 from ..common import processes
 from ..common.model_names import split_revision
-from ..evaluation.cost import empty_model
-from ..evaluation.models import EvaluatedModel, ModelLoader
+from ..evaluation.models import ModelLoader
 from ..evaluation.task_scores import TaskScore
 from ..evaluation.tasks import TaskEvaluation
-from ..modeling.model_files import HubOptions
 from .makes import Making
 from .planning import Conditions
 from .tables import Task
@@ -41,14 +38,11 @@ class Scorer:
         processes.connect(conditions.device.startswith("cpu"))
         source, revision = split_revision(making.stored or str(folder / "model"))
         base = None if making.base is None else split_revision(making.base)[0]
-        loader = ModelLoader(conditions.backend, conditions.device, revision, base)
-        loader.check([source])
-        dtype, tokenizer = empty_model(source, None, revision).dtype, load_tokenizer(source, HubOptions(revision))
-        with closing(EvaluatedModel(source, dtype, loader, tokenizer)) as model:
+        with closing(ModelLoader(conditions.backend, conditions.device, revision, base).opened(source)) as model:
 
             def score(task: Task) -> TaskScore:
                 evaluation = self._evaluation(task)
-                evaluation.check_tokenizer(tokenizer, source)
+                evaluation.check_tokenizer(model.tokenizer, source)
                 return chosen(evaluation.score_source(model), task)
 
             yield score
