@@ -97,10 +97,10 @@ def test_a_dry_run_of_models_that_are_not_here_goes_by_their_shapes(
     status, out, _ = run(capsys, "impart-sparsification", "--dry-run", "--rows", "dare/wizardmath-13b/gsm8k")
     assert status == 0
     heading, _, line, _, downloads = out.splitlines()
-    cells = dict(zip(heading.split("|"), line.split("|"), strict=True))
-    assert cells[" model "].strip() == "wizardmath-13b" and cells[" from "].strip() == "shapes"
+    cells = dict(zip(*([cell.strip() for cell in text.split("|")] for text in (heading, line)), strict=True))
+    assert cells["model"] == "wizardmath-13b" and cells["from"] == "shapes"
     # 13 billion parameters in 16 bits, by 32.
-    assert float(cells[" result "].removesuffix(" MB ")) == pytest.approx(13.0e9 * 2 / 32 / 1e6, rel=0.1)
+    assert float(cells["result"].removesuffix(" MB")) == pytest.approx(13.0e9 * 2 / 32 / 1e6, rel=0.1)
     assert "vanillaOVO/WizardMath-13B-V1.0@main" in downloads and "meta-llama/Llama-2-13b-hf@main" in downloads
     assert list(tmp_path.iterdir()) == []
 
