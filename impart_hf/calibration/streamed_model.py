@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from ..common.attention import with_capped_attention
 from ..common.checkpoint_layout import CheckpointLayout, TensorGroup
 from ..common.configs import model_config
 from ..common.expert_stacks import ExpertStack, expert_stack
@@ -65,6 +66,7 @@ class StreamedModel:
             self.model: Any = meta_model(config, real_buffers=True, dtype=dtype, experts_implementation="eager").eval()
         except ValueError as error:
             raise self.unsupported(str(error)) from error
+        with_capped_attention(self.model)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)

@@ -17,6 +17,7 @@ from ..adapters.companions import companions_of
 from ..adapters.open import open_finetune
 from ..calibration.streamed_model import StreamedModel, streamed_model
 from ..calibration.text import BUILT_IN, CalibrationSource, calibration_tokens, load_tokenizer, within_positions
+from ..common.attention import with_capped_attention
 from ..common.configs import model_config
 from ..common.files import OutputError
 from ..common.names import recorded_base
@@ -150,9 +151,10 @@ class ModelPair:
             tensors = {name: LazyTensor(self.finetuned, name) for name in self.finetuned.names()}
             model_class = loading_class(self.finetuned)
             config = config_for(model_class, model_config(self.finetuned.config))
-            return model_class.from_pretrained(
+            model = model_class.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=self._dtype, device_map={"": self.device}
-            ).eval()
+            )
+            return with_capped_attention(model).eval()
         source, options = self.base.source, self.base.options
         return load(
             str(repository), self._dtype, self.device,

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from ..coding.records import columns_of
+from ..common.attention import with_capped_attention
 from ..common.live_bytes import LiveBytes
 from ..common.meta_model import text_decoder
 from ..modeling.checkpoints import config_for
@@ -223,7 +224,7 @@ class DistillationMemory:
         for name, module in decoder.named_children():
             if isinstance(module, nn.ModuleList) and len(module) == self._layers:
                 setattr(decoder, name, module[:layers])
-        return model.eval().requires_grad_(False)
+        return with_capped_attention(model).eval().requires_grad_(False)
 
     def _attach(self, student: Any) -> list[TrainedDelta]:
         """Add deltas without values to a student."""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..common.attention import with_capped_attention
 from ..common.checkpoint_layout import CheckpointLayout
 from ..common.expert_stacks import ExpertStack, expert_stack
 from ..common.meta_model import meta_model, reads_text
@@ -66,7 +67,7 @@ def load_model(finetuned: Model, tensors: Mapping[str, LazyTensor], dtype: torch
         raise CheckpointError(
             f"'{finetuned.source}' lacks the tensor {min(info['missing_keys'])}: check that the checkpoint is complete"
         )
-    return model.eval().requires_grad_(False)
+    return with_capped_attention(model).eval().requires_grad_(False)
 
 
 def owners_of(model: Any) -> dict[str, list[str]]:

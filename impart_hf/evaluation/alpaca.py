@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from .journal import Journal
 from .judge import Choice, Judge, JudgeSettings
+
+logger = logging.getLogger(__name__)
 
 TASK = "alpaca_eval"
 PROMPT_VERSION = 1
@@ -116,7 +118,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairwiseQuestion:
     """A model's answer beside the reference's, in one of the two orders.
 
     Attributes:
@@ -138,7 +140,7 @@ class Comparison:
         return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
 
 
-CHECK = Comparison("Reply with the word yes.", "yes", "I would rather not.", model_first=True)
+CHECK = PairwiseQuestion("Reply with the word yes.", "yes", "I would rather not.", model_first=True)
 
 
 class PairwiseJudge:
@@ -169,20 +171,20 @@ class PairwiseJudge:
                 "it needs more --judge-max-tokens if it thinks first"
             )
 
-    def ask(self, comparisons: Sequence[Comparison]) -> None:
+    def ask(self, questions: Sequence[PairwiseQuestion]) -> None:
         """Ask for those verdicts that are not known yet.
 
         Raises:
             JudgeError: if the judge does not answer; the verdicts until then are kept.
         """
-        missing = {self._key(comparison): comparison for comparison in comparisons}
-        missing = {key: comparison for key, comparison in missing.items() if key not in self._journal}
+        missing = {self._key(question): question for question in questions}
+        missing = {key: question for key, question in missing.items() if key not in self._journal}
         if not missing:
             return
         pool = ThreadPoolExecutor(self._settings.concurrency)
         with closing(Judge(self._settings)) as judge:
             try:
-                work = [pool.submit(self._judge, judge, key, comparison) for key, comparison in missing.items()]
+                work = [pool.submit(self._judge, judge, key, question) for key, question in missing.items()]
                 for done in tqdm(as_completed(work), "Judging answers", len(work), leave=False):
                     done.result()
             except BaseException:
@@ -191,64 +193,64 @@ class PairwiseJudge:
             finally:  # the answers to requests that have been sent are kept
                 pool.shutdown(cancel_futures=True)
 
-    def verdict(self, comparison: Comparison) -> dict[str, Any]:
+    def verdict(self, question: PairwiseQuestion) -> dict[str, Any]:
         """Return a verdict that was asked for.
 
         Returns:
             "model_wins", None if the verdict cannot be read; "weight", the probability of it, None if there is none;
             and what else the file keeps.
         """
-        key = self._key(comparison)
+        key = self._key(question)
         return self._journal[key] if key in self._journal else self._unreadable[key]
 
-    def _judge(self, judge: Judge, key: str, comparison: Comparison) -> None:
-        choice = self._choice(judge, comparison)
-        weight = choice.weight if comparison.model_first or choice.weight is None else 1 - choice.weight
+    def _judge(self, judge: Judge, key: str, question: PairwiseQuestion) -> None:
+        choice = self._choice(judge, question)
+        weight = choice.weight if question.model_first or choice.weight is None else 1 - choice.weight
         record = {
-            "model_wins": None if choice.name is None else (choice.name == FIRST) == comparison.model_first,
+            "model_wins": None if choice.name is None else (choice.name == FIRST) == question.model_first,
             "weight": weight,
             "said": choice.text,
             "judge": self._settings.model,
-            "model_first": comparison.model_first,
-            "instruction": comparison.instruction,
-            "output": comparison.answer,  # as in AlpacaEval's files
-            "reference": comparison.reference,
+            "model_first": question.model_first,
+            "instruction": question.instruction,
+            "output": question.answer,  # as in AlpacaEval's files
+            "reference": question.reference,
         }
         if choice.name is None:
             self._unreadable[key] = record  # and asked for again in another run
         else:
             self._journal.add(key, record)
 
-    def _choice(self, judge: Judge, comparison: Comparison) -> Choice:
+    def _choice(self, judge: Judge, question: PairwiseQuestion) -> Choice:
         for _ in range(READABLE_ATTEMPTS):
-            choice = judge.choose(comparison.messages(), (FIRST, SECOND))
+            choice = judge.choose(question.messages(), (FIRST, SECOND))
             if choice.name is not None:
                 break
         return choice
 
-    def _key(self, comparison: Comparison) -> str:
+    def _key(self, question: PairwiseQuestion) -> str:
         """A name of all on which a verdict depends."""
-        return hashlib.sha256(json.dumps([self._settings.model, comparison.messages()]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self._settings.model, question.messages()]).encode()).hexdigest()
 
 
-def comparisons(question: dict[str, str], answer: str) -> list[Comparison]:
-    """Return the two comparisons of an answer with the reference's."""
-    return [Comparison(question["instruction"], answer, question["output"], first) for first in (False, True)]
+def pairwise_questions(record: dict[str, str], answer: str) -> list[PairwiseQuestion]:
+    """Return the two questions on an answer to a record's instruction, one for each order."""
+    return [PairwiseQuestion(record["instruction"], answer, record["output"], first) for first in (False, True)]
 
 
-def answer_scores(question: dict[str, str], answer: str, judge: PairwiseJudge) -> dict[str, float]:
+def answer_scores(record: dict[str, str], answer: str, judge: PairwiseJudge) -> dict[str, float]:
     """Return an answer's part in each metric: means over both orders, if both verdicts can be read.
 
     Returns:
         "win_rate" if both can be read, and "weighted_win_rate" if the judge gives probabilities; "judged", whether both
         can be read; "length" and "reference_length" in characters.
     """
-    verdicts = [judge.verdict(comparison) for comparison in comparisons(question, answer)]
+    verdicts = [judge.verdict(question) for question in pairwise_questions(record, answer)]
     wins, weights = ([verdict[name] for verdict in verdicts] for name in ("model_wins", "weight"))
     scores = {} if None in wins else {"win_rate": sum(wins) / 2}
     if scores and None not in weights:
         scores["weighted_win_rate"] = sum(weights) / 2
-    lengths = {"length": float(len(answer)), "reference_length": float(len(question["output"]))}
+    lengths = {"length": float(len(answer)), "reference_length": float(len(record["output"]))}
     return {**scores, "judged": float(None not in wins), **lengths}
 
 
@@ -300,17 +302,32 @@ def alpaca_task(settings: AlpacaSettings, verdicts: Path | None = None) -> Any:
             pair
             for instance in task.instances
             for answer in instance.filtered_resps.values()
-            for pair in comparisons(instance.doc, answer)
+            for pair in pairwise_questions(instance.doc, answer)
         ]
         judge.ask(pairs)
-        unreadable = [verdict for verdict in map(judge.verdict, pairs) if verdict["model_wins"] is None]
-        if unreadable:
-            said = f"{len(unreadable)} of {len(pairs)} verdicts are neither '{FIRST}' nor '{SECOND}'"
-            example = f"such as '{unreadable[0]['said']:.80}'"
-            if len(unreadable) == len(pairs):
-                raise ValueError(f"the judge '{settings.judge.model}' cannot be read: {said}, {example}")
-            logging.getLogger(__name__).warning("%s, %s; their instructions are left out", said, example)
+        _check_verdicts([judge.verdict(pair) for pair in pairs], settings.judge.model)
         return result
 
     task.build_all_requests, task.apply_filters = check_and_build_all_requests, apply_filters_and_judge
     return task
+
+
+def _check_verdicts(verdicts: Sequence[Mapping[str, Any]], judge: str) -> None:
+    """Warn of verdicts that count less than others.
+
+    Raises:
+        ValueError: if none can be read.
+    """
+    unreadable = [verdict for verdict in verdicts if verdict["model_wins"] is None]
+    if unreadable:
+        said = f"{len(unreadable)} of {len(verdicts)} verdicts are neither '{FIRST}' nor '{SECOND}'"
+        example = f"such as '{unreadable[0]['said']:.80}'"
+        if len(unreadable) == len(verdicts):
+            raise ValueError(f"the judge '{judge}' cannot be read: {said}, {example}")
+        logger.warning("%s, %s; their instructions are left out", said, example)
+    weighted = [verdict["weight"] is not None for verdict in verdicts if verdict["model_wins"] is not None]
+    if any(weighted) and not all(weighted):
+        logger.warning(
+            "%s of %s verdicts have no probabilities; weighted_win_rate leaves their instructions out",
+            weighted.count(False), len(weighted),
+        )  # fmt: skip

@@ -13,6 +13,7 @@ from transformers import (
 )
 from transformers.utils import is_accelerate_available
 
+from ..common.attention import with_capped_attention
 from ..common.meta_model import takes_images
 from ..common.partial_logits import Logits, LogitsOf
 from ..common.token_losses import cross_entropy, kl_divergence
@@ -33,6 +34,8 @@ def load(source: str, dtype: torch.dtype, device: str | torch.device, **options:
         options["device_map"] = {"": device}  # a delta is then decoded there
     config = AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k in _HUB_OPTIONS})
     model: PreTrainedModel = _auto_class(config).from_pretrained(source, dtype=dtype, **options)
+    if "attn_implementation" not in options:
+        model = with_capped_attention(model)
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the first parameter
 
 

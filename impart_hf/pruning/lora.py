@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 from ..calibration.text import CalibrationSource, check_vocabulary, model_tokens
+from ..common.attention import with_capped_attention
 from ..modeling.checkpoints import Checkpoint
 from .decoder_shape import DecoderShape
 
@@ -57,9 +58,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         trust_remote_code=False,
         return_dict=True,  # transformers' own models fail with False
     )
-    if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # transformers' default, sdpa, leaves the capping out
-    return model
+    return with_capped_attention(model)
 
 
 def add_lora(model: Any, shape: DecoderShape, rank: int, alpha: int, seed: int) -> Any:

@@ -31,14 +31,19 @@ class RunFolder:
         entries: what state.json holds, by the stages' names; "model" stands for the recipe's model.
     """
 
-    def __init__(self, output: str | Path):
+    def __init__(self, output: str | Path, model: str):
         """Read what an earlier run has finished; nothing is made.
 
+        Args:
+            output: the folder.
+            model: the recipe's model, as the recipe names it.
+
         Raises:
-            OutputError: if the folder holds something else than a recipe's output, or cannot be written.
+            OutputError: if the folder holds something else than the output of a recipe for this model, or cannot be
+                written.
             RecipeError: if its state cannot be read.
         """
-        self.path = Path(os.path.abspath(output))
+        self.path, self._model = Path(os.path.abspath(output)), model
         self._lock = FolderLock(self.path)
         if not self._is_resumed():
             check_output(self.path)
@@ -60,6 +65,11 @@ class RunFolder:
         entries = state.get("stages")
         if state.get("format_version") != _VERSION or not isinstance(entries, dict):
             raise RecipeError(f"{self.path / STATE} is of another version of impart-hf: choose another output folder")
+        if state.get("model") != self._model:  # whose stages are all of no use, and would be removed
+            raise OutputError(
+                f"{self.path} holds the stages of a recipe for {state.get('model')!r}, not for {self._model!r}: choose "
+                "another output folder, or remove this one"
+            )
         return entries
 
     def __enter__(self) -> RunFolder:
@@ -114,7 +124,7 @@ class RunFolder:
 
     def _write(self) -> None:
         with atomic_write(self.path / STATE) as path:
-            write_json(path, {"format_version": _VERSION, "stages": self.entries})
+            write_json(path, {"format_version": _VERSION, "model": self._model, "stages": self.entries})
 
 
 def folder_bytes(folder: Path) -> int:

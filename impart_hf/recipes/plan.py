@@ -12,6 +12,7 @@ from typing import Any
 from ..calibration.text import CalibrationSource, TextField, calibration_tokens, load_tokenizer
 from ..common.devices import usable_device
 from ..common.files import file_states
+from ..common.version import __version__
 from ..common.weight_bytes import weight_bytes
 from ..evaluation.task_results import model_identity
 from ..evaluation.task_scores import task_files
@@ -53,7 +54,7 @@ class RecipePlan:
         revision: commit of its model on the Hub; None for a folder.
         parameters: of its model.
         bytes_per_parameter: of its weights; pruning changes no dtype.
-        fingerprint: hash of what tells its model from others.
+        fingerprint: hash of what tells its model from others, and of impart-hf's version.
         stages: in order.
         evaluation: how models are measured.
         conditions: hash of the settings and texts by which they are measured.
@@ -114,7 +115,7 @@ def plan_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, *, device: str 
         checkpoint, shape = open_decoder(recipe.model, recipe.revision)
     _check_texts(checkpoint, [(stage.name, call) for stage, call in zip(stages, calls, strict=True)], evaluation)
     revision = None if os.path.isdir(recipe.model) else checkpoint.options.revision
-    source = _hash(recipe.model, model_identity(recipe.model, revision))
+    source = _hash(recipe.model, model_identity(recipe.model, revision), __version__)
     conditions = _hash(dict(recipe.eval), [_text_state(text) for text in _read_by(evaluation)])
     shapes, fingerprints, planned = {0: shape}, {0: source}, []
     for stage, call in zip(stages, calls, strict=True):

@@ -48,9 +48,11 @@ def run_recipe(
         RecipeError: if the recipe is wrong, which is found before any work, or a stage fails; the message names the
             stage.
         FileNotFoundError: if the YAML file does not exist.
-        OutputError: if the output folder is not free, or another process runs a recipe in it.
+        OutputError: if the output folder is not free, holds the stages of another model, or another process runs a
+            recipe in it.
     """
-    folder = RunFolder(output)
+    recipe = Recipe.of(recipe)
+    folder = RunFolder(output, recipe.model)
     plan = plan_recipe(recipe, device=device)
     with folder:
         return _Run(plan, folder, progress).report_after_all()

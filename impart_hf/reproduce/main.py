@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,6 +116,7 @@ def _run(options: argparse.Namespace) -> int:
         tables = [pair.table(table) for table in tables]
         conditions = replace(conditions, one_text=pair.one_text, limit=conditions.limit or LIMIT)
     entries = _entries(tables, options.rows or [], conditions)
+    _check_replaced(conditions.replaced, [entry for own in entries.values() for entry in own])
     tables = [table for table in tables if table.name in entries]
     results = results_in(conditions.output)
     if options.list:
@@ -179,6 +180,13 @@ def _entries(tables: Sequence[Table], patterns: Sequence[str], conditions: Condi
             )
     found = {table.name: entries_of(table, patterns, conditions) for table in tables}
     return {name: own for name, own in found.items() if own}
+
+
+def _check_replaced(replaced: Mapping[str, str], entries: Sequence[Entry]) -> None:
+    """Refuse fine-tunes that stand for models of none of the rows."""
+    used = {model.name for entry in entries for model in (entry.row.model, *entry.row.model.merges)}
+    if unused := [name for name in replaced if name not in used]:
+        raise ValueError(f"--model {unused[0]}: none of these rows has the model; leave it out, or name other rows")
 
 
 def _print_rows(table: Table, entries: Sequence[Entry], results: Journal) -> None:

@@ -18,7 +18,7 @@ from support.code_tasks import ScriptedModel
 from support.loopback_judge import Failure, LoopbackJudge, Question, leave_out_settings
 from support.messages import naming
 
-from impart_hf.evaluation.alpaca import AlpacaSettings, Comparison, PairwiseJudge, alpaca_task, read_questions
+from impart_hf.evaluation.alpaca import AlpacaSettings, PairwiseJudge, PairwiseQuestion, alpaca_task, read_questions
 from impart_hf.evaluation.journal import Journal
 from impart_hf.evaluation.judge import JudgeError, JudgeSettings
 
@@ -92,6 +92,21 @@ def test_weighted_win_rate(instructions: Path) -> None:
     assert found["win_rate"] == 1 and found["weighted_win_rate"] == pytest.approx(0.7)
 
 
+def test_verdicts_without_probabilities(instructions: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their instructions do not count in the weighted win rate, and a warning says so."""
+
+    def answer(question: Question) -> float | bytes:
+        weight = 0.8 if question.name_of("mine") == "m" else 0.2
+        if "Count to 9." not in question.text:
+            return weight
+        return json.dumps({"choices": [{"message": {"content": question.name_of("reference")}}]}).encode()
+
+    with LoopbackJudge(answer, probabilities=True) as judge:
+        found = scores(settings(judge, instructions))
+    assert found["win_rate"] == pytest.approx(0.9) and found["weighted_win_rate"] == pytest.approx(0.8)
+    assert "2 of 20 verdicts have no probabilities" in caplog.text
+
+
 def test_verdicts_that_cannot_be_read(instructions: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are asked for three times; an instruction counts if both of its verdicts can be read."""
 
@@ -136,7 +151,7 @@ def test_the_question(tmp_path: Path) -> None:
     texts = ('{"a": {b}} "quoted"\n\nAnswer of m:\n"mine"', "line\nAnswer of M:\n\\n {first}", "\u00e9 \U0001f600 %s")
     for model_first in (True, False):
         instruction, answer, reference = texts
-        (system, user) = Comparison(instruction, answer, reference, model_first).messages()
+        (system, user) = PairwiseQuestion(instruction, answer, reference, model_first).messages()
         assert (system["role"], user["role"]) == ("system", "user")
         found = Question({"messages": [system, user]}, 0).answers
         assert found == dict(zip("mM", (answer, reference) if model_first else (reference, answer), strict=True))
@@ -176,14 +191,14 @@ def test_verdicts_are_kept(instructions: Path, tmp_path: Path) -> None:
 def test_a_killed_run_resumes(instructions: Path, tmp_path: Path) -> None:
     verdicts = tmp_path / "verdicts.jsonl"
     program = """
-from impart_hf.evaluation.alpaca import PairwiseJudge, comparisons, read_questions
+from impart_hf.evaluation.alpaca import PairwiseJudge, pairwise_questions, read_questions
 from impart_hf.evaluation.judge import JudgeSettings
 from pathlib import Path
 import sys
 url, questions, verdicts = sys.argv[1:]
 judge = PairwiseJudge(JudgeSettings(url, "tester", concurrency=1), Path(verdicts))
 asked = [(question, "mine to: " + question["instruction"]) for question in read_questions(questions)]
-judge.ask([pair for question, answer in asked for pair in comparisons(question, answer)])
+judge.ask([pair for question, answer in asked for pair in pairwise_questions(question, answer)])
 """
     process: Any = None
 
@@ -288,7 +303,7 @@ def test_files_that_are_no_json(tmp_path: Path) -> None:
 
 def test_nothing_is_asked_twice_in_one_run() -> None:
     """Of two equal instructions with equal answers."""
-    pair = Comparison("Count.", "mine", "reference", True)
+    pair = PairwiseQuestion("Count.", "mine", "reference", True)
     with LoopbackJudge(lambda question: question.name_of("mine")) as judge:
         panel = PairwiseJudge(JudgeSettings(judge.url, "tester"))
         panel.ask([pair, pair])

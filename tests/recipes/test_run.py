@@ -18,7 +18,7 @@ from impart_hf import PrunedLlamaForCausalLM
 from impart_hf.common.files import OutputError
 from impart_hf.evaluation import compare
 from impart_hf.pruning import importance, pruned_writer, recovery
-from impart_hf.recipes import RecipeError, RecipeReport, run_recipe
+from impart_hf.recipes import RecipeError, RecipeReport, plan, run_recipe
 from impart_hf.recipes.folder import RunFolder
 from impart_hf.storage.folder_lock import FolderLock
 
@@ -250,6 +250,21 @@ def test_outputs_that_are_not_free(recipe: dict, tmp_path: Path, output: Path) -
         run(recipe, output)
 
 
+def test_the_stages_of_another_model_stay(recipe: dict, output: Path, tmp_path: Path) -> None:
+    before = stages_in(output)
+    shutil.copytree(recipe["model"], tmp_path / "other")
+    with pytest.raises(OutputError, match=naming(recipe["model"], tmp_path / "other")):
+        run({**recipe, "model": str(tmp_path / "other")}, output)
+    assert stages_in(output) == before
+
+
+def test_another_version_does_the_stages_again(recipe: dict, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "__version__", "99")
+    before = stages_in(output)
+    run({**recipe, "stages": recipe["stages"][:2]}, output)
+    assert stages_in(output) != before
+
+
 def test_nothing_is_made_for_a_wrong_recipe(recipe: dict, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=naming("05-recover", "steps", 0)):
         run(changed(recipe, 5, steps=0), tmp_path / "out")
@@ -267,7 +282,7 @@ def test_two_runs_in_one_folder(recipe: dict, output: Path) -> None:
 def test_a_run_that_was_killed_before_its_first_entry(recipe: dict, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/lock").touch()
-    assert RunFolder(tmp_path / "out").entries == {}
+    assert RunFolder(tmp_path / "out", recipe["model"]).entries == {}
 
 
 def test_a_model_that_is_never_pruned(recipe: dict, tmp_path: Path) -> None:

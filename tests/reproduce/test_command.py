@@ -71,6 +71,7 @@ def test_tables_without_a_row_that_is_asked_for_are_left_out(capsys: pytest.Capt
         (["impart-ratios", "--judge", "http://localhost"], ("--judge-model", "--instructions")),
         (["impart-ratios", "--model", "wizardmath-13b"], ("--model", "wizardmath-13b")),
         (["impart-ratios", "--model", "wizard=folder"], ("--model", "wizard")),
+        (["impart-ratios", "--model", "wizardcoder-13b=folder", "--rows", "*/wizardmath-13b/*"], ("--model", "rows")),
         (["impart-ratios", "--texts", "nowhere"], ("--texts", "nowhere")),
         (["impart-ratios", "--limit", "0"], ("limit", 0)),
         (["impart-ratios", "--limit", "2.5"], ("limit", 2.5)),

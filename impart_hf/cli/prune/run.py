@@ -53,12 +53,13 @@ def _summary(report: RecipeReport, output: str) -> str:
 
 
 def _print_plan(options: argparse.Namespace) -> None:
-    from ...recipes import plan_recipe
+    from ...recipes import Recipe, plan_recipe
     from ...recipes.folder import RunFolder
     from ...recipes.run import unfinished
 
-    folder = RunFolder(options.output)
-    plan = plan_recipe(options.recipe, device=options.device)
+    recipe = Recipe.from_yaml(options.recipe)
+    folder = RunFolder(options.output, recipe.model)
+    plan = plan_recipe(recipe, device=options.device)
     to_do = unfinished(plan, folder)
     if options.json:
         print(json.dumps({**plan.to_dict(), "to_do": to_do}, indent=2))
