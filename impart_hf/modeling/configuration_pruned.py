@@ -28,7 +28,7 @@ LAYER_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size
 # transformers loops over all layers when it reads per_layer_config: a damaged number must not make that take hours.
 _MOST_LAYERS = 10_000
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")
-_PREFIX = "pruned_"  # of the model types
+PRUNED_PREFIX = "pruned_"  # of the model types
 
 if TYPE_CHECKING:
     _Base = PreTrainedConfig
@@ -260,7 +260,7 @@ def pruned_config_class(model_type: Any) -> type[PrunedConfig] | None:
     """
     if not isinstance(model_type, str):
         return None
-    return PRUNED_CONFIGS.get(f"{_PREFIX}{model_type.removeprefix(_PREFIX)}")
+    return PRUNED_CONFIGS.get(f"{PRUNED_PREFIX}{model_type.removeprefix(PRUNED_PREFIX)}")
 
 
 def is_pruned_type(model_type: Any) -> bool:

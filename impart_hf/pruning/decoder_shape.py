@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..modeling.configuration_pruned import is_pruned_type, pruned_config_class
+from ..modeling.configuration_pruned import PRUNED_PREFIX, is_pruned_type, pruned_config_class
 
 # What width pruning removes: query heads, KV groups (the heads of keys and values), channels of the MLP.
 HEADS, GROUPS, CHANNELS = UNITS = ("heads", "groups", "channels")
@@ -144,7 +144,7 @@ class DecoderShape:
             raise ValueError(
                 "use_bidirectional_attention is set, but only models that predict the next token are pruned"
             )
-        name = family.model_type.removeprefix("pruned_")
+        name = family.model_type.removeprefix(PRUNED_PREFIX)
         biases = FAMILIES[name].biases
         return cls(
             family=name,

@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.delta_tenants import (
+    CLOSE,
     IDS,
     MIXED,
     Tenants,
+    both,
+    check_each,
+    check_rows,
     generates,
     largest_difference,
     load_dense,
@@ -28,11 +32,10 @@ from support.tiny_models import (
     edit_json,
     fine_tune,
     make_model,
-    same_files,
     save_model,
     tiny_config,
 )
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from impart_hf import (
     BitDeltaConfig,
@@ -48,10 +51,7 @@ from impart_hf import (
     compress,
     load_delta,
 )
-from impart_hf.modeling.delta_repository import WrongBaseError
-from impart_hf.modeling.model_files import CheckpointError
 
-CLOSE = 1e-4
 ROWS_APART = [
     "llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mixtral", "gpt-neox", "phi",
     "gpt2", "biogpt", "qwen2-moe", "gemma3-vision",
@@ -79,35 +79,6 @@ def tenants_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tena
 @pytest.fixture(scope="module")
 def tenants(tenants_of: Callable[[str], Tenants]) -> Tenants:
     return tenants_of("llama")
-
-
-def both(tenants: Tenants, factors: str | None = None) -> DeltaModel:
-    model = load_delta(tenants.load_base(), tenants.deltas["one"], "one", factors=factors)
-    model.load_adapter(tenants.deltas["two"], "two", factors=factors)
-    return model
-
-
-def check_each(model: DeltaModel, tenants: Tenants) -> None:
-    """Every delta, active, and the base."""
-    for name in ("one", "two", "one"):
-        model.set_adapter(name)
-        merged = load_dense(tenants.deltas[name])
-        assert largest_difference(says(model), says(merged)) <= CLOSE
-        assert torch.equal(generates(model), generates(merged))
-    base = load_dense(tenants.base)
-    with model.disable_adapter():
-        assert torch.equal(says(model), says(base))
-    assert largest_difference(says(model)[..., :VOCABULARY], says(base)) > 100 * CLOSE
-    assert torch.equal(says(model.get_base_model()), says(base)), "the base itself is without deltas"
-
-
-def check_rows(model: DeltaModel, tenants: Tenants) -> None:
-    """A batch of several deltas says what its rows say alone."""
-    for number, name in enumerate(MIXED):
-        dense = load_dense(tenants.folder(name))
-        row = IDS[number : number + 1]
-        assert largest_difference(says(model, adapter_names=MIXED)[number], says(dense, row)[0]) <= CLOSE
-        assert torch.equal(generates(model, adapter_names=MIXED)[number], generates(dense, row)[0])
 
 
 def kinds(names: list[str]) -> list:
@@ -432,72 +403,3 @@ def _again(base: LlamaForCausalLM, tenants: Tenants) -> DeltaModel:
     model = load_delta(base, tenants.deltas["one"], "one")
     model.load_adapter(tenants.deltas["two"], "two")
     return model
-
-
-def test_saved_byte_for_byte(tenants: Tenants, tmp_path: Path) -> None:
-    model = load_delta(tenants.load_base(), tenants.deltas["one"])
-    model.load_adapter(tenants.deltas["two"], "two")
-    model.save_pretrained(tmp_path / "saved")
-    assert same_files(tmp_path / "saved" / "two", tenants.deltas["two"])
-    saved = sorted(path.name for path in (tmp_path / "saved").iterdir() if path.is_file())
-    assert saved == sorted(path.name for path in tenants.deltas["one"].iterdir())
-    model.save_pretrained(tmp_path / "only", selected_adapters=["two"])
-    assert [path.name for path in (tmp_path / "only").iterdir()] == ["two"]
-    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "only" / "two"), LlamaForCausalLM)
-    with pytest.raises(ValueError, match=naming("three")):
-        model.save_pretrained(tmp_path / "none", selected_adapters=["three"])
-    assert not (tmp_path / "none").exists()
-
-
-def test_another_base(tenants: Tenants, tmp_path: Path) -> None:
-    other = save_model(make_model(tiny_config("llama"), 7, torch.float32), tmp_path / "other")
-    with pytest.raises(WrongBaseError):
-        load_delta(load_dense(other), tenants.deltas["one"])
-    changed = tenants.load_base()
-    with torch.no_grad():
-        changed.model.layers[1].mlp.up_proj.weight[0, 0] += 1
-    with pytest.raises(WrongBaseError, match=naming("model.layers.1.mlp.up_proj.weight")):
-        load_delta(changed, tenants.deltas["one"])
-    assert not any("forward" in vars(module) for module in changed.modules()), "nothing is left behind"
-    longer = tenants.load_base()
-    longer.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
-    with pytest.raises(ValueError):
-        load_delta(longer, tenants.deltas["one"])
-
-
-def test_files_of_the_base_are_found(tenants: Tenants, tmp_path: Path) -> None:
-    """Where the model was loaded from, or where the call says; otherwise the error tells what to do."""
-    moved = tmp_path / "moved"
-    tenants.base.rename(moved)
-    try:
-        assert load_delta(load_dense(moved), tenants.deltas["one"]).active_adapter == "default"
-        base = load_dense(moved)
-        base.name_or_path = ""
-        with pytest.raises(CheckpointError, match=naming("base_files")):
-            load_delta(base, tenants.deltas["one"])
-        load_delta(base, tenants.deltas["one"], base_files=str(moved))
-    finally:
-        moved.rename(tenants.base)
-
-
-def test_no_base(tenants: Tenants) -> None:
-    model = both(tenants)
-    for wrong, named in ((model, "load_adapter"), (load_dense(tenants.deltas["one"]), "base"), ("base", "str")):
-        with pytest.raises(TypeError, match=naming(named)):
-            load_delta(wrong, tenants.deltas["one"])  # type: ignore[arg-type]
-    headless = AutoModel.from_pretrained(tenants.base, dtype=torch.float32)
-    with pytest.raises(ValueError, match=naming("config.json", "class")):
-        load_delta(headless, tenants.deltas["one"])
-
-
-def test_damaged_delta(tenants: Tenants, tmp_path: Path) -> None:
-    broken = shutil.copytree(tenants.deltas["one"], tmp_path / "broken")
-    file = broken / "delta_model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 255
-    file.write_bytes(bytes(data))
-    model = both(tenants)
-    with pytest.raises(ValueError, match=naming("damaged")):
-        model.load_adapter(broken, "broken")
-    assert model.adapter_names == ["one", "two"]
-    check_rows(model, tenants)

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from impart_hf import ImPartQtConfig, compress
+from impart_hf import DeltaModel, ImPartQtConfig, compress, load_delta
 from impart_hf.methods import MethodConfig
 
-from .tiny_models import fine_tune, make_model, save_model
+from .tiny_models import VOCABULARY, fine_tune, make_model, save_model
 
 IDS = torch.randint(4, 300, (4, 12), generator=torch.Generator().manual_seed(0))
 NEW_TOKENS = 6
+CLOSE = 1e-4
 MIXED = ["one", "__base__", "two", "one"]  # of the rows of IDS
 
 
@@ -65,3 +66,33 @@ def generates(model: torch.nn.Module, ids: torch.Tensor = IDS, **options: object
 
 def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
+
+
+def both(tenants: Tenants, factors: str | None = None) -> DeltaModel:
+    """Both deltas beside the base, the first active."""
+    model = load_delta(tenants.load_base(), tenants.deltas["one"], "one", factors=factors)
+    model.load_adapter(tenants.deltas["two"], "two", factors=factors)
+    return model
+
+
+def check_each(model: DeltaModel, tenants: Tenants) -> None:
+    """Every delta, active, and the base."""
+    for name in ("one", "two", "one"):
+        model.set_adapter(name)
+        merged = load_dense(tenants.deltas[name])
+        assert largest_difference(says(model), says(merged)) <= CLOSE
+        assert torch.equal(generates(model), generates(merged))
+    base = load_dense(tenants.base)
+    with model.disable_adapter():
+        assert torch.equal(says(model), says(base))
+    assert largest_difference(says(model)[..., :VOCABULARY], says(base)) > 100 * CLOSE
+    assert torch.equal(says(model.get_base_model()), says(base)), "the base itself is without deltas"
+
+
+def check_rows(model: DeltaModel, tenants: Tenants) -> None:
+    """A batch of several deltas says what its rows say alone."""
+    for number, name in enumerate(MIXED):
+        dense = load_dense(tenants.folder(name))
+        row = IDS[number : number + 1]
+        assert largest_difference(says(model, adapter_names=MIXED)[number], says(dense, row)[0]) <= CLOSE
+        assert torch.equal(generates(model, adapter_names=MIXED)[number], generates(dense, row)[0])
