@@ -53,7 +53,7 @@ class Catalogue:
             allowed: patterns, separated by commas; may be empty.
 
         Raises:
-            ValueError: if an entry has neither form, or a name is given twice.
+            ValueError: if an entry has neither form, is a folder that does not exist, or a name is given twice.
         """
         patterns = [pattern for part in allowed.split(",") if (pattern := part.strip())]
         # Of folders all but the last level is without links, as the names that are compared with them.
@@ -76,6 +76,8 @@ class Catalogue:
             place, at, revision = (repo, "", "") if Path(repo).is_dir() else repo.partition("@")
             if not name or not place or (at and not revision):
                 raise ValueError(f"{DELTAS_VARIABLE}: '{entry}' is not NAME=REPO[@REVISION]")
+            if not Path(place).is_dir() and not _is_hub_id(place):
+                raise ValueError(f"{DELTAS_VARIABLE}: '{place}' of '{entry}' is neither a folder here nor a Hub id")
             self._named.append(NamedDelta(name, place, revision or None))
         if problems := self._look()[1]:
             raise ValueError(f"{DELTAS_VARIABLE}: {problems[0]}; choose another name for one of them")

@@ -66,6 +66,8 @@ def test_delta_that_the_engine_was_started_on(
         ("user/delta", ("'user/delta'", "NAME=REPO", "folder")),
         ("=user/delta", ("'=user/delta'", "NAME=REPO")),
         ("math=", ("'math='", "NAME=REPO")),
+        ("math=/no/such/folder", ("/no/such/folder", "neither", "Hub id")),
+        ("math=no-folder", ("'no-folder'", "neither", "Hub id")),
         ("math=user/delta@", ("'math=user/delta@'", "NAME=REPO")),
         ("math=user/one,math=user/two", ("'math'", "user/one", "user/two")),
         ("base=user/one", ("'base'", "user/one")),
