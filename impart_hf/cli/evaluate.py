@@ -98,12 +98,12 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from ..evaluation.compare import compare_models
-    from ..evaluation.model_index import read_card, update_card
+    from ..evaluation.model_index import read_metadata, update_card
 
     if is_first():
         warn_of_code(options)
     for model in options.models if options.update_card else []:
-        read_card(model)  # for its errors, before models are evaluated for hours
+        read_metadata(model)  # for its errors, before models are evaluated for hours
     comparison = compare_models(
         options.models,
         latency=bool(options.latency),

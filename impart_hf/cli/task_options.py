@@ -1,6 +1,8 @@
 """Options of `impart-hf evaluate` about tasks of lm-eval."""
 
 import argparse
+import ast
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ _SETTINGS = (
     "allow_code",
 )
 _OTHERS = ("backend", "model_args", "results")
+# Commas within quotes and brackets do not separate.
+_PART = re.compile(r"""(?:"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|[^,])+""")
 _ALPACA, JUDGED = "alpaca_eval", ("judge", "judge_model", "judge_max_tokens", "instructions", "references")
 
 
@@ -47,7 +51,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
         "--gen-kwargs",
         metavar="KEY=VALUE,…",
         type=key_values,
-        help="arguments of generation instead of the task's own, such as max_gen_toks=512,temperature=0.7",
+        help="arguments of generation instead of the task's own, such as max_gen_toks=512,do_sample=true,temperature=1",
     )
     group.add_argument("--seed", type=int, help="of the choice of examples, and of sampling (default: 1234, lm-eval's)")
     add_running(group)
@@ -175,9 +179,14 @@ def given_alpaca(options: argparse.Namespace) -> Any:
 
 
 def key_values(text: str) -> dict[str, Any]:
-    """Parse "key=value,key=value", for argparse: values are numbers, booleans, None or text, as lm-eval has it."""
-    found = {}
-    for part in text.split(","):
+    """Parse "key=value,key=value", for argparse, as lm-eval has it.
+
+    Values are numbers, booleans, None, Python's literals ("\\n\\n" in quotes, lists, dictionaries), or text.
+    """
+    found, parts = {}, _PART.findall(text)
+    if ",".join(parts) != text or not parts:
+        raise argparse.ArgumentTypeError(f"'{text}' is not KEY=VALUE,KEY=VALUE")
+    for part in parts:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise argparse.ArgumentTypeError(f"'{part}' is not KEY=VALUE")
@@ -189,10 +198,10 @@ def _value(text: str) -> Any:
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
-    for kind in (int, float):
+    for parse in (int, float, ast.literal_eval):
         try:
-            return kind(text)
-        except ValueError:
+            return parse(text)
+        except (ValueError, SyntaxError):
             continue
     return text
 

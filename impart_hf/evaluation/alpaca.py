@@ -287,7 +287,12 @@ def alpaca_task(settings: AlpacaSettings, verdicts: Path | None = None) -> Any:
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": _MAX_NEW_TOKENS},
         "filter_list": [{"name": settings.judge.model, "filter": [{"function": "take_first"}]}],
         "num_fewshot": 0,
-        "metadata": {"version": PROMPT_VERSION, "judge": settings.judge.model},
+        # With more tokens for an answer, fewer verdicts cannot be read.
+        "metadata": {
+            "version": PROMPT_VERSION,
+            "judge": settings.judge.model,
+            "judge_max_tokens": settings.judge.max_tokens,
+        },
     }
     task = ConfigurableTask(config=config)
     build_all_requests, apply_filters = task.build_all_requests, task.apply_filters

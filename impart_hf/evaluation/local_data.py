@@ -7,12 +7,14 @@ wrote. FOLDER/DATASET/ may also be the data set's repository, as it was download
 where configurations and splits are.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # as `datasets` names them
 
 
@@ -33,7 +35,7 @@ def local_data(folder: str | Path) -> Iterator[None]:
 
     # A task loads its data when it is made, by this method, which lm-eval has classes override for data from elsewhere.
     def download(task: Any, dataset_kwargs: Any = None, **options: Any) -> None:
-        if is_on_hub(task):
+        if is_on_hub(task) or _is_in(Path(folder), task.DATASET_PATH):
             task.dataset = _read(task, Path(folder))
         else:
             on_hub(task, dataset_kwargs, **options)
@@ -51,6 +53,11 @@ def is_on_hub(task: Any) -> bool:
     if path is None or task.config.custom_dataset or Path(path).exists():
         return False
     return "/" in path or find_spec(f"datasets.packaged_modules.{path}") is None  # such as json
+
+
+def _is_in(folder: Path, dataset: str | None) -> bool:
+    """Return whether a data set of the Hub is in a folder; in the working directory it is also a path that exists."""
+    return dataset is not None and _HUB_ID.fullmatch(dataset) is not None and (folder / dataset).is_dir()
 
 
 def _read(task: Any, root: Path) -> Any:
@@ -95,5 +102,10 @@ def _read_files(folder: Path, files: dict[str, list[Path]]) -> Any:
 def _splits(config: Any) -> list[str]:
     """Return the splits that a task reads: that of the questions, and that of the examples before them."""
     questions = config.test_split or config.validation_split
-    examples = (config.fewshot_config.split if config.fewshot_config else None) or config.training_split
+    # In lm-eval's order, which reads them also if no example is asked for.
+    examples = (
+        (config.fewshot_config.split if config.fewshot_config else None)
+        or config.training_split
+        or config.validation_split
+    )
     return [split for split in dict.fromkeys((questions, examples)) if split]

@@ -6,7 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, metadata_load
+from huggingface_hub import EvalResult, ModelCard, metadata_load, metadata_save
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ..common.files import atomic_write
 from ..common.names import public_name
@@ -14,10 +15,11 @@ from .task_scores import TaskScore
 
 _CARD = "README.md"
 _TASK = "text-generation"
+_SOURCE = "https://github.com/EleutherAI/lm-evaluation-harness"
 
 
-def read_card(folder: str | Path) -> ModelCard:
-    """Return the card of a model's folder, a new one if it has none.
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """Return the metadata of the card in a model's folder; none if it has no card.
 
     Raises:
         ValueError: if it is no folder, or its card's metadata cannot be read or are of several models.
@@ -26,40 +28,48 @@ def read_card(folder: str | Path) -> ModelCard:
         raise ValueError(f"'{folder}' is no local folder, and only the card of one can be updated: download it first")
     path = Path(folder, _CARD)
     if not path.is_file():
-        return ModelCard("---\n{}\n---\n\n" + f"# {public_name(str(folder))}\n")
+        return {}
     try:
-        card, index = ModelCard.load(path), (metadata_load(path) or {}).get("model-index")
+        ModelCard.load(path)  # which raises an error for a model-index that the Hub would not read
+        metadata = metadata_load(path) or {}
     except Exception as error:  # huggingface_hub has no error of its own for this
         raise ValueError(f"the metadata of '{path}' cannot be read, correct them first: {error}") from error
-    if index and len(index) > 1:  # the Hub's client would give all of their results to the last one
+    if len(index := metadata.get("model-index") or []) > 1:
         raise ValueError(
             f"the model-index of '{path}' has {len(index)} models, and scores are of one: remove the others"
         )
-    return card
+    return metadata
 
 
 def update_card(folder: str | Path, scores: Sequence[TaskScore]) -> None:
-    """Put scores into a folder's card; a score of the same task, metric and filter is replaced, all else stays.
+    """Put scores into a folder's card; earlier scores of ours for the same task, metric and filter go, all else stays.
 
     Args:
         folder: a model's local folder.
         scores: its scores.
 
     Raises:
-        ValueError: as for `read_card`.
+        ValueError: as for `read_metadata`.
     """
-    card = read_card(folder)
-    data: Any = card.data  # ModelCardData, which huggingface_hub declares as its base class
-    new = {_key(result): result for result in map(_result, scores)}
-    kept = [result for result in data.eval_results or [] if _key(result) not in new]
-    data.eval_results = [*kept, *new.values()]
-    data.model_name = data.model_name or public_name(str(folder))
-    with atomic_write(Path(folder, _CARD)) as temporary:
-        temporary.write_text(str(card), "utf-8")
+    metadata, path, name = read_metadata(folder), Path(folder, _CARD), public_name(str(folder))
+    model = (metadata.get("model-index") or [{"name": name, "results": []}])[0]
+    new = list(map(_result, scores))
+    renewed = {(result.dataset_name, result.metric_type, result.metric_name) for result in new}
+    # As they stand: the Hub's client would write results of one data set under one name, with one source.
+    kept = [left for result in model["results"] if (left := _without(result, renewed))]
+    added = eval_results_to_model_index(name, new)[0]["results"]
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(path.read_bytes() if path.is_file() else f"\n# {name}\n".encode())
+        metadata_save(temporary, {**metadata, "model-index": [{**model, "results": [*kept, *added]}]})
 
 
-def _key(result: EvalResult) -> tuple[str, str, str | None]:
-    return result.dataset_name, result.metric_type, result.metric_name
+def _without(result: dict[str, Any], renewed: set[tuple[str, str, str | None]]) -> dict[str, Any] | None:
+    """Return a result of a model-index without those metrics of ours that are renewed; None if no metric is left."""
+    dataset = result["dataset"]
+    if (result.get("source") or {}).get("url") != _SOURCE or dataset.get("config") != dataset["name"]:
+        return result  # somebody else's
+    left = [m for m in result["metrics"] if (dataset["name"], m["type"], m.get("name")) not in renewed]
+    return {**result, "metrics": left} if left else None
 
 
 def _result(score: TaskScore) -> EvalResult:
@@ -78,5 +88,5 @@ def _result(score: TaskScore) -> EvalResult:
         metric_value=score.value,
         metric_args=error or None,
         source_name=f"lm-eval {version('lm_eval')}",
-        source_url="https://github.com/EleutherAI/lm-evaluation-harness",
+        source_url=_SOURCE,
     )

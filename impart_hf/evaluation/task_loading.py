@@ -92,9 +92,10 @@ def load_tasks(names: Sequence[str], settings: TaskSettings, results: Path | Non
         if sandbox is None and (code := executing_code(manager, name)):
             raise CodeNotAllowedError(code[0])
         requested.append(_load(manager, name, settings, sandbox))
-    for found in requested:
-        for task in found.tasks.values():
-            _configure(task, settings)
+    tasks = [task for found in requested for task in found.tasks.values()]
+    _refuse_without_effect(tasks, settings)
+    for task in tasks:
+        _configure(task, settings)
     _refuse_one_name(requested)
     return requested
 
@@ -183,15 +184,43 @@ def _load(manager: Any, name: str, settings: TaskSettings, sandbox: Sandbox | No
     return RequestedTask(name, loaded["tasks"], loaded.get("groups", {}))
 
 
+def _refuse_without_effect(tasks: Sequence[Any], settings: TaskSettings) -> None:
+    """Refuse settings that none of the tasks follows."""
+    if settings.num_fewshot and all(_has_no_examples(task) for task in tasks):
+        raise ValueError(
+            "num_fewshot has no effect: these tasks have no examples, or have them in their text; leave it out"
+        )
+    if settings.gen_kwargs and not any(map(_generates, tasks)):
+        raise ValueError("gen_kwargs has no effect: none of these tasks lets the model generate; leave it out")
+
+
+def _has_no_examples(task: Any) -> bool:
+    return task.get_config("num_fewshot") == 0
+
+
+def _generates(task: Any) -> bool:
+    return task.get_config("output_type") == "generate_until"
+
+
 def _configure(task: Any, settings: TaskSettings) -> None:
     """Set the number of examples and the arguments of generation, as lm-eval's own command does."""
-    own = task.get_config("num_fewshot")
-    if settings.num_fewshot is not None and own != 0:  # 0 says that the task has no examples, or has them in its text
+    if settings.num_fewshot is not None and not _has_no_examples(task):
         task.set_config(key="num_fewshot", value=settings.num_fewshot)
-    elif own is None:
+    elif task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
-    if settings.gen_kwargs and task.get_config("output_type") == "generate_until":
+    if not _generates(task):
+        return
+    if settings.gen_kwargs:
         task.set_config(key="generation_kwargs", value=dict(settings.gen_kwargs), update=True)
+    arguments = task.get_config("generation_kwargs") or {}
+    if arguments.get("temperature"):
+        # Otherwise models sample all the same, but kept answers would be taken for those of further samples.
+        arguments.setdefault("do_sample", True)
+        if not arguments["do_sample"] and "temperature" in (settings.gen_kwargs or {}):
+            raise ValueError(
+                f"temperature={arguments['temperature']} has no effect on task '{task.config.task}', which does not "
+                "sample: add do_sample=true"
+            )
 
 
 @contextmanager

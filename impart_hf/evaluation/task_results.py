@@ -90,7 +90,7 @@ def configuration(task: Any) -> str:
     """Return all that a task of lm-eval is made of but its data, as text that is the same in each run."""
     config = task.config.to_dict(keep_callable=True)
     (config.get("metadata") or {}).pop("config_source", None)  # a path
-    return _canonical(config)
+    return _canonical([config, type(task)])
 
 
 def results_folder(folder: str | Path) -> Path:
@@ -161,7 +161,9 @@ class FinishedTask:
         Raises:
             OutputError: if another job is at this task, or the file is damaged or cannot be written.
         """
-        from lm_eval.api.model import CacheHook, CachingLM
+        from lm_eval.api.model import CacheHook
+
+        from .kept_answers import KeptAnswers
 
         folder = self._path.with_suffix(f".answers-{processes.number()}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +171,7 @@ class FinishedTask:
         if not lock.take():
             raise OutputError(f"another process works on {self._path}: wait for it, or keep results elsewhere")
         try:
-            caching = CachingLM(lm, str(folder / _ANSWERS))
+            caching = KeptAnswers(lm, str(folder / _ANSWERS))
             try:
                 yield caching
             finally:

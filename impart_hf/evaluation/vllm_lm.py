@@ -1,7 +1,7 @@
 """Models as lm-eval runs them by vLLM. lm-eval and vLLM must be installed to import this module."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,9 +45,39 @@ class EngineLM(VLLM):
         with _base(base_model):
             super().__init__(source, batch_size=settings.batch_size, **{**arguments, **model_args})
 
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answer requests, and keep each answer at once under the request's own arguments.
+
+        lm-eval's class keeps them under those that it gives to vLLM, by which no other run finds them.
+        """
+        hook: Any = self.cache_hook  # type: ignore[has-type]
+        self.cache_hook = _UnderOwnArguments(hook, requests)
+        try:
+            return super().generate_until(requests, disable_tqdm)
+        finally:
+            self.cache_hook = hook
+
     def stop(self) -> None:
         """Stop the engine, whose processes and memory would stay until Python ends."""
         self.model.llm_engine.engine_core.shutdown()
+
+
+class _UnderOwnArguments:
+    """A hook of lm-eval's cache for the answers to some requests."""
+
+    def __init__(self, hook: Any, requests: Sequence[Any]):
+        self._hook = hook
+        self._arguments: dict[str, Any] = {}
+        for request in requests:
+            prompt, options = request.args
+            # Of one prompt with two kinds of options, an answer could be that to either.
+            same = self._arguments.setdefault(prompt, options) == options
+            self._arguments[prompt] = options if same else None
+
+    def add_partial(self, attr: str, arguments: tuple[str, Any], answer: str) -> None:
+        """Keep an answer; `arguments` are the prompt, and what vLLM was given."""
+        if (options := self._arguments.get(arguments[0])) is not None:
+            self._hook.add_partial(attr, (arguments[0], options), answer)
 
 
 @contextmanager

@@ -124,10 +124,10 @@ def _run(options: argparse.Namespace) -> int:
             _print_rows(table, entries[table.name], results)
         return 0
     load_libraries()
-    from ..common.devices import usable_device
+    from ..evaluation.models import ModelLoader
     from .forecasts import forecast_table
 
-    usable_device(conditions.device)  # raises an error if there is none
+    ModelLoader(conditions.backend, conditions.device)  # raises an error if one of them is not there
     conditions.settings_for(tables[0].rows[0].task)  # likewise for numbers
     if options.dry_run:
         missing = [e for own in entries.values() for e in own if not e.needs and e.key not in results]

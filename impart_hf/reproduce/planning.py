@@ -114,6 +114,8 @@ class Entry:
             return "a task that lm-eval does not have"
         if lacking := self.making.needs():
             return lacking
+        if self.conditions.backend == "runtime" and self.making.base is None:
+            return "--backend hf or vllm, as it is no delta"
         if self.task.code and self.conditions.allow_code is None:
             return "--allow-code isolated, as the task executes what the model writes"
         return ""

@@ -92,6 +92,9 @@ class Runner:
         """Make a model, and score it for each of these entries, which all have it."""
         from ..compression.plan import UnreachableRatioError
 
+        entries = [entry for entry in entries if self._can_be_scored(entry)]
+        if not entries:
+            return
         making = entries[0].making
         folder = self._conditions.output / "models" / entries[0].making_key
         with self._failures_of(entries):
@@ -107,6 +110,12 @@ class Runner:
         # What failed is tried again by the next run, which goes on with the model.
         if not self._keep and not any(entry.key in self.failed for entry in entries):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _can_be_scored(self, entry: Entry) -> bool:
+        """Load an entry's task, whose errors are to come before a model is made for hours."""
+        with self._failures_of([entry]):
+            self._scorer.load(entry.task)
+        return entry.key not in self.failed
 
     @contextmanager
     def _failures_of(self, entries: Sequence[Entry]) -> Iterator[None]:

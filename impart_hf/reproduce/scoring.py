@@ -41,13 +41,14 @@ class Scorer:
         with closing(ModelLoader(conditions.backend, conditions.device, revision, base).opened(source)) as model:
 
             def score(task: Task) -> TaskScore:
-                evaluation = self._evaluation(task)
+                evaluation = self.load(task)
                 evaluation.check_tokenizer(model.tokenizer, source)
                 return chosen(evaluation.score_source(model), task)
 
             yield score
 
-    def _evaluation(self, task: Task) -> TaskEvaluation:
+    def load(self, task: Task) -> TaskEvaluation:
+        """Return a task with its data, which is loaded once; errors as for `TaskEvaluation`."""
         assert task.lm_eval is not None
         if task not in self._tasks:
             # What a judge says is kept, because it costs money.

@@ -123,6 +123,32 @@ def test_a_repository_of_the_hub(model: str, tmp_path: Path) -> None:
     assert evaluate_tasks(model, ["gsm8k"], settings)[0].samples == 2
 
 
+def test_the_folder_in_which_one_is(model: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data)
+    settings = TaskSettings(data_dir=Path("."), gen_kwargs={"max_gen_toks": 2})
+    assert evaluate_tasks(model, ["gsm8k"], settings)[0].samples == 3
+
+
+def test_examples_from_the_validation_split(model: str, tmp_path: Path) -> None:
+    """Of a task without training split, lm-eval reads it even if no example is asked for."""
+    for split in ("validation", "test"):
+        write_lines(tmp_path / "some/body" / f"{split}.jsonl", PIQA)
+    (tmp_path / "goals.yaml").write_text(
+        """task: goals
+dataset_path: some/body
+validation_split: validation
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{goal}}"
+doc_to_choice: "{{[sol1, sol2]}}"
+doc_to_target: label
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+    )
+    settings = TaskSettings(data_dir=tmp_path)
+    assert evaluate_tasks(model, [str(tmp_path / "goals.yaml")], settings)[0].samples == len(PIQA)
+
+
 def test_what_is_missing_is_named(model: str, data: Path, tmp_path: Path) -> None:
     for task, place in (("gsm8k", "openai/gsm8k/main"), ("piqa", "baber/piqa")):
         with pytest.raises(ValueError, match=naming(f"'{task}'", f"'{tmp_path / place}'")):

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from support.tiny_models import Pair, edit_json
 from impart_hf import __version__
 from impart_hf.common.files import OutputError
 from impart_hf.evaluation import models as evaluated_models
+from impart_hf.evaluation.kept_answers import KeptAnswers
 from impart_hf.evaluation.task_loading import load_tasks
 from impart_hf.evaluation.task_results import FinishedTask, configuration, model_identity
 from impart_hf.evaluation.tasks import TaskScore, TaskSettings, evaluate_tasks
@@ -100,8 +102,20 @@ def test_what_a_file_says(task: Path, tiny_repository: Path, tmp_path: Path) -> 
     assert str(tmp_path) not in path.read_text("utf-8"), "the machine's folders are no part of it"
 
 
+TASK_CLASS = """
+from lm_eval.api.task import ConfigurableTask
+
+class Backwards(ConfigurableTask):
+    def __init__(self, config=None, **options):
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def doc_to_text(self, doc, *args):
+        return doc["question"][::-1]
+"""
+
+
 @pytest.mark.parametrize(
-    "change", ["settings", "dtype", "config", "weights", "tokenizer", "documents", "configuration", "function"]
+    "change", ["settings", "dtype", "config", "weights", "tokenizer", "documents", "configuration", "function", "class"]
 )
 def test_what_is_measured_anew(change: str, pair: Pair, tmp_path: Path, calls: Calls) -> None:
     (tmp_path / "task").mkdir()
@@ -128,6 +142,14 @@ def test_what_is_measured_anew(change: str, pair: Pair, tmp_path: Path, calls: C
     elif change == "documents":
         lines = (task.parent / "examples.jsonl").read_text("utf-8").splitlines()
         (task.parent / "examples.jsonl").write_text("\n".join(lines[::-1]) + "\n", "utf-8")
+    elif change == "class":
+        own = task.parent / "own_class.py"
+        own.write_text(TASK_CLASS, "utf-8")
+        task.write_text(f"{task.read_text('utf-8')}class: !function own_class.Backwards\n", "utf-8")
+        shutil.rmtree(tmp_path / "results")
+        evaluate_tasks(str(pair.base), [str(task)], settings, dtype=dtype, results=tmp_path / "results")
+        calls.since()
+        own.write_text(TASK_CLASS.replace("[::-1]", "[::-2]"), "utf-8")
     elif change == "function":  # one that the task's own calls
         functions.write_text(functions.read_text("utf-8").replace("['question']", "['question'][:9]"), "utf-8")
     else:
@@ -170,6 +192,37 @@ def test_an_interrupted_task_continues(
     assert calls.since()[1] <= whole - whole // 2 + 8
     (model,) = (tmp_path / "results").iterdir()
     assert [found.suffix for found in model.iterdir()] == [".json"], "the answers are not kept"
+
+
+class OneOfTwo:
+    """A model of lm-eval in a job of two processes, which do a step of each call together."""
+
+    world_size = 2
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def set_cache_hook(self, hook: Any) -> None:
+        pass
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        self.asked.append(len(requests))
+        return [-float(len(request.args[0])) for request in requests]
+
+
+def test_a_process_that_has_all_answers_still_takes_part(tmp_path: Path) -> None:
+    requests = [SimpleNamespace(args=("a" * length,)) for length in (3, 5)]
+    for asked in ([2], [1]):  # whose answers are all there, asks for one again
+        model = OneOfTwo()
+        answering = KeptAnswers(model, str(tmp_path / "answers.db"))
+        assert answering.loglikelihood_rolling(requests) == [-3, -5]
+        assert model.asked == asked
+        answering.dbdict.close()
+    lone = OneOfTwo()
+    lone.world_size = 1
+    answering = KeptAnswers(lone, str(tmp_path / "answers.db"))
+    assert answering.loglikelihood_rolling(requests) == [-3, -5] and lone.asked == []
+    answering.dbdict.close()
 
 
 class NoModel:

@@ -21,6 +21,7 @@ from support.tiny_models import Pair, edit_json, save_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from impart_hf.evaluation import models as evaluated_models
+from impart_hf.evaluation.task_loading import load_tasks
 from impart_hf.evaluation.task_scores import metrics_of, scores_of
 from impart_hf.evaluation.tasks import TaskEvaluation, TaskScore, TaskSettings, evaluate_tasks
 
@@ -160,6 +161,27 @@ def test_arguments_of_generation(reciting: Path, tiny_pair: Pair) -> None:
     settings = TaskSettings(gen_kwargs={"max_gen_toks": 1})
     scores = evaluate_tasks(str(tiny_pair.finetuned), [str(reciting)], settings, dtype=torch.float32)
     assert [score.value for score in scores] == [0, 0]
+
+
+def test_settings_without_effect(task: Path, reciting: Path, tiny_pair: Pair, tmp_path: Path) -> None:
+    without = tmp_path / "without_examples.yaml"
+    without.write_text(task.read_text("utf-8").replace("task: going_on", "task: without\nnum_fewshot: 0"), "utf-8")
+    for path, given, names in (
+        (task, {"gen_kwargs": {"max_gen_toks": 2}}, "gen_kwargs"),
+        (without, {"num_fewshot": 2}, "num_fewshot"),
+        (reciting, {"gen_kwargs": {"temperature": 0.7}}, ("temperature", "'reciting'", "do_sample=true")),
+    ):
+        with pytest.raises(ValueError, match=naming(names)):
+            evaluate_tasks(str(tiny_pair.base), [str(path)], TaskSettings(**given))
+
+
+def test_a_temperature_means_sampling(reciting: Path, tmp_path: Path) -> None:
+    """Said so that kept answers, which are for greedy ones, are not taken for further samples."""
+    sampled = tmp_path / "sampled.yaml"
+    sampled.write_text(reciting.read_text("utf-8").replace("do_sample: false", "temperature: 0.8"), "utf-8")
+    (found,) = load_tasks([str(sampled)], TaskSettings())
+    (loaded,) = found.tasks.values()
+    assert loaded.get_config("generation_kwargs")["do_sample"] is True
 
 
 def test_metrics_of_scores_are_lm_evals() -> None:

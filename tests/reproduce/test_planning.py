@@ -110,6 +110,12 @@ def test_a_row_says_what_it_needs(table: str, row: str, named: object, condition
     assert re.search(naming(named), entry(table, row, conditions).needs)
 
 
+def test_only_deltas_run_beside_their_base(conditions: Conditions) -> None:
+    beside = replace(conditions, backend="runtime")
+    assert "--backend" in entry("impart-sparsification", "backbone/wizardmath-13b/gsm8k", beside).needs
+    assert entry("impart-sparsification", "dare/wizardmath-13b/gsm8k", beside).needs == ""
+
+
 def test_what_is_given_is_no_longer_needed(conditions: Conditions, tmp_path: Path) -> None:
     for name in ("gsm8k.jsonl", "humaneval.txt", "ifeval.parquet"):
         path = tmp_path / "texts" / "validation" / name

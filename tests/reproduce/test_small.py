@@ -158,6 +158,15 @@ def test_a_row_that_fails_does_not_stop_the_others(
     assert {line["row"].split("/")[0] for line in lines_of(tmp_path / "out")} == {"backbone"}
 
 
+def test_no_model_is_made_that_cannot_be_scored(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    without = shutil.copytree(pair, tmp_path / "without")
+    for file in (without / "tasks").glob("*.jsonl"):
+        file.unlink()
+    status, out, err = small(capsys, without, tmp_path / "out", "impart-sparsification", "--rows", "dare/*/gsm8k")
+    assert status == 1 and "failed: " in err
+    assert not (tmp_path / "out" / "models").exists()
+
+
 @pytest.fixture
 def locked(tmp_path: Path) -> Iterator[Path]:
     lock = FolderLock(tmp_path)
