@@ -34,6 +34,7 @@ from ..repository.kl_forecast import FORECAST, TensorErrors, forecast_text, kl_f
 from ..repository.reader_files import reader_files
 from ..repository.report import CompressionReport, TensorReport, human_bytes, read_reports
 from ..repository.sidecar_files import copy_files
+from ..repository.tokenizer_class import keep_tokenizer_class
 from ..storage.safetensors_writer import Entry, header_bytes, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
 from .encoding import NOT_REACHED
@@ -181,6 +182,7 @@ def write_repository(
     sidecar_bytes = copy_files(pair.companions.files, folder)
     for path in reader_files():
         shutil.copyfile(path, folder / path.name)
+    keep_tokenizer_class(pair.companions.source, pair.companions.options, folder)
     for tensor in tensors:
         if tensor.kind == "encoded":
             notes = about.get(tensor.name, {}).get("notes", [])

@@ -27,6 +27,10 @@ _UNNAMED = "REPO_ID"  # a card's placeholder for the Hub id, until the repositor
 _CARD = "README.md"
 _STAGING = ".saving-"  # begins the name of the folder in which files are written first
 _WEIGHTS = (DELTA_FILE, DELTA_INDEX, DELTA_FILE.replace(".", "-*-of-*."))
+_DENSE_WEIGHTS = (  # of a pruned model
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
+)
 _CONFIGS = (CONFIG_NAME, GENERATION_CONFIG_NAME)
 # Fields of config.json by which the tensors are decoded.
 _OF_TENSORS = ("tensor_dtype", "tensor_dtype_exceptions", "absent_tensors", "row_counts", "base_tensors")
@@ -52,7 +56,7 @@ def push_folder(
 ) -> str:
     """Upload a delta repository's folder to the Hub in one commit, without files that the Hub already has.
 
-    Weight files of another delta that the Hub has are deleted by the same commit.
+    Weight files of another delta or pruned model that the Hub has are deleted by the same commit.
 
     Args:
         folder: the files; its card's loading example will name the repository.
@@ -89,8 +93,7 @@ def push_folder(
                 commit_message=commit_message or "Upload delta repository",
                 commit_description=commit_description,
                 ignore_patterns=[*sorted(kept), f"{_STAGING}*"],  # the latter of a process that was killed
-                # Shards of another delta would be read in place of a new file, or the other way round.
-                delete_patterns=list(_WEIGHTS) if any(map(_is_weights, names)) else None,
+                delete_patterns=_replaced(names),
             )
     except HfHubHTTPError:  # the Hub's answer says what is wrong
         raise
@@ -258,6 +261,15 @@ def _is_own(name: str) -> bool:
 
 def _is_weights(name: str) -> bool:
     return _matches(name, _WEIGHTS)
+
+
+def _replaced(names: Iterable[str]) -> list[str] | None:
+    """Return patterns of all weight files of a repository's kind.
+
+    Shards of another delta or model would be read in place of a new file, or the other way round.
+    """
+    kinds = [patterns for patterns in (_WEIGHTS, _DENSE_WEIGHTS) if any(_matches(name, patterns) for name in names)]
+    return [pattern for patterns in kinds for pattern in patterns] or None
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -19,6 +19,7 @@ from ..modeling.pruned_card import pruned_model_card
 from ..repository.cards import inherited_card_data
 from ..repository.reader_files import with_pruned_reader
 from ..repository.sidecar_files import copy_sidecar_files
+from ..repository.tokenizer_class import keep_tokenizer_class
 from ..storage.checkpoint_writer import DenseTensor, new_folder, write_weights
 from .decoder_shape import DecoderShape
 from .history import with_step
@@ -87,6 +88,7 @@ def write_pruned(
         write_weights(folder, tensors, max_shard_size, progress, "Writing")
         copy_sidecar_files(checkpoint.source, checkpoint.options, folder)
         write_json(folder / "config.json", with_pruned_reader(config, folder))
+        keep_tokenizer_class(checkpoint.source, checkpoint.options, folder)
         metadata = inherited_card_data(fetch_file(checkpoint.source, "README.md", checkpoint.options))
         card = pruned_model_card(config, Path(os.path.abspath(output)).name, after.parameters, metadata)
         (folder / "README.md").write_text(card, "utf-8")

@@ -28,6 +28,7 @@ from ..modeling.repository_kind import RepositoryKind, kind_of
 from ..repository.cards import inherited_card_data
 from ..repository.reader_files import with_pruned_reader
 from ..repository.sidecar_files import copy_sidecar_files
+from ..repository.tokenizer_class import keep_tokenizer_class
 from ..storage.checkpoint_writer import DenseTensor, check_room, new_folder, write_weights
 from ..storage.output import check_output
 from ..training.trainer import train, training_arguments
@@ -169,6 +170,7 @@ def recover(
                     "data": text_name(data),
                 }
                 _write_config(folder, Path(os.path.abspath(output_dir)).name, checkpoint, shape, step, card_data)
+                keep_tokenizer_class(checkpoint.source, checkpoint.options, folder)
                 write_weights(folder, _tensors(trained, checkpoint), "5GB", bar, "Writing")
         arguments.distributed_state.wait_for_everyone()
         return RecoveryReport(

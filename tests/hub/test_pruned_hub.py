@@ -164,6 +164,7 @@ HfApi().upload_file(repo_id="tester/known", path_in_repo="README.md", path_or_fi
 urls = [str(model.push_to_hub("tester/known", tags=["mine"], commit_message="First"))]
 model.push_to_hub("tester/new", private=True, max_shard_size="60KB", revision="dev")
 model.save_pretrained(out + "/saved", push_to_hub=True, repo_id="tester/saved")
+model.push_to_hub("tester/folder", max_shard_size="60KB")  # whose shards the next push is to replace
 urls += [str(push(pruned, "tester/folder")), str(push(layers, "tester/layers", commit_message="Fewer layers"))]
 print(json.dumps(urls))
 """
@@ -245,6 +246,7 @@ def test_what_is_pushed(world: SimpleNamespace, tmp_path: Path) -> None:
     assert (known.license, known.language, known.tags) == ("mit", ["en"], ["pruned", "impart-hf", "old", "mine"])
     assert len(list((tmp_path / "new").glob("*.safetensors"))) > 1 and world.hub.repo("tester/new").state["private"]
     pushed = hub_folder(world, "tester/folder", tmp_path / "folder")
+    assert [path.name for path in pushed.glob("*.safetensors*")] == ["model.safetensors"]
     for path in (world.root / "pruned").iterdir():
         expected = path.read_bytes()
         if path.name == "README.md":
