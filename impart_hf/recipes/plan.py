@@ -126,7 +126,7 @@ def plan_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, *, device: str 
         if stage.kind in (*PRUNING, "compress"):
             about.append(recorded_name(recipe, stages, stage))
         if stage.kind == "push":  # the card of what is pushed has the recipe and the measurements
-            about += [recipe.to_dict(), conditions]
+            about += [{**recipe.to_dict(), "keep": None}, conditions]
         fingerprints[stage.number] = _hash(stage.name, inputs, about)
         planned.append(PlannedStage(stage, call, fingerprints[stage.number], shapes[stage.number].parameters))
     return RecipePlan(

@@ -29,11 +29,11 @@ class RecipeError(ValueError):
 
 
 @contextlib.contextmanager
-def errors_of(place: str) -> Iterator[None]:
-    """Turn the errors that a wrong recipe or model raises into a RecipeError that names their place in the recipe."""
+def errors_of(place: str, *others: type[Exception]) -> Iterator[None]:
+    """Turn the errors that a wrong recipe or model raises, and others, into a RecipeError that names their place."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, *others) as error:
         raise RecipeError(f"{place}: {error}") from error
 
 
@@ -180,7 +180,7 @@ def linked(recipe: Recipe) -> list[Stage]:
     stages: list[Stage] = []
     model, base = 0, 0  # numbers of the stages that made the model so far, and what it was before its recovery
     report: int | None = None  # of the importance of that model, unless a stage has used it
-    unused = False
+    unused = narrowed = False
     for number, (kind, settings) in enumerate(written, 1):
         stage = Stage(number, kind, settings, model)
         for key, value in settings.items():
@@ -195,6 +195,9 @@ def linked(recipe: Recipe) -> list[Stage]:
         if kind == "importance":
             report, unused = number, True
         elif kind in PRUNING:
+            if _merges(kind, settings):
+                _check_merging(stage, stages[report - 1] if report else None, narrowed)
+            narrowed = narrowed or (kind == "width" and settings.get("exponent") != 0)
             if _takes_report(kind, settings):
                 if report is None:
                     raise RecipeError(
@@ -233,7 +236,31 @@ def _refuse_unused(stages: Sequence[Stage], report: int | None) -> None:
 
 def _takes_report(kind: str, settings: Mapping[str, Any]) -> bool:
     """Return whether a pruning stage takes an importance report: all but named layers that are only dropped."""
-    return kind == "width" or settings.get("layers") is None or settings.get("merge", True) is not False
+    return kind == "width" or settings.get("layers") is None or _merges(kind, settings)
+
+
+def _merges(kind: str, settings: Mapping[str, Any]) -> bool:
+    return kind == "layers" and settings.get("merge", True) is not False
+
+
+def _check_merging(stage: Stage, importance: Stage | None, narrowed: bool) -> None:
+    """Check that layers can be merged.
+
+    Args:
+        stage: the stage that merges.
+        importance: the one whose report it takes.
+        narrowed: whether a stage before gave every layer a width of its own.
+    """
+    if narrowed:
+        raise RecipeError(
+            f"{stage.name}: after width, layers differ in their widths and cannot be merged: set merge: false, or let "
+            "layers come first"
+        )
+    if importance is not None and importance.settings.get("masks") is False:
+        raise RecipeError(
+            f"{stage.name}: merging needs the masks that {importance.name} is told to leave out: take out its masks: "
+            "false, or set merge: false here"
+        )
 
 
 def _push(stage: Stage, stages: Sequence[Stage], base: int, recipe: Recipe) -> Stage:
@@ -255,6 +282,11 @@ def _push(stage: Stage, stages: Sequence[Stage], base: int, recipe: Recipe) -> S
     if not needs_base and stage.settings.get("base_repo") is not None:
         what = "the base is the recipe's model" if is_delta else "what is pushed is no delta"
         raise RecipeError(f"{stage.name}: base_repo has no effect, because {what}: leave it out")
+    if needs_base and stage.settings.get("revision") is not None:
+        raise RecipeError(
+            f"{stage.name}: revision cannot be set beside base_repo, whose main branch the delta reads: "
+            "leave revision out"
+        )
     if stage.settings.get("base_repo") == stage.settings["repo"]:
         raise RecipeError(f"{stage.name}: repo and base_repo are the same: the delta needs a repository of its own")
     if is_delta and base == 0 and Path(recipe.model).is_dir() and recipe.base_name is None:

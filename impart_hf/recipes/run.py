@@ -64,17 +64,22 @@ def unfinished(plan: RecipePlan, folder: RunFolder) -> list[str]:
 
 
 def _to_do(plan: RecipePlan, folder: RunFolder) -> set[int]:
-    """Return the numbers of the stages to do: what is unfinished, and what that needs and is no longer there."""
+    """Return the numbers of the stages to do: what is unfinished, what that needs and is no longer there, and what was
+    made from a stage that is done again, whose result can differ by rounding and prune other heads.
+    """
     to_do: set[int] = set()
-    needed = set(plan.results)
-    for planned in reversed(plan.stages):
-        stage, entry = planned.stage, folder.entries.get(planned.name)
-        made = entry is not None and entry.get("fingerprint") == planned.fingerprint
-        if made and stage.makes_model and not _is_measured(plan, planned.fingerprint, entry):
-            needed.add(stage.number)
-        if not made or (stage.number in needed and not folder.stage(planned.name).is_dir()):
-            to_do.add(stage.number)
-            needed.update(stage.inputs)
+    needed, known = set(plan.results), -1
+    while len(to_do) > known:
+        known = len(to_do)
+        for planned in reversed(plan.stages):
+            stage, entry = planned.stage, folder.entries.get(planned.name)
+            made = entry is not None and entry.get("fingerprint") == planned.fingerprint
+            if made and stage.makes_model and not _is_measured(plan, planned.fingerprint, entry):
+                needed.add(stage.number)
+            gone = stage.number in needed and not folder.stage(planned.name).is_dir()
+            if not made or gone or not to_do.isdisjoint(stage.inputs):
+                to_do.add(stage.number)
+                needed.update(stage.inputs)
     return to_do
 
 
@@ -97,7 +102,7 @@ class _Run:
         fingerprint, source = self._plan.fingerprint, self._plan.recipe.model
         if not _is_measured(self._plan, fingerprint, self._folder.entries.get(MODEL)):
             self._notes.note(f"measuring {source}")
-            with errors_of("eval"):
+            with errors_of("eval", RuntimeError):
                 found = self._measured(source, fingerprint, revision=self._plan.revision)
             self._folder.put(MODEL, found)
         for planned in self._plan.stages:
@@ -127,7 +132,7 @@ class _Run:
         """Do a stage, and store that it is finished."""
         self._notes.note(f"stage {planned.stage.number} of {len(self._plan.stages)}: {planned.name}")
         started = time.perf_counter()
-        with errors_of(planned.name):
+        with errors_of(planned.name, RuntimeError):
             report = self._called(planned)
         seconds = time.perf_counter() - started
         self._folder.put(planned.name, {"fingerprint": planned.fingerprint, "seconds": seconds, "report": report})
@@ -179,7 +184,7 @@ class _Run:
         stage, name = planned.stage, planned.name
         entry = self._folder.entries[name]
         if stage.makes_model and not _is_measured(self._plan, planned.fingerprint, entry):
-            with errors_of(name):
+            with errors_of(name, RuntimeError):
                 found = self._measured(self._source(stage.number), planned.fingerprint, base=stage.base)
             self._folder.put(name, {**entry, **found})
             self._report().save(self._folder.path)

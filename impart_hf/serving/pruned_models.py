@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 
@@ -20,6 +21,7 @@ class _Family(NamedTuple):
             takes it as the argument `layer_type`.
         fields: further fields of a layer's configuration.
         ignored: fields that must not be set, as vLLM would leave out without a word what they ask for.
+        in_float16: whether it can be computed in float16. vLLM's own check knows the family's model type alone.
     """
 
     model: str
@@ -27,6 +29,7 @@ class _Family(NamedTuple):
     found_at: tuple[str, str] | None = None
     fields: dict[str, Any] = {}
     ignored: tuple[str, ...] = ()
+    in_float16: bool = True
 
 
 _LLAMA, _LLAMA_LAYER = "llama:LlamaForCausalLM", "llama:LlamaDecoderLayer"
@@ -44,10 +47,10 @@ _FAMILIES = {
         ignored=("attention_bias",),  # its part on o_proj
     ),
     "PrunedGemma2ForCausalLM": _Family(
-        "gemma2:Gemma2ForCausalLM", "gemma2:Gemma2DecoderLayer", ("gemma2", "Gemma2DecoderLayer")
+        "gemma2:Gemma2ForCausalLM", "gemma2:Gemma2DecoderLayer", ("gemma2", "Gemma2DecoderLayer"), in_float16=False
     ),
     "PrunedGemma3ForCausalLM": _Family(
-        "gemma3:Gemma3ForCausalLM", "gemma3:Gemma3DecoderLayer", ("gemma3", "Gemma3DecoderLayer")
+        "gemma3:Gemma3ForCausalLM", "gemma3:Gemma3DecoderLayer", ("gemma3", "Gemma3DecoderLayer"), in_float16=False
     ),
 }
 PRUNED_ARCHITECTURES = tuple(_FAMILIES)
@@ -66,6 +69,7 @@ def pruned_class(architecture: str) -> type[nn.Module]:
     layer = _layer_class(_resolve(family.layer), architecture)
 
     def init(self: nn.Module, *, vllm_config: Any, prefix: str = "") -> None:
+        check_dtype(vllm_config.model_config.dtype, architecture)
         if family.found_at is None:
             inner.__init__(self, vllm_config=vllm_config, prefix=prefix, layer_type=layer)
         else:
@@ -119,6 +123,18 @@ def _replaced(place: str, attribute: str, layer: type[nn.Module]) -> Iterator[No
         yield
     finally:
         setattr(holder, attribute, before)
+
+
+def check_dtype(dtype: torch.dtype, architecture: str) -> None:
+    """Check that a family can be computed in a dtype.
+
+    Raises:
+        ValueError: if not.
+    """
+    if dtype == torch.float16 and not _FAMILIES[architecture].in_float16:
+        raise ValueError(
+            f"{architecture} is numerically unstable in float16: serve it with --dtype bfloat16 or float32"
+        )
 
 
 def check_ignored(layer: Any, architecture: str) -> None:

@@ -85,6 +85,12 @@ def test_the_shipped_recipes_are_found() -> None:
         ([*PRUNED, "recover", "compress", {"push": {"repo": "a/b"}}], ("05-push", "base_repo")),
         ([*PRUNED, "recover", "compress", {"push": {"repo": "a/b", "base_repo": "a/b"}}], ("05-push", "base_repo")),
         (["recover", "compress", PUSH], ("03-push", "base_repo")),
+        (
+            [*PRUNED, "recover", "compress", {"push": {"repo": "a/b", "base_repo": "a/c", "revision": "trial"}}],
+            ("05-push", "revision", "base_repo"),
+        ),
+        ([*PRUNED, IMPORTANCE, LAYERS], ("04-layers", "merge: false")),
+        ([{"importance": {"masks": False}}, LAYERS], ("02-layers", "masks", "01-importance")),
         ([], ("stages",)),
         ("recover", ("stages", "recover")),
         ([7], ("entry 1", 7)),

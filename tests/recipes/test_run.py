@@ -250,6 +250,26 @@ def test_outputs_that_are_not_free(recipe: dict, tmp_path: Path, output: Path) -
         run(recipe, output)
 
 
+def test_what_is_made_from_a_stage_that_is_done_again_is_done_again(recipe: dict, output: Path) -> None:
+    """Otherwise a delta could have a base with other heads than the one that was trained."""
+    shutil.rmtree(output / "stages/04-width")
+    before = stages_in(output)
+    run(recipe, output)
+    after = stages_in(output)
+    assert [name for name in NAMES if before.get(name) != after[name]] == NAMES[3:]
+
+
+def test_a_stage_that_runs_out_of_memory_is_named(
+    recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(f"{importance.__name__}.train", out_of_memory)
+    with pytest.raises(RecipeError, match=naming("01-importance", "out of memory")):
+        run(recipe, tmp_path / "out")
+
+
 def test_the_stages_of_another_model_stay(recipe: dict, output: Path, tmp_path: Path) -> None:
     before = stages_in(output)
     shutil.copytree(recipe["model"], tmp_path / "other")
