@@ -31,9 +31,10 @@ class RecipeError(ValueError):
 @contextlib.contextmanager
 def errors_of(place: str, *others: type[Exception]) -> Iterator[None]:
     """Turn the errors that a wrong recipe or model raises, and others, into a RecipeError that names their place."""
+    caught: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError, *others)
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError, *others) as error:
+    except caught as error:
         raise RecipeError(f"{place}: {error}") from error
 
 

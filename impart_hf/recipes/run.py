@@ -64,8 +64,9 @@ def unfinished(plan: RecipePlan, folder: RunFolder) -> list[str]:
 
 
 def _to_do(plan: RecipePlan, folder: RunFolder) -> set[int]:
-    """Return the numbers of the stages to do: what is unfinished, what that needs and is no longer there, and what was
-    made from a stage that is done again, whose result can differ by rounding and prune other heads.
+    """Return the numbers of the stages to do: what is unfinished, and what that needs and is no longer there.
+
+    What was made from a stage that is done again is among them: by rounding, that stage can prune other heads now.
     """
     to_do: set[int] = set()
     needed, known = set(plan.results), -1
