@@ -2,8 +2,9 @@
 
 import argparse
 import ast
-import re
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ _SETTINGS = (
     "allow_code",
 )
 _OTHERS = ("backend", "model_args", "results")
-# Commas within quotes and brackets do not separate.
-_PART = re.compile(r"""(?:"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|[^,])+""")
 _ALPACA, JUDGED = "alpaca_eval", ("judge", "judge_model", "judge_max_tokens", "instructions", "references")
 
 
@@ -183,25 +182,41 @@ def key_values(text: str) -> dict[str, Any]:
 
     Values are numbers, booleans, None, Python's literals ("\\n\\n" in quotes, lists, dictionaries), or text.
     """
-    found, parts = {}, _PART.findall(text)
-    if ",".join(parts) != text or not parts:
-        raise argparse.ArgumentTypeError(f"'{text}' is not KEY=VALUE,KEY=VALUE")
-    for part in parts:
-        key, equals, value = part.partition("=")
+    found, parts = {}, text.split(",")
+    while parts:
+        key, equals, value = parts.pop(0).partition("=")
         if not equals or not key.strip():
-            raise argparse.ArgumentTypeError(f"'{part}' is not KEY=VALUE")
-        found[key.strip()] = _value(value.strip())
+            raise argparse.ArgumentTypeError(f"'{key}' is not KEY=VALUE")
+        found[key.strip()], used = _literal(value, parts) or (_value(value.strip()), 0)
+        del parts[:used]
     return found
+
+
+def _literal(value: str, following: Sequence[str]) -> tuple[Any, int] | None:
+    """Return a literal in quotes or brackets, which commas may have divided, and how many more parts it has.
+
+    None if it is none, or not one that JSON has.
+    """
+    if not value.lstrip().startswith(("'", '"', "[", "{", "(")):
+        return None
+    for count in range(len(following) + 1):
+        try:
+            found = ast.literal_eval(",".join([value, *following[:count]]).strip())
+            json.dumps(found)
+            return found, count
+        except (ValueError, SyntaxError, TypeError):
+            continue
+    return None
 
 
 def _value(text: str) -> Any:
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
-    for parse in (int, float, ast.literal_eval):
+    for kind in (int, float):
         try:
-            return parse(text)
-        except (ValueError, SyntaxError):
+            return kind(text)
+        except ValueError:
             continue
     return text
 

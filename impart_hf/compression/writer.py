@@ -179,7 +179,7 @@ def write_repository(
     if _is_forecast(config):
         config = with_forecast(config, kl_forecast(_errors(tensors, plan, about), bool(calibrated & about.keys())))
     write_json(folder / "config.json", config)
-    sidecar_bytes = copy_files(pair.companions.files, folder)
+    copy_files(pair.companions.files, folder)
     for path in reader_files():
         shutil.copyfile(path, folder / path.name)
     keep_tokenizer_class(pair.companions.source, pair.companions.options, folder)
@@ -196,7 +196,7 @@ def write_repository(
         checkpoint_bytes=plan.checkpoint_bytes,
         repository_bytes=repository_bytes,
         sidecar_files=sorted(pair.companions.files),
-        sidecar_bytes=sidecar_bytes,
+        sidecar_bytes=sum((folder / name).stat().st_size for name in pair.companions.files),
         reader_bytes=sum(p.stat().st_size for p in reader_files()),
         shortfall=_shortfall(plan, repository_bytes, tensors, config["method"].get("compression_ratio")),
         tensors=tensors,

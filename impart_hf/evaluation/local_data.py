@@ -35,7 +35,7 @@ def local_data(folder: str | Path) -> Iterator[None]:
 
     # A task loads its data when it is made, by this method, which lm-eval has classes override for data from elsewhere.
     def download(task: Any, dataset_kwargs: Any = None, **options: Any) -> None:
-        if is_on_hub(task) or _is_in(Path(folder), task.DATASET_PATH):
+        if is_on_hub(task, folder):
             task.dataset = _read(task, Path(folder))
         else:
             on_hub(task, dataset_kwargs, **options)
@@ -47,17 +47,22 @@ def local_data(folder: str | Path) -> Iterator[None]:
         ConfigurableTask.download = on_hub
 
 
-def is_on_hub(task: Any) -> bool:
-    """Return whether a task of lm-eval names a data set on the Hub, and not files or code that makes it."""
+def is_on_hub(task: Any, data_dir: str | Path | None = None) -> bool:
+    """Return whether a task of lm-eval names a data set on the Hub, and not files or code that makes it.
+
+    Args:
+        task: the task.
+        data_dir: the folder from which data sets of the Hub are read; None if they are not.
+    """
     path = task.DATASET_PATH
-    if path is None or task.config.custom_dataset or Path(path).exists():
+    if path is None or task.config.custom_dataset:
         return False
+    if Path(path).exists():  # also a data set in `data_dir`, if that is the working directory
+        has_files = "data_files" in (task.config.dataset_kwargs or {})
+        return (
+            data_dir is not None and not has_files and bool(_HUB_ID.fullmatch(path)) and Path(data_dir, path).is_dir()
+        )
     return "/" in path or find_spec(f"datasets.packaged_modules.{path}") is None  # such as json
-
-
-def _is_in(folder: Path, dataset: str | None) -> bool:
-    """Return whether a data set of the Hub is in a folder; in the working directory it is also a path that exists."""
-    return dataset is not None and _HUB_ID.fullmatch(dataset) is not None and (folder / dataset).is_dir()
 
 
 def _read(task: Any, root: Path) -> Any:

@@ -90,7 +90,14 @@ def configuration(task: Any) -> str:
     """Return all that a task of lm-eval is made of but its data, as text that is the same in each run."""
     config = task.config.to_dict(keep_callable=True)
     (config.get("metadata") or {}).pop("config_source", None)  # a path
-    return _canonical([config, type(task)])
+    task_class: type = type(task)
+    return _canonical([config, _class_source(task_class)])
+
+
+@functools.cache
+def _class_source(task_class: type) -> Any:
+    """As `_source`, once: to find a class, Python parses the whole of its file."""
+    return _source(task_class)
 
 
 def results_folder(folder: str | Path) -> Path:

@@ -144,10 +144,10 @@ class TaskEvaluation:
                 fewshot_as_multiturn=settings.apply_chat_template and settings.fewshot_as_multiturn,
                 confirm_run_unsafe_code=settings.allow_code is not None,
             )
-        return processes.from_first(results and _scores(task, results))
+        return processes.from_first(results and _scores(task, results, settings.data_dir))
 
 
-def _scores(task: Any, results: Mapping[str, Any]) -> list[TaskScore]:
+def _scores(task: Any, results: Mapping[str, Any], data_dir: str | Path | None) -> list[TaskScore]:
     name = task.task_name
     better = results["higher_is_better"][name]
     if len(better) == 1:  # a metric that gives several numbers, such as pass@1 and pass@10
@@ -158,7 +158,7 @@ def _scores(task: Any, results: Mapping[str, Any]) -> list[TaskScore]:
         higher_is_better=better,
         num_fewshot=results["n-shot"][name],
         version=results["versions"][name],
-        dataset=task.DATASET_PATH if is_on_hub(task) else "",
+        dataset=task.DATASET_PATH if is_on_hub(task, data_dir) else "",
     )
 
 

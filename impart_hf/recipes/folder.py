@@ -15,7 +15,7 @@ from ..storage.output import check_output, named_errors
 from .recipe import KINDS, RecipeError
 
 STATE, STAGES = "state.json", "stages"
-_VERSION = 1
+_VERSION = 2
 # The folder of a stage, or the hidden one in which it is made.
 _STAGE_FOLDER = re.compile(rf"\.?(?P<name>\d\d-({'|'.join(KINDS)}))(\..*)?")
 

@@ -14,7 +14,6 @@ from ..storage.checkpoint_writer import DenseTensor, new_folder, write_weights
 from .open import refuse_adapter_beside
 from .reader_files import with_pruned_reader
 from .sidecar_files import copy_sidecar_files
-from .tokenizer_class import keep_tokenizer_class
 
 
 def reconstruct(
@@ -66,7 +65,6 @@ def _write_texts(repository: DeltaRepository, target: Path) -> None:
         if not fields["auto_map"]:
             del fields["auto_map"]
     write_json(target / "config.json", fields)
-    keep_tokenizer_class(repository.source, repository.options, target)
 
 
 def _is_available(code: Any, folder: Path) -> bool:

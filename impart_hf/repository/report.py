@@ -80,7 +80,7 @@ class CompressionReport:
         method: the method's name and settings.
         checkpoint_bytes: size of the fine-tuned checkpoint's weight files.
         repository_bytes: size of the delta files, config.json and model card.
-        sidecar_files: names of the files copied unchanged from the fine-tune.
+        sidecar_files: names of the files copied from the fine-tune.
         sidecar_bytes: size of the sidecar files, which are not counted in the ratio, as both models have them.
         reader_bytes: size of the reader files, which are not counted in the ratio.
         shortfall: why and by how much the requested ratio was missed; empty if it was met.

@@ -1,4 +1,6 @@
-"""Sidecar files: files copied unchanged from the fine-tune, such as tokenizer, processor and licence.
+"""Sidecar files: files copied from the fine-tune, such as tokenizer, processor and licence.
+
+They stay as they are, but for the class that tokenizer_config.json names (tokenizer_class.py).
 
 No list of names can be complete, since every kind of tokenizer has files of its own. So it is a list of suffixes, those
 of texts and vocabularies, with the files that the tokenizer's class names, less what must not be published or is not
@@ -83,12 +85,11 @@ def sidecar_files(source: str, options: HubOptions) -> dict[str, Path]:
     return files
 
 
-def copy_files(files: Mapping[str, Path], target: Path) -> int:
-    """Copy files to a folder, under the names given, and return their size in bytes."""
+def copy_files(files: Mapping[str, Path], target: Path) -> None:
+    """Copy files to a folder, under the names given."""
     for name, path in files.items():
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
-    return sum(path.stat().st_size for path in files.values())
 
 
 def copy_sidecar_files(source: str, options: HubOptions, target: Path) -> None:

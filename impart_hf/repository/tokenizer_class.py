@@ -22,10 +22,12 @@ def keep_tokenizer_class(source: str, options: HubOptions, folder: Path) -> None
         source, options: local folder or Hub repository of the model.
         folder: with its sidecar files, and its own config.json.
     """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() and not (folder / "tokenizer.json").is_file():
+        return  # of some types, transformers makes an empty tokenizer of nothing
     own = _class_name(source, options)
     if own is None or own == _class_name(str(folder), HubOptions()):
         return
-    path = folder / "tokenizer_config.json"
     content = read_json(path) if path.is_file() else {}
     write_json(path, {**content, "tokenizer_class": _NAMES.get(own, own)})
 
@@ -35,7 +37,8 @@ def _class_name(source: str, options: HubOptions) -> str | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=options.revision, token=options.token, cache_dir=options.cache_dir,
-            subfolder=options.subfolder, trust_remote_code=False,
+            subfolder=options.subfolder, local_files_only=options.local_files_only, trust_remote_code=False,
+            mistral_format=False,  # otherwise the class depends on whether mistral-common is installed
         )  # fmt: skip
     except Exception:  # of any kind, by files that are no tokenizer's
         return None

@@ -124,15 +124,18 @@ def _run(options: argparse.Namespace) -> int:
             _print_rows(table, entries[table.name], results)
         return 0
     load_libraries()
-    from ..evaluation.models import ModelLoader
+    from ..common.devices import usable_device
     from .forecasts import forecast_table
 
-    ModelLoader(conditions.backend, conditions.device)  # raises an error if one of them is not there
+    usable_device(conditions.device)  # raises an error if there is none
     conditions.settings_for(tables[0].rows[0].task)  # likewise for numbers
     if options.dry_run:
         missing = [e for own in entries.values() for e in own if not e.needs and e.key not in results]
         print(forecast_table(missing, conditions, _say))
         return 0
+    from ..evaluation.models import ModelLoader
+
+    ModelLoader(conditions.backend)  # raises an error if it is not installed
     warn_of_code(options)
     if pair is not None and any(isinstance(e.making, Merged) for own in entries.values() for e in own):
         pair.prepare(conditions.device)

@@ -92,19 +92,19 @@ class Runner:
         """Make a model, and score it for each of these entries, which all have it."""
         from ..compression.plan import UnreachableRatioError
 
-        entries = [entry for entry in entries if self._can_be_scored(entry)]
-        if not entries:
+        scorable = [entry for entry in entries if self._can_be_scored(entry)]
+        if not scorable:
             return
         making = entries[0].making
         folder = self._conditions.output / "models" / entries[0].making_key
-        with self._failures_of(entries):
+        with self._failures_of(scorable):
             try:
                 facts = {} if making.stored else self._made(entries[0], folder)
             except UnreachableRatioError as error:
-                self.unreachable |= {entry.key: str(error) for entry in entries}
+                self.unreachable |= {entry.key: str(error) for entry in scorable}
             else:
                 with self._scorer.of(making, folder) as score:
-                    for entry in entries:
+                    for entry in scorable:
                         with self._failures_of([entry]):
                             self._keep_score(entry, score, facts)
         # What failed is tried again by the next run, which goes on with the model.

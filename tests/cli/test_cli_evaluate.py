@@ -152,9 +152,12 @@ def test_options_that_are_refused(arguments: tuple, names: Any, capsys: pytest.C
 def test_values_by_key() -> None:
     found = key_values("max_gen_toks=512,temperature=0.7,do_sample=true,stop=None,name=a=b")
     assert found == {"max_gen_toks": 512, "temperature": 0.7, "do_sample": True, "stop": None, "name": "a=b"}
-    found = key_values(r"""until=["A, B","\n\n"],stop="\n,",ids=[1,2],more={"a": (1, 2)},text=it's""")
+    found = key_values(
+        r"""until=["A, B","\n\n"],stop="\n,",more={"a":{"b":1},"c":[[2],[3]]},text=it's,size=5,e=...,s={1}"""
+    )
     assert found == {
-        "until": ["A, B", "\n\n"], "stop": "\n,", "ids": [1, 2], "more": {"a": (1, 2)}, "text": "it's",
+        "until": ["A, B", "\n\n"], "stop": "\n,", "more": {"a": {"b": 1}, "c": [[2], [3]]}, "text": "it's", "size": 5,
+        "e": "...", "s": "{1}",
     }  # fmt: skip
     for text in ("a", "=1", "a=1,", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="KEY=VALUE"):

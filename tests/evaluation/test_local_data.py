@@ -126,7 +126,8 @@ def test_a_repository_of_the_hub(model: str, tmp_path: Path) -> None:
 def test_the_folder_in_which_one_is(model: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(data)
     settings = TaskSettings(data_dir=Path("."), gen_kwargs={"max_gen_toks": 2})
-    assert evaluate_tasks(model, ["gsm8k"], settings)[0].samples == 3
+    score = evaluate_tasks(model, ["gsm8k"], settings)[0]
+    assert (score.samples, score.dataset) == (3, "openai/gsm8k")
 
 
 def test_examples_from_the_validation_split(model: str, tmp_path: Path) -> None:

@@ -53,3 +53,13 @@ def test_a_class_that_transformers_corrects(family: str, tmp_path: Path) -> None
     edit_json(tmp_path / "narrow" / "tokenizer_config.json", tokenizer_class=WRONG_CLASSES[family])
     assert ids(tmp_path / "narrow") != expected, "by what the model's file says, it would be another"
     assert settings["tokenizer_class"] != WRONG_CLASSES[family]
+
+
+def test_a_model_without_a_tokenizer_gets_none(tmp_path: Path) -> None:
+    """transformers makes an empty one of a Qwen 2 without files."""
+    model = make_model(dense_config(family="qwen2"))
+    model.save_pretrained(tmp_path / "model")
+    prune_width(
+        str(tmp_path / "model"), tmp_path / "narrow", made_up_importance(tmp_path / "model"), ratio=0.3, progress=False
+    )
+    assert not list((tmp_path / "narrow").glob("tokenizer*"))

@@ -200,8 +200,10 @@ def test_a_model_is_kept_until_all_its_tasks_are_scored(tmp_path: Path, pair: Pa
     conditions = Conditions(tmp_path, limit=2)
     (entry,) = entries_of(table, ["dare/wizardmath-13b/gsm8k"], conditions)
     wrong, folder = replace(entry, task=replace(entry.task, metric="bleu")), tmp_path / "models" / entry.making_key
-    for each, left in ((wrong, True), (entry, False)):
-        Runner(conditions, results_in(tmp_path), say=lambda line: None).run([each])
+    missing = replace(entry, task=replace(entry.task, lm_eval="no_such_task"))
+    (other,) = entries_of(table, ["dare/wizardmath-13b/gsm8k"], replace(conditions, limit=1))
+    for entries, left in (([wrong], True), ([entry], False), ([missing, other], True)):
+        Runner(conditions, results_in(tmp_path), say=lambda line: None).run(entries)
         assert (folder / "facts.json").exists() == left
 
 
