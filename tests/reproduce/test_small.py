@@ -160,8 +160,8 @@ def test_a_row_that_fails_does_not_stop_the_others(
 
 def test_no_model_is_made_that_cannot_be_scored(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without = shutil.copytree(pair, tmp_path / "without")
-    for file in (without / "tasks").glob("*.jsonl"):
-        file.unlink()
+    for file in (without / "tasks").glob("*.yaml"):
+        file.write_text(file.read_text("utf-8").replace("examples.jsonl", "missing.jsonl"), "utf-8")
     status, out, err = small(capsys, without, tmp_path / "out", "impart-sparsification", "--rows", "dare/*/gsm8k")
     assert status == 1 and "failed: " in err
     assert not (tmp_path / "out" / "models").exists()
