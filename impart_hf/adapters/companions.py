@@ -6,7 +6,8 @@ from pathlib import Path
 from ..modeling.delta_chain import BaseModel
 from ..modeling.model_files import HubOptions, fetch_file
 from ..modeling.repository_files import is_tokenizer_file
-from ..repository.sidecar_files import sidecar_files
+from ..repository.sidecar_files import copy_files, sidecar_files
+from ..repository.tokenizer_class import keep_tokenizer_class
 from .adapted_model import AdaptedModel
 
 _OF_AN_ADAPTER = ("adapter_",)
@@ -24,6 +25,11 @@ class Companions:
     source: str
     options: HubOptions
     files: dict[str, Path]
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the files to a folder that has its own config.json, with the tokenizer's class kept."""
+        copy_files(self.files, folder)
+        keep_tokenizer_class(self.source, self.options, folder)
 
 
 def companions_of(model: BaseModel | AdaptedModel) -> Companions:

@@ -33,6 +33,15 @@ def recorded_base(base: str, revision: str | None, base_name: str | None) -> tup
     return base_name or base, revision
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a Hub id, USER/NAME; a folder's path may have it too."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
 def is_on_hub(recorded: str) -> bool:
     """Return whether a recorded base is a Hub id, which others can download, and not a local folder's path."""
     return not os.path.isabs(recorded)

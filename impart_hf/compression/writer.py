@@ -33,8 +33,6 @@ from ..repository.cards import delta_card, inherited_card_data
 from ..repository.kl_forecast import FORECAST, TensorErrors, forecast_text, kl_forecast
 from ..repository.reader_files import reader_files
 from ..repository.report import CompressionReport, TensorReport, human_bytes, read_reports
-from ..repository.sidecar_files import copy_files
-from ..repository.tokenizer_class import keep_tokenizer_class
 from ..storage.safetensors_writer import Entry, header_bytes, shard_entries, write_safetensors
 from ..storage.workspace import Workspace
 from .encoding import NOT_REACHED
@@ -179,10 +177,9 @@ def write_repository(
     if _is_forecast(config):
         config = with_forecast(config, kl_forecast(_errors(tensors, plan, about), bool(calibrated & about.keys())))
     write_json(folder / "config.json", config)
-    copy_files(pair.companions.files, folder)
+    pair.companions.copy_to(folder)
     for path in reader_files():
         shutil.copyfile(path, folder / path.name)
-    keep_tokenizer_class(pair.companions.source, pair.companions.options, folder)
     for tensor in tensors:
         if tensor.kind == "encoded":
             notes = about.get(tensor.name, {}).get("notes", [])

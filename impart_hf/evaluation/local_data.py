@@ -7,14 +7,14 @@ wrote. FOLDER/DATASET/ may also be the data set's repository, as it was download
 where configurations and splits are.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+from ..common.names import is_hub_id
+
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # as `datasets` names them
 
 
@@ -58,10 +58,9 @@ def is_on_hub(task: Any, data_dir: str | Path | None = None) -> bool:
     if path is None or task.config.custom_dataset:
         return False
     if Path(path).exists():  # also a data set in `data_dir`, if that is the working directory
-        has_files = "data_files" in (task.config.dataset_kwargs or {})
-        return (
-            data_dir is not None and not has_files and bool(_HUB_ID.fullmatch(path)) and Path(data_dir, path).is_dir()
-        )
+        if data_dir is None or "data_files" in (task.config.dataset_kwargs or {}):
+            return False
+        return is_hub_id(path) and Path(data_dir, path).is_dir()
     return "/" in path or find_spec(f"datasets.packaged_modules.{path}") is None  # such as json
 
 

@@ -30,8 +30,6 @@ from ..modeling.transfer import to_device
 from ..repository.cards import merge_card, merge_origin
 from ..repository.reader_files import with_pruned_reader
 from ..repository.report import CompressionReport
-from ..repository.sidecar_files import copy_files
-from ..repository.tokenizer_class import keep_tokenizer_class
 from ..storage.checkpoint_writer import dense_tensors, new_folder_of_job, write_weights
 from ..storage.output import check_output, check_visible
 from ..storage.workspace import Workspace
@@ -349,8 +347,7 @@ class Merge:
             content.pop("torch_dtype", None)
             content["dtype"] = self.config.dtype
         write_json(folder / "config.json", with_pruned_reader(content, folder))
-        copy_files(self.inputs.companions.files, folder)
-        keep_tokenizer_class(self.inputs.companions.source, self.inputs.companions.options, folder)
+        self.inputs.companions.copy_to(folder)
         if self.inputs.chat_template is not None:
             write_chat_template(folder, self.inputs.chat_template)
         (folder / "README.md").write_text(merge_card(name, self.config.to_dict()), "utf-8")

@@ -6,9 +6,7 @@ from fnmatch import fnmatchcase
 from logging import getLogger
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
+from ..common.names import is_hub_id
 from ..modeling.model_files import CheckpointError, HubOptions, repository_kind
 from ..modeling.repository_kind import RepositoryKind
 
@@ -170,8 +168,4 @@ def _in_folder(place: Path) -> NamedDelta | None:
 
 def _is_hub_id(name: str) -> bool:
     """Return whether a name can only be an id on the Hub; a folder of the same relative path would be read instead."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not os.path.exists(name)
+    return is_hub_id(name) and not os.path.exists(name)

@@ -42,7 +42,6 @@ from impart_hf import (
     DareConfig,
     DareQtConfig,
     DeltaComeConfig,
-    DeltaModel,
     ExactConfig,
     ImPartConfig,
     ImPartQtConfig,
@@ -297,7 +296,7 @@ def test_two_objects_on_one_base(tenants: Tenants) -> None:
     assert largest_difference(says(model), says(load_dense(tenants.deltas["one"]))) <= CLOSE
     del other, model
     gc.collect()
-    check_each(_again(base, tenants), tenants)
+    check_each(both(tenants, base=base), tenants)
 
 
 def test_merging_a_damaged_delta_changes_nothing(tenants: Tenants, tmp_path: Path) -> None:
@@ -396,10 +395,4 @@ def test_unload(tenants: Tenants) -> None:
     base = model.unload()
     assert isinstance(base, LlamaForCausalLM) and torch.equal(says(base), says(load_dense(tenants.base)))
     assert not any("forward" in vars(module) for module in base.modules())
-    check_each(_again(base, tenants), tenants)
-
-
-def _again(base: LlamaForCausalLM, tenants: Tenants) -> DeltaModel:
-    model = load_delta(base, tenants.deltas["one"], "one")
-    model.load_adapter(tenants.deltas["two"], "two")
-    return model
+    check_each(both(tenants, base=base), tenants)

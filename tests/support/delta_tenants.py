@@ -68,9 +68,9 @@ def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def both(tenants: Tenants, factors: str | None = None) -> DeltaModel:
-    """Both deltas beside the base, the first active."""
-    model = load_delta(tenants.load_base(), tenants.deltas["one"], "one", factors=factors)
+def both(tenants: Tenants, factors: str | None = None, base: PreTrainedModel | None = None) -> DeltaModel:
+    """Both deltas beside the base, which may be loaded already; the first is active."""
+    model = load_delta(base or tenants.load_base(), tenants.deltas["one"], "one", factors=factors)
     model.load_adapter(tenants.deltas["two"], "two", factors=factors)
     return model
 
